@@ -1,0 +1,1 @@
+"""The model: its configuration, its layers, and the batch that one step runs through them."""

@@ -1,0 +1,48 @@
+"""The work of one forward pass: tokens of several sequences, flattened, with the pages their cache lies in.
+
+Made by `engine.scheduler`, consumed by `model.transformer`. A decode step is a batch whose slices have length 1; a prefill
+chunk is one long slice; both may share a batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PAGE_TOKENS = 64  # tokens in one page of the latent cache
+
+
+class Cancelled(Exception):
+    """`Transformer.forward` stopped between layers because `should_stop()` said so; the batch's cache rows are undefined."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceSlice:
+    """Rows `start .. start+length` of a batch: consecutive positions of one sequence."""
+
+    start: int
+    length: int
+    pages: np.ndarray  # (ceil(context / 64),) int32; position p lies in pages[p // 64], slot p % 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """T tokens of S sequences. Every token attends to its own sequence's positions up to and including its own."""
+
+    token_ids: np.ndarray  # (T,) int32
+    positions: np.ndarray  # (T,) int32, consecutive inside a slice
+    wants_logits: np.ndarray  # (T,) bool; forward returns one row for each True
+    sequences: tuple[SequenceSlice, ...]  # cover the rows 0..T in order
+
+    def __post_init__(self) -> None:
+        shape = (sum(s.length for s in self.sequences),)
+        assert self.token_ids.shape == shape and self.token_ids.dtype == np.int32, (self.token_ids.shape, shape)
+        assert self.positions.shape == shape and self.positions.dtype == np.int32, (self.positions.shape, shape)
+        assert self.wants_logits.shape == shape and self.wants_logits.dtype == np.bool_, (self.wants_logits.shape, shape)
+        start = 0
+        for s in self.sequences:
+            assert s.start == start and s.length > 0, (s.start, s.length, start)
+            assert s.pages.dtype == np.int32 and s.pages.ndim == 1, (s.pages.dtype, s.pages.shape)
+            start += s.length
+            first, last = int(self.positions[s.start]), int(self.positions[start - 1])
+            assert last - first == s.length - 1, (first, last, s.length)
+            assert 0 <= first and last < PAGE_TOKENS * len(s.pages), (first, last, len(s.pages))
