@@ -34,15 +34,15 @@ class Batch:
     sequences: tuple[SequenceSlice, ...]  # cover the rows 0..T in order
 
     def __post_init__(self) -> None:
-        shape = (sum(s.length for s in self.sequences),)
-        assert self.token_ids.shape == shape and self.token_ids.dtype == np.int32, (self.token_ids.shape, shape)
-        assert self.positions.shape == shape and self.positions.dtype == np.int32, (self.positions.shape, shape)
-        assert self.wants_logits.shape == shape and self.wants_logits.dtype == np.bool_, (self.wants_logits.shape, shape)
+        num_tokens = sum(s.length for s in self.sequences)
+        for array, dtype in ((self.token_ids, np.int32), (self.positions, np.int32), (self.wants_logits, np.bool_)):
+            assert (array.shape, array.dtype) == ((num_tokens,), dtype), (array.shape, array.dtype, num_tokens)
         start = 0
         for s in self.sequences:
-            assert s.start == start and s.length > 0, (s.start, s.length, start)
-            assert s.pages.dtype == np.int32 and s.pages.ndim == 1, (s.pages.dtype, s.pages.shape)
+            assert s.start == start, (s.start, start)
+            assert s.length > 0, s.length
+            assert (s.pages.dtype, s.pages.ndim) == (np.int32, 1), (s.pages.dtype, s.pages.ndim)
             start += s.length
             first, last = int(self.positions[s.start]), int(self.positions[start - 1])
             assert last - first == s.length - 1, (first, last, s.length)
-            assert 0 <= first and last < PAGE_TOKENS * len(s.pages), (first, last, len(s.pages))
+            assert 0 <= first <= last < PAGE_TOKENS * len(s.pages), (first, last, len(s.pages))
