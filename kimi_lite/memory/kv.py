@@ -1,0 +1,205 @@
+"""The latent cache in pages of 64 tokens, shared between sequences that begin alike.
+
+A page's content depends only on the tokens up to its end, so it is found again by a hash chained over them (as in vLLM's prefix
+cache). Pages are reference-counted; a page nobody holds keeps its content until it is the least recently used one and
+somebody needs room. The kernels read and write `storage`; the scheduler calls `open, reserve, advance, release`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import takewhile
+
+import numpy as np
+
+from kimi_lite.model.batch import PAGE_TOKENS
+
+KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bf16: its bit pattern
+ROOT = b""  # the hash before the first page
+
+
+@dataclass(slots=True, eq=False)
+class SequencePages:
+    """One sequence's hold on the cache. Its pages beyond the last whole one are its own; the others may be shared."""
+
+    num_cached: int  # tokens found in the cache by `open`
+    token_ids: list[int]  # tokens whose rows are valid, in order; only `open` and `advance` change it
+    pages: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # (pages held,) int32
+    hashes: list[bytes] = field(default_factory=list)  # chained hash of every whole page in `token_ids`
+    is_released: bool = False
+
+    @property
+    def num_computed(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPage:
+    """What a findable page holds: `token_ids` (64, or fewer when it was a sequence's last page) after the pages of `parent`."""
+
+    parent: bytes
+    token_ids: tuple[int, ...]
+    hash: bytes | None  # None: not a whole page
+
+
+class KVCache:
+    """Storage of shape (layers, pages, 64, latent) and the tables that say which page holds what."""
+
+    def __init__(self, num_layers: int, latent_size: int, num_pages: int, dtype: str = "f16") -> None:
+        assert min(num_layers, latent_size, num_pages) > 0, (num_layers, latent_size, num_pages)
+        self.dtype = dtype
+        self.num_pages = num_pages
+        self.storage = np.zeros((num_layers, num_pages, PAGE_TOKENS, latent_size), KV_DTYPES[dtype])  # touched only when used
+        self._num_holders = [0] * num_pages
+        self._blank = list(range(num_pages - 1, -1, -1))  # pages without content, low numbers last so that they go first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # published pages nobody holds, least recently used first
+        self._published: dict[int, PublishedPage] = {}
+        self._page_of: dict[bytes, int] = {}  # hash of a whole page -> page
+        self._children: dict[bytes, set[int]] = {}  # hash -> published pages that come after it
+
+    @property
+    def num_available(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._blank) + len(self._idle)
+
+    def open(self, token_ids: Sequence[int]) -> SequencePages:
+        """Hold every whole page the cache has of this prompt, and copy what it has of the next one.
+
+        The last token is never taken from the cache: its logits are wanted, so it must run.
+        """
+        sequence = SequencePages(num_cached=0, token_ids=[])
+        limit = max(len(token_ids) - 1, 0)
+        pages = []
+        while limit - sequence.num_computed >= PAGE_TOKENS:
+            chunk = token_ids[sequence.num_computed : sequence.num_computed + PAGE_TOKENS]
+            page_hash = chain_hash(_last_hash(sequence), chunk)
+            if (page := self._page_of.get(page_hash)) is None:
+                break
+            self._hold(page)
+            pages.append(page)
+            sequence.hashes.append(page_hash)
+            sequence.token_ids.extend(chunk)
+        sequence.pages = np.array(pages, np.int32)
+        self._copy_partial(sequence, token_ids[sequence.num_computed : limit])
+        sequence.num_cached = sequence.num_computed
+        return sequence
+
+    def reserve(self, sequence: SequencePages, num_tokens: int) -> bool:
+        """Give the sequence pages for its first `num_tokens` positions; False, and nothing changed, when there are too few."""
+        assert not sequence.is_released
+        num_missing = -(-num_tokens // PAGE_TOKENS) - len(sequence.pages)
+        if num_missing > self.num_available:
+            return False
+        if num_missing > 0:
+            new_pages = [self._take() for _ in range(num_missing)]
+            sequence.pages = np.concatenate([sequence.pages, np.array(new_pages, np.int32)])
+        return True
+
+    def advance(self, sequence: SequencePages, token_ids: Sequence[int]) -> None:
+        """The rows of these next tokens have been written in every layer; pages that became whole can now be found."""
+        assert not sequence.is_released
+        sequence.token_ids.extend(token_ids)
+        assert sequence.num_computed <= PAGE_TOKENS * len(sequence.pages), (sequence.num_computed, len(sequence.pages))
+        for index in range(len(sequence.hashes), sequence.num_computed // PAGE_TOKENS):
+            chunk = tuple(sequence.token_ids[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS])
+            parent, page_hash = _last_hash(sequence), chain_hash(_last_hash(sequence), chunk)
+            sequence.hashes.append(page_hash)
+            if page_hash not in self._page_of:  # else another sequence computed the same page first; ours stays private
+                self._publish(int(sequence.pages[index]), PublishedPage(parent, chunk, page_hash))
+
+    def release(self, sequence: SequencePages) -> None:
+        """Let go. Whole pages and the valid rows of the last one stay findable until their room is needed."""
+        assert not sequence.is_released
+        sequence.is_released = True
+        self._publish_tail(sequence)
+        for page in reversed(sequence.pages.tolist()):  # a page is of no use without those before it: the last goes first
+            self._num_holders[page] -= 1
+            assert self._num_holders[page] >= 0, (page, self._num_holders[page])
+            if self._num_holders[page] == 0:
+                self._let_idle(page)
+
+    def _copy_partial(self, sequence: SequencePages, wanted: Sequence[int]) -> None:
+        """Copy the rows of the published page that begins most like `wanted` into a page of the sequence's own."""
+        siblings = self._children.get(_last_hash(sequence), ())
+        matches = ((_num_common(self._published[page].token_ids, wanted), page) for page in siblings)
+        num_rows, source = max(matches, default=(0, -1))
+        if num_rows == 0:
+            return
+        self._hold(source)  # so that taking a page does not take this one
+        if self.num_available > 0:
+            page = self._take()
+            self.storage[:, page, :num_rows] = self.storage[:, source, :num_rows]
+            sequence.pages = np.append(sequence.pages, np.int32(page))
+            sequence.token_ids.extend(wanted[:num_rows])
+        self._num_holders[source] -= 1
+        if self._num_holders[source] == 0:
+            self._let_idle(source)
+
+    def _publish_tail(self, sequence: SequencePages) -> None:
+        """Make the last, not whole page findable, unless one that begins with the same tokens is already."""
+        num_whole = len(sequence.hashes)
+        tail = tuple(sequence.token_ids[num_whole * PAGE_TOKENS :])
+        parent = _last_hash(sequence)
+        siblings = [self._published[page].token_ids for page in self._children.get(parent, ())]
+        if tail and not any(tokens[: len(tail)] == tail for tokens in siblings):
+            self._publish(int(sequence.pages[num_whole]), PublishedPage(parent, tail, None))
+
+    def _publish(self, page: int, content: PublishedPage) -> None:
+        """Enter a page into the tables; idle partial pages it continues say nothing more than it does, so they go blank."""
+        assert page not in self._published, page
+        self._published[page] = content
+        siblings = self._children.setdefault(content.parent, set())
+        siblings.add(page)
+        if content.hash is not None:
+            self._page_of[content.hash] = page
+        for other in sorted(siblings & self._idle.keys()):
+            old = self._published[other]
+            if old.hash is None and content.token_ids[: len(old.token_ids)] == old.token_ids:
+                del self._idle[other]
+                self._unpublish(other)
+                self._blank.append(other)
+
+    def _unpublish(self, page: int) -> None:
+        content = self._published.pop(page)
+        siblings = self._children[content.parent]
+        siblings.remove(page)
+        if not siblings:
+            del self._children[content.parent]
+        if content.hash is not None:
+            del self._page_of[content.hash]
+
+    def _take(self) -> int:
+        """A page nobody holds: a blank one, else the least recently used, whose content is then forgotten."""
+        if self._blank:
+            page = self._blank.pop()
+        else:
+            page, _ = self._idle.popitem(last=False)
+            self._unpublish(page)
+        assert self._num_holders[page] == 0, (page, self._num_holders[page])
+        self._num_holders[page] = 1
+        return page
+
+    def _hold(self, page: int) -> None:
+        self._num_holders[page] += 1
+        self._idle.pop(page, None)
+
+    def _let_idle(self, page: int) -> None:
+        if page in self._published:
+            self._idle[page] = None
+        else:
+            self._blank.append(page)
+
+
+def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The name of a whole page: everything that its content depends on."""
+    return blake2b(parent + np.asarray(token_ids, np.int32).tobytes(), digest_size=16).digest()
+
+
+def _last_hash(sequence: SequencePages) -> bytes:
+    return sequence.hashes[-1] if sequence.hashes else ROOT
+
+
+def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
