@@ -142,6 +142,20 @@ def test_a_longer_tail_replaces_a_shorter_one() -> None:
     assert kv.open(range(40)).num_cached == 30
 
 
+def test_a_page_computed_twice_at_once_is_found_once() -> None:
+    kv = small_cache()
+    prompt = list(range(70))
+    a, b = kv.open(prompt), kv.open(prompt)
+    for sequence in (a, b):
+        assert kv.reserve(sequence, 70)
+        compute(kv, sequence, prompt, 70)
+    kv.release(b)
+    kv.release(a)
+    again = kv.open(prompt)
+    assert again.pages[0] == a.pages[0]
+    assert (len(kv._published), kv.num_available) == (2, kv.num_pages - 2)
+
+
 def test_releasing_twice_is_a_bug() -> None:
     kv = small_cache()
     sequence = run_prompt(kv, [1, 2, 3])
