@@ -1,0 +1,89 @@
+"""The engine's vocabulary: what is asked (`Request`), how (`SamplingParams`), and what comes back (`Token` with its `Stats`).
+
+Apps, server and benchmark all consume the same stream of `Token`, so they cannot disagree about what happened.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from kimi_lite.errors import KimiLiteError
+
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
+Kind = Literal["reasoning", "content", "tool_call"]
+
+THINKING_TEMPERATURE, INSTANT_TEMPERATURE, TOP_P = 1.0, 0.6, 0.95  # the vendor's recommendation for Kimi K2.5
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends. Temperature 0 is greedy; the filters' defaults of 0, 0 and 1 are off."""
+
+    temperature: float = THINKING_TEMPERATURE
+    top_k: int = 0
+    top_p: float = TOP_P
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over the prompt and what was generated
+    seed: int | None = None  # None: another answer every time
+    max_tokens: int | None = None  # None: until the model stops or the context is full
+    stop: tuple[str, ...] = ()  # the answer ends before any of these; reasoning is not searched
+    ignore_eos: bool = False  # for benchmarks
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
+        _require("top-k", self.top_k, "0 (off) or more", self.top_k >= 0)
+        _require("top-p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1)
+        _require("min-p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1)
+        _require("repetition penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
+        _require("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
+        _require("max tokens", self.max_tokens, "1 or more", self.max_tokens is None or self.max_tokens >= 1)
+        _require("stop", self.stop, "texts that are not empty", all(self.stop))
+
+
+def _require(name: str, value: object, allowed: str, is_allowed: bool) -> None:
+    if not is_allowed:
+        raise KimiLiteError(f"{name} is {value!r}", f"it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue. `id` is the caller's name for it, unique among the requests in progress."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    starts_in_reasoning: bool = False  # the prompt ends inside <think>
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Of one request so far. Waiting for other requests counts into `time_to_first_token_s` only."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the cache
+    prompt_s: float  # from the first prefill step to the first token
+    generated_tokens: int
+    generation_s: float  # from the first token to the last
+    time_to_first_token_s: float
+
+    @property
+    def prompt_tok_s(self) -> float | None:
+        """Tokens really prefilled, per second."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_s if self.prompt_s > 0 else None
+
+    @property
+    def generation_tok_s(self) -> float | None:
+        """Decode speed: the first token came with the prompt and does not count."""
+        return (self.generated_tokens - 1) / self.generation_s if self.generation_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A piece of a request's output. Text that became known only later, or of another kind, follows with `id` None."""
+
+    request_id: str
+    id: int | None
+    text: str
+    kind: Kind
+    finish_reason: FinishReason | None
+    stats: Stats
