@@ -1,0 +1,180 @@
+"""One GGUF file, written as a stream: header first, then each tensor read, encoded and appended a few rows at a time.
+
+The file grows under a `.partial` name, is fsynced, and takes its own name only when it is whole. Whatever would make that
+fail late (no room, no right to write, a file in the way) is refused before any work. Used by `quantize.convert` and by the
+demo model. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+"""
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import psutil
+from gguf import GGUFValueType, GGUFWriter
+
+from kimi_lite.errors import KimiLiteError
+from native.layouts import Layout
+from quantize.codecs import encode
+
+ALIGNMENT = 32  # bytes; GGUF's default
+_CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
+_HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer takes
+
+RowReader = Callable[[int, int], np.ndarray]  # (first row, end row) -> float32 (rows, n)
+OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
+
+
+class Value(NamedTuple):
+    """A metadata value with its exact GGUF type; `element_type` for arrays. llama.cpp refuses a u32 where it wants an i32."""
+
+    value: object
+    value_type: GGUFValueType
+    element_type: GGUFValueType | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor to write. `open_rows` is called once, when its turn comes, and returns the reader of its rows, which may be
+    called by several threads; rows are counted over all axes but the last."""
+
+    name: str
+    shape: tuple[int, ...]  # numpy order: the last axis is the row
+    layout: Layout
+    open_rows: Callable[[], RowReader]
+
+    @property
+    def num_weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_weights // self.shape[-1] * self.layout.row_bytes(self.shape[-1])
+
+
+def write_gguf(
+    path: Path,
+    metadata: Mapping[str, Value],
+    tensors: Sequence[Tensor],
+    on_progress: OnProgress | None = None,
+    is_overwriting: bool = False,
+) -> int:
+    """Writes the file and returns its size in bytes. Raises KimiLiteError before any work where it cannot end well."""
+    total_bytes = sum(_padded(tensor.num_bytes) for tensor in tensors)
+    check_output(path, total_bytes, is_overwriting)
+    with _partial_file(path) as partial:
+        file = _write_header(partial, metadata, tensors)
+        with file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            start = file.tell()
+            for tensor in tensors:
+                for rows in _encode_rows(tensor, pool):
+                    file.write(rows)
+                    if on_progress:
+                        on_progress(tensor.name, file.tell() - start, total_bytes)
+                file.write(bytes(-file.tell() % ALIGNMENT))
+            assert file.tell() - start == total_bytes, (file.tell(), start, total_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+            num_bytes = file.tell()
+        partial.replace(path)
+    return num_bytes
+
+
+def check_output(path: Path, total_bytes: int, is_overwriting: bool) -> None:
+    """Raises KimiLiteError where `path` exists, its folder cannot be written, or the disk is too small."""
+    if path.is_dir():
+        raise KimiLiteError(f"{path} is a folder; the output is one file.", f"Name a file, such as {path / 'model.gguf'}.")
+    if path.exists() and not is_overwriting:
+        raise KimiLiteError(f"{path} exists ({path.stat().st_size:,} bytes).", "Add --force to replace it, or name another file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _probe_name(path).touch()
+        _probe_name(path).unlink()
+    except OSError as error:
+        raise KimiLiteError(
+            f"Cannot write in {path.parent}: {error.strerror}.", "Name an output in a folder of yours."
+        ) from error
+    _remove_abandoned(path)
+    needed, free = total_bytes + _HEADER_BYTES, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise KimiLiteError(
+            f"{path.name} needs {needed / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free.",
+            f"Free {(needed - free) / 1e9:.2f} GB, name an output on another disk, or choose a smaller type.",
+        )
+
+
+def _probe_name(path: Path) -> Path:
+    """Each process writes its own partial file, so that two writing the same output cannot mix; the later rename wins whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Deletes what killed processes left of the same output."""
+    for partial in path.parent.glob(f"{path.name}.*.partial"):
+        pid = partial.name.removeprefix(f"{path.name}.").removesuffix(".partial")
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _partial_file(path: Path) -> Iterator[Path]:
+    """Yields the partial file's name; deletes the file if the work fails, and says what a failing disk means."""
+    partial = _probe_name(path)
+    try:
+        yield partial
+    except OSError as error:
+        raise KimiLiteError(
+            f"Writing {partial} failed: {error.strerror or error}.", "Free some space or name another disk."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> BinaryIO:
+    """Magic, metadata and tensor infos, padded; returns the file, open where the first tensor goes."""
+    header = GGUFWriter(None, str(metadata["general.architecture"].value))
+    for key, (value, value_type, element_type) in metadata.items():
+        if key != "general.architecture":  # the writer put it first itself
+            header.add_key_value(key, value, value_type, element_type)
+    for tensor in tensors:
+        header.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=tensor.layout.ggml_id)
+    header.write_header_to_file(partial)
+    header.write_kv_data_to_file()
+    header.write_ti_data_to_file()
+    (file,) = header.fout
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    return file
+
+
+def _encode_rows(tensor: Tensor, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+    """Yields the tensor's encoded rows in order; a few chunks ahead are read and encoded by the pool, never more."""
+    read_rows, num_rows = tensor.open_rows(), tensor.num_weights // tensor.shape[-1]
+    chunk_rows = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
+
+    def encode_chunk(start: int) -> np.ndarray:
+        return encode(tensor.layout, read_rows(start, min(start + chunk_rows, num_rows)))
+
+    pending: deque[Future] = deque()
+    try:
+        for start in range(0, num_rows, chunk_rows):
+            pending.append(pool.submit(encode_chunk, start))
+            if len(pending) > 2 * (os.cpu_count() or 1):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except KimiLiteError as error:
+        raise KimiLiteError(f"{tensor.name}: {error.message}", error.hint) from error
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
