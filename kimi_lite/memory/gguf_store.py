@@ -118,7 +118,7 @@ def _check_place(shard: Path, header: GGUFHeader) -> None:
 def _check_kinship(shard: Path, header: GGUFHeader, first_shard: Path, first: GGUFHeader) -> None:
     """What a later shard says about the model must be what shard 1 says (mostly later shards say nothing)."""
     for key, value in header.metadata.items():
-        if key.startswith("split.") or key not in first.metadata:
+        if key == "split.no" or key not in first.metadata:
             continue
         theirs = first.metadata[key]
         is_same = np.array_equal(theirs, value) if _are_arrays(theirs, value) else type(theirs) is type(value) and theirs == value
