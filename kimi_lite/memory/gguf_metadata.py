@@ -26,7 +26,7 @@ _MIN_KEY_BYTES = 8 + 1 + 4 + 1  # length, one letter, value type, one byte of va
 
 def quoted(value: object, limit: int = 80) -> str:
     """A value from a file as it may be shown: text in quotes with control characters escaped, cut to `limit` characters."""
-    shown = repr(value[:limit]) if isinstance(value, str) else str(value)
+    shown = repr(value[:limit]) if isinstance(value, str) else str(value).replace("\n", " ")
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 

@@ -83,8 +83,7 @@ class MetadataReader:
 
     def error(self, key: str, value: object, need: str) -> KimiLiteError:
         """`key` holds `value`, and must be `need`."""
-        shown = repr(value[:80]) if isinstance(value, str) else str(value)[:80]
-        return KimiLiteError(f"{self.source}: {self.prefix}{key} is {shown}, and must be {need}.", METADATA_HINT)
+        return KimiLiteError(f"{self.source}: {self.prefix}{key} is {_shown(value)}, and must be {need}.", METADATA_HINT)
 
     def _value(self, key: str, default: object) -> object:
         value = self.metadata.get(self.prefix + key, default)
@@ -99,12 +98,17 @@ def _check_architecture(metadata: Mapping[str, object], source: str) -> None:
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
     if architecture is None:
         raise KimiLiteError(f"{source}: the metadata key general.architecture is missing.", METADATA_HINT)
-    if kind != "model":
-        problem = f"{source}: general.type is {str(kind)[:40]!r}, and a language model says 'model'"
+    if not isinstance(kind, str) or kind != "model":
+        problem = f"{source}: general.type is {_shown(kind)}, and a language model says 'model'"
         raise KimiLiteError(f"{problem}.", "Open the model itself; a vision part (mmproj) lies beside it.")
-    if architecture != ARCHITECTURE:
-        problem = f"{source}: general.architecture is {str(architecture)[:40]!r}, and {ARCHITECTURE!r} is the one that runs here"
+    if not isinstance(architecture, str) or architecture != ARCHITECTURE:
+        problem = f"{source}: general.architecture is {_shown(architecture)}, and {ARCHITECTURE!r} is the one that runs here"
         raise KimiLiteError(f"{problem}.", f"That is {_FAMILY}. Other models run in llama.cpp.")
+
+
+def _shown(value: object) -> str:
+    """A value from a file as it may be printed: short, control characters escaped."""
+    return repr(value[:80]) if isinstance(value, str) else str(value)[:80].replace("\n", " ")
 
 
 def _vocab_size(read: MetadataReader) -> int:
