@@ -28,7 +28,8 @@ ALIGNMENT = 32  # bytes; GGUF's default
 _CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
 _HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer takes
 
-RowReader = Callable[[int, int], np.ndarray]  # (first row, end row) -> float32 (rows, n)
+# (first row, end row) -> float32 (rows, n), or uint8 (rows, row_bytes) where the source holds the encoded bytes already
+RowReader = Callable[[int, int], np.ndarray]
 OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
 
@@ -159,7 +160,8 @@ def _encode_rows(tensor: Tensor, pool: ThreadPoolExecutor) -> Iterator[np.ndarra
     chunk_rows = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
 
     def encode_chunk(start: int) -> np.ndarray:
-        return encode(tensor.layout, read_rows(start, min(start + chunk_rows, num_rows)))
+        rows = read_rows(start, min(start + chunk_rows, num_rows))
+        return rows if rows.dtype == np.uint8 else encode(tensor.layout, rows)
 
     pending: deque[Future] = deque()
     try:

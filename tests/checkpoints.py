@@ -98,7 +98,7 @@ KINDS = tuple(_KINDS)
 
 
 def make_checkpoint(path: Path, kind: str, *, num_layers: int | None = None, dtype: str = "bfloat16", seed: int = 0, **sizes):
-    """Writes a checkpoint of `kind` (one of KINDS) into the folder `path`; returns the transformers model, float32 and in eval mode.
+    """Writes a checkpoint of `kind` (one of KINDS) into the folder `path`; returns the transformers model in float32.
 
     The returned model's weights are exactly what the files decode to: rounded to `dtype` ("float32", "bfloat16", "float16"),
     to INT4 groups of 32 or to FP8 blocks. llama.cpp takes a model without low-rank queries only with 27 layers: pass

@@ -18,10 +18,10 @@ from platformdirs import user_cache_path
 from kimi_lite.demo import rehouse
 from kimi_lite.demo.fetch import OnProgress, fetch_source_gguf
 from kimi_lite.memory.gguf_store import GGUFStore
+from native.layouts import Layout
 from quantize.codecs import find_layout
 from quantize.metadata import array, guess_value, model_metadata, text, u32
 from quantize.recipe import choose
-from native.layouts import Layout
 from quantize.writer import RowReader, Tensor, Value, write_gguf
 
 _REVISION = 1  # in the file's name: a change of the re-housing builds a new file

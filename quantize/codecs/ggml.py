@@ -33,7 +33,7 @@ def encode(layout: Layout, rows: np.ndarray) -> np.ndarray:
 
 
 def check(layout: Layout) -> None:
-    """Raises KimiLiteError where the library is missing, or would end the process: some types abort without an importance matrix."""
+    """Raises KimiLiteError where the library is missing or would end the process: some types need an importance matrix."""
     if layout.name in _NOT_ENCODED:
         raise KimiLiteError(f"ggml does not encode {layout.name}.", "Choose another type.")
     if _library().ggml_quantize_requires_imatrix(layout.ggml_id):
