@@ -6,9 +6,10 @@ stopped half-way, a shard of another model or a flipped bit is one sentence at s
     store = GGUFStore.open("kimi-k2.5-00001-of-00006.gguf")
     store.tensor("blk.1.ffn_down_exps.weight").data[7]  # expert 7: (7168, row_bytes) uint8, still in the file
 
-Called by `kimi_lite.engine` (to run), `kimi_lite.memory.plan` (for sizes) and the tools.
+Called by `kimi_lite.engine.loader`, by `kimi_lite.demo` and by the tools.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -51,7 +52,7 @@ class GGUFStore:
     @classmethod
     def open(cls, path: str | Path) -> "GGUFStore":
         """Map a .gguf file, the first shard of many, or the one model in a folder. Raises KimiLiteError."""
-        shards = find_shards(Path(path).expanduser())
+        shards = find_shards(Path(os.path.expanduser(path)))  # pathlib's raises for an unknown ~user
         files = [_map_file(shard) for shard in shards]
         headers = [read_header(shard, memoryview(file)) for shard, file in zip(shards, files, strict=True)]
         for shard, header in zip(shards, headers, strict=True):
@@ -78,7 +79,7 @@ class GGUFStore:
             return self.tensors[name]
         near = get_close_matches(name, self.tensors, n=3, cutoff=0.6)
         problem = f"{self.path}: tensor {quoted(name)} is missing among {len(self.tensors):,} tensors"
-        hint = f"Near it there is: {', '.join(near)}." if near else "The file is of another kind of model."
+        hint = f"Near it there is: {', '.join(map(quoted, near))}." if near else "The file is of another kind of model."
         raise KimiLiteError(f"{problem}.", hint)
 
     def close(self) -> None:

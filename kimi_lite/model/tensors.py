@@ -2,7 +2,7 @@
 
 A header can be sound and still not fit its metadata (a damaged `embedding_length`, a file of another size): then the kernels
 would read past their rows. Files differ in three ways: `attn_k_b` and `attn_v_b` or the older joint `attn_kv_b`, one `attn_q` or
-the compressed pair, separate or fused `ffn_gate_up_exps`. Called by `kimi_lite.model.transformer` when it is made.
+the compressed pair, separate or fused `ffn_gate_up_exps`. Called where a store and its configuration meet.
 """
 
 from collections.abc import Collection

@@ -171,6 +171,7 @@ def test_paths_that_are_not_there(tmp_path):
     assert "kimi.gguf" in error.hint
     assert "There is no file" in refusal(tmp_path / "no" / "where.gguf").message
     assert "There is no file" in refusal("zero\0byte.gguf").message
+    assert "There is no file" in refusal("~nobody-of-this-name/m.gguf").message
     assert "cannot be read: File name too long" in refusal(tmp_path / ("x" * 5000)).message
 
 
