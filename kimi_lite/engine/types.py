@@ -5,12 +5,14 @@ Apps, server and benchmark all consume the same stream of `Token`, so they canno
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.stream import Kind
+from kimi_lite.text.tool_calls import ToolCall
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
-Kind = Literal["reasoning", "content", "tool_call"]
 
 THINKING_TEMPERATURE, INSTANT_TEMPERATURE, TOP_P = 1.0, 0.6, 0.95  # the vendor's recommendation for Kimi K2.5
 
@@ -30,24 +32,24 @@ class SamplingParams:
     ignore_eos: bool = False  # for benchmarks
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
-        _require("top-k", self.top_k, "0 (off) or more", self.top_k >= 0)
-        _require("top-p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1)
-        _require("min-p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1)
-        _require("repetition penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
-        _require("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
-        _require("max tokens", self.max_tokens, "1 or more", self.max_tokens is None or self.max_tokens >= 1)
-        _require("stop", self.stop, "texts that are not empty", all(self.stop))
+        _require("Temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
+        _require("Top-k", self.top_k, "0 (off) or more", self.top_k >= 0)
+        _require("Top-p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1)
+        _require("Min-p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1)
+        _require("Repetition penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
+        _require("Seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
+        _require("Max tokens", self.max_tokens, "1 or more", self.max_tokens is None or self.max_tokens >= 1)
+        _require("Stop", self.stop, "texts that are not empty", all(self.stop))
 
 
 def _require(name: str, value: object, allowed: str, is_allowed: bool) -> None:
     if not is_allowed:
-        raise KimiLiteError(f"{name} is {value!r}", f"it must be {allowed}")
+        raise KimiLiteError(f"{name} is {value!r}; it must be {allowed}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue. `id` is the caller's name for it, unique among the requests in progress."""
+    """One prompt to continue. `id` is the caller's name for it, never used again: a late `cancel` would hit its namesake."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -87,3 +89,14 @@ class Token:
     kind: Kind
     finish_reason: FinishReason | None
     stats: Stats
+    call: ToolCall | None = None  # id and name, with the first piece of a tool call
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a front end tells its user about the model."""
+
+    name: str
+    path: Path
+    total_bytes: int
+    bytes_by_type: tuple[tuple[str, int], ...]  # ("Q8_0", bytes of all tensors of that type), largest first

@@ -1,0 +1,106 @@
+"""`kimi-lite run`: one prompt, one answer. Only the answer (or one JSON document) goes to stdout, all else to stderr."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from kimi_lite.apps.interrupt import on_interrupt
+from kimi_lite.apps.render import AnswerView, WorkProgress, show_plain, stats_document, stats_line
+from kimi_lite.engine.session import Session
+from kimi_lite.errors import KimiLiteError
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutput:
+    """Where the answer goes and what goes with it."""
+
+    path: Path | None = None  # None: stdout
+    is_json: bool = False
+    is_quiet: bool = False
+
+
+def read_prompt(argument: str | None, option: str | None, path: Path | None, stdin: TextIO) -> str:
+    """The prompt from the argument or -p, then the file ("-" is stdin); from stdin alone when neither is given."""
+    if argument is not None and option is not None:
+        raise KimiLiteError("The prompt is given twice, as an argument and with -p.", "Give it once.")
+    text = argument if argument is not None else option
+    if text is None and path is None:
+        if stdin.isatty():
+            raise KimiLiteError("There is no prompt.", 'Try kimi-lite run "why is the sky blue?", -f FILE, or a pipe into stdin.')
+        path = Path("-")
+    parts = [text] if text is not None else []
+    if path is not None:
+        parts.append(stdin.read() if str(path) == "-" else _read_file(path))
+    prompt = "\n\n".join(parts)
+    if not prompt.strip():
+        raise KimiLiteError("The prompt is empty.", 'Try kimi-lite run "why is the sky blue?".')
+    return prompt
+
+
+def run(session: Session, prompt: str, output: RunOutput) -> int:
+    """Answer `prompt`; the process's exit code. Ctrl-C keeps what was said so far."""
+    out, aside = sys.stdout, Console(stderr=True)
+    is_whole = output.is_json or output.path is not None  # written at the end, in one piece
+    with open(os.devnull, "w") as nowhere, WorkProgress(aside) as progress, on_interrupt(session.cancel):
+        view = AnswerView(nowhere if is_whole else out, aside, shows_reasoning=aside.is_terminal and not output.is_quiet)
+        ids = []
+        report = None if output.is_quiet else lambda _, done, total: progress("reading the prompt", done, total)
+        for token in session.ask(prompt, report):
+            progress.close()
+            view.show(token)
+            ids += [] if token.id is None else [token.id]
+        view.close()
+    assert view.last is not None, prompt
+    if is_whole:
+        _write(_document(session, view, ids) if output.is_json else _ended(view.texts["content"].lstrip("\n")), output.path, out)
+    if not output.is_quiet:
+        show_plain(aside, stats_line(view.last), style="dim")
+    return INTERRUPTED if view.last.finish_reason == "cancelled" else 0
+
+
+def _document(session: Session, view: AnswerView, ids: list[int]) -> str:
+    document = {
+        "model": session.engine.info.name,
+        "text": view.texts["content"],
+        "reasoning": view.texts["reasoning"],
+        "tool_calls": view.texts["tool_call"],
+        "ids": ids,
+        "finish_reason": view.last.finish_reason,
+        "stats": stats_document(view.last.stats),
+    }
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KimiLiteError(f"The prompt file {path} cannot be read: {error}.") from error
+
+
+def _write(text: str, path: Path | None, out: TextIO) -> None:
+    """To `out`, or to a file that appears only when it is complete."""
+    if path is None:
+        out.write(text)
+        out.flush()
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise KimiLiteError(f"The answer cannot be written to {path}: {error}.") from error

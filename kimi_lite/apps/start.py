@@ -1,0 +1,54 @@
+"""From the command line's flags to a session: find the model or build the demo, load it with progress. Used by `cli`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from kimi_lite.apps.render import WorkProgress, show_plain
+from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.session import Session
+from kimi_lite.engine.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the flags of `chat` and `run` say. None: not said."""
+
+    model: Path | None = None
+    context_length: int | None = None
+    num_threads: int | None = None
+    system: str = ""
+    is_thinking: bool | None = None
+    temperature: float | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # but for the temperature
+    is_quiet: bool = False
+
+
+def open_session(settings: Settings, aside: Console) -> Session:
+    """Load the model and begin a conversation. Progress and remarks go to `aside`."""
+    path = settings.model or _demo_path(aside, settings.is_quiet)
+    with WorkProgress(aside) as progress:
+        engine = Engine.open(
+            path,
+            context_length=settings.context_length,
+            num_threads=settings.num_threads,
+            on_progress=None if settings.is_quiet else progress,
+        )
+    session = Session(engine, settings.system, temperature=settings.temperature, sampling=settings.sampling)
+    session.set_thinking(session.can_think if settings.is_thinking is None else settings.is_thinking)
+    return session
+
+
+def _demo_path(aside: Console, is_quiet: bool) -> Path:
+    """No model was named: the small demo model, and a word on how to get the real one."""
+    from kimi_lite.demo.build import ensure_demo_model
+
+    if not is_quiet:
+        show_plain(aside, "no -m given: using the demo model, a 135 M chat model in the same architecture.", style="dim")
+        show_plain(
+            aside, "for Kimi K2.5: kimi-lite run -m FOLDER, with a GGUF of your own or from kimi-lite quantize.", style="dim"
+        )
+    with WorkProgress(aside, decimal) as progress:
+        return ensure_demo_model(None if is_quiet else progress)

@@ -1,0 +1,179 @@
+"""Requests in, tokens out. `step` is the whole engine: schedule, run, sample, collect.
+
+    engine = Engine.open("model.gguf")
+    for token in engine.generate([Request("a", prompt_ids)]): print(token.text, end="")
+
+Not thread-safe, but for `cancel`, which any thread or signal handler may call.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from kimi_lite.engine.sampler import Sampler
+from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
+from kimi_lite.engine.sequence import Sequence
+from kimi_lite.engine.types import FinishReason, ModelInfo, Request, Token
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.kv import KVCache
+from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled
+from kimi_lite.text.stream import Piece, StreamParser
+from kimi_lite.text.template import ChatTemplate
+from kimi_lite.text.tokenizer import Tokenizer
+
+OnPrefill = Callable[[str, int, int], None]  # request id, prompt tokens done, prompt tokens in all
+OnProgress = Callable[[str, int, int], None]  # what is being loaded, units done, units in all
+DEFAULT_STEP_TOKENS = 512
+
+
+class Model(Protocol):
+    """What the engine needs of `model.transformer.Transformer`."""
+
+    def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray: ...
+
+
+class Engine:
+    """A loaded model, its cache and the requests in progress."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        context_length: int,
+        info: ModelInfo,
+        max_step_tokens: int = DEFAULT_STEP_TOKENS,
+        clock_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        assert context_length <= kv.num_pages * PAGE_TOKENS, (context_length, kv.num_pages)
+        self.model, self.tokenizer, self.template, self.info = model, tokenizer, template, info
+        self.context_length = context_length
+        self.scheduler = Scheduler(kv, max_step_tokens)
+        self.clock_s = clock_s
+        self._live: dict[str, Sequence] = {}
+        self._cancelled: set[str] = set()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        context_length: int | None = None,
+        num_threads: int | None = None,
+        kv_dtype: str = "f16",
+        on_progress: OnProgress | None = None,
+    ) -> "Engine":
+        """Load a .gguf file, the first of its shards or their folder; see `engine.loader`."""
+        from kimi_lite.engine.loader import load_engine
+
+        return load_engine(path, context_length, num_threads, kv_dtype, on_progress)
+
+    def generate(self, requests: Many[Request], on_prefill: OnPrefill | None = None) -> Iterator[Token]:
+        """Run requests to their ends, together. Whatever ends the iteration ends them; what they computed stays cached."""
+        try:
+            for request in requests:
+                self.add(request)
+            while any(request.id in self._live for request in requests):
+                yield from self.step(on_prefill)
+        finally:
+            for request in requests:
+                if request.id in self._live:
+                    self._drop(self._live[request.id])
+                self._cancelled.discard(request.id)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with finish reason "cancelled", within a layer's time; may come before the request itself."""
+        self._cancelled.add(request_id)
+
+    def add(self, request: Request) -> None:
+        """Let a request into the queue; refused when it can never fit."""
+        assert request.id not in self._live, request.id
+        self.require_room(request)
+        parser = StreamParser(self.tokenizer, request.starts_in_reasoning, request.sampling.stop)
+        sampler = Sampler(request.sampling, request.prompt_ids, self.tokenizer.vocab_size)
+        sequence = Sequence(request, sampler, parser, added_s=self.clock_s())
+        self._live[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def require_room(self, request: Request) -> None:
+        """Refuse a request that can never fit."""
+        need, have = len(request.prompt_ids), self.context_length
+        assert need > 0, request.id
+        if need >= have:
+            raise KimiLiteError(
+                f"The prompt and the answer's first token need a context of {need + 1:,} tokens; it has {have:,}.",
+                f"Try -c {need // 1024 + 2}K, a shorter prompt, or /clear in a chat.",
+            )
+
+    def step(self, on_prefill: OnPrefill | None = None) -> list[Token]:
+        """One pass of the model over every sequence that can run; the tokens it gave, of all requests."""
+        ended = self._end_cancelled()
+        work = self.scheduler.schedule()
+        if not work:
+            return ended
+        self._report_start(work, on_prefill)
+        try:
+            logits = self.model.forward(make_batch(work), partial(self._should_stop, work))  # (sequences at their end, vocab)
+        except Cancelled:
+            return ended + self._end_cancelled()
+        sampled = [item.sequence for item in work if item.is_last]
+        assert len(logits) == len(sampled), (logits.shape, len(sampled))
+        self.scheduler.advance(work)
+        return ended + [token for sequence, row in zip(sampled, logits, strict=True) for token in self._sample(sequence, row)]
+
+    def _sample(self, sequence: Sequence, logits: np.ndarray) -> list[Token]:
+        """Choose the next token and say what it adds to the output."""
+        token_id = sequence.sampler.sample(logits[: self.tokenizer.vocab_size])
+        sequence.append(token_id, self.clock_s())
+        is_end = token_id in self.tokenizer.eos_ids and not sequence.request.sampling.ignore_eos
+        pieces = [] if is_end else sequence.parser.feed(token_id)
+        finish_reason = "stop" if is_end else self._finish_reason(sequence)
+        if finish_reason is not None:
+            pieces += sequence.parser.finish()
+            self._drop(sequence)
+        if finish_reason == "stop" and sequence.parser.tool_calls:
+            finish_reason = "tool_calls"
+        return self._tokens(sequence, token_id, pieces, finish_reason)
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        if sequence.parser.is_stopped:
+            return "stop"
+        is_at_limit = sequence.num_generated == sequence.request.sampling.max_tokens
+        return "length" if is_at_limit or len(sequence.token_ids) >= self.context_length else None
+
+    def _tokens(self, sequence: Sequence, token_id: int | None, pieces: list[Piece], reason: FinishReason | None) -> list[Token]:
+        """One `Token` per piece, at least one; the id goes with the first and the finish reason with the last."""
+        stats, name = sequence.stats(self.clock_s()), sequence.request.id
+        pieces = pieces or [Piece(sequence.parser.kind)]
+        ids, reasons = [token_id] + [None] * len(pieces), [None] * (len(pieces) - 1) + [reason]
+        return [Token(name, i, p.text, p.kind, r, stats, p.call) for i, p, r in zip(ids, pieces, reasons, strict=False)]
+
+    def _end_cancelled(self) -> list[Token]:
+        tokens = []
+        for sequence in [self._live[name] for name in self._cancelled & self._live.keys()]:
+            self._drop(sequence)
+            tokens += self._tokens(sequence, None, sequence.parser.finish(), "cancelled")
+        return tokens
+
+    def _should_stop(self, work: list[Work]) -> bool:
+        """Whether most of a running step is for requests that are no longer wanted."""
+        num_unwanted = sum(item.num_tokens for item in work if item.sequence.request.id in self._cancelled)
+        return 2 * num_unwanted > sum(item.num_tokens for item in work)
+
+    def _report_start(self, work: list[Work], on_prefill: OnPrefill | None) -> None:
+        """Start the clocks of new sequences and report how far prompts are."""
+        for sequence, _ in work:
+            if sequence.started_s is None:
+                sequence.started_s = self.clock_s()
+            if on_prefill is not None and sequence.num_generated == 0:
+                on_prefill(sequence.request.id, sequence.pages.num_computed, len(sequence.token_ids))
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        del self._live[sequence.request.id]
+        self._cancelled.discard(sequence.request.id)

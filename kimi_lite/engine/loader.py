@@ -1,0 +1,81 @@
+"""Builds an engine from a model file: store, configuration, tokenizer, cache, model. Called by `Engine.open`.
+
+The heavy parts (Numba through the model) are imported here, when a model is really loaded.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from kimi_lite.engine.engine import Engine, OnProgress
+from kimi_lite.engine.types import ModelInfo
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.kv import KV_DTYPES, KVCache
+from kimi_lite.model.batch import PAGE_TOKENS
+from kimi_lite.model.config import ModelConfig
+
+DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cache for Kimi K2.5
+GIB = 1024**3
+
+
+def load_engine(
+    path: str | Path,
+    context_length: int | None = None,
+    num_threads: int | None = None,
+    kv_dtype: str = "f16",
+    on_progress: OnProgress | None = None,
+) -> Engine:
+    """`context_length` None: the model's own up to 32,768; 0: the model's own. `num_threads` None: the model's choice."""
+    from kimi_lite.model.transformer import Transformer
+    from kimi_lite.text.template import ChatTemplate
+    from kimi_lite.text.tokenizer import Tokenizer
+
+    report = on_progress or (lambda stage, done, total: None)
+    report("reading headers", 0, 4)
+    store = GGUFStore.open(path)
+    config = ModelConfig.from_metadata(store.metadata)
+    report("reading the vocabulary", 1, 4)
+    tokenizer = Tokenizer.from_metadata(store.metadata)
+    template = ChatTemplate.from_metadata(store.metadata, tokenizer)
+    report("preparing the cache", 2, 4)
+    context_length = choose_context(config, context_length)
+    kv = make_cache(config, context_length, kv_dtype)
+    report("compiling kernels", 3, 4)
+    model = Transformer(store, config, kv, num_threads)
+    report("ready", 4, 4)
+    return Engine(model, kv, tokenizer, template, context_length, describe(store, config))
+
+
+def choose_context(config: ModelConfig, context_length: int | None) -> int:
+    """The wanted context, refused when the model was not made for it."""
+    if context_length is None:
+        return min(config.context_length, DEFAULT_CONTEXT)
+    if context_length > config.context_length:
+        raise KimiLiteError(
+            f"A context of {context_length:,} tokens is wanted; the model is made for {config.context_length:,}.",
+            f"Try -c {config.context_length}.",
+        )
+    return context_length or config.context_length
+
+
+def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCache:
+    """Pages for one sequence of the whole context; refused when they do not fit into the memory that is free."""
+    num_pages = -(-context_length // PAGE_TOKENS)
+    per_token_bytes = config.kv_bytes_per_token(KV_DTYPES[kv_dtype].itemsize)
+    need_bytes, have_bytes = num_pages * PAGE_TOKENS * per_token_bytes, psutil.virtual_memory().available
+    if need_bytes > have_bytes:
+        fitting = int(have_bytes * 0.8 / per_token_bytes) // 1024
+        raise KimiLiteError(
+            f"A context of {context_length:,} tokens needs {need_bytes / GIB:.2f} GiB of memory; {have_bytes / GIB:.2f} is free.",
+            f"Try -c {fitting}K." if fitting else "Close other programs.",
+        )
+    return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype)
+
+
+def describe(store: GGUFStore, config: ModelConfig) -> ModelInfo:
+    bytes_by_type: Counter[str] = Counter()
+    for tensor in store.tensors.values():
+        bytes_by_type[tensor.layout.name] += tensor.num_bytes
+    return ModelInfo(config.name, store.path, store.total_bytes, tuple(bytes_by_type.most_common()))

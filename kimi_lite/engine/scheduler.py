@@ -1,0 +1,128 @@
+"""Decides which tokens of which sequences run in the next step.
+
+Every running sequence that decodes gets its one token; what is left of `max_step_tokens` goes to prompts, oldest first, in
+chunks. A sequence waits while its prompt does not fit, and, when a sequence that runs begins like it, until that one has
+computed their common pages. When decoding runs out of pages the youngest sequence goes back to waiting.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from kimi_lite.engine.sequence import Sequence
+from kimi_lite.memory.kv import KVCache
+from kimi_lite.model.batch import PAGE_TOKENS, Batch, SequenceSlice
+
+
+class Work(NamedTuple):
+    """The next `num_tokens` tokens of a sequence."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """After this work the sequence's next token can be sampled."""
+        return self.num_tokens == self.sequence.num_left
+
+
+class Scheduler:
+    """Holds every sequence in progress, waiting or running, and their pages."""
+
+    def __init__(self, kv: KVCache, max_step_tokens: int) -> None:
+        assert max_step_tokens > 0, max_step_tokens
+        self.kv = kv
+        self.max_step_tokens = max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order in which they were let in
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence wherever it is; what it computed stays in the cache."""
+        if sequence.pages is None:
+            self.waiting.remove(sequence)
+        else:
+            self._stop_running(sequence)
+
+    def schedule(self) -> list[Work]:
+        """The next step's work, at least one token unless nothing is in progress."""
+        self._secure_pages()
+        decoding = [s for s in self.running if s.num_left == 1]
+        work = [Work(sequence, 1) for sequence in decoding]
+        budget = self.max_step_tokens - len(work)
+        for sequence in [s for s in self.running if s.num_left > 1]:
+            budget = self._give_chunk(work, sequence, budget)
+        while budget > 0 and self.waiting and self._let_in(self.waiting[0]):
+            budget = self._give_chunk(work, self.running[-1], budget)
+        return work
+
+    def advance(self, work: list[Work]) -> None:
+        """The model has run this work: its rows are valid."""
+        for sequence, num_tokens in work:
+            first = sequence.pages.num_computed
+            self.kv.advance(sequence.pages, sequence.token_ids[first : first + num_tokens])
+
+    def _give_chunk(self, work: list[Work], sequence: Sequence, budget: int) -> int:
+        num_tokens = min(sequence.num_left, budget)
+        if num_tokens > 0:
+            work.append(Work(sequence, num_tokens))
+        return budget - num_tokens
+
+    def _let_in(self, sequence: Sequence) -> bool:
+        """Start the first waiting sequence if it need not wait."""
+        if any(_has_pages_to_come_for(other, sequence) for other in self.running):
+            return False
+        pages = self.kv.open(sequence.token_ids)
+        if not self.kv.reserve(pages, len(sequence.token_ids)):
+            self.kv.release(pages)
+            return False
+        if sequence.num_generated == 0:
+            sequence.num_cached = pages.num_cached
+        sequence.pages = pages
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _secure_pages(self) -> None:
+        """Every running sequence has pages for the tokens it knows; the youngest make room if they must."""
+        for sequence in list(self.running):
+            while sequence.pages is not None and not self.kv.reserve(sequence.pages, len(sequence.token_ids)):
+                youngest = self.running[-1]
+                self._stop_running(youngest)
+                self.waiting.appendleft(youngest)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.kv.release(sequence.pages)
+        sequence.pages = None
+
+
+def make_batch(work: list[Work]) -> Batch:
+    """Flatten the work of a step for the model."""
+    token_ids, positions, wants_logits, slices = [], [], [], []
+    for item in work:
+        pages, first = item.sequence.pages, item.sequence.pages.num_computed
+        last = first + item.num_tokens
+        num_pages = -(-last // PAGE_TOKENS)
+        slices.append(SequenceSlice(len(token_ids), item.num_tokens, pages.pages[:num_pages]))
+        token_ids += item.sequence.token_ids[first:last]
+        positions += range(first, last)
+        wants_logits += [False] * (item.num_tokens - 1) + [item.is_last]
+    return Batch(np.array(token_ids, np.int32), np.array(positions, np.int32), np.array(wants_logits, np.bool_), tuple(slices))
+
+
+def _has_pages_to_come_for(running: Sequence, waiting: Sequence) -> bool:
+    """Whether `running` is still to compute whole pages with which `waiting` begins."""
+    if running.num_left == 1:
+        return False
+    limit = min(len(running.token_ids), len(waiting.token_ids) - 1)
+    shared = 0
+    while shared + PAGE_TOKENS <= limit and _page(running, shared) == _page(waiting, shared):
+        shared += PAGE_TOKENS
+    return running.pages.num_computed < shared
+
+
+def _page(sequence: Sequence, first: int) -> list[int]:
+    return sequence.token_ids[first : first + PAGE_TOKENS]

@@ -1,0 +1,53 @@
+"""One request in progress: its tokens so far, its place in the cache, its sampler, its parser and its times."""
+
+from dataclasses import dataclass, field
+
+from kimi_lite.engine.sampler import Sampler
+from kimi_lite.engine.types import Request, Stats
+from kimi_lite.memory.kv import SequencePages
+from kimi_lite.text.stream import StreamParser
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Made by the engine, ordered by the scheduler. `pages` is None while it waits."""
+
+    request: Request
+    sampler: Sampler
+    parser: StreamParser
+    added_s: float
+    token_ids: list[int] = field(init=False)  # the prompt and everything sampled
+    pages: SequencePages | None = None
+    num_cached: int = 0  # tokens of the prompt that were in the cache when it first ran
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that must still run before the next one can be sampled: 1 when decoding."""
+        return len(self.token_ids) - self.pages.num_computed
+
+    def append(self, token_id: int, now_s: float) -> None:
+        self.token_ids.append(token_id)
+        self.first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        self.last_token_s = now_s
+
+    def stats(self, now_s: float) -> Stats:
+        started_s = now_s if self.started_s is None else self.started_s
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        return Stats(
+            prompt_tokens=len(self.request.prompt_ids),
+            cached_tokens=self.num_cached,
+            prompt_s=first_token_s - started_s,
+            generated_tokens=self.num_generated,
+            generation_s=0.0 if self.last_token_s is None else self.last_token_s - first_token_s,
+            time_to_first_token_s=first_token_s - self.added_s,
+        )

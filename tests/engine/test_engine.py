@@ -1,0 +1,335 @@
+"""The engine around a model that answers only from what it reads back out of the cache (tests.engine.fakes)."""
+
+import threading
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.types import Request, SamplingParams, Token
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.model.batch import Cancelled
+from tests.engine.fakes import VOCAB_SIZE, fake_engine, hashed_logits, scripted_logits
+
+
+def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, 256, length).tolist())
+
+
+def request(name: str, prompt: tuple[int, ...], num_tokens: int = 8, **sampling) -> Request:
+    return Request(name, prompt, SamplingParams(**{"seed": 5, "max_tokens": num_tokens, **sampling}))
+
+
+def ids_of(tokens: list[Token], name: str | None = None) -> list[int]:
+    return [token.id for token in tokens if token.id is not None and name in (None, token.request_id)]
+
+
+def run(engine: Engine, *requests: Request) -> list[Token]:
+    return list(engine.generate(requests))
+
+
+def assert_idle(engine: Engine) -> None:
+    kv = engine.scheduler.kv
+    assert kv.num_available == kv.num_pages
+    assert not engine.scheduler.running
+    assert not engine.scheduler.waiting
+    assert not engine._live
+
+
+def greedy_by_hand(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    """The fake model's answer without any cache."""
+    context = list(prompt)
+    for _ in range(num_tokens):
+        context.append(int(hashed_logits(context).argmax()))
+    return context[len(prompt) :]
+
+
+def test_greedy_decoding_is_what_the_model_says() -> None:
+    engine = fake_engine()
+    tokens = run(engine, request("a", prompt_of(150), 70, temperature=0))
+    assert ids_of(tokens) == greedy_by_hand(prompt_of(150), 70)
+    assert [token.finish_reason for token in tokens if token.finish_reason] == ["length"]
+    assert tokens[-1].finish_reason == "length"
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("max_step_tokens", [1, 7, 64, 100, 512])
+def test_the_chunk_size_of_the_prefill_changes_nothing(max_step_tokens: int) -> None:
+    """prefill(n) = n x decode(1)."""
+    engine = fake_engine(max_step_tokens=max_step_tokens)
+    tokens = run(engine, request("a", prompt_of(200)))
+    assert ids_of(tokens) == ids_of(run(fake_engine(), request("a", prompt_of(200))))
+    assert max(len(batch.token_ids) for batch in engine.model.batches) == min(max_step_tokens, 200)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 200), st.integers(0, 130), st.integers(1, 40)), min_size=1, max_size=5),
+    max_step_tokens=st.sampled_from([5, 64, 300]),
+    num_pages=st.sampled_from([6, 9, 40]),
+)
+def test_a_batch_of_sequences_equals_one_by_one(
+    lengths: list[tuple[int, int, int]], max_step_tokens: int, num_pages: int
+) -> None:
+    """Common beginnings, too few pages for all, small steps: each request still gets the tokens that it gets alone."""
+    engine = fake_engine(context_length=384, num_pages=num_pages, max_step_tokens=max_step_tokens)
+    requests = []
+    for i, (length, num_common, num_tokens) in enumerate(lengths):
+        prompt = (prompt_of(num_common, seed=99) + prompt_of(length, seed=i))[:330]
+        requests.append(request(str(i), prompt, num_tokens, seed=i, ignore_eos=True))
+    together = run(engine, *requests)
+    assert_idle(engine)
+    for one in requests:
+        assert ids_of(together, one.id) == ids_of(run(fake_engine(), one)), one.id
+
+
+def test_a_restored_prefix_equals_a_fresh_one() -> None:
+    engine = fake_engine()
+    prompt = prompt_of(300)
+    run(engine, request("a", prompt))
+    longer = prompt + prompt_of(100, seed=1)
+    again = run(engine, request("b", longer))
+    assert again[-1].stats.cached_tokens == 300
+    assert ids_of(again) == ids_of(run(fake_engine(), request("b", longer)))
+
+
+def test_the_answer_too_is_found_again_but_for_its_last_token() -> None:
+    engine = fake_engine()
+    prompt = prompt_of(100)
+    answer = ids_of(run(engine, request("a", prompt, 50)))
+    follow_up = run(engine, request("b", (*prompt, *answer, 1, 2, 3)))
+    assert follow_up[-1].stats.cached_tokens == 149
+    assert follow_up[-1].stats.prompt_tokens == 153
+
+
+def test_requests_with_a_common_beginning_compute_it_once() -> None:
+    engine = fake_engine(context_length=2048, num_pages=64)
+    common = prompt_of(640)
+    tokens = run(engine, *[request(str(i), common + prompt_of(20, seed=i), 4) for i in range(5)])
+    cached = {token.request_id: token.stats.cached_tokens for token in tokens}
+    assert cached == {"0": 0, "1": 640, "2": 640, "3": 640, "4": 640}
+
+
+def test_decoding_is_not_held_up_by_another_prompt() -> None:
+    engine = fake_engine(context_length=2048, num_pages=64, max_step_tokens=64)
+    engine.add(request("a", prompt_of(20), 100, ignore_eos=True))
+    engine.step()
+    engine.add(request("b", prompt_of(640, seed=1), 1))
+    for _ in range(10):
+        assert [token.request_id for token in engine.step()].count("a") == 1
+    assert engine.model.batches[-1].wants_logits.sum() == 1
+
+
+def test_a_prompt_that_never_fits_is_refused_and_leaves_nothing_behind() -> None:
+    engine = fake_engine(context_length=128)
+    with pytest.raises(KimiLiteError, match=r"need a context of 129 tokens; it has 128") as refusal:
+        run(engine, request("fits", prompt_of(5)), request("not", prompt_of(128)))
+    assert "-c " in refusal.value.hint
+    assert_idle(engine)
+    assert len(ids_of(run(engine, request("just", prompt_of(127))))) == 1
+
+
+def test_a_full_context_ends_the_answer() -> None:
+    engine = fake_engine(context_length=128)
+    tokens = run(engine, request("a", prompt_of(100), num_tokens=10_000))
+    assert (len(ids_of(tokens)), tokens[-1].finish_reason) == (28, "length")
+    assert_idle(engine)
+
+
+def test_more_requests_than_pages_wait_for_each_other() -> None:
+    engine = fake_engine(context_length=256, num_pages=4)
+    requests = [request(str(i), prompt_of(150, seed=i), 60, ignore_eos=True) for i in range(4)]
+    tokens = run(engine, *requests)
+    assert all(len(ids_of(tokens, one.id)) == 60 for one in requests)
+    assert_idle(engine)
+
+
+def test_cancelling_in_decode_keeps_what_was_said() -> None:
+    engine = fake_engine()
+    tokens = []
+    for token in engine.generate([request("a", prompt_of(100), 500)]):
+        tokens.append(token)
+        if len(ids_of(tokens)) == 20:
+            engine.cancel("a")
+    assert tokens[-1].finish_reason == "cancelled"
+    assert len(ids_of(tokens)) == 20
+    assert_idle(engine)
+    again = run(engine, request("b", (*prompt_of(100), *ids_of(tokens), 7), 8))
+    assert again[-1].stats.cached_tokens == 119
+    assert ids_of(again) == ids_of(run(fake_engine(), request("b", (*prompt_of(100), *ids_of(tokens), 7), 8)))
+
+
+def test_cancelling_between_the_layers_of_a_prefill_keeps_only_what_was_computed() -> None:
+    engine = fake_engine(max_step_tokens=100)
+
+    def cancel_late(batch, layer: int) -> None:
+        if batch.positions[0] == 100 and layer == 2:
+            engine.cancel("a")
+
+    engine.model.before_layer = cancel_late
+    tokens = run(engine, request("a", prompt_of(300)))
+    assert [(token.id, token.finish_reason) for token in tokens] == [(None, "cancelled")]
+    assert_idle(engine)
+    engine.model.before_layer = lambda batch, layer: None
+    again = run(engine, request("b", prompt_of(300)))
+    assert again[-1].stats.cached_tokens == 100
+    assert ids_of(again) == ids_of(run(fake_engine(), request("b", prompt_of(300))))
+
+
+def test_a_cancel_may_come_before_the_request_and_from_another_thread() -> None:
+    engine = fake_engine()
+    thread = threading.Thread(target=engine.cancel, args=("a",))
+    thread.start()
+    thread.join()
+    assert [token.finish_reason for token in run(engine, request("a", prompt_of(10)))] == ["cancelled"]
+    assert run(engine, request("a", prompt_of(10)))[-1].finish_reason == "length"  # and is used up
+
+
+def test_one_cancelled_request_does_not_disturb_the_others() -> None:
+    engine = fake_engine(context_length=2048, num_pages=64, max_step_tokens=100)
+    others = [request(str(i), prompt_of(30, seed=i), 30, ignore_eos=True) for i in range(2)]
+    tokens = []
+    for token in engine.generate([*others, request("long", prompt_of(900, seed=9))]):
+        tokens.append(token)
+        if len(tokens) == 5:
+            engine.cancel("long")
+    for one in others:
+        assert ids_of(tokens, one.id) == ids_of(run(fake_engine(), one))
+    assert [token.finish_reason for token in tokens if token.request_id == "long"] == ["cancelled"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_stopping_anywhere_leaves_a_valid_cache(data: st.DataObject) -> None:
+    """Cancelled between any two layers, closed, or interrupted by an exception: the next answer is the right one."""
+    engine = fake_engine(max_step_tokens=data.draw(st.sampled_from([16, 64, 150]), label="max_step_tokens"))
+    prompt = prompt_of(data.draw(st.integers(1, 250), label="prompt"))
+    stop_at = data.draw(st.integers(0, 40), label="layer calls before the stop")
+    how = data.draw(st.sampled_from(["cancel", "raise", "close"]), label="how")
+    num_calls = 0
+
+    def stop(batch, layer: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == stop_at and how == "cancel":
+            engine.cancel("a")
+        if num_calls == stop_at and how == "raise":
+            raise KeyboardInterrupt
+
+    engine.model.before_layer = stop
+    tokens = engine.generate([request("a", prompt, 12, ignore_eos=True)])
+    try:
+        for token in tokens:
+            if how == "close" and num_calls >= stop_at:
+                break
+            assert token.request_id == "a"
+    except KeyboardInterrupt:
+        assert how == "raise"
+    tokens.close()
+    assert_idle(engine)
+    engine.model.before_layer = lambda batch, layer: None
+    follow_up = request("b", prompt + prompt_of(30, seed=3), 6, ignore_eos=True)
+    assert ids_of(run(engine, follow_up)) == ids_of(run(fake_engine(), follow_up))
+
+
+def test_a_model_that_stops_by_itself_is_asked_again() -> None:
+    """`Cancelled` without a cancelled request (a spurious one) costs the step, not the answer."""
+    engine = fake_engine()
+    num_stops = 2
+
+    def stop_twice(batch, layer: int) -> None:
+        nonlocal num_stops
+        if num_stops and layer == 1:
+            num_stops -= 1
+            raise Cancelled
+
+    engine.model.before_layer = stop_twice
+    assert ids_of(run(engine, request("a", prompt_of(100)))) == ids_of(run(fake_engine(), request("a", prompt_of(100))))
+
+
+def test_the_model_ends_its_turn() -> None:
+    engine = fake_engine()
+    engine.model.next_logits = scripted_logits(engine.tokenizer, lambda prompt: ("hmm", "hello world"))
+    prompt = engine.template.encode([{"role": "user", "content": "hi"}], thinking=True)
+    tokens = run(engine, Request("a", tuple(prompt.ids), SamplingParams(), prompt.starts_in_reasoning))
+    texts = defaultdict(str)
+    for token in tokens:
+        texts[token.kind] += token.text
+    assert texts == {"reasoning": "hmm", "content": "hello world"}
+    assert tokens[-1].finish_reason == "stop"
+    assert ids_of(tokens)[-1] == engine.tokenizer.special["<|im_end|>"]
+    ignoring = request("b", tuple(prompt.ids), 30, ignore_eos=True)
+    engine.model.next_logits = lambda context: np.eye(VOCAB_SIZE, dtype=np.float32)[engine.tokenizer.special["<|im_end|>"]] * 99
+    assert len(ids_of(run(engine, ignoring))) == 30
+
+
+def test_a_stop_text_ends_the_answer_before_it() -> None:
+    engine = fake_engine()
+    engine.model.next_logits = scripted_logits(engine.tokenizer, lambda prompt: ("wor", "hello world and more"))
+    prompt = engine.template.encode([{"role": "user", "content": "hi"}], thinking=True)
+    sampling = SamplingParams(stop=("world", "xyz"))
+    tokens = run(engine, Request("a", tuple(prompt.ids), sampling, prompt.starts_in_reasoning))
+    assert "".join(token.text for token in tokens if token.kind == "content") == "hello "
+    assert tokens[-1].finish_reason == "stop"
+    assert_idle(engine)
+
+
+def test_tool_calls_are_named_and_end_with_their_own_reason() -> None:
+    engine = fake_engine()
+    special = engine.tokenizer.special
+    ids = [
+        special["<|tool_calls_section_begin|>"], special["<|tool_call_begin|>"], *engine.tokenizer.encode("functions.add:0"),
+        special["<|tool_call_argument_begin|>"], *engine.tokenizer.encode('{"a": 1}'), special["<|tool_call_end|>"],
+        special["<|tool_calls_section_end|>"], special["<|im_end|>"],
+    ]  # fmt: skip
+    prompt = engine.template.encode([{"role": "user", "content": "hi"}], thinking=False)
+    engine.model.next_logits = lambda context: np.eye(VOCAB_SIZE, dtype=np.float32)[ids[len(context) - len(prompt.ids)]] * 99
+    tokens = run(engine, Request("a", tuple(prompt.ids)))
+    assert ids_of(tokens) == ids
+    assert [token.call.name for token in tokens if token.call] == ["add"]
+    assert "".join(token.text for token in tokens if token.kind == "tool_call") == '{"a": 1}'
+    assert tokens[-1].finish_reason == "tool_calls"
+
+
+def test_statistics_count_tokens_and_time() -> None:
+    engine = fake_engine(max_step_tokens=50)
+    now_s = 100.0
+    engine.clock_s = lambda: now_s
+
+    def tick(batch, layer: int) -> None:
+        nonlocal now_s
+        now_s += 1.0 if layer == 0 else 0.0
+
+    engine.model.before_layer = tick
+    stats = [token.stats for token in engine.generate([request("a", prompt_of(150), 5, ignore_eos=True)]) if token.id is not None]
+    assert [s.generated_tokens for s in stats] == [1, 2, 3, 4, 5]
+    last = stats[-1]
+    assert (last.prompt_tokens, last.cached_tokens, last.prompt_s, last.time_to_first_token_s) == (150, 0, 3.0, 3.0)
+    assert (last.generation_s, last.prompt_tok_s, last.generation_tok_s) == (4.0, 50.0, 1.0)
+
+
+def test_prefill_reports_its_progress() -> None:
+    engine = fake_engine(max_step_tokens=100)
+    run(engine, request("a", prompt_of(100)))
+    reports = []
+    prompt = prompt_of(100) + prompt_of(150, seed=1)
+    list(engine.generate([request("b", prompt, 3)], lambda *report: reports.append(report)))
+    assert reports == [("b", 100, 250), ("b", 200, 250)]
+
+
+def test_padding_rows_of_the_output_are_never_sampled() -> None:
+    """A model may have more output rows than the tokenizer has tokens."""
+    engine = fake_engine()
+    engine.model.forward = _padded(engine.model.forward)
+    assert max(ids_of(run(engine, request("a", prompt_of(10), 20, ignore_eos=True)))) < VOCAB_SIZE
+
+
+def _padded(forward):
+    def padded(batch, should_stop=None) -> np.ndarray:
+        logits = forward(batch, should_stop)
+        return np.pad(logits, ((0, 0), (0, 4)), constant_values=99.0)
+
+    return padded
