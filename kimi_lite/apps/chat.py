@@ -15,7 +15,15 @@ from rich.console import Console
 from kimi_lite import __version__
 from kimi_lite.apps.commands import COMMANDS
 from kimi_lite.apps.interrupt import on_interrupt
-from kimi_lite.apps.render import AnswerView, WorkProgress, describe_model, show_error, show_plain, stats_line
+from kimi_lite.apps.render import (
+    LEAST_PREFILL_TOKENS,
+    AnswerView,
+    WorkProgress,
+    describe_model,
+    show_error,
+    show_plain,
+    stats_line,
+)
 from kimi_lite.engine.session import Session
 from kimi_lite.errors import KimiLiteError
 
@@ -59,7 +67,7 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         view = AnswerView(sys.stdout, self.aside, shows_reasoning=self.aside.is_terminal)
-        with WorkProgress(self.aside) as progress, on_interrupt(self.session.cancel):
+        with WorkProgress(self.aside, least=LEAST_PREFILL_TOKENS) as progress, on_interrupt(self.session.cancel):
             for token in self.session.ask(text, lambda _, done, total: progress("reading the prompt", done, total)):
                 progress.close()
                 view.show(token)

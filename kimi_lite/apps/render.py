@@ -15,6 +15,7 @@ from kimi_lite.engine.types import ModelInfo, Stats, Token
 from kimi_lite.errors import KimiLiteError
 
 # What could move the cursor or change the terminal: C0 but tab and newline, DEL, C1.
+LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MIB, GIB = 1024**2, 1024**3
 
@@ -68,15 +69,17 @@ class AnswerView:
 class WorkProgress:
     """A bar for work of known length that goes away when done; nothing where `console` is no terminal."""
 
-    def __init__(self, console: Console, unit: Callable[[int], str] = "{:,}".format) -> None:
+    def __init__(self, console: Console, unit: Callable[[int], str] = "{:,}".format, least: int = 1) -> None:
         amount = TextColumn("[dim]{task.fields[amount]}")
         columns = (TextColumn("[dim]{task.description}"), BarColumn(28), amount, TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._unit = unit
+        self._unit, self._least = unit, least
         self._task: TaskID | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` units of `what` are done; the first call makes the bar appear."""
+        """Show that `done` of `total` units of `what` are done. The bar appears when there is enough to do."""
+        if self._task is None and total - done < self._least:
+            return
         amount = f"{self._unit(done)} / {self._unit(total)}"
         if self._task is None:
             self._progress.start()

@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 
 from kimi_lite.apps.interrupt import on_interrupt
-from kimi_lite.apps.render import AnswerView, WorkProgress, show_plain, stats_document, stats_line
+from kimi_lite.apps.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_plain, stats_document, stats_line
 from kimi_lite.engine.session import Session
 from kimi_lite.errors import KimiLiteError
 
@@ -48,7 +48,11 @@ def run(session: Session, prompt: str, output: RunOutput) -> int:
     """Answer `prompt`; the process's exit code. Ctrl-C keeps what was said so far."""
     out, aside = sys.stdout, Console(stderr=True)
     is_whole = output.is_json or output.path is not None  # written at the end, in one piece
-    with open(os.devnull, "w") as nowhere, WorkProgress(aside) as progress, on_interrupt(session.cancel):
+    with (
+        open(os.devnull, "w") as nowhere,
+        WorkProgress(aside, least=LEAST_PREFILL_TOKENS) as progress,
+        on_interrupt(session.cancel),
+    ):
         view = AnswerView(nowhere if is_whole else out, aside, shows_reasoning=aside.is_terminal and not output.is_quiet)
         ids = []
         report = None if output.is_quiet else lambda _, done, total: progress("reading the prompt", done, total)

@@ -47,9 +47,9 @@ def test_greedy_is_the_maximum() -> None:
     ids=lambda params: f"T{params.temperature}-k{params.top_k}-p{params.top_p}-m{params.min_p}-r{params.repetition_penalty}",
 )
 def test_draws_follow_the_exact_distribution(params: SamplingParams) -> None:
-    """Chi-square over 20,000 draws: the bound is crossed by chance once in a million, and the seed is fixed."""
+    """Chi-square over 8,000 draws: the bound is crossed by chance once in a million, and the seed is fixed."""
     logits = np.random.default_rng(1).normal(scale=2.0, size=60).astype(np.float32)
-    seen, num_draws = (3, 5, 5, 59), 20_000
+    seen, num_draws = (3, 5, 5, 59), 8_000
     sampler = Sampler(params, seen, len(logits))
     sampler.random = np.random.default_rng(2)
     known = None if sampler.is_seen is None else sampler.is_seen.copy()
@@ -87,7 +87,7 @@ def test_the_filters_keep_exactly_the_right_tokens(
     kept[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
     expected = exact_distribution(logits, params)
     # float32 against float64 may disagree about the one token just at the cut of top-p or min-p
-    differing = np.flatnonzero((expected > 0) != (kept > 0))
+    differing = np.flatnonzero((expected > 1e-20) != (kept > 1e-20))  # float32 ends earlier than float64
     assert len(differing) <= 1, differing
     assert np.abs(kept - expected).sum() < 1e-4 + 2.1 * np.maximum(expected, kept)[differing].sum()
 

@@ -1,0 +1,43 @@
+"""`python -m tests.apps.fake_main ARGS`: kimi-lite with a scripted model in place of a real one.
+
+It thinks "about it", then repeats what it was told. Told "slow" it talks for long, told "long prompt" it takes its time to read,
+told "deaf" it cannot be stopped gently.
+"""
+
+import time
+
+from kimi_lite import cli
+from kimi_lite.engine.engine import Engine
+from tests.engine.fakes import fake_engine, scripted_logits
+
+SECONDS_PER_STEP = 0.03
+
+
+def repeat(prompt: str) -> tuple[str, str]:
+    """(reasoning, content) for a prompt as the template renders it."""
+    said = prompt.rpartition("<|im_user|>user<|im_middle|>")[2].removesuffix("<|im_end|>")
+    return "about it", "tick " * 400 if said.startswith("slow") else f"you said: {said}"
+
+
+def open_fake(path: object, **options: object) -> Engine:
+    """In place of `Engine.open`."""
+    engine = fake_engine(context_length=options.get("context_length") or 4096, max_step_tokens=64)
+    engine.model.next_logits = scripted_logits(engine.tokenizer, repeat)
+    engine.opened_with = {"path": path, **options}
+
+    def take_time(batch, layer: int) -> None:
+        known = engine.tokenizer.decode(engine.scheduler.running[0].token_ids[:200])
+        if layer == 0 and "long prompt" in known:
+            time.sleep(10 * SECONDS_PER_STEP)
+        elif layer == 0 and "slow" in known:
+            time.sleep(SECONDS_PER_STEP)
+        elif "deaf" in known:
+            time.sleep(60)
+
+    engine.model.before_layer = take_time
+    return engine
+
+
+if __name__ == "__main__":
+    Engine.open = open_fake
+    cli.main()

@@ -1,0 +1,79 @@
+"""A program in a pseudo-terminal: type to it, wait for what it shows. For tests of interactive commands."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()=>][0-9A-B]?|\x1b\][^\x07]*\x07")
+TIMEOUT_S = 30.0
+
+
+class Terminal:
+    """Runs `python -m MODULE ARGUMENTS` on a terminal of 24 x 100; `seen` is all it showed, without escape sequences."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        env = os.environ | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+        command = [sys.executable, "-m", *arguments]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, **streams, start_new_session=True, preexec_fn=_own_terminal)
+        os.close(slave)
+        self.raw = ""
+        self._mark = 0
+
+    @property
+    def seen(self) -> str:
+        return _ESCAPES.sub("", self.raw).replace("\r", "")
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """What was shown since the last call up to `text`; fails with all of it when it does not come."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while (at := self.seen.find(text, self._mark)) < 0:
+            left_s = deadline_s - time.monotonic()
+            assert left_s > 0, f"no {text!r} in:\n{self.seen[self._mark :]}"
+            if not self._read(min(left_s, 0.2)):
+                raise AssertionError(f"ended without {text!r}:\n{self.seen[self._mark :]}")
+        shown = self.seen[self._mark : at]
+        self._mark = at + len(text)
+        return shown
+
+    def wait(self) -> int:
+        """Read to the end; the exit code."""
+        while self._read(TIMEOUT_S):
+            pass
+        return self.process.wait(TIMEOUT_S)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._master)
+
+    def _read(self, timeout_s: float) -> bool:
+        """Take in what has come; False when the program has closed the terminal."""
+        if not select.select([self._master], [], [], timeout_s)[0]:
+            return True
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # Linux: the other end is closed
+            return False
+        self.raw += data.decode("utf-8", "replace")
+        return bool(data)
+
+
+def _own_terminal() -> None:
+    """Make stdin the new session's terminal, so that its Ctrl-C becomes a signal."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

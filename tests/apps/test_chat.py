@@ -1,0 +1,140 @@
+"""`kimi-lite chat` on a real terminal (a pty) and on pipes, with a scripted model."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kimi_lite.apps.commands import COMMANDS
+from tests.apps.terminal import ROOT, Terminal
+
+FAKE = "tests.apps.fake_main"
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal(FAKE, "chat", "-m", "x")
+    yield terminal
+    terminal.close()
+
+
+def test_a_conversation(terminal: Terminal) -> None:
+    header = terminal.wait_for("❯")
+    assert "fake · Q8_0 67 %, F32 33 %" in header
+    assert "context 4,096 · thinking on (temp 1, top-p 0.95)" in header
+    terminal.type("hello\r")
+    shown = terminal.wait_for("TTFT")
+    assert "about it" in shown
+    assert "▸ thought for 0 s · 8 tokens" in shown
+    assert shown.index("thought for") < shown.index("you said: hello")
+    assert "cached" not in shown
+    terminal.wait_for("❯")
+    terminal.type("again\r")
+    assert " cached)" in terminal.wait_for("TTFT")
+    terminal.type("/exit\r")
+    assert terminal.wait() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal: Terminal) -> None:
+    terminal.wait_for("❯")
+    terminal.type("slow\r")
+    terminal.wait_for("tick tick")
+    terminal.type("\x03")
+    terminal.wait_for("stopped")
+    terminal.type("fine\r")
+    terminal.wait_for("you said: fine")
+    assert " cached)" in terminal.wait_for("TTFT")
+    terminal.type("/clear\r")
+    terminal.wait_for("forgotten")
+    terminal.type("anew\r")
+    terminal.wait_for("you said: anew")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_ctrl_c_stops_the_reading_of_a_long_prompt(terminal: Terminal) -> None:
+    terminal.wait_for("❯")
+    terminal.type("long prompt " * 60 + "\r")
+    time.sleep(1.0)
+    terminal.type("\x03")
+    assert "gen 0 tok" in terminal.wait_for("stopped")
+    terminal.type("short\r")
+    terminal.wait_for("you said: short")
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line_and_says_how_to_leave(terminal: Terminal) -> None:
+    terminal.wait_for("❯")
+    terminal.type("half a line\x03")
+    terminal.wait_for("Ctrl-D or /exit to leave")
+    terminal.type("whole\r")
+    terminal.wait_for("you said: whole")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_a_second_ctrl_c_ends_a_program_that_does_not_stop(terminal: Terminal) -> None:
+    terminal.wait_for("❯")
+    terminal.type("deaf\r")  # the model never asks whether it should stop
+    time.sleep(1.0)
+    terminal.type("\x03")
+    time.sleep(0.5)
+    assert terminal.process.poll() is None
+    terminal.type("\x03")
+    assert terminal.wait() == 130
+
+
+def test_pasted_lines_are_one_message(terminal: Terminal) -> None:
+    terminal.wait_for("❯")
+    terminal.type("\x1b[200~" + "\n".join(f"line {i}" for i in range(20)) + "\x1b[201~\r")
+    shown = terminal.wait_for("TTFT")
+    assert "you said: line 0" in shown
+    assert "line 19" in shown.partition("you said")[2]
+
+
+def test_settings_by_command(terminal: Terminal) -> None:
+    terminal.wait_for("❯")
+    terminal.type("/think off\r")
+    terminal.wait_for("thinking off (temp 0.6, top-p 0.95)")
+    terminal.type("/system be brief\r")
+    terminal.wait_for("system prompt: be brief")
+    terminal.type("hi\r")
+    assert "thought for" not in terminal.wait_for("TTFT")
+    terminal.type("/think maybe\r")
+    terminal.wait_for("It is /think on or /think off.")
+    terminal.type("/exlt\r")
+    terminal.wait_for("unknown command /exlt - did you mean /exit?")
+    terminal.type("/help\r")
+    shown = terminal.wait_for("Alt-Enter")
+    assert all(f"/{command.names[0]}" in shown for command in COMMANDS.commands)
+    terminal.type("/bye\r")
+    assert terminal.wait() == 0
+
+
+def test_a_message_too_long_does_not_end_the_chat() -> None:
+    terminal = Terminal(FAKE, "chat", "-m", "x", "-c", "128")
+    terminal.wait_for("❯")
+    terminal.type("x" * 200 + "\r")
+    terminal.wait_for("it has 128")
+    terminal.type("short\r")
+    terminal.wait_for("you said: short")
+    terminal.close()
+
+
+def test_lines_of_a_pipe_are_messages_and_stdout_has_only_answers() -> None:
+    lines = "hello\n\n/think off\nagain\n/nonsense\nmore\n"
+    done = subprocess.run(
+        [sys.executable, "-m", FAKE, "chat", "-m", "x"], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "you said: hello\nyou said: again\nyou said: more\n"
+    assert done.returncode == 0
+    assert "unknown command /nonsense" in done.stderr
+    assert done.stderr.count("TTFT") == 3
+
+
+def test_no_command_has_two_meanings() -> None:
+    names = [name for command in COMMANDS.commands for name in command.names]
+    assert len(set(names)) == len(names)
+    with pytest.raises(AssertionError):
+        COMMANDS.command("help")(lambda chat, argument: None)

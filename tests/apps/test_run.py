@@ -1,0 +1,190 @@
+"""`kimi-lite run`: where the prompt comes from, what goes to which stream, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from kimi_lite import __version__
+from kimi_lite.cli import app
+from kimi_lite.engine.engine import Engine
+from tests.apps.fake_main import open_fake
+
+ROOT = Path(__file__).parents[2]
+FAKE = [sys.executable, "-m", "tests.apps.fake_main"]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """Engines are fake; the list holds those that were opened."""
+    engines: list[Engine] = []
+    monkeypatch.setattr(Engine, "open", lambda path, **options: engines.append(open_fake(path, **options)) or engines[-1])
+    return engines
+
+
+def invoke(*arguments: str, stdin: str = "", env: dict | None = None) -> Result:
+    return CliRunner().invoke(app, ["run", "-m", "x.gguf", *arguments], input=stdin, env=env, catch_exceptions=True)
+
+
+def test_stdout_has_the_answer_and_nothing_else(opened: list[Engine]) -> None:
+    result = invoke("hi there")
+    assert (result.exit_code, result.stdout) == (0, "you said: hi there\n")
+    assert "prompt" in result.stderr
+    assert "t/s" in result.stderr
+    assert "about it" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "expected"),
+    [
+        (["-p", "hello"], "", "hello"),
+        ([], "from a pipe", "from a pipe"),
+        (["-f", "-"], "dash", "dash"),
+        (["look:", "-f", "FILE"], "", "look:\n\nin a file"),
+        (["-f", "FILE"], "ignored", "in a file"),
+    ],
+)
+def test_the_prompt_comes_from_where_it_is(
+    opened: list[Engine], tmp_path: Path, arguments: list[str], stdin: str, expected: str
+) -> None:
+    (tmp_path / "prompt.txt").write_text("in a file")
+    result = invoke(*[str(tmp_path / "prompt.txt") if a == "FILE" else a for a in arguments], stdin=stdin)
+    assert result.stdout == f"you said: {expected}\n"
+
+
+def test_quiet_means_quiet(opened: list[Engine]) -> None:
+    result = invoke("hi", "-q")
+    assert (result.stdout, result.stderr) == ("you said: hi\n", "")
+
+
+def test_json_is_one_document(opened: list[Engine]) -> None:
+    result = invoke("hi", "--json")
+    document = json.loads(result.stdout)
+    assert (document["text"], document["reasoning"], document["finish_reason"]) == ("you said: hi", "about it", "stop")
+    assert document["model"] == "fake"
+    tokenizer = opened[0].tokenizer
+    assert tokenizer.decode(document["ids"]) == "about it</think>you said: hi<|im_end|>"
+    assert document["stats"]["generated_tokens"] == len(document["ids"])
+    assert document["stats"]["prompt_tokens"] > 0
+
+
+def test_output_goes_to_a_file_whole(opened: list[Engine], tmp_path: Path) -> None:
+    path = tmp_path / "answer.txt"
+    result = invoke("hi", "-o", str(path))
+    assert (result.stdout, path.read_text()) == ("", "you said: hi\n")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_flags_reach_the_engine_and_the_sampler(opened: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    add = Engine.add
+    monkeypatch.setattr(Engine, "add", lambda self, request: seen.append(request) or add(self, request))
+    flags = "-c 2K -t 3 -n 7 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --seed 4 -s short --no-think"
+    invoke("hi", *flags.split(" "))
+    sampling = seen[0].sampling
+    assert opened[0].opened_with | {"on_progress": None} == {
+        "path": Path("x.gguf"), "context_length": 2048, "num_threads": 3, "on_progress": None,
+    }  # fmt: skip
+    assert (sampling.temperature, sampling.max_tokens, sampling.top_k, sampling.top_p) == (0.6, 7, 5, 0.5)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.1, 4)
+    assert "short" in opened[0].tokenizer.decode(seen[0].prompt_ids)
+    assert not seen[0].starts_in_reasoning
+    invoke("hi", "--temp", "0.3")
+    assert seen[1].sampling.temperature == 0.3
+
+
+def test_settings_come_from_the_environment_too(opened: list[Engine]) -> None:
+    result = invoke("hi", "--json", env={"KIMI_LITE_CTX": "1K", "KIMI_LITE_MAX_TOKENS": "3", "KIMI_LITE_THINK": "0"})
+    document = json.loads(result.stdout)
+    assert (opened[0].context_length, document["finish_reason"], document["reasoning"]) == (1024, "length", "")
+    assert len(document["ids"]) == 3
+
+
+def test_without_a_model_the_demo_is_used_and_said_so(opened: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_lite.demo.build.ensure_demo_model", lambda on_progress: Path("demo.gguf"))
+    result = CliRunner().invoke(app, ["run", "hi"], env={"KIMI_LITE_MODEL": None})
+    assert result.stdout == "you said: hi\n"
+    assert "demo model" in result.stderr
+    assert "-m FOLDER" in result.stderr
+    assert opened[0].opened_with["path"] == Path("demo.gguf")
+    CliRunner().invoke(app, ["run", "hi"], env={"KIMI_LITE_MODEL": "mine.gguf"})
+    assert opened[1].opened_with["path"] == Path("mine.gguf")
+
+
+def spawn(*arguments: str, **options: object) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*FAKE, *arguments], cwd=ROOT, text=True, **{**pipes, **options})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "-m", "x", "one", "-p", "two"], "given twice"),
+        (["run", "-m", "x"], "empty"),
+        (["run", "-m", "x", "-f", "no/such/file"], "no/such/file"),
+        (["run", "-m", "x", "--temp", "-3", "hi"], "Temperature is -3.0"),
+        (["run", "-m", "x", "-c", "64", "z" * 80], "it has 64"),
+        (["run", "-m", "x", "-c", "much", "hi"], "much"),
+        (["run", "-m", "x", "hi", "-o", "/no/such/folder/file"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(arguments: list[str], message: str) -> None:
+    process = spawn(*arguments)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 2, err
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_reader_that_leaves_is_no_drama() -> None:
+    process = spawn("run", "-m", "x", "slow", "-q")
+    assert process.stdout.read(4) == "tick"
+    process.stdout.close()
+    assert process.wait(timeout=20) != 0
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_ctrl_c_keeps_the_partial_answer(is_json: bool, tmp_path: Path) -> None:
+    path = tmp_path / "answer"
+    process = spawn("run", "-m", "x", "slow", *(["--json", "-o", str(path)] if is_json else []))
+    begun = ""
+    if is_json:
+        time.sleep(1.5)  # nothing is shown that one could wait for
+    else:
+        begun = process.stdout.read(9)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "stopped" in err
+    assert "Traceback" not in err
+    if is_json:
+        document = json.loads(path.read_text())
+        assert document["finish_reason"] == "cancelled"
+        assert document["text"].startswith("tick")
+    else:
+        assert ("tick " * 400).startswith((begun + out).removesuffix("\n"))
+        assert out.endswith("\n")
+
+
+def test_help_is_quick_and_heavy_libraries_stay_out() -> None:
+    """`--help` under 0.3 s; two thirds more here, for machines that do something else as well."""
+    times_s = []
+    for _ in range(5):
+        begun_s = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "kimi_lite", "--help"], cwd=ROOT, check=True, capture_output=True)
+        times_s.append(time.perf_counter() - begun_s)
+    assert min(times_s) < 0.5, times_s
+    code = "import sys, kimi_lite.cli; print([m for m in ('torch', 'numba', 'numpy', 'tiktoken') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"kimi-lite {__version__}\n"
