@@ -1,0 +1,74 @@
+"""Text to token ids and back: tiktoken over the vocabulary that the GGUF file itself carries.
+
+tiktoken merges the pair with the lowest rank first, which is what the vocabularies were trained with, so the ids are exact and no
+merge list is needed. Ordinary encoding never yields a control token: only `encode_with_control` does, for the texts its caller
+names. Built at start-up by the engine; used by `text.template` and `text.stream`.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+
+import tiktoken
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.pretokenizers import chunks, pattern_of
+from kimi_lite.text.vocabulary import Vocabulary
+
+
+class Tokenizer:
+    """Byte-level BPE. `special`: control and user-defined tokens by text; `eos_ids`: any of them ends a turn."""
+
+    def __init__(self, vocabulary: Vocabulary, pattern: str) -> None:
+        self._vocabulary = vocabulary
+        self.vocab_size = len(vocabulary.token_bytes)
+        self.special: Mapping[str, int] = MappingProxyType(vocabulary.special)
+        self.eos_ids, self.bos_id, self.eos_id = vocabulary.eos_ids, vocabulary.bos_id, vocabulary.eos_id
+        ranks = dict(vocabulary.ranks)
+        # tiktoken panics at a byte without a token; SmolLM2 has 21 of them. They get ids past the vocabulary, left out below.
+        self._first_absent = max(self.vocab_size, len(ranks))
+        absent = [data for data in (bytes([byte]) for byte in range(256)) if data not in ranks]
+        ranks |= {data: self._first_absent + i for i, data in enumerate(absent)}
+        self._has_absent = bool(absent)
+        self._encoding = tiktoken.Encoding("gguf", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, object]) -> "Tokenizer":
+        """From the `tokenizer.ggml.*` keys of a GGUF file; KimiLiteError where they are missing, malformed or unknown."""
+        return cls(Vocabulary.from_metadata(metadata), pattern_of(str(metadata.get("tokenizer.ggml.pre"))))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as plain text: never a control token, whatever it spells. A byte that no token stands for is left out."""
+        ids: list[int] = []
+        for chunk in chunks(text):
+            ids += self._encoding.encode_ordinary(chunk)
+        if self._has_absent:
+            ids = [i for i in ids if i < self._first_absent]
+        id_of_rank = self._vocabulary.id_of_rank
+        return ids if id_of_rank is None else [id_of_rank[rank] for rank in ids]
+
+    def encode_with_control(self, text: str, allowed: Collection[str]) -> list[int]:
+        """Like `encode`, but the control tokens named in `allowed` are recognised where `text` spells them."""
+        unknown = sorted(set(allowed) - self.special.keys())
+        if unknown:
+            raise KimiLiteError(f"{unknown[0]!r} is not a control token of this model, which has {len(self.special)}.")
+        if not allowed:
+            return self.encode(text)
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True)))})", text):
+            ids += [self.special[part]] if part in allowed else self.encode(part)
+        return ids
+
+    def decode_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, possibly a part of a character; a control token gives its own text."""
+        if not 0 <= token_id < self.vocab_size:
+            raise KimiLiteError(f"Token id {token_id} does not exist; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
+        return self._vocabulary.token_bytes[token_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of all `ids` together, control tokens included; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.decode_bytes, ids)).decode("utf-8", "replace")
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether the token is for the machine only; its text is never shown."""
+        return bool(self._vocabulary.is_control[token_id])

@@ -1,0 +1,295 @@
+"""The stream parser: every cut of the same text gives the same pieces, no marker is ever shown, nothing raises."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import pytest
+from conftest import make_metadata
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_typescript import GET_WEATHER, tool
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.stream import TOOL_MARKERS, Piece, StreamParser
+from kimi_lite.text.tokenizer import Tokenizer
+from kimi_lite.text.tool_calls import ToolCall
+
+BYTES = [bytes([byte]) for byte in range(256)]
+MARKERS = ["<think>", "</think>", *(m for m in TOOL_MARKERS if "tool_call_section" not in m)]
+SPECIAL = [*MARKERS, "<|im_end|>", "<reserved>"]
+SECTION, END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+TOOLS = [GET_WEATHER, tool("noargs")]
+
+
+def call(call_id: str, arguments: str) -> str:
+    return f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_metadata(make_metadata(BYTES, SPECIAL, "gpt-2"))
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer() -> Tokenizer:
+    return Tokenizer.from_metadata(make_metadata(BYTES, ["<|im_start|>", "<|im_end|>"], "gpt-2"))
+
+
+class Answer:
+    """All pieces of one answer, joined."""
+
+    def __init__(self, parser: StreamParser, ids: Sequence[int]) -> None:
+        self.pieces: list[Piece] = [piece for token_id in ids for piece in parser.feed(token_id)]
+        self.pieces += parser.finish()
+        self.calls, self.is_stopped = parser.tool_calls, parser.is_stopped
+        self.reasoning, self.content = self._text("reasoning"), self._text("content")
+        self.errors = [piece.error for piece in self.pieces if piece.error]
+
+    def _text(self, kind: str) -> str:
+        return "".join(piece.text for piece in self.pieces if piece.kind == kind)
+
+    def streamed_calls(self) -> list[ToolCall]:
+        """The calls as a client puts them together from the pieces alone."""
+        opened = {piece.call_index: piece.call for piece in self.pieces if piece.call}
+        texts = {i: "".join(p.text for p in self.pieces if p.call_index == i) for i in opened}
+        return [ToolCall(opened[i].id, opened[i].name, texts[i]) for i in sorted(opened)]
+
+
+def spelled(tokenizer: Tokenizer, text: str, starts_in_reasoning: bool = False, **more: object) -> Answer:
+    """Parse `text` written in ordinary tokens only, byte by byte."""
+    return Answer(StreamParser(tokenizer, starts_in_reasoning, **more), tokenizer.encode(text))
+
+
+def marked(tokenizer: Tokenizer, text: str, starts_in_reasoning: bool = False, **more: object) -> Answer:
+    """Parse `text` with its markers as control tokens."""
+    return Answer(StreamParser(tokenizer, starts_in_reasoning, **more), tokenizer.encode_with_control(text, SPECIAL))
+
+
+BOTH = pytest.mark.parametrize("parse", [spelled, marked])
+
+
+@BOTH
+def test_reasoning_then_content(tokenizer: Tokenizer, parse) -> None:
+    answer = parse(tokenizer, "hmm é😀</think>It is 4.", True)
+    assert (answer.reasoning, answer.content) == ("hmm é😀", "It is 4.")
+    assert parse(tokenizer, "<think>hmm</think>4", True).reasoning == "hmm"
+    assert parse(tokenizer, "never closed", True).reasoning == "never closed"
+
+
+@BOTH
+def test_think_markers_at_the_start_of_content(tokenizer: Tokenizer, parse) -> None:
+    opened = parse(tokenizer, "<think>hmm</think>4")
+    assert (opened.reasoning, opened.content) == ("hmm", "4")
+    assert parse(tokenizer, "</think>4").content == "4"
+    assert parse(tokenizer, "<b>4</b> <").content == "<b>4</b> <"
+
+
+def test_think_spelled_inside_content_is_a_word(tokenizer: Tokenizer) -> None:
+    text = "Close it with </think> after <think>."
+    assert spelled(tokenizer, text).content == text
+    assert marked(tokenizer, "a</think>b").content == "ab"
+
+
+@BOTH
+def test_a_tool_call_streams_id_and_name_first(tokenizer: Tokenizer, parse) -> None:
+    answer = parse(
+        tokenizer, f'hm</think>Look.{SECTION}{call("functions.get_weather:0", """ {"city": "北京"} """)}{END_SECTION}', True
+    )
+    assert (answer.reasoning, answer.content, answer.errors) == ("hm", "Look.", [])
+    assert answer.calls == (ToolCall("functions.get_weather:0", "get_weather", '{"city": "北京"}'),)
+    assert answer.streamed_calls() == list(answer.calls)
+    tool_pieces = [piece for piece in answer.pieces if piece.kind == "tool_call"]
+    assert tool_pieces[0] == Piece("tool_call", call=ToolCall("functions.get_weather:0", "get_weather"), call_index=0)
+    assert len(tool_pieces) > 10
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "text",
+    [
+        SECTION + call("functions.a:0", "{}") + call("functions.b-c.d:12", '{"x": 1}') + END_SECTION,
+        SECTION + " \n" + call(" functions.a:0\n", "\n{}\n") + "\n" + call("b-c.d:12", '{"x": 1}') + " " + END_SECTION,
+        call("functions.a:0", "{}") + call("functions.b-c.d:12", '{"x": 1}'),
+        "<|tool_call_section_begin|>" + call("a:0", "") + call("functions.b-c.d:12", '{"x": 1}') + "<|tool_call_section_end|>",
+        SECTION + "<|tool_call_begin|>" + call("a:0", "{}") + call("b-c.d:12", '{"x": 1}').removesuffix("<|tool_call_end|>"),
+        SECTION + call("a:0", "{}").removesuffix("<|tool_call_end|>") + call("b-c.d:12", '{"x": 1}') + END_SECTION,
+        "<|tool_call_end|><|tool_call_argument_begin|>" + END_SECTION + call("a:0", "{}") + call("b-c.d:12", '{"x": 1}'),
+    ],
+)
+def test_variants_of_tool_sections(tokenizer: Tokenizer, parse, text: str) -> None:
+    for starts_in_reasoning in (False, True):
+        answer = parse(tokenizer, text, starts_in_reasoning)
+        assert [(c.name, c.arguments) for c in answer.calls] == [("a", "{}"), ("b-c.d", '{"x": 1}')]
+        assert (answer.errors, answer.content + answer.reasoning) == ([], "")
+        assert answer.streamed_calls() == list(answer.calls)
+
+
+def test_ids_are_verbatim(tokenizer: Tokenizer) -> None:
+    answer = marked(tokenizer, call("search:3", "{}") + call("functions.search:41", "{}"))
+    assert [c.id for c in answer.calls] == ["search:3", "functions.search:41"]
+
+
+def test_words_between_and_after_calls_are_content(tokenizer: Tokenizer) -> None:
+    answer = marked(tokenizer, f"a {SECTION} {call('f:0', '{}')} and then \n {call('g:1', '{}')}{END_SECTION} b")
+    assert (answer.content, len(answer.calls), answer.errors) == ("a  and then b", 2, [])
+
+
+@BOTH
+def test_a_bare_number_is_named_by_its_arguments(tokenizer: Tokenizer, parse) -> None:
+    answer = parse(tokenizer, SECTION + call("3", '{"city": "Rome", "days": 2}') + END_SECTION, tools=TOOLS)
+    assert answer.calls == (ToolCall("functions.get_weather:3", "get_weather", '{"city": "Rome", "days": 2}'),)
+    assert answer.streamed_calls() == list(answer.calls)
+    assert "names no tool" in parse(tokenizer, call("3", '{"town": "Rome"}'), tools=TOOLS).errors[0]
+    assert "names no tool" in parse(tokenizer, call("3", "[1]"), tools=TOOLS).errors[0]
+    assert "names no tool" in parse(tokenizer, call("3", "{}")).errors[0]
+    odd_tools = ["f", {}, {"function": "f"}, {"function": {"parameters": []}}]
+    assert "names no tool" in parse(tokenizer, call("3", '{"x": 1}'), tools=odd_tools).errors[0]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("text", "message", "num_calls"),
+    [
+        (call("functions.a:0", '{"x": '), "not a JSON object", 1),
+        (call("functions.a:0", "[1]"), "not a JSON object", 1),
+        (call("functions.a:0", "[" * 5000), "not a JSON object", 1),
+        (call("functions.a:0", '{"x": "cut').removesuffix("<|tool_call_end|>"), "not a JSON object", 1),
+        (call("what is this", "{}"), "'what is this' cannot be used", 0),
+        ("<|tool_call_begin|>functions.a:0<|tool_call_end|>", "before its arguments", 0),
+        ("<|tool_call_begin|>functions.a:0", "before its arguments", 0),
+        ("<|tool_call_begin|>functions.a:0<|tool_call_begin|>", "before its arguments", 0),
+    ],
+)
+def test_malformed_calls_say_so(tokenizer: Tokenizer, parse, text: str, message: str, num_calls: int) -> None:
+    answer = parse(tokenizer, text, True)
+    assert message in answer.errors[0]
+    assert len(answer.calls) == num_calls
+
+
+def test_markers_inside_json_strings_are_data(tokenizer: Tokenizer) -> None:
+    arguments = json.dumps({"code": 'say "<|tool_call_end|>" or \\ <|tool_calls_section_end|>', "t": "</think><think>"})
+    answer = spelled(tokenizer, SECTION + call("functions.write:0", arguments) + END_SECTION)
+    assert answer.calls == (ToolCall("functions.write:0", "write", arguments),)
+    ids = tokenizer.encode_with_control(call("functions.write:0", '{"t": "<think>"}'), SPECIAL)
+    assert Answer(StreamParser(tokenizer, False), ids).calls[0].arguments == '{"t": "<think>"}'
+
+
+@BOTH
+def test_stop_strings_cut_content_only(tokenizer: Tokenizer, parse) -> None:
+    answer = parse(tokenizer, "STOP</think>one STOP two", True, stop=("STOP", "never"))
+    assert (answer.reasoning, answer.content, answer.is_stopped) == ("STOP", "one ", True)
+    assert parse(tokenizer, "one STO", stop=("STOP",)).content == "one STO"
+    assert not parse(tokenizer, "one STO", stop=("STOP",)).is_stopped
+    with pytest.raises(KimiLiteError, match="empty"):
+        StreamParser(tokenizer, False, stop=("",))
+
+
+def test_stop_string_at_a_control_token(tokenizer: Tokenizer) -> None:
+    answer = marked(tokenizer, f"ab{SECTION}{call('f:0', '{}')}", stop=("ab",))
+    assert (answer.content, answer.calls, answer.is_stopped) == ("", (), True)
+
+
+def test_other_control_tokens_are_silent(tokenizer: Tokenizer) -> None:
+    assert marked(tokenizer, "a<reserved>b<|im_end|>").content == "ab"
+    assert marked(tokenizer, "<think<reserved>>x").content == "<think>x"
+
+
+def test_bytes_are_decoded_across_tokens(tokenizer: Tokenizer) -> None:
+    parser = StreamParser(tokenizer, False)
+    first, rest = [parser.feed(i) for i in "😀".encode()[:3]], parser.feed("😀".encode()[3])
+    assert (first, rest) == ([[], [], []], [Piece("content", "😀")])
+    assert Answer(StreamParser(tokenizer, False), [0xF0, 0x9F, ord("a"), 0xC3]).content == "\ufffda\ufffd"
+    assert (
+        Answer(StreamParser(tokenizer, False), [0xF0, 0x9F, *tokenizer.encode_with_control("<reserved>", SPECIAL)]).content
+        == "\ufffd"
+    )
+
+
+def test_kind_of_the_next_token(tokenizer: Tokenizer) -> None:
+    parser = StreamParser(tokenizer, True)
+    kinds = [parser.kind]
+    for marker in ("</think>", SECTION, "<|tool_call_begin|>", END_SECTION):
+        parser.feed(tokenizer.special[marker])
+        kinds.append(parser.kind)
+    assert kinds == ["reasoning", "content", "tool_call", "tool_call", "content"]
+
+
+def test_a_model_without_markers_only_has_content(plain_tokenizer: Tokenizer) -> None:
+    text = f"<think>x</think>{SECTION}{call('f:0', '{}')}<"
+    answer = Answer(StreamParser(plain_tokenizer, False), plain_tokenizer.encode(text))
+    assert (answer.content, answer.calls) == (text, ())
+    reasoning = Answer(StreamParser(plain_tokenizer, True), plain_tokenizer.encode("hm</think>4"))
+    assert (reasoning.reasoning, reasoning.content) == ("hm", "4")
+
+
+SNIPPETS = [
+    *MARKERS,
+    "<|tool_call_section_begin|>",
+    "functions.f:0",
+    "7",
+    '{"a": "',
+    '"}',
+    "\\",
+    "{}",
+    "<",
+    "<|",
+    "</",
+    "|>",
+    " ",
+    "\n",
+]
+SNIPPETS += ["é", "😀", "<|tool_call_", "stop", "st", "op", "x"]
+TEXTS = st.lists(st.sampled_from(SNIPPETS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=3), max_size=14).map(
+    "".join
+)
+
+
+def outcome(answer: Answer) -> tuple:
+    return answer.reasoning, answer.content, answer.calls, answer.errors, answer.is_stopped, answer.streamed_calls()
+
+
+class CutTokenizer:
+    """A vocabulary whose tokens are the given parts of a text: what a StreamParser needs of a tokenizer."""
+
+    special: ClassVar = dict.fromkeys(SPECIAL, -1)
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self.decode_bytes = parts.__getitem__
+
+    def is_control(self, token_id: int) -> bool:
+        return False
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=12), starts_in_reasoning=st.booleans(), has_stop=st.booleans())
+def test_every_cut_gives_the_same_answer(text: str, cuts: list[int], starts_in_reasoning: bool, has_stop: bool) -> None:
+    """The text cut at random bytes, each part one token, against one token a byte."""
+    data = text.encode()
+    bounds = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    parts = [data[start:end] for start, end in pairwise(bounds)]
+    answers = []
+    for tokens in (parts, [data[i : i + 1] for i in range(len(data))]):
+        parser = StreamParser(CutTokenizer(tokens), starts_in_reasoning, ("top", "stop<") if has_stop else (), TOOLS)
+        answers.append(Answer(parser, range(len(tokens))))
+    assert outcome(answers[0]) == outcome(answers[1])
+    for marker in TOOL_MARKERS:
+        assert marker not in answers[0].content
+        assert marker not in answers[0].reasoning
+    assert "</think>" not in answers[0].reasoning
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, starts_in_reasoning=st.booleans())
+def test_control_tokens_in_any_order_never_raise_nor_show(tokenizer: Tokenizer, text: str, starts_in_reasoning: bool) -> None:
+    answer = marked(tokenizer, text, starts_in_reasoning, tools=TOOLS)
+    assert answer.streamed_calls() == list(answer.calls)
+    for marker in MARKERS:
+        assert marker not in answer.content + answer.reasoning
+
+
+def test_text_without_markers_is_unchanged(tokenizer: Tokenizer) -> None:
+    text = "if a < b: print('<|x|>') # <tool> </thin"
+    assert spelled(tokenizer, text).content == text
+    assert spelled(tokenizer, text, True).reasoning == text

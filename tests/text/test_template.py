@@ -1,0 +1,284 @@
+"""Prompts id by id against the vendor's, and the one promise of the template: nobody but it writes control tokens."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from conftest import make_metadata
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_typescript import GET_WEATHER, HEAD, tool
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.template import ChatTemplate
+from kimi_lite.text.tokenizer import Tokenizer
+
+BYTES = [bytes([byte]) for byte in range(256)]
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WEATHER_CALL = {
+    "id": "functions.get_weather:0",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": '{"city":"Beijing"}'},
+}
+
+
+def user(content: object) -> dict:
+    return {"role": "user", "content": content}
+
+
+def answer(content: object, **more: object) -> dict:
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.fixture(scope="module")
+def template(kimi: Tokenizer) -> ChatTemplate:
+    return ChatTemplate.from_metadata({}, kimi)
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    special = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<s>"]
+    return Tokenizer.from_metadata(make_metadata(BYTES, special, "gpt-2", bos_token_id=260, eos_token_id=257))
+
+
+@pytest.fixture(scope="module")
+def make(small: Tokenizer) -> Callable[[str], ChatTemplate]:
+    return lambda source: ChatTemplate.from_metadata({"tokenizer.chat_template": source}, small)
+
+
+A = [163587, 2482, 163601, 18699, 163586, 163588, 69702, 163601, 163606]
+C = [163594, 14062, 163601, 3900, 554, 24980, 72, 11, 519, 22572, 26626, 5232, 673, 30218, 10065, 22572, 13, 163586]
+D_HEAD = [163587, 2482, 163601, 16, 10, 16, 30, 163586, 163588, 69702, 163601, 163606]
+D_TAIL = [163607, 17, 163586, 163587, 2482, 163601, 17, 10, 17, 30, 163586, 163588, 69702, 163601, 163606]
+SYSTEM = {"role": "system", "content": "You are Kimi, an AI assistant created by Moonshot AI."}
+DIALOGUE = [user("1+1?"), answer("2", reasoning_content="easy"), user("2+2?")]
+
+
+def test_vectors_a_to_d(template: ChatTemplate, kimi: Tokenizer) -> None:
+    assert template.encode([user("Hi")]).ids == A
+    assert template.encode([user("Hi")], thinking=False).ids == [*A, 163607]
+    assert template.encode([SYSTEM, user("Hi")]).ids == C + A
+    assert template.encode(DIALOGUE).ids == D_HEAD + D_TAIL
+    assert template.encode(DIALOGUE, preserve_thinking=True).ids == D_HEAD + kimi.encode("easy") + D_TAIL
+    assert template.encode([user("Hi")], add_generation_prompt=False).ids == A[:5]
+
+
+def test_vector_e_tool_loop(template: ChatTemplate) -> None:
+    messages = [
+        user("Weather in Beijing?"),
+        answer("", reasoning_content="need tool", tool_calls=[WEATHER_CALL]),
+        {"role": "tool", "name": "get_weather", "tool_call_id": "functions.get_weather:0", "content": '{"t": 20}'},
+    ]
+    text = template.render(messages, tools=[GET_WEATHER])
+    declaration, _, rest = text.partition("<|im_end|>")
+    assert declaration.startswith(f"<|im_system|>tool_declare<|im_middle|>{HEAD}// Get weather information.\n")
+    assert declaration.endswith("}) => any;\n}\n")
+    assert rest == (
+        "<|im_user|>user<|im_middle|>Weather in Beijing?<|im_end|><|im_assistant|>assistant<|im_middle|><think>need tool</think>"
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city":"Beijing"}<|tool_call_end|><|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>'
+        '## Return of functions.get_weather:0\n{"t": 20}<|im_end|><|im_assistant|>assistant<|im_middle|><think>'
+    )
+    assert template.render(messages, thinking=False).count("<think></think>") == 2
+
+
+def e2_messages(first_id: str, second_id: str) -> list[dict]:
+    calls = [
+        {"id": first_id, "type": "function", "function": {"name": "get_weather", "arguments": {"city": "北京"}}},
+        {"id": second_id, "type": "function", "function": {"name": "noargs", "arguments": {}}},
+    ]
+    results = [{"role": "tool", "tool_call_id": i, "content": c} for i, c in ((first_id, "A"), (second_id, "B"))]
+    return [user("W?"), answer(None, tool_calls=calls), *results]
+
+
+E2 = [
+    *(163587, 2482, 163601, 54, 30, 163586, 163588, 69702, 163601, 163606, 163607, 163595, 163597, 41937, 1150, 21055, 2800, 25),
+    *(15, 163598, 8264, 37666, 1289, 414, 3372, 16934, 163599, 163597, 41937, 30525, 3992, 25, 16, 163598, 13071, 163599, 163596),
+    *(163586, 163594, 20960, 163601, 798, 6014, 318, 8271, 1150, 21055, 2800, 25, 15, 198, 32, 163586, 163594, 20960, 163601),
+    *(798, 6014, 318, 8271, 30525, 3992, 25, 16, 198, 33, 163586, 163588, 69702, 163601, 163606, 163607),
+]
+
+
+def test_vector_e2_two_calls(template: ChatTemplate) -> None:
+    assert len(E2) == 72
+    assert template.encode(e2_messages("functions.get_weather:0", "functions.noargs:1"), thinking=False).ids == E2
+
+
+def test_foreign_call_ids_become_the_models(template: ChatTemplate) -> None:
+    assert template.encode(e2_messages("call_x9", "chatcmpl-tool-7"), thinking=False).ids == E2
+    verbatim = template.render(e2_messages("get_weather:7", "functions.noargs:8"))
+    assert "<|tool_call_begin|>get_weather:7<|tool_call_argument_begin|>" in verbatim
+    assert "## Return of functions.noargs:8\n" in verbatim
+
+
+def test_vector_f_image(template: ChatTemplate) -> None:
+    parts = [{"type": "text", "text": "Describe"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
+    f = [163587, 2482, 163601, 48848, 163602, 4017, 163603, 163605, 163604, 198, 163586, 163588, 69702, 163601, 163606]
+    assert template.encode([user(parts)]).ids == f
+
+
+def test_names_null_reasoning_and_unfinished_loops(template: ChatTemplate) -> None:
+    assert template.render([{**user("x"), "name": "Ann"}]).startswith("<|im_user|>Ann<|im_middle|>x<|im_end|>")
+    loop = [user("q"), answer("", reasoning_content=None, tool_calls=[WEATHER_CALL])]
+    assert "<think></think><|tool_calls_section_begin|>" in template.render(loop)
+    assert "<think>late</think>" in template.render([*DIALOGUE, answer("", reasoning_content="late", tool_calls=[WEATHER_CALL])])
+
+
+def test_tools_without_typescript_form_are_compact_sorted_json(template: ChatTemplate) -> None:
+    odd = tool("f", {"type": "object", "properties": {"x": {"type": "date"}}})
+    head = template.render([user("x")], tools=[odd]).partition("<|im_end|>")[0]
+    assert json.loads(head.removeprefix("<|im_system|>tool_declare<|im_middle|>")) == [odd]
+    assert '{"function":{"name":"f","parameters":' in head
+
+
+def test_starts_in_reasoning_only_after_an_open_think(template: ChatTemplate, make: Callable[[str], ChatTemplate]) -> None:
+    assert template.encode([user("Hi")]).starts_in_reasoning
+    assert not template.encode([user("Hi")], thinking=False).starts_in_reasoning
+    assert not template.encode([user("<think>")], add_generation_prompt=False).starts_in_reasoning
+    assert not make(CHATML).encode([user("<think>")]).starts_in_reasoning
+    assert make("{{ messages[0].content }}<think>\n").encode([user("Hi")]).starts_in_reasoning
+
+
+LITERALS = [
+    "<|im_end|>",
+    "<|im_user|>",
+    "[EOS]",
+    "<think>",
+    "</think>",
+    "<|media_pad|>",
+    "<|tool_call_begin|>",
+    "<|im_",
+    "end|>",
+    "<",
+    "|>",
+]
+NASTY = st.lists(st.sampled_from(LITERALS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=4), max_size=5).map(
+    "".join
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(NASTY, min_size=9, max_size=9))
+def test_no_user_text_becomes_a_control_token(template: ChatTemplate, kimi: Tokenizer, texts: list[str]) -> None:
+    """Every string a client can set, all at once: the same control tokens as with harmless text, and the text unchanged."""
+
+    def conversation(t: list[str]) -> tuple[list[dict], list[dict]]:
+        call = {"id": t[3], "type": "function", "function": {"name": t[4], "arguments": t[5]}}
+        messages = [
+            {"role": "system", "name": "n" + t[0], "content": t[1]},
+            user([{"type": "text", "text": t[2][:3]}, {"type": "text", "text": t[2][3:]}, {"type": "image_url"}]),
+            answer(t[6], reasoning_content=t[7], tool_calls=[call]),
+            {"role": "tool", "tool_call_id": t[3], "content": t[8]},
+        ]
+        properties = {t[1]: {"type": "string", "description": t[2], "default": t[3], "enum": [t[5]]}}
+        return messages, [tool(t[6], {"type": "object", "properties": properties}, description=t[0])]
+
+    ids = template.encode(*conversation(texts)).ids
+    harmless = template.encode(*conversation(["x"] * 9)).ids
+    assert [i for i in ids if i >= 163584] == [i for i in harmless if i >= 163584]
+    assert kimi.decode(ids) == template.render(*conversation(texts))
+
+
+@settings(max_examples=60, deadline=None)
+@given(role=NASTY, content=NASTY)
+def test_a_files_own_template_is_as_safe(make: Callable[[str], ChatTemplate], small: Tokenizer, role: str, content: str) -> None:
+    prompt = make(CHATML).encode([{"role": role, "content": content}])
+    assert [i for i in prompt.ids if i >= 256] == [256, 257, 256, 257, 256]
+    expected = f"<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>{role}\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    assert small.decode(prompt.ids) == expected
+
+
+def test_templates_that_search_message_text_find_it(make: Callable[[str], ChatTemplate], small: Tokenizer) -> None:
+    """As DeepSeek-R1's and Qwen3's templates cut the reasoning off; what remains is still text."""
+    source = (
+        "{% for m in messages %}{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] | trim %}"
+        "{% endif %}{{ c | replace('<s>', '') }}<|im_end|>{{ c | length }}{% endfor %}"
+    )
+    prompt = make(source).encode([answer("hm</think> 4<|im_end|><s>")])
+    assert small.decode(prompt.ids) == "4<|im_end|><|im_end|>14"
+    assert [i for i in prompt.ids if i >= 256] == [257]
+
+
+def test_template_text_becomes_control_wherever_it_is_written(make: Callable[[str], ChatTemplate]) -> None:
+    source = (
+        "{% macro turn(end) %}x{{ end }}{% endmacro %}{% set tags = {'e': '<|im_end|>'} %}{{ bos_token }}{{ turn('<|im_end|>') }}"
+        "{{ tags['e'] }}{{ ['a', 'b'] | join('<think>') }}{{ none | default('</think>', true) }}{{ '<s>' if 1 }}{{ eos_token }}"
+    )
+    ids = make(source).encode([user("")]).ids
+    assert ids == [260, ord("x"), 257, 257, ord("a"), 258, ord("b"), 259, 260, 257]
+
+
+def test_jinja_as_chat_templates_expect_it(make: Callable[[str], ChatTemplate]) -> None:
+    source = (
+        "{%- for m in messages %}\n    {% if m.content == 'stop' %}{% break %}{% endif %}\n{{ m | tojson }}{% endfor %}"
+        "{{ tools | tojson(separators=(',', ':')) }}{{ {'é': '<&>'} | tojson(indent=1) }}{{ strftime_now('%Y') | length }}"
+        "{{ thinking }}{{ enable_thinking }}{{ preserve_thinking }}"
+    )
+    text = make(source).render([user("é<"), user("stop")], tools=[{"b": 1, "a": 2}], thinking=False)
+    assert text == '{"role": "user", "content": "é<"}[{"b":1,"a":2}]{\n "é": "<&>"\n}4FalseFalseFalse'
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ raise_exception('bad <|im_end|>') }}", "bad <|im_end|>$"),
+        ("{% for %}", "does not compile"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content + 1 }}", "does not accept"),
+        ("{{ messages.nothing.at.all }}", "does not accept"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "does not accept|does not compile"),
+        ("{{ 9 ** 9 ** 9 }}", "operands that large"),
+        ("{{ 'x' * 10000000000 }}", "operands that large"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loop steps"),
+        ("{% for i in range(99) %}{{ 'x' * 9999999 }}{% endfor %}", "characters"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "does not accept"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ '<|im_end|>'[:9] }}", "alters the text"),
+        ("{{ '<|im_end|>'[-12:] }}", "alters the text"),
+        ("x" * (1 << 21), "2097152 characters"),
+    ],
+)
+def test_hostile_and_failing_templates_are_sentences(make: Callable[[str], ChatTemplate], source: str, message: str) -> None:
+    with pytest.raises(KimiLiteError, match=message):
+        make(source).encode([user("Hi")])
+
+
+DEEP: list = []
+for _ in range(70):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ["Hi"],
+        [{"content": "Hi"}],
+        [{"role": 3, "content": "Hi"}],
+        [user(object())],
+        [user(DEEP)],
+        [user({1: 2})],
+        [answer("", tool_calls=["f"])],
+        [answer("", tool_calls=[{"id": "x"}])],
+        [answer("", tool_calls="f")],
+        [user([1, 2]), {"role": "tool", "tool_call_id": ["x"]}, answer("", tool_calls=[{"function": {}}]), 5],
+    ],
+)
+def test_malformed_messages_are_sentences(template: ChatTemplate, messages: list) -> None:
+    with pytest.raises(KimiLiteError):
+        template.encode(messages)
+
+
+def test_a_file_without_any_template_is_refused(small: Tokenizer) -> None:
+    with pytest.raises(KimiLiteError, match="no chat template"):
+        ChatTemplate.from_metadata({}, small)
+    with pytest.raises(KimiLiteError, match="no chat template"):
+        ChatTemplate.from_metadata({"tokenizer.chat_template": ["x"]}, small)
