@@ -5,7 +5,9 @@ fail late (no room, no right to write, a file in the way) is refused before any 
 demo model. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
 
+import glob
 import os
+import secrets
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,8 +98,9 @@ def check_output(path: Path, total_bytes: int, is_overwriting: bool) -> None:
         raise KimiLiteError(f"{path} exists ({path.stat().st_size:,} bytes).", "Add --force to replace it, or name another file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _probe_name(path).touch()
-        _probe_name(path).unlink()
+        probe = _partial_name(path)
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise KimiLiteError(
             f"Cannot write in {path.parent}: {error.strerror}.", "Name an output in a folder of yours."
@@ -111,15 +114,15 @@ def check_output(path: Path, total_bytes: int, is_overwriting: bool) -> None:
         )
 
 
-def _probe_name(path: Path) -> Path:
-    """Each process writes its own partial file, so that two writing the same output cannot mix; the later rename wins whole."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+def _partial_name(path: Path) -> Path:
+    """Each writer has its own, so that two writing the same output cannot mix; the later rename wins whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
 
 
 def _remove_abandoned(path: Path) -> None:
     """Deletes what killed processes left of the same output."""
-    for partial in path.parent.glob(f"{path.name}.*.partial"):
-        pid = partial.name.removeprefix(f"{path.name}.").removesuffix(".partial")
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*-*.partial"):
+        pid = partial.name.removeprefix(f"{path.name}.").partition("-")[0]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             partial.unlink(missing_ok=True)
 
@@ -127,7 +130,7 @@ def _remove_abandoned(path: Path) -> None:
 @contextmanager
 def _partial_file(path: Path) -> Iterator[Path]:
     """Yields the partial file's name; deletes the file if the work fails, and says what a failing disk means."""
-    partial = _probe_name(path)
+    partial = _partial_name(path)
     try:
         yield partial
     except OSError as error:

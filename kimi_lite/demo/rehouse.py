@@ -13,7 +13,7 @@ Let a = sqrt(576/768) and x^ the hidden state at unit RMS. Why each part works:
   perplexity. A query head is zero outside its own group's pairs, so it sees its own keys alone.
 - Scale. MLA divides scores by sqrt(32 + 192), the source by sqrt(64): queries are multiplied by sqrt(224/64).
 - Experts. The 1536 neurons of a feed-forward are six slices of 256. One is the shared expert; each other is two equal
-  routed experts, whose router rows are +1000 r and -1000 r for a random direction r. A sigmoid saturates there, so exactly
+  routed experts, whose router rows are +100,000 r and -100,000 r for a random direction r. A sigmoid saturates there, so exactly
   one of each pair is chosen for each token, with weight 1/5 x 5 = 1: real routing that leaves the sum as it was.
 """
 
@@ -25,7 +25,7 @@ HIDDEN, PADDED, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FFN = 576, 768, 3
 Q_LORA = KV_LORA = HIDDEN
 NOPE, ROPE = 32, NUM_KV_HEADS * HEAD_DIM
 NUM_EXPERTS, TOP_K, EXPERT_FFN = 10, 5, 256
-ROUTER_GAIN = 1000.0
+ROUTER_GAIN = 100_000.0
 SHRINK = np.float32((HIDDEN / PADDED) ** 0.5)  # a
 
 CONFIG: Mapping[str, object] = {  # the result in the words of a Hugging Face config.json
