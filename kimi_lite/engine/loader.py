@@ -15,6 +15,7 @@ from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KV_DTYPES, KVCache
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.tensors import check_tensors
 
 DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cache for Kimi K2.5
 GIB = 1024**3
@@ -35,7 +36,8 @@ def load_engine(
     report = on_progress or (lambda stage, done, total: None)
     report("reading headers", 0, 4)
     store = GGUFStore.open(path)
-    config = ModelConfig.from_metadata(store.metadata)
+    config = ModelConfig.from_metadata(store.metadata, store.path.name)
+    check_tensors(store, config)
     report("reading the vocabulary", 1, 4)
     tokenizer = Tokenizer.from_metadata(store.metadata)
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)

@@ -1,0 +1,181 @@
+"""The forward pass on the CPU: a batch of tokens in, logits out.
+
+All layers are laid out once, when the model is loaded, as one program of native kernels that the thread team walks
+through; a decode step is then a single call. Prompts run layer by layer so that they can be cancelled in between.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.kv import KVCache
+from kimi_lite.model.attention import Attention, Op
+from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled, SequenceSlice
+from kimi_lite.model.buffers import Buffers
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.moe import FeedForward
+from kimi_lite.model.rope import rope_attention_factor, rope_inverse_frequencies
+from kimi_lite.model.weights import check_types, matrix, vector
+from native.cpu.activations import Activations
+from native.cpu.attention import num_splits
+from native.cpu.attention_prefill import expanded_is_cheaper, prefill_scratch_bytes
+from native.cpu.experts import experts_scratch_bytes
+from native.cpu.linear import embed_op, linear_op, rms_norm_op
+from native.cpu.run import RECORD_BYTES, RunTable
+from native.cpu.threads import Program, Team
+
+MAX_BATCH_TOKENS = 512  # rows of one forward pass; longer prompts come in chunks
+MAX_ABSORBED_TOKENS = 64  # rows that attend in the absorbed form; longer slices are expanded
+MAX_LOGITS = 64  # rows of logits made at once
+_UNINTERRUPTED_TOKENS = 8  # batches up to here run as one program
+
+
+class Transformer:
+    """A loaded model. `forward` is not reentrant: one batch at a time."""
+
+    def __init__(self, store: GGUFStore, config: ModelConfig, kv: KVCache, num_threads: int | None = None) -> None:
+        """Raises KimiLiteError for a missing tensor or a type without a kernel. `num_threads`: default, physical cores."""
+        check_types(store)
+        self.config, self.kv = config, kv
+        self.team = Team(num_threads or physical_cores())
+        attention = [Attention(store, config, layer) for layer in range(config.num_layers)]
+        feed_forward = [FeedForward(store, config, layer) for layer in range(config.num_layers)]
+        self._shape = (
+            *(config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim),
+            *(config.kv_lora_rank, config.v_head_dim),
+        )
+        width = max(experts.width for layer in feed_forward for experts in layer.experts)
+        widest = max(width, config.hidden_size, config.num_heads * config.v_head_dim, config.q_lora_rank)
+        scratch_bytes = max(
+            prefill_scratch_bytes(MAX_BATCH_TOKENS, self._shape),
+            experts_scratch_bytes(config.hidden_size, widest, MAX_BATCH_TOKENS),
+        )
+        num_slots = MAX_BATCH_TOKENS * (config.num_experts_used + max(1, config.num_shared_experts))
+        self._run = RunTable(MAX_BATCH_TOKENS, self.team.num_threads, scratch_bytes, num_slots)
+        self._inverse_frequencies = rope_inverse_frequencies(config)  # (rope / 2,)
+        self._rope_factor = rope_attention_factor(config)
+        kinds = _activation_kinds(config, attention, feed_forward)
+        self._buffers = Buffers(config, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, self.team.num_threads, kinds)
+        self._layers = list(zip(attention, feed_forward, strict=True))  # keeps the weights mapped
+        self._lay_out(store)
+
+    def _lay_out(self, store: GGUFStore) -> None:
+        """Makes the programs: one per layer, one of all layers, and the head."""
+        run, buffers, c = self._run.address, self._buffers, self.config
+        self._token_embd = matrix(store, "token_embd.weight")
+        layers: list[list[Op]] = [[embed_op(run, self._token_embd.table, buffers.x)]]
+        for layer, (attention, feed_forward) in enumerate(self._layers):
+            storage = self.kv.storage[layer].ctypes.data
+            layers.append([*attention.ops(run, buffers, storage, self.kv.dtype), *feed_forward.ops(run, buffers)])
+        self._layer_programs = [Program(ops) for ops in layers]
+        self._whole = Program([op for ops in layers for op in ops])
+        self._output_norm, self._output = vector(store, "output_norm.weight"), matrix(store, "output.weight")
+        self._head_x = np.zeros((MAX_LOGITS, c.hidden_size), np.float32)
+        self._head_normed = Activations(MAX_LOGITS, c.hidden_size, {self._output.kind} - {0})
+        self._logits = np.zeros((MAX_LOGITS, c.vocab_size), np.float32)
+        scratch_bytes = experts_scratch_bytes(c.hidden_size, 0, MAX_LOGITS)
+        self._head_run = RunTable(MAX_LOGITS, self.team.num_threads, scratch_bytes)
+        head = self._head_run.address
+        self._head = Program(
+            [
+                rms_norm_op(head, self._head_x, self._output_norm, self._head_normed, c.rms_norm_eps),
+                linear_op(head, self._head_normed, [(self._output.table, self._logits, False)]),
+            ]
+        )
+
+    def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
+        """Runs the batch and fills its cache slots. Returns float32 (rows where wants_logits, vocabulary).
+
+        Raises `Cancelled` between layers when `should_stop()` becomes true.
+        """
+        num_tokens = len(batch.token_ids)
+        assert num_tokens <= MAX_BATCH_TOKENS, num_tokens
+        self._prepare(batch)
+        if num_tokens <= _UNINTERRUPTED_TOKENS:
+            self.team.run(self._whole)
+        else:
+            for program in self._layer_programs:
+                if should_stop and should_stop():
+                    raise Cancelled
+                self.team.run(program)
+        rows = np.flatnonzero(batch.wants_logits)
+        return np.concatenate(
+            [self._head_logits(rows[i : i + MAX_LOGITS]) for i in range(0, len(rows), MAX_LOGITS)]
+            or [np.empty((0, self.config.vocab_size), np.float32)]
+        )
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.team.close()
+
+    def _head_logits(self, rows: np.ndarray) -> np.ndarray:
+        self._head_x[: len(rows)] = self._buffers.x[rows]
+        self._head_run.set_tokens(rows.astype(np.int32))  # only their number matters here
+        self.team.run(self._head)
+        return self._logits[: len(rows)].copy()
+
+    def _prepare(self, batch: Batch) -> None:
+        """Tells the kernels about this batch: tokens, rotations, cache slots, and who attends in which form."""
+        self._run.set_tokens(batch.token_ids)
+        slots = np.empty(len(batch.token_ids), np.int64)
+        for piece in batch.sequences:
+            positions = batch.positions[piece.start : piece.start + piece.length]
+            pages = piece.pages[positions // PAGE_TOKENS].astype(np.int64)
+            slots[piece.start : piece.start + piece.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
+        angles = batch.positions[:, None] * self._inverse_frequencies  # (T, rope / 2)
+        cos, sin = np.cos(angles) * self._rope_factor, np.sin(angles) * self._rope_factor
+        self._run.set_positions(slots, cos.astype(np.float32), sin.astype(np.float32))
+        expanded = choose_expanded(batch.sequences, self._shape)
+        absorbed = [piece for piece in batch.sequences if piece not in expanded]
+        rows = [(piece.start + i, 1, piece) for piece in absorbed for i in range(piece.length)]
+        longest = int(batch.positions.max()) + 1
+        splits = num_splits(len(rows), longest, self.config.num_heads, self.team.num_threads)
+        self._run.set_attention(
+            _records([(row, 1, batch.positions[row], piece.pages) for row, _, piece in rows]),
+            _records([(p.start, p.length, batch.positions[p.start], p.pages) for p in expanded]),
+            splits,
+            [piece.pages for piece in batch.sequences],
+        )
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, without their second hardware threads."""
+    import os
+
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def choose_expanded(sequences: tuple[SequenceSlice, ...], shape: tuple[int, int, int, int, int]) -> list[SequenceSlice]:
+    """The slices whose attention is expanded: those where it is cheaper, and the longest beyond what absorbed rows allow."""
+    absorbed = sorted((p for p in sequences if not expanded_is_cheaper(p.length, shape)), key=lambda p: p.length)
+    while sum(p.length for p in absorbed) > MAX_ABSORBED_TOKENS:
+        absorbed.pop()
+    kept = {id(p) for p in absorbed}
+    return [p for p in sequences if id(p) not in kept]
+
+
+def _records(rows: list[tuple[int, int, int, np.ndarray]]) -> np.ndarray:
+    """int64 (n, 6): token, length, first position, address of the page table."""
+    records = np.zeros((len(rows), RECORD_BYTES // 8), np.int64)
+    for i, (token, length, position, pages) in enumerate(rows):
+        assert pages.dtype == np.int32 and pages.flags.c_contiguous, (pages.dtype, pages.strides)
+        records[i, :4] = token, length, position, pages.ctypes.data
+    return records
+
+
+def _activation_kinds(config: ModelConfig, attention: list[Attention], feed_forward: list[FeedForward]) -> dict:
+    """Which int8 forms each shared buffer needs, over all layers."""
+    kinds: dict = {
+        "normed": set().union(*(a.input_kinds() for a in attention), *(f.input_kinds() for f in feed_forward)),
+        "q_compressed": {a.attn_q_b.kind for a in attention} - {0} if config.q_lora_rank else set(),
+        "k_b": {a.attn_k_b.kind for a in attention} - {0},
+        "v_b": {a.attn_v_b.kind for a in attention} - {0},
+        "heads": {a.attn_output.kind for a in attention} - {0},
+    }
+    for experts in (experts for layer in feed_forward for experts in layer.experts):
+        kinds.setdefault(("hidden", experts.width), set()).update(experts.hidden_kinds)
+    return kinds

@@ -1,0 +1,1 @@
+"""Kernels and nothing else: GGUF block layouts, SIMD vectors, CPU (Numba) and GPU (Triton) products. No policy, no I/O."""

@@ -1,0 +1,106 @@
+"""Activations as the products want them: float32 rows, and their int8 form with one scale per 32 or per 256.
+
+`Activations` owns the buffers for up to `capacity` tokens of K values and an int64 table of their addresses, which is
+what kernels receive. Layout of the table, in bytes:
+
+    K_SLOT  K                    X_F32  float32 (T, K)
+    KIND32 / KIND256 +  X_CODES  int8 (T, K)            value = code * scale
+                        X_SCALES float32 (T, K / 32)    KIND256 repeats a scale 8 times, so both read alike
+                        X_SUMS16 float32 (T, K / 16)    sums of 16 codes, for types with minima or offsets
+                        X_SUMS32 float32 (T, K / 32)
+
+Codes are round(x * 127 / max|x|) of their group; a group of zeros has scale 0. ggml's Q8_0 and Q8_K do the same.
+"""
+
+import numpy as np
+from numba import njit, types
+
+from native.simd import (
+    abs_f32x16,
+    f32_to_i32x16,
+    largest_f32x16,
+    load_f32x16,
+    load_i64,
+    max_f32x16,
+    narrow_i32x16,
+    round_f32x16,
+    splat_f32x16,
+    store_f32,
+    store_i8x16,
+    sum_f32x16,
+    zero_f32x16,
+)
+
+K_SLOT, X_F32, KIND32, KIND256 = 0, 8, 16, 48
+X_CODES, X_SCALES, X_SUMS16, X_SUMS32 = 0, 8, 16, 24
+KINDS = {32: KIND32, 256: KIND256}
+
+
+class Activations:
+    """Buffers for `capacity` tokens of `k` values (a multiple of 32); `kinds`: which int8 forms exist (32, 256)."""
+
+    def __init__(self, capacity: int, k: int, kinds: frozenset[int] | set[int]) -> None:
+        assert k % 32 == 0 and all(k % kind == 0 for kind in kinds), (k, kinds)
+        self.capacity, self.k, self.kinds = capacity, k, frozenset(kinds)
+        self.values = np.zeros((capacity, k), np.float32)
+        self.table = np.zeros(10, np.int64)
+        self.table[K_SLOT // 8], self.table[X_F32 // 8] = k, self.values.ctypes.data
+        self.quantized: dict[int, tuple[np.ndarray, ...]] = {}
+        for kind in sorted(kinds):
+            buffers = (
+                np.zeros((capacity, k), np.int8),
+                np.zeros((capacity, k // 32), np.float32),
+                np.zeros((capacity, k // 16), np.float32),
+                np.zeros((capacity, k // 32), np.float32),
+            )
+            self.quantized[kind] = buffers
+            for i, buffer in enumerate(buffers):
+                self.table[KINDS[kind] // 8 + i] = buffer.ctypes.data
+
+    @property
+    def address(self) -> int:
+        return self.table.ctypes.data
+
+
+@njit(fastmath={"nsz", "contract"}, error_model="numpy")
+def quantize_group(x, length, codes, scales, sums16, sums32):
+    """Quantizes `length` (32 or 256) float32 at address `x`; fills the scale of every 32 and the sums."""
+    largest = zero_f32x16()
+    for i in range(0, length, 16):
+        largest = max_f32x16(largest, abs_f32x16(load_f32x16(x + 4 * i)))
+    peak = largest_f32x16(largest)
+    scale = peak / types.float32(127)
+    inverse = splat_f32x16(types.float32(127) / peak if peak > 0 else types.float32(0))
+    for i in range(0, length, 32):
+        rounded0 = round_f32x16(load_f32x16(x + 4 * i) * inverse)
+        rounded1 = round_f32x16(load_f32x16(x + 4 * i + 64) * inverse)
+        store_i8x16(codes + i, narrow_i32x16(f32_to_i32x16(rounded0)))
+        store_i8x16(codes + i + 16, narrow_i32x16(f32_to_i32x16(rounded1)))
+        sum0, sum1 = sum_f32x16(rounded0), sum_f32x16(rounded1)
+        store_f32(scales + i // 8, scale)
+        store_f32(sums16 + i // 4, sum0)
+        store_f32(sums16 + i // 4 + 4, sum1)
+        store_f32(sums32 + i // 8, sum0 + sum1)
+
+
+@njit
+def _quantize_span(activations, kind, length, token, first, last):
+    """Values first..last (multiples of `length`) of one token in one kind, if the table has it."""
+    codes = load_i64(activations + kind + X_CODES)
+    if codes == 0:
+        return
+    k = load_i64(activations + K_SLOT)
+    at = token * k + first
+    x = load_i64(activations + X_F32)
+    scales, sums16 = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + X_SUMS16)
+    sums32 = load_i64(activations + kind + X_SUMS32)
+    for i in range(at, at + last - first, length):
+        quantize_group(x + 4 * i, length, codes + i, scales + i // 8, sums16 + i // 4, sums32 + i // 8)
+
+
+@njit
+def quantize_token(activations, token):
+    """Brings all int8 forms of one token up to date with its float32 values."""
+    k = load_i64(activations + K_SLOT)
+    _quantize_span(activations, KIND32, 32, token, 0, k)
+    _quantize_span(activations, KIND256, 256, token, 0, k)

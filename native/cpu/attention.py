@@ -1,0 +1,281 @@
+"""Absorbed multi-head latent attention, the form for decoding (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+The key up-projection is moved to the query, so that all heads attend to the one cached latent of each position:
+
+    absorb   q' = [W_UK^T q_nope | rotated q_rope] * softmax_scale
+    attend   per token, 4 heads and span of positions: online softmax over pages, context in latent space
+    combine  spans merged, then W_UV brings the context of each head to its values
+
+A page is read once for 4 heads; long contexts are split into spans so that all cores have work (flash decoding).
+"""
+
+from functools import cache
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from native.cpu.latent import PAGE_POSITIONS, VALUE_BYTES, load_latent
+from native.cpu.linear import arguments, float_bits, thread_scratch
+from native.cpu.matrix import matrix_rows
+from native.cpu.run import (
+    ABSORBED,
+    COS,
+    NUM_ABSORBED,
+    NUM_SPLITS,
+    RECORD_BYTES,
+    RECORD_PAGES,
+    RECORD_POSITION,
+    RECORD_TOKEN,
+    SIN,
+)
+from native.cpu.specialize import for_literals
+from native.cpu.threads import KERNEL, next_task
+from native.cpu.vector_math import exp_f32x16, rotate_pairs
+from native.simd import (
+    broadcast_f32,
+    fma_f32x16,
+    largest_f32x16,
+    load_f32,
+    load_f32x16,
+    load_i32,
+    load_i64,
+    max_f32x16,
+    splat_f32x16,
+    store_f32,
+    store_f32x16,
+    sum_f32x16,
+    zero_f32x16,
+)
+
+_OPTIONS = {"cache": True, "fastmath": {"nsz", "contract"}, "error_model": "numpy"}
+_HEADS = 4  # heads that share a reading of the page
+_MINUS_INFINITY = types.float32(-np.inf)
+SPLIT_POSITIONS = 512  # a span is at least this long
+
+# int64 slots of the arguments shared by the three kernels
+_RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE = (8 * i for i in range(11))
+_QUERY_ACT, _LATENT_Q, _STORAGE, _PARTIAL, _CONTEXT_ACT, _OUT = (8 * i for i in range(11, 17))
+
+
+@njit
+def _partial_bytes(args):
+    """One span's result of one head: kv_lora context values, then the largest score and the sum of weights."""
+    return 4 * (load_i64(args + _KV_LORA) + 16)
+
+
+@cfunc(KERNEL, **_OPTIONS)
+def _absorb_kernel(args, thread, team):
+    run, heads = load_i64(args + _RUN), load_i64(args + _NUM_HEADS)
+    nope, rope, kv_lora = load_i64(args + _NOPE), load_i64(args + _ROPE), load_i64(args + _KV_LORA)
+    act, scale = load_i64(args + _QUERY_ACT), splat_f32x16(load_f32(args + _SCALE))
+    task = next_task(team)
+    while task < load_i64(run + NUM_ABSORBED) * heads:
+        record, head = load_i64(run + ABSORBED) + RECORD_BYTES * (task // heads), task % heads
+        token = load_i64(record + RECORD_TOKEN)
+        q = load_i64(args + _Q) + token * load_i64(args + _Q_STRIDE) + 4 * head * (nope + rope)
+        x = load_i64(act + X_F32) + 4 * load_i64(act + K_SLOT) * task
+        for i in range(0, 4 * nope, 64):
+            store_f32x16(x + i, load_f32x16(q + i))
+        quantize_token(act, task)
+        out = load_i64(args + _LATENT_Q) + 4 * task * (kv_lora + rope)
+        matrix_rows(load_i64(args + _K_B), head * kv_lora, kv_lora, act, task, out)
+        angles = 2 * rope * token
+        rotate_pairs(q + 4 * nope, out + 4 * kv_lora, load_i64(run + COS) + angles, load_i64(run + SIN) + angles, rope // 2)
+        for i in range(0, 4 * (kv_lora + rope), 64):
+            store_f32x16(out + i, load_f32x16(out + i) * scale)
+        task = next_task(team)
+
+
+@njit(fastmath={"nsz", "contract"}, error_model="numpy")
+def softmax_block(scores, peak, total):
+    """64 scores at `scores` become weights e^(s - new peak); returns (new peak, new total, factor for what came before)."""
+    s0, s1 = load_f32x16(scores), load_f32x16(scores + 64)
+    s2, s3 = load_f32x16(scores + 128), load_f32x16(scores + 192)
+    new_peak = max(peak, largest_f32x16(max_f32x16(max_f32x16(s0, s1), max_f32x16(s2, s3))))
+    shift = splat_f32x16(new_peak)
+    s0, s1, s2, s3 = exp_f32x16(s0 - shift), exp_f32x16(s1 - shift), exp_f32x16(s2 - shift), exp_f32x16(s3 - shift)
+    store_f32x16(scores, s0)
+    store_f32x16(scores + 64, s1)
+    store_f32x16(scores + 128, s2)
+    store_f32x16(scores + 192, s3)
+    factor = np.exp(peak - new_peak)
+    return new_peak, total * factor + sum_f32x16((s0 + s1) + (s2 + s3)), factor
+
+
+@for_literals
+def _page_scores(dtype, value_bytes, page, count, latent, q0, q1, q2, q3, scores):
+    """scores[g][p] = q_g . page[p] for 4 heads; positions from `count` on get e^-87, which is nothing."""
+    for p in range(count):
+        a0, a1, a2, a3 = zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16()
+        row = page + p * latent * value_bytes
+        for i in range(0, latent, 16):
+            value = load_latent(dtype, row + i * value_bytes)
+            a0 = fma_f32x16(value, load_f32x16(q0 + 4 * i), a0)
+            a1 = fma_f32x16(value, load_f32x16(q1 + 4 * i), a1)
+            a2 = fma_f32x16(value, load_f32x16(q2 + 4 * i), a2)
+            a3 = fma_f32x16(value, load_f32x16(q3 + 4 * i), a3)
+        store_f32(scores + 4 * p, sum_f32x16(a0))
+        store_f32(scores + 256 + 4 * p, sum_f32x16(a1))
+        store_f32(scores + 512 + 4 * p, sum_f32x16(a2))
+        store_f32(scores + 768 + 4 * p, sum_f32x16(a3))
+    for p in range(count, PAGE_POSITIONS):
+        for g in range(_HEADS):
+            store_f32(scores + 256 * g + 4 * p, types.float32(-1e30))
+
+
+@for_literals
+def _add_page(dtype, value_bytes, page, count, latent, kv_lora, weights, factors, c0, c1, c2, c3):
+    """context_g = context_g * factor_g + sum_p weight[g][p] * page[p][:kv_lora]."""
+    for i in range(0, kv_lora, 16):
+        a0 = load_f32x16(c0 + 4 * i) * load_f32(factors)
+        a1 = load_f32x16(c1 + 4 * i) * load_f32(factors + 4)
+        a2 = load_f32x16(c2 + 4 * i) * load_f32(factors + 8)
+        a3 = load_f32x16(c3 + 4 * i) * load_f32(factors + 12)
+        for p in range(count):
+            value = load_latent(dtype, page + (p * latent + i) * value_bytes)
+            a0 = fma_f32x16(value, broadcast_f32(weights + 4 * p), a0)
+            a1 = fma_f32x16(value, broadcast_f32(weights + 256 + 4 * p), a1)
+            a2 = fma_f32x16(value, broadcast_f32(weights + 512 + 4 * p), a2)
+            a3 = fma_f32x16(value, broadcast_f32(weights + 768 + 4 * p), a3)
+        store_f32x16(c0 + 4 * i, a0)
+        store_f32x16(c1 + 4 * i, a1)
+        store_f32x16(c2 + 4 * i, a2)
+        store_f32x16(c3 + 4 * i, a3)
+
+
+def _attend_kernel(dtype: str, value_bytes: int):
+    def attend(args, thread, team):
+        run, heads = load_i64(args + _RUN), load_i64(args + _NUM_HEADS)
+        kv_lora, latent = load_i64(args + _KV_LORA), load_i64(args + _KV_LORA) + load_i64(args + _ROPE)
+        splits, groups, size = load_i64(run + NUM_SPLITS), -(-heads // _HEADS), _partial_bytes(args)
+        storage, scores = load_i64(args + _STORAGE), thread_scratch(run, thread)
+        factors, spare = scores + 1024, scores + 2048
+        task = next_task(team)
+        while task < load_i64(run + NUM_ABSORBED) * groups * splits:
+            split, index = task % splits, task // splits // groups
+            first = task // splits % groups * _HEADS
+            record = load_i64(run + ABSORBED) + RECORD_BYTES * index
+            length, pages = load_i64(record + RECORD_POSITION) + 1, load_i64(record + RECORD_PAGES)
+            used = min(_HEADS, heads - first)
+            q = load_i64(args + _LATENT_Q) + 4 * latent * (index * heads + first)
+            q1, q2, q3 = (q + 4 * latent * min(1, used - 1), q + 4 * latent * min(2, used - 1), q + 4 * latent * min(3, used - 1))
+            c = load_i64(args + _PARTIAL) + size * ((index * heads + first) * splits + split)
+            c1 = c + size * splits if used > 1 else spare
+            c2 = c + 2 * size * splits if used > 2 else spare
+            c3 = c + 3 * size * splits if used > 3 else spare
+            for i in range(0, 4 * kv_lora, 64):
+                store_f32x16(c + i, zero_f32x16())
+                store_f32x16(c1 + i, zero_f32x16())
+                store_f32x16(c2 + i, zero_f32x16())
+                store_f32x16(c3 + i, zero_f32x16())
+            p0, p1, p2, p3 = _MINUS_INFINITY, _MINUS_INFINITY, _MINUS_INFINITY, _MINUS_INFINITY
+            t0, t1, t2, t3 = types.float32(0), types.float32(0), types.float32(0), types.float32(0)
+            num_pages = -(-length // PAGE_POSITIONS)
+            for n in range(num_pages * split // splits, num_pages * (split + 1) // splits):
+                page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * latent * value_bytes
+                count = min(PAGE_POSITIONS, length - n * PAGE_POSITIONS)
+                _page_scores(dtype, value_bytes, page, count, latent, q, q1, q2, q3, scores)
+                p0, t0, f0 = softmax_block(scores, p0, t0)
+                p1, t1, f1 = softmax_block(scores + 256, p1, t1)
+                p2, t2, f2 = softmax_block(scores + 512, p2, t2)
+                p3, t3, f3 = softmax_block(scores + 768, p3, t3)
+                store_f32(factors, f0)
+                store_f32(factors + 4, f1)
+                store_f32(factors + 8, f2)
+                store_f32(factors + 12, f3)
+                _add_page(dtype, value_bytes, page, count, latent, kv_lora, scores, factors, c, c1, c2, c3)
+            at = 4 * kv_lora
+            store_f32(c3 + at, p3)  # heads that do not exist write to the spare place, in any order
+            store_f32(c3 + at + 4, t3)
+            store_f32(c2 + at, p2)
+            store_f32(c2 + at + 4, t2)
+            store_f32(c1 + at, p1)
+            store_f32(c1 + at + 4, t1)
+            store_f32(c + at, p0)
+            store_f32(c + at + 4, t0)
+            task = next_task(team)
+
+    return attend
+
+
+@cache
+def _compiled_attend(dtype: str):
+    return cfunc(KERNEL, **_OPTIONS)(_attend_kernel(dtype, VALUE_BYTES[dtype]))
+
+
+@cfunc(KERNEL, **_OPTIONS)
+def _combine_kernel(args, thread, team):
+    run, heads, kv_lora = load_i64(args + _RUN), load_i64(args + _NUM_HEADS), load_i64(args + _KV_LORA)
+    splits, size, value = load_i64(run + NUM_SPLITS), _partial_bytes(args), load_i64(args + _VALUE)
+    act, out = load_i64(args + _CONTEXT_ACT), load_i64(args + _OUT)
+    task = next_task(team)
+    while task < load_i64(run + NUM_ABSORBED) * heads:
+        record, head = load_i64(run + ABSORBED) + RECORD_BYTES * (task // heads), task % heads
+        partial = load_i64(args + _PARTIAL) + size * task * splits
+        x = load_i64(act + X_F32) + 4 * kv_lora * task
+        peak, total = _MINUS_INFINITY, types.float32(0)
+        for s in range(splits):
+            peak = max(peak, load_f32(partial + size * s + 4 * kv_lora))
+        for s in range(splits):
+            span = partial + size * s
+            factor = np.exp(load_f32(span + 4 * kv_lora) - peak)
+            total += factor * load_f32(span + 4 * kv_lora + 4)
+            for i in range(0, 4 * kv_lora, 64):
+                before = zero_f32x16() if s == 0 else load_f32x16(x + i)
+                store_f32x16(x + i, fma_f32x16(load_f32x16(span + i), splat_f32x16(factor), before))
+        inverse = types.float32(1) / total
+        for i in range(0, 4 * kv_lora, 64):
+            store_f32x16(x + i, load_f32x16(x + i) * inverse)
+        quantize_token(act, task)
+        target = load_i64(out + X_F32) + 4 * (load_i64(out + K_SLOT) * load_i64(record + RECORD_TOKEN) + head * value)
+        matrix_rows(load_i64(args + _V_B), head * value, value, act, task, target)
+        task = next_task(team)
+
+
+class AttentionBuffers:
+    """What absorbed attention needs for up to `capacity` tokens at once; shared by all layers."""
+
+    def __init__(self, capacity: int, num_heads: int, sizes: tuple[int, int, int], kinds: tuple[set, set], num_threads: int):
+        """sizes: (nope, rope, kv_lora); kinds: int8 forms for the k_b and v_b products."""
+        nope, rope, kv_lora = sizes
+        self.capacity = capacity
+        self.max_spans = capacity + 4 * num_threads  # tokens times splits
+        self.query = Activations(capacity * num_heads, nope, kinds[0])
+        self.latent_q = np.zeros((capacity * num_heads, kv_lora + rope), np.float32)
+        self.partial = np.zeros((self.max_spans * num_heads, kv_lora + 16), np.float32)
+        self.context = Activations(capacity * num_heads, kv_lora, kinds[1])
+
+
+def attention_ops(
+    run: int,
+    q: np.ndarray,
+    matrices: tuple[np.ndarray, np.ndarray],
+    storage: int,
+    buffers: AttentionBuffers,
+    out: Activations,
+    shape: tuple[int, int, int, int, int],
+    softmax_scale: float,
+    dtype: str,
+) -> list[tuple[int, np.ndarray]]:
+    """The three operations of one layer for the absorbed tokens: out.values[t, h * v :] = attention of head h.
+
+    q: float32 (capacity, heads * (nope + rope)), not yet rotated. matrices: tables of k_b (heads * kv_lora, nope) and
+    v_b (heads * v, kv_lora). storage: address of the layer's pages. shape: (heads, nope, rope, kv_lora, v).
+    """
+    heads, nope, rope, kv_lora, value = shape
+    k_b, v_b = matrices
+    table = arguments(
+        *(run, q.ctypes.data, q.strides[0], k_b.ctypes.data, v_b.ctypes.data, float_bits(softmax_scale)),
+        *(heads, nope, rope, kv_lora, value, buffers.query.address, buffers.latent_q.ctypes.data),
+        *(storage, buffers.partial.ctypes.data, buffers.context.address, out.address),
+    )
+    kernels = (_absorb_kernel, _compiled_attend(dtype), _combine_kernel)
+    return [(kernel.address, table) for kernel in kernels]
+
+
+def num_splits(num_tokens: int, longest: int, num_heads: int, num_threads: int) -> int:
+    """Spans per token and head group: enough tasks for all threads, none shorter than SPLIT_POSITIONS."""
+    groups = max(1, num_tokens * -(-num_heads // _HEADS))
+    wanted = -(-4 * num_threads // groups)
+    return max(1, min(wanted, longest // SPLIT_POSITIONS))

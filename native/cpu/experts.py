@@ -1,0 +1,226 @@
+"""The feed-forward step of a layer: chosen experts, gate and up, SwiGLU, down, weighted sum, in one kernel.
+
+Decode and batches go through the same entry: tokens are grouped by expert, each weight is read once for all tokens that
+chose it, and the work is handed out as (expert, block of rows) tasks so that cores finish together. The sum over
+experts runs in expert order whatever the threads do, so results do not depend on timing. A dense feed-forward layer is
+the case of one expert that everybody chooses; shared experts are experts of that kind.
+"""
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from native.cpu.activations import X_F32, Activations, quantize_token
+from native.cpu.linear import arguments, thread_scratch
+from native.cpu.matrix import GEMV_MAX_TOKENS, MATRIX_BYTES, NUM_ROWS, K, matrix_panel, matrix_rows, panel_product
+from native.cpu.panel import panel_bytes
+from native.cpu.run import EVERY_TOKEN, NUM_TOKENS
+from native.cpu.threads import KERNEL, barrier, next_task
+from native.cpu.vector_math import silu_f32x16
+from native.simd import (
+    fma_f32x16,
+    load_f32,
+    load_f32x16,
+    load_i32,
+    load_i64,
+    splat_f32x16,
+    store_f32,
+    store_f32x16,
+    store_i32,
+)
+
+# int64 slots of the arguments, by byte offset
+_RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _MATRICES, _HIDDEN = (8 * i for i in range(11))
+_STARTS, _SLOT_TOKEN, _SLOT_WEIGHT, _ACTIVE = (8 * i for i in range(11, 15))
+_EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
+_GEMV_ROWS, _DOWN_ROWS = 64, 32
+
+
+def experts_scratch_bytes(hidden_size: int, feed_forward_size: int, max_tokens: int) -> int:
+    """Scratch a thread needs: a panel and two blocks of results (T, 16)."""
+    return panel_bytes(max(hidden_size, feed_forward_size)) + 2 * 64 * (max_tokens + 1) + 4096
+
+
+@njit
+def _group_by_expert(args):
+    """Sorts (token, choice) pairs by expert: starts (E + 1), the tokens and weights of the slots, the active experts."""
+    num_tokens, top_k = load_i64(load_i64(args + _RUN) + NUM_TOKENS), load_i64(args + _TOP_K)
+    routed, always = load_i64(args + _NUM_ROUTED), load_i64(args + _NUM_ALWAYS)
+    ids, weights, starts = load_i64(args + _IDS), load_i64(args + _WEIGHTS), load_i64(args + _STARTS)
+    slot_token, slot_weight, active = load_i64(args + _SLOT_TOKEN), load_i64(args + _SLOT_WEIGHT), load_i64(args + _ACTIVE)
+    num_experts = routed + always
+    for e in range(num_experts + 1):
+        store_i32(starts + 4 * e, types.int32(0))
+    for i in range(num_tokens * top_k):
+        at = starts + 4 * (load_i32(ids + 4 * i) + 1)
+        store_i32(at, load_i32(at) + types.int32(1))
+    for e in range(routed, num_experts):
+        store_i32(starts + 4 * (e + 1), types.int32(num_tokens))
+    num_active, total = 0, 0
+    for e in range(num_experts):
+        count = load_i32(starts + 4 * (e + 1))
+        store_i32(starts + 4 * e, types.int32(total))  # where this expert's next slot goes
+        total += count
+        if count > 0:
+            store_i32(active + 4 * (1 + num_active), types.int32(e))
+            num_active += 1
+    store_i32(active, types.int32(num_active))
+    for token in range(num_tokens):
+        for i in range(top_k):
+            at = starts + 4 * load_i32(ids + 4 * (token * top_k + i))
+            slot = load_i32(at)
+            store_i32(slot_token + 4 * slot, types.int32(token))
+            store_f32(slot_weight + 4 * slot, load_f32(weights + 4 * (token * top_k + i)))
+            store_i32(at, slot + types.int32(1))
+    for e in range(routed, num_experts):
+        for token in range(num_tokens):
+            slot = load_i32(starts + 4 * e) + token
+            store_i32(slot_token + 4 * slot, types.int32(token))
+            store_f32(slot_weight + 4 * slot, types.float32(1))
+        store_i32(starts + 4 * e, load_i32(starts + 4 * e) + types.int32(num_tokens))
+    for e in range(num_experts, 0, -1):  # every start has moved to its end, which is the next expert's start
+        store_i32(starts + 4 * e, load_i32(starts + 4 * (e - 1)))
+    store_i32(starts, types.int32(0))
+
+
+@njit(fastmath={"nsz", "contract"}, error_model="numpy")
+def _swiglu(gate, up, out, count):
+    """out = silu(gate) * up; count floats, and up to 15 more are computed and not stored."""
+    i = 0
+    while i + 16 <= count:
+        store_f32x16(out + 4 * i, silu_f32x16(load_f32x16(gate + 4 * i)) * load_f32x16(up + 4 * i))
+        i += 16
+    if i < count:
+        store_f32x16(gate + 4 * i, silu_f32x16(load_f32x16(gate + 4 * i)) * load_f32x16(up + 4 * i))
+        for j in range(i, count):
+            store_f32(out + 4 * j, load_f32(gate + 4 * j))
+
+
+@njit
+def _gate_up_task(args, hidden, expert, first, num_rows, scratch):
+    """Rows first.. of gate and up for all tokens of one expert, multiplied as SwiGLU into its slots."""
+    x, starts, slot_token = load_i64(args + _X), load_i64(args + _STARTS), load_i64(args + _SLOT_TOKEN)
+    begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
+    gate = load_i64(args + _MATRICES) + expert * _EXPERT_BYTES
+    up, width = gate + MATRIX_BYTES, load_i64(gate + NUM_ROWS)
+    target, count = load_i64(hidden + X_F32) + 4 * first, end - begin
+    if count <= GEMV_MAX_TOKENS:
+        for slot in range(begin, end):
+            token = load_i32(slot_token + 4 * slot)
+            matrix_rows(gate, first, num_rows, x, token, scratch)
+            matrix_rows(up, first, num_rows, x, token, scratch + 4096)
+            _swiglu(scratch, scratch + 4096, target + 4 * width * slot, num_rows)
+        return
+    gates, panel = scratch, scratch + 2 * 64 * (count + 1)
+    ups, tokens = gates + 64 * (count + 1), slot_token + 4 * begin
+    matrix_panel(gate, first, num_rows, panel)
+    panel_product(gate, panel, x, tokens, count, gates, 64, num_rows)
+    matrix_panel(up, first, num_rows, panel)
+    panel_product(up, panel, x, tokens, count, ups, 64, num_rows)
+    for i in range(count):
+        _swiglu(gates + 64 * i, ups + 64 * i, target + 4 * width * (begin + i), num_rows)
+
+
+@njit(fastmath={"nsz", "contract"})
+def _add_scaled(source, weight, out, count):
+    i = 0
+    while i + 16 <= count:
+        store_f32x16(out + 4 * i, fma_f32x16(load_f32x16(source + 4 * i), splat_f32x16(weight), load_f32x16(out + 4 * i)))
+        i += 16
+    while i < count:
+        store_f32(out + 4 * i, load_f32(out + 4 * i) + weight * load_f32(source + 4 * i))
+        i += 1
+
+
+@njit
+def _down_task(args, hidden, first, num_rows, scratch):
+    """Rows first.. of every active expert's down product, added to the output in expert order."""
+    starts, slot_token, slot_weight = load_i64(args + _STARTS), load_i64(args + _SLOT_TOKEN), load_i64(args + _SLOT_WEIGHT)
+    out, stride, active = load_i64(args + _OUT) + 4 * first, load_i64(args + _OUT_STRIDE), load_i64(args + _ACTIVE)
+    every = load_i64(load_i64(args + _RUN) + EVERY_TOKEN)
+    for a in range(load_i32(active)):
+        expert = load_i32(active + 4 * (1 + a))
+        begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
+        down, count = load_i64(args + _MATRICES) + expert * _EXPERT_BYTES + 2 * MATRIX_BYTES, end - begin
+        if count > GEMV_MAX_TOKENS:
+            panel = scratch + 64 * (count + 1)
+            matrix_panel(down, first, num_rows, panel)
+            panel_product(down, panel, hidden, every + 4 * begin, count, scratch, 64, num_rows)
+        for i in range(count):
+            slot, values = begin + i, scratch + 64 * i
+            if count <= GEMV_MAX_TOKENS:
+                values = scratch
+                matrix_rows(down, first, num_rows, hidden, slot, values)
+            target = out + stride * load_i32(slot_token + 4 * slot)
+            _add_scaled(values, load_f32(slot_weight + 4 * slot), target, num_rows)
+
+
+@cfunc(KERNEL, cache=True, error_model="numpy")
+def _experts_kernel(args, thread, team):
+    run, hidden = load_i64(args + _RUN), load_i64(args + _HIDDEN)
+    scratch, active, starts = thread_scratch(run, thread), load_i64(args + _ACTIVE), load_i64(args + _STARTS)
+    if thread == 0:
+        _group_by_expert(args)
+    barrier(team)
+    num_active = load_i32(active)
+    gate = load_i64(args + _MATRICES) + load_i32(active + 4) * _EXPERT_BYTES
+    width, is_gemv = load_i64(gate + NUM_ROWS), load_i64(run + NUM_TOKENS) <= GEMV_MAX_TOKENS
+    step = _GEMV_ROWS if is_gemv else 16
+    blocks = -(-width // step)
+    task = next_task(team)
+    while task < num_active * blocks:
+        expert, first = load_i32(active + 4 * (1 + task // blocks)), task % blocks * step
+        _gate_up_task(args, hidden, expert, first, min(step, width - first), scratch)
+        task = next_task(team)
+    barrier(team)
+    num_slots = load_i32(starts + 4 * (load_i64(args + _NUM_ROUTED) + load_i64(args + _NUM_ALWAYS)))
+    slot = next_task(team)
+    while slot < num_slots:
+        quantize_token(hidden, slot)
+        slot = next_task(team)
+    barrier(team)
+    num_rows = load_i64(gate + 2 * MATRIX_BYTES + NUM_ROWS)
+    step = _DOWN_ROWS if is_gemv else 16
+    task = next_task(team)
+    while task < -(-num_rows // step):
+        _down_task(args, hidden, task * step, min(step, num_rows - task * step), scratch)
+        task = next_task(team)
+
+
+class ExpertsOp:
+    """One layer's experts: their matrix tables and the buffers of a run."""
+
+    def __init__(
+        self,
+        run: int,
+        x: Activations,
+        out: np.ndarray,
+        matrices: np.ndarray,
+        hidden: Activations,
+        top_k: int,
+        num_always: int,
+        ids: np.ndarray,
+        weights: np.ndarray,
+    ) -> None:
+        """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x).
+
+        matrices: int64 (experts, 3, 8) tables of gate, up, down (`describe_matrix`), the `num_always` experts that
+        every token takes (weight 1) last. ids int32, weights float32 (capacity, top_k). hidden: Activations for
+        capacity * (top_k + num_always) slots of the experts' width. Buffers may be shared by layers.
+        """
+        assert matrices.shape[1:] == (3, 8) and matrices.flags.c_contiguous, matrices.shape
+        assert (matrices[:, 2, K // 8] == hidden.k).all(), (matrices[:, 2], hidden.k)
+        num_experts, num_slots = len(matrices), hidden.capacity
+        self._buffers = (
+            np.zeros(num_experts + 1, np.int32),
+            np.zeros(num_slots, np.int32),
+            np.zeros(num_slots, np.float32),
+            np.zeros(num_experts + 1, np.int32),
+            matrices,
+        )
+        starts, slot_token, slot_weight, active, _ = (buffer.ctypes.data for buffer in self._buffers)
+        self.kernel = _experts_kernel.address
+        self.arguments = arguments(
+            *(run, x.address, out.ctypes.data, out.strides[0], ids.ctypes.data, weights.ctypes.data, top_k),
+            *(num_experts - num_always, num_always, matrices.ctypes.data, hidden.address),
+            *(starts, slot_token, slot_weight, active),
+        )

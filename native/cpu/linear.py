@@ -1,0 +1,184 @@
+"""Operations around the matrices: RMSNorm, quantizing, linear layers, embedding rows. All are program kernels.
+
+Arguments are int64 arrays made by the `*_op` functions below, which return (kernel address, arguments) for
+`threads.Program`. `run` is the address of the batch's `RunTable` (native.cpu.run): how many tokens there are now.
+"""
+
+import struct
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from native.cpu.matrix import GEMV_MAX_TOKENS, NUM_ROWS, K, matrix_panel, matrix_rows, matrix_values, panel_product
+from native.cpu.panel import ADD
+from native.cpu.run import EVERY_TOKEN, NUM_TOKENS, SCRATCH, SCRATCH_STRIDE, TOKEN_IDS
+from native.cpu.threads import KERNEL, next_task
+from native.simd import (
+    fma_f32x16,
+    load_f32,
+    load_f32x16,
+    load_i32,
+    load_i64,
+    splat_f32x16,
+    store_f32,
+    store_f32x16,
+    sum_f32x16,
+    zero_f32x16,
+)
+
+_OPTIONS = {"cache": True, "fastmath": {"nsz", "contract"}, "error_model": "numpy"}
+_TASK_WEIGHTS = 32_768  # a matrix-vector task: about a microsecond, so that cores finish together
+
+
+def float_bits(value: float) -> int:
+    """A float32 as an integer argument; `load_f32` of its address reads it back."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def arguments(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+@njit
+def thread_scratch(run, thread):
+    """This thread's scratch memory."""
+    return load_i64(run + SCRATCH) + thread * load_i64(run + SCRATCH_STRIDE)
+
+
+# RMSNorm --------------------------------------------------------------------------------------------------------------
+
+
+@njit(fastmath={"nsz", "contract"}, error_model="numpy")
+def rms_norm(x, weight, out, k, eps):
+    """out = x / sqrt(mean(x^2) + eps) * weight, float32 (K,), K a multiple of 16 (Zhang & Sennrich 2019)."""
+    squares = zero_f32x16()
+    for i in range(0, 4 * k, 64):
+        value = load_f32x16(x + i)
+        squares = fma_f32x16(value, value, squares)
+    mean = sum_f32x16(squares) / types.float32(k)
+    factor = splat_f32x16(types.float32(1) / np.sqrt(mean + eps))
+    for i in range(0, 4 * k, 64):
+        store_f32x16(out + i, load_f32x16(x + i) * factor * load_f32x16(weight + i))
+
+
+@cfunc(KERNEL, **_OPTIONS)
+def _rms_norm_kernel(args, thread, team):
+    run, x, stride = load_i64(args), load_i64(args + 8), load_i64(args + 16)
+    weight, out, eps = load_i64(args + 24), load_i64(args + 32), load_f32(args + 40)
+    k = load_i64(out + K_SLOT)
+    token = next_task(team)
+    while token < load_i64(run + NUM_TOKENS):
+        rms_norm(x + token * stride, weight, load_i64(out + X_F32) + 4 * k * token, k, eps)
+        quantize_token(out, token)
+        token = next_task(team)
+
+
+def rms_norm_op(run: int, x: np.ndarray, weight: np.ndarray, out: Activations, eps: float) -> tuple[int, np.ndarray]:
+    """out[t] = RMSNorm(x[t, :K]), quantized. x: float32 (capacity, >= K); weight: float32 (K,)."""
+    assert weight.dtype == np.float32 and weight.shape == (out.k,), (weight.dtype, weight.shape, out.k)
+    assert x.dtype == np.float32 and x.strides[1] == 4, (x.dtype, x.strides)
+    return _rms_norm_kernel.address, arguments(run, x.ctypes.data, x.strides[0], weight.ctypes.data, out.address, float_bits(eps))
+
+
+# Linear layers --------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _gemv_rows(k):
+    """Rows of one matrix-vector task."""
+    return min(256, max(8, _TASK_WEIGHTS // k // 8 * 8))
+
+
+@njit
+def _add_rows(source, target, num_rows):
+    row = 0
+    while row + 16 <= num_rows:
+        store_f32x16(target + 4 * row, load_f32x16(target + 4 * row) + load_f32x16(source + 4 * row))
+        row += 16
+    while row < num_rows:
+        store_f32(target + 4 * row, load_f32(target + 4 * row) + load_f32(source + 4 * row))
+        row += 1
+
+
+@njit
+def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch):
+    """`num_rows` rows of one matrix for every token."""
+    num_tokens = load_i64(run + NUM_TOKENS)
+    if num_tokens > GEMV_MAX_TOKENS:
+        matrix_panel(matrix, first, num_rows, scratch)
+        mode = num_rows + (ADD if is_added else 0)
+        panel_product(matrix, scratch, x, load_i64(run + EVERY_TOKEN), num_tokens, out + 4 * first, stride, mode)
+        return
+    for token in range(num_tokens):
+        target = out + token * stride + 4 * first
+        matrix_rows(matrix, first, num_rows, x, token, scratch if is_added else target)
+        if is_added:
+            _add_rows(scratch, target, num_rows)
+
+
+@cfunc(KERNEL, **_OPTIONS)
+def _linear_kernel(args, thread, team):
+    run, x, num_outputs = load_i64(args), load_i64(args + 8), load_i64(args + 16)
+    scratch = thread_scratch(run, thread)
+    is_panel = load_i64(run + NUM_TOKENS) > GEMV_MAX_TOKENS
+    task, passed = next_task(team), 0
+    for i in range(num_outputs):
+        output = args + 24 + 32 * i
+        matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
+        num_rows = load_i64(matrix + NUM_ROWS)
+        step = 16 if is_panel else _gemv_rows(load_i64(matrix + K))
+        num_tasks = -(-num_rows // step)
+        while task < passed + num_tasks:
+            first = (task - passed) * step
+            count = min(step, num_rows - first)
+            _linear_task(run, x, matrix, first, count, out, stride, load_i64(output + 24) != 0, scratch)
+            task = next_task(team)
+        passed += num_tasks
+
+
+def linear_op(run: int, x: Activations, outputs: list[tuple[np.ndarray, np.ndarray, bool]]) -> tuple[int, np.ndarray]:
+    """For each (matrix table, out, is_added): out[t, :rows] = or += matrix @ x[t]. out: float32 (capacity, >= rows)."""
+    flat = [run, x.address, len(outputs)]
+    for matrix, out, is_added in outputs:
+        assert matrix[K // 8] == x.k and out.dtype == np.float32 and out.strides[1] == 4, (matrix, x.k, out.strides)
+        assert out.shape[1] >= matrix[NUM_ROWS // 8], (out.shape, matrix)
+        flat += [matrix.ctypes.data, out.ctypes.data, out.strides[0], int(is_added)]
+    return _linear_kernel.address, arguments(*flat)
+
+
+# Embedding rows -------------------------------------------------------------------------------------------------------
+
+
+@cfunc(KERNEL, **_OPTIONS)
+def _embed_kernel(args, thread, team):
+    run, matrix, out, stride = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
+    k, scratch = load_i64(matrix + K), thread_scratch(run, thread)
+    token = next_task(team)
+    while token < load_i64(run + NUM_TOKENS):
+        matrix_values(matrix, load_i32(load_i64(run + TOKEN_IDS) + 4 * token), 1, scratch)
+        for i in range(0, 4 * k, 64):
+            store_f32x16(out + token * stride + i, load_f32x16(scratch + i))
+        token = next_task(team)
+
+
+def embed_op(run: int, matrix: np.ndarray, out: np.ndarray) -> tuple[int, np.ndarray]:
+    """out[t] = row token_ids[t] of the matrix, as float32 (capacity, K)."""
+    return _embed_kernel.address, arguments(run, matrix.ctypes.data, out.ctypes.data, out.strides[0])
+
+
+# Quantizing what an operation left as float32 --------------------------------------------------------------------------
+
+
+@cfunc(KERNEL, **_OPTIONS)
+def _quantize_kernel(args, thread, team):
+    run, x = load_i64(args), load_i64(args + 8)
+    token = next_task(team)
+    while token < load_i64(run + NUM_TOKENS):
+        quantize_token(x, token)
+        token = next_task(team)
+
+
+def quantize_op(run: int, x: Activations) -> tuple[int, np.ndarray]:
+    """Brings the int8 forms of every token up to date with its float32 values."""
+    return _quantize_kernel.address, arguments(run, x.address)

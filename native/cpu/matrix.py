@@ -1,0 +1,126 @@
+"""A weight matrix as kernels see it: a table of its address, sizes and the kernels of its type."""
+
+from functools import cache
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from native.cpu import types as _types  # noqa: F401  registers every type's functions
+from native.cpu.blocks import FORMATS, load16, unpack
+from native.cpu.dot import rows_kernel
+from native.cpu.panel import gemm_kernel, panel_kernel
+from native.layouts import BY_NAME
+from native.simd import (
+    call3,
+    call5,
+    call6,
+    call7,
+    int_to_f32x16,
+    load_f32,
+    load_i8x16,
+    load_i64,
+    splat_f32x16,
+    store_f32x16,
+    widen_i8x16,
+    widen_signed_i8x16,
+)
+
+DATA, ROW_BYTES, NUM_ROWS, K, ROWS_FN, PANEL_FN, GEMM_FN, VALUES_FN = (8 * i for i in range(8))
+MATRIX_BYTES = 64
+GEMV_MAX_TOKENS = 3  # up to here a matrix is multiplied token by token, beyond through panels (measured: kernel_bench)
+VALUES_SIGNATURE = types.void(types.int64, types.int64, types.int64)  # (weights, num_weights, out)
+
+
+def _float_values(name: str, weight_bytes: int):
+    def values(weights, num_weights, out):
+        for i in range(0, num_weights, 16):
+            store_f32x16(out + 4 * i, load16(name, weights + i * weight_bytes))
+
+    return values
+
+
+def _block_values(name: str, block_size: int, block_bytes: int, group: int, is_signed: bool):
+    """Codes and scales go through the last bytes of `out` itself when there is room, so no stack is needed."""
+
+    def values(weights, num_weights, out):
+        stage = out + 4 * num_weights  # the caller leaves VALUES_PADDING bytes behind the result
+        scales, minima = stage + 256, stage + 320
+        for b in range(num_weights // block_size):
+            unpack(name, weights + b * block_bytes, stage, scales, minima)
+            for i in range(0, block_size, 16):
+                scale = splat_f32x16(load_f32(scales + 4 * (i // group)))
+                minimum = load_f32(minima + 4 * (i // group))
+                codes = load_i8x16(stage + i)
+                wide = widen_signed_i8x16(codes) if is_signed else widen_i8x16(codes)
+                store_f32x16(out + 4 * (b * block_size + i), int_to_f32x16(wide) * scale - minimum)
+
+    return values
+
+
+VALUES_PADDING = 384  # bytes that `values` may scribble on behind its result
+
+
+@cache
+def values_kernel(name: str):
+    """The compiled `values(weights, num_weights, out)` of type `name`: a run of whole blocks as float32."""
+    layout, fmt = BY_NAME[name], FORMATS[name]
+    if fmt.family == "float":
+        values = _float_values(name, layout.block_bytes)
+    else:
+        values = _block_values(name, layout.block_size, layout.block_bytes, fmt.group, fmt.is_signed)
+    return cfunc(VALUES_SIGNATURE, cache=True, error_model="numpy")(values)
+
+
+def describe_matrix(data: np.ndarray, layout_name: str, k: int) -> np.ndarray:
+    """The int64 table of a matrix: `data` uint8 (rows, row_bytes), rows of `k` weights, which must stay alive.
+
+    `k` may be less than a whole row (the columns from the start of `data`'s rows), in whole blocks.
+    """
+    layout = BY_NAME[layout_name]
+    assert data.ndim == 2 and data.dtype == np.uint8 and data.strides[1] == 1, (data.shape, data.dtype, data.strides)
+    assert k % layout.block_size == 0 and k % 16 == 0, (k, layout_name)
+    assert layout.row_bytes(k) <= data.shape[1], (k, data.shape)
+    kernels = (rows_kernel, panel_kernel, gemm_kernel, values_kernel)
+    addresses = [kernel(layout_name).address for kernel in kernels]
+    return np.array([data.ctypes.data, data.strides[0], data.shape[0], k, *addresses], np.int64)
+
+
+def dequantize(data: np.ndarray, layout_name: str) -> np.ndarray:
+    """uint8 (rows, row_bytes) of any type that the kernels know -> float32 (rows, K)."""
+    layout = BY_NAME[layout_name]
+    k = data.shape[1] // layout.block_bytes * layout.block_size
+    out = np.empty(data.shape[0] * k + VALUES_PADDING // 4, np.float32)
+    rows = np.ascontiguousarray(data)
+    values_kernel(layout_name).ctypes(rows.ctypes.data, data.shape[0] * k, out.ctypes.data)
+    return out[: data.shape[0] * k].reshape(data.shape[0], k)
+
+
+@njit
+def matrix_rows(matrix, first, num_rows, activations, token, out):
+    """`num_rows` float32 products of the rows from `first` with one token's activations."""
+    row_bytes = load_i64(matrix + ROW_BYTES)
+    weights = load_i64(matrix + DATA) + first * row_bytes
+    call6(load_i64(matrix + ROWS_FN), weights, row_bytes, num_rows, activations, token, out)
+
+
+@njit
+def matrix_panel(matrix, first, num_rows, panel):
+    """Unpacks up to 16 rows into `panel`."""
+    row_bytes = load_i64(matrix + ROW_BYTES)
+    weights = load_i64(matrix + DATA) + first * row_bytes
+    call5(load_i64(matrix + PANEL_FN), weights, row_bytes, num_rows, load_i64(matrix + K), panel)
+
+
+@njit
+def panel_product(matrix, panel, activations, tokens, num_tokens, out, out_stride, mode):
+    """Multiplies a panel of `matrix` with many tokens; see `panel.py`."""
+    call7(load_i64(matrix + GEMM_FN), panel, activations, tokens, num_tokens, out, out_stride, mode)
+
+
+@njit
+def matrix_values(matrix, first_row, num_rows, out):
+    """Whole rows as float32, K a row; `out` has VALUES_PADDING bytes behind the result."""
+    row_bytes, k = load_i64(matrix + ROW_BYTES), load_i64(matrix + K)
+    for row in range(num_rows):
+        weights = load_i64(matrix + DATA) + (first_row + row) * row_bytes
+        call3(load_i64(matrix + VALUES_FN), weights, k, out + 4 * k * row)
