@@ -36,6 +36,7 @@ class Terminal:
         return _ESCAPES.sub("", self.raw).replace("\r", "")
 
     def type(self, text: str) -> None:
+        """As from the keyboard. Wait for the prompt before keys that only it understands."""
         os.write(self._master, text.encode())
 
     def wait_for(self, text: str) -> str:
@@ -52,8 +53,9 @@ class Terminal:
 
     def wait(self) -> int:
         """Read to the end; the exit code."""
-        while self._read(TIMEOUT_S):
-            pass
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while self._read(0.2):
+            assert time.monotonic() < deadline_s, f"does not end:\n{self.seen[self._mark :]}"
         return self.process.wait(TIMEOUT_S)
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ def test_a_conversation(terminal: Terminal) -> None:
     terminal.wait_for("❯")
     terminal.type("again\r")
     assert " cached)" in terminal.wait_for("TTFT")
+    terminal.wait_for("❯")
     terminal.type("/exit\r")
     assert terminal.wait() == 0
 
@@ -43,13 +44,17 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal: Terminal) -> No
     terminal.wait_for("tick tick")
     terminal.type("\x03")
     terminal.wait_for("stopped")
+    terminal.wait_for("❯")
     terminal.type("fine\r")
     terminal.wait_for("you said: fine")
     assert " cached)" in terminal.wait_for("TTFT")
+    terminal.wait_for("❯")
     terminal.type("/clear\r")
     terminal.wait_for("forgotten")
+    terminal.wait_for("❯")
     terminal.type("anew\r")
-    terminal.wait_for("you said: anew")
+    terminal.wait_for("TTFT")
+    terminal.wait_for("❯")
     terminal.type("\x04")
     assert terminal.wait() == 0
 
@@ -60,6 +65,10 @@ def test_ctrl_c_stops_the_reading_of_a_long_prompt(terminal: Terminal) -> None:
     time.sleep(1.0)
     terminal.type("\x03")
     assert "gen 0 tok" in terminal.wait_for("stopped")
+    terminal.wait_for("❯")
+    terminal.type("/clear\r")  # else the question would still be read first
+    terminal.wait_for("forgotten")
+    terminal.wait_for("❯")
     terminal.type("short\r")
     terminal.wait_for("you said: short")
 
@@ -68,8 +77,10 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_says_how_to_leave(terminal: Te
     terminal.wait_for("❯")
     terminal.type("half a line\x03")
     terminal.wait_for("Ctrl-D or /exit to leave")
+    terminal.wait_for("❯")
     terminal.type("whole\r")
-    terminal.wait_for("you said: whole")
+    terminal.wait_for("TTFT")
+    terminal.wait_for("❯")
     terminal.type("\x04")
     assert terminal.wait() == 0
 
@@ -101,6 +112,7 @@ def test_settings_by_command(terminal: Terminal) -> None:
     terminal.wait_for("system prompt: be brief")
     terminal.type("hi\r")
     assert "thought for" not in terminal.wait_for("TTFT")
+    terminal.wait_for("❯")
     terminal.type("/think maybe\r")
     terminal.wait_for("It is /think on or /think off.")
     terminal.type("/exlt\r")
@@ -117,6 +129,7 @@ def test_a_message_too_long_does_not_end_the_chat() -> None:
     terminal.wait_for("❯")
     terminal.type("x" * 200 + "\r")
     terminal.wait_for("it has 128")
+    terminal.wait_for("❯")
     terminal.type("short\r")
     terminal.wait_for("you said: short")
     terminal.close()
