@@ -3,19 +3,20 @@
 The key up-projection is moved to the query, so that all heads attend to the one cached latent of each position:
 
     absorb   q' = [W_UK^T q_nope | rotated q_rope] * softmax_scale
-    attend   per token, 4 heads and span of positions: online softmax over pages, context in latent space
+    attend   per token, group of heads and span of positions: online softmax over pages, context in latent space
     combine  spans merged, then W_UV brings the context of each head to its values
 
-A page is read once for 4 heads; long contexts are split into spans so that all cores have work (flash decoding).
+A page is read once for up to 8 heads; long contexts are split into spans so that all cores have work (flash decoding).
 """
 
 from functools import cache
 
 import numpy as np
 from numba import cfunc, njit, types
+from numba.extending import overload
 
 from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
-from native.cpu.latent import PAGE_POSITIONS, VALUE_BYTES, load_latent
+from native.cpu.latent import PAGE_POSITIONS, VALUE_BYTES
 from native.cpu.linear import arguments, float_bits, thread_scratch
 from native.cpu.matrix import matrix_rows
 from native.cpu.run import (
@@ -29,11 +30,10 @@ from native.cpu.run import (
     RECORD_TOKEN,
     SIN,
 )
-from native.cpu.specialize import for_literals
 from native.cpu.threads import KERNEL, next_task
+from native.cpu.tiles import MAX_HEADS, SCORE_STRIDE, score_tile, value_tile
 from native.cpu.vector_math import exp_f32x16, rotate_pairs
 from native.simd import (
-    broadcast_f32,
     fma_f32x16,
     largest_f32x16,
     load_f32,
@@ -49,13 +49,12 @@ from native.simd import (
 )
 
 _OPTIONS = {"cache": True, "fastmath": {"nsz", "contract"}, "error_model": "numpy"}
-_HEADS = 4  # heads that share a reading of the page
 _MINUS_INFINITY = types.float32(-np.inf)
 SPLIT_POSITIONS = 512  # a span is at least this long
 
 # int64 slots of the arguments shared by the three kernels
 _RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE = (8 * i for i in range(11))
-_QUERY_ACT, _LATENT_Q, _STORAGE, _PARTIAL, _CONTEXT_ACT, _OUT = (8 * i for i in range(11, 17))
+_QUERY_ACT, _LATENT_Q, _STORAGE, _PARTIAL, _CONTEXT_ACT, _OUT, _GROUP = (8 * i for i in range(11, 18))
 
 
 @njit
@@ -103,105 +102,83 @@ def softmax_block(scores, peak, total):
     return new_peak, total * factor + sum_f32x16((s0 + s1) + (s2 + s3)), factor
 
 
-@for_literals
-def _page_scores(dtype, value_bytes, page, count, latent, q0, q1, q2, q3, scores):
-    """scores[g][p] = q_g . page[p] for 4 heads; positions from `count` on get e^-87, which is nothing."""
-    for p in range(count):
-        a0, a1, a2, a3 = zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16()
-        row = page + p * latent * value_bytes
-        for i in range(0, latent, 16):
-            value = load_latent(dtype, row + i * value_bytes)
-            a0 = fma_f32x16(value, load_f32x16(q0 + 4 * i), a0)
-            a1 = fma_f32x16(value, load_f32x16(q1 + 4 * i), a1)
-            a2 = fma_f32x16(value, load_f32x16(q2 + 4 * i), a2)
-            a3 = fma_f32x16(value, load_f32x16(q3 + 4 * i), a3)
-        store_f32(scores + 4 * p, sum_f32x16(a0))
-        store_f32(scores + 256 + 4 * p, sum_f32x16(a1))
-        store_f32(scores + 512 + 4 * p, sum_f32x16(a2))
-        store_f32(scores + 768 + 4 * p, sum_f32x16(a3))
-    for p in range(count, PAGE_POSITIONS):
-        for g in range(_HEADS):
-            store_f32(scores + 256 * g + 4 * p, types.float32(-1e30))
+def heads_per_group(num_heads: int) -> int:
+    """Heads that share a reading of the cache: at most MAX_HEADS, groups as even as can be."""
+    return -(-num_heads // -(-num_heads // MAX_HEADS))
 
 
-@for_literals
-def _add_page(dtype, value_bytes, page, count, latent, kv_lora, weights, factors, c0, c1, c2, c3):
+def _page_scores(heads, dtype, value_bytes, page, count, latent, q, q_stride, scores):
+    """scores[g][p] = q_g . page[p]; positions from `count` on get -1e30."""
+
+
+def _add_page(heads, dtype, value_bytes, page, count, latent, kv_lora, weights, factors, context, stride):
     """context_g = context_g * factor_g + sum_p weight[g][p] * page[p][:kv_lora]."""
-    for i in range(0, kv_lora, 16):
-        a0 = load_f32x16(c0 + 4 * i) * load_f32(factors)
-        a1 = load_f32x16(c1 + 4 * i) * load_f32(factors + 4)
-        a2 = load_f32x16(c2 + 4 * i) * load_f32(factors + 8)
-        a3 = load_f32x16(c3 + 4 * i) * load_f32(factors + 12)
+
+
+@overload(_page_scores, prefer_literal=True)
+def _choose_page_scores(heads, dtype, value_bytes, page, count, latent, q, q_stride, scores):
+    tile = score_tile(heads.literal_value, dtype.literal_value, value_bytes.literal_value)
+
+    def page_scores(heads, dtype, value_bytes, page, count, latent, q, q_stride, scores):
         for p in range(count):
-            value = load_latent(dtype, page + (p * latent + i) * value_bytes)
-            a0 = fma_f32x16(value, broadcast_f32(weights + 4 * p), a0)
-            a1 = fma_f32x16(value, broadcast_f32(weights + 256 + 4 * p), a1)
-            a2 = fma_f32x16(value, broadcast_f32(weights + 512 + 4 * p), a2)
-            a3 = fma_f32x16(value, broadcast_f32(weights + 768 + 4 * p), a3)
-        store_f32x16(c0 + 4 * i, a0)
-        store_f32x16(c1 + 4 * i, a1)
-        store_f32x16(c2 + 4 * i, a2)
-        store_f32x16(c3 + 4 * i, a3)
+            tile(page + p * latent * value_bytes, q, q_stride, latent, scores + 4 * p)
+        for g in range(heads):
+            for p in range(count, PAGE_POSITIONS):
+                store_f32(scores + SCORE_STRIDE * g + 4 * p, types.float32(-1e30))
+
+    return page_scores
 
 
-def _attend_kernel(dtype: str, value_bytes: int):
+@overload(_add_page, prefer_literal=True)
+def _choose_add_page(heads, dtype, value_bytes, page, count, latent, kv_lora, weights, factors, context, stride):
+    tile = value_tile(heads.literal_value, dtype.literal_value, value_bytes.literal_value)
+
+    def add_page(heads, dtype, value_bytes, page, count, latent, kv_lora, weights, factors, context, stride):
+        for i in range(0, kv_lora, 32):
+            tile(page + i * value_bytes, latent * value_bytes, count, weights, factors, context + 4 * i, stride)
+
+    return add_page
+
+
+def _attend_kernel(group: int, dtype: str, value_bytes: int):
     def attend(args, thread, team):
         run, heads = load_i64(args + _RUN), load_i64(args + _NUM_HEADS)
         kv_lora, latent = load_i64(args + _KV_LORA), load_i64(args + _KV_LORA) + load_i64(args + _ROPE)
-        splits, groups, size = load_i64(run + NUM_SPLITS), -(-heads // _HEADS), _partial_bytes(args)
+        splits, groups, size = load_i64(run + NUM_SPLITS), -(-heads // group), _partial_bytes(args)
         storage, scores = load_i64(args + _STORAGE), thread_scratch(run, thread)
-        factors, spare = scores + 1024, scores + 2048
+        factors = scores + SCORE_STRIDE * group
         task = next_task(team)
         while task < load_i64(run + NUM_ABSORBED) * groups * splits:
-            split, index = task % splits, task // splits // groups
-            first = task // splits % groups * _HEADS
+            split, index, g = task % splits, task // splits // groups, task // splits % groups
+            first = min(g * group, heads - group)  # the last group overlaps the one before rather than be smaller
             record = load_i64(run + ABSORBED) + RECORD_BYTES * index
             length, pages = load_i64(record + RECORD_POSITION) + 1, load_i64(record + RECORD_PAGES)
-            used = min(_HEADS, heads - first)
             q = load_i64(args + _LATENT_Q) + 4 * latent * (index * heads + first)
-            q1, q2, q3 = (q + 4 * latent * min(1, used - 1), q + 4 * latent * min(2, used - 1), q + 4 * latent * min(3, used - 1))
-            c = load_i64(args + _PARTIAL) + size * ((index * heads + first) * splits + split)
-            c1 = c + size * splits if used > 1 else spare
-            c2 = c + 2 * size * splits if used > 2 else spare
-            c3 = c + 3 * size * splits if used > 3 else spare
-            for i in range(0, 4 * kv_lora, 64):
-                store_f32x16(c + i, zero_f32x16())
-                store_f32x16(c1 + i, zero_f32x16())
-                store_f32x16(c2 + i, zero_f32x16())
-                store_f32x16(c3 + i, zero_f32x16())
-            p0, p1, p2, p3 = _MINUS_INFINITY, _MINUS_INFINITY, _MINUS_INFINITY, _MINUS_INFINITY
-            t0, t1, t2, t3 = types.float32(0), types.float32(0), types.float32(0), types.float32(0)
+            state = load_i64(args + _PARTIAL) + size * ((index * groups + g) * splits + split) * group
+            for i in range(0, size * group, 64):
+                store_f32x16(state + i, zero_f32x16())
+            for h in range(group):
+                store_f32(state + size * h + 4 * kv_lora, _MINUS_INFINITY)
             num_pages = -(-length // PAGE_POSITIONS)
             for n in range(num_pages * split // splits, num_pages * (split + 1) // splits):
                 page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * latent * value_bytes
                 count = min(PAGE_POSITIONS, length - n * PAGE_POSITIONS)
-                _page_scores(dtype, value_bytes, page, count, latent, q, q1, q2, q3, scores)
-                p0, t0, f0 = softmax_block(scores, p0, t0)
-                p1, t1, f1 = softmax_block(scores + 256, p1, t1)
-                p2, t2, f2 = softmax_block(scores + 512, p2, t2)
-                p3, t3, f3 = softmax_block(scores + 768, p3, t3)
-                store_f32(factors, f0)
-                store_f32(factors + 4, f1)
-                store_f32(factors + 8, f2)
-                store_f32(factors + 12, f3)
-                _add_page(dtype, value_bytes, page, count, latent, kv_lora, scores, factors, c, c1, c2, c3)
-            at = 4 * kv_lora
-            store_f32(c3 + at, p3)  # heads that do not exist write to the spare place, in any order
-            store_f32(c3 + at + 4, t3)
-            store_f32(c2 + at, p2)
-            store_f32(c2 + at + 4, t2)
-            store_f32(c1 + at, p1)
-            store_f32(c1 + at + 4, t1)
-            store_f32(c + at, p0)
-            store_f32(c + at + 4, t0)
+                _page_scores(group, dtype, value_bytes, page, count, latent, q, 4 * latent, scores)
+                for h in range(group):
+                    at = state + size * h + 4 * kv_lora
+                    peak, total, factor = softmax_block(scores + SCORE_STRIDE * h, load_f32(at), load_f32(at + 4))
+                    store_f32(at, peak)
+                    store_f32(at + 4, total)
+                    store_f32(factors + 4 * h, factor)
+                _add_page(group, dtype, value_bytes, page, count, latent, kv_lora, scores, factors, state, size)
             task = next_task(team)
 
     return attend
 
 
 @cache
-def _compiled_attend(dtype: str):
-    return cfunc(KERNEL, **_OPTIONS)(_attend_kernel(dtype, VALUE_BYTES[dtype]))
+def _compiled_attend(group: int, dtype: str):
+    return cfunc(KERNEL, **_OPTIONS)(_attend_kernel(group, dtype, VALUE_BYTES[dtype]))
 
 
 @cfunc(KERNEL, **_OPTIONS)
@@ -212,13 +189,16 @@ def _combine_kernel(args, thread, team):
     task = next_task(team)
     while task < load_i64(run + NUM_ABSORBED) * heads:
         record, head = load_i64(run + ABSORBED) + RECORD_BYTES * (task // heads), task % heads
-        partial = load_i64(args + _PARTIAL) + size * task * splits
+        group, groups = load_i64(args + _GROUP), -(-heads // load_i64(args + _GROUP))
+        g = head // group
+        place = head - min(g * group, heads - group)  # of this head in its group
+        partial = load_i64(args + _PARTIAL) + size * ((task // heads * groups + g) * splits * group + place)
         x = load_i64(act + X_F32) + 4 * kv_lora * task
         peak, total = _MINUS_INFINITY, types.float32(0)
         for s in range(splits):
-            peak = max(peak, load_f32(partial + size * s + 4 * kv_lora))
+            peak = max(peak, load_f32(partial + size * group * s + 4 * kv_lora))
         for s in range(splits):
-            span = partial + size * s
+            span = partial + size * group * s
             factor = np.exp(load_f32(span + 4 * kv_lora) - peak)
             total += factor * load_f32(span + 4 * kv_lora + 4)
             for i in range(0, 4 * kv_lora, 64):
@@ -243,7 +223,9 @@ class AttentionBuffers:
         self.max_spans = capacity + 4 * num_threads  # tokens times splits
         self.query = Activations(capacity * num_heads, nope, kinds[0])
         self.latent_q = np.zeros((capacity * num_heads, kv_lora + rope), np.float32)
-        self.partial = np.zeros((self.max_spans * num_heads, kv_lora + 16), np.float32)
+        group = heads_per_group(num_heads)
+        heads = group * -(-num_heads // group)
+        self.partial = np.zeros((self.max_spans * heads, kv_lora + 16), np.float32)
         self.context = Activations(capacity * num_heads, kv_lora, kinds[1])
 
 
@@ -269,13 +251,14 @@ def attention_ops(
         *(run, q.ctypes.data, q.strides[0], k_b.ctypes.data, v_b.ctypes.data, float_bits(softmax_scale)),
         *(heads, nope, rope, kv_lora, value, buffers.query.address, buffers.latent_q.ctypes.data),
         *(storage, buffers.partial.ctypes.data, buffers.context.address, out.address),
+        heads_per_group(heads),
     )
-    kernels = (_absorb_kernel, _compiled_attend(dtype), _combine_kernel)
+    kernels = (_absorb_kernel, _compiled_attend(heads_per_group(heads), dtype), _combine_kernel)
     return [(kernel.address, table) for kernel in kernels]
 
 
 def num_splits(num_tokens: int, longest: int, num_heads: int, num_threads: int) -> int:
     """Spans per token and head group: enough tasks for all threads, none shorter than SPLIT_POSITIONS."""
-    groups = max(1, num_tokens * -(-num_heads // _HEADS))
+    groups = max(1, num_tokens * -(-num_heads // heads_per_group(num_heads)))
     wanted = -(-4 * num_threads // groups)
     return max(1, min(wanted, longest // SPLIT_POSITIONS))
