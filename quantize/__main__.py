@@ -20,7 +20,7 @@ def main(
     """Convert a checkpoint of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to one GGUF file."""
     from quantize.convert import convert
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console) as progress:

@@ -28,7 +28,7 @@ from quantize.codecs import encode
 
 ALIGNMENT = 32  # bytes; GGUF's default
 _CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
-_HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer takes
+_HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer and all padding take
 
 # (first row, end row) -> float32 (rows, n), or uint8 (rows, row_bytes) where the source holds the encoded bytes already
 RowReader = Callable[[int, int], np.ndarray]
@@ -70,19 +70,19 @@ def write_gguf(
     is_overwriting: bool = False,
 ) -> int:
     """Writes the file and returns its size in bytes. Raises KimiLiteError before any work where it cannot end well."""
-    total_bytes = sum(_padded(tensor.num_bytes) for tensor in tensors)
+    report = on_progress or (lambda name, done, total: None)
+    done_bytes, total_bytes = 0, sum(tensor.num_bytes for tensor in tensors)
     check_output(path, total_bytes, is_overwriting)
     with _partial_file(path) as partial:
         file = _write_header(partial, metadata, tensors)
         with file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            start = file.tell()
             for tensor in tensors:
                 for rows in _encode_rows(tensor, pool):
                     file.write(rows)
-                    if on_progress:
-                        on_progress(tensor.name, file.tell() - start, total_bytes)
+                    done_bytes += rows.nbytes
+                    report(tensor.name, done_bytes, total_bytes)
                 file.write(bytes(-file.tell() % ALIGNMENT))
-            assert file.tell() - start == total_bytes, (file.tell(), start, total_bytes)
+            assert done_bytes == total_bytes, (done_bytes, total_bytes)
             file.flush()
             os.fsync(file.fileno())
             num_bytes = file.tell()
@@ -179,7 +179,3 @@ def _encode_rows(tensor: Tensor, pool: ThreadPoolExecutor) -> Iterator[np.ndarra
     finally:
         for future in pending:
             future.cancel()
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -99,10 +99,10 @@ def _pack_int4(stem: str, weight) -> dict:
 
     groups = weight.unflatten(-1, (-1, _GROUP))  # (N, M / 32, 32)
     scales = (groups.abs().amax(-1) / 7).to(torch.bfloat16)  # (N, M / 32)
-    codes = (groups / scales.float()[..., None]).round().clamp(-7, 7)
+    codes = (groups / scales.float()[..., None]).round().clamp(-7, 7).to(torch.int8)
     weight.copy_((codes * scales.float()[..., None]).flatten(-2))
     return {
-        f"{stem}.weight_packed": pack_to_int32(codes.flatten(-2).to(torch.int8), 4),
+        f"{stem}.weight_packed": pack_to_int32(codes.flatten(-2), 4),
         f"{stem}.weight_scale": scales,
         f"{stem}.weight_shape": torch.tensor(weight.shape, dtype=torch.int32),
     }

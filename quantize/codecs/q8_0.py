@@ -11,7 +11,7 @@ _LAYOUT = BY_NAME["Q8_0"]
 def encode(rows: np.ndarray) -> np.ndarray:
     """(R, n) float32 to (R, n / 32 * 34) uint8: scale = max |w| / 127, codes rounded half away from zero."""
     blocks = rows.reshape(-1, _LAYOUT.block_size)  # (B, 32)
-    largest = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))  # (B,), NaN where a weight is NaN
+    largest = np.abs(blocks).max(axis=1)  # (B,), NaN where a weight is NaN
     scale = largest / np.float32(127)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scale

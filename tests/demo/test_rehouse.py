@@ -43,9 +43,9 @@ def random_source(num_layers: int, seed: int = 0) -> dict[str, np.ndarray]:
 def make_llama(source: dict[str, np.ndarray], num_layers: int) -> LlamaForCausalLM:
     """The source as transformers runs it, its rotary rows in half-split order."""
     names = {
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     }  # fmt: skip
     embedding = source["token_embd.weight"]
     config = LlamaConfig(
@@ -53,7 +53,11 @@ def make_llama(source: dict[str, np.ndarray], num_layers: int) -> LlamaForCausal
         num_attention_heads=rehouse.NUM_HEADS, num_key_value_heads=rehouse.NUM_KV_HEADS, head_dim=rehouse.HEAD_DIM,
         rms_norm_eps=1e-5, tie_word_embeddings=True, rope_parameters=rehouse.CONFIG["rope_parameters"],
     )  # fmt: skip
-    state = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding, "model.norm.weight": source["output_norm.weight"]}
+    state = {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": embedding,
+        "model.norm.weight": source["output_norm.weight"],
+    }
     for layer in range(num_layers):
         for ours, theirs in names.items():
             weight = source[f"blk.{layer}.{ours}.weight"]
@@ -65,8 +69,9 @@ def make_llama(source: dict[str, np.ndarray], num_layers: int) -> LlamaForCausal
 
 def make_rehoused(source: dict[str, np.ndarray], num_layers: int) -> DeepseekV3ForCausalLM:
     """The re-housed tensors in transformers' own DeepSeek-V3."""
-    config = DeepseekV3Config(**dict(rehouse.CONFIG) | {"vocab_size": len(source["token_embd.weight"]), "num_hidden_layers": num_layers},
-                              num_key_value_heads=rehouse.NUM_HEADS, num_mtp_layers=0)  # fmt: skip
+    sizes = {"vocab_size": len(source["token_embd.weight"]), "num_hidden_layers": num_layers}
+    fields = dict(rehouse.CONFIG) | sizes | {"num_key_value_heads": rehouse.NUM_HEADS, "num_mtp_layers": 0}
+    config = DeepseekV3Config(**fields)
     tensors = rehouse.rehouse_globals(source["token_embd.weight"], source["output_norm.weight"])
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     state = {f"{theirs}.weight": tensors[f"{ours}.weight"] for ours, theirs in names.items()}
@@ -81,10 +86,11 @@ def make_rehoused(source: dict[str, np.ndarray], num_layers: int) -> DeepseekV3F
 def _published_layer(ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     names = {
         "attn_norm": "input_layernorm", "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
-        "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-        "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate", "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-        "ffn_up_shexp": "mlp.shared_experts.up_proj", "ffn_down_shexp": "mlp.shared_experts.down_proj",
+        "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": "mlp.shared_experts.down_proj",
     }  # fmt: skip
     state = {f"{theirs}.weight": ours[f"{name}.weight"] for name, theirs in names.items() if f"{name}.weight" in ours}
     kv_b = np.concatenate([ours["attn_k_b.weight"].swapaxes(1, 2), ours["attn_v_b.weight"]], axis=1)  # (H, nope + v, 576)
