@@ -1,0 +1,243 @@
+"""How fast the decode kernels are: beside memory, beside llama.cpp, and in cache. Tables, then JSON as the last line.
+
+    python -m tools.kernel_bench --types tq1_0,q4_k --threads 2
+    python -m tools.kernel_bench --target avx2 --prefill
+
+The read bandwidth comes first: it bounds everything else. Then each type multiplies a matrix larger than the caches with one
+vector, as the runtime does, in turns with a plain read of the same bytes and with llama.cpp's `vec_dot` over them (same
+threads, same bytes). The last columns come from one core and a matrix in its cache: what the kernel could do if memory were
+infinitely fast. `tools.predict` reads the JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kimi_lite.errors import KimiLiteError
+
+ROW_WEIGHTS = 7168  # Kimi K2.5's hidden size
+_PARTS = 8  # of the matrix: each timed run reads the next one
+_MIN_BYTES = 256 << 20
+_CACHED_BYTES, _CACHED_RUNS = 192 << 10, 64
+_PREFILL_ROWS, _PREFILL_TOKENS = 2048, (128, 512)
+_AVX2 = {
+    "NUMBA_CPU_NAME": "alderlake",
+    "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.1,+sse4.2,+ssse3,+popcnt,+lzcnt",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TypeResult:
+    """One line of the table. Rates are medians over the kept rounds; `ratio` is our speed over llama.cpp's."""
+
+    bits_per_weight: float
+    gweights_s: float
+    gb_s: float
+    bandwidth_share: float  # of a plain read of the same bytes in the same round
+    ggml_gweights_s: float | None
+    ratio: tuple[float, float, float] | None  # median, 10th and 90th percentile of the rounds
+    core_gweights_s: float
+    cycles_per_weight: float
+    core_ratio: float | None
+    num_kept: int
+    num_dropped: int
+    is_noisy: bool
+    stolen_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """Many tokens: unpacking rows into panels alone, and whole products (unpacking included) by number of tokens."""
+
+    unpack_gweights_s: float
+    gmac_s: dict[int, float]
+    num_dropped: int
+    is_noisy: bool
+
+
+def main(
+    types: Annotated[str, typer.Option(help="Comma-separated, e.g. tq1_0,q4_k. Default: all that have kernels.")] = "",
+    threads: Annotated[int, typer.Option(help="Default: all cores.", min=1)] = os.cpu_count() or 1,
+    repeats: Annotated[int, typer.Option(help="Undisturbed rounds for each type.", min=1)] = 30,
+    target: Annotated[str, typer.Option(help="native, or avx2: our kernels as an older CPU would run them.")] = "native",
+    prefill: Annotated[bool, typer.Option("--prefill", help="Many tokens at a time as well.")] = False,
+) -> None:
+    """Time the kernels: read bandwidth, then each type beside llama.cpp, and in cache."""
+    if target == "avx2":  # Numba reads its target once, at import
+        rest = ["--types", types, "--threads", str(threads), "--repeats", str(repeats), *["--prefill"] * prefill]
+        sys.exit(subprocess.call([sys.executable, "-m", "tools.kernel_bench", *rest], env=os.environ | _AVX2))
+    if target != "native":
+        raise typer.BadParameter(f"{target!r} is neither native nor avx2", param_hint="--target")
+    try:
+        _bench(_known_types(types), threads, repeats, prefill)
+    except KimiLiteError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _known_types(types: str) -> list[str]:
+    from native.cpu.blocks import FORMATS
+
+    names = [name.strip().upper() for name in types.split(",") if name.strip()] or list(FORMATS)
+    for name in names:
+        if name not in FORMATS:
+            raise KimiLiteError(f"There is no CPU kernel for {name!r}.", f"Choose from {', '.join(FORMATS).lower()}.")
+    return names
+
+
+def _bench(names: list[str], threads: int, repeats: int, has_prefill: bool) -> None:
+    from native.cpu.threads import Team
+    from tools.kernel_report import print_machine, print_prefill, print_types
+    from tools.measure import read_lost_time
+
+    team, core = Team(threads), Team(1)
+    before = read_lost_time()
+    report = _measure_machine(team, core, repeats)
+    print_machine(report)
+    results = {}
+    with print_types(threads) as add_row:
+        for name in names:
+            results[name] = _measure_type(team, core, name, repeats)
+            add_row(name, results[name])
+    report["types"] = {name: asdict(result) for name, result in results.items()}
+    if has_prefill:
+        prefill = {name: _measure_prefill(team, name, repeats) for name in names}
+        print_prefill(prefill)
+        report["prefill"] = {name: asdict(result) for name, result in prefill.items()}
+    report["stolen_s"] = round(read_lost_time().stolen_s - before.stolen_s, 2)
+    team.close()
+    print(json.dumps(report))
+
+
+def _buffer_bytes() -> int:
+    """Eight times the largest cache, at least 256 MiB."""
+    sizes = [size.read_text().strip() for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    kibibytes = [int(size[:-1]) << (10 if size.endswith("M") else 0) for size in sizes if size[-1] in "KM"]
+    return max(_MIN_BYTES, 8 * 1024 * max(kibibytes, default=0))
+
+
+def _measure_machine(team, core, repeats: int) -> dict:
+    """CPU, clock and read bandwidth."""
+    import numpy as np
+
+    from native.isa import isa
+    from tools.ggml_cpu import describe_ggml
+    from tools.measure import is_lost_time_known, measure
+    from tools.workloads import CLOCK_CYCLES, Bench, clock_program
+
+    parts = np.ones((_PARTS, _buffer_bytes() // _PARTS // 4), np.int32)
+    bench = Bench(team, 256)
+    reading = measure(team, {"read": [bench.read(part) for part in parts]}, repeats)
+    clock = measure(core, {"clock": [clock_program()]}, 9)
+    return {
+        "tool": "kernel_bench",
+        "cpu": _cpu_name(),
+        "isa": isa()._asdict(),
+        "ggml": describe_ggml(),
+        "threads": team.num_threads,
+        "repeats": repeats,
+        "clock_ghz": CLOCK_CYCLES / clock.seconds["clock"].min() / 1e9,
+        "read_gb_s": parts[0].nbytes / reading.median_s("read") / 1e9,
+        "buffer_bytes": parts.nbytes,
+        "stolen_share": reading.stolen_share,
+        "is_noisy": reading.is_noisy,
+        "is_lost_time_known": is_lost_time_known(),
+    }
+
+
+def _cpu_name() -> str:
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _measure_type(team, core, name: str, repeats: int) -> TypeResult:
+    import numpy as np
+
+    from native.layouts import BY_NAME
+    from tools.ggml_cpu import find_vec_dot
+    from tools.measure import measure
+    from tools.workloads import CLOCK_CYCLES, Bench, clock_program
+
+    layout, bench = BY_NAME[name], Bench(team, ROW_WEIGHTS)
+    data = _random_matrix(layout, _buffer_bytes())
+    parts = np.split(data[: len(data) // (16 * _PARTS) * 16 * _PARTS], _PARTS)
+    out, ggml_out = np.zeros((1, len(parts[0])), np.float32), np.zeros(len(parts[0]), np.float32)
+    vec_dot = find_vec_dot(layout, bench.x.values[0])
+    workloads = {"read": [bench.read(part) for part in parts], "ours": [bench.ours(layout, part, out) for part in parts]}
+    cached = parts[0][: max(16, _CACHED_BYTES // data.shape[1] // 16 * 16)]
+    in_cache = {"clock": [clock_program()], "ours": [bench.ours(layout, cached, out, _CACHED_RUNS)]}
+    if vec_dot:
+        workloads["ggml"] = [bench.ggml(vec_dot, part, ggml_out) for part in parts]
+        in_cache["ggml"] = [bench.ggml(vec_dot, cached, ggml_out, _CACHED_RUNS)]
+        _check_agreement(team, name, (workloads["ours"][0], out[0]), (workloads["ggml"][0], ggml_out))
+    cold, hot = measure(team, workloads, repeats), measure(core, in_cache, repeats)
+    num_weights, num_cached = len(parts[0]) * ROW_WEIGHTS, len(cached) * ROW_WEIGHTS * _CACHED_RUNS
+    return TypeResult(
+        bits_per_weight=layout.bits_per_weight,
+        gweights_s=num_weights / cold.median_s("ours") / 1e9,
+        gb_s=parts[0].nbytes / cold.median_s("ours") / 1e9,
+        bandwidth_share=cold.ratio("ours", "read")[0],
+        ggml_gweights_s=num_weights / cold.median_s("ggml") / 1e9 if vec_dot else None,
+        ratio=cold.ratio("ours", "ggml") if vec_dot else None,
+        core_gweights_s=num_cached / hot.median_s("ours") / 1e9,
+        cycles_per_weight=CLOCK_CYCLES / num_cached / hot.ratio("ours", "clock")[0],
+        core_ratio=hot.ratio("ours", "ggml")[0] if vec_dot else None,
+        num_kept=len(cold.seconds["ours"]),
+        num_dropped=cold.num_dropped + hot.num_dropped,
+        is_noisy=cold.is_noisy or hot.is_noisy,
+        stolen_share=max(cold.stolen_share, hot.stolen_share),
+    )
+
+
+def _random_matrix(layout, num_bytes: int):
+    """uint8 (rows, row_bytes): a random tile, again and again."""
+    import numpy as np
+
+    from tools.random_blocks import random_rows
+
+    row_bytes = layout.row_bytes(ROW_WEIGHTS)
+    tile = random_rows(layout, (4 << 20) // row_bytes, ROW_WEIGHTS, ROW_WEIGHTS**-0.5, np.random.default_rng(0))
+    return np.resize(tile, (num_bytes // row_bytes, row_bytes))
+
+
+def _check_agreement(team, name: str, ours: tuple, theirs: tuple) -> None:
+    """Both must compute the same products, or timing them is of no use."""
+    import numpy as np
+
+    for program, _ in (ours, theirs):
+        team.run(program)
+    error = np.linalg.norm(ours[1] - theirs[1]) / np.linalg.norm(theirs[1])
+    assert error < 0.02, f"{name}: our products differ from llama.cpp's by {error:.2%}"
+
+
+def _measure_prefill(team, name: str, repeats: int) -> PrefillResult:
+    import numpy as np
+
+    from native.layouts import BY_NAME
+    from tools.measure import measure
+    from tools.workloads import Bench
+
+    layout, bench = BY_NAME[name], Bench(team, ROW_WEIGHTS, max(_PREFILL_TOKENS))
+    data = _random_matrix(layout, _PREFILL_ROWS * layout.row_bytes(ROW_WEIGHTS))  # one expert's gate
+    out, num_rounds = np.zeros((max(_PREFILL_TOKENS), len(data)), np.float32), max(3, repeats // 5)
+    rounds = [measure(team, {"unpack": [bench.unpack(layout, data)]}, num_rounds)]
+    unpack_s, gmac_s = rounds[0].median_s("unpack"), {}
+    for num_tokens in _PREFILL_TOKENS:
+        bench.set_tokens(num_tokens)
+        rounds.append(measure(team, {"product": [bench.ours(layout, data, out)]}, num_rounds))
+        gmac_s[num_tokens] = num_tokens * len(data) * ROW_WEIGHTS / rounds[-1].median_s("product") / 1e9
+    is_noisy = any(each.is_noisy for each in rounds)
+    return PrefillResult(len(data) * ROW_WEIGHTS / unpack_s / 1e9, gmac_s, sum(each.num_dropped for each in rounds), is_noisy)
+
+
+if __name__ == "__main__":
+    typer.run(main)
