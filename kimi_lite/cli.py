@@ -107,6 +107,7 @@ def chat(
     from kimi_lite.apps import chat as app_chat
     from kimi_lite.apps.start import open_session
 
+    sys.stdin.reconfigure(errors="surrogateescape")  # the session refuses what is not UTF-8
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
     settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)
     aside = Console(stderr=not sys.stdout.isatty())
@@ -141,6 +142,7 @@ def run(
     from kimi_lite.apps.run import run as run_prompt
     from kimi_lite.apps.start import open_session
 
+    sys.stdin.reconfigure(errors="surrogateescape")  # the session refuses what is not UTF-8
     text = read_prompt(prompt, prompt_option, file, sys.stdin)
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
     settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)

@@ -26,6 +26,7 @@ class AnswerView:
     def __init__(self, out: TextIO, aside: Console, shows_reasoning: bool) -> None:
         self.out, self.aside, self.shows_reasoning = out, aside, shows_reasoning
         self.texts = {"reasoning": "", "content": "", "tool_call": ""}
+        self.calls: list[dict[str, str]] = []
         self.last: Token | None = None
         self._began_s = time.perf_counter()
         self._num_reasoning = 0
@@ -34,9 +35,14 @@ class AnswerView:
     def show(self, token: Token) -> None:
         self.last = token
         self.texts[token.kind] += token.text
+        if token.call:
+            self.calls.append({"id": token.call.id, "name": token.call.name, "arguments": ""})
+        elif token.kind == "tool_call" and self.calls:
+            self.calls[-1]["arguments"] += token.text
         self._num_reasoning += token.id is not None and token.kind == "reasoning"
         part = "reasoning" if token.kind == "reasoning" else "answer"
-        text = token.text if self._shown[part] else token.text.lstrip("\n")
+        text = f"\n{token.call.name} " if token.call else token.text
+        text = text if self._shown[part] else text.lstrip("\n")
         if not text:
             return
         if part == "answer" and not self._shown["answer"]:

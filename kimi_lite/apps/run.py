@@ -74,7 +74,7 @@ def _document(session: Session, view: AnswerView, ids: list[int]) -> str:
         "model": session.engine.info.name,
         "text": view.texts["content"],
         "reasoning": view.texts["reasoning"],
-        "tool_calls": view.texts["tool_call"],
+        "tool_calls": view.calls,
         "ids": ids,
         "finish_reason": view.last.finish_reason,
         "stats": stats_document(view.last.stats),
@@ -88,8 +88,8 @@ def _ended(text: str) -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")  # the session refuses what is not UTF-8
+    except OSError as error:
         raise KimiLiteError(f"The prompt file {path} cannot be read: {error}.") from error
 
 

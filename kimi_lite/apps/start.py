@@ -46,9 +46,7 @@ def _demo_path(aside: Console, is_quiet: bool) -> Path:
     from kimi_lite.demo.build import ensure_demo_model
 
     if not is_quiet:
-        show_plain(aside, "no -m given: using the demo model, a 135 M chat model in the same architecture.", style="dim")
-        show_plain(
-            aside, "for Kimi K2.5: kimi-lite run -m FOLDER, with a GGUF of your own or from kimi-lite quantize.", style="dim"
-        )
+        show_plain(aside, "no -m given: this is the demo, a 135 M chat model in Kimi K2.5's architecture.", style="dim")
+        show_plain(aside, "for the real one say -m FOLDER: a GGUF from elsewhere, or made by kimi-lite quantize.", style="dim")
     with WorkProgress(aside, decimal) as progress:
         return ensure_demo_model(None if is_quiet else progress)

@@ -34,6 +34,7 @@ class Session:
 
     def ask(self, text: str, on_prefill: OnPrefill | None = None) -> Iterator[Token]:
         """Send a message and stream the answer. However it ends, what was said stays in the conversation."""
+        require_utf8(text)
         self._request_id, self._is_cancelled = uuid4().hex, False
         self.messages.append({"role": "user", "content": text})
         try:
@@ -98,6 +99,17 @@ class Session:
     def _sampling(self) -> SamplingParams:
         default = THINKING_TEMPERATURE if self.is_thinking else INSTANT_TEMPERATURE
         return replace(self.sampling, temperature=default if self.temperature is None else self.temperature)
+
+
+def require_utf8(text: str) -> None:
+    """Refuse text with bytes that were no UTF-8 when it was read (Python keeps them as lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise KimiLiteError(
+            f"The message is not UTF-8 text: byte 0x{byte:02X} after {error.start:,} characters.", "Try iconv -f LATIN1 -t UTF-8."
+        ) from error
 
 
 def splice(known_ids: Sequence[int], rendered_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

@@ -15,6 +15,7 @@ from kimi_lite import __version__
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
 from tests.apps.fake_main import open_fake
+from tests.apps.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 FAKE = [sys.executable, "-m", "tests.apps.fake_main"]
@@ -110,7 +111,7 @@ def test_without_a_model_the_demo_is_used_and_said_so(opened: list[Engine], monk
     monkeypatch.setattr("kimi_lite.demo.build.ensure_demo_model", lambda on_progress: Path("demo.gguf"))
     result = CliRunner().invoke(app, ["run", "hi"], env={"KIMI_LITE_MODEL": None})
     assert result.stdout == "you said: hi\n"
-    assert "demo model" in result.stderr
+    assert "no -m given: this is the demo" in result.stderr
     assert "-m FOLDER" in result.stderr
     assert opened[0].opened_with["path"] == Path("demo.gguf")
     CliRunner().invoke(app, ["run", "hi"], env={"KIMI_LITE_MODEL": "mine.gguf"})
@@ -141,6 +142,26 @@ def test_mistakes_are_explained_without_a_traceback(arguments: list[str], messag
     assert message in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("source", ["argument", "pipe", "file"])
+def test_bytes_that_are_no_text_are_refused(source: str, tmp_path: Path) -> None:
+    latin1 = "caf\u00e9".encode("latin-1")
+    (tmp_path / "prompt").write_bytes(latin1)
+    arguments = {"argument": [latin1], "pipe": [], "file": ["-f", str(tmp_path / "prompt")]}[source]
+    done = subprocess.run([*FAKE, "run", "-m", "x", *arguments], cwd=ROOT, input=latin1, capture_output=True, timeout=30)
+    assert done.returncode == 2, done.stderr
+    assert b"not UTF-8 text: byte 0xE9 after 3 characters" in done.stderr
+
+
+def test_on_a_terminal_reasoning_is_dim_and_the_answer_cannot_change_the_terminal() -> None:
+    terminal = Terminal("tests.apps.fake_main", "run", "-m", "x", "hi \x1b[31mred")
+    assert terminal.wait() == 0
+    terminal.close()
+    assert "\x1b[2ma\x1b[0m\x1b[2mb\x1b[0m" in terminal.raw
+    assert "thought for" in terminal.seen
+    assert "you said: hi \ufffd[31mred" in terminal.seen
+    assert "\x1b[31m" not in terminal.raw
 
 
 def test_a_reader_that_leaves_is_no_drama() -> None:

@@ -1,0 +1,84 @@
+"""Which tokens run next: budget, order, waiting, and who makes room when the pages are used up."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_lite.engine.scheduler import make_batch
+from tests.engine.fakes import fake_engine
+from tests.engine.test_engine import ids_of, prompt_of, request, run
+
+
+def scheduled(engine) -> list[tuple[str, int]]:
+    """(request, tokens) of the next step, which is then run."""
+    seen = []
+    forward = engine.model.forward
+
+    def look(batch, should_stop=None):
+        seen.extend(piece.length for piece in batch.sequences)
+        return forward(batch, should_stop)
+
+    engine.model.forward = look
+    engine.step()
+    engine.model.forward = forward
+    return seen
+
+
+def test_decodes_come_first_then_prompts_oldest_first_within_the_budget() -> None:
+    engine = fake_engine(context_length=2048, num_pages=64, max_step_tokens=100)
+    engine.add(request("a", prompt_of(90), 50, ignore_eos=True))
+    assert scheduled(engine) == [90]
+    engine.add(request("b", prompt_of(150, seed=1), 50, ignore_eos=True))
+    engine.add(request("c", prompt_of(80, seed=2), 50, ignore_eos=True))
+    assert scheduled(engine) == [1, 99]
+    assert scheduled(engine) == [1, 51, 48]
+    assert scheduled(engine) == [1, 1, 32]
+    assert scheduled(engine) == [1, 1, 1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(max_step_tokens=st.integers(1, 12), num_requests=st.integers(1, 20))
+def test_no_step_is_larger_than_allowed(max_step_tokens: int, num_requests: int) -> None:
+    engine = fake_engine(context_length=256, num_pages=80, max_step_tokens=max_step_tokens)
+    run(engine, *[request(str(i), prompt_of(1 + i, seed=i), 5, ignore_eos=True) for i in range(num_requests)])
+    assert max(len(batch.token_ids) for batch in engine.model.batches) <= max_step_tokens
+
+
+def test_the_youngest_makes_room_and_goes_first_in_the_queue() -> None:
+    engine = fake_engine(context_length=256, num_pages=5)
+    for name in ("old", "young", "waiting"):
+        engine.add(request(name, prompt_of(120, seed=len(name)), 80, ignore_eos=True))
+    names = lambda sequences: [sequence.request.id for sequence in sequences]  # noqa: E731
+    engine.step()
+    assert (names(engine.scheduler.running), names(engine.scheduler.waiting)) == (["old", "young"], ["waiting"])
+    while len(engine.scheduler.running) == 2:
+        engine.step()
+    assert (names(engine.scheduler.running), names(engine.scheduler.waiting)) == (["old"], ["young", "waiting"])
+    young = engine.scheduler.waiting[0]
+    num_generated = young.num_generated
+    assert num_generated > 0
+    assert young.pages is None
+    while "young" in engine._live:
+        ended = [token for token in engine.step() if token.request_id == "young"]
+    assert ended[-1].stats.generated_tokens == 80
+    assert ended[-1].stats.cached_tokens == 0  # its own prompt, found again after the wait, was not a saving
+
+
+def test_a_sequence_that_was_sent_back_goes_on_where_it_was() -> None:
+    requests = [request(str(i), prompt_of(100, seed=i), 100, ignore_eos=True, temperature=1.0, seed=i) for i in range(3)]
+    engine = fake_engine(context_length=256, num_pages=6)
+    together = run(engine, *requests)
+    prefills = [piece.length for batch in engine.model.batches for piece in batch.sequences if piece.length > 1]
+    assert len(prefills) > 3  # some were sent back
+    for one in requests:
+        assert ids_of(together, one.id) == ids_of(run(fake_engine(), one))
+
+
+def test_make_batch_lays_sequences_side_by_side() -> None:
+    engine = fake_engine(max_step_tokens=80)
+    engine.add(request("a", prompt_of(70)))
+    engine.add(request("b", prompt_of(30, seed=1)))
+    batch = make_batch(engine.scheduler.schedule())
+    assert [(piece.start, piece.length, len(piece.pages)) for piece in batch.sequences] == [(0, 70, 2), (70, 10, 1)]
+    assert batch.positions.tolist() == [*range(70), *range(10)]
+    assert batch.token_ids.tolist() == [*prompt_of(70), *prompt_of(30, seed=1)[:10]]
+    assert batch.wants_logits.tolist() == [False] * 69 + [True] + [False] * 10
