@@ -269,10 +269,11 @@ load_i8 = _loader(types.int8, ir.IntType(8))
 
 
 def _to_bf16(builder, value):
-    """float32 lanes as bfloat16 bits, rounded to nearest even (finite input)."""
+    """float32 lanes as bfloat16 bits, rounded to nearest even; NaN, which rounding could carry into the sign, stays NaN."""
     bits = builder.bitcast(value, i32x16.llvm)
     odd = builder.and_(builder.lshr(bits, _constant(i32x16, 16)), _constant(i32x16, 1))
     rounded = builder.add(builder.add(bits, _constant(i32x16, 0x7FFF)), odd)
+    rounded = builder.select(builder.fcmp_unordered("uno", value, value), _constant(i32x16, 0x7FC00000), rounded)
     return builder.trunc(builder.lshr(rounded, _constant(i32x16, 16)), i16x16.llvm)
 
 
@@ -318,12 +319,32 @@ sum_f32x16 = _reducer(f32x16, types.float32, "llvm.vector.reduce.fadd.v16f32", -
 sum_f32x8 = _reducer(f32x8, types.float32, "llvm.vector.reduce.fadd.v8f32", -0.0)
 largest_f32x16 = _reducer(f32x16, types.float32, "llvm.vector.reduce.fmax.v16f32")
 sum_i32x16 = _reducer(i32x16, types.int32, "llvm.vector.reduce.add.v16i32")
+max_i32x16 = _binary(i32x16, "llvm.smax.v16i32")
+largest_i32x16 = _reducer(i32x16, types.int32, "llvm.vector.reduce.smax.v16i32")
 as_i32x16 = _bitcaster(i8x64, i32x16)
 as_i8x64 = _bitcaster(i32x16, i8x64)
 words_of, bytes_of = _bitcaster(i8x64, i16x32), _bitcaster(i16x32, i8x64)
 halves_0_2, halves_4_6, halves_0_4 = (_maker(i16x32, [a] * 16 + [b] * 16) for a, b in ((0, 2), (4, 6), (0, 4)))
 f32_bits = _bitcaster(f32x16, i32x16)
 f32_from_bits = _bitcaster(i32x16, f32x16)
+
+
+@intrinsic
+def scalar_from_bits(typingctx, bits):
+    """The float32 whose bits are this int32."""
+    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def clamp_f32x16(typingctx, x, low, high):
+    """x between low and high; NaN stays NaN, which the max and min of `llvm.maxnum` would replace."""
+
+    def codegen(context, builder, sig, args):
+        x, low, high = args
+        x = builder.select(builder.fcmp_ordered(">", low, x), low, x)
+        return builder.select(builder.fcmp_ordered(">", x, high), high, x)
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
 
 
 def _fused(vec: Vec, llvm_name: str):
@@ -566,6 +587,27 @@ def atomic_store(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+def _prefetcher(locality: int):
+    """Asks for the cache line at `address`; any address is harmless. Locality 3: into L1, 2: into L2."""
+
+    @intrinsic
+    def prefetch(typingctx, address):
+        def codegen(context, builder, sig, args):
+            byte = ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            hints = [ir.Constant(_I32, number) for number in (0, locality, 1)]  # to read, level, data
+            builder.call(function, [builder.inttoptr(args[0], byte), *hints])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+prefetch_near, prefetch_far = _prefetcher(3), _prefetcher(2)
 
 
 @intrinsic
