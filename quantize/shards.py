@@ -7,7 +7,6 @@ sizes in its errors, and needs torch for the rest. Format: https://huggingface.c
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -33,17 +32,6 @@ STORAGE_DTYPES = {  # numpy's view of each stored type; the ones numpy lacks are
 }
 
 
-class ShardFile:
-    """One file, mapped into memory when a tensor of it is first read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def bytes(self) -> np.ndarray:
-        return np.memmap(self.path, np.uint8, mode="r").view(np.ndarray)  # a plain array's slices are cheaper than a memmap's
-
-
 @dataclass(frozen=True, slots=True)
 class RawTensor:
     """A tensor's name, stored type (safetensors' word), shape, and place in its file."""
@@ -51,13 +39,19 @@ class RawTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: ShardFile
+    file: Path
     offset: int  # bytes from the start of the file
     num_bytes: int
 
-    def map(self) -> np.ndarray:
-        """The tensor in its storage dtype, read-only and still in the file."""
-        return self.file.bytes[self.offset : self.offset + self.num_bytes].view(STORAGE_DTYPES[self.dtype]).reshape(self.shape)
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop, counted over all axes but the last, in the storage dtype (rows, last axis). Read and not mapped:
+        memory stays small, and a file that shrinks meanwhile is an error and not a crash."""
+        dtype, row = np.dtype(STORAGE_DTYPES[self.dtype]), self.shape[-1]
+        offset, count = self.offset + start * row * dtype.itemsize, (stop - start) * row
+        values = np.fromfile(self.file, dtype, count, offset=offset)
+        if len(values) != count:
+            raise KimiLiteError(f"{self.file} shrank while it was read: {self.name} is cut off.", _DOWNLOAD_HINT)
+        return values.reshape(stop - start, row)
 
 
 def find_raw_tensors(folder: Path) -> dict[str, RawTensor]:
@@ -76,7 +70,7 @@ def find_raw_tensors(folder: Path) -> dict[str, RawTensor]:
         raise KimiLiteError(f"{folder} lacks {len(missing)} of its {len(names)} shards: {some}.", "Download the missing files.")
     found = {tensor.name: tensor for name in names for tensor in read_header(folder / name)}
     for tensor, file in weight_map.items():
-        if tensor not in found or found[tensor].file.path.name != file:
+        if tensor not in found or found[tensor].file.name != file:
             raise KimiLiteError(f"The index says that {tensor} is in {file}, and it is not.", "Download index and shards anew.")
     return {tensor: found[tensor] for tensor in weight_map}
 
@@ -112,8 +106,7 @@ def read_header(file: Path) -> list[RawTensor]:
         try:
             entries = json.loads(stream.read(header_bytes))
             entries.pop("__metadata__", None)
-            shard = ShardFile(file)
-            tensors = [_read_entry(name, entry, shard, 8 + header_bytes) for name, entry in entries.items()]
+            tensors = [_read_entry(name, entry, file, 8 + header_bytes) for name, entry in entries.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise KimiLiteError(f"The header of {file} cannot be read: {error}.", _DOWNLOAD_HINT) from error
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=8 + header_bytes)
@@ -123,7 +116,7 @@ def read_header(file: Path) -> list[RawTensor]:
     return tensors
 
 
-def _read_entry(name: str, entry: dict, file: ShardFile, data_start: int) -> RawTensor:
+def _read_entry(name: str, entry: dict, file: Path, data_start: int) -> RawTensor:
     begin, end = entry["data_offsets"]
     tensor = RawTensor(name, entry["dtype"], tuple(entry["shape"]), file, data_start + begin, end - begin)
     if tensor.dtype in STORAGE_DTYPES:

@@ -39,7 +39,7 @@ class PlainWeight:
         return self.raw.shape
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        return _to_float32(_rows_of(self.raw)[start:stop], self.raw.dtype)
+        return _to_float32(self.raw.read_rows(start, stop), self.raw.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,10 @@ class Fp8Weight:
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         block_rows, block_columns = self.block
-        weights = e4m3_values()[_rows_of(self.raw)[start:stop]]  # (R, M)
-        factors = _to_float32(self.factors.map(), self.factors.dtype)[np.arange(start, stop) // block_rows]  # (R, M blocks)
+        weights = e4m3_values()[self.raw.read_rows(start, stop)]  # (R, M)
+        first, end = start // block_rows, -(-stop // block_rows)
+        factors = _to_float32(self.factors.read_rows(first, end), self.factors.dtype)  # (block rows, block columns)
+        factors = factors[np.arange(start, stop) // block_rows - first]  # (R, block columns)
         weights *= np.repeat(factors, block_columns, axis=1)[:, : weights.shape[1]]
         return weights
 
@@ -80,11 +82,11 @@ class Int4Weight:
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
         """Codes 0..15 (the weight's integer plus 8) as uint8 (rows, M)."""
-        packed = np.ascontiguousarray(self.packed.map()[start:stop]).view(np.uint8)  # (R, M / 2), a plain stream of nibbles
+        packed = self.packed.read_rows(start, stop).view(np.uint8)  # (R, M / 2), a plain stream of nibbles
         return np.stack([packed & 15, packed >> 4], axis=-1).reshape(stop - start, -1)
 
     def read_scales(self, start: int, stop: int) -> np.ndarray:
-        return _to_float32(self.scales.map()[start:stop], self.scales.dtype)  # (R, M / group)
+        return _to_float32(self.scales.read_rows(start, stop), self.scales.dtype)  # (R, M / group)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         scales = self.read_scales(start, stop)
@@ -133,10 +135,6 @@ def _make_int4(name: str, raw: dict[str, RawTensor]) -> Int4Weight:
         have = f"{packed.dtype} {list(packed.shape)} with {scales.dtype} scales {list(scales.shape)}"
         raise KimiLiteError(f"{name} is not INT4 packed in groups along its rows: have {have}.", _FORMATS_HINT)
     return Int4Weight(packed, scales)
-
-
-def _rows_of(raw: RawTensor) -> np.ndarray:
-    return raw.map().reshape(-1, raw.shape[-1])
 
 
 def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from quantize.shards import RawTensor, ShardFile
+from quantize.shards import RawTensor
 
 
 def raw_tensor(folder: Path, name: str, dtype: str, values: np.ndarray) -> RawTensor:
     """`values` as the bytes of a safetensors type, seven bytes into a file of its own."""
     file = folder / f"{name}.bin"
     file.write_bytes(b"padding" + values.tobytes())
-    return RawTensor(name, dtype, values.shape, ShardFile(file), 7, values.nbytes)
+    return RawTensor(name, dtype, values.shape, file, 7, values.nbytes)
