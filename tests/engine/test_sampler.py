@@ -22,8 +22,9 @@ def exact_distribution(logits: np.ndarray, params: SamplingParams, seen: tuple[i
     if params.top_k:
         p[order[params.top_k :]] = 0
     p /= p.sum()
-    before = np.cumsum(p[order]) - p[order]
-    p[order[before >= params.top_p]] = 0
+    if params.top_p < 1:
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= params.top_p]] = 0
     p[p < params.min_p * p.max()] = 0
     return p / p.sum()
 
