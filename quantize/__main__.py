@@ -1,4 +1,4 @@
-"""`python -m quantize SRC DST --type q8_0`: the same work as `kimi-lite quantize`."""
+"""`python -m quantize SRC DST --type q8_0`: the same work as `kimi-lite quantize`, which calls `main` too."""
 
 import sys
 from pathlib import Path
@@ -20,30 +20,27 @@ def main(
     """Convert a checkpoint of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to one GGUF file."""
     from quantize.convert import convert
 
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("checking")
-            report = convert(
-                src,
-                dst,
-                type_name,
-                lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
-                force,
-            )
-    except KimiLiteError as error:
-        console.print(f"[red]Error:[/] {error}", highlight=False)
-        sys.exit(2)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("checking")
+
+        def show(name: str, done: int, total: int) -> None:
+            progress.update(task, description=name, completed=done, total=total)
+
+        report = convert(src, dst, type_name, show, force)
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")
     types = ", ".join(f"{count} {name}" for name, count in report.tensors_by_type.items())
     console.print(
         f"{report.path}: {report.num_bytes / 1e9:.3f} GB, {report.num_weights / 1e6:,.1f} M weights at "
-        f"{report.bits_per_weight:.2f} bits, {report.num_tensors} tensors ({types}), {report.seconds:.1f} s",
-        highlight=False,
+        f"{report.bits_per_weight:.2f} bits, {report.num_tensors} tensors ({types}), {report.seconds:.1f} s"
     )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except KimiLiteError as error:
+        typer.echo(f"quantize: {error}", err=True)
+        sys.exit(2)

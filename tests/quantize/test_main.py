@@ -32,7 +32,9 @@ def test_a_folder_becomes_a_file(tmp_path):
 
 
 def test_an_error_is_two_sentences_and_no_traceback(tmp_path):
-    failed = quantize(tmp_path, tmp_path / "out.gguf")
+    folder = tmp_path / "[red]brackets[/red] are text"
+    folder.mkdir()
+    failed = quantize(folder, tmp_path / "out.gguf")
     assert failed.returncode == 2
-    assert "has no config.json" in failed.stderr
+    assert f"{folder} has no config.json" in failed.stderr
     assert "Traceback" not in failed.stderr
