@@ -32,7 +32,7 @@ def test_a_folder_becomes_a_file(tmp_path):
 
 
 def test_an_error_is_two_sentences_and_no_traceback(tmp_path):
-    folder = tmp_path / "[red]brackets[/red] are text"
+    folder = tmp_path / "[red] brackets [0, 1] are text"
     folder.mkdir()
     failed = quantize(folder, tmp_path / "out.gguf")
     assert failed.returncode == 2
