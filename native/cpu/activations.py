@@ -9,38 +9,44 @@ what kernels receive. Layout of the table, in bytes:
                         X_SUMS16 float32 (T, K / 16)    sums of 16 codes, for types with minima or offsets
                         X_SUMS32 float32 (T, K / 32)
 
-Codes are round(x * 127 / max|x|) of their group; a group of zeros has scale 0. ggml's Q8_0 and Q8_K do the same.
+Codes are round(x * 127 / max|x|) of their group; a group of zeros has scale 0, as one whose largest value is too small to
+divide 127. ggml's Q8_0 and Q8_K do the same. A group with an infinity or a NaN gets a NaN scale and sums, so that no
+product hides it.
 """
 
 import numpy as np
 from numba import njit, types
 
 from native.simd import (
-    abs_f32x16,
+    f32_bits,
     f32_to_i32x16,
-    largest_f32x16,
+    largest_i32x16,
     load_f32x16,
     load_i64,
-    max_f32x16,
+    max_i32x16,
     narrow_i32x16,
     round_f32x16,
+    scalar_from_bits,
     splat_f32x16,
     store_f32,
     store_i8x16,
     sum_f32x16,
-    zero_f32x16,
+    zero_i8x16,
+    zero_i32x16,
 )
 
 K_SLOT, X_F32, KIND32, KIND256 = 0, 8, 16, 48
 X_CODES, X_SCALES, X_SUMS16, X_SUMS32 = 0, 8, 16, 24
 KINDS = {32: KIND32, 256: KIND256}
+SMALLEST_PEAK = 1e-36  # 127 / peak must be finite
+_MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # of a float32's bits
 
 
 class Activations:
-    """Buffers for `capacity` tokens of `k` values (a multiple of 32); `kinds`: which int8 forms exist (32, 256)."""
+    """Buffers for `capacity` tokens of `k` values (a multiple of 16); `kinds`: which int8 forms exist (32, 256)."""
 
     def __init__(self, capacity: int, k: int, kinds: frozenset[int] | set[int]) -> None:
-        assert k % 32 == 0 and all(k % kind == 0 for kind in kinds), (k, kinds)
+        assert k % 16 == 0 and all(k % kind == 0 for kind in kinds), (k, kinds)
         self.capacity, self.k, self.kinds = capacity, k, frozenset(kinds)
         self.values = np.zeros((capacity, k), np.float32)
         self.table = np.zeros(10, np.int64)
@@ -62,13 +68,30 @@ class Activations:
         return self.table.ctypes.data
 
 
+@njit
+def _refuse_group(length, codes, scales, sums16, sums32):
+    """Marks a group that holds an infinity or a NaN: whatever is multiplied with it becomes NaN, and the logits tell."""
+    for i in range(0, length, 16):
+        store_i8x16(codes + i, zero_i8x16())
+        store_f32(sums16 + i // 4, types.float32(np.nan))
+    for i in range(0, length, 32):
+        store_f32(scales + i // 8, types.float32(np.nan))
+        store_f32(sums32 + i // 8, types.float32(np.nan))
+
+
 @njit(fastmath={"nsz", "contract"}, error_model="numpy")
 def quantize_group(x, length, codes, scales, sums16, sums32):
     """Quantizes `length` (32 or 256) float32 at address `x`; fills the scale of every 32 and the sums."""
-    largest = zero_f32x16()
+    largest = zero_i32x16()
     for i in range(0, length, 16):
-        largest = max_f32x16(largest, abs_f32x16(load_f32x16(x + 4 * i)))
-    peak = largest_f32x16(largest)
+        largest = max_i32x16(largest, f32_bits(load_f32x16(x + 4 * i)) & _MAGNITUDE)  # ordered as the floats are, NaN on top
+    peak_bits = largest_i32x16(largest)
+    if peak_bits >= _INFINITY:
+        _refuse_group(length, codes, scales, sums16, sums32)
+        return
+    peak = scalar_from_bits(peak_bits)
+    if peak < types.float32(SMALLEST_PEAK):
+        peak = types.float32(0)
     scale = peak / types.float32(127)
     inverse = splat_f32x16(types.float32(127) / peak if peak > 0 else types.float32(0))
     for i in range(0, length, 32):

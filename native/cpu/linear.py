@@ -57,7 +57,7 @@ def rms_norm(x, weight, out, k, eps):
         value = load_f32x16(x + i)
         squares = fma_f32x16(value, value, squares)
     mean = sum_f32x16(squares) / types.float32(k)
-    factor = splat_f32x16(types.float32(1) / np.sqrt(mean + eps))
+    factor = splat_f32x16(types.float32(1) / np.sqrt(mean + eps) + (mean - mean))  # an infinite mean makes NaN, not zeros
     for i in range(0, 4 * k, 64):
         store_f32x16(out + i, load_f32x16(x + i) * factor * load_f32x16(weight + i))
 

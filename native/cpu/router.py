@@ -14,6 +14,7 @@ from native.simd import load_f32, load_i64, store_f32, store_i32
 
 _OPTIONS = {"cache": True, "error_model": "numpy"}
 _MINUS_INFINITY = types.float32(-np.inf)
+_LOWEST, _HIGHEST = types.float32(np.finfo(np.float32).min), types.float32(np.finfo(np.float32).max)
 
 
 @njit(error_model="numpy")
@@ -52,10 +53,20 @@ def _keep_best_groups(choice, num_experts, num_groups, num_kept, has_bias):
                 elif value > second:
                     second = value
             score = best + second if has_bias else best
-            if best > _MINUS_INFINITY and score < worst_score:
+            if best > _LOWEST and score <= worst_score:  # of equals the last
                 worst, worst_score = g, score
+        if worst < 0:  # no score of any group is above the lowest
+            return
         for e in range(worst * size, (worst + 1) * size):
-            store_f32(choice + 4 * e, _MINUS_INFINITY)
+            store_f32(choice + 4 * e, _LOWEST)
+
+
+@njit(error_model="numpy")
+def _rank(score):
+    """A score to compare by: finite, so that an expert once taken (-inf) never comes back; NaN first, to be seen."""
+    if np.isnan(score):
+        return _HIGHEST
+    return min(max(score, _LOWEST), _HIGHEST)
 
 
 @cfunc(KERNEL, **_OPTIONS)
@@ -70,7 +81,7 @@ def _route_kernel(args, thread, team):
         _scores(scores, num_experts, is_sigmoid)
         for e in range(num_experts):
             extra = load_f32(bias + 4 * e) if bias != 0 else types.float32(0)
-            store_f32(chosen + 4 * e, load_f32(scores + 4 * e) + extra)
+            store_f32(chosen + 4 * e, _rank(load_f32(scores + 4 * e) + extra))
         if num_groups > 1:
             _keep_best_groups(chosen, num_experts, num_groups, num_kept, bias != 0)
         total = types.float32(0)

@@ -80,10 +80,11 @@ def _run_ops(team, thread):
     """Runs the published program; False when it was stopped between two operations."""
     program, num_ops = load_i64(team + _PROGRAM), load_i64(team + _NUM_OPS)
     for op in range(num_ops):
+        stopped = team + _STOPPED + 8 * (op % 2)  # two places: thread 0 may be at the next operation before others have looked
         if thread == 0:
-            store_i64(team + _STOPPED, atomic_load(team + _STOP))
+            store_i64(stopped, atomic_load(team + _STOP))
         barrier(team)
-        if load_i64(team + _STOPPED) != 0:
+        if load_i64(stopped) != 0:
             return False
         call3(load_i64(program + 16 * op), load_i64(program + 16 * op + 8), thread, team)
     barrier(team)
@@ -182,6 +183,7 @@ class Team:
 
     def run(self, program: Program) -> bool:
         """Runs `program` to its end on all threads; False if `stop` was called meanwhile."""
+        assert not self._is_closed()
         self._slot(_STOP, 0)
         _publish(self._address, program.table.ctypes.data, program.num_ops)
         if self._num_sleeping:

@@ -3,13 +3,12 @@
 from numba import njit, types
 
 from native.simd import (
+    clamp_f32x16,
     divide_f32x16,
     f32_from_bits,
     f32_to_i32x16,
     fma_f32x16,
     load_f32,
-    max_f32x16,
-    min_f32x16,
     round_f32x16,
     splat_f32x16,
     store_f32,
@@ -28,8 +27,8 @@ def _splat(value):
 
 @njit(**_OPTIONS)
 def exp_f32x16(x):
-    """e^x, relative error about 1e-7; below -87 it is (nearly) 0, above 88 it saturates."""
-    x = min_f32x16(max_f32x16(x, _splat(-87.0)), _splat(88.0))
+    """e^x, relative error about 1e-7; below -87 it is (nearly) 0, above 88 it saturates, of NaN it is NaN."""
+    x = clamp_f32x16(x, _splat(-87.0), _splat(88.0))
     n = round_f32x16(x * _LOG2_E)
     r = fma_f32x16(n, _splat(-_LN2_LOW), fma_f32x16(n, _splat(-_LN2_HIGH), x))
     p = fma_f32x16(_splat(_C0), r, _splat(_C1))

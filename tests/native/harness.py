@@ -1,0 +1,71 @@
+"""Calls native kernels from tests: operations on a team, and the products of one matrix, with canaries around results."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from native.cpu.activations import Activations
+from native.cpu.blocks import activation_kind
+from native.cpu.dot import rows_kernel
+from native.cpu.linear import quantize_op
+from native.cpu.panel import ADD, PANEL_ROWS, gemm_kernel, panel_bytes, panel_kernel
+from native.cpu.run import RunTable
+from native.cpu.threads import Program, Team
+
+CANARY = np.float32(-12345.5)
+
+
+def run_ops(ops: Sequence[tuple[int, np.ndarray]], num_threads: int = 1) -> None:
+    """Runs operations as one program on a team of their own."""
+    team = Team(num_threads)
+    try:
+        assert team.run(Program(ops))
+    finally:
+        team.close()
+
+
+def run_table(num_tokens: int, num_threads: int = 1, scratch_bytes: int = 1 << 20, num_slots: int = 0) -> RunTable:
+    """A run of `num_tokens` tokens with ids 0, 1, 2, ..."""
+    run = RunTable(num_tokens, num_threads, scratch_bytes, num_slots)
+    run.set_tokens(np.arange(num_tokens, dtype=np.int32))
+    return run
+
+
+def activations(x: np.ndarray, *kinds: int) -> Activations:
+    """float32 (T, K) with its int8 forms, made by the kernel. Kind 0 needs none."""
+    result = Activations(len(x), x.shape[1], set(kinds) - {0})
+    result.values[:] = x
+    run_ops([quantize_op(run_table(len(x)).address, result)])
+    return result
+
+
+def activations_for(name: str, x: np.ndarray) -> Activations:
+    """`x` in the form that weights of type `name` multiply."""
+    return activations(x, activation_kind(name))
+
+
+def rows_product(name: str, data: np.ndarray, x: Activations) -> np.ndarray:
+    """uint8 (N, row_bytes) times every token by the `rows` kernel -> float32 (T, N)."""
+    num_rows = len(data)
+    out = np.full((x.capacity, num_rows + 16), CANARY, np.float32)
+    for token in range(x.capacity):
+        rows_kernel(name).ctypes(data.ctypes.data, data.strides[0], num_rows, x.address, token, out[token].ctypes.data)
+    assert (out[:, num_rows:] == CANARY).all(), "rows wrote behind its result"
+    return out[:, :num_rows]
+
+
+def panel_product(name: str, data: np.ndarray, x: Activations, tokens: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+    """The same by panels of up to 16 rows, for the activation rows `tokens` (int32) -> float32 (tokens, N), + `start`."""
+    num_rows, num_tokens = len(data), len(tokens)
+    out = np.full((num_tokens + 1, num_rows + 16), CANARY, np.float32)
+    if start is not None:
+        out[:num_tokens, :num_rows] = start
+    panel = np.full(panel_bytes(x.k), 0xAB, np.uint8)
+    for first in range(0, num_rows, PANEL_ROWS):
+        count = min(PANEL_ROWS, num_rows - first)
+        panel_kernel(name).ctypes(data[first:].ctypes.data, data.strides[0], count, x.k, panel.ctypes.data)
+        mode = count + (0 if start is None else ADD)
+        target = out.ctypes.data + 4 * first
+        gemm_kernel(name).ctypes(panel.ctypes.data, x.address, tokens.ctypes.data, num_tokens, target, out.strides[0], mode)
+    assert (out[:num_tokens, num_rows:] == CANARY).all() and (out[num_tokens] == CANARY).all(), "gemm wrote beside its result"
+    return out[:num_tokens, :num_rows]
