@@ -5,7 +5,7 @@ functions are chosen while a kernel compiles, by the literal type name it is com
 
 Families, by the activations they multiply:
 - "float": F32, F16, BF16 rows times float32 activations. `load16(name, address)` gives 16 weights.
-- "block32": blocks of 32 weights times int8 activations with a scale per 32.
+- "block32": blocks of 32, 64 or 128 weights times int8 activations with a scale per 32.
 - "block256": super-blocks of 256 times int8 activations with a scale per 256 (ggml's Q8_K).
 """
 
@@ -30,8 +30,17 @@ FORMATS: dict[str, Format] = {
     "BF16": Format("float", 1),
     "Q8_0": Format("block32", 32, is_signed=True),
     "Q4_0": Format("block32", 32),
+    "Q4_1": Format("block32", 32),
+    "Q5_0": Format("block32", 32),
+    "Q5_1": Format("block32", 32),
+    "IQ4_NL": Format("block32", 32, is_signed=True),
+    "MXFP4": Format("block32", 32, is_signed=True),
+    "NVFP4": Format("block32", 16, is_signed=True),
+    "Q1_0": Format("block32", 32),
+    "Q2_0": Format("block32", 32),
     "Q4_K": Format("block256", 32),
     "Q6_K": Format("block256", 16),
+    "IQ4_XS": Format("block256", 32, is_signed=True),
     "TQ1_0": Format("block256", 32),
     "TQ2_0": Format("block256", 32),
 }
@@ -72,11 +81,13 @@ def load16(name, address):
 
 
 @_chosen_by_name
-def dot32(name, block, x, x_scale, x_sum, acc, correction):
-    """block32: one block times 32 int8.
+def dot64(name, first, second, x, x_scale, x_sum, sums16, acc):
+    """block32: 64 weights times 64 int8.
 
-    x: address of the int8; x_scale: their float32 scale; x_sum: float32 sum of the int8; acc: f32x8 whose lanes add up
-    to the result; correction: float32 to add to that. Returns the new (acc, correction).
+    first, second: the blocks of the first and last 32 weights; of a block of 64, its address twice; of a block of 128,
+    its address and 0 or 8 more for its first or last half. x: address of the int8. x_scale, x_sum: f32x16 of their scales
+    and sums, 8 lanes for each 32; sums16: address of 4 float32 sums of 16. Returns f32x16 `acc` plus lanes that add up to
+    the result. x may be shorter than 64: then the last 32 are any bytes, with a scale of 0.
     """
 
 
