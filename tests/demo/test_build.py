@@ -1,6 +1,7 @@
 """Building the demo model: once, whole, with the source's tokenizer and a card; and the real one answers."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def test_a_failed_build_leaves_nothing(source, monkeypatch):
     assert not list(demo_model_path().parent.iterdir())
 
 
+def test_what_a_killed_build_left_is_removed(source):
+    cache = demo_model_path().parent
+    left, alive = cache / "demo-build-999999999-abc", cache / f"demo-build-{os.getppid()}-abc"
+    for folder in (left, alive):
+        folder.mkdir(parents=True)
+        (folder / "source.gguf").touch()
+    path = ensure_demo_model()
+    assert sorted(file.name for file in cache.iterdir()) == sorted([alive.name, path.name])
+
+
 def test_two_builds_at_once_give_one_good_file(source):
     paths: list[Path] = []
     threads = [threading.Thread(target=lambda: paths.append(ensure_demo_model())) for _ in range(2)]
@@ -114,6 +125,14 @@ def test_two_builds_at_once_give_one_good_file(source):
     assert len(paths) == 2
     assert [file.name for file in paths[0].parent.iterdir()] == [paths[0].name]
     assert len(gguf.GGUFReader(paths[0]).tensors) == len(expected_tensors(source))
+
+
+def test_a_cache_that_cannot_be_written_is_explained(source, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(KimiLiteError, match=r"Building the demo model in .* failed: Not a directory") as caught:
+        ensure_demo_model()
+    assert "KIMI_LITE_CACHE" in caught.value.hint
 
 
 def test_an_impossible_type_is_refused_before_the_download(source, monkeypatch):
