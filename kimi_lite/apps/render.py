@@ -117,8 +117,9 @@ def stats_line(token: Token) -> str:
     parts = [
         f"prompt {s.prompt_tokens:,} tok{_rate(s.prompt_tok_s)}{cached}",
         f"gen {s.generated_tokens:,} tok{_rate(s.generation_tok_s)}",
-        f"TTFT {s.time_to_first_token_s:.1f} s",
     ]
+    if s.generated_tokens:
+        parts.append(f"TTFT {s.time_to_first_token_s:.1f} s")
     endings = {"cancelled": "stopped", "length": "cut: token limit or full context"}
     return " · ".join([*parts, *filter(None, [endings.get(token.finish_reason)])])
 

@@ -70,8 +70,9 @@ class Stats:
 
     @property
     def prompt_tok_s(self) -> float | None:
-        """Tokens really prefilled, per second."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prompt_s if self.prompt_s > 0 else None
+        """Tokens really prefilled, per second; None when the prompt was not read to its end."""
+        is_known = self.generated_tokens > 0 and self.prompt_s > 0
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_s if is_known else None
 
     @property
     def generation_tok_s(self) -> float | None:

@@ -51,8 +51,8 @@ def test_the_statistics_line() -> None:
     done = replace(token("content", ""), finish_reason="stop")
     assert stats_line(done) == "prompt 1,842 tok 64.2 t/s (1,200 cached) · gen 412 tok 8.2 t/s · TTFT 10.6 s"
     assert stats_line(replace(done, finish_reason="cancelled")).endswith("TTFT 10.6 s · stopped")
-    nothing = replace(STATS, cached_tokens=0, generated_tokens=0, generation_s=0.0, prompt_s=0.0)
-    assert stats_line(replace(done, stats=nothing)) == "prompt 1,842 tok · gen 0 tok · TTFT 10.6 s"
+    unread = replace(STATS, cached_tokens=0, generated_tokens=0, generation_s=0.0)
+    assert stats_line(replace(done, stats=unread, finish_reason="cancelled")) == "prompt 1,842 tok · gen 0 tok · stopped"
 
 
 def test_the_model_line_names_the_types_that_matter() -> None:
