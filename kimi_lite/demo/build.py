@@ -60,7 +60,7 @@ def ensure_demo_model(on_progress: OnProgress | None = None, type_name: str = "q
     except OSError as error:
         raise KimiLiteError(
             f"Building the demo model in {path.parent} failed: {error.strerror or error}.",
-            f"It needs {_WORK_BYTES / 1e6:,.0f} MB while it is built; name another folder in KIMI_LITE_CACHE, or a model with -m.",
+            f"It needs {_WORK_BYTES / 1e6:,.0f} MB while it is built: name another folder in KIMI_LITE_CACHE, or a model by -m.",
         ) from error
     return path
 
