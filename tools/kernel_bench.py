@@ -22,7 +22,7 @@ import typer
 from kimi_lite.errors import KimiLiteError
 
 ROW_WEIGHTS = 7168  # Kimi K2.5's hidden size
-_PARTS = 8  # of the matrix: each timed run reads the next one
+_PART_BYTES = 4 << 20  # for each thread: what a timed run reads, in about a millisecond
 _MIN_BYTES = 256 << 20
 _CACHED_BYTES, _CACHED_RUNS = 192 << 10, 64
 _PREFILL_ROWS, _PREFILL_TOKENS = 2048, (128, 512)
@@ -45,7 +45,8 @@ class TypeResult:
     core_gweights_s: float
     cycles_per_weight: float
     core_ratio: float | None
-    num_kept: int
+    num_rounds: int  # kept
+    num_runs: int  # timed, kept or not
     num_dropped: int
     is_noisy: bool
     stolen_share: float
@@ -57,10 +58,15 @@ class PrefillResult:
 
     unpack_gweights_s: float
     gmac_s: dict[int, float]
+    num_runs: int
     num_dropped: int
     is_noisy: bool
 
 
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
 def main(
     types: Annotated[str, typer.Option(help="Comma-separated, e.g. tq1_0,q4_k. Default: all that have kernels.")] = "",
     threads: Annotated[int, typer.Option(help="Default: all cores.", min=1)] = os.cpu_count() or 1,
@@ -94,10 +100,10 @@ def _known_types(types: str) -> list[str]:
 def _bench(names: list[str], threads: int, repeats: int, has_prefill: bool) -> None:
     from native.cpu.threads import Team
     from tools.kernel_report import print_machine, print_prefill, print_types
-    from tools.measure import read_lost_time
+    from tools.measure import read_stolen_s
 
     team, core = Team(threads), Team(1)
-    before = read_lost_time()
+    stolen_s = read_stolen_s()
     report = _measure_machine(team, core, repeats)
     print_machine(report)
     results = {}
@@ -110,16 +116,17 @@ def _bench(names: list[str], threads: int, repeats: int, has_prefill: bool) -> N
         prefill = {name: _measure_prefill(team, name, repeats) for name in names}
         print_prefill(prefill)
         report["prefill"] = {name: asdict(result) for name, result in prefill.items()}
-    report["stolen_s"] = round(read_lost_time().stolen_s - before.stolen_s, 2)
+    report["stolen_s"] = round(read_stolen_s() - stolen_s, 2)
     team.close()
     print(json.dumps(report))
 
 
-def _buffer_bytes() -> int:
-    """Eight times the largest cache, at least 256 MiB."""
+def _part_sizes(num_threads: int) -> tuple[int, int]:
+    """(number of parts, bytes of each) of a matrix of eight times the largest cache, and of at least 256 MiB and 8 parts."""
     sizes = [size.read_text().strip() for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     kibibytes = [int(size[:-1]) << (10 if size.endswith("M") else 0) for size in sizes if size[-1] in "KM"]
-    return max(_MIN_BYTES, 8 * 1024 * max(kibibytes, default=0))
+    num_bytes = max(_MIN_BYTES, 8 * 1024 * max(kibibytes, default=0))
+    return max(8, num_bytes // (_PART_BYTES * num_threads)), _PART_BYTES * num_threads
 
 
 def _measure_machine(team, core, repeats: int) -> dict:
@@ -131,7 +138,8 @@ def _measure_machine(team, core, repeats: int) -> dict:
     from tools.measure import is_lost_time_known, measure
     from tools.workloads import CLOCK_CYCLES, Bench, clock_program
 
-    parts = np.ones((_PARTS, _buffer_bytes() // _PARTS // 4), np.int32)
+    num_parts, part_bytes = _part_sizes(team.num_threads)
+    parts = np.ones((num_parts, part_bytes // 4), np.int32)
     bench = Bench(team, 256)
     reading = measure(team, {"read": [bench.read(part) for part in parts]}, repeats)
     clock = measure(core, {"clock": [clock_program()]}, 9)
@@ -168,12 +176,13 @@ def _measure_type(team, core, name: str, repeats: int) -> TypeResult:
     from tools.workloads import CLOCK_CYCLES, Bench, clock_program
 
     layout, bench = BY_NAME[name], Bench(team, ROW_WEIGHTS)
-    data = _random_matrix(layout, _buffer_bytes())
-    parts = np.split(data[: len(data) // (16 * _PARTS) * 16 * _PARTS], _PARTS)
+    num_parts, part_bytes = _part_sizes(team.num_threads)
+    num_rows = part_bytes // layout.row_bytes(ROW_WEIGHTS) // 16 * 16
+    parts = np.split(_random_matrix(layout, num_parts * num_rows), num_parts)
     out, ggml_out = np.zeros((1, len(parts[0])), np.float32), np.zeros(len(parts[0]), np.float32)
     vec_dot = find_vec_dot(layout, bench.x.values[0])
     workloads = {"read": [bench.read(part) for part in parts], "ours": [bench.ours(layout, part, out) for part in parts]}
-    cached = parts[0][: max(16, _CACHED_BYTES // data.shape[1] // 16 * 16)]
+    cached = parts[0][: max(16, _CACHED_BYTES // parts[0].shape[1] // 16 * 16)]
     in_cache = {"clock": [clock_program()], "ours": [bench.ours(layout, cached, out, _CACHED_RUNS)]}
     if vec_dot:
         workloads["ggml"] = [bench.ggml(vec_dot, part, ggml_out) for part in parts]
@@ -191,14 +200,15 @@ def _measure_type(team, core, name: str, repeats: int) -> TypeResult:
         core_gweights_s=num_cached / hot.median_s("ours") / 1e9,
         cycles_per_weight=CLOCK_CYCLES / num_cached / hot.ratio("ours", "clock")[0],
         core_ratio=hot.ratio("ours", "ggml")[0] if vec_dot else None,
-        num_kept=len(cold.seconds["ours"]),
+        num_rounds=min(cold.num_kept, hot.num_kept),
+        num_runs=cold.num_runs + hot.num_runs,
         num_dropped=cold.num_dropped + hot.num_dropped,
         is_noisy=cold.is_noisy or hot.is_noisy,
         stolen_share=max(cold.stolen_share, hot.stolen_share),
     )
 
 
-def _random_matrix(layout, num_bytes: int):
+def _random_matrix(layout, num_rows: int):
     """uint8 (rows, row_bytes): a random tile, again and again."""
     import numpy as np
 
@@ -206,7 +216,7 @@ def _random_matrix(layout, num_bytes: int):
 
     row_bytes = layout.row_bytes(ROW_WEIGHTS)
     tile = random_rows(layout, (4 << 20) // row_bytes, ROW_WEIGHTS, ROW_WEIGHTS**-0.5, np.random.default_rng(0))
-    return np.resize(tile, (num_bytes // row_bytes, row_bytes))
+    return np.resize(tile, (num_rows, row_bytes))
 
 
 def _check_agreement(team, name: str, ours: tuple, theirs: tuple) -> None:
@@ -227,7 +237,7 @@ def _measure_prefill(team, name: str, repeats: int) -> PrefillResult:
     from tools.workloads import Bench
 
     layout, bench = BY_NAME[name], Bench(team, ROW_WEIGHTS, max(_PREFILL_TOKENS))
-    data = _random_matrix(layout, _PREFILL_ROWS * layout.row_bytes(ROW_WEIGHTS))  # one expert's gate
+    data = _random_matrix(layout, _PREFILL_ROWS)  # one expert's gate
     out, num_rounds = np.zeros((max(_PREFILL_TOKENS), len(data)), np.float32), max(3, repeats // 5)
     rounds = [measure(team, {"unpack": [bench.unpack(layout, data)]}, num_rounds)]
     unpack_s, gmac_s = rounds[0].median_s("unpack"), {}
@@ -235,9 +245,14 @@ def _measure_prefill(team, name: str, repeats: int) -> PrefillResult:
         bench.set_tokens(num_tokens)
         rounds.append(measure(team, {"product": [bench.ours(layout, data, out)]}, num_rounds))
         gmac_s[num_tokens] = num_tokens * len(data) * ROW_WEIGHTS / rounds[-1].median_s("product") / 1e9
-    is_noisy = any(each.is_noisy for each in rounds)
-    return PrefillResult(len(data) * ROW_WEIGHTS / unpack_s / 1e9, gmac_s, sum(each.num_dropped for each in rounds), is_noisy)
+    return PrefillResult(
+        unpack_gweights_s=len(data) * ROW_WEIGHTS / unpack_s / 1e9,
+        gmac_s=gmac_s,
+        num_runs=sum(each.num_runs for each in rounds),
+        num_dropped=sum(each.num_dropped for each in rounds),
+        is_noisy=any(each.is_noisy for each in rounds),
+    )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

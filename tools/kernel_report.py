@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = (
     ("type", 8), ("bits", 6), ("G w/s", 7), ("GB/s", 6), ("% read", 6), ("ggml", 7), ("ratio (10-90 %)", 18),
-    ("core", 6), ("cyc/256", 8), ("ratio", 6), ("dropped", 8),
+    ("core", 6), ("cyc/256", 8), ("ratio", 6), ("dropped", 9),
 )  # fmt: skip
 _WIDTH = 100
 
@@ -32,7 +32,7 @@ def print_machine(report: Mapping) -> None:
     if report["is_lost_time_known"]:
         console.print(f"stolen     {report['stolen_share']:.1%} of CPU time while reading")
     else:
-        console.print("stolen     unknown on this system: disturbed rounds cannot be told apart, none is dropped")
+        console.print("stolen     unknown on this system: disturbed runs cannot be told apart, none is dropped")
 
 
 @contextmanager
@@ -44,16 +44,19 @@ def print_types(threads: int) -> Iterator[Callable[[str, "TypeResult"], None]]:
 
     def add_row(name: str, r: "TypeResult") -> None:
         spread = "{:.2f} ({:.2f}-{:.2f})".format(*r.ratio) if r.ratio else "-"
-        dropped = f"{r.num_dropped}{' noisy' if r.is_noisy else ''}"
         cells = [
             *(name, f"{r.bits_per_weight:.4g}", f"{r.gweights_s:.1f}", f"{r.gb_s:.1f}", f"{100 * r.bandwidth_share:.0f}"),
             *(_number(r.ggml_gweights_s), spread, f"{r.core_gweights_s:.1f}", f"{256 * r.cycles_per_weight:.1f}"),
-            *(_number(r.core_ratio, 2), dropped),
+            *(_number(r.core_ratio, 2), _dropped(r)),
         ]
         console.print(_line(cells))
 
     yield add_row
-    console.print("ggml: llama.cpp's vec_dot, G weights/s; ratio: our speed / llama.cpp's; dropped: disturbed rounds")
+    console.print("ggml: llama.cpp's vec_dot, G weights/s; ratio: our speed / llama.cpp's; dropped: disturbed runs")
+
+
+def _dropped(r: "TypeResult | PrefillResult") -> str:
+    return f"{r.num_dropped / r.num_runs:.0%}{' noisy' if r.is_noisy else ''}"
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -72,8 +75,7 @@ def print_prefill(results: Mapping[str, "PrefillResult"]) -> None:
     for column in ("unpack G w/s", *(f"T={count} GMAC/s" for count in tokens), "dropped"):
         table.add_column(column, justify="right")
     for name, r in results.items():
-        dropped = f"{r.num_dropped}{' noisy' if r.is_noisy else ''}"
-        table.add_row(name, f"{r.unpack_gweights_s:.2f}", *(f"{r.gmac_s[count]:.0f}" for count in tokens), dropped)
+        table.add_row(name, f"{r.unpack_gweights_s:.2f}", *(f"{r.gmac_s[count]:.0f}" for count in tokens), _dropped(r))
     console = _console()
     console.print()
     console.print(table)

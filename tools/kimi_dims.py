@@ -1,6 +1,6 @@
 """Kimi K2.5's dimensions, and slices of it: the same model with fewer layers, experts or tokens.
 
-Numbers: config.json of moonshotai/Kimi-K2.5 (`text_config`). Used by `tools.make_slice` for files and by `tools.predict` for costs.
+Numbers: config.json of moonshotai/Kimi-K2.5, `text_config`. For `tools.make_slice` (files) and `tools.predict` (costs).
 """
 
 from dataclasses import dataclass

@@ -131,6 +131,10 @@ def _gather_types(
     return types
 
 
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
 def main(
     out: Annotated[Path, typer.Argument(help="The GGUF file to write.")],
     layers: Annotated[str, typer.Option(help="Dense layers + expert layers.")] = "1+2",
@@ -168,4 +172,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
