@@ -43,6 +43,13 @@ FORMATS: dict[str, Format] = {
     "IQ4_XS": Format("block256", 32, is_signed=True),
     "TQ1_0": Format("block256", 32),
     "TQ2_0": Format("block256", 32),
+    "IQ1_S": Format("block256", 32),
+    "IQ1_M": Format("block256", 16),
+    "IQ2_XXS": Format("block256", 32, is_signed=True),
+    "IQ2_XS": Format("block256", 16, is_signed=True),
+    "IQ2_S": Format("block256", 16, is_signed=True),
+    "IQ3_XXS": Format("block256", 32, is_signed=True),
+    "IQ3_S": Format("block256", 32, is_signed=True),
 }
 
 
@@ -65,7 +72,9 @@ def implements(function: Callable, *names: str) -> Callable:
     return register
 
 
-def _chosen_by_name(function: Callable) -> Callable:
+def chosen_by_name(function: Callable) -> Callable:
+    """Makes `function(name, ...)` callable from kernels: it becomes what a type registered for the literal `name`."""
+
     @overload(function, strict=False, jit_options={"fastmath": {"nsz", "contract"}})
     def choose(name, *args):
         if not isinstance(name, types.StringLiteral):
@@ -75,12 +84,12 @@ def _chosen_by_name(function: Callable) -> Callable:
     return function
 
 
-@_chosen_by_name
+@chosen_by_name
 def load16(name, address):
     """float: the 16 weights at `address` as f32x16."""
 
 
-@_chosen_by_name
+@chosen_by_name
 def dot64(name, first, second, x, x_scale, x_sum, sums16, acc):
     """block32: 64 weights times 64 int8.
 
@@ -91,7 +100,7 @@ def dot64(name, first, second, x, x_scale, x_sum, sums16, acc):
     """
 
 
-@_chosen_by_name
+@chosen_by_name
 def dot256(name, block, x, sums16, sums32):
     """block256: one super-block times 256 int8, without the activation's scale.
 
@@ -100,7 +109,7 @@ def dot256(name, block, x, sums16, sums32):
     """
 
 
-@_chosen_by_name
+@chosen_by_name
 def unpack(name, block, codes, scales, minima):
     """Writes one block in the common form, weight = code * scale - minimum.
 
