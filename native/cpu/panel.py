@@ -190,7 +190,7 @@ def _product(signedness, acc, weights, x):
     """acc + weights * x, 4 bytes a lane."""
 
 
-@overload(_product)
+@overload(_product, prefer_literal=True)
 def _choose_product(signedness, acc, weights, x):
     if getattr(signedness, "literal_value", None) == "signed":
         return lambda signedness, acc, weights, x: dot_i8x64(acc, weights, x)
