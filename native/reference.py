@@ -52,7 +52,8 @@ def linear(weights: np.ndarray, x: np.ndarray, kind: int) -> np.ndarray:
 
 def silu(x: np.ndarray) -> np.ndarray:
     """x * sigmoid(x) (Hendrycks & Gimpel 2016)."""
-    return x / (1 + np.exp(-x))
+    with np.errstate(over="ignore"):  # e^-x is infinite where the result is nothing
+        return x / (1 + np.exp(-x))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
