@@ -11,56 +11,36 @@ infinitely fast. `tools.predict` reads the JSON.
 
 import json
 import os
+import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from kimi_lite.errors import KimiLiteError
+from native.cpu.blocks import FORMATS
+from native.cpu.threads import Program, Team
+from native.isa import isa
+from native.layouts import BY_NAME, Layout
+from tools.ggml_cpu import describe_ggml, find_vec_dot
+from tools.kernel_report import PrefillResult, TypeResult, print_machine, print_prefill, print_types
+from tools.measure import is_lost_time_known, measure, read_stolen_s
+from tools.random_blocks import random_rows
+from tools.workloads import CLOCK_CYCLES, Bench, clock_program
 
 ROW_WEIGHTS = 7168  # Kimi K2.5's hidden size
 _PART_BYTES = 4 << 20  # for each thread: what a timed run reads, in about a millisecond
 _MIN_BYTES = 256 << 20
 _CACHED_BYTES, _CACHED_RUNS = 192 << 10, 64
-_PREFILL_ROWS, _PREFILL_TOKENS = 2048, (128, 512)
+_PREFILL_ROWS, _PREFILL_TOKENS = 64, (128, 512)  # rows for each thread
 _AVX2 = {
     "NUMBA_CPU_NAME": "alderlake",
     "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.1,+sse4.2,+ssse3,+popcnt,+lzcnt",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TypeResult:
-    """One line of the table. Rates are medians over the kept rounds; `ratio` is our speed over llama.cpp's."""
-
-    bits_per_weight: float
-    gweights_s: float
-    gb_s: float
-    bandwidth_share: float  # of a plain read of the same bytes in the same round
-    ggml_gweights_s: float | None
-    ratio: tuple[float, float, float] | None  # median, 10th and 90th percentile of the rounds
-    core_gweights_s: float
-    cycles_per_weight: float
-    core_ratio: float | None
-    num_rounds: int  # kept
-    num_runs: int  # timed, kept or not
-    num_dropped: int
-    is_noisy: bool
-    stolen_share: float
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillResult:
-    """Many tokens: unpacking rows into panels alone, and whole products (unpacking included) by number of tokens."""
-
-    unpack_gweights_s: float
-    gmac_s: dict[int, float]
-    num_runs: int
-    num_dropped: int
-    is_noisy: bool
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -88,8 +68,6 @@ def main(
 
 
 def _known_types(types: str) -> list[str]:
-    from native.cpu.blocks import FORMATS
-
     names = [name.strip().upper() for name in types.split(",") if name.strip()] or list(FORMATS)
     for name in names:
         if name not in FORMATS:
@@ -98,10 +76,6 @@ def _known_types(types: str) -> list[str]:
 
 
 def _bench(names: list[str], threads: int, repeats: int, has_prefill: bool) -> None:
-    from native.cpu.threads import Team
-    from tools.kernel_report import print_machine, print_prefill, print_types
-    from tools.measure import read_stolen_s
-
     team, core = Team(threads), Team(1)
     stolen_s = read_stolen_s()
     report = _measure_machine(team, core, repeats)
@@ -129,15 +103,8 @@ def _part_sizes(num_threads: int) -> tuple[int, int]:
     return max(8, num_bytes // (_PART_BYTES * num_threads)), _PART_BYTES * num_threads
 
 
-def _measure_machine(team, core, repeats: int) -> dict:
+def _measure_machine(team: Team, core: Team, repeats: int) -> dict:
     """CPU, clock and read bandwidth."""
-    import numpy as np
-
-    from native.isa import isa
-    from tools.ggml_cpu import describe_ggml
-    from tools.measure import is_lost_time_known, measure
-    from tools.workloads import CLOCK_CYCLES, Bench, clock_program
-
     num_parts, part_bytes = _part_sizes(team.num_threads)
     parts = np.ones((num_parts, part_bytes // 4), np.int32)
     bench = Bench(team, 256)
@@ -160,21 +127,12 @@ def _measure_machine(team, core, repeats: int) -> dict:
 
 
 def _cpu_name() -> str:
-    import platform
-
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _measure_type(team, core, name: str, repeats: int) -> TypeResult:
-    import numpy as np
-
-    from native.layouts import BY_NAME
-    from tools.ggml_cpu import find_vec_dot
-    from tools.measure import measure
-    from tools.workloads import CLOCK_CYCLES, Bench, clock_program
-
+def _measure_type(team: Team, core: Team, name: str, repeats: int) -> TypeResult:
     layout, bench = BY_NAME[name], Bench(team, ROW_WEIGHTS)
     num_parts, part_bytes = _part_sizes(team.num_threads)
     num_rows = part_bytes // layout.row_bytes(ROW_WEIGHTS) // 16 * 16
@@ -208,36 +166,24 @@ def _measure_type(team, core, name: str, repeats: int) -> TypeResult:
     )
 
 
-def _random_matrix(layout, num_rows: int):
+def _random_matrix(layout: Layout, num_rows: int) -> np.ndarray:
     """uint8 (rows, row_bytes): a random tile, again and again."""
-    import numpy as np
-
-    from tools.random_blocks import random_rows
-
     row_bytes = layout.row_bytes(ROW_WEIGHTS)
     tile = random_rows(layout, (4 << 20) // row_bytes, ROW_WEIGHTS, ROW_WEIGHTS**-0.5, np.random.default_rng(0))
     return np.resize(tile, (num_rows, row_bytes))
 
 
-def _check_agreement(team, name: str, ours: tuple, theirs: tuple) -> None:
+def _check_agreement(team: Team, name: str, ours: tuple[Program, np.ndarray], theirs: tuple[Program, np.ndarray]) -> None:
     """Both must compute the same products, or timing them is of no use."""
-    import numpy as np
-
     for program, _ in (ours, theirs):
         team.run(program)
     error = np.linalg.norm(ours[1] - theirs[1]) / np.linalg.norm(theirs[1])
     assert error < 0.02, f"{name}: our products differ from llama.cpp's by {error:.2%}"
 
 
-def _measure_prefill(team, name: str, repeats: int) -> PrefillResult:
-    import numpy as np
-
-    from native.layouts import BY_NAME
-    from tools.measure import measure
-    from tools.workloads import Bench
-
+def _measure_prefill(team: Team, name: str, repeats: int) -> PrefillResult:
     layout, bench = BY_NAME[name], Bench(team, ROW_WEIGHTS, max(_PREFILL_TOKENS))
-    data = _random_matrix(layout, _PREFILL_ROWS)  # one expert's gate
+    data = _random_matrix(layout, _PREFILL_ROWS * team.num_threads)
     out, num_rounds = np.zeros((max(_PREFILL_TOKENS), len(data)), np.float32), max(3, repeats // 5)
     rounds = [measure(team, {"unpack": [bench.unpack(layout, data)]}, num_rounds)]
     unpack_s, gmac_s = rounds[0].median_s("unpack"), {}

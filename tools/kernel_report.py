@@ -1,20 +1,48 @@
-"""What `tools.kernel_bench` prints: the machine, a line for each type as it is measured, and the prefill table."""
+"""What `tools.kernel_bench` finds, and how it is printed: the machine, a line for each type as it is measured, many tokens."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from tools.kernel_bench import PrefillResult, TypeResult
 
 _COLUMNS = (
     ("type", 8), ("bits", 6), ("G w/s", 7), ("GB/s", 6), ("% read", 6), ("ggml", 7), ("ratio (10-90 %)", 18),
     ("core", 6), ("cyc/256", 8), ("ratio", 6), ("dropped", 9),
 )  # fmt: skip
 _WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class TypeResult:
+    """One line of the table. Rates are medians over the kept rounds; `ratio` is our speed over llama.cpp's."""
+
+    bits_per_weight: float
+    gweights_s: float
+    gb_s: float
+    bandwidth_share: float  # of a plain read of the same bytes in the same round
+    ggml_gweights_s: float | None
+    ratio: tuple[float, float, float] | None  # median, 10th and 90th percentile of the rounds
+    core_gweights_s: float
+    cycles_per_weight: float
+    core_ratio: float | None
+    num_rounds: int  # kept
+    num_runs: int  # timed, kept or not
+    num_dropped: int
+    is_noisy: bool
+    stolen_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """Many tokens: unpacking rows into panels alone, and whole products (unpacking included) by number of tokens."""
+
+    unpack_gweights_s: float
+    gmac_s: dict[int, float]
+    num_runs: int
+    num_dropped: int
+    is_noisy: bool
 
 
 def _console() -> Console:
@@ -36,13 +64,13 @@ def print_machine(report: Mapping) -> None:
 
 
 @contextmanager
-def print_types(threads: int) -> Iterator[Callable[[str, "TypeResult"], None]]:
+def print_types(threads: int) -> Iterator[Callable[[str, TypeResult], None]]:
     """Yields `add_row(name, result)`; a line appears as soon as its type is measured."""
     console = _console()
     console.print(f"\n{'':8}|- {threads} threads, matrix out of cache {'-' * 30}|- one core, in cache -|")
     console.print(_line([name for name, _ in _COLUMNS]))
 
-    def add_row(name: str, r: "TypeResult") -> None:
+    def add_row(name: str, r: TypeResult) -> None:
         spread = "{:.2f} ({:.2f}-{:.2f})".format(*r.ratio) if r.ratio else "-"
         cells = [
             *(name, f"{r.bits_per_weight:.4g}", f"{r.gweights_s:.1f}", f"{r.gb_s:.1f}", f"{100 * r.bandwidth_share:.0f}"),
@@ -55,7 +83,7 @@ def print_types(threads: int) -> Iterator[Callable[[str, "TypeResult"], None]]:
     console.print("ggml: llama.cpp's vec_dot, G weights/s; ratio: our speed / llama.cpp's; dropped: disturbed runs")
 
 
-def _dropped(r: "TypeResult | PrefillResult") -> str:
+def _dropped(r: TypeResult | PrefillResult) -> str:
     return f"{r.num_dropped / r.num_runs:.0%}{' noisy' if r.is_noisy else ''}"
 
 
@@ -68,7 +96,7 @@ def _line(cells: list[str]) -> str:
     return f"{first[0]:<{first[1]}}" + "".join(f"{cell:>{width}} " for cell, width in rest).rstrip()
 
 
-def print_prefill(results: Mapping[str, "PrefillResult"]) -> None:
+def print_prefill(results: Mapping[str, PrefillResult]) -> None:
     """Products with many tokens: unpacking alone, then whole products."""
     tokens = list(next(iter(results.values())).gmac_s)
     table = Table("type", title="many tokens, all threads", title_justify="left", box=None)

@@ -96,7 +96,7 @@ class Bench:
         self.k = k
         self._run = RunTable(capacity, team.num_threads, panel_bytes(k))
         self._kept: list[object] = []  # what programs hold addresses of
-        self._sums = np.zeros((team.num_threads, 16), np.int32)
+        self.sums = np.zeros((team.num_threads, 16), np.int32)
         self.x = Activations(capacity, k, {32, 256})
         self.x.values[:] = np.random.default_rng(0).standard_normal((capacity, k), np.float32)
         self.set_tokens(capacity)
@@ -108,7 +108,7 @@ class Bench:
 
     def read(self, data: np.ndarray) -> Program:
         """data: contiguous; whole tasks of it are read."""
-        return Program([(_read_kernel.address, arguments(data.ctypes.data, data.nbytes // _READ_BYTES, self._sums.ctypes.data))])
+        return Program([(_read_kernel.address, arguments(data.ctypes.data, data.nbytes // _READ_BYTES, self.sums.ctypes.data))])
 
     def ours(self, layout: Layout, data: np.ndarray, out: np.ndarray, num_times: int = 1) -> Program:
         """data: uint8 (rows, row_bytes); out: float32 (capacity, rows)."""
