@@ -23,7 +23,6 @@ TINY = KimiDims(
     num_expert_layers=2, num_experts=8, vocab_size=640, hidden_size=256, feed_forward_size=512, expert_feed_forward_size=256,
     num_heads=4, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=64,
 )  # fmt: skip
-NOT_IN_LLAMA_CPP = {"Q2_0"}  # the packaged one is older
 
 
 def write(path, dims=TINY, seed=0, **types):
@@ -135,7 +134,7 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs the ggml extra")
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in NOT_IN_LLAMA_CPP])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_llama_cpp_loads_it_and_logits_are_finite(tmp_path, name):
     from llama_cpp import Llama
 
