@@ -8,7 +8,8 @@ A weight costs `cycles` on a core (from `kernel_bench`, in cache) and `bytes` fr
 
 So a type is memory-bound from `cores = bandwidth * cycles / (bytes * clock)` on, and compute-bound below. K2.5 multiplies each
 token with 21.14 G weights of routed experts and 10.5 G others; those are either on a GPU, in series (`--gpu-ms`), or on the CPU
-as Q8_0. What the model leaves out: attention over the context, barriers, the router, experts already on the GPU.
+as Q8_0. What the model leaves out: attention over the context, barriers, the router, experts already
+on the GPU, and what keeps a kernel from both limits at once (`kernel_bench` shows it: its out-of-cache columns).
 """
 
 import json

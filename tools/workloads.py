@@ -21,7 +21,7 @@ from tools.ggml_cpu import VecDot
 
 CLOCK_CYCLES = 6_000_000  # of the chain: six dependent one-cycle instructions a step
 _READ_BYTES = 1 << 16  # a task of the reading kernel
-_GGML_ROWS = 16  # rows a task: llama.cpp's own chunk
+_GGML_ROWS = 64  # rows a task: llama.cpp's own chunk for one vector (ggml_compute_forward_mul_mat)
 
 
 @intrinsic
