@@ -16,10 +16,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-from native import kernel_cache
 from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
-
-kernel_cache.install()
 
 _ELEMENTS = {"i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "f16": ir.HalfType(), "f32": ir.FloatType()}
 _I32 = ir.IntType(32)
