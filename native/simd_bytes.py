@@ -7,18 +7,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.isa import AVX512_VNNI, PORTABLE, isa
+from native.isa import AVX2, AVX512_VNNI, PORTABLE, isa
 from native.simd import (
     Vec,
+    _binary,
     _call,
     _constant,
     _converter,
+    _dot_unsigned,
     _halves,
-    _loader,
     _maker,
     _pointer,
     _shuffler,
     _shuffler2,
+    _splat,
+    f32x8,
     f32x16,
     i8x16,
     i8x32,
@@ -30,19 +33,21 @@ from native.simd import (
 )
 
 _BYTE, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-f32x2, f32x4 = Vec("f32", 2), Vec("f32", 4)
 
 # Conversions and shuffles ---------------------------------------------------------------------------------------------
 
 widen16_i8x16, widen16_signed_i8x16 = _converter(i8x16, i16x16, "zext"), _converter(i8x16, i16x16, "sext")
 twice_each_i8x16 = _shuffler2(i8x16, i8x64, [*range(16)] * 2 + [*range(16, 32)] * 2)  # (a, b) -> a a b b
-four_times_i8x16 = _shuffler(i8x16, i8x64, [*range(16)] * 4)
+four_times_each_word = _shuffler(i8x16, i8x64, [4 * (i // 16) + i % 4 for i in range(64)])  # 4 bytes 4 times, the next 4 ...
+by_fours_i8x64 = _shuffler(i8x64, i8x64, [16 * (i // 16) + 4 * (i % 4) + i // 4 % 4 for i in range(64)])  # 0 4 8 12 1 5 ...
 twice_each_quad = _shuffler(i8x32, i8x64, [16 * (i // 32) + 8 * (i // 16 % 2) + i % 8 for i in range(64)])  # 8 bytes twice
-halves_0_4_0_4 = _maker(i16x32, ([0] * 8 + [4] * 8) * 2)
-quads_0_4 = _maker(i16x32, ([0] * 4 + [4] * 4) * 4)
-lanes_0_2_4_6 = _maker(i16x32, [0] * 8 + [2] * 8 + [4] * 8 + [6] * 8)
-every_fourth_i8x64 = _shuffler(i8x64, i8x64, [4 * (i % 16) + i // 16 for i in range(64)])  # bytes 0, 4, 8, ..., 1, 5, ...
-two_of_four = _shuffler(f32x16, f32x16, [8 * (i // 2 % 2) for i in range(16)])  # [a x 8, b x 8] -> a a b b a a b b ...
+twice_each_f32x8 = _shuffler(f32x8, f32x16, [i // 2 for i in range(16)])
+low_i16x16_twice, high_i16x16_twice = (_shuffler(i16x16, i16x16, [*half] * 2) for half in (range(8), range(8, 16)))
+
+
+def shifts(*runs: int):
+    """Makes `f()`: i32x16 of shift counts, each in an equal run of lanes."""
+    return _maker(i32x16, [count for count in runs for _ in range(16 // len(runs))])
 
 
 def _word_spreaders(words_per_group: int):
@@ -54,68 +59,93 @@ def _word_spreaders(words_per_group: int):
 words16_0, words16_1, words16_2, words16_3 = _word_spreaders(8)  # groups of 16 weights
 words32_0, words32_1, words32_2, words32_3 = _word_spreaders(16)  # groups of 32
 
-# Scales of a pair of blocks --------------------------------------------------------------------------------------------
+# Scales of blocks that lie apart ---------------------------------------------------------------------------------------
 
 
-def _spread(builder, values, vec: Vec):
-    """[a, b] as [a x 8, b x 8], or [a, b, c, d] as 4 of each."""
-    count = values.type.count
-    mask = ir.Constant(ir.VectorType(_I32, 16), [i // (16 // count) for i in range(16)])
+def _gather(builder, address, element, offsets: Sequence[int]):
+    """The numbers at address + offsets as a vector; an offset may come again, and None leaves a zero."""
+    distinct = sorted({offset for offset in offsets if offset is not None})
+    values = ir.Constant(ir.VectorType(element, len(offsets)), None)
+    for lane, offset in enumerate(distinct):
+        place = builder.add(address, ir.Constant(address.type, offset))
+        number = builder.load(_pointer(builder, place, element))
+        number.align = 1
+        values = builder.insert_element(values, number, ir.Constant(_I32, lane))
+    lanes = [len(distinct) if offset is None else distinct.index(offset) for offset in offsets]
+    if lanes == list(range(len(distinct))) + lanes[len(distinct) :] and all(
+        lane == len(distinct) for lane in lanes[len(distinct) :]
+    ):
+        return values
+    mask = ir.Constant(ir.VectorType(_I32, len(offsets)), lanes)
     return builder.shuffle_vector(values, ir.Constant(values.type, ir.Undefined), mask)
 
 
-load_pair_f32 = _loader(f32x16, f32x2.llvm, lambda b, v: _spread(b, v, f32x16))  # 2 float32, 8 times each
-load_quad_f32 = _loader(f32x16, f32x4.llvm, lambda b, v: _spread(b, v, f32x16))  # 4 float32, 4 times each
+def gather_f16(*offsets: int):
+    """Makes `f(address)`: the float16 at 8 byte offsets as f32x8."""
+    assert len(offsets) == 8, offsets
+
+    @intrinsic
+    def gather(typingctx, address):
+        def codegen(context, builder, sig, args):
+            return builder.fpext(_gather(builder, args[0], ir.HalfType(), offsets), f32x8.llvm)
+
+        return f32x8(types.uintp), codegen
+
+    return gather
+
+
+def gather_u8(*offsets: int):
+    """Makes `f(address)`: the bytes at up to 16 offsets as i8x16, then zeros."""
+
+    @intrinsic
+    def gather(typingctx, address):
+        def codegen(context, builder, sig, args):
+            return _gather(builder, args[0], _BYTE, [*offsets, *[None] * (16 - len(offsets))])
+
+        return i8x16(types.uintp), codegen
+
+    return gather
+
+
+def gather_u32(*offsets: int):
+    """Makes `f(address)`: the 4 bytes at each of 4 offsets as i8x16."""
+
+    @intrinsic
+    def gather(typingctx, address):
+        def codegen(context, builder, sig, args):
+            return builder.bitcast(_gather(builder, args[0], _I32, offsets), i8x16.llvm)
+
+        return i8x16(types.uintp), codegen
+
+    return gather
 
 
 @intrinsic
-def pair_f32x16(typingctx, first, second):
-    """[first x 8, second x 8]"""
+def small_floats_f32x16(typingctx, codes):
+    """16 bytes of unsigned E4M3 as float32 / 256: bits 3..6 and 0..2 are a float16's; its bias is 8 more."""
 
     def codegen(context, builder, sig, args):
-        pair = ir.Constant(f32x2.llvm, ir.Undefined)
-        for lane, value in enumerate(args):
-            pair = builder.insert_element(pair, value, ir.Constant(_I32, lane))
-        return _spread(builder, pair, f32x16)
+        bits = builder.shl(builder.and_(builder.zext(args[0], i16x16.llvm), _constant(i16x16, 0x7F)), _constant(i16x16, 7))
+        return builder.fpext(builder.bitcast(bits, Vec("f16", 16).llvm), f32x16.llvm)
 
-    return f32x16(types.float32, types.float32), codegen
+    return f32x16(i8x16), codegen
 
 
 @intrinsic
-def quad_f32x16(typingctx, a, b, c, d):
-    """[a x 4, b x 4, c x 4, d x 4]"""
+def zero_where(typingctx, value, codes, code):
+    """f32x16 `value`, 0 where the byte of `codes` equals `code`."""
 
     def codegen(context, builder, sig, args):
-        quad = ir.Constant(f32x4.llvm, ir.Undefined)
-        for lane, value in enumerate(args):
-            quad = builder.insert_element(quad, value, ir.Constant(_I32, lane))
-        return _spread(builder, quad, f32x16)
+        number = context.cast(builder, args[2], sig.args[2], types.int8)
+        wanted = _splat(builder, i8x16, number)
+        return builder.select(builder.icmp_unsigned("==", args[1], wanted), _constant(f32x16, 0.0), args[0])
 
-    return f32x16(types.float32, types.float32, types.float32, types.float32), codegen
+    return f32x16(f32x16, i8x16, types.int64), codegen
 
 
-@intrinsic
-def load_pair_f16(typingctx, first, second):
-    """The float16 at two addresses as [first x 8, second x 8]."""
-
-    def codegen(context, builder, sig, args):
-        pair = ir.Constant(ir.VectorType(ir.HalfType(), 2), ir.Undefined)
-        for lane, address in enumerate(args):
-            value = builder.load(_pointer(builder, address, ir.HalfType()))
-            value.align = 1
-            pair = builder.insert_element(pair, value, ir.Constant(_I32, lane))
-        return _spread(builder, builder.fpext(pair, f32x2.llvm), f32x16)
-
-    return f32x16(types.uintp, types.uintp), codegen
-
+min_i32x16, max_i32x16 = _binary(i32x16, "llvm.umin.v16i32"), _binary(i32x16, "llvm.smax.v16i32")  # unsigned, signed
 
 # Tables and masks ------------------------------------------------------------------------------------------------------
-
-
-def _by_parts(builder, emit, value, lanes: int):
-    """emit() of each half of a vector, joined."""
-    low, high = (emit(part) for part in _halves(builder, value, lanes))
-    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes))))
 
 
 def _select_from(builder, table: Sequence[int], codes):
@@ -141,31 +171,11 @@ def byte_table(values: Sequence[int]):
                 table = ir.Constant(i8x64.llvm, [*values] * 4)
                 return _call(builder, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, [table, args[0]])
             table = ir.Constant(i8x32.llvm, [*values] * 2)
-            shuffle = lambda part: _call(builder, "llvm.x86.avx2.pshuf.b", i8x32.llvm, [table, part])  # noqa: E731
-            return _by_parts(builder, shuffle, args[0], 64)
+            parts = _halves(builder, args[0], 64)
+            looked_up = [_call(builder, "llvm.x86.avx2.pshuf.b", i8x32.llvm, [table, part]) for part in parts]
+            return builder.shuffle_vector(*looked_up, ir.Constant(ir.VectorType(_I32, 64), list(range(64))))
 
         return i8x64(i8x64), codegen
-
-    return look_up
-
-
-def float_table(name: str, values: Sequence[float]):
-    """Makes `f(index)`: the float32 at `index` of a constant table."""
-
-    @intrinsic
-    def look_up(typingctx, index):
-        def codegen(context, builder, sig, args):
-            kind = ir.ArrayType(ir.FloatType(), len(values))
-            table = builder.module.globals.get(name)
-            if table is None:
-                table = ir.GlobalVariable(builder.module, kind, name)
-                table.linkage, table.global_constant = "internal", True
-                table.initializer = ir.Constant(kind, list(values))
-            zero = ir.Constant(_I32, 0)
-            place = context.cast(builder, args[0], sig.args[0], types.uintp)
-            return builder.load(builder.gep(table, [zero, place], source_etype=kind), typ=ir.FloatType())
-
-        return types.float32(index), codegen
 
     return look_up
 
@@ -176,10 +186,7 @@ def where_bits(typingctx, bits, value):
 
     def codegen(context, builder, sig, args):
         flags = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 64))
-        byte = context.cast(builder, args[1], sig.args[1], types.int8)
-        lane = builder.insert_element(ir.Constant(i8x64.llvm, ir.Undefined), byte, ir.Constant(_I32, 0))
-        mask = ir.Constant(ir.VectorType(_I32, 64), [0] * 64)
-        splat = builder.shuffle_vector(lane, ir.Constant(i8x64.llvm, ir.Undefined), mask)
+        splat = _splat(builder, i8x64, context.cast(builder, args[1], sig.args[1], types.int8))
         return builder.select(flags, splat, _constant(i8x64, 0))
 
     return i8x64(types.uint64, types.int64), codegen
@@ -235,19 +242,75 @@ def scaled_dot_u8x64(typingctx, acc, codes, x, scales):
     return i32x16(i32x16, i8x64, i8x64, i16x32), codegen
 
 
+# Products of small codes -----------------------------------------------------------------------------------------------
+# Without a dot-product instruction vpmaddubsw leaves int16 pairs; while they are small they are added as such.
+
+_SMALL = i16x32 if isa().name == AVX2 else i32x16
+zero_small = _maker(_SMALL, 0)
+
+
+@intrinsic
+def small_dot(typingctx, acc, codes, x):
+    """acc + codes * x, of 64 unsigned codes; begin with `zero_small()`. Sums of codes at each place stay under 128."""
+
+    def codegen(context, builder, sig, args):
+        acc, codes, x = args
+        if isa().name != AVX2:
+            return _dot_unsigned(builder, acc, codes, x)
+        halves = zip(_halves(builder, codes, 64), _halves(builder, x, 64), strict=True)
+        pairs = [_call(builder, "llvm.x86.avx2.pmadd.ub.sw", i16x16.llvm, half) for half in halves]
+        joined = builder.shuffle_vector(*pairs, ir.Constant(ir.VectorType(_I32, 32), list(range(32))))
+        return builder.add(acc, joined)
+
+    return _SMALL(_SMALL, i8x64, i8x64), codegen
+
+
+@intrinsic
+def sum_small(typingctx, acc):
+    """The sums of `small_dot` as i32x16."""
+
+    def codegen(context, builder, sig, args):
+        if isa().name != AVX2:
+            return args[0]
+        ones = _constant(i16x16, 1)
+        sums = [_call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, [part, ones]) for part in _halves(builder, args[0], 32)]
+        return builder.shuffle_vector(*sums, ir.Constant(ir.VectorType(_I32, 16), list(range(16))))
+
+    return i32x16(_SMALL), codegen
+
+
 # Memory ----------------------------------------------------------------------------------------------------------------
 
 
 @intrinsic
-def prefetch(typingctx, address):
-    """Asks for the cache line at `address`; any address is harmless."""
+def stack_512(typingctx):
+    """The address of 512 bytes that live as long as the function."""
 
     def codegen(context, builder, sig, args):
-        byte = _BYTE.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        hints = [ir.Constant(_I32, number) for number in (0, 3, 1)]  # to read, keep in all levels, data
-        builder.call(function, [builder.inttoptr(args[0], byte), *hints])
+        room = cgutils.alloca_once(builder, ir.ArrayType(_BYTE, 512))
+        return builder.ptrtoint(room, ir.IntType(64))
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def copy_bytes(typingctx, target, source, num_bytes):
+    """memcpy"""
+
+    def codegen(context, builder, sig, args):
+        target, source, count = args
+        cgutils.raw_memcpy(builder, _pointer(builder, target, _BYTE), _pointer(builder, source, _BYTE), count, 1)
         return context.get_dummy_value()
 
-    return types.void(types.uintp), codegen
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def clear_bytes(typingctx, target, num_bytes):
+    """memset to zero"""
+
+    def codegen(context, builder, sig, args):
+        cgutils.memset(builder, _pointer(builder, args[0], _BYTE), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

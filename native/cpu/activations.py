@@ -54,7 +54,7 @@ class Activations:
         self.quantized: dict[int, tuple[np.ndarray, ...]] = {}
         for kind in sorted(kinds):
             buffers = (
-                np.zeros(capacity * k + 32, np.int8)[: capacity * k].reshape(capacity, k),  # rows read 64 at a time
+                np.zeros(capacity * k + 224, np.int8)[: capacity * k].reshape(capacity, k),  # read 256 at a time
                 np.zeros((capacity, k // 32), np.float32),
                 np.zeros((capacity, k // 16), np.float32),
                 np.zeros((capacity, k // 32), np.float32),

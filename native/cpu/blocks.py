@@ -90,13 +90,11 @@ def load16(name, address):
 
 
 @chosen_by_name
-def dot64(name, first, second, x, x_scale, x_sum, sums16, acc):
-    """block32: 64 weights times 64 int8.
+def dot8x32(name, blocks, x, x_scales, sums16, sums32):
+    """block32: 256 weights, in consecutive blocks, times 256 int8.
 
-    first, second: the blocks of the first and last 32 weights; of a block of 64, its address twice; of a block of 128,
-    its address and 0 or 8 more for its first or last half. x: address of the int8. x_scale, x_sum: f32x16 of their scales
-    and sums, 8 lanes for each 32; sums16: address of 4 float32 sums of 16. Returns f32x16 `acc` plus lanes that add up to
-    the result. x may be shorter than 64: then the last 32 are any bytes, with a scale of 0.
+    x: address of the int8; x_scales, sums32: addresses of 8 float32, the scales and sums of each 32 of them; sums16: of
+    16 float32. Returns f32x16 whose lanes add up to the result.
     """
 
 

@@ -13,8 +13,17 @@ from functools import cache
 
 from numba import cfunc, types
 
-from native.cpu.activations import K_SLOT, KIND32, KIND256, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
-from native.cpu.blocks import FORMATS, dot64, dot256, load16
+from native.cpu.activations import (
+    K_SLOT,
+    KIND32,
+    KIND256,
+    X_CODES,
+    X_F32,
+    X_SCALES,
+    X_SUMS16,
+    X_SUMS32,
+)
+from native.cpu.blocks import FORMATS, dot8x32, dot256, load16
 from native.layouts import BY_NAME
 from native.simd import (
     fma_f32x16,
@@ -26,7 +35,7 @@ from native.simd import (
     sum_f32x16,
     zero_f32x16,
 )
-from native.simd_bytes import load_pair_f32, pair_f32x16
+from native.simd_bytes import clear_bytes, copy_bytes, stack_512
 
 ROWS_SIGNATURE = types.void(*[types.int64] * 6)
 _FASTMATH = {"nsz", "contract"}  # NaN and infinity keep their meaning
@@ -59,27 +68,29 @@ def _float_rows(name: str, block_size: int, weight_bytes: int):
 
 
 def _block32_rows(name: str, block_size: int, block_bytes: int):
-    span_bytes = 64 * block_bytes // block_size  # of 64 weights
+    span_bytes = 256 // block_size * block_bytes
 
     def rows(weights, row_bytes, num_rows, activations, token, out):
         k = load_i64(activations + K_SLOT)
-        blocks = k // 32
+        blocks, spans = k // 32, k // 256
         x = load_i64(activations + KIND32 + X_CODES) + k * token
         scales = load_i64(activations + KIND32 + X_SCALES) + 4 * blocks * token
         sums16 = load_i64(activations + KIND32 + X_SUMS16) + 8 * blocks * token
         sums32 = load_i64(activations + KIND32 + X_SUMS32) + 4 * blocks * token
+        stage, rest = stack_512(), (k - 256 * spans) // 32  # blocks that do not fill a span are copied, followed by zeros
+        if rest > 0:
+            clear_bytes(stage, 512)
+            copy_bytes(stage, scales + 32 * spans, 4 * rest)
+            copy_bytes(stage + 32, sums32 + 32 * spans, 4 * rest)
+            copy_bytes(stage + 64, sums16 + 64 * spans, 8 * rest)
         for row in range(num_rows):
             w, acc = weights + row * row_bytes, zero_f32x16()
-            for step in range((blocks + 1) // 2):
-                at, gap = step * span_bytes, block_bytes
-                if block_size == 64:
-                    gap = 0
-                elif block_size == 128:
-                    at, gap = step // 2 * block_bytes, 8 * (step % 2)
-                x_scale, x_sum = load_pair_f32(scales + 8 * step), load_pair_f32(sums32 + 8 * step)
-                if block_size == 32 and 2 * step + 1 == blocks:  # an odd block is its own partner, times 0
-                    gap, x_scale = 0, pair_f32x16(load_f32(scales + 8 * step), types.float32(0))
-                acc = dot64(name, w + at, w + at + gap, x + 64 * step, x_scale, x_sum, sums16 + 16 * step, acc)
+            for b in range(spans):
+                s16, s32 = sums16 + 64 * b, sums32 + 32 * b
+                acc = acc + dot8x32(name, w + b * span_bytes, x + 256 * b, scales + 32 * b, s16, s32)
+            if rest > 0:
+                copy_bytes(stage + 128, w + spans * span_bytes, 32 * rest // block_size * block_bytes)
+                acc = acc + dot8x32(name, stage + 128, x + 256 * spans, stage, stage + 64, stage + 32)
             store_f32(out + 4 * row, sum_f32x16(acc))
 
     return rows

@@ -1,72 +1,104 @@
 """Types with blocks of 32 weights, float16 scales and codes that are integers: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
 
-Codes that do not start at zero begin their integer sum with -offset * sum(x) / 8 in each of a block's 8 lanes, which
-four rows share.
+Eight blocks are multiplied at a time: their scales are gathered into one vector and multiplied by the activations'. What
+is the same for a whole block, minima and the codes' offset, then costs one multiplication with the sums of x.
 """
 
 from numba import njit, uint64
 
-from native.cpu.blocks import dot64, implements, unpack
+from native.cpu.blocks import dot8x32, implements, unpack
 from native.simd import (
     HAS_FULL_UNSIGNED_DOT,
-    bytes_of,
+    as_i8x64,
+    as_i32x16,
     dot_i8x64,
     dot_u8x64,
-    f32_to_i32x16,
+    extend_f32x8,
     fma_f32x16,
     int_to_f32x16,
     join_i8x16,
     join_i8x32,
     load_f16,
+    load_f32x8,
     load_i8x16,
     load_i8x32,
     load_i8x64,
     load_u32,
     low_i8x64,
+    spread32_0,
+    spread32_1,
+    spread32_2,
+    spread32_3,
     store_f32,
     store_i8x32,
-    words_of,
     zero_i32x16,
 )
-from native.simd_bytes import halves_0_4_0_4, load_pair_f16, twice_each_i8x16, where_bits
+from native.simd_bytes import gather_f16, shifts, twice_each_i8x16, where_bits
+
+
+@njit
+def scaled_chunks(scales, values, p0, p1, p2, p3):
+    """values + the int32 products of 4 x 64 weights times the scale of each 32."""
+    scales = extend_f32x8(scales)
+    values = fma_f32x16(int_to_f32x16(p0), spread32_0(scales), values)
+    values = fma_f32x16(int_to_f32x16(p1), spread32_1(scales), values)
+    values = fma_f32x16(int_to_f32x16(p2), spread32_2(scales), values)
+    return fma_f32x16(int_to_f32x16(p3), spread32_3(scales), values)
+
 
 # Q8_0: d:2 | qs:32 (int8) ---------------------------------------------------------------------------------------------
 
+_q8_0_scales = gather_f16(*range(0, 8 * 34, 34))
+
 if HAS_FULL_UNSIGNED_DOT:
+    _Q8_0_OFFSET = -128.0
 
     @njit
-    def _q8_0_products(codes, x, x_sum):
+    def _q8_0_product(blocks, x):
         """codes + 128: the product wants one unsigned factor."""
-        return dot_u8x64(f32_to_i32x16(x_sum * -16.0), codes ^ 128, x)
+        codes = join_i8x32(load_i8x32(blocks + 2), load_i8x32(blocks + 36))
+        return dot_u8x64(zero_i32x16(), codes ^ 128, load_i8x64(x))
 else:
+    _Q8_0_OFFSET = 0.0
 
     @njit
-    def _q8_0_products(codes, x, x_sum):
-        return dot_i8x64(zero_i32x16(), codes, x)
+    def _q8_0_product(blocks, x):
+        codes = join_i8x32(load_i8x32(blocks + 2), load_i8x32(blocks + 36))
+        return dot_i8x64(zero_i32x16(), codes, load_i8x64(x))
 
 
-@implements(dot64, "Q8_0")
-def _q8_0_dot(name, first, second, x, x_scale, x_sum, sums16, acc):
-    codes = join_i8x32(load_i8x32(first + 2), load_i8x32(second + 2))
-    products = int_to_f32x16(_q8_0_products(codes, load_i8x64(x), x_sum))
-    return fma_f32x16(products, load_pair_f16(first, second) * x_scale, acc)
+@implements(dot8x32, "Q8_0")
+def _q8_0_dot(name, blocks, x, x_scales, sums16, sums32):
+    scales = _q8_0_scales(blocks) * load_f32x8(x_scales)
+    p0, p1 = _q8_0_product(blocks, x), _q8_0_product(blocks + 68, x + 64)
+    p2, p3 = _q8_0_product(blocks + 136, x + 128), _q8_0_product(blocks + 204, x + 192)
+    return scaled_chunks(scales, extend_f32x8(scales * load_f32x8(sums32)) * _Q8_0_OFFSET, p0, p1, p2, p3)
+
+
+@njit
+def store_block(codes, scales, minima, values, scale, minimum):
+    """One block of 32 in the common form."""
+    store_i8x32(codes, values)
+    store_f32(scales, scale)
+    store_f32(minima, minimum)
 
 
 @implements(unpack, "Q8_0")
 def _q8_0_unpack(name, block, codes, scales, minima):
-    store_i8x32(codes, load_i8x32(block + 2))
-    store_f32(scales, load_f16(block))
-    store_f32(minima, 0.0)
+    store_block(codes, scales, minima, load_i8x32(block + 2), load_f16(block), 0.0)
 
 
 # Q4_0: d:2 | qs:16, element j in the low nibble of byte j, j + 16 in the high one; codes - 8 ---------------------------
+
+_q4_0_scales = gather_f16(*range(0, 8 * 18, 18))
+_shifts_0_4_0_4 = shifts(0, 4, 0, 4)
 
 
 @njit
 def nibbles_of_two(first, second):
     """Twice 16 bytes as 64 codes: the low nibbles, then the high ones."""
     packed = twice_each_i8x16(load_i8x16(first), load_i8x16(second))
-    return bytes_of(words_of(packed) >> halves_0_4_0_4()) & 15
+    return as_i8x64(as_i32x16(packed) >> _shifts_0_4_0_4()) & 15
 
 
 @njit
@@ -76,54 +108,54 @@ def nibbles_of_one(address):
     return join_i8x16(packed & 15, packed >> 4)
 
 
-@implements(dot64, "Q4_0")
-def _q4_0_dot(name, first, second, x, x_scale, x_sum, sums16, acc):
-    products = dot_u8x64(f32_to_i32x16(x_sum * -1.0), nibbles_of_two(first + 2, second + 2), load_i8x64(x))
-    return fma_f32x16(int_to_f32x16(products), load_pair_f16(first, second) * x_scale, acc)
-
-
 @njit
-def _store_block(codes, scales, minima, values, scale, minimum):
-    store_i8x32(codes, values)
-    store_f32(scales, scale)
-    store_f32(minima, minimum)
+def _q4_product(packed, gap, x):
+    return dot_u8x64(zero_i32x16(), nibbles_of_two(packed, packed + gap), load_i8x64(x))
+
+
+@implements(dot8x32, "Q4_0")
+def _q4_0_dot(name, blocks, x, x_scales, sums16, sums32):
+    scales = _q4_0_scales(blocks) * load_f32x8(x_scales)
+    p0, p1 = _q4_product(blocks + 2, 18, x), _q4_product(blocks + 38, 18, x + 64)
+    p2, p3 = _q4_product(blocks + 74, 18, x + 128), _q4_product(blocks + 110, 18, x + 192)
+    return scaled_chunks(scales, extend_f32x8(scales * load_f32x8(sums32)) * -8.0, p0, p1, p2, p3)
 
 
 @implements(unpack, "Q4_0")
 def _q4_0_unpack(name, block, codes, scales, minima):
     scale = load_f16(block)
-    _store_block(codes, scales, minima, nibbles_of_one(block + 2), scale, 8 * scale)
+    store_block(codes, scales, minima, nibbles_of_one(block + 2), scale, 8 * scale)
 
 
 # Q4_1: d:2 | m:2 | qs:16 as Q4_0; weight = d * code + m ----------------------------------------------------------------
 
-
-@njit
-def _scaled_with_minimum(first, second, products, x_scale, x_sum, acc):
-    """acc + x_scale * (d * products + m * x_sum), the minima spread over 8 lanes."""
-    acc = fma_f32x16(load_pair_f16(first + 2, second + 2), x_scale * x_sum * 0.125, acc)
-    return fma_f32x16(int_to_f32x16(products), load_pair_f16(first, second) * x_scale, acc)
+_q4_1_scales = gather_f16(*range(0, 8 * 20, 20))
 
 
-@implements(dot64, "Q4_1")
-def _q4_1_dot(name, first, second, x, x_scale, x_sum, sums16, acc):
-    products = dot_u8x64(zero_i32x16(), nibbles_of_two(first + 4, second + 4), load_i8x64(x))
-    return _scaled_with_minimum(first, second, products, x_scale, x_sum, acc)
+@implements(dot8x32, "Q4_1")
+def _q4_1_dot(name, blocks, x, x_scales, sums16, sums32):
+    x_scale = load_f32x8(x_scales)
+    p0, p1 = _q4_product(blocks + 4, 20, x), _q4_product(blocks + 44, 20, x + 64)
+    p2, p3 = _q4_product(blocks + 84, 20, x + 128), _q4_product(blocks + 124, 20, x + 192)
+    minima = extend_f32x8(_q4_1_scales(blocks + 2) * (x_scale * load_f32x8(sums32)))
+    return scaled_chunks(_q4_1_scales(blocks) * x_scale, minima, p0, p1, p2, p3)
 
 
 @implements(unpack, "Q4_1")
 def _q4_1_unpack(name, block, codes, scales, minima):
-    _store_block(codes, scales, minima, nibbles_of_one(block + 4), load_f16(block), -load_f16(block + 2))
+    store_block(codes, scales, minima, nibbles_of_one(block + 4), load_f16(block), -load_f16(block + 2))
 
 
 # Q5_0: d:2 | qh:4 (bit j is bit 4 of code j) | qs:16 as Q4_0; codes - 16 -----------------------------------------------
 
+_q5_0_scales = gather_f16(*range(0, 8 * 22, 22))
+
 
 @njit
-def _five_bits_of_two(first, second):
-    """Two blocks as 64 codes; addresses of their qh."""
-    bits = uint64(load_u32(first)) | (uint64(load_u32(second)) << uint64(32))
-    return nibbles_of_two(first + 4, second + 4) | where_bits(bits, 16)
+def _q5_product(qh, gap, x):
+    """64 products; `qh` is the address of the first block's high bits, the nibbles follow."""
+    bits = uint64(load_u32(qh)) | (uint64(load_u32(qh + gap)) << uint64(32))
+    return dot_u8x64(zero_i32x16(), nibbles_of_two(qh + 4, qh + gap + 4) | where_bits(bits, 16), load_i8x64(x))
 
 
 @njit
@@ -131,27 +163,34 @@ def _five_bits_of_one(address):
     return nibbles_of_one(address + 4) | low_i8x64(where_bits(uint64(load_u32(address)), 16))
 
 
-@implements(dot64, "Q5_0")
-def _q5_0_dot(name, first, second, x, x_scale, x_sum, sums16, acc):
-    products = dot_u8x64(f32_to_i32x16(x_sum * -2.0), _five_bits_of_two(first + 2, second + 2), load_i8x64(x))
-    return fma_f32x16(int_to_f32x16(products), load_pair_f16(first, second) * x_scale, acc)
+@implements(dot8x32, "Q5_0")
+def _q5_0_dot(name, blocks, x, x_scales, sums16, sums32):
+    scales = _q5_0_scales(blocks) * load_f32x8(x_scales)
+    p0, p1 = _q5_product(blocks + 2, 22, x), _q5_product(blocks + 46, 22, x + 64)
+    p2, p3 = _q5_product(blocks + 90, 22, x + 128), _q5_product(blocks + 134, 22, x + 192)
+    return scaled_chunks(scales, extend_f32x8(scales * load_f32x8(sums32)) * -16.0, p0, p1, p2, p3)
 
 
 @implements(unpack, "Q5_0")
 def _q5_0_unpack(name, block, codes, scales, minima):
     scale = load_f16(block)
-    _store_block(codes, scales, minima, _five_bits_of_one(block + 2), scale, 16 * scale)
+    store_block(codes, scales, minima, _five_bits_of_one(block + 2), scale, 16 * scale)
 
 
 # Q5_1: d:2 | m:2 | qh:4 | qs:16; weight = d * code + m -----------------------------------------------------------------
 
+_q5_1_scales = gather_f16(*range(0, 8 * 24, 24))
 
-@implements(dot64, "Q5_1")
-def _q5_1_dot(name, first, second, x, x_scale, x_sum, sums16, acc):
-    products = dot_u8x64(zero_i32x16(), _five_bits_of_two(first + 4, second + 4), load_i8x64(x))
-    return _scaled_with_minimum(first, second, products, x_scale, x_sum, acc)
+
+@implements(dot8x32, "Q5_1")
+def _q5_1_dot(name, blocks, x, x_scales, sums16, sums32):
+    x_scale = load_f32x8(x_scales)
+    p0, p1 = _q5_product(blocks + 4, 24, x), _q5_product(blocks + 52, 24, x + 64)
+    p2, p3 = _q5_product(blocks + 100, 24, x + 128), _q5_product(blocks + 148, 24, x + 192)
+    minima = extend_f32x8(_q5_1_scales(blocks + 2) * (x_scale * load_f32x8(sums32)))
+    return scaled_chunks(_q5_1_scales(blocks) * x_scale, minima, p0, p1, p2, p3)
 
 
 @implements(unpack, "Q5_1")
 def _q5_1_unpack(name, block, codes, scales, minima):
-    _store_block(codes, scales, minima, _five_bits_of_one(block + 4), load_f16(block), -load_f16(block + 2))
+    store_block(codes, scales, minima, _five_bits_of_one(block + 4), load_f16(block), -load_f16(block + 2))

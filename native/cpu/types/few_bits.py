@@ -2,71 +2,89 @@
 
 from numba import njit
 
-from native.cpu.blocks import dot64, implements, unpack
+from native.cpu.blocks import dot8x32, implements, unpack
+from native.cpu.types.blocks_of_32 import scaled_chunks
 from native.simd import (
     as_i8x64,
-    bytes_of,
+    as_i32x16,
     dot_u8x64,
-    f32_to_i32x16,
-    fma_f32x16,
-    int_to_f32x16,
+    extend_f32x8,
     load_f16,
+    load_f32x8,
     load_i8x16,
     load_i8x64,
     load_u64,
-    splat_f32x16,
     store_f32,
     store_i8x64,
-    widen_i8x16,
-    words_of,
     zero_i32x16,
 )
-from native.simd_bytes import every_fourth_i8x64, four_times_i8x16, lanes_0_2_4_6, two_of_four, where_bits
+from native.simd_bytes import (
+    by_fours_i8x64,
+    four_times_each_word,
+    gather_f16,
+    shifts,
+    where_bits,
+)
 
 # Q1_0: d:2 | bits:16; weight = d or -d --------------------------------------------------------------------------------
 
+_q1_0_scales = gather_f16(0, 0, 0, 0, 18, 18, 18, 18)
 
-@implements(dot64, "Q1_0")
-def _q1_0_dot(name, first, second, x, x_scale, x_sum, sums16, acc):
-    """Codes 0 and 16, minus 8, so that the sum of x is taken off as an integer; the 8 goes into the scale."""
-    products = dot_u8x64(f32_to_i32x16(x_sum * -1.0), where_bits(load_u64(second + 2), 16), load_i8x64(x))
-    return fma_f32x16(int_to_f32x16(products), x_scale * (load_f16(first) * 0.125), acc)
+
+@njit
+def _q1_0_product(bits, x):
+    return dot_u8x64(zero_i32x16(), where_bits(load_u64(bits), 2), load_i8x64(x))
+
+
+@implements(dot8x32, "Q1_0")
+def _q1_0_dot(name, blocks, x, x_scales, sums16, sums32):
+    """Codes 0 and 2, minus 1."""
+    scales = _q1_0_scales(blocks) * load_f32x8(x_scales)
+    p0, p1 = _q1_0_product(blocks + 2, x), _q1_0_product(blocks + 10, x + 64)
+    p2, p3 = _q1_0_product(blocks + 20, x + 128), _q1_0_product(blocks + 28, x + 192)
+    return scaled_chunks(scales, extend_f32x8(scales * load_f32x8(sums32)) * -1.0, p0, p1, p2, p3)
 
 
 @implements(unpack, "Q1_0")
 def _q1_0_unpack(name, block, codes, scales, minima):
     scale = load_f16(block)
     for half in range(2):
-        store_i8x64(codes + 64 * half, where_bits(load_u64(block + 2 + 8 * half), 1))
+        store_i8x64(codes + 64 * half, where_bits(load_u64(block + 2 + 8 * half), 2))
     for group in range(4):
-        store_f32(scales + 4 * group, 2 * scale)
+        store_f32(scales + 4 * group, scale)
         store_f32(minima + 4 * group, scale)
 
 
 # Q2_0: d:2 | qs:16, byte j holds elements 4 j .. 4 j + 3; codes - 1 ----------------------------------------------------
-# The product takes one pair of bits of all bytes at a time, so x is reordered alike, once for four rows: bytes 0, 4, 8 ...
-# first. Of each 4 lanes, two then belong to the first 32 elements and two to the last.
+# The product takes one pair of bits of 4 bytes at a time: elements 0, 4, 8, 12, then 1, 5, 9, 13, ... of each 16, and x
+# is brought into that order, too.
 
-
-@implements(dot64, "Q2_0")
-def _q2_0_dot(name, first, second, x, x_scale, x_sum, sums16, acc):
-    codes = bytes_of(words_of(four_times_i8x16(load_i8x16(first + 2))) >> lanes_0_2_4_6()) & 3
-    products = int_to_f32x16(dot_u8x64(zero_i32x16(), codes, every_fourth_i8x64(load_i8x64(x))))
-    products = fma_f32x16(products, two_of_four(x_scale), x_sum * x_scale * -0.125)
-    return fma_f32x16(products, splat_f32x16(load_f16(first)), acc)
+_q2_0_scales = gather_f16(0, 0, 18, 18, 36, 36, 54, 54)
+_pairs_of_bits = shifts(*[0, 2, 4, 6] * 4)
 
 
 @njit
-def _four_codes_a_byte(address):
-    """16 bytes as 64 codes in natural order: copies of a byte, 6 bits apart, bring its pairs of bits to 0, 8, 16, 24."""
-    words = widen_i8x16(load_i8x16(address))
-    words = words | (words << 12)
-    return as_i8x64(words | (words << 6)) & 3
+def _by_fours(address):
+    """16 bytes as 64 codes, in the order of `by_fours_i8x64`."""
+    return as_i8x64(as_i32x16(four_times_each_word(load_i8x16(address))) >> _pairs_of_bits()) & 3
+
+
+@njit
+def _q2_0_product(qs, x):
+    return dot_u8x64(zero_i32x16(), _by_fours(qs), by_fours_i8x64(load_i8x64(x)))
+
+
+@implements(dot8x32, "Q2_0")
+def _q2_0_dot(name, blocks, x, x_scales, sums16, sums32):
+    scales = _q2_0_scales(blocks) * load_f32x8(x_scales)
+    p0, p1 = _q2_0_product(blocks + 2, x), _q2_0_product(blocks + 20, x + 64)
+    p2, p3 = _q2_0_product(blocks + 38, x + 128), _q2_0_product(blocks + 56, x + 192)
+    return scaled_chunks(scales, extend_f32x8(scales * load_f32x8(sums32)) * -1.0, p0, p1, p2, p3)
 
 
 @implements(unpack, "Q2_0")
 def _q2_0_unpack(name, block, codes, scales, minima):
-    store_i8x64(codes, _four_codes_a_byte(block + 2))
+    store_i8x64(codes, by_fours_i8x64(_by_fours(block + 2)))  # a transposition of 4 x 4, its own inverse
     scale = load_f16(block)
     for group in range(2):
         store_f32(scales + 4 * group, scale)
