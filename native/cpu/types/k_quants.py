@@ -1,16 +1,15 @@
-"""The K types: super-blocks of 256 with integer scales (and minima) for groups of 16 or 32 weights."""
+"""Q4_K, Q5_K, Q6_K: super-blocks of 256 with integer scales (and minima) for groups of 16 or 32 weights.
+
+Products are scaled as integers (`scaled_dot_u8x64`), so that a block needs one conversion to float32. Codes fit in 7 bits.
+"""
 
 from numba import njit, uint64
 
 from native.cpu.blocks import dot256, implements, unpack
 from native.simd import (
-    bytes_of,
-    dot_u8x64,
+    as_i8x64,
+    as_i32x16,
     extend_f32x8,
-    fma_f32x16,
-    halves_0_2,
-    halves_0_4,
-    halves_4_6,
     high_f32x16,
     int_to_f32x16,
     load_f16,
@@ -22,61 +21,132 @@ from native.simd import (
     load_u32,
     low_f32x16,
     pack_u64,
-    spread16_0,
-    spread16_1,
-    spread16_2,
-    spread16_3,
-    spread32_0,
-    spread32_1,
-    spread32_2,
-    spread32_3,
     store_f32x8,
     store_f32x16,
     store_i8x64,
     twice_i8x32,
     widen_i8x16,
     widen_signed_i8x16,
-    words_of,
     zero_i32x16,
 )
+from native.simd_bytes import (
+    scaled_dot_u8x64,
+    shifts,
+    widen16_i8x16,
+    widen16_signed_i8x16,
+    words16_0,
+    words16_1,
+    words16_2,
+    words16_3,
+    words32_0,
+    words32_1,
+    words32_2,
+    words32_3,
+)
+
+# Of 32 bytes twice, the first and the second are shifted by: (bits 0..3 and 4..7), (a field of 2 bits and the next), ...
+_by_0_4, _by_0_1, _by_0_2 = shifts(0, 4), shifts(0, 1), shifts(0, 2)
+_by_2_1, _by_2_3, _by_4_2, _by_4_3 = (
+    shifts(2, 1),
+    shifts(2, 3),
+    shifts(4, 2),
+    shifts(4, 3),
+)
+
+
+@njit
+def two_words(address):
+    """32 bytes twice, as 32-bit words: what crosses a byte in a shift is masked out afterwards."""
+    return as_i32x16(twice_i8x32(load_i8x32(address)))
+
 
 # Q4_K: d:2 | dmin:2 | scales:12 (8 six-bit scales, 8 six-bit minima) | qs:128 ------------------------------------------
 
 
 @njit
-def _six_bit_scales(address, scale, minimum):
-    """The 8 scales times `scale` in lanes 0..7 and the 8 minima times `minimum` in lanes 8..15, from 12 bytes."""
-    first, second, third = uint64(load_u32(address)), uint64(load_u32(address + 4)), uint64(load_u32(address + 8))
+def _six_bits(address):
+    """12 bytes as 8 scales and 8 minima, one a byte."""
+    first, second, third = (
+        uint64(load_u32(address)),
+        uint64(load_u32(address + 4)),
+        uint64(load_u32(address + 8)),
+    )
     scales = (first & 0x3F3F3F3F) | (((third & 0x0F0F0F0F) | (((first >> 6) & 0x03030303) << 4)) << 32)
     minima = (second & 0x3F3F3F3F) | ((((third >> 4) & 0x0F0F0F0F) | (((second >> 6) & 0x03030303) << 4)) << 32)
-    factors = int_to_f32x16(widen_i8x16(pack_u64(scales, minima)))
-    return low_f32x16(factors) * scale, high_f32x16(factors) * minimum
+    return pack_u64(scales, minima)
 
 
 @njit
 def _nibbles(address):
     """32 bytes as 64 codes: the low nibbles, then the high ones."""
-    return bytes_of(words_of(twice_i8x32(load_i8x32(address))) >> halves_0_4()) & 15
+    return as_i8x64(two_words(address) >> _by_0_4()) & 15
+
+
+@njit
+def _minus_minima(block, scales, total, sums32):
+    """d * total - dmin * sum of minima * sums; `scales` as `_six_bits` gives them."""
+    minima = high_f32x16(int_to_f32x16(widen_i8x16(scales))) * load_f16(block + 2)
+    return int_to_f32x16(total) * load_f16(block) - extend_f32x8(minima * load_f32x8(sums32))
 
 
 @implements(dot256, "Q4_K")
 def _q4_k_dot(name, block, x, sums16, sums32):
-    scales8, minima = _six_bit_scales(block + 4, load_f16(block), load_f16(block + 2))
-    scales, qs = extend_f32x8(scales8), block + 16
-    acc = extend_f32x8(minima * load_f32x8(sums32)) * -1.0
-    acc = fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _nibbles(qs), load_i8x64(x))), spread32_0(scales), acc)
-    acc = fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _nibbles(qs + 32), load_i8x64(x + 64))), spread32_1(scales), acc)
-    acc = fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _nibbles(qs + 64), load_i8x64(x + 128))), spread32_2(scales), acc)
-    return fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _nibbles(qs + 96), load_i8x64(x + 192))), spread32_3(scales), acc)
+    scales, qs = _six_bits(block + 4), block + 16
+    words = widen16_i8x16(scales)
+    total = scaled_dot_u8x64(zero_i32x16(), _nibbles(qs), load_i8x64(x), words32_0(words))
+    total = scaled_dot_u8x64(total, _nibbles(qs + 32), load_i8x64(x + 64), words32_1(words))
+    total = scaled_dot_u8x64(total, _nibbles(qs + 64), load_i8x64(x + 128), words32_2(words))
+    total = scaled_dot_u8x64(total, _nibbles(qs + 96), load_i8x64(x + 192), words32_3(words))
+    return _minus_minima(block, scales, total, sums32)
+
+
+@njit
+def _store_six_bits(block, scales, minima):
+    factors = int_to_f32x16(widen_i8x16(_six_bits(block + 4)))
+    store_f32x8(scales, low_f32x16(factors) * load_f16(block))
+    store_f32x8(minima, high_f32x16(factors) * load_f16(block + 2))
 
 
 @implements(unpack, "Q4_K")
 def _q4_k_unpack(name, block, codes, scales, minima):
     for k in range(4):
         store_i8x64(codes + 64 * k, _nibbles(block + 16 + 32 * k))
-    scales8, minima8 = _six_bit_scales(block + 4, load_f16(block), load_f16(block + 2))
-    store_f32x8(scales, scales8)
-    store_f32x8(minima, minima8)
+    _store_six_bits(block, scales, minima)
+
+
+# Q5_K: d:2 | dmin:2 | scales:12 as Q4_K | qh:32 (bit k of byte l belongs to code l of group k) | qs:128 ------------------
+
+
+@njit
+def _q5_k_codes(block):
+    """The 4 x 64 codes: bit 4 comes from qh, brought there from bits 2 k and 2 k + 1."""
+    qh, qs = two_words(block + 16), block + 48
+    c0 = _nibbles(qs) | (as_i8x64(qh << _by_4_3()) & 16)
+    c1 = _nibbles(qs + 32) | (as_i8x64(qh << _by_2_1()) & 16)
+    c2 = _nibbles(qs + 64) | (as_i8x64(qh >> _by_0_1()) & 16)
+    c3 = _nibbles(qs + 96) | (as_i8x64(qh >> _by_2_3()) & 16)
+    return c0, c1, c2, c3
+
+
+@implements(dot256, "Q5_K")
+def _q5_k_dot(name, block, x, sums16, sums32):
+    scales, (c0, c1, c2, c3) = _six_bits(block + 4), _q5_k_codes(block)
+    words = widen16_i8x16(scales)
+    total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words32_0(words))
+    total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words32_1(words))
+    total = scaled_dot_u8x64(total, c2, load_i8x64(x + 128), words32_2(words))
+    total = scaled_dot_u8x64(total, c3, load_i8x64(x + 192), words32_3(words))
+    return _minus_minima(block, scales, total, sums32)
+
+
+@implements(unpack, "Q5_K")
+def _q5_k_unpack(name, block, codes, scales, minima):
+    c0, c1, c2, c3 = _q5_k_codes(block)
+    store_i8x64(codes, c0)
+    store_i8x64(codes + 64, c1)
+    store_i8x64(codes + 128, c2)
+    store_i8x64(codes + 192, c3)
+    _store_six_bits(block, scales, minima)
 
 
 # Q6_K: ql:128 | qh:64 | scales:16 (int8, one per 16) | d:2; codes - 32 -------------------------------------------------
@@ -85,26 +155,26 @@ def _q4_k_unpack(name, block, codes, scales, minima):
 @njit
 def _q6_k_low(block, half):
     """The first 64 codes of a half: low nibbles of ql and bits 0..3 of qh."""
-    high = bytes_of(words_of(twice_i8x32(load_i8x32(block + 128 + 32 * half))) >> halves_0_2()) & 3
-    return (load_i8x64(block + 64 * half) & 15) | (high << 4)
+    return (load_i8x64(block + 64 * half) & 15) | (as_i8x64(two_words(block + 128 + 32 * half) << _by_4_2()) & 0x30)
 
 
 @njit
 def _q6_k_high(block, half):
     """The last 64 codes of a half: high nibbles of ql and bits 4..7 of qh."""
-    high = bytes_of(words_of(twice_i8x32(load_i8x32(block + 128 + 32 * half))) >> halves_4_6()) & 3
-    return (load_i8x64(block + 64 * half) >> 4) | (high << 4)
+    low = as_i8x64(as_i32x16(load_i8x64(block + 64 * half)) >> 4) & 15
+    return low | (as_i8x64(two_words(block + 128 + 32 * half) >> _by_0_2()) & 0x30)
 
 
 @implements(dot256, "Q6_K")
 def _q6_k_dot(name, block, x, sums16, sums32):
-    scales = int_to_f32x16(widen_signed_i8x16(load_i8x16(block + 192)))
-    acc = scales * load_f32x16(sums16) * -32.0
-    acc = fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _q6_k_low(block, 0), load_i8x64(x))), spread16_0(scales), acc)
-    acc = fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _q6_k_high(block, 0), load_i8x64(x + 64))), spread16_1(scales), acc)
-    acc = fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _q6_k_low(block, 1), load_i8x64(x + 128))), spread16_2(scales), acc)
-    acc = fma_f32x16(int_to_f32x16(dot_u8x64(zero_i32x16(), _q6_k_high(block, 1), load_i8x64(x + 192))), spread16_3(scales), acc)
-    return acc * load_f16(block + 208)
+    scales = load_i8x16(block + 192)
+    words = widen16_signed_i8x16(scales)
+    total = scaled_dot_u8x64(zero_i32x16(), _q6_k_low(block, 0), load_i8x64(x), words16_0(words))
+    total = scaled_dot_u8x64(total, _q6_k_high(block, 0), load_i8x64(x + 64), words16_1(words))
+    total = scaled_dot_u8x64(total, _q6_k_low(block, 1), load_i8x64(x + 128), words16_2(words))
+    total = scaled_dot_u8x64(total, _q6_k_high(block, 1), load_i8x64(x + 192), words16_3(words))
+    offsets = int_to_f32x16(widen_signed_i8x16(scales)) * load_f32x16(sums16) * -32.0
+    return (int_to_f32x16(total) + offsets) * load_f16(block + 208)
 
 
 @implements(unpack, "Q6_K")

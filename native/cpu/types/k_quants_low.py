@@ -1,0 +1,132 @@
+"""Q2_K and Q3_K: super-blocks of 256 codes of two or three bits, with an integer scale for every 16."""
+
+from numba import njit, uint64
+
+from native.cpu.blocks import dot256, implements, unpack
+from native.cpu.types.k_quants import two_words
+from native.simd import (
+    as_i8x64,
+    int_to_f32x16,
+    load_f16,
+    load_f32x16,
+    load_i8x16,
+    load_i8x64,
+    load_u32,
+    load_u64,
+    pack_u64,
+    store_f32x16,
+    store_i8x64,
+    widen_i8x16,
+    widen_signed_i8x16,
+    zero_i32x16,
+)
+from native.simd_bytes import (
+    scaled_dot_u8x64,
+    shifts,
+    widen16_i8x16,
+    widen16_signed_i8x16,
+    words16_0,
+    words16_1,
+    words16_2,
+    words16_3,
+)
+
+_by_0_1, _by_0_2, _by_2_1, _by_2_3 = (
+    shifts(0, 1),
+    shifts(0, 2),
+    shifts(2, 1),
+    shifts(2, 3),
+)
+_by_4_5, _by_4_6 = shifts(4, 5), shifts(4, 6)
+
+
+@njit
+def _two_bits(qs):
+    """64 bytes as 4 x 64 codes of two bits: bits 0..1 of 32 bytes, then bits 2..3, ..., then of the next 32."""
+    first, second = two_words(qs), two_words(qs + 32)
+    c0, c1 = as_i8x64(first >> _by_0_2()) & 3, as_i8x64(first >> _by_4_6()) & 3
+    c2, c3 = as_i8x64(second >> _by_0_2()) & 3, as_i8x64(second >> _by_4_6()) & 3
+    return c0, c1, c2, c3
+
+
+@njit
+def _scaled_total(codes, words, x):
+    """The products of 4 x 64 codes times the int16 scale of each 16, as i32x16."""
+    c0, c1, c2, c3 = codes
+    total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words16_0(words))
+    total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words16_1(words))
+    total = scaled_dot_u8x64(total, c2, load_i8x64(x + 128), words16_2(words))
+    return scaled_dot_u8x64(total, c3, load_i8x64(x + 192), words16_3(words))
+
+
+@njit
+def _store_codes(codes, values):
+    c0, c1, c2, c3 = values
+    store_i8x64(codes, c0)
+    store_i8x64(codes + 64, c1)
+    store_i8x64(codes + 128, c2)
+    store_i8x64(codes + 192, c3)
+
+
+# Q2_K: scales:16 (low nibble: scale, high: minimum) | qs:64 | d:2 | dmin:2 ---------------------------------------------
+
+
+@implements(dot256, "Q2_K")
+def _q2_k_dot(name, block, x, sums16, sums32):
+    scales = load_i8x16(block)
+    total = _scaled_total(_two_bits(block + 16), widen16_i8x16(scales & 15), x)
+    minima = int_to_f32x16(widen_i8x16(scales) >> 4) * load_f32x16(sums16)
+    return int_to_f32x16(total) * load_f16(block + 80) - minima * load_f16(block + 82)
+
+
+@implements(unpack, "Q2_K")
+def _q2_k_unpack(name, block, codes, scales, minima):
+    _store_codes(codes, _two_bits(block + 16))
+    packed = widen_i8x16(load_i8x16(block))
+    store_f32x16(scales, int_to_f32x16(packed & 15) * load_f16(block + 80))
+    store_f32x16(minima, int_to_f32x16(packed >> 4) * load_f16(block + 82))
+
+
+# Q3_K: hmask:32 (bit 2 of the codes, one bit a group of 32) | qs:64 | scales:12 (16 of six bits, - 32) | d:2; codes - 4 ----
+
+
+@njit
+def _q3_k_codes(block):
+    c0, c1, c2, c3 = _two_bits(block + 32)
+    high = two_words(block)
+    c0, c1 = (
+        c0 | (as_i8x64(high << _by_2_1()) & 4),
+        c1 | (as_i8x64(high >> _by_0_1()) & 4),
+    )
+    return (
+        c0,
+        c1,
+        c2 | (as_i8x64(high >> _by_2_3()) & 4),
+        c3 | (as_i8x64(high >> _by_4_5()) & 4),
+    )
+
+
+@njit
+def _q3_k_scales(block):
+    """The 16 scales as signed bytes: their low nibbles are in 8 bytes, their high pairs of bits in 4."""
+    low, pairs = load_u64(block + 96), uint64(load_u32(block + 104))
+    pairs = pairs | (pairs << uint64(30))  # in each half of the word one pair a byte at bit 0, another at bit 4
+    first = (low & 0x0F0F0F0F0F0F0F0F) | ((pairs & 0x0303030303030303) << uint64(4))
+    last = ((low >> 4) & 0x0F0F0F0F0F0F0F0F) | (pairs & 0x3030303030303030)
+    return pack_u64(first, last) - 32
+
+
+@implements(dot256, "Q3_K")
+def _q3_k_dot(name, block, x, sums16, sums32):
+    scales = _q3_k_scales(block)
+    total = _scaled_total(_q3_k_codes(block), widen16_signed_i8x16(scales), x)
+    offsets = int_to_f32x16(widen_signed_i8x16(scales)) * load_f32x16(sums16) * -4.0
+    return (int_to_f32x16(total) + offsets) * load_f16(block + 108)
+
+
+@implements(unpack, "Q3_K")
+def _q3_k_unpack(name, block, codes, scales, minima):
+    _store_codes(codes, _q3_k_codes(block))
+    factors = int_to_f32x16(widen_signed_i8x16(_q3_k_scales(block))) * load_f16(block + 108)
+    store_f32x16(scales, factors)
+    store_f32x16(minima, factors * 4.0)
