@@ -1,5 +1,5 @@
 """Encoders: float32 rows to the bytes of a GGUF type. One small file for each family of types; ggml's own C encoders, from
-the `ggml` extra, serve the types that have no file here yet.
+the `ggml` extra, serve the K and IQ types and others that have no file here.
 
 Called by `quantize.writer` from several threads at once, so encoders keep no state.
 """
@@ -8,28 +8,34 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from native.layouts import BY_NAME, Layout
-from quantize.codecs import floats, ggml, q8_0
+from quantize.codecs import floats, ggml, q8_0, ternary, two_bits
 
-OWN_ENCODERS = {"F32": floats.encode_f32, "F16": floats.encode_f16, "BF16": floats.encode_bf16, "Q8_0": q8_0.encode}
+_EXACT_ENCODERS = {"F32": floats.encode_f32, "F16": floats.encode_f16, "BF16": floats.encode_bf16, "Q8_0": q8_0.encode}
+_FITTED_ENCODERS = {"TQ1_0": ternary.encode, "TQ2_0": two_bits.encode_tq2_0, "Q2_0": two_bits.encode_q2_0}
+OWN_TYPES = frozenset(_EXACT_ENCODERS | _FITTED_ENCODERS)  # need no other package
 
 
-def encode(layout: Layout, rows: np.ndarray) -> np.ndarray:
-    """Float32 rows (R, n) to uint8 rows (R, row_bytes); n is a multiple of the block. Raises KimiLiteError where the type
-    cannot hold a value: not finite, or beyond the largest scale."""
+def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """Float32 rows (R, n) to uint8 rows (R, row_bytes); n is a multiple of the block. `importance` (n,) float32 weighs the
+    squared errors of the columns. Raises KimiLiteError where the type cannot hold a value: not finite, or too large a scale."""
     assert rows.dtype == np.float32, rows.dtype
     assert rows.ndim == 2, rows.shape
     assert rows.shape[1] % layout.block_size == 0, (layout.name, rows.shape)
-    encoder = OWN_ENCODERS.get(layout.name)
-    encoded = encoder(rows) if encoder else ggml.encode(layout, rows)
+    if layout.name in _EXACT_ENCODERS:
+        encoded = _EXACT_ENCODERS[layout.name](rows)
+    elif layout.name in _FITTED_ENCODERS:
+        encoded = _FITTED_ENCODERS[layout.name](rows, importance)
+    else:
+        encoded = ggml.encode(layout, rows, importance)
     assert encoded.shape == (len(rows), layout.row_bytes(rows.shape[1])), (layout.name, rows.shape, encoded.shape)
     return encoded
 
 
-def find_layout(type_name: str) -> Layout:
+def find_layout(type_name: str, has_importance: bool = False) -> Layout:
     """The layout of a type's name, in any case, after checking that this machine can encode it."""
     layout = BY_NAME.get(type_name.upper())
     if layout is None:
         raise KimiLiteError(f"There is no type {type_name!r}.", f"Choose one of {', '.join(sorted(BY_NAME))}.")
-    if layout.name not in OWN_ENCODERS:
-        ggml.check(layout)
+    if layout.name not in OWN_TYPES:
+        ggml.check(layout, has_importance)
     return layout

@@ -20,25 +20,29 @@ _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _NOT_ENCODED = frozenset({"F32", "F16", "BF16", "Q2_0"})  # floats have no blocks; the packaged ggml is older than Q2_0
 
 
-def encode(layout: Layout, rows: np.ndarray) -> np.ndarray:
-    """Float32 rows (R, n) to uint8 rows (R, row_bytes), as `llama-quantize` without an importance matrix would."""
-    check(layout)
+def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """Float32 rows (R, n) to uint8 rows (R, row_bytes), as `llama-quantize` would with this row of its importance matrix."""
+    check(layout, importance is not None)
     if not np.isfinite(rows).all():
         raise KimiLiteError(f"A weight is not finite and cannot be stored as {layout.name}.", "Convert to F32 and look at it.")
     source = np.ascontiguousarray(rows, dtype=np.float32)
     encoded = np.empty((len(rows), layout.row_bytes(rows.shape[1])), np.uint8)
-    num_bytes = _library().ggml_quantize_chunk(layout.ggml_id, source.ctypes.data, encoded.ctypes.data, 0, *rows.shape, None)
+    column_importance = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    assert column_importance is None or column_importance.shape == rows.shape[1:], (column_importance.shape, rows.shape)
+    weights = None if column_importance is None else column_importance.ctypes.data
+    num_bytes = _library().ggml_quantize_chunk(layout.ggml_id, source.ctypes.data, encoded.ctypes.data, 0, *rows.shape, weights)
     assert num_bytes == encoded.nbytes, (layout.name, rows.shape, num_bytes)
     return encoded
 
 
-def check(layout: Layout) -> None:
+def check(layout: Layout, has_importance: bool) -> None:
     """Raises KimiLiteError where the library is missing or would end the process: some types need an importance matrix."""
     if layout.name in _NOT_ENCODED:
         raise KimiLiteError(f"ggml does not encode {layout.name}.", "Choose another type.")
-    if _library().ggml_quantize_requires_imatrix(layout.ggml_id):
+    if _library().ggml_quantize_requires_imatrix(layout.ggml_id) and not has_importance:
         raise KimiLiteError(
-            f"{layout.name} needs an importance matrix, and none is used here.", "Choose Q2_K or a type with more bits."
+            f"{layout.name} needs an importance matrix, and none is used here.",
+            "Name one with --imatrix, or choose TQ1_0, TQ2_0 or Q2_K, which work without.",
         )
 
 
