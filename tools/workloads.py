@@ -10,11 +10,12 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 from native.cpu.activations import Activations
+from native.cpu.compiler import KERNEL
 from native.cpu.linear import arguments, linear_op, quantize_op, thread_scratch
 from native.cpu.matrix import describe_matrix, matrix_panel
 from native.cpu.panel import PANEL_ROWS, panel_bytes
 from native.cpu.run import RunTable
-from native.cpu.threads import KERNEL, Program, Team, next_task
+from native.cpu.threads import Program, Team, next_task
 from native.layouts import Layout
 from native.simd import load_i32x16, load_i64, store_i32, store_i64, sum_i32x16, zero_i32x16
 from tools.ggml_cpu import VecDot

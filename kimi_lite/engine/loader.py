@@ -44,8 +44,7 @@ def load_engine(
     report("preparing the cache", 2, 4)
     context_length = choose_context(config, context_length)
     kv = make_cache(config, context_length, kv_dtype)
-    report("compiling kernels", 3, 4)
-    model = Transformer(store, config, kv, num_threads)
+    model = Transformer(store, config, kv, num_threads, lambda done, total: report("preparing kernels", done, total))
     report("ready", 4, 4)
     return Engine(model, kv, tokenizer, template, context_length, describe(store, config))
 

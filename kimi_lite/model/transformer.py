@@ -4,10 +4,13 @@ All layers are laid out once, when the model is loaded, as one program of native
 through; a decode step is then a single call. Prompts run layer by layer so that they can be cancelled in between.
 """
 
+import os
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache
 from kimi_lite.model.attention import Attention, Op
@@ -16,7 +19,7 @@ from kimi_lite.model.buffers import Buffers
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.moe import FeedForward
 from kimi_lite.model.rope import rope_attention_factor, rope_inverse_frequencies
-from kimi_lite.model.weights import check_types, matrix, vector
+from kimi_lite.model.weights import check_types, compile_kernels, matrix, vector
 from native.cpu.activations import Activations
 from native.cpu.attention import num_splits
 from native.cpu.attention_prefill import expanded_is_cheaper, prefill_scratch_bytes
@@ -34,9 +37,21 @@ _UNINTERRUPTED_TOKENS = 8  # batches up to here run as one program
 class Transformer:
     """A loaded model. `forward` is not reentrant: one batch at a time."""
 
-    def __init__(self, store: GGUFStore, config: ModelConfig, kv: KVCache, num_threads: int | None = None) -> None:
-        """Raises KimiLiteError for a missing tensor or a type without a kernel. `num_threads`: default, physical cores."""
+    def __init__(
+        self,
+        store: GGUFStore,
+        config: ModelConfig,
+        kv: KVCache,
+        num_threads: int | None = None,
+        on_compile: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Raises KimiLiteError for a missing tensor, a type without a kernel or sizes the kernels cannot take.
+
+        num_threads: default, physical cores. on_compile(kernels done, kernels in all): the first run takes seconds.
+        """
         check_types(store)
+        check_sizes(config)
+        compile_kernels(store, on_compile or (lambda done, total: None))
         self.config, self.kv = config, kv
         self.team = Team(num_threads or physical_cores())
         attention = [Attention(store, config, layer) for layer in range(config.num_layers)]
@@ -139,12 +154,25 @@ class Transformer:
         )
 
 
+def check_sizes(config: ModelConfig) -> None:
+    """Raise KimiLiteError where a size does not divide into the kernels' vectors. All models of the family do."""
+    multiples = {
+        "embedding_length": (config.hidden_size, 32),
+        "attention.q_lora_rank": (config.q_lora_rank, 32),
+        "attention.kv_lora_rank": (config.kv_lora_rank, 32),
+        "the part of a key without rotation": (config.qk_nope_head_dim, 32),
+        "rope.dimension_count": (config.qk_rope_head_dim, 16),
+        "attention.value_length_mla": (config.v_head_dim, 32),
+        "feed_forward_length": (config.feed_forward_size if config.num_dense_layers else 0, 32),
+        "expert_feed_forward_length": (config.expert_feed_forward_size if config.num_experts else 0, 32),
+    }
+    for name, (size, multiple) in multiples.items():
+        if size % multiple:
+            raise KimiLiteError(f"{name} is {size}; the kernels need a multiple of {multiple}.", "This model cannot run here.")
+
+
 def physical_cores() -> int:
     """Cores that this process may use, without their second hardware threads."""
-    import os
-
-    import psutil
-
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 

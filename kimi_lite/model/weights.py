@@ -1,5 +1,6 @@
 """GGUF tensors as the kernels' matrices: views into the mapped file, described by their kernel tables."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,9 @@ import numpy as np
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from native.cpu.blocks import FORMATS, activation_kind
-from native.cpu.matrix import dequantize, describe_matrix
+from native.cpu.dot import rows_kernel
+from native.cpu.matrix import dequantize, describe_matrix, values_kernel
+from native.cpu.panel import gemm_kernel, panel_kernel
 from native.layouts import BY_NAME, Layout
 
 
@@ -57,6 +60,16 @@ def check_types(store: GGUFStore) -> None:
             raise KimiLiteError(
                 f"{store.path.name}: rows of {tensor.name} have {tensor.shape[-1]} weights; a multiple of {size} is needed."
             )
+
+
+def compile_kernels(store: GGUFStore, report: Callable[[int, int], None]) -> None:
+    """Compiles what the file's types need, or loads it from the disk cache; report(kernels done, kernels in all)."""
+    names = sorted({tensor.layout.name for tensor in store.tensors.values()})
+    kernels = [make(name) for name in names for make in (rows_kernel, panel_kernel, gemm_kernel, values_kernel)]
+    for done, kernel in enumerate(kernels):
+        report(done, len(kernels))
+        _ = kernel.address
+    report(len(kernels), len(kernels))
 
 
 def key_value_matrices(store: GGUFStore, layer: int, num_heads: int, nope: int) -> tuple[Matrix, Matrix]:

@@ -12,10 +12,11 @@ A page is read once for up to 8 heads; long contexts are split into spans so tha
 from functools import cache
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.extending import overload
 
 from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from native.cpu.compiler import kernel
 from native.cpu.latent import PAGE_POSITIONS, VALUE_BYTES
 from native.cpu.linear import arguments, float_bits, thread_scratch
 from native.cpu.matrix import matrix_rows
@@ -30,7 +31,7 @@ from native.cpu.run import (
     RECORD_TOKEN,
     SIN,
 )
-from native.cpu.threads import KERNEL, next_task
+from native.cpu.threads import next_task
 from native.cpu.tiles import MAX_HEADS, SCORE_STRIDE, score_tile, value_tile
 from native.cpu.vector_math import exp_f32x16, rotate_pairs
 from native.simd import (
@@ -48,7 +49,6 @@ from native.simd import (
     zero_f32x16,
 )
 
-_OPTIONS = {"cache": True, "fastmath": {"nsz", "contract"}, "error_model": "numpy"}
 _MINUS_INFINITY = types.float32(-np.inf)
 SPLIT_POSITIONS = 512  # a span is at least this long
 
@@ -63,7 +63,7 @@ def _partial_bytes(args):
     return 4 * (load_i64(args + _KV_LORA) + 16)
 
 
-@cfunc(KERNEL, **_OPTIONS)
+@kernel
 def _absorb_kernel(args, thread, team):
     run, heads = load_i64(args + _RUN), load_i64(args + _NUM_HEADS)
     nope, rope, kv_lora = load_i64(args + _NOPE), load_i64(args + _ROPE), load_i64(args + _KV_LORA)
@@ -178,10 +178,10 @@ def _attend_kernel(group: int, dtype: str, value_bytes: int):
 
 @cache
 def _compiled_attend(group: int, dtype: str):
-    return cfunc(KERNEL, **_OPTIONS)(_attend_kernel(group, dtype, VALUE_BYTES[dtype]))
+    return kernel(_attend_kernel(group, dtype, VALUE_BYTES[dtype]))
 
 
-@cfunc(KERNEL, **_OPTIONS)
+@kernel
 def _combine_kernel(args, thread, team):
     run, heads, kv_lora = load_i64(args + _RUN), load_i64(args + _NUM_HEADS), load_i64(args + _KV_LORA)
     splits, size, value = load_i64(run + NUM_SPLITS), _partial_bytes(args), load_i64(args + _VALUE)
@@ -246,6 +246,7 @@ def attention_ops(
     v_b (heads * v, kv_lora). storage: address of the layer's pages. shape: (heads, nope, rope, kv_lora, v).
     """
     heads, nope, rope, kv_lora, value = shape
+    assert nope % 16 == 0 and rope % 16 == 0 and kv_lora % 32 == 0, shape
     k_b, v_b = matrices
     table = arguments(
         *(run, q.ctypes.data, q.strides[0], k_b.ctypes.data, v_b.ctypes.data, float_bits(softmax_scale)),

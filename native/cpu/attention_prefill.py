@@ -8,10 +8,11 @@ and values of the page are computed (W_UK, W_UV), and all the chunk's queries at
 from functools import cache
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from native.cpu.activations import K_SLOT, X_F32, Activations
 from native.cpu.attention import softmax_block
+from native.cpu.compiler import kernel
 from native.cpu.latent import PAGE_POSITIONS, VALUE_BYTES, load_latent
 from native.cpu.linear import arguments, float_bits, thread_scratch
 from native.cpu.matrix import VALUES_PADDING, matrix_values
@@ -27,7 +28,7 @@ from native.cpu.run import (
     SIN,
 )
 from native.cpu.specialize import for_literals
-from native.cpu.threads import KERNEL, next_task
+from native.cpu.threads import next_task
 from native.cpu.vector_math import rotate_pairs
 from native.simd import (
     broadcast_f32,
@@ -202,7 +203,7 @@ def _prefill_kernel(dtype: str, value_bytes: int):
 
 @cache
 def _compiled_prefill(dtype: str):
-    return cfunc(KERNEL, cache=True, **_FAST)(_prefill_kernel(dtype, VALUE_BYTES[dtype]))
+    return kernel(_prefill_kernel(dtype, VALUE_BYTES[dtype]))
 
 
 def prefill_attention_op(

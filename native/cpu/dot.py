@@ -11,7 +11,7 @@ against 24 to 29 from memory (tools/LOG.md). Shapes and the meaning of `activati
 
 from functools import cache
 
-from numba import cfunc, types
+from numba import types
 
 from native.cpu.activations import (
     K_SLOT,
@@ -24,6 +24,7 @@ from native.cpu.activations import (
     X_SUMS32,
 )
 from native.cpu.blocks import FORMATS, dot8x32, dot256, load16
+from native.cpu.compiler import Kernel
 from native.layouts import BY_NAME
 from native.simd import (
     fma_f32x16,
@@ -38,7 +39,6 @@ from native.simd import (
 from native.simd_bytes import clear_bytes, copy_bytes, stack_512
 
 ROWS_SIGNATURE = types.void(*[types.int64] * 6)
-_FASTMATH = {"nsz", "contract"}  # NaN and infinity keep their meaning
 
 
 def _float_rows(name: str, block_size: int, weight_bytes: int):
@@ -123,4 +123,4 @@ _FAMILIES = {"float": _float_rows, "block32": _block32_rows, "block256": _block2
 def rows_kernel(name: str):
     """The compiled `rows` function of type `name` (its `.address` goes into programs); compiled once, cached on disk."""
     rows = _FAMILIES[FORMATS[name].family](name, BY_NAME[name].block_size, BY_NAME[name].block_bytes)
-    return cfunc(ROWS_SIGNATURE, cache=True, fastmath=_FASTMATH, error_model="numpy")(rows)
+    return Kernel(rows, ROWS_SIGNATURE)

@@ -7,14 +7,15 @@ the case of one expert that everybody chooses; shared experts are experts of tha
 """
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from native.cpu.activations import X_F32, Activations, quantize_token
+from native.cpu.compiler import kernel
 from native.cpu.linear import arguments, thread_scratch
 from native.cpu.matrix import GEMV_MAX_TOKENS, MATRIX_BYTES, NUM_ROWS, K, matrix_panel, matrix_rows, panel_product
 from native.cpu.panel import panel_bytes
 from native.cpu.run import EVERY_TOKEN, NUM_TOKENS
-from native.cpu.threads import KERNEL, barrier, next_task
+from native.cpu.threads import barrier, next_task
 from native.cpu.vector_math import silu_f32x16
 from native.simd import (
     fma_f32x16,
@@ -154,7 +155,7 @@ def _down_task(args, hidden, first, num_rows, scratch):
             _add_scaled(values, load_f32(slot_weight + 4 * slot), target, num_rows)
 
 
-@cfunc(KERNEL, cache=True, error_model="numpy")
+@kernel
 def _experts_kernel(args, thread, team):
     run, hidden = load_i64(args + _RUN), load_i64(args + _HIDDEN)
     scratch, active, starts = thread_scratch(run, thread), load_i64(args + _ACTIVE), load_i64(args + _STARTS)

@@ -7,12 +7,13 @@ for its dtype.
 from functools import cache
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
 from numba.extending import overload
 
+from native.cpu.compiler import kernel
 from native.cpu.linear import arguments, float_bits, rms_norm, thread_scratch
 from native.cpu.run import COS, NUM_TOKENS, SIN, SLOTS
-from native.cpu.threads import KERNEL, next_task
+from native.cpu.threads import next_task
 from native.cpu.vector_math import rotate_pairs
 from native.simd import (
     load_bf16x16,
@@ -78,7 +79,7 @@ def _write_kernel(dtype: str, value_bytes: int):
 @cache
 def _compiled_write(dtype: str):
     write = _write_kernel(dtype, VALUE_BYTES[dtype])
-    return cfunc(KERNEL, cache=True, fastmath={"nsz", "contract"}, error_model="numpy")(write)
+    return kernel(write)
 
 
 def write_latent_op(

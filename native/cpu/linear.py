@@ -7,13 +7,14 @@ Arguments are int64 arrays made by the `*_op` functions below, which return (ker
 import struct
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from native.cpu.compiler import kernel
 from native.cpu.matrix import GEMV_MAX_TOKENS, NUM_ROWS, K, matrix_panel, matrix_rows, matrix_values, panel_product
 from native.cpu.panel import ADD
 from native.cpu.run import EVERY_TOKEN, NUM_TOKENS, SCRATCH, SCRATCH_STRIDE, TOKEN_IDS
-from native.cpu.threads import KERNEL, next_task
+from native.cpu.threads import next_task, team_size
 from native.simd import (
     fma_f32x16,
     load_f32,
@@ -27,8 +28,7 @@ from native.simd import (
     zero_f32x16,
 )
 
-_OPTIONS = {"cache": True, "fastmath": {"nsz", "contract"}, "error_model": "numpy"}
-_TASK_WEIGHTS = 32_768  # a matrix-vector task: about a microsecond, so that cores finish together
+_TASK_ROWS = 64  # of a matrix-vector task: long runs of memory, for short ones break up the hardware's prefetching
 
 
 def float_bits(value: float) -> int:
@@ -62,7 +62,7 @@ def rms_norm(x, weight, out, k, eps):
         store_f32x16(out + i, load_f32x16(x + i) * factor * load_f32x16(weight + i))
 
 
-@cfunc(KERNEL, **_OPTIONS)
+@kernel
 def _rms_norm_kernel(args, thread, team):
     run, x, stride = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     weight, out, eps = load_i64(args + 24), load_i64(args + 32), load_f32(args + 40)
@@ -85,9 +85,9 @@ def rms_norm_op(run: int, x: np.ndarray, weight: np.ndarray, out: Activations, e
 
 
 @njit
-def _gemv_rows(k):
-    """Rows of one matrix-vector task."""
-    return min(256, max(8, _TASK_WEIGHTS // k // 8 * 8))
+def _gemv_rows(num_rows, num_threads):
+    """Rows of one matrix-vector task: fewer where a small matrix must still be shared by all threads."""
+    return min(_TASK_ROWS, max(8, num_rows // (4 * num_threads) // 8 * 8))
 
 
 @njit
@@ -117,7 +117,7 @@ def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch
             _add_rows(scratch, target, num_rows)
 
 
-@cfunc(KERNEL, **_OPTIONS)
+@kernel
 def _linear_kernel(args, thread, team):
     run, x, num_outputs = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     scratch = thread_scratch(run, thread)
@@ -127,7 +127,7 @@ def _linear_kernel(args, thread, team):
         output = args + 24 + 32 * i
         matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
         num_rows = load_i64(matrix + NUM_ROWS)
-        step = 16 if is_panel else _gemv_rows(load_i64(matrix + K))
+        step = 16 if is_panel else _gemv_rows(num_rows, team_size(team))
         num_tasks = -(-num_rows // step)
         while task < passed + num_tasks:
             first = (task - passed) * step
@@ -150,7 +150,7 @@ def linear_op(run: int, x: Activations, outputs: list[tuple[np.ndarray, np.ndarr
 # Embedding rows -------------------------------------------------------------------------------------------------------
 
 
-@cfunc(KERNEL, **_OPTIONS)
+@kernel
 def _embed_kernel(args, thread, team):
     run, matrix, out, stride = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
     k, scratch = load_i64(matrix + K), thread_scratch(run, thread)
@@ -170,7 +170,7 @@ def embed_op(run: int, matrix: np.ndarray, out: np.ndarray) -> tuple[int, np.nda
 # Quantizing what an operation left as float32 --------------------------------------------------------------------------
 
 
-@cfunc(KERNEL, **_OPTIONS)
+@kernel
 def _quantize_kernel(args, thread, team):
     run, x = load_i64(args), load_i64(args + 8)
     token = next_task(team)

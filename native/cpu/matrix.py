@@ -3,10 +3,11 @@
 from functools import cache
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from native.cpu import types as _types  # noqa: F401  registers every type's functions
 from native.cpu.blocks import FORMATS, load16, unpack
+from native.cpu.compiler import Kernel
 from native.cpu.dot import rows_kernel
 from native.cpu.panel import gemm_kernel, panel_kernel
 from native.layouts import BY_NAME
@@ -68,7 +69,7 @@ def values_kernel(name: str):
         values = _float_values(name, layout.block_bytes)
     else:
         values = _block_values(name, layout.block_size, layout.block_bytes, fmt.group, fmt.is_signed)
-    return cfunc(VALUES_SIGNATURE, cache=True, error_model="numpy")(values)
+    return Kernel(values, VALUES_SIGNATURE)
 
 
 def describe_matrix(data: np.ndarray, layout_name: str, k: int) -> np.ndarray:
@@ -93,7 +94,7 @@ def dequantize(data: np.ndarray, layout_name: str) -> np.ndarray:
     rows = np.ascontiguousarray(data)
     if len(data) * k % 16:  # a vector of floats: the kernel loads 16 at a time, and a file may end here
         rows = np.concatenate([rows.reshape(-1), np.zeros(64, np.uint8)])
-    values_kernel(layout_name).ctypes(rows.ctypes.data, data.shape[0] * k, out.ctypes.data)
+    values_kernel(layout_name).compiled.ctypes(rows.ctypes.data, data.shape[0] * k, out.ctypes.data)
     return out[: data.shape[0] * k].reshape(data.shape[0], k)
 
 

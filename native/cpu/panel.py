@@ -18,11 +18,12 @@ to add to what is there.
 
 from functools import cache
 
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.extending import overload
 
 from native.cpu.activations import K_SLOT, KINDS, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
 from native.cpu.blocks import FORMATS, activation_kind, load16, unpack
+from native.cpu.compiler import FASTMATH, Kernel
 from native.layouts import BY_NAME
 from native.simd import (
     HAS_FULL_UNSIGNED_DOT,
@@ -51,7 +52,6 @@ from native.simd import (
 PANEL_SIGNATURE, GEMM_SIGNATURE = types.void(*[types.int64] * 5), types.void(*[types.int64] * 7)
 PANEL_ROWS, ADD = 16, 32
 _STAGE_BYTES = 8192  # 16 rows x 256 codes, then 16 x 16 scales and minima; or 16 x 16 floats
-_FASTMATH = {"nsz", "contract"}
 
 
 def panel_bytes(k: int) -> int:
@@ -136,13 +136,13 @@ def panel_kernel(name: str):
         panel = _float_panel(name, layout.block_bytes)
     else:
         panel = _block_panel(name, layout.block_size, layout.block_bytes, fmt.group, _is_biased(name))
-    return cfunc(PANEL_SIGNATURE, cache=True, fastmath=_FASTMATH, error_model="numpy")(panel)
+    return Kernel(panel, PANEL_SIGNATURE)
 
 
 # Products -------------------------------------------------------------------------------------------------------------
 
 
-@njit(fastmath=_FASTMATH)
+@njit(fastmath=FASTMATH)
 def _finish(value, out, num_rows, is_added):
     """Stores the 16 (or fewer) results of one token."""
     if num_rows == 16:
@@ -179,7 +179,7 @@ def _float_gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
             _finish(a3, out + (first + 3) * out_stride, num_rows, is_added)
 
 
-@njit(fastmath=_FASTMATH)
+@njit(fastmath=FASTMATH)
 def _scaled(total, scale, minimum, x_scale, x_sum, acc):
     """acc + x_scale * (total * scale - minimum * x_sum)"""
     value = fma_f32x16(int_to_f32x16(total), scale, minimum * (types.float32(-1) * x_sum))
@@ -247,7 +247,7 @@ def _int8_gemm(kind: int, group: int, signedness: str):
 @cache
 def _shared_gemm(kind: int, group: int, signedness: str):
     gemm = _float_gemm if kind == 0 else _int8_gemm(kind, group, signedness)
-    return cfunc(GEMM_SIGNATURE, cache=True, fastmath=_FASTMATH, error_model="numpy")(gemm)
+    return Kernel(gemm, GEMM_SIGNATURE)
 
 
 def gemm_kernel(name: str):

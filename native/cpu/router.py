@@ -5,14 +5,14 @@ weights, and optionally only the best groups of experts. DeepSeek-V2: softmax sc
 """
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
+from native.cpu.compiler import kernel
 from native.cpu.linear import arguments, float_bits
 from native.cpu.run import NUM_TOKENS
-from native.cpu.threads import KERNEL, next_task
+from native.cpu.threads import next_task
 from native.simd import load_f32, load_i64, store_f32, store_i32
 
-_OPTIONS = {"cache": True, "error_model": "numpy"}
 _MINUS_INFINITY = types.float32(-np.inf)
 _LOWEST, _HIGHEST = types.float32(np.finfo(np.float32).min), types.float32(np.finfo(np.float32).max)
 
@@ -69,7 +69,7 @@ def _rank(score):
     return min(max(score, _LOWEST), _HIGHEST)
 
 
-@cfunc(KERNEL, **_OPTIONS)
+@kernel
 def _route_kernel(args, thread, team):
     run, logits, choice, bias = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
     ids, weights, num_experts, top_k = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48), load_i64(args + 56)

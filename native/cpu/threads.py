@@ -6,7 +6,7 @@ with `barrier`. One call from Python thus runs a whole transformer: no per-opera
 under a microsecond. Threads spin for a short while after a program, then sleep in Python until the next one, so an
 idle team costs nothing.
 
-Kernels are `cfunc(KERNEL)` functions: their addresses are plain numbers, so operations and tensor types combine at run
+Kernels are C functions (`compiler.kernel`): their addresses are plain numbers, so operations and tensor types combine at run
 time and each is compiled (and cached on disk) once.
 """
 
@@ -22,8 +22,6 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from native.simd import atomic_add, atomic_load, atomic_store, call3, load_i64, pause, store_i64
-
-KERNEL = types.void(types.int64, types.int64, types.int64)  # (args address, thread number, team address)
 
 # The team's shared memory, int64 slots each on a cache line of its own.
 _LINE = 64

@@ -49,7 +49,7 @@ def rows_product(name: str, data: np.ndarray, x: Activations) -> np.ndarray:
     num_rows = len(data)
     out = np.full((x.capacity, num_rows + 16), CANARY, np.float32)
     for token in range(x.capacity):
-        rows_kernel(name).ctypes(data.ctypes.data, data.strides[0], num_rows, x.address, token, out[token].ctypes.data)
+        rows_kernel(name).compiled.ctypes(data.ctypes.data, data.strides[0], num_rows, x.address, token, out[token].ctypes.data)
     assert (out[:, num_rows:] == CANARY).all(), "rows wrote behind its result"
     return out[:, :num_rows]
 
@@ -63,9 +63,9 @@ def panel_product(name: str, data: np.ndarray, x: Activations, tokens: np.ndarra
     panel = np.full(panel_bytes(x.k), 0xAB, np.uint8)
     for first in range(0, num_rows, PANEL_ROWS):
         count = min(PANEL_ROWS, num_rows - first)
-        panel_kernel(name).ctypes(data[first:].ctypes.data, data.strides[0], count, x.k, panel.ctypes.data)
+        panel_kernel(name).compiled.ctypes(data[first:].ctypes.data, data.strides[0], count, x.k, panel.ctypes.data)
         mode = count + (0 if start is None else ADD)
         target = out.ctypes.data + 4 * first
-        gemm_kernel(name).ctypes(panel.ctypes.data, x.address, tokens.ctypes.data, num_tokens, target, out.strides[0], mode)
+        gemm_kernel(name).compiled.ctypes(panel.ctypes.data, x.address, tokens.ctypes.data, num_tokens, target, out.strides[0], mode)
     assert (out[:num_tokens, num_rows:] == CANARY).all() and (out[num_tokens] == CANARY).all(), "gemm wrote beside its result"
     return out[:num_tokens, :num_rows]
