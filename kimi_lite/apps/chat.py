@@ -52,8 +52,10 @@ class Chat:
         show_plain(self.aside, text, style="dim")
 
     def greet(self) -> None:
-        self.say(f"kimi-lite {__version__} · {describe_model(self.session.engine.info)}")
-        self.say(f"  context {self.session.engine.context_length:,} · {self.session.mode} · /help for help")
+        info, context = self.session.engine.info, self.session.engine.context_length
+        self.say(f"kimi-lite {__version__} · {info.name}")
+        self.say(f"  {describe_model(info)} · context {context:,}")
+        self.say(f"  {self.session.mode} · /help for help")
 
     def _handle(self, line: str) -> None:
         """A mistake in one line must not end the conversation, so its error is shown here and not by `cli`."""

@@ -137,12 +137,12 @@ def stats_document(stats: Stats) -> dict[str, float | int | None]:
 
 
 def describe_model(info: ModelInfo) -> str:
-    """`Kimi K2.5 · IQ2_XXS 87 %, Q8_0 12 % · 255.6 GiB`: the types that hold at least a hundredth of the bytes."""
+    """`IQ2_XXS 87 %, Q8_0 12 % · 255.6 GiB`: the types that hold at least a hundredth of the bytes."""
     total = sum(num_bytes for _, num_bytes in info.bytes_by_type)
     shares = [(name, round(100 * num_bytes / total)) for name, num_bytes in info.bytes_by_type]
     types = ", ".join(f"{name} {share} %" for name, share in shares if share >= 1)
     size = f"{info.total_bytes / GIB:,.1f} GiB" if info.total_bytes >= GIB / 10 else f"{info.total_bytes / MIB:,.1f} MiB"
-    return f"{info.name} · {types} · {size}"
+    return f"{types} · {size}"
 
 
 def show_error(console: Console, error: KimiLiteError) -> None:

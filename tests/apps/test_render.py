@@ -57,4 +57,4 @@ def test_the_statistics_line() -> None:
 
 def test_the_model_line_names_the_types_that_matter() -> None:
     info = ModelInfo("Kimi K2.5", Path("x"), 274 * 10**9, (("IQ2_XXS", 261 * 10**9), ("Q8_0", 12 * 10**9), ("F32", 10**9)))
-    assert describe_model(info) == "Kimi K2.5 · IQ2_XXS 95 %, Q8_0 4 % · 255.2 GiB"
+    assert describe_model(info) == "IQ2_XXS 95 %, Q8_0 4 % · 255.2 GiB"
