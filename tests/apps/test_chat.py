@@ -22,8 +22,9 @@ def terminal() -> Iterator[Terminal]:
 
 def test_a_conversation(terminal: Terminal) -> None:
     header = terminal.wait_for("❯")
-    assert "fake · Q8_0 67 %, F32 33 %" in header
-    assert "context 4,096 · thinking on (temp 1, top-p 0.95)" in header
+    assert "· fake" in header
+    assert "Q8_0 67 %, F32 33 % · 2.9 MiB · context 4,096" in header
+    assert "thinking on (temp 1, top-p 0.95)" in header
     terminal.type("hello\r")
     shown = terminal.wait_for("TTFT")
     assert "about it" in shown
