@@ -83,6 +83,7 @@ def _run_ops(team, thread):
             store_i64(stopped, atomic_load(team + _STOP))
         barrier(team)
         if load_i64(stopped) != 0:
+            barrier(team)  # all have looked before the next program begins
             return False
         call3(load_i64(program + 16 * op), load_i64(program + 16 * op + 8), thread, team)
     barrier(team)

@@ -71,5 +71,9 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, size: np.ndarray | fl
 
 
 def product_size(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """weights (N, K), x (T, K) -> (T, N): the largest weight of a row times the sum of |x|, a scale for rounding errors."""
-    return np.abs(x).astype(np.float64).sum(axis=1)[:, None] * np.abs(weights).astype(np.float64).max(axis=1)
+    """weights (N, K), x (T, K) -> (T, N): the largest weight of a row times the sum of |x|, a scale for rounding errors.
+
+    Codes with an offset cancel in sums of products, so even a row of zeros may leave the rounding of small weights behind.
+    """
+    largest = np.abs(weights).astype(np.float64).max(axis=1)
+    return np.abs(x).astype(np.float64).sum(axis=1)[:, None] * np.where(largest == 0, 1e-7, largest)
