@@ -1,0 +1,107 @@
+"""Sequences with a paged latent cache, run through the attention kernels and through the numpy oracle."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from native import reference
+from native.cpu.activations import Activations
+from native.cpu.attention import AttentionBuffers, attention_ops
+from native.cpu.attention_prefill import prefill_attention_op, prefill_scratch_bytes
+from native.cpu.blocks import activation_kind
+from native.cpu.latent import PAGE_POSITIONS
+from native.cpu.matrix import describe_matrix
+from native.cpu.run import RECORD_BYTES, RunTable
+from native.reference_types import dequantize
+from tests.native.harness import run_ops
+from tests.native.random_rows import random_rows
+
+SCALE = 0.21
+
+
+def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 -> the stored form of a cache dtype: float32, float16, or bfloat16 bits (uint16), to nearest even."""
+    if dtype == "bf16":
+        bits = values.astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return values.astype(np.float32 if dtype == "f32" else np.float16)
+
+
+def stored_values(stored: np.ndarray) -> np.ndarray:
+    return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
+
+
+class Sequences:
+    """`spans`: (first position, number of new tokens) of each sequence; their pages lie scattered in one storage."""
+
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int]],
+        rng: np.random.Generator,
+        shape: tuple[int, int, int, int, int] = (5, 32, 16, 64, 32),
+        types: tuple[str, str] = ("F32", "F32"),
+        dtype: str = "f32",
+    ) -> None:
+        self.spans, self.shape, self.types, self.dtype = spans, shape, types, dtype
+        heads, nope, rope, kv_lora, value = shape
+        self.k_b, self.v_b = (
+            random_rows(types[0], heads * kv_lora, nope, rng),
+            random_rows(types[1], heads * value, kv_lora, rng),
+        )
+        num_pages = [-(-(first + length) // PAGE_POSITIONS) for first, length in spans]
+        order = rng.permutation(sum(num_pages) + 2).astype(np.int32)
+        self.pages = [order[sum(num_pages[:i]) :][:n].copy() for i, n in enumerate(num_pages)]
+        self.storage = round_to(rng.standard_normal((len(order), PAGE_POSITIONS, kv_lora + rope)), dtype)
+        for pages, (first, length) in zip(self.pages, spans, strict=True):  # what lies behind the last position is never read
+            self.storage[pages[-1], (first + length - 1) % PAGE_POSITIONS + 1 :] = 0x7FC0 if dtype == "bf16" else np.nan
+        self.num_tokens = sum(length for _, length in spans)
+        self.q = (rng.standard_normal((self.num_tokens, heads * (nope + rope))) / np.sqrt(nope)).astype(np.float32)
+        self.positions = np.concatenate([np.arange(first, first + length) for first, length in spans])
+        angles = self.positions[:, None] * rng.uniform(0, 1, rope // 2)
+        self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def run(self, expanded: Sequence[int] = (), num_threads: int = 1, num_splits: int = 1) -> np.ndarray:
+        """float32 (T, H, V); the sequences in `expanded` attend in that form, the others absorbed."""
+        heads, nope, rope, kv_lora, value = self.shape
+        run = RunTable(self.num_tokens, num_threads, prefill_scratch_bytes(self.num_tokens, self.shape))
+        run.set_tokens(np.zeros(self.num_tokens, np.int32))
+        run.set_positions(np.zeros(self.num_tokens, np.int64), self.cos, self.sin)
+        run.set_attention(*self._records(expanded), num_splits, self.pages)
+        kinds = tuple({activation_kind(name)} - {0} for name in self.types)
+        buffers = AttentionBuffers(self.num_tokens * num_splits, heads, (nope, rope, kv_lora), kinds, num_threads)
+        out = Activations(self.num_tokens, heads * value, set())
+        q = self.q.copy()
+        matrices = (describe_matrix(self.k_b, self.types[0], nope), describe_matrix(self.v_b, self.types[1], kv_lora))
+        arguments = (run.address, q, matrices, self.storage.ctypes.data)
+        absorbed = attention_ops(*arguments, buffers, out, self.shape, SCALE, self.dtype)
+        prefill = prefill_attention_op(*arguments, out, self.shape, SCALE, self.dtype)
+        run_ops([*absorbed, prefill], num_threads)
+        return out.values.reshape(self.num_tokens, heads, value)
+
+    def expected(self, is_absorbed: bool) -> np.ndarray:
+        """float64 (T, H, V) of all sequences in one form."""
+        heads, nope, rope, kv_lora, value = self.shape
+        q = self.q.reshape(self.num_tokens, heads, nope + rope).copy()
+        q[..., nope:] = reference.rotate_pairs(q[..., nope:], self.cos[:, None], self.sin[:, None])
+        k_b = dequantize(self.k_b, self.types[0]).reshape(heads, kv_lora, nope)
+        v_b = dequantize(self.v_b, self.types[1]).reshape(heads, value, kv_lora)
+        kinds, row, results = tuple(activation_kind(name) for name in self.types), 0, []
+        for pages, (first, length) in zip(self.pages, self.spans, strict=True):
+            latents = stored_values(self.storage[pages]).reshape(-1, kv_lora + rope)[: first + length]
+            rows = slice(row, row + length)
+            inputs = reference.LatentAttention(q[rows], latents, self.positions[rows], k_b, v_b, SCALE)
+            form = reference.absorbed_attention(inputs, kinds) if is_absorbed else reference.expanded_attention(inputs)
+            results.append(form)
+            row += length
+        return np.concatenate(results)
+
+    def _records(self, expanded: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (n, 6) records of the absorbed tokens and of the expanded sequences."""
+        absorbed_rows, expanded_rows, row = [], [], 0
+        for i, (pages, (first, length)) in enumerate(zip(self.pages, self.spans, strict=True)):
+            if i in expanded:
+                expanded_rows.append((row, length, first, pages.ctypes.data, 0, 0))
+            else:
+                absorbed_rows += [(row + j, 1, first + j, pages.ctypes.data, 0, 0) for j in range(length)]
+            row += length
+        return tuple(np.array(rows, np.int64).reshape(-1, RECORD_BYTES // 8) for rows in (absorbed_rows, expanded_rows))

@@ -1,0 +1,156 @@
+"""Multi-head latent attention, absorbed and expanded, and the cache's writer, against the numpy oracle."""
+
+import numpy as np
+import pytest
+
+from native import reference
+from native.cpu.attention import num_splits
+from native.cpu.latent import write_latent_op
+from tests.native.attention_case import Sequences, round_to, stored_values
+from tests.native.harness import run_ops, run_table
+from tests.native.random_rows import assert_close
+
+DTYPES = ("f32", "f16", "bf16")
+SPANS = [(0, 1), (62, 4), (199, 1)]
+
+
+def check(actual, expected, tolerance=5e-6):
+    assert_close(actual, expected, np.abs(expected).max(), tolerance)
+
+
+def test_the_two_oracles_agree():
+    """Absorbing is algebra: same results, W_UK on one side or the other."""
+    sequences = Sequences([(70, 5), (0, 3)], np.random.default_rng(1))
+    check(sequences.expected(is_absorbed=True), sequences.expected(is_absorbed=False), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_heads", [1, 5, 16])
+def test_absorbed(dtype, num_heads):
+    sequences = Sequences(SPANS, np.random.default_rng(2), (num_heads, 32, 16, 64, 32), dtype=dtype)
+    check(sequences.run(), sequences.expected(is_absorbed=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spans", [[(0, 1)], [(0, 5), (3, 2)], [(0, 70)], [(50, 130)], [(64, 64), (127, 1), (100, 31)]])
+def test_expanded(dtype, spans):
+    sequences = Sequences(spans, np.random.default_rng(3), (2, 32, 16, 64, 32), dtype=dtype)
+    check(sequences.run(expanded=range(len(spans))), sequences.expected(is_absorbed=False))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16, 32, 16), (2, 128, 64, 512, 128), (9, 48, 32, 96, 80)])
+def test_shapes(shape):
+    sequences = Sequences([(65, 3), (0, 9)], np.random.default_rng(4), shape)
+    actual = sequences.run(expanded=[1])
+    check(actual[:3], sequences.expected(is_absorbed=True)[:3])
+    check(actual[3:], sequences.expected(is_absorbed=False)[3:])
+
+
+@pytest.mark.parametrize("types", [("Q8_0", "Q8_0"), ("Q4_0", "BF16"), ("F16", "Q6_K")])
+def test_quantized_projections(types):
+    """An int8 code of the context may round the other way: a part in 127 of one of hundreds of products."""
+    sequences = Sequences([(30, 2), (0, 8)], np.random.default_rng(5), (3, 32, 16, 256, 32), types)
+    actual = sequences.run(expanded=[1])
+    check(actual[:2], sequences.expected(is_absorbed=True)[:2], 2e-3)
+    check(actual[2:], sequences.expected(is_absorbed=False)[2:])
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_spans_of_a_long_context(splits):
+    """Also more spans than the short sequence has pages: those hold nothing."""
+    sequences = Sequences([(1100, 1), (20, 1)], np.random.default_rng(6))
+    check(sequences.run(num_splits=splits), sequences.expected(is_absorbed=True))
+
+
+def test_a_score_far_above_the_others():
+    """Scores of thousands: the softmax is one-hot and must not overflow, whichever page holds the winner."""
+    for position in (0, 63, 64, 150):
+        sequences = Sequences([(199, 1)], np.random.default_rng(7))
+        sequences.q *= 300
+        page = sequences.storage[sequences.pages[0][position // 64]]
+        page[position % 64] *= 10
+        check(sequences.run(), sequences.expected(is_absorbed=True), 1e-4)
+        check(sequences.run(expanded=[0]), sequences.expected(is_absorbed=False), 1e-4)
+
+
+def test_the_number_of_threads_does_not_matter():
+    sequences = Sequences([(1100, 1), (62, 4), (10, 40)], np.random.default_rng(8), types=("Q8_0", "Q8_0"), dtype="f16")
+    one = sequences.run(expanded=[2], num_splits=2)
+    for num_threads in (2, 3):
+        assert np.array_equal(sequences.run(expanded=[2], num_splits=2, num_threads=num_threads), one)
+
+
+@pytest.mark.parametrize("is_expanded", [False, True])
+@pytest.mark.parametrize("column", [3, 70])
+def test_what_is_not_finite_in_the_cache_reaches_those_who_see_it(is_expanded, column):
+    """A NaN in the latent or in the shared key of position 5 of the second sequence."""
+    sequences = Sequences([(3, 2), (20, 2)], np.random.default_rng(9))
+    sequences.storage[sequences.pages[1][0], 5, column] = np.nan
+    out = sequences.run(expanded=[0, 1] if is_expanded else [])
+    assert np.isfinite(out[:2]).all()
+    assert not np.isfinite(out[2:]).all(axis=-1).any()
+
+
+@pytest.mark.parametrize("is_expanded", [False, True])
+@pytest.mark.parametrize("types", [("F32", "F32"), ("Q8_0", "Q8_0")])
+@pytest.mark.parametrize("hostile", [np.nan, np.inf])
+def test_a_query_that_is_not_finite(is_expanded, types, hostile):
+    sequences = Sequences([(3, 1), (20, 1)], np.random.default_rng(10), types=types)
+    sequences.q[1, ::48] = hostile  # one value of every head's 48
+    out = sequences.run(expanded=[0, 1] if is_expanded else [])
+    assert np.isfinite(out[0]).all()
+    assert not np.isfinite(out[1]).any()
+
+
+def test_number_of_spans():
+    assert num_splits(1, 500, 64, 16) == 1, "none shorter than 512"
+    assert num_splits(1, 100_000, 64, 8) == 4
+    assert num_splits(64, 100_000, 64, 8) == 1, "tokens are tasks enough"
+
+
+def written_latents(kv, weight, rope, dtype, num_threads=1):
+    """What the writer leaves in a storage of two pages for tokens at scattered slots, and the oracle's values."""
+    num_tokens, latent = kv.shape
+    rng = np.random.default_rng(11)
+    slots = rng.permutation(128)[:num_tokens].astype(np.int64)
+    angles = rng.uniform(-9, 9, (num_tokens, rope // 2))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    storage = np.full((128, latent), 3, round_to(kv, dtype).dtype)
+    run = run_table(num_tokens, num_threads)
+    run.set_positions(slots, cos, sin)
+    sizes = (latent - rope, rope)
+    run_ops([write_latent_op(run.address, kv, weight, storage.ctypes.data, sizes, 1e-5, dtype)], num_threads)
+    assert (np.delete(storage, slots, axis=0) == 3).all()
+    normed = reference.rms_norm(kv[:, :-rope], weight, 1e-5)
+    return storage[slots], np.concatenate([normed, reference.rotate_pairs(kv[:, -rope:], cos, sin)], axis=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writing_the_cache(dtype):
+    rng = np.random.default_rng(12)
+    kv, weight = rng.standard_normal((7, 48)).astype(np.float32), rng.standard_normal(32).astype(np.float32)
+    stored, expected = written_latents(kv, weight, 16, dtype, num_threads=2)
+    resolution = {"f32": 1e-6, "f16": 2.0**-11, "bf16": 2.0**-8}[dtype]
+    assert (np.abs(stored_values(stored) - expected) <= resolution * np.abs(expected) + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_of_the_cache(dtype):
+    """The shared key goes in unrotated at angle 0: ties, subnormals and the largest values round as IEEE wants."""
+    kv = np.zeros((1, 32), np.float32)
+    kv[0, 16::2] = [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 1e-7, -6e-8, 1e-40, 65504]
+    storage = np.zeros((64, 32), round_to(kv, dtype).dtype)
+    run = run_table(1)
+    run.set_positions(np.zeros(1, np.int64), np.ones((1, 8), np.float32), np.zeros((1, 8), np.float32))
+    run_ops([write_latent_op(run.address, kv, np.ones(16, np.float32), storage.ctypes.data, (16, 16), 1e-5, dtype)])
+    assert np.array_equal(storage[0], round_to(kv, dtype)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0xFFFFFFFF, 0x7FFFFFFF])
+def test_every_nan_is_stored_as_nan(dtype, bits):
+    kv = np.ones((1, 48), np.float32)
+    kv.view(np.uint32)[0, [3, 35]] = bits
+    stored, _ = written_latents(kv, np.ones(32, np.float32), 16, dtype)
+    values = stored_values(stored)
+    assert np.isnan(values[0, :32]).any() and np.isnan(values[0, 34:36]).all()

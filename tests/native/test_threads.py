@@ -1,0 +1,224 @@
+"""The thread team: programs of hundreds of operations, stopping, sleeping, two teams at once, more threads than cores."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from numba import cfunc, types
+
+from native.cpu.compiler import KERNEL
+from native.cpu.linear import arguments, linear_op
+from native.cpu.matrix import describe_matrix
+from native.cpu.threads import Program, Team, barrier, next_task, team_size
+from native.simd import load_i64, pause, store_i64
+from tests.native.harness import activations, run_table
+from tests.native.random_rows import random_rows
+
+NUM_TASKS = 64
+THREADS = (1, 2, 4)
+
+
+@cfunc(KERNEL, cache=True)
+def _fold(args, thread, team):
+    """Task i: values[i] = 3 * values[i] + number. The order of operations shows in the values."""
+    values, number = load_i64(args), load_i64(args + 8)
+    task = next_task(team)
+    while task < NUM_TASKS:
+        store_i64(values + 8 * task, 3 * load_i64(values + 8 * task) + number)
+        task = next_task(team)
+
+
+@cfunc(KERNEL, cache=True)
+def _mirror(args, thread, team):
+    """Two phases: doubles every value, then every value becomes its mirror image's, which another thread may have made."""
+    values, doubled = load_i64(args), load_i64(args + 8)
+    task = next_task(team)
+    while task < NUM_TASKS:
+        store_i64(doubled + 8 * task, 2 * load_i64(values + 8 * task))
+        task = next_task(team)
+    barrier(team)
+    task = next_task(team)
+    while task < NUM_TASKS:
+        store_i64(values + 8 * task, load_i64(doubled + 8 * (NUM_TASKS - 1 - task)))
+        task = next_task(team)
+
+
+@cfunc(KERNEL, cache=True)
+def _note_thread(args, thread, team):
+    """args[1 + thread] += 1; args[0] = the number of threads."""
+    at = args + 8 * (1 + thread)
+    store_i64(at, load_i64(at) + 1)
+    if thread == 0:
+        store_i64(args, team_size(team))
+
+
+@cfunc(KERNEL, cache=True)
+def _spin(args, thread, team):
+    """Counts itself and takes a while."""
+    if thread == 0:
+        store_i64(args, load_i64(args) + 1)
+    for _ in range(load_i64(args + 8)):
+        pause()
+
+
+@pytest.fixture(params=THREADS)
+def team(request):
+    team = Team(request.param)
+    yield team
+    team.close()
+
+
+def fold_program(num_ops, values):
+    return Program([(_fold.address, arguments(values.ctypes.data, number)) for number in range(num_ops)])
+
+
+def folded(num_ops, values):
+    values = values.copy()
+    for number in range(num_ops):
+        values = 3 * values + number  # wraps, as the kernel does
+    return values
+
+
+@pytest.mark.parametrize("num_ops", [0, 1, 2, 700])
+def test_operations_run_in_order_and_every_task_once(team, num_ops):
+    values = np.arange(NUM_TASKS)
+    program = fold_program(num_ops, values)
+    for _ in range(3):
+        expected = folded(num_ops, values)
+        assert team.run(program)
+        assert np.array_equal(values, expected)
+
+
+def test_phases_inside_an_operation(team):
+    values, doubled = np.arange(NUM_TASKS), np.zeros(NUM_TASKS, np.int64)
+    program = Program([(_mirror.address, arguments(values.ctypes.data, doubled.ctypes.data))] * 61)
+    assert team.run(program)
+    with np.errstate(over="ignore"):
+        expected = np.arange(NUM_TASKS)[::-1] * 2**61
+    assert np.array_equal(values, expected)
+
+
+def test_every_thread_takes_part_in_every_operation(team):
+    notes = np.zeros(1 + team.num_threads, np.int64)
+    assert team.run(Program([(_note_thread.address, notes)] * 100))
+    assert notes.tolist() == [team.num_threads] + [100] * team.num_threads
+
+
+def test_waking_threads_that_sleep(team):
+    values = np.zeros(NUM_TASKS, np.int64)
+    program = fold_program(5, values)
+    for _ in range(5):
+        deadline = time.monotonic() + 10
+        while team._num_sleeping < team.num_threads - 1:
+            assert time.monotonic() < deadline, "an idle team goes to sleep"
+            time.sleep(0.001)
+        expected = folded(5, values)
+        assert team.run(program)
+        assert np.array_equal(values, expected)
+
+
+def test_an_idle_team_costs_nothing():
+    team = Team(2)
+    team.run(fold_program(1, np.zeros(NUM_TASKS, np.int64)))
+    time.sleep(0.2)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.05
+    team.close()
+
+
+def test_stopping_from_another_thread(team):
+    """The program ends between two operations, and the team can be used again."""
+    counter = np.array([0, 2000], np.int64)
+    program = Program([(_spin.address, counter)] * 5000)
+    for _ in range(5):
+        counter[0] = 0
+        results = []
+        runner = threading.Thread(target=lambda results=results: results.append(team.run(program)))
+        runner.start()
+        while counter[0] == 0 and runner.is_alive():
+            time.sleep(0)
+        team.stop()
+        runner.join(30)
+        assert not runner.is_alive() and results == [False]
+        assert 0 < counter[0] < 5000
+        assert team.run(Program([(_spin.address, counter)] * 3))
+
+
+def test_stopping_again_and_again():
+    """Short operations on more threads than cores: threads fall behind while others see the stop."""
+    team, counter = Team(4), np.array([0, 0], np.int64)
+    program = Program([(_spin.address, counter)] * 400)
+    for _ in range(100):
+        timer = threading.Timer(0.0005, team.stop)
+        timer.start()
+        team.run(program)
+        timer.join()
+    assert team.run(Program([(_spin.address, counter)]))
+    team.close()
+
+
+def test_a_stop_between_programs_does_not_linger(team):
+    team.stop()
+    assert team.run(fold_program(3, np.zeros(NUM_TASKS, np.int64)))
+
+
+def test_two_teams_alive():
+    """Each in a thread of its own, at the same time, and one after the other."""
+    teams = [Team(2), Team(3)]
+    values = [np.arange(NUM_TASKS), np.arange(NUM_TASKS) + 7]
+    programs = [fold_program(300, v) for v in values]
+    expected = [folded(300, v) for v in values]
+    runners = [threading.Thread(target=team.run, args=(program,)) for team, program in zip(teams, programs, strict=True)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join(30)
+        assert not runner.is_alive()
+    assert np.array_equal(values, expected)
+    for team, program in zip(teams, programs, strict=True):
+        assert team.run(program)
+        team.close()
+
+
+def test_close_twice_and_the_threads_are_gone():
+    before = threading.active_count()
+    team = Team(3)
+    assert threading.active_count() == before + 2
+    team.run(fold_program(3, np.zeros(NUM_TASKS, np.int64)))
+    team.close()
+    team.close()
+    assert threading.active_count() == before
+    with pytest.raises(AssertionError):
+        team.run(fold_program(3, np.zeros(NUM_TASKS, np.int64)))
+
+
+def test_close_right_after_birth():
+    for _ in range(20):
+        Team(3).close()
+
+
+def test_a_team_needs_a_thread():
+    with pytest.raises(AssertionError, match="0"):
+        Team(0)
+
+
+def test_real_work_on_more_threads_than_cores():
+    """200 layers' worth of products, each adding to the same output: bit for bit as on one thread."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, 256)).astype(np.float32)
+    data = random_rows("Q8_0", 150, 256, rng)
+    matrix, results = describe_matrix(data, "Q8_0", 256), []
+    for num_threads in (1, 4):
+        run, prepared, out = run_table(2, num_threads), activations(x, 32), np.zeros((2, 150), np.float32)
+        team = Team(num_threads)
+        assert team.run(Program([linear_op(run.address, prepared, [(matrix, out, True)])] * 200))
+        team.close()
+        results.append(out)
+    assert np.array_equal(*results)
+    assert np.abs(results[0]).max() > 100
+
+
+def test_kernels_are_c_functions_of_three_integers():
+    assert types.void(types.int64, types.int64, types.int64) == KERNEL
