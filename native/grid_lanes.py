@@ -38,6 +38,7 @@ narrow_i16x32 = _converter(i16x32, i8x32, "trunc")
 widen_i16x16 = _converter(i16x16, i32x16, "zext")
 words_of_i32x8, bytes_of_i32x8 = _bitcaster(i32x8, i16x16), _bitcaster(i32x8, i8x32)
 even_f32x16 = _shuffler(f32x16, f32x8, range(0, 16, 2))
+byte_pairs_of_quads = _shuffler(i8x64, i8x64, [8 * (i // 8) + i // 2 % 4 for i in range(64)])  # bytes 0 0 1 1 2 2 3 3 of every 8
 odd_i32x16 = _shuffler(i32x16, i32x8, range(1, 16, 2))
 twice_i16x8 = _shuffler(i16x8, i16x16, [i // 2 for i in range(16)])  # a a b b ...
 four_times_i16x8 = _shuffler(i16x8, i16x32, [i // 4 for i in range(32)])
@@ -62,12 +63,14 @@ def _byte_words(lanes: list[int], result: Vec):
 
 four_times_i8x8 = _byte_words([i // 4 for i in range(32)], i16x32)
 twice_i8x16 = _byte_words([i // 2 for i in range(32)], i16x32)
-interleave_i8x8 = _byte_words([i // 2 + 8 * (i % 2) for i in range(16)], i16x16)  # byte 0, 8, 1, 9, ...
+twice_upper_i8x8 = _byte_words([8 + i // 2 for i in range(16)], i16x16)  # byte 8, 8, 9, 9, ...
 interleave_twice_i8x4 = _byte_words([i // 4 + 4 * (i // 2 % 2) for i in range(16)], i16x16)  # byte 0, 0, 4, 4, 1, 1, ...
 
 # Shift counts of the lanes --------------------------------------------------------------------------------------------
 
-shifts_0_3_6_9, shifts_0_2_4_6, shifts_0_4 = (_maker(i16x32, s) for s in ([0, 3, 6, 9] * 8, [0, 2, 4, 6] * 8, [0, 4] * 16))
+shifts_0_2_4_6 = _maker(i16x32, [0, 2, 4, 6] * 8)
+shifts_3_7 = _maker(i16x32, [3, 7] * 16)
+group_shifts_0_4 = _maker(i16x16, [0, 4] * 8)
 group_shifts_0_3_6_9, nine_i16x16 = _maker(i16x16, [0, 3, 6, 9] * 4), _maker(i16x16, 9)
 
 # Signs ----------------------------------------------------------------------------------------------------------------
@@ -79,6 +82,16 @@ def _eight_times(chunk: int):
 
 
 eight_times_0, eight_times_1, eight_times_2, eight_times_3 = (_eight_times(chunk) for chunk in range(4))
+
+
+def _sparse_eight_times(chunk: int):
+    """Makes `f(bytes)`: as above, where a chunk's bytes are the first 4 of its two groups of 8."""
+    return _shuffler(i8x64, i8x64, [16 * chunk + 8 * (i // 32) + i // 8 % 4 for i in range(64)])
+
+
+sparse_eight_times_0, sparse_eight_times_1, sparse_eight_times_2, sparse_eight_times_3 = (
+    _sparse_eight_times(chunk) for chunk in range(4)
+)
 
 
 @intrinsic
@@ -124,6 +137,15 @@ def _eight_lanes_each(chunk: int):
 
 
 spread_0, spread_1, spread_2, spread_3 = (_eight_lanes_each(chunk) for chunk in range(4))
+
+
+def _sixteen_lanes_each(chunk: int):
+    """Makes `f(scales)`: the same of two scales of 32 weights, each in the third of its group's four lanes."""
+    return _shuffler(i16x32, i16x32, [8 * chunk + 4 * (i // 16) + 2 for i in range(32)])
+
+
+sparse_spread_0, sparse_spread_1, sparse_spread_2, sparse_spread_3 = (_sixteen_lanes_each(chunk) for chunk in range(4))
+words_of_i32x16 = _bitcaster(i32x16, i16x32)
 
 
 @intrinsic

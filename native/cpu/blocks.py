@@ -78,7 +78,7 @@ def implements(function: Callable, *names: str) -> Callable:
 def chosen_by_name(function: Callable) -> Callable:
     """Makes `function(name, ...)` callable from kernels: it becomes what a type registered for the literal `name`."""
 
-    @overload(function, strict=False, jit_options={"fastmath": {"nsz", "contract"}})
+    @overload(function, strict=False, jit_options={"fastmath": {"nsz", "contract"}, "forceinline": True})
     def choose(name, *args):
         if not isinstance(name, types.StringLiteral):
             return None

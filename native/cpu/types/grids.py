@@ -8,14 +8,13 @@ signs go to the activations, because the products want unsigned codes.
 from numba import njit, types
 
 from native.codebooks import (
-    read_iq1,
-    read_iq2_s,
-    read_iq2_xs,
-    read_iq2_xxs,
-    read_iq3_s,
-    read_iq3_xxs,
-    spill,
-    spill_pair,
+    iq1_m_points,
+    iq1_s_points,
+    iq2_s_points,
+    iq2_xs_points,
+    iq2_xxs_points,
+    iq3_s_points,
+    iq3_xxs_points,
 )
 from native.cpu.blocks import chosen_by_name, dot256, implements, unpack
 from native.grid_lanes import (
@@ -27,30 +26,26 @@ from native.grid_lanes import (
     eight_times_3,
     even_f32x16,
     f16_from_bits,
-    four_times_i8x8,
-    four_times_i16x8,
     four_times_upper_i16x8,
     group_shifts_0_3_6_9,
-    interleave_i8x8,
+    group_shifts_0_4,
     interleave_twice_i8x4,
     load_i16x8,
     load_i16x32,
     load_i32x8,
     narrow_i16x32,
+    negate_by_mask,
     negate_where,
     nine_i16x16,
     odd_i32x16,
-    set_bit_8,
-    shifts_0_2_4_6,
-    shifts_0_3_6_9,
-    shifts_0_4,
+    shifts_3_7,
     spread_0,
     spread_1,
     spread_2,
     spread_3,
     twice_i8x16,
     twice_i16x8,
-    widen_i8x32,
+    twice_upper_i8x8,
     widen_i16x16,
     words_of_i32x8,
 )
@@ -59,7 +54,6 @@ from native.simd import (
     load_f16,
     load_f32x16,
     load_i8x16,
-    load_i8x32,
     load_i8x64,
     load_i32x16,
     load_u32,
@@ -82,8 +76,13 @@ def magnitudes(name, block):
 
 
 @chosen_by_name
-def signs(name, block):
-    """One bit a weight, i8x32 (IQ2, IQ3)."""
+def signed(name, block, a, b, c, d):
+    """The four i8x64 with the signs of the block's weights (IQ2, IQ3)."""
+
+
+@chosen_by_name
+def spread_scales(name, block):
+    """The scales as four i16x32, one a pair of weights."""
 
 
 @chosen_by_name
@@ -116,7 +115,7 @@ def _store_groups_of_32(name, address, values):
     store_f32x8(address, even_f32x16(values))
 
 
-@njit
+@njit(forceinline=True)
 def _as_floats(integers):
     return int_to_f32x16(widen_i16x16(integers))
 
@@ -127,51 +126,77 @@ def _as_floats(integers):
 @implements(dot256, *_SIGNED)
 def _signed_dot(name, block, x, sums16, sums32):
     codes0, codes1, codes2, codes3 = magnitudes(name, block)
-    bits, factors = signs(name, block), scales(name, block)
-    acc = scaled_dot_u8x64(zero_i32x16(), codes0, negate_where(load_i8x64(x), eight_times_0(bits)), spread_0(factors))
-    acc = scaled_dot_u8x64(acc, codes1, negate_where(load_i8x64(x + 64), eight_times_1(bits)), spread_1(factors))
-    acc = scaled_dot_u8x64(acc, codes2, negate_where(load_i8x64(x + 128), eight_times_2(bits)), spread_2(factors))
-    acc = scaled_dot_u8x64(acc, codes3, negate_where(load_i8x64(x + 192), eight_times_3(bits)), spread_3(factors))
-    return int_to_f32x16(acc) * unit(name, block)
+    x0, x1, x2, x3 = signed(name, block, load_i8x64(x), load_i8x64(x + 64), load_i8x64(x + 128), load_i8x64(x + 192))
+    scale0, scale1, scale2, scale3 = spread_scales(name, block)
+    first = scaled_dot_u8x64(scaled_dot_u8x64(zero_i32x16(), codes0, x0, scale0), codes1, x1, scale1)
+    second = scaled_dot_u8x64(scaled_dot_u8x64(zero_i32x16(), codes2, x2, scale2), codes3, x3, scale3)
+    return int_to_f32x16(first + second) * unit(name, block)
 
 
 @implements(unpack, *_SIGNED)
 def _signed_unpack(name, block, codes, scales_out, minima):
     codes0, codes1, codes2, codes3 = magnitudes(name, block)
-    bits = signs(name, block)
-    store_i8x64(codes, negate_where(codes0, eight_times_0(bits)))
-    store_i8x64(codes + 64, negate_where(codes1, eight_times_1(bits)))
-    store_i8x64(codes + 128, negate_where(codes2, eight_times_2(bits)))
-    store_i8x64(codes + 192, negate_where(codes3, eight_times_3(bits)))
+    codes0, codes1, codes2, codes3 = signed(name, block, codes0, codes1, codes2, codes3)
+    store_i8x64(codes, codes0)
+    store_i8x64(codes + 64, codes1)
+    store_i8x64(codes + 128, codes2)
+    store_i8x64(codes + 192, codes3)
     store_groups(name, scales_out, _as_floats(scales(name, block)) * unit(name, block))
     store_groups(name, minima, zero_f32x16())
 
 
-@njit
+@njit(forceinline=True)
+def signed_by_bits(bits, a, b, c, d):
+    """Signs from 32 bytes, one bit a weight."""
+    return (
+        negate_where(a, eight_times_0(bits)),
+        negate_where(b, eight_times_1(bits)),
+        negate_where(c, eight_times_2(bits)),
+        negate_where(d, eight_times_3(bits)),
+    )
+
+
+@njit(forceinline=True)
+def _signed_by_masks(address, a, b, c, d):
+    """Signs from 32 bytes in memory, one bit a weight."""
+    return (
+        negate_by_mask(a, load_u64(address)),
+        negate_by_mask(b, load_u64(address + 8)),
+        negate_by_mask(c, load_u64(address + 16)),
+        negate_by_mask(d, load_u64(address + 24)),
+    )
+
+
+@implements(spread_scales, *_IQ1, *_SIGNED)
+def _spread_scales(name, block):
+    factors = scales(name, block)
+    return spread_0(factors), spread_1(factors), spread_2(factors), spread_3(factors)
+
+
+@njit(forceinline=True)
 def _with_parity(low):
     """Seven sign bits a byte, and an eighth that makes their number even."""
     return low | (bit_counts(low) << 7)
 
 
-@njit
+@njit(forceinline=True)
 def _packed_signs(words):
     """The 7-bit sign fields in the low 28 bits of 8 words."""
     low, high = words & 0x7F | (words << 1) & 0x7F00, (words << 2) & 0x7F0000 | (words << 3) & 0x7F000000
     return _with_parity(bytes_of_i32x8(low | high))
 
 
-@njit
+@njit(forceinline=True)
 def _packed_scales(words):
     """2 s + 1 of the top 4 bits of 8 words, each for two groups of 16."""
     factors = (words >> 27) & 30 | 1
     return words_of_i32x8(factors | factors << 16)
 
 
-@njit
+@njit(forceinline=True)
 def _nibble_scales(address):
-    """2 s + 1 of 16 nibbles, low ones first."""
-    packed = load_u64(address)
-    return interleave_i8x8(pack_u64(packed & 0x0F0F0F0F0F0F0F0F, (packed >> 4) & 0x0F0F0F0F0F0F0F0F)) << 1 | 1
+    """2 s + 1 of 16 nibbles, low ones first: the last 8 of the 16 bytes at `address`."""
+    return ((twice_upper_i8x8(load_i8x16(address)) >> group_shifts_0_4()) & 15) << 1 | 1
 
 
 # IQ2_XXS: d:2 | 8 x (4 indices | 4 x 7 sign bits and a 4-bit scale); codes 8, 25, 43, unit d / 8 ------------------------
@@ -179,12 +204,12 @@ def _nibble_scales(address):
 
 @implements(magnitudes, "IQ2_XXS")
 def _iq2_xxs_magnitudes(name, block):
-    return read_iq2_xxs(block + 2), read_iq2_xxs(block + 18), read_iq2_xxs(block + 34), read_iq2_xxs(block + 50)
+    return iq2_xxs_points(block + 2), iq2_xxs_points(block + 18), iq2_xxs_points(block + 34), iq2_xxs_points(block + 50)
 
 
-@implements(signs, "IQ2_XXS")
-def _iq2_xxs_signs(name, block):
-    return _packed_signs(odd_i32x16(load_i32x16(block + 2)))
+@implements(signed, "IQ2_XXS")
+def _iq2_xxs_signs(name, block, a, b, c, d):
+    return signed_by_bits(_packed_signs(odd_i32x16(load_i32x16(block + 2))), a, b, c, d)
 
 
 @implements(scales, "IQ2_XXS")
@@ -202,17 +227,17 @@ def _iq2_unit(name, block):
 
 @implements(magnitudes, "IQ2_XS")
 def _iq2_xs_magnitudes(name, block):
-    return read_iq2_xs(block + 2), read_iq2_xs(block + 18), read_iq2_xs(block + 34), read_iq2_xs(block + 50)
+    return iq2_xs_points(block + 2), iq2_xs_points(block + 18), iq2_xs_points(block + 34), iq2_xs_points(block + 50)
 
 
-@implements(signs, "IQ2_XS")
-def _iq2_xs_signs(name, block):
-    return _with_parity(narrow_i16x32(load_i16x32(block + 2) >> 9))
+@implements(signed, "IQ2_XS")
+def _iq2_xs_signs(name, block, a, b, c, d):
+    return signed_by_bits(_with_parity(narrow_i16x32(load_i16x32(block + 2) >> 9)), a, b, c, d)
 
 
 @implements(scales, "IQ2_XS")
 def _iq2_xs_scales(name, block):
-    return _nibble_scales(block + 66)
+    return _nibble_scales(block + 58)
 
 
 # IQ2_S: d:2 | low index bytes:32 | signs:32 | qh: 32 x 2 high index bits | scales: 16 nibbles -----------------------------
@@ -220,19 +245,23 @@ def _iq2_xs_scales(name, block):
 
 @implements(magnitudes, "IQ2_S")
 def _iq2_s_magnitudes(name, block):
-    high = (four_times_i8x8(load_i8x16(block + 66)) >> shifts_0_2_4_6()) & 3
-    at = spill(widen_i8x32(load_i8x32(block + 2)) | high << 8)
-    return read_iq2_s(at), read_iq2_s(at + 16), read_iq2_s(at + 32), read_iq2_s(at + 48)
+    low, high = block + 2, block + 66
+    return (
+        iq2_s_points(low, high),
+        iq2_s_points(low + 8, high + 2),
+        iq2_s_points(low + 16, high + 4),
+        iq2_s_points(low + 24, high + 6),
+    )
 
 
-@implements(signs, "IQ2_S")
-def _iq2_s_signs(name, block):
-    return load_i8x32(block + 34)
+@implements(signed, "IQ2_S")
+def _iq2_s_signs(name, block, a, b, c, d):
+    return _signed_by_masks(block + 34, a, b, c, d)
 
 
 @implements(scales, "IQ2_S")
 def _iq2_s_scales(name, block):
-    return _nibble_scales(block + 74)
+    return _nibble_scales(block + 66)
 
 
 # IQ3_XXS: d:2 | 64 indices of 4 weights | 8 x (4 x 7 sign bits and a 4-bit scale); codes 4, 12, .. 52, 62, unit d / 4 -----
@@ -240,12 +269,12 @@ def _iq2_s_scales(name, block):
 
 @implements(magnitudes, "IQ3_XXS")
 def _iq3_xxs_magnitudes(name, block):
-    return read_iq3_xxs(block + 2), read_iq3_xxs(block + 18), read_iq3_xxs(block + 34), read_iq3_xxs(block + 50)
+    return iq3_xxs_points(block + 2), iq3_xxs_points(block + 18), iq3_xxs_points(block + 34), iq3_xxs_points(block + 50)
 
 
-@implements(signs, "IQ3_XXS")
-def _iq3_xxs_signs(name, block):
-    return _packed_signs(load_i32x8(block + 66))
+@implements(signed, "IQ3_XXS")
+def _iq3_xxs_signs(name, block, a, b, c, d):
+    return signed_by_bits(_packed_signs(load_i32x8(block + 66)), a, b, c, d)
 
 
 @implements(scales, "IQ3_XXS")
@@ -263,14 +292,18 @@ def _iq3_xxs_unit(name, block):
 
 @implements(magnitudes, "IQ3_S")
 def _iq3_s_magnitudes(name, block):
-    first = set_bit_8(widen_i8x32(load_i8x32(block + 2)), load_u32(block + 66))
-    at = spill_pair(first, set_bit_8(widen_i8x32(load_i8x32(block + 34)), load_u32(block + 70)))
-    return read_iq3_s(at), read_iq3_s(at + 32), read_iq3_s(at + 64), read_iq3_s(at + 96)
+    low, high = block + 2, block + 66
+    return (
+        iq3_s_points(low, high),
+        iq3_s_points(low + 16, high + 2),
+        iq3_s_points(low + 32, high + 4),
+        iq3_s_points(low + 48, high + 6),
+    )
 
 
-@implements(signs, "IQ3_S")
-def _iq3_s_signs(name, block):
-    return load_i8x32(block + 74)
+@implements(signed, "IQ3_S")
+def _iq3_s_signs(name, block, a, b, c, d):
+    return _signed_by_masks(block + 74, a, b, c, d)
 
 
 @implements(scales, "IQ3_S")
@@ -291,13 +324,13 @@ def _iq3_s_unit(name, block):
 @implements(dot256, *_IQ1)
 def _iq1_dot(name, block, x, sums16, sums32):
     codes0, codes1, codes2, codes3 = magnitudes(name, block)
-    factors = scales(name, block)
-    acc = scaled_dot_u8x64(zero_i32x16(), codes0, load_i8x64(x), spread_0(factors))
-    acc = scaled_dot_u8x64(acc, codes1, load_i8x64(x + 64), spread_1(factors))
-    acc = scaled_dot_u8x64(acc, codes2, load_i8x64(x + 128), spread_2(factors))
-    acc = scaled_dot_u8x64(acc, codes3, load_i8x64(x + 192), spread_3(factors))
-    too_much = _as_floats(factors * excess(name, block)) * load_f32x16(sums16)
-    return (int_to_f32x16(acc) - too_much) * unit(name, block)
+    scale0, scale1, scale2, scale3 = spread_scales(name, block)
+    first = scaled_dot_u8x64(zero_i32x16(), codes0, load_i8x64(x), scale0)
+    first = scaled_dot_u8x64(first, codes1, load_i8x64(x + 64), scale1)
+    second = scaled_dot_u8x64(zero_i32x16(), codes2, load_i8x64(x + 128), scale2)
+    second = scaled_dot_u8x64(second, codes3, load_i8x64(x + 192), scale3)
+    too_much = _as_floats(scales(name, block) * excess(name, block)) * load_f32x16(sums16)
+    return (int_to_f32x16(first + second) - too_much) * unit(name, block)
 
 
 @implements(unpack, *_IQ1)
@@ -317,9 +350,13 @@ def _iq1_unpack(name, block, codes, scales_out, minima):
 
 @implements(magnitudes, "IQ1_S")
 def _iq1_s_magnitudes(name, block):
-    high = (four_times_i16x8(load_i16x8(block + 34)) >> shifts_0_3_6_9()) & 7
-    at = spill(widen_i8x32(load_i8x32(block + 2)) | high << 8)
-    return read_iq1(at), read_iq1(at + 16), read_iq1(at + 32), read_iq1(at + 48)
+    low, high = block + 2, block + 34
+    return (
+        iq1_s_points(low, high),
+        iq1_s_points(low + 8, high + 4),
+        iq1_s_points(low + 16, high + 8),
+        iq1_s_points(low + 24, high + 12),
+    )
 
 
 @implements(scales, "IQ1_S")
@@ -340,22 +377,15 @@ def _iq1_s_unit(name, block):
 # IQ1_M: low index bytes:32 | 32 x (3 high index bits, sign of the 1/8) | 4 x (4 x 3-bit scale, a nibble of d) --------------
 
 
-@njit
-def _iq1_m_nibbles(block):
-    """The 32 nibbles of qh in 16-bit lanes, with rubbish above."""
-    return twice_i8x16(load_i8x16(block + 32)) >> shifts_0_4()
-
-
 @implements(magnitudes, "IQ1_M")
 def _iq1_m_magnitudes(name, block):
-    nibbles = _iq1_m_nibbles(block)
-    at = spill(widen_i8x32(load_i8x32(block)) | (nibbles & 7) << 8)
-    eighths = narrow_i16x32((nibbles & 8 ^ 8) >> 2)  # 2 for plus 1/8, 0 for minus
+    eighths = narrow_i16x32(((twice_i8x16(load_i8x16(block + 32)) >> shifts_3_7()) & 1 ^ 1) << 1)  # 2 for plus, 0 for minus
+    high = block + 32
     return (
-        read_iq1(at) + eight_times_0(eighths),
-        read_iq1(at + 16) + eight_times_1(eighths),
-        read_iq1(at + 32) + eight_times_2(eighths),
-        read_iq1(at + 48) + eight_times_3(eighths),
+        iq1_m_points(block, high) + eight_times_0(eighths),
+        iq1_m_points(block + 8, high + 4) + eight_times_1(eighths),
+        iq1_m_points(block + 16, high + 8) + eight_times_2(eighths),
+        iq1_m_points(block + 24, high + 12) + eight_times_3(eighths),
     )
 
 
