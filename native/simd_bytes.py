@@ -7,7 +7,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.isa import AVX2, AVX512_VNNI, PORTABLE, isa
+from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, target_features
 from native.simd import (
     Vec,
     _binary,
@@ -41,23 +41,99 @@ twice_each_i8x16 = _shuffler2(i8x16, i8x64, [*range(16)] * 2 + [*range(16, 32)] 
 four_times_each_word = _shuffler(i8x16, i8x64, [4 * (i // 16) + i % 4 for i in range(64)])  # 4 bytes 4 times, the next 4 ...
 by_fours_i8x64 = _shuffler(i8x64, i8x64, [16 * (i // 16) + 4 * (i % 4) + i // 4 % 4 for i in range(64)])  # 0 4 8 12 1 5 ...
 twice_each_quad = _shuffler(i8x32, i8x64, [16 * (i // 32) + 8 * (i // 16 % 2) + i % 8 for i in range(64)])  # 8 bytes twice
+_LANES = [[*range(16 * k, 16 * k + 16)] for k in range(8)]  # of two vectors of 64 bytes
+third_parts = _shuffler2(i8x64, i8x64, _LANES[4] + _LANES[5] + _LANES[2] + _LANES[2])  # used by TQ1_0: see there
+fourth_parts = _shuffler2(i8x64, i8x64, _LANES[2] + _LANES[2] + _LANES[6] + [48, 49, 50, 51] * 4)
+low_i8x32 = _shuffler(i8x32, i8x16, range(16))
+four_times_i8x4 = _shuffler(i8x16, i8x16, [0, 1, 2, 3] * 4)
+after_1_dword, after_2_dwords, after_3_dwords = (_maker(i8x16, [0] * 4 * n + [-1] * (16 - 4 * n)) for n in (1, 2, 3))
 twice_each_f32x8 = _shuffler(f32x8, f32x16, [i // 2 for i in range(16)])
-low_i16x16_twice, high_i16x16_twice = (_shuffler(i16x16, i16x16, [*half] * 2) for half in (range(8), range(8, 16)))
 
 
-def shifts(*runs: int):
-    """Makes `f()`: i32x16 of shift counts, each in an equal run of lanes."""
-    return _maker(i32x16, [count for count in runs for _ in range(16 // len(runs))])
+_HAS_BIT_MATRICES = "gfni" in target_features() and isa().name != PORTABLE
+
+
+def bit_fields(mask: int, *shifts: int):
+    """Makes `f(codes)`: i8x64 of (byte >> shift) & mask, a shift for each equal run of lanes; left where it is negative.
+
+    With GFNI one instruction multiplies each byte by a matrix of bits, one matrix for 8 bytes. Else words of 32 bits are
+    shifted: what crosses from byte to byte is masked out.
+    """
+    assert all(shift >= 0 for shift in shifts) or all(shift <= 0 for shift in shifts), shifts
+    run = 64 // len(shifts)
+
+    @intrinsic
+    def extract(typingctx, codes):
+        def codegen(context, builder, sig, args):
+            if _HAS_BIT_MATRICES and run >= 8:
+                return _by_matrix(builder, args[0], [_bit_matrix(mask, shifts[8 * q // run]) for q in range(8)])
+            counts = _constant(i32x16, [abs(shifts[4 * lane // run]) for lane in range(16)])
+            shift = builder.lshr if max(shifts) > 0 else builder.shl
+            shifted = builder.bitcast(shift(builder.bitcast(args[0], i32x16.llvm), counts), i8x64.llvm)
+            return builder.and_(shifted, _constant(i8x64, mask))
+
+        return i8x64(i8x64), codegen
+
+    return extract
+
+
+def _bit_matrix(mask: int, shift: int) -> list[int]:
+    """The 8 rows of vgf2p8affineqb, last bit first: bit i of the result is bit i + shift, where the mask has it."""
+    rows = [1 << i + shift if mask >> i & 1 and 0 <= i + shift < 8 else 0 for i in range(8)]
+    return rows[::-1]
+
+
+def _by_matrix(builder, codes, matrices: list[list[int]]):
+    constant = _constant(i8x64, [row for matrix in matrices for row in matrix])
+    zero = ir.Constant(_BYTE, 0)
+    if isa().name == AVX512_VNNI:
+        return _call(builder, "llvm.x86.vgf2p8affineqb.512", i8x64.llvm, [codes, constant, zero])
+    parts = zip(_halves(builder, codes, 64), _halves(builder, constant, 64), strict=True)
+    products = [_call(builder, "llvm.x86.vgf2p8affineqb.256", i8x32.llvm, [*part, zero]) for part in parts]
+    return builder.shuffle_vector(*products, ir.Constant(ir.VectorType(_I32, 64), list(range(64))))
+
+
+@intrinsic
+def spreadable(typingctx, words):
+    """16 scales, ready for the functions below. LLVM would merge their shuffles with what made the scales, to worse code."""
+
+    def codegen(context, builder, sig, args):
+        lanes = [*range(8), *range(8), *range(8, 16), *range(8, 16)] if isa().name in (AVX2, AVX_VNNI) else [*range(16)] * 2
+        mask = ir.Constant(ir.VectorType(_I32, 32), lanes)
+        ready = builder.shuffle_vector(args[0], ir.Constant(i16x16.llvm, ir.Undefined), mask)
+        if isa().name == PORTABLE:
+            return ready
+        halves = [_opaque(builder, half) for half in _halves(builder, ready, 32)] if isa().name != AVX512_VNNI else None
+        if halves:
+            return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, 32), list(range(32))))
+        return _opaque(builder, ready)
+
+    return i16x32(i16x16), codegen
+
+
+def _opaque(builder, value):
+    """The same vector, through no instruction, where the optimizer cannot see."""
+    kind = ir.FunctionType(value.type, [value.type])
+    return builder.asm(kind, "", "=x,0" if value.type.count * value.type.element.width < 512 else "=v,0", [value], False)
 
 
 def _word_spreaders(words_per_group: int):
-    """Four functions: word lanes of chunk k = 0..3 of a super-block, each of its groups' scales repeated (2 products a lane)."""
-    groups = 32 // words_per_group
-    return [_shuffler(i16x16, i16x32, [groups * k + i // words_per_group for i in range(32)]) for k in range(4)]
+    """Four functions: word lanes of chunk k = 0..3 of a super-block, each of its groups' scales repeated (2 products a lane).
+
+    AVX2 shuffles within 16 bytes only: there a lane takes a scale from its own copy of 8.
+    """
+    is_by_lanes = isa().name in (AVX2, AVX_VNNI)
+    masks = []
+    for k in range(4):
+        groups = [32 * k // words_per_group + i // words_per_group for i in range(32)]
+        own_copy = [16 * (g // 8) + 8 * (i // 8 % 2) + g % 8 for i, g in enumerate(groups)]
+        masks.append(own_copy if is_by_lanes else groups)
+    return [_shuffler(i16x32, i16x32, mask) for mask in masks]
 
 
 words16_0, words16_1, words16_2, words16_3 = _word_spreaders(8)  # groups of 16 weights
 words32_0, words32_1, words32_2, words32_3 = _word_spreaders(16)  # groups of 32
+
 
 # Scales of blocks that lie apart ---------------------------------------------------------------------------------------
 
@@ -178,6 +254,75 @@ def byte_table(values: Sequence[int]):
         return i8x64(i8x64), codegen
 
     return look_up
+
+
+HAS_BYTE_PERMUTES = isa().name == AVX512_VNNI and "avx512vbmi" in target_features()
+
+
+def byte_table_256(values: Sequence[int]):
+    """Makes `f(codes)`: i8x64 of any bytes to i8x64 of `values`, two look-ups of 128 (vpermi2b). Needs HAS_BYTE_PERMUTES."""
+    assert len(values) == 256, len(values)
+
+    @intrinsic
+    def look_up(typingctx, codes):
+        def codegen(context, builder, sig, args):
+            quarters = [ir.Constant(i8x64.llvm, [*values[i : i + 64]]) for i in range(0, 256, 64)]
+            name = "llvm.x86.avx512.vpermi2var.qi.512"
+            is_high = builder.icmp_signed("<", args[0], _constant(i8x64, 0))
+            high = _call(builder, name, i8x64.llvm, [quarters[2], args[0], quarters[3]])
+            half_done = builder.select(is_high, high, args[0])  # in this form each select is a mask of its permutation
+            low = _call(builder, name, i8x64.llvm, [quarters[0], half_done, quarters[1]])
+            return builder.select(is_high, half_done, low)
+
+        return i8x64(i8x64), codegen
+
+    return look_up
+
+
+def load_first_bytes(count: int):
+    """Makes `f(address)`: `count` bytes, then zeros, as i8x64; nothing behind them is touched."""
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, sig, args):
+            mask = ir.Constant(ir.VectorType(ir.IntType(1), 64), [i < count for i in range(64)])
+            place = _pointer(builder, args[0], i8x64.llvm)
+            kind = ir.FunctionType(i8x64.llvm, [place.type, _I32, mask.type, i8x64.llvm])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.load.v64i8.p0")
+            return builder.call(function, [place, ir.Constant(_I32, 1), mask, _constant(i8x64, 0)])
+
+        return i8x64(types.uintp), codegen
+
+    return load
+
+
+@intrinsic
+def ternary_digits_64(typingctx, rest):
+    """64 times the first ternary digit of each byte / 256, floor(3 * byte / 256), by rounded averages."""
+
+    def codegen(context, builder, sig, args):
+        less = _call(builder, "llvm.usub.sat.v64i8", i8x64.llvm, [args[0], _constant(i8x64, 1)])
+        half = _average(builder, less, _opaque_zero(builder))
+        return builder.and_(_average(builder, less, half), _constant(i8x64, -64))
+
+    return i8x64(i8x64), codegen
+
+
+def _opaque_zero(builder):
+    """64 zero bytes that LLVM does not know to be zero: it would replace the average by something longer."""
+    if isa().name == PORTABLE:
+        return _constant(i8x64, 0)
+    if isa().name == AVX512_VNNI:
+        return _opaque(builder, _constant(i8x64, 0))
+    half = _opaque(builder, _constant(i8x32, 0))
+    return builder.shuffle_vector(half, half, ir.Constant(ir.VectorType(_I32, 64), list(range(64))))
+
+
+def _average(builder, a, b):
+    """(a + b + 1) / 2 of unsigned bytes, in the words that LLVM knows as vpavgb."""
+    wide = ir.VectorType(_I16, 64)
+    total = builder.add(builder.add(builder.zext(a, wide), builder.zext(b, wide)), ir.Constant(wide, [1] * 64))
+    return builder.trunc(builder.lshr(total, ir.Constant(wide, [1] * 64)), a.type)
 
 
 @intrinsic

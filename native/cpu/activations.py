@@ -14,6 +14,8 @@ divide 127. ggml's Q8_0 and Q8_K do the same. A group with an infinity or a NaN 
 product hides it.
 """
 
+import math
+
 import numpy as np
 from numba import njit, types
 
@@ -42,6 +44,14 @@ SMALLEST_PEAK = 1e-36  # 127 / peak must be finite
 _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # of a float32's bits
 
 
+def aligned_zeros(shape: tuple[int, ...], dtype: type, padding_bytes: int = 0) -> np.ndarray:
+    """Zeros on a cache line, so that vectors of 64 bytes do not straddle two; `padding_bytes` may be read behind them."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.zeros(num_bytes + padding_bytes + 63, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + num_bytes].view(dtype).reshape(shape)
+
+
 class Activations:
     """Buffers for `capacity` tokens of `k` values (a multiple of 16); `kinds`: which int8 forms exist (32, 256)."""
 
@@ -54,10 +64,10 @@ class Activations:
         self.quantized: dict[int, tuple[np.ndarray, ...]] = {}
         for kind in sorted(kinds):
             buffers = (
-                np.zeros(capacity * k + 224, np.int8)[: capacity * k].reshape(capacity, k),  # read 256 at a time
-                np.zeros((capacity, k // 32), np.float32),
-                np.zeros((capacity, k // 16), np.float32),
-                np.zeros((capacity, k // 32), np.float32),
+                aligned_zeros((capacity, k), np.int8, 224),  # rows are read 256 at a time
+                aligned_zeros((capacity, k // 32), np.float32),
+                aligned_zeros((capacity, k // 16), np.float32),
+                aligned_zeros((capacity, k // 32), np.float32),
             )
             self.quantized[kind] = buffers
             for i, buffer in enumerate(buffers):

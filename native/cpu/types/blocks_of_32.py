@@ -9,8 +9,6 @@ from numba import njit, uint64
 from native.cpu.blocks import dot8x32, implements, unpack
 from native.simd import (
     HAS_FULL_UNSIGNED_DOT,
-    as_i8x64,
-    as_i32x16,
     dot_i8x64,
     dot_u8x64,
     extend_f32x8,
@@ -33,7 +31,7 @@ from native.simd import (
     store_i8x32,
     zero_i32x16,
 )
-from native.simd_bytes import gather_f16, shifts, twice_each_i8x16, where_bits
+from native.simd_bytes import bit_fields, gather_f16, twice_each_i8x16, where_bits
 
 
 @njit
@@ -91,14 +89,13 @@ def _q8_0_unpack(name, block, codes, scales, minima):
 # Q4_0: d:2 | qs:16, element j in the low nibble of byte j, j + 16 in the high one; codes - 8 ---------------------------
 
 _q4_0_scales = gather_f16(*range(0, 8 * 18, 18))
-_shifts_0_4_0_4 = shifts(0, 4, 0, 4)
+_nibbles = bit_fields(15, 0, 4, 0, 4)
 
 
 @njit
 def nibbles_of_two(first, second):
     """Twice 16 bytes as 64 codes: the low nibbles, then the high ones."""
-    packed = twice_each_i8x16(load_i8x16(first), load_i8x16(second))
-    return as_i8x64(as_i32x16(packed) >> _shifts_0_4_0_4()) & 15
+    return _nibbles(twice_each_i8x16(load_i8x16(first), load_i8x16(second)))
 
 
 @njit

@@ -5,8 +5,6 @@ from numba import njit
 from native.cpu.blocks import dot8x32, implements, unpack
 from native.cpu.types.blocks_of_32 import scaled_chunks
 from native.simd import (
-    as_i8x64,
-    as_i32x16,
     dot_u8x64,
     extend_f32x8,
     load_f16,
@@ -19,10 +17,10 @@ from native.simd import (
     zero_i32x16,
 )
 from native.simd_bytes import (
+    bit_fields,
     by_fours_i8x64,
     four_times_each_word,
     gather_f16,
-    shifts,
     where_bits,
 )
 
@@ -60,13 +58,13 @@ def _q1_0_unpack(name, block, codes, scales, minima):
 # is brought into that order, too.
 
 _q2_0_scales = gather_f16(0, 0, 18, 18, 36, 36, 54, 54)
-_pairs_of_bits = shifts(*[0, 2, 4, 6] * 4)
+_pairs_of_bits = bit_fields(3, *[0, 2, 4, 6] * 4)
 
 
 @njit
 def _by_fours(address):
     """16 bytes as 64 codes, in the order of `by_fours_i8x64`."""
-    return as_i8x64(as_i32x16(four_times_each_word(load_i8x16(address))) >> _pairs_of_bits()) & 3
+    return _pairs_of_bits(four_times_each_word(load_i8x16(address)))
 
 
 @njit

@@ -7,8 +7,6 @@ from numba import njit, uint64
 
 from native.cpu.blocks import dot256, implements, unpack
 from native.simd import (
-    as_i8x64,
-    as_i32x16,
     extend_f32x8,
     high_f32x16,
     int_to_f32x16,
@@ -30,8 +28,9 @@ from native.simd import (
     zero_i32x16,
 )
 from native.simd_bytes import (
+    bit_fields,
     scaled_dot_u8x64,
-    shifts,
+    spreadable,
     widen16_i8x16,
     widen16_signed_i8x16,
     words16_0,
@@ -44,20 +43,17 @@ from native.simd_bytes import (
     words32_3,
 )
 
-# Of 32 bytes twice, the first and the second are shifted by: (bits 0..3 and 4..7), (a field of 2 bits and the next), ...
-_by_0_4, _by_0_1, _by_0_2 = shifts(0, 4), shifts(0, 1), shifts(0, 2)
-_by_2_1, _by_2_3, _by_4_2, _by_4_3 = (
-    shifts(2, 1),
-    shifts(2, 3),
-    shifts(4, 2),
-    shifts(4, 3),
-)
+# The first and the last half of 64 bytes: bits 0..3 and 4..7; bits 2 k and 2 k + 1, brought to bit 4; and so on.
+_nibbles, _high_nibbles = bit_fields(15, 0, 4), bit_fields(15, 4)
+_bits_0_1, _bits_2_3 = bit_fields(16, -4, -3), bit_fields(16, -2, -1)
+_bits_4_5, _bits_6_7 = bit_fields(16, 0, 1), bit_fields(16, 2, 3)
+_low_pairs, _high_pairs = bit_fields(0x30, -4, -2), bit_fields(0x30, 0, 2)
 
 
 @njit
-def two_words(address):
-    """32 bytes twice, as 32-bit words: what crosses a byte in a shift is masked out afterwards."""
-    return as_i32x16(twice_i8x32(load_i8x32(address)))
+def load_twice(address):
+    """32 bytes twice."""
+    return twice_i8x32(load_i8x32(address))
 
 
 # Q4_K: d:2 | dmin:2 | scales:12 (8 six-bit scales, 8 six-bit minima) | qs:128 ------------------------------------------
@@ -77,12 +73,6 @@ def _six_bits(address):
 
 
 @njit
-def _nibbles(address):
-    """32 bytes as 64 codes: the low nibbles, then the high ones."""
-    return as_i8x64(two_words(address) >> _by_0_4()) & 15
-
-
-@njit
 def _minus_minima(block, scales, total, sums32):
     """d * total - dmin * sum of minima * sums; `scales` as `_six_bits` gives them."""
     minima = high_f32x16(int_to_f32x16(widen_i8x16(scales))) * load_f16(block + 2)
@@ -92,11 +82,11 @@ def _minus_minima(block, scales, total, sums32):
 @implements(dot256, "Q4_K")
 def _q4_k_dot(name, block, x, sums16, sums32):
     scales, qs = _six_bits(block + 4), block + 16
-    words = widen16_i8x16(scales)
-    total = scaled_dot_u8x64(zero_i32x16(), _nibbles(qs), load_i8x64(x), words32_0(words))
-    total = scaled_dot_u8x64(total, _nibbles(qs + 32), load_i8x64(x + 64), words32_1(words))
-    total = scaled_dot_u8x64(total, _nibbles(qs + 64), load_i8x64(x + 128), words32_2(words))
-    total = scaled_dot_u8x64(total, _nibbles(qs + 96), load_i8x64(x + 192), words32_3(words))
+    words = spreadable(widen16_i8x16(scales))
+    total = scaled_dot_u8x64(zero_i32x16(), _nibbles(load_twice(qs)), load_i8x64(x), words32_0(words))
+    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 32)), load_i8x64(x + 64), words32_1(words))
+    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 64)), load_i8x64(x + 128), words32_2(words))
+    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 96)), load_i8x64(x + 192), words32_3(words))
     return _minus_minima(block, scales, total, sums32)
 
 
@@ -110,7 +100,7 @@ def _store_six_bits(block, scales, minima):
 @implements(unpack, "Q4_K")
 def _q4_k_unpack(name, block, codes, scales, minima):
     for k in range(4):
-        store_i8x64(codes + 64 * k, _nibbles(block + 16 + 32 * k))
+        store_i8x64(codes + 64 * k, _nibbles(load_twice(block + 16 + 32 * k)))
     _store_six_bits(block, scales, minima)
 
 
@@ -120,18 +110,18 @@ def _q4_k_unpack(name, block, codes, scales, minima):
 @njit
 def _q5_k_codes(block):
     """The 4 x 64 codes: bit 4 comes from qh, brought there from bits 2 k and 2 k + 1."""
-    qh, qs = two_words(block + 16), block + 48
-    c0 = _nibbles(qs) | (as_i8x64(qh << _by_4_3()) & 16)
-    c1 = _nibbles(qs + 32) | (as_i8x64(qh << _by_2_1()) & 16)
-    c2 = _nibbles(qs + 64) | (as_i8x64(qh >> _by_0_1()) & 16)
-    c3 = _nibbles(qs + 96) | (as_i8x64(qh >> _by_2_3()) & 16)
+    qh, qs = load_twice(block + 16), block + 48
+    c0 = _nibbles(load_twice(qs)) | _bits_0_1(qh)
+    c1 = _nibbles(load_twice(qs + 32)) | _bits_2_3(qh)
+    c2 = _nibbles(load_twice(qs + 64)) | _bits_4_5(qh)
+    c3 = _nibbles(load_twice(qs + 96)) | _bits_6_7(qh)
     return c0, c1, c2, c3
 
 
 @implements(dot256, "Q5_K")
 def _q5_k_dot(name, block, x, sums16, sums32):
     scales, (c0, c1, c2, c3) = _six_bits(block + 4), _q5_k_codes(block)
-    words = widen16_i8x16(scales)
+    words = spreadable(widen16_i8x16(scales))
     total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words32_0(words))
     total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words32_1(words))
     total = scaled_dot_u8x64(total, c2, load_i8x64(x + 128), words32_2(words))
@@ -155,20 +145,19 @@ def _q5_k_unpack(name, block, codes, scales, minima):
 @njit
 def _q6_k_low(block, half):
     """The first 64 codes of a half: low nibbles of ql and bits 0..3 of qh."""
-    return (load_i8x64(block + 64 * half) & 15) | (as_i8x64(two_words(block + 128 + 32 * half) << _by_4_2()) & 0x30)
+    return (load_i8x64(block + 64 * half) & 15) | _low_pairs(load_twice(block + 128 + 32 * half))
 
 
 @njit
 def _q6_k_high(block, half):
     """The last 64 codes of a half: high nibbles of ql and bits 4..7 of qh."""
-    low = as_i8x64(as_i32x16(load_i8x64(block + 64 * half)) >> 4) & 15
-    return low | (as_i8x64(two_words(block + 128 + 32 * half) >> _by_0_2()) & 0x30)
+    return _high_nibbles(load_i8x64(block + 64 * half)) | _high_pairs(load_twice(block + 128 + 32 * half))
 
 
 @implements(dot256, "Q6_K")
 def _q6_k_dot(name, block, x, sums16, sums32):
     scales = load_i8x16(block + 192)
-    words = widen16_signed_i8x16(scales)
+    words = spreadable(widen16_signed_i8x16(scales))
     total = scaled_dot_u8x64(zero_i32x16(), _q6_k_low(block, 0), load_i8x64(x), words16_0(words))
     total = scaled_dot_u8x64(total, _q6_k_high(block, 0), load_i8x64(x + 64), words16_1(words))
     total = scaled_dot_u8x64(total, _q6_k_low(block, 1), load_i8x64(x + 128), words16_2(words))

@@ -3,9 +3,8 @@
 from numba import njit, uint64
 
 from native.cpu.blocks import dot256, implements, unpack
-from native.cpu.types.k_quants import two_words
+from native.cpu.types.k_quants import load_twice
 from native.simd import (
-    as_i8x64,
     int_to_f32x16,
     load_f16,
     load_f32x16,
@@ -21,8 +20,9 @@ from native.simd import (
     zero_i32x16,
 )
 from native.simd_bytes import (
+    bit_fields,
     scaled_dot_u8x64,
-    shifts,
+    spreadable,
     widen16_i8x16,
     widen16_signed_i8x16,
     words16_0,
@@ -31,28 +31,22 @@ from native.simd_bytes import (
     words16_3,
 )
 
-_by_0_1, _by_0_2, _by_2_1, _by_2_3 = (
-    shifts(0, 1),
-    shifts(0, 2),
-    shifts(2, 1),
-    shifts(2, 3),
-)
-_by_4_5, _by_4_6 = shifts(4, 5), shifts(4, 6)
+_fields_0_1, _fields_2_3 = bit_fields(3, 0, 2), bit_fields(3, 4, 6)
+_bits_0_1, _bits_2_3 = bit_fields(4, -2, -1), bit_fields(4, 0, 1)  # brought to bit 2
+_bits_4_5, _bits_6_7 = bit_fields(4, 2, 3), bit_fields(4, 4, 5)
 
 
 @njit
 def _two_bits(qs):
     """64 bytes as 4 x 64 codes of two bits: bits 0..1 of 32 bytes, then bits 2..3, ..., then of the next 32."""
-    first, second = two_words(qs), two_words(qs + 32)
-    c0, c1 = as_i8x64(first >> _by_0_2()) & 3, as_i8x64(first >> _by_4_6()) & 3
-    c2, c3 = as_i8x64(second >> _by_0_2()) & 3, as_i8x64(second >> _by_4_6()) & 3
-    return c0, c1, c2, c3
+    first, second = load_twice(qs), load_twice(qs + 32)
+    return _fields_0_1(first), _fields_2_3(first), _fields_0_1(second), _fields_2_3(second)
 
 
 @njit
 def _scaled_total(codes, words, x):
     """The products of 4 x 64 codes times the int16 scale of each 16, as i32x16."""
-    c0, c1, c2, c3 = codes
+    (c0, c1, c2, c3), words = codes, spreadable(words)
     total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words16_0(words))
     total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words16_1(words))
     total = scaled_dot_u8x64(total, c2, load_i8x64(x + 128), words16_2(words))
@@ -93,17 +87,8 @@ def _q2_k_unpack(name, block, codes, scales, minima):
 @njit
 def _q3_k_codes(block):
     c0, c1, c2, c3 = _two_bits(block + 32)
-    high = two_words(block)
-    c0, c1 = (
-        c0 | (as_i8x64(high << _by_2_1()) & 4),
-        c1 | (as_i8x64(high >> _by_0_1()) & 4),
-    )
-    return (
-        c0,
-        c1,
-        c2 | (as_i8x64(high >> _by_2_3()) & 4),
-        c3 | (as_i8x64(high >> _by_4_5()) & 4),
-    )
+    high = load_twice(block)
+    return c0 | _bits_0_1(high), c1 | _bits_2_3(high), c2 | _bits_4_5(high), c3 | _bits_6_7(high)
 
 
 @njit

@@ -10,8 +10,6 @@ from native.cpu.blocks import dot8x32, dot256, implements, unpack
 from native.cpu.types.blocks_of_32 import nibbles_of_two, scaled_chunks, store_block
 from native.simd import (
     HAS_FULL_UNSIGNED_DOT,
-    as_i8x64,
-    as_i32x16,
     dot_i8x64,
     dot_u8x64,
     extend_f32x8,
@@ -42,13 +40,13 @@ from native.simd import (
     zero_i32x16,
 )
 from native.simd_bytes import (
+    bit_fields,
     byte_table,
     gather_f16,
     gather_u8,
     gather_u32,
     max_i32x16,
     min_i32x16,
-    shifts,
     small_floats_f32x16,
     twice_each_f32x8,
     twice_each_quad,
@@ -174,13 +172,13 @@ def _mxfp4_unpack(name, block, codes, scales, minima):
 # NVFP4: d:4 (UE4M3, one per 16) | qs:32, byte j of 8 holds elements j and j + 8 ----------------------------------------
 
 _nvfp4_bytes, _nvfp4_byte = gather_u32(0, 36, 72, 108), gather_u8(0, 1, 2, 3)
-_quads_0_4 = shifts(0, 4, 0, 4, 0, 4, 0, 4)
+_nibbles_of_quads = bit_fields(15, 0, 4, 0, 4, 0, 4, 0, 4)
 
 
 @njit
 def _nvfp4_codes(qs):
     """32 bytes as 64 codes in natural order."""
-    return as_i8x64(as_i32x16(twice_each_quad(load_i8x32(qs))) >> _quads_0_4()) & 15
+    return _nibbles_of_quads(twice_each_quad(load_i8x32(qs)))
 
 
 @njit

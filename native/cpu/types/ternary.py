@@ -4,14 +4,13 @@ from numba import njit
 
 from native.cpu.blocks import dot256, implements, unpack
 from native.simd import (
-    bytes_of,
+    as_i8x64,
+    as_i32x16,
     dot_u8x64,
-    halves_0_2,
-    halves_4_6,
+    high_i8x64,
     int_to_f32x16,
     join_i8x16,
     join_i8x32,
-    last_i8x64,
     load_f16,
     load_f32x16,
     load_i8x4,
@@ -21,114 +20,149 @@ from native.simd import (
     low_i8x64,
     splat_f32x8,
     store_f32x8,
-    store_i8x4,
-    store_i8x16,
-    store_i8x32,
     store_i8x64,
-    third_i8x64,
     twice_i8x32,
-    words_of,
-    zero_i8x16,
     zero_i32x16,
 )
+from native.simd_bytes import (
+    HAS_BYTE_PERMUTES,
+    after_1_dword,
+    after_2_dwords,
+    after_3_dwords,
+    bit_fields,
+    byte_table_256,
+    four_times_i8x4,
+    fourth_parts,
+    load_first_bytes,
+    low_i8x32,
+    small_dot,
+    sum_small,
+    ternary_digits_64,
+    third_parts,
+    zero_small,
+)
+
+_low_fields, _high_fields = bit_fields(3, 0, 2), bit_fields(3, 4, 6)
 
 # TQ2_0: qs:64 (two groups of 32 bytes, 4 x 32 two-bit codes each) | d:2; codes - 1 -------------------------------------
 
 
 @njit
-def _two_bits_low(address):
-    """32 bytes as 64 codes: bits 0..1 of each, then bits 2..3."""
-    return bytes_of(words_of(twice_i8x32(load_i8x32(address))) >> halves_0_2()) & 3
+def _four_fields(bytes32):
+    """32 bytes as 2 x 64 codes: bits 0..1, 2..3; 4..5, 6..7."""
+    twice = twice_i8x32(bytes32)
+    return _low_fields(twice), _high_fields(twice)
 
 
 @njit
-def _two_bits_high(address):
-    """32 bytes as 64 codes: bits 4..5 of each, then bits 6..7."""
-    return bytes_of(words_of(twice_i8x32(load_i8x32(address))) >> halves_4_6()) & 3
+def _tq2_0_codes(block):
+    c0, c1 = _four_fields(load_i8x32(block))
+    c2, c3 = _four_fields(load_i8x32(block + 32))
+    return c0, c1, c2, c3
 
 
 @implements(dot256, "TQ2_0")
 def _tq2_0_dot(name, block, x, sums16, sums32):
-    acc = dot_u8x64(zero_i32x16(), _two_bits_low(block), load_i8x64(x))
-    acc = dot_u8x64(acc, _two_bits_high(block), load_i8x64(x + 64))
-    acc = dot_u8x64(acc, _two_bits_low(block + 32), load_i8x64(x + 128))
-    acc = dot_u8x64(acc, _two_bits_high(block + 32), load_i8x64(x + 192))
-    return (int_to_f32x16(acc) - load_f32x16(sums16)) * load_f16(block + 64)
+    c0, c1, c2, c3 = _tq2_0_codes(block)
+    acc = small_dot(zero_small(), c0, load_i8x64(x))
+    acc = small_dot(acc, c1, load_i8x64(x + 64))
+    acc = small_dot(acc, c2, load_i8x64(x + 128))
+    acc = small_dot(acc, c3, load_i8x64(x + 192))
+    return (int_to_f32x16(sum_small(acc)) - load_f32x16(sums16)) * load_f16(block + 64)
 
 
 @njit
-def _uniform(scale, scales, minima):
-    """One scale for all 8 groups, and codes that start at -1."""
+def _store_ternary(codes, values, scale, scales, minima):
+    """256 codes that start at -1, and one scale for all 8 groups."""
+    c0, c1, c2, c3 = values
+    store_i8x64(codes, c0)
+    store_i8x64(codes + 64, c1)
+    store_i8x64(codes + 128, c2)
+    store_i8x64(codes + 192, c3)
     store_f32x8(scales, splat_f32x8(scale))
     store_f32x8(minima, splat_f32x8(scale))
 
 
 @implements(unpack, "TQ2_0")
 def _tq2_0_unpack(name, block, codes, scales, minima):
-    for half in range(2):
-        store_i8x64(codes + 128 * half, _two_bits_low(block + 32 * half))
-        store_i8x64(codes + 128 * half + 64, _two_bits_high(block + 32 * half))
-    _uniform(load_f16(block + 64), scales, minima)
+    _store_ternary(codes, _tq2_0_codes(block), load_f16(block + 64), scales, minima)
 
 
 # TQ1_0: qs:48 (32 bytes of 5 x 32 trits, 16 bytes of 5 x 16) | qh:4 (4 x 4 trits) | d:2 -------------------------------
 # A byte b holds its trits as the digits of the fraction b / 256 in base 3, most significant first. Digit n is
-# floor(3 * ((b * 3^n) mod 256) / 256). All 52 bytes are handled as one vector; plane n of the activations is
-# [x[32 n .. 32 n + 31] | x[160 + 16 n ..  + 15] | x[240 + 4 n .. + 3] | zeros].
+# floor(3 * ((b * 3^n) mod 256) / 256). In natural order the four vectors of 64 codes are, with a = bytes 0..31,
+# u = 32..47, q = 48..51 and the digits' numbers behind:
+#     a0 a1 | a2 a3 | a4 u0 u1 | u2 u3 u4 q0 q1 q2 q3
 
+if HAS_BYTE_PERMUTES:
 
-@njit
-def _tq1_0_bytes(block):
-    return join_i8x32(load_i8x32(block), join_i8x16(load_i8x16(block + 32), load_i8x4(block + 48)))
+    def _digit(code: int, n: int) -> int:
+        return code * 3**n % 256 * 3 >> 8
 
+    _first_four = byte_table_256([sum(_digit(code, n) << 2 * n for n in range(4)) for code in range(256)])  # 2 bits each
+    _fifth = byte_table_256([_digit(code, 4) for code in range(256)])
+    _load_52, _third_fields = load_first_bytes(52), bit_fields(3, 0, 0, 0, 2)
+    _fourth_fields = bit_fields(3, 4, 4, 4, 4, 6, 6, 6, 6, 0, 0, 0, 0, 0, 2, 4, 6)
+    _TQ1_0_UNIT = 1
 
-@njit
-def _digit(remainder):
-    """The next digit of each byte: floor(3 * byte / 256), by halves of 16-bit words."""
-    even, odd = words_of(remainder) & 255, words_of(remainder) >> 8
-    return bytes_of((even * 3 >> 8) | (odd * 3 & 0xFF00))
+    @njit
+    def _tq1_0_codes(block):
+        """The 4 x 64 codes, looked up: all bytes' first four digits at once, and their fifth."""
+        rest = _load_52(block)
+        four, fifth = _first_four(rest), _fifth(rest)
+        c0, c1 = _four_fields(low_i8x64(four))
+        return c0, c1, _third_fields(third_parts(four, fifth)), _fourth_fields(fourth_parts(four, fifth))
+else:
+    _TQ1_0_UNIT = 64  # codes are 0, 64, 128: two shifts less
 
+    @njit
+    def _times_3(rest):
+        """3 * byte mod 256."""
+        return rest + rest + rest
 
-@njit
-def _next_remainder(remainder):
-    """3 * byte mod 256."""
-    return remainder + remainder + remainder
+    @njit
+    def _times_9(rest):
+        return rest + (as_i8x64(as_i32x16(rest) << 3) & -8)
 
+    @njit
+    def _powers_of_3(rest):
+        """The same 4 bytes four times: times 1, 3, 9, 27."""
+        rest = rest + ((rest + rest) & after_1_dword())
+        rest = rest + ((rest + rest) & after_2_dwords())
+        return rest + ((rest + rest) & after_3_dwords())
 
-@njit
-def _plane(x, n):
-    return join_i8x32(load_i8x32(x + 32 * n), join_i8x16(load_i8x16(x + 160 + 16 * n), load_i8x4(x + 240 + 4 * n)))
-
-
-@njit
-def _last_plane(x):
-    """Plane 4: the 4 bytes of qh have only 4 digits."""
-    return join_i8x32(load_i8x32(x + 128), join_i8x16(load_i8x16(x + 224), zero_i8x16()))
+    @njit
+    def _tq1_0_codes(block):
+        """The 4 x 64 codes times 64, by arithmetic: digits of the remainders."""
+        a, u, q = load_i8x32(block), load_i8x16(block + 32), four_times_i8x4(load_i8x4(block + 48))
+        rest0 = join_i8x32(a, _times_3(a))
+        rest1 = _times_9(rest0)
+        pair = join_i8x16(u, _times_3(u))
+        nines = _times_9(join_i8x32(low_i8x64(rest1), pair))  # a4 | u2 u3
+        last = _times_9(nines)  # of which u4 is used
+        u4 = low_i8x32(high_i8x64(last))
+        rest2, rest3 = join_i8x32(low_i8x64(nines), pair), join_i8x32(high_i8x64(nines), join_i8x16(u4, _powers_of_3(q)))
+        return ternary_digits_64(rest0), ternary_digits_64(rest1), ternary_digits_64(rest2), ternary_digits_64(rest3)
 
 
 @implements(dot256, "TQ1_0")
 def _tq1_0_dot(name, block, x, sums16, sums32):
-    rest = _tq1_0_bytes(block)
-    acc = dot_u8x64(zero_i32x16(), _digit(rest), _plane(x, 0))
-    rest = _next_remainder(rest)
-    acc = dot_u8x64(acc, _digit(rest), _plane(x, 1))
-    rest = _next_remainder(rest)
-    acc = dot_u8x64(acc, _digit(rest), _plane(x, 2))
-    rest = _next_remainder(rest)
-    acc = dot_u8x64(acc, _digit(rest), _plane(x, 3))
-    rest = _next_remainder(rest)
-    acc = dot_u8x64(acc, _digit(rest), _last_plane(x))
-    return (int_to_f32x16(acc) - load_f32x16(sums16)) * load_f16(block + 52)
+    c0, c1, c2, c3 = _tq1_0_codes(block)
+    acc = dot_u8x64(zero_i32x16(), c0, load_i8x64(x))
+    acc = dot_u8x64(acc, c1, load_i8x64(x + 64))
+    acc = dot_u8x64(acc, c2, load_i8x64(x + 128))
+    acc = dot_u8x64(acc, c3, load_i8x64(x + 192))
+    return (int_to_f32x16(acc) - load_f32x16(sums16) * _TQ1_0_UNIT) * (load_f16(block + 52) * (1 / _TQ1_0_UNIT))
 
 
 @implements(unpack, "TQ1_0")
 def _tq1_0_unpack(name, block, codes, scales, minima):
-    rest = _tq1_0_bytes(block)
-    for n in range(5):
-        digits = _digit(rest)
-        store_i8x32(codes + 32 * n, low_i8x64(digits))
-        store_i8x16(codes + 160 + 16 * n, third_i8x64(digits))
-        if n < 4:
-            store_i8x4(codes + 240 + 4 * n, last_i8x64(digits))
-        rest = _next_remainder(rest)
-    _uniform(load_f16(block + 52), scales, minima)
+    c0, c1, c2, c3 = _tq1_0_codes(block)
+    if _TQ1_0_UNIT == 64:
+        c0, c1, c2, c3 = _sixty_fourths(c0), _sixty_fourths(c1), _sixty_fourths(c2), _sixty_fourths(c3)
+    _store_ternary(codes, (c0, c1, c2, c3), load_f16(block + 52), scales, minima)
+
+
+@njit
+def _sixty_fourths(codes):
+    return as_i8x64(as_i32x16(codes) >> 6) & 3
