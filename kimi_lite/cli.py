@@ -1,4 +1,4 @@
-"""The command line: `kimi-lite chat | run | quantize`. Parses flags; a command's code is imported only when it runs.
+"""The command line: `kimi-lite chat | run | quantize | bench`. Parses flags; a command's code is imported only when it runs.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can mend, 130 interrupted.
 """
@@ -161,6 +161,14 @@ def quantize(
     from quantize.__main__ import main as convert_with_progress
 
     convert_with_progress(source, destination, type_name, force)
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(context: typer.Context) -> None:
+    """Measure tokens per second, with the machine's bound beside it."""
+    from tools.bench import app as bench_app
+
+    raise typer.Exit(bench_app(context.args, prog_name="kimi-lite bench", standalone_mode=False) or 0)
 
 
 def _settings(

@@ -1,0 +1,248 @@
+"""Tokens per second, in llama-bench's language, with the bound printed first. `kimi-lite bench` is this program.
+
+    kimi-lite bench -m model.gguf -p 512 -n 128 -d 0,4096 -r 5
+    kimi-lite bench -m model.gguf --compare llama.cpp --sweep -d 0,8192 -p 512 -n 32
+    kimi-lite bench -m model.gguf -o json > before.json; ...; kimi-lite bench -m model.gguf --baseline before.json
+
+`pp512` reads a prompt of 512 tokens, `tg128` generates 128, `@ d4096` does so after 4,096 tokens of context. The prompt is
+natural text, because random tokens choose other experts; generation is greedy and does not stop. The first run of each test
+is shown apart: it finds code, page tables or the page cache cold. The last line on stdout is always one JSON document
+(tools/data/bench.schema.json).
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kimi_lite.errors import KimiLiteError
+from tools.bench_ours import Ours
+from tools.bench_plan import BenchTest, Passages, context_needed, load_tokens, plan_tests
+from tools.bench_report import Report, write_csv
+from tools.bench_result import Result, Spread, compare, find_regressions, make_result, num_comparable
+from tools.bench_run import measure_test
+from tools.environment import describe_environment, describe_model, drop_page_cache
+from tools.measure import read_stolen_s
+from tools.roofline import RAM, Bandwidth, Ceiling, find_ceilings, measure_bandwidth
+
+_PLAN = "all weights in RAM, read in place from the mapped file; cache f16 in RAM"
+_REGRESSED = 1  # exit code
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the flags say."""
+
+    model: Path
+    tests: tuple[BenchTest, ...]
+    num_repeats: int
+    num_threads: int | None
+    is_random: bool
+    is_sweep: bool
+    compares: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Everything that was found, before it is printed or written."""
+
+    bandwidth: Bandwidth
+    ceilings: Sequence[Ceiling]
+    rows: Sequence[tuple[Result, Result | None, Spread | None]]  # ours, llama.cpp's, ratio
+    environment: dict
+    model: dict
+    stolen_s: float
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for ours, theirs, _ in self.rows for result in (ours, theirs) if result]
+
+
+def bench(options: Options, report: Report) -> Measured:
+    """Print the bound, measure, print the results."""
+    stolen_s = read_stolen_s()
+    with ExitStack() as stack:
+        ours = Ours(options.model, options.num_threads, options.tests)
+        stack.callback(ours.close)
+        num_threads = ours.transformer.team.num_threads
+        environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
+        report.print_machine(environment, model, _PLAN)
+        bandwidth = measure_bandwidth(ours.transformer.team)
+        ceilings = find_ceilings(ours.config, ours.store.tensors, ours.kv_value_bytes, options.tests, {RAM: bandwidth.gb_s})
+        report.print_roofline(bandwidth, ceilings)
+        runners = {ours.name: ours.run}
+        if options.compares:
+            llama = _open_llama(options, num_threads)
+            stack.callback(llama.close)
+            runners[llama.name] = llama.run
+        longest = max(test.context_tokens for test in options.tests)
+        passages = Passages(load_tokens(ours.tokenizer, options.is_random, longest))
+        rows = _measure(options, runners, passages, num_threads, {c.test: c for c in ceilings}, report)
+    return Measured(bandwidth, ceilings, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
+
+
+def _open_llama(options: Options, num_threads: int):
+    from tools.llama import Llama
+
+    most = max(test.num_sequences for test in options.tests)
+    return Llama(options.model, num_threads, context_needed(options.tests), most)
+
+
+def _measure(options, runners, passages, num_threads, ceilings, report: Report) -> list[tuple]:
+    """A line for each test as soon as it is known."""
+    rows = []
+    report.begin_results()
+    for test in options.tests:
+        samples = measure_test(test, runners, passages, options.num_repeats, num_threads)
+        results = [make_result(test, name, each, ceilings.get(test)) for name, each in samples.items()]
+        report.print_result(results[0])
+        ratio = compare(*samples.values()) if len(samples) > 1 else None
+        rows.append((results[0], results[1] if len(results) > 1 else None, ratio))
+    report.end_results([row[0] for row in rows])
+    if options.is_sweep:
+        report.print_sweep([row[0] for row in rows])
+    if options.compares:
+        report.print_comparison(rows)
+    return rows
+
+
+def make_document(options: Options, measured: Measured) -> dict:
+    """The JSON document; see tools/data/bench.schema.json."""
+    return {
+        "tool": "kimi-lite bench",
+        "schema": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": measured.environment,
+        "model": measured.model,
+        "plan": _PLAN,
+        "text": "random" if options.is_random else "emma.txt",
+        "num_repeats": options.num_repeats,
+        "bandwidth": {
+            "gb_s": {RAM: measured.bandwidth.gb_s},
+            "is_noisy": measured.bandwidth.is_noisy,
+            "stolen_share": measured.bandwidth.stolen_share,
+        },
+        "ceilings": [
+            {
+                "test": ceiling.test.name,
+                "bytes_by_place": dict(ceiling.bytes_by_place),
+                "resident_bytes": ceiling.resident_bytes,
+                "expert_bytes": ceiling.expert_bytes,
+                "cache_bytes": ceiling.cache_bytes,
+                "tok_s": ceiling.tok_s,
+            }
+            for ceiling in measured.ceilings
+        ],
+        "results": [result.to_json() for result in measured.results],
+        "comparison": [
+            {"test": ours.test.name, "other": theirs.program, "ratio": ratio_json(ratio)}
+            for ours, theirs, ratio in measured.rows
+            if theirs and ratio
+        ],
+        "stolen_s": measured.stolen_s,
+    }
+
+
+def ratio_json(ratio: Spread) -> dict:
+    return {"mean": ratio.mean, "sd": ratio.sd, "samples": list(ratio.samples)}
+
+
+def read_document(path: Path) -> dict:
+    """The last line of what `bench` printed. Raises KimiLiteError."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8").strip().rpartition("\n")[2])
+    except (OSError, ValueError) as error:
+        raise KimiLiteError(f"{path}: {error}.", "Give a file with what `kimi-lite bench` printed.") from error
+    if not isinstance(document, dict) or (document.get("tool"), document.get("schema")) != ("kimi-lite bench", 1):
+        raise KimiLiteError(f"{path} does not end in the JSON of kimi-lite bench.", "Give a file with what it printed.")
+    return document
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@app.command()
+def main(
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file, first shard or folder. Default: demo.")] = None,
+    prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt tokens, comma-separated; 0: none.")] = "512",
+    generate: Annotated[str, typer.Option("-n", "--n-gen", help="Generated tokens, comma-separated; 0: none.")] = "128",
+    depth: Annotated[str, typer.Option("-d", "--n-depth", help="Tokens of context before the clock starts.")] = "0",
+    batch: Annotated[str, typer.Option("-b", "--sequences", help="Sequences at once, comma-separated.")] = "1",
+    repeats: Annotated[int, typer.Option("-r", "--repetitions", help="Undisturbed warm runs.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)] = None,
+    output: Annotated[
+        Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="The results on stdout.")
+    ] = "md",
+    sweep: Annotated[bool, typer.Option("--sweep", help="From the first depth to the last in steps of -p.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Random tokens instead of text.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Ask the system to forget the file before it is opened.")] = False,
+    compare_with: Annotated[
+        Literal["llama.cpp"] | None, typer.Option("--compare", help="The same through llama-cpp-python, in turns.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="An earlier output: say which ratio fell, and exit with 1.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure tokens per second: roofline, prompt and generation speed, llama.cpp beside it."""
+    tests = plan_tests(prompt, generate, depth, batch, sweep)
+    if compare_with:
+        from tools.llama import import_llama_cpp
+
+        import_llama_cpp()
+    before = read_document(baseline) if baseline else None
+    report = Report(sys.stdout if output == "md" else sys.stderr)
+    path = model or _demo_path()
+    if cold and not drop_page_cache(_files_of(path)):
+        report.say("this system cannot be asked to forget files: first runs may not be cold")
+    options = Options(path, tuple(tests), repeats, threads, random, sweep, compare_with is not None)
+    measured = bench(options, report)
+    document = make_document(options, measured)
+    regressions = _check_baseline(before, document, report) if before else []
+    _write(output, measured, document)
+    if regressions:
+        raise typer.Exit(_REGRESSED)
+
+
+def _check_baseline(before: dict, document: dict, report: Report) -> list[str]:
+    """Prints and returns what fell."""
+    found = find_regressions(before, document)
+    report.say()
+    for sentence in found:
+        report.say(f"regression: {sentence}")
+    if not found:
+        report.say(f"no regression in {num_comparable(before, document)} ratios against {before['environment']['commit']}")
+    return found
+
+
+def _write(output: str, measured: Measured, document: dict) -> None:
+    """The chosen form, then the document as the last line."""
+    if output == "csv":
+        write_csv(measured.results, sys.stdout)
+    if output == "jsonl":
+        for result in document["results"]:
+            print(json.dumps(result))
+    print(json.dumps(document))
+
+
+def _demo_path() -> Path:
+    from kimi_lite.demo.build import ensure_demo_model
+
+    return ensure_demo_model()
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
+    return tuple(sorted(path.glob("*.gguf"))) if path.is_dir() else (path,)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except KimiLiteError as error:
+        print(f"kimi-lite bench: {error}", file=sys.stderr)
+        sys.exit(2)
