@@ -16,6 +16,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
+from native.half import narrow_to_half, widen_half
 from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
 
 _ELEMENTS = {"i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "f16": ir.HalfType(), "f32": ir.FloatType()}
@@ -252,11 +253,11 @@ load_i16x16 = _loader(i16x16, i16x16.llvm)
 load_i32x16 = _loader(i32x16, i32x16.llvm)
 load_f32x16, load_f32x8 = _loader(f32x16, f32x16.llvm), _loader(f32x8, f32x8.llvm)
 load_i8x4 = _loader(i8x16, _I32, lambda b, v: _first_lane(b, v))  # 4 bytes, then 12 zeros
-load_f16x16 = _loader(f32x16, Vec("f16", 16).llvm, lambda b, v: b.fpext(v, f32x16.llvm))
+load_f16x16 = _loader(f32x16, Vec("f16", 16).llvm, widen_half)
 load_bf16x16 = _loader(
     f32x16, i16x16.llvm, lambda b, v: b.bitcast(b.shl(b.zext(v, i32x16.llvm), _constant(i32x16, 16)), f32x16.llvm)
 )
-load_f16 = _loader(types.float32, ir.HalfType(), lambda b, v: b.fpext(v, ir.FloatType()))
+load_f16 = _loader(types.float32, ir.HalfType(), widen_half)
 load_f32 = _loader(types.float32, ir.FloatType())
 load_f64 = _loader(types.float64, ir.DoubleType())
 load_i64 = _loader(types.int64, ir.IntType(64))
@@ -278,7 +279,7 @@ def _to_bf16(builder, value):
 
 
 store_f32x16 = _storer(f32x16, f32x16.llvm)
-store_f16x16 = _storer(f32x16, Vec("f16", 16).llvm, lambda b, v: b.fptrunc(v, Vec("f16", 16).llvm))
+store_f16x16 = _storer(f32x16, Vec("f16", 16).llvm, narrow_to_half)
 store_bf16x16 = _storer(f32x16, i16x16.llvm, _to_bf16)
 store_f32x8 = _storer(f32x8, f32x8.llvm)
 store_i8x16, store_i8x32, store_i8x64 = (_storer(v, v.llvm) for v in (i8x16, i8x32, i8x64))

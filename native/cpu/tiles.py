@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from native.half import widen_half
 from native.simd import Vec, f32x16, i16x16, i32x16
 
 MAX_HEADS = 8
@@ -28,7 +29,7 @@ def _load(builder, address, dtype: str):
     value = builder.load(builder.inttoptr(address, stored.as_pointer()))
     value.align = 1
     if dtype == "f16":
-        return builder.fpext(value, f32x16.llvm)
+        return widen_half(builder, value)
     if dtype == "bf16":
         bits = builder.shl(builder.zext(value, i32x16.llvm), ir.Constant(i32x16.llvm, [16] * 16))
         return builder.bitcast(bits, f32x16.llvm)

@@ -66,6 +66,8 @@ def panel_product(name: str, data: np.ndarray, x: Activations, tokens: np.ndarra
         panel_kernel(name).compiled.ctypes(data[first:].ctypes.data, data.strides[0], count, x.k, panel.ctypes.data)
         mode = count + (0 if start is None else ADD)
         target = out.ctypes.data + 4 * first
-        gemm_kernel(name).compiled.ctypes(panel.ctypes.data, x.address, tokens.ctypes.data, num_tokens, target, out.strides[0], mode)
+        gemm_kernel(name).compiled.ctypes(
+            panel.ctypes.data, x.address, tokens.ctypes.data, num_tokens, target, out.strides[0], mode
+        )
     assert (out[:num_tokens, num_rows:] == CANARY).all() and (out[num_tokens] == CANARY).all(), "gemm wrote beside its result"
     return out[:num_tokens, :num_rows]

@@ -1,0 +1,93 @@
+"""Every type's kernels against the oracle in guarded memory, on whatever path this process compiles for.
+
+    NUMBA_CPU_NAME=... NUMBA_CPU_FEATURES=... python -m tests.native.path_check <path>
+
+Says each type before it begins with it, so that a crash has a name. Run by test_simd_paths.
+"""
+
+import sys
+from unittest import mock
+
+import numpy as np
+
+from native.cpu.activations import Activations
+from native.cpu.blocks import FORMATS, activation_kind
+from native.cpu.dot import rows_kernel
+from native.cpu.linear import quantize_op
+from native.cpu.matrix import VALUES_PADDING, values_kernel
+from native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
+from native.isa import isa
+from native.layouts import BY_NAME
+from native.reference import linear, seen_activations
+from native.reference_types import dequantize
+from tests.native.guard import at_page_end, at_page_start
+from tests.native.harness import run_ops, run_table
+from tests.native.random_rows import assert_close, product_size, random_rows, sizes
+from tests.native.test_experts import NUM_ROUTED, TOP_K, Layer, distinct_ids, tokens_of
+
+NUM_TOKENS, NUM_ROWS = 5, 13
+
+
+def guarded_activations(x: np.ndarray, kind: int) -> Activations:
+    """`x` quantized by the kernel; every buffer ends where a forbidden page begins."""
+    with mock.patch("numpy.zeros", lambda *args: at_page_end(np.full(args[0], 0, args[1]))):
+        result = Activations(len(x), x.shape[1], {kind} - {0})
+    result.values[:] = x
+    run_ops([quantize_op(run_table(len(x)).address, result)])
+    return result
+
+
+def check_rows(name: str, data: np.ndarray, x: Activations, expected: np.ndarray, size: np.ndarray) -> None:
+    out = at_page_end(np.empty((NUM_TOKENS, len(data)), np.float32))
+    for token in range(NUM_TOKENS):
+        rows_kernel(name).compiled.ctypes(data.ctypes.data, data.shape[1], len(data), x.address, token, out[token].ctypes.data)
+    assert_close(out, expected, size)
+
+
+def check_panel(name: str, data: np.ndarray, x: Activations, expected: np.ndarray, size: np.ndarray) -> None:
+    out, panel = at_page_end(np.empty((NUM_TOKENS, len(data)), np.float32)), at_page_end(np.empty(panel_bytes(x.k), np.uint8))
+    tokens = at_page_end(np.arange(NUM_TOKENS, dtype=np.int32))
+    panel_kernel(name).compiled.ctypes(data.ctypes.data, data.shape[1], len(data), x.k, panel.ctypes.data)
+    target = (out.ctypes.data, out.strides[0], len(data))
+    gemm_kernel(name).compiled.ctypes(panel.ctypes.data, x.address, tokens.ctypes.data, NUM_TOKENS, *target)
+    assert_close(out, expected, size)
+
+
+def check_values(name: str, data: np.ndarray, weights: np.ndarray) -> None:
+    out = at_page_end(np.empty(weights.size + VALUES_PADDING // 4, np.float32))
+    values_kernel(name).compiled.ctypes(data.ctypes.data, weights.size, out.ctypes.data)
+    expected = weights.astype(np.float64)
+    assert_close(out[: weights.size].reshape(weights.shape), expected, np.abs(expected).max(axis=1, keepdims=True), 5e-7)
+
+
+def check_products(name: str, rng: np.random.Generator) -> None:
+    kind = activation_kind(name)
+    for k in sizes(name):
+        unguarded = random_rows(name, NUM_ROWS, k, rng)
+        weights, x = dequantize(unguarded, name), rng.standard_normal((NUM_TOKENS, k)).astype(np.float32)
+        prepared = guarded_activations(x, kind)
+        expected, size = linear(weights, x, kind), product_size(weights, seen_activations(x, kind))
+        for data in (at_page_end(unguarded, is_writable=False), at_page_start(unguarded)):
+            check_rows(name, data, prepared, expected, size)
+            check_panel(name, data, prepared, expected, size)
+            check_values(name, data, weights)
+
+
+def check_experts(name: str, rng: np.random.Generator) -> None:
+    layer = Layer((name, name), rng)
+    for num_tokens in (2, 9):
+        ids = distinct_ids(num_tokens, NUM_ROUTED, TOP_K, rng)
+        layer.check(tokens_of(layer, num_tokens, rng), ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32))
+
+
+def main(path: str) -> None:
+    assert isa().name == path, (isa(), path)
+    for name in FORMATS:
+        print(name, BY_NAME[name].block_size, flush=True)
+        check_products(name, np.random.default_rng(1))
+        check_experts(name, np.random.default_rng(2))
+    print("all equal", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
