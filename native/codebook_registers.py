@@ -85,33 +85,40 @@ def _values(builder, name: str, qwords, shifts: list[int]):
     return _call(builder, "llvm.x86.avx512.permvar.qi.512", i8x64.llvm, [table, spread])
 
 
-def expand_words(name: str, chunk: int):
-    """Makes `f(points i16x32)`: the chunk's 64 values, of 8 points with 2-bit codes."""
-    lanes = [lane for i in range(8) for lane in (8 * chunk + i, 0, 0, 0)]
+def expand_words(name: str):
+    """Makes `f(points i16x32, chunk)`: the chunk's 64 values, of 8 points with 2-bit codes."""
 
-    @intrinsic
-    def expand(typingctx, points):
+    @intrinsic(prefer_literal=True)
+    def expand(typingctx, points, chunk):
+        if not isinstance(chunk, types.IntegerLiteral):
+            return None
+        lanes = [lane for i in range(8) for lane in (8 * chunk.literal_value + i, 0, 0, 0)]
+
         def codegen(context, builder, sig, args):
             picked = _call(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.llvm, [args[0], _constant(i16x32, lanes)])
             return _values(builder, name, builder.bitcast(picked, i8x64.llvm), list(range(0, 16, 2)))
 
-        return i8x64(i16x32), codegen
+        return i8x64(i16x32, chunk), codegen
 
     return expand
 
 
-def expand_bytes(name: str, chunk: int):
-    """Makes `f(low i8x64, high i8x64)`: the chunk's 64 values, of 16 points with 3-bit codes."""
-    lanes = [lane for i in range(16 * chunk, 16 * chunk + 16, 2) for lane in (i, 64 + i, i + 1, 65 + i, 0, 0, 0, 0)]
+def expand_bytes(name: str):
+    """Makes `f(low i8x64, high i8x64, chunk)`: the chunk's 64 values, of 16 points with 3-bit codes."""
 
-    @intrinsic
-    def expand(typingctx, low, high):
+    @intrinsic(prefer_literal=True)
+    def expand(typingctx, low, high, chunk):
+        if not isinstance(chunk, types.IntegerLiteral):
+            return None
+        first = 16 * chunk.literal_value
+        lanes = [lane for i in range(first, first + 16, 2) for lane in (i, 64 + i, i + 1, 65 + i, 0, 0, 0, 0)]
+
         def codegen(context, builder, sig, args):
             name_of_permute = "llvm.x86.avx512.vpermi2var.qi.512"
             picked = _call(builder, name_of_permute, i8x64.llvm, [args[0], _constant(i8x64, lanes), args[1]])
             return _values(builder, name, picked, [0, 3, 6, 9, 16, 19, 22, 25])
 
-        return i8x64(i8x64, i8x64), codegen
+        return i8x64(i8x64, i8x64, chunk), codegen
 
     return expand
 
@@ -140,9 +147,7 @@ def sign_fields(vec, positions: tuple[int, ...]):
 iq2_xxs_sign_fields = sign_fields(i8x64, (32, 39, 46, 53) * 2)
 iq2_xs_sign_fields = sign_fields(i8x64, (9, 25, 41, 57) * 2)
 iq3_xxs_sign_fields = sign_fields(i8x32, (0, 7, 14, 21, 32, 39, 46, 53))
-find_iq2_xxs = find_words("IQ2_XXS")
-expand_iq2_0, expand_iq2_1, expand_iq2_2, expand_iq2_3 = (expand_words("IQ2_XXS", chunk) for chunk in range(4))
-find_low_iq3_xxs, find_high_iq3_xxs = (find_bytes("IQ3_XXS", shift) for shift in (0, 8))
-find_low_iq3_s, find_high_iq3_s = (find_bytes("IQ3_S", shift) for shift in (0, 8))
-expand_iq3_xxs_0, expand_iq3_xxs_1, expand_iq3_xxs_2, expand_iq3_xxs_3 = (expand_bytes("IQ3_XXS", c) for c in range(4))
-expand_iq3_s_0, expand_iq3_s_1, expand_iq3_s_2, expand_iq3_s_3 = (expand_bytes("IQ3_S", chunk) for chunk in range(4))
+find_iq2_xxs, expand_iq2 = find_words("IQ2_XXS"), expand_words("IQ2_XXS")
+find_iq3_xxs_low, find_iq3_xxs_high = find_bytes("IQ3_XXS", 0), find_bytes("IQ3_XXS", 8)
+find_iq3_s_low, find_iq3_s_high = find_bytes("IQ3_S", 0), find_bytes("IQ3_S", 8)
+expand_iq3_xxs, expand_iq3_s = expand_bytes("IQ3_XXS"), expand_bytes("IQ3_S")
