@@ -7,7 +7,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.half import widen_half
 from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, target_features
 from native.simd import (
     Vec,
@@ -46,8 +45,6 @@ _LANES = [[*range(16 * k, 16 * k + 16)] for k in range(8)]  # of two vectors of 
 third_parts = _shuffler2(i8x64, i8x64, _LANES[4] + _LANES[5] + _LANES[2] + _LANES[2])  # used by TQ1_0: see there
 fourth_parts = _shuffler2(i8x64, i8x64, _LANES[2] + _LANES[2] + _LANES[6] + [48, 49, 50, 51] * 4)
 low_i8x32 = _shuffler(i8x32, i8x16, range(16))
-four_times_i8x4 = _shuffler(i8x16, i8x16, [0, 1, 2, 3] * 4)
-after_1_dword, after_2_dwords, after_3_dwords = (_maker(i8x16, [0] * 4 * n + [-1] * (16 - 4 * n)) for n in (1, 2, 3))
 twice_each_f32x8 = _shuffler(f32x8, f32x16, [i // 2 for i in range(16)])
 
 
@@ -118,6 +115,13 @@ def _opaque(builder, value):
     return builder.asm(kind, "", "=x,0" if value.type.count * value.type.element.width < 512 else "=v,0", [value], False)
 
 
+def _opaque_mask(builder, mask):
+    """The same 64 flags, in a mask register of AVX-512, where the optimizer cannot see."""
+    bits = ir.IntType(64)
+    same = builder.asm(ir.FunctionType(bits, [bits]), "", "=k,0", [builder.bitcast(mask, bits)], False)
+    return builder.bitcast(same, mask.type)
+
+
 def _word_spreaders(words_per_group: int):
     """Four functions: word lanes of chunk k = 0..3 of a super-block, each of its groups' scales repeated (2 products a lane).
 
@@ -164,7 +168,7 @@ def gather_f16(*offsets: int):
     @intrinsic
     def gather(typingctx, address):
         def codegen(context, builder, sig, args):
-            return widen_half(builder, _gather(builder, args[0], ir.HalfType(), offsets))
+            return builder.fpext(_gather(builder, args[0], ir.HalfType(), offsets), f32x8.llvm)
 
         return f32x8(types.uintp), codegen
 
@@ -203,7 +207,7 @@ def small_floats_f32x16(typingctx, codes):
 
     def codegen(context, builder, sig, args):
         bits = builder.shl(builder.and_(builder.zext(args[0], i16x16.llvm), _constant(i16x16, 0x7F)), _constant(i16x16, 7))
-        return widen_half(builder, builder.bitcast(bits, Vec("f16", 16).llvm))
+        return builder.fpext(builder.bitcast(bits, Vec("f16", 16).llvm), f32x16.llvm)
 
     return f32x16(i8x16), codegen
 
@@ -270,10 +274,11 @@ def byte_table_256(values: Sequence[int]):
             quarters = [ir.Constant(i8x64.llvm, [*values[i : i + 64]]) for i in range(0, 256, 64)]
             name = "llvm.x86.avx512.vpermi2var.qi.512"
             is_high = builder.icmp_signed("<", args[0], _constant(i8x64, 0))
+            is_low = _opaque_mask(builder, builder.not_(is_high))  # apart, so that each select becomes a permutation's mask
             high = _call(builder, name, i8x64.llvm, [quarters[2], args[0], quarters[3]])
-            half_done = builder.select(is_high, high, args[0])  # in this form each select is a mask of its permutation
+            half_done = builder.select(is_high, high, args[0])
             low = _call(builder, name, i8x64.llvm, [quarters[0], half_done, quarters[1]])
-            return builder.select(is_high, half_done, low)
+            return builder.select(is_low, low, half_done)
 
         return i8x64(i8x64), codegen
 
@@ -298,25 +303,55 @@ def load_first_bytes(count: int):
 
 
 @intrinsic
-def ternary_digits_64(typingctx, rest):
-    """64 times the first ternary digit of each byte / 256, floor(3 * byte / 256), by rounded averages."""
+def ternary_digits(typingctx, rest):
+    """The first ternary digit of each byte / 256, floor(3 * byte / 256), by rounded averages."""
 
     def codegen(context, builder, sig, args):
         less = _call(builder, "llvm.usub.sat.v64i8", i8x64.llvm, [args[0], _constant(i8x64, 1)])
-        half = _average(builder, less, _opaque_zero(builder))
-        return builder.and_(_average(builder, less, half), _constant(i8x64, -64))
+        half = _average(builder, less, _hidden(builder, _constant(i8x64, 0)))
+        words = builder.bitcast(_hidden(builder, _average(builder, less, half)), i32x16.llvm)
+        digits = builder.bitcast(builder.lshr(words, _constant(i32x16, 6)), i8x64.llvm)
+        return builder.and_(digits, _constant(i8x64, 3))
 
     return i8x64(i8x64), codegen
 
 
-def _opaque_zero(builder):
-    """64 zero bytes that LLVM does not know to be zero: it would replace the average by something longer."""
+@intrinsic
+def powers_of_3(typingctx, address):
+    """The 4 bytes at `address` four times: times 1, 3, 9, 27, mod 256."""
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(_I16, 8)
+        word = builder.load(_pointer(builder, args[0], _I32))
+        word.align = 1
+        four = builder.bitcast(_splat(builder, Vec("i32", 4), word), words)
+        factors = ir.Constant(words, [1, 1, 3, 3, 9, 9, 27, 27])
+        low, high = ir.Constant(words, [0xFF] * 8), ir.Constant(words, [0xFF00] * 8)
+        even, odd = builder.and_(builder.mul(four, factors), low), builder.mul(builder.and_(four, high), factors)
+        return builder.bitcast(builder.or_(even, odd), i8x16.llvm)
+
+    return i8x16(types.uintp), codegen
+
+
+def _hidden(builder, value):
+    """The same bytes where LLVM cannot see them: it would turn averages and sums into something longer."""
+    bits = 8 * value.type.count
     if isa().name == PORTABLE:
-        return _constant(i8x64, 0)
-    if isa().name == AVX512_VNNI:
-        return _opaque(builder, _constant(i8x64, 0))
-    half = _opaque(builder, _constant(i8x32, 0))
-    return builder.shuffle_vector(half, half, ir.Constant(ir.VectorType(_I32, 64), list(range(64))))
+        return value
+    if isa().name == AVX512_VNNI or bits <= 256:
+        return _opaque(builder, value)
+    halves = [_opaque(builder, half) for half in _halves(builder, value, value.type.count)]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, value.type.count), list(range(value.type.count))))
+
+
+@intrinsic
+def times_3(typingctx, codes):
+    """3 * byte mod 256, as two sums."""
+
+    def codegen(context, builder, sig, args):
+        return _hidden(builder, builder.add(builder.add(args[0], args[0]), args[0]))
+
+    return codes(codes), codegen
 
 
 def _average(builder, a, b):

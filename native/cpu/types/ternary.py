@@ -4,16 +4,11 @@ from numba import njit
 
 from native.cpu.blocks import dot256, implements, unpack
 from native.simd import (
-    as_i8x64,
-    as_i32x16,
-    dot_u8x64,
-    high_i8x64,
     int_to_f32x16,
     join_i8x16,
     join_i8x32,
     load_f16,
     load_f32x16,
-    load_i8x4,
     load_i8x16,
     load_i8x32,
     load_i8x64,
@@ -22,23 +17,20 @@ from native.simd import (
     store_f32x8,
     store_i8x64,
     twice_i8x32,
-    zero_i32x16,
 )
 from native.simd_bytes import (
     HAS_BYTE_PERMUTES,
-    after_1_dword,
-    after_2_dwords,
-    after_3_dwords,
     bit_fields,
     byte_table_256,
-    four_times_i8x4,
     fourth_parts,
     load_first_bytes,
     low_i8x32,
+    powers_of_3,
     small_dot,
     sum_small,
-    ternary_digits_64,
+    ternary_digits,
     third_parts,
+    times_3,
     zero_small,
 )
 
@@ -61,14 +53,19 @@ def _tq2_0_codes(block):
     return c0, c1, c2, c3
 
 
-@implements(dot256, "TQ2_0")
-def _tq2_0_dot(name, block, x, sums16, sums32):
-    c0, c1, c2, c3 = _tq2_0_codes(block)
+@njit
+def _ternary_total(codes, x):
+    """The products of 4 x 64 codes as f32x16."""
+    c0, c1, c2, c3 = codes
     acc = small_dot(zero_small(), c0, load_i8x64(x))
     acc = small_dot(acc, c1, load_i8x64(x + 64))
     acc = small_dot(acc, c2, load_i8x64(x + 128))
-    acc = small_dot(acc, c3, load_i8x64(x + 192))
-    return (int_to_f32x16(sum_small(acc)) - load_f32x16(sums16)) * load_f16(block + 64)
+    return int_to_f32x16(sum_small(small_dot(acc, c3, load_i8x64(x + 192))))
+
+
+@implements(dot256, "TQ2_0")
+def _tq2_0_dot(name, block, x, sums16, sums32):
+    return (_ternary_total(_tq2_0_codes(block), x) - load_f32x16(sums16)) * load_f16(block + 64)
 
 
 @njit
@@ -103,7 +100,6 @@ if HAS_BYTE_PERMUTES:
     _fifth = byte_table_256([_digit(code, 4) for code in range(256)])
     _load_52, _third_fields = load_first_bytes(52), bit_fields(3, 0, 0, 0, 2)
     _fourth_fields = bit_fields(3, 4, 4, 4, 4, 6, 6, 6, 6, 0, 0, 0, 0, 0, 2, 4, 6)
-    _TQ1_0_UNIT = 1
 
     @njit
     def _tq1_0_codes(block):
@@ -113,56 +109,27 @@ if HAS_BYTE_PERMUTES:
         c0, c1 = _four_fields(low_i8x64(four))
         return c0, c1, _third_fields(third_parts(four, fifth)), _fourth_fields(fourth_parts(four, fifth))
 else:
-    _TQ1_0_UNIT = 64  # codes are 0, 64, 128: two shifts less
-
-    @njit
-    def _times_3(rest):
-        """3 * byte mod 256."""
-        return rest + rest + rest
-
-    @njit
-    def _times_9(rest):
-        return rest + (as_i8x64(as_i32x16(rest) << 3) & -8)
-
-    @njit
-    def _powers_of_3(rest):
-        """The same 4 bytes four times: times 1, 3, 9, 27."""
-        rest = rest + ((rest + rest) & after_1_dword())
-        rest = rest + ((rest + rest) & after_2_dwords())
-        return rest + ((rest + rest) & after_3_dwords())
 
     @njit
     def _tq1_0_codes(block):
-        """The 4 x 64 codes times 64, by arithmetic: digits of the remainders."""
-        a, u, q = load_i8x32(block), load_i8x16(block + 32), four_times_i8x4(load_i8x4(block + 48))
-        rest0 = join_i8x32(a, _times_3(a))
-        rest1 = _times_9(rest0)
-        pair = join_i8x16(u, _times_3(u))
-        nines = _times_9(join_i8x32(low_i8x64(rest1), pair))  # a4 | u2 u3
-        last = _times_9(nines)  # of which u4 is used
-        u4 = low_i8x32(high_i8x64(last))
-        rest2, rest3 = join_i8x32(low_i8x64(nines), pair), join_i8x32(high_i8x64(nines), join_i8x16(u4, _powers_of_3(q)))
-        return ternary_digits_64(rest0), ternary_digits_64(rest1), ternary_digits_64(rest2), ternary_digits_64(rest3)
+        """The 4 x 64 codes, by arithmetic: digits of the remainders."""
+        a, u = load_i8x32(block), load_i8x16(block + 32)
+        a3 = times_3(a)
+        a9 = times_3(a3)
+        a27 = times_3(a9)
+        u0_u1 = join_i8x16(u, times_3(u))
+        u2_u3 = times_3(times_3(u0_u1))
+        u4 = times_3(times_3(low_i8x32(u2_u3)))
+        rest0, rest1, rest2 = join_i8x32(a, a3), join_i8x32(a9, a27), join_i8x32(times_3(a27), u0_u1)
+        rest3 = join_i8x32(u2_u3, join_i8x16(u4, powers_of_3(block + 48)))
+        return ternary_digits(rest0), ternary_digits(rest1), ternary_digits(rest2), ternary_digits(rest3)
 
 
 @implements(dot256, "TQ1_0")
 def _tq1_0_dot(name, block, x, sums16, sums32):
-    c0, c1, c2, c3 = _tq1_0_codes(block)
-    acc = dot_u8x64(zero_i32x16(), c0, load_i8x64(x))
-    acc = dot_u8x64(acc, c1, load_i8x64(x + 64))
-    acc = dot_u8x64(acc, c2, load_i8x64(x + 128))
-    acc = dot_u8x64(acc, c3, load_i8x64(x + 192))
-    return (int_to_f32x16(acc) - load_f32x16(sums16) * _TQ1_0_UNIT) * (load_f16(block + 52) * (1 / _TQ1_0_UNIT))
+    return (_ternary_total(_tq1_0_codes(block), x) - load_f32x16(sums16)) * load_f16(block + 52)
 
 
 @implements(unpack, "TQ1_0")
 def _tq1_0_unpack(name, block, codes, scales, minima):
-    c0, c1, c2, c3 = _tq1_0_codes(block)
-    if _TQ1_0_UNIT == 64:
-        c0, c1, c2, c3 = _sixty_fourths(c0), _sixty_fourths(c1), _sixty_fourths(c2), _sixty_fourths(c3)
-    _store_ternary(codes, (c0, c1, c2, c3), load_f16(block + 52), scales, minima)
-
-
-@njit
-def _sixty_fourths(codes):
-    return as_i8x64(as_i32x16(codes) >> 6) & 3
+    _store_ternary(codes, _tq1_0_codes(block), load_f16(block + 52), scales, minima)
