@@ -11,6 +11,7 @@ import typer
 
 from kimi_lite import __version__
 from kimi_lite.errors import KimiLiteError
+from quantize.__main__ import main as quantize
 
 if TYPE_CHECKING:
     from kimi_lite.apps.start import Settings
@@ -150,17 +151,7 @@ def run(
     raise typer.Exit(run_prompt(session, text, RunOutput(output, as_json, quiet)))
 
 
-@app.command()
-def quantize(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json, safetensors, tokenizer.")],
-    destination: Annotated[Path, typer.Argument(help="The GGUF file to write.")],
-    type_name: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0; others need the ggml extra.")] = "q8_0",
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-) -> None:
-    """Convert a checkpoint of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to a GGUF file."""
-    from quantize.__main__ import main as convert_with_progress
-
-    convert_with_progress(source, destination, type_name, force)
+app.command("quantize")(quantize)
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -1,26 +1,52 @@
-"""`python -m quantize SRC DST --type q8_0`: the same work as `kimi-lite quantize`, which calls `main` too."""
+"""`python -m quantize SRC DST --recipe tq1_0`: the same work as `kimi-lite quantize`, whose command is `main` too.
+
+Only flags live here; the work is imported when it begins.
+"""
 
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from kimi_lite.errors import KimiLiteError
 
+Src = Annotated[Path, typer.Argument(help="A Hugging Face folder (config.json, safetensors, tokenizer), or GGUF.")]
+Dst = Annotated[Path, typer.Argument(help="The GGUF file to write: NAME.gguf, or NAME-00001-of-0000N.gguf where it is large.")]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="Type of the routed experts (tq1_0, iq1_m, q2_k, ...), rest Q8_0; q4_0-lossless.")
+]
+TypeName = Annotated[str | None, typer.Option("--type", help="One type for every matrix. K, IQ types need the ggml extra.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Exception by tensor name; repeatable.")
+]
+Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="llama.cpp's importance matrix, GGUF or .dat.")]
+SplitSize = Annotated[str, typer.Option("--split-max-size", help="Largest file, e.g. 45G or 500M.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Read all back: checksums, and errors against the source.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists, or its unfinished part.")]
+
 
 def main(
-    src: Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json, safetensors, tokenizer.")],
-    dst: Annotated[Path, typer.Argument(help="The GGUF file to write.")],
-    type_name: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0; others need the ggml extra.")] = "q8_0",
-    force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
+    src: Src,
+    dst: Dst,
+    recipe: RecipeName = None,
+    type_name: TypeName = None,
+    tensor_types: Overrides = None,
+    imatrix: Imatrix = None,
+    split_size: SplitSize = "45G",
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    force: Force = False,
 ) -> None:
-    """Convert a checkpoint of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to one GGUF file."""
-    from quantize.convert import convert
+    """Convert a model of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to GGUF. Killed, it goes on when repeated."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from quantize.app import Settings, run
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("checking")
@@ -28,14 +54,10 @@ def main(
         def show(name: str, done: int, total: int) -> None:
             progress.update(task, description=name, completed=done, total=total)
 
-        report = convert(src, dst, type_name, show, force)
-    for note in report.notes:
-        console.print(f"note: {note}")
-    types = ", ".join(f"{count} {name}" for name, count in report.tensors_by_type.items())
-    console.print(
-        f"{report.path}: {report.num_bytes / 1e9:.3f} GB, {report.num_weights / 1e6:,.1f} M weights at "
-        f"{report.bits_per_weight:.2f} bits, {report.num_tensors} tensors ({types}), {report.seconds:.1f} s"
-    )
+        lines = run(settings, show, dry_run, verify)
+        progress.remove_task(task)
+    for line in lines:
+        console.print(line)
 
 
 if __name__ == "__main__":

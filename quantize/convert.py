@@ -1,6 +1,6 @@
-"""A Hugging Face folder to one GGUF file, streamed: a few megabytes of weights are in memory at a time.
+"""A checkpoint folder or existing GGUF files to GGUF, streamed: a few megabytes of weights are in memory at a time.
 
-    report = convert(Path("Kimi-K2.5"), Path("kimi-k2.5-bf16.gguf"), "bf16")
+    report = convert(Path("Kimi-K2.5"), Path("kimi-k2.5-tq1_0.gguf"), find_recipe("tq1_0"))
 
 Called by `python -m quantize` and `kimi-lite quantize`. Everything that can be wrong is found before the first byte is written.
 """
@@ -8,121 +8,110 @@ Called by `python -m quantize` and `kimi-lite quantize`. Everything that can be 
 import time
 from collections import Counter
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import numpy as np
-
 from kimi_lite.errors import KimiLiteError
-from native.layouts import Layout
-from quantize.codecs import find_layout, int4
-from quantize.metadata import model_metadata
-from quantize.names import Source, list_sources
-from quantize.recipe import choose
-from quantize.source import Checkpoint
-from quantize.stored import StoredWeight
-from quantize.tokenizer import tokenizer_metadata
-from quantize.writer import OnProgress, RowReader, Tensor, check_output, write_gguf
+from quantize.codecs import find_layout
+from quantize.gguf_model import open_gguf_model
+from quantize.hf_model import open_hf_model
+from quantize.imatrix import Importance
+from quantize.job import Job, run_job
+from quantize.model import SourceModel
+from quantize.plan import Plan, make_plan
+from quantize.recipe import Recipe, uniform_recipe
+from quantize.sharding import plan_shards
+from quantize.writer import OnProgress, Tensor
 
-_INCOMPLETE_HINT = "Check that config.json belongs to these weights and that all files are there."
+DEFAULT_SPLIT_BYTES = 45_000_000_000  # model hosts take files up to 50 GB
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What was written. `notes` say what was left out and which tensors did not get the chosen type, and why."""
+    """What was written: `paths`, the one file or the shards. `errors` are relative RMS errors by tensor, on sampled rows."""
 
-    path: Path
+    paths: tuple[Path, ...]
     num_bytes: int
     num_tensors: int
     num_weights: int
     tensors_by_type: dict[str, int]
+    errors: dict[str, float]
     notes: tuple[str, ...]
     seconds: float
+
+    @property
+    def path(self) -> Path:
+        """The file that names the model."""
+        return self.paths[0]
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.num_bytes / self.num_weights
 
 
+def open_model(src: Path) -> SourceModel:
+    """A folder with config.json is a checkpoint; anything else must be GGUF. Raises KimiLiteError."""
+    is_gguf = src.is_file() or (src.is_dir() and not (src / "config.json").is_file() and any(src.glob("*.gguf")))
+    return open_gguf_model(src) if is_gguf else open_hf_model(src)
+
+
 def convert(
-    src: Path, dst: Path, type_name: str, on_progress: OnProgress | None = None, is_overwriting: bool = False
+    src: Path | str,
+    dst: Path | str,
+    recipe: Recipe | str,
+    on_progress: OnProgress | None = None,
+    is_overwriting: bool = False,
+    split_bytes: int = DEFAULT_SPLIT_BYTES,
+    importance: Importance | None = None,
 ) -> ConvertReport:
-    """Writes the checkpoint folder `src` as the GGUF file `dst`, matrices in `type_name` ("f32", "f16", "bf16", "q8_0"; other
-    types need the `ggml` extra). `on_progress(tensor, bytes done, bytes in all)`. Raises KimiLiteError."""
+    """Writes the model `src` as the GGUF file `dst`, or as shards of up to `split_bytes` named after it. A recipe given as text
+    is one type for every matrix. `on_progress(tensor, bytes done, bytes in all)`. Raises KimiLiteError."""
     start_s = time.perf_counter()
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
-    layout = find_layout(type_name)
-    checkpoint = Checkpoint.open(src)
-    sources = list(list_sources(checkpoint.config, {name: weight.shape for name, weight in checkpoint.weights.items()}))
-    _check_sources(checkpoint, sources)
-    choices = {source.name: choose(source.name, source.shape, layout) for source in sources}
-    tensors = [_plan_tensor(checkpoint, source, choices[source.name].layout) for source in sources]
-    check_output(dst, sum(tensor.num_bytes for tensor in tensors), is_overwriting)
-    name = str(checkpoint.config.get("_name_or_path") or src.resolve().name)
-    metadata = model_metadata(checkpoint.config, name, layout) | tokenizer_metadata(src, checkpoint.config)
-    num_bytes = write_gguf(dst, metadata, tensors, on_progress, is_overwriting)
+    recipe = uniform_recipe(recipe, importance is not None) if isinstance(recipe, str) else recipe
+    model = open_model(src)
+    plan = make_plan(model, recipe)
+    job = make_job(model, plan, dst, is_overwriting, split_bytes, importance)
+    entries = run_job(job, on_progress)
     return ConvertReport(
-        path=dst,
-        num_bytes=num_bytes,
-        num_tensors=len(tensors),
-        num_weights=sum(tensor.num_weights for tensor in tensors),
-        tensors_by_type=dict(Counter(tensor.layout.name for tensor in tensors)),
-        notes=(*checkpoint.notes, *(choice.reason for choice in choices.values() if choice.reason)),
+        paths=tuple(shard.path for shard in job.shards),
+        num_bytes=sum(shard.path.stat().st_size for shard in job.shards),
+        num_tensors=len(entries),
+        num_weights=plan.num_weights,
+        tensors_by_type=dict(Counter(tensor.layout.name for tensor in plan.tensors)),
+        errors={entry.name: entry.error for entry in entries},
+        notes=plan.notes,
         seconds=time.perf_counter() - start_s,
     )
 
 
-def _check_sources(checkpoint: Checkpoint, sources: list[Source]) -> None:
-    """Every weight that is needed is there in the right shape, and every weight that is there is needed."""
-    needed_rows: dict[str, int] = {}
-    for source in sources:
-        for part in source.parts:
-            weight = checkpoint.weights.get(part.weight)
-            if weight is None:
-                raise KimiLiteError(
-                    f"{checkpoint.folder} has no {part.weight}, from which {source.name} is made.", _INCOMPLETE_HINT
-                )
-            row = source.shape[-2] if part.is_transposed else source.shape[-1]
-            if weight.shape[-1] != row:
-                have = f"have {list(weight.shape)}"
-                raise KimiLiteError(f"{part.weight}: need rows of {row} for {source.name}, {have}.", _INCOMPLETE_HINT)
-            needed_rows[part.weight] = max(needed_rows.get(part.weight, 0), part.stop)
-    for name, rows in needed_rows.items():
-        shape = checkpoint.weights[name].shape
-        if prod(shape[:-1]) != rows:
-            raise KimiLiteError(f"{name}: need {rows} rows by config.json, have {list(shape)}.", _INCOMPLETE_HINT)
-    unknown = [name for name in checkpoint.weights if name not in needed_rows]
-    if unknown:
-        some = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise KimiLiteError(
-            f"{checkpoint.folder} has {len(unknown)} weights that this architecture lacks: {some}.", _INCOMPLETE_HINT
+def make_job(
+    model: SourceModel, plan: Plan, dst: Path, is_overwriting: bool, split_bytes: int, importance: Importance | None
+) -> Job:
+    """The plan as work to be done: tensors with their readers, in shards."""
+    if dst.is_dir():
+        example = dst / f"model-{plan.recipe.name}.gguf"
+        raise KimiLiteError(f"{dst} is a folder, and the name of a GGUF file is needed.", f"For example: {example}")
+    tensors = [
+        Tensor(
+            planned.source.name,
+            planned.source.shape,
+            planned.layout,
+            lambda planned=planned: planned.source.open_rows(planned.layout),
+            importance.find(planned.source.name, planned.source.shape) if importance else None,
         )
+        for planned in plan.tensors
+    ]
+    for tensor in tensors:
+        _check_importance(tensor)
+    metadata = dict(model.make_metadata(plan.main_layout))
+    return Job(dst, plan_shards(dst, tensors, split_bytes), metadata, model.origin, is_overwriting)
 
 
-def _plan_tensor(checkpoint: Checkpoint, source: Source, layout: Layout) -> Tensor:
-    weights = [checkpoint.weights[part.weight] for part in source.parts]
-    is_exact_int4 = layout.name == "Q4_0" and all(map(int4.can_repack, weights))
-    return Tensor(source.name, source.shape, layout, lambda: _row_reader(source, weights, is_exact_int4))
-
-
-def _row_reader(source: Source, weights: list[StoredWeight], is_exact_int4: bool) -> RowReader:
-    """Reads rows of the GGUF tensor from its parts, which all give the same number of rows; encoded already where INT4 codes
-    can be kept."""
-    rows_of_part = prod(source.shape[:-1]) // len(source.parts)
-
-    def read_part(index: int, start: int, stop: int) -> np.ndarray:
-        part, weight = source.parts[index], weights[index]
-        if part.is_transposed:
-            return np.ascontiguousarray(weight.read_rows(part.start, part.stop)[:, start:stop].T)
-        if is_exact_int4:
-            return int4.repack_rows(weight, part.start + start, part.start + stop)
-        return weight.read_rows(part.start + start, part.start + stop)
-
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        pieces = []
-        for index in range(start // rows_of_part, -(-stop // rows_of_part)):
-            first = index * rows_of_part
-            pieces.append(read_part(index, max(start - first, 0), min(stop - first, rows_of_part)))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    return read_rows
+def _check_importance(tensor: Tensor) -> None:
+    """Finds now, and not after hours, a tensor that the matrix lacks and whose type cannot be without."""
+    try:
+        find_layout(tensor.layout.name, tensor.importance is not None)
+    except KimiLiteError as error:
+        raise KimiLiteError(
+            f"{tensor.name}: {error.message}", "Give it another type with --tensor-type, or a matrix that has it."
+        ) from error

@@ -53,11 +53,17 @@ def guess_value(value: object) -> Value:
 def model_metadata(config: Mapping, name: str, layout: Layout) -> dict[str, Value]:
     """The `general.*` and `deepseek2.*` keys. `config` has the fields of a text model's config.json (see quantize.config)."""
     keys = {"general.architecture": text(ARCHITECTURE), "general.type": text("model"), "general.name": text(name)}
-    keys["general.file_type"] = u32(_file_type(layout))
-    if layout.name not in _FLOAT_TYPES:
-        keys["general.quantization_version"] = u32(_QUANTIZATION_VERSION)
+    keys |= quantization_metadata(layout)
     model = _sizes(config) | _attention(config) | _experts(config) | _rope(config)
     return keys | {f"{ARCHITECTURE}.{key}": value for key, value in model.items()}
+
+
+def quantization_metadata(layout: Layout) -> dict[str, Value]:
+    """The keys that say how a file of mostly `layout` is quantized."""
+    keys = {"general.file_type": u32(_file_type(layout))}
+    if layout.name not in _FLOAT_TYPES:
+        keys["general.quantization_version"] = u32(_QUANTIZATION_VERSION)
+    return keys
 
 
 def _sizes(config: Mapping) -> dict[str, Value]:

@@ -28,7 +28,8 @@ from quantize.codecs import encode
 
 ALIGNMENT = 32  # bytes; GGUF's default
 _CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
-_HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer and all padding take
+_MEASURED_EVERY = 8  # pieces: an error known to a per cent for an eighth of the time that decoding all would take
+HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer and all padding take
 
 # (first row, end row) -> float32 (rows, n), or uint8 (rows, row_bytes) where the source holds the encoded bytes already
 RowReader = Callable[[int, int], np.ndarray]
@@ -52,6 +53,7 @@ class Tensor:
     shape: tuple[int, ...]  # numpy order: the last axis is the row
     layout: Layout
     open_rows: Callable[[], RowReader]
+    importance: np.ndarray | None = None  # float32 (matrices, row): weighs the squared errors of each matrix's columns
 
     @property
     def num_weights(self) -> int:
@@ -74,12 +76,12 @@ def write_gguf(
     done_bytes, total_bytes = 0, sum(tensor.num_bytes for tensor in tensors)
     check_output(path, total_bytes, is_overwriting)
     with _partial_file(path) as partial:
-        file = _write_header(partial, metadata, tensors)
+        file = write_header(partial, metadata, tensors)
         with file, ThreadPoolExecutor(os.cpu_count()) as pool:
             for tensor in tensors:
-                for rows in _encode_rows(tensor, pool):
-                    file.write(rows)
-                    done_bytes += rows.nbytes
+                for piece in encode_pieces(tensor, pool):
+                    file.write(piece.rows)
+                    done_bytes += piece.rows.nbytes
                     report(tensor.name, done_bytes, total_bytes)
                 file.write(bytes(-file.tell() % ALIGNMENT))
             assert done_bytes == total_bytes, (done_bytes, total_bytes)
@@ -95,7 +97,18 @@ def check_output(path: Path, total_bytes: int, is_overwriting: bool) -> None:
     if path.is_dir():
         raise KimiLiteError(f"{path} is a folder; the output is one file.", f"Name a file, such as {path / 'model.gguf'}.")
     if path.exists() and not is_overwriting:
-        raise KimiLiteError(f"{path} exists ({path.stat().st_size:,} bytes).", "Add --force to replace it, or name another file.")
+        raise existing_output(path)
+    check_folder(path)
+    _remove_abandoned(path)
+    check_space(path, total_bytes + HEADER_BYTES)
+
+
+def existing_output(path: Path) -> KimiLiteError:
+    return KimiLiteError(f"{path} exists ({path.stat().st_size:,} bytes).", "Add --force to replace it, or name another file.")
+
+
+def check_folder(path: Path) -> None:
+    """Makes the folder of `path` and writes in it, for a KimiLiteError now and not after hours."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = _partial_name(path)
@@ -105,8 +118,11 @@ def check_output(path: Path, total_bytes: int, is_overwriting: bool) -> None:
         raise KimiLiteError(
             f"Cannot write in {path.parent}: {error.strerror}.", "Name an output in a folder of yours."
         ) from error
-    _remove_abandoned(path)
-    needed, free = total_bytes + _HEADER_BYTES, shutil.disk_usage(path.parent).free
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises KimiLiteError where the disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise KimiLiteError(
             f"{path.name} needs {needed / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free.",
@@ -141,7 +157,7 @@ def _partial_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> BinaryIO:
+def write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> BinaryIO:
     """Magic, metadata and tensor infos, padded; returns the file, open where the first tensor goes."""
     header = GGUFWriter(None, str(metadata["general.architecture"].value))
     for key, (value, value_type, element_type) in metadata.items():
@@ -157,19 +173,30 @@ def _write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequenc
     return file
 
 
-def _encode_rows(tensor: Tensor, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-    """Yields the tensor's encoded rows in order; a few chunks ahead are read and encoded by the pool, never more."""
-    read_rows, num_rows = tensor.open_rows(), tensor.num_weights // tensor.shape[-1]
-    chunk_rows = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
+class Piece(NamedTuple):
+    """Some encoded rows of a tensor, uint8 (rows, row_bytes); the squares are sums over its weights where it was measured."""
 
-    def encode_chunk(start: int) -> np.ndarray:
-        rows = read_rows(start, min(start + chunk_rows, num_rows))
-        return rows if rows.dtype == np.uint8 else encode(tensor.layout, rows)
+    rows: np.ndarray
+    error_squares: float = 0.0
+    weight_squares: float = 0.0
+
+
+def encode_pieces(tensor: Tensor, pool: ThreadPoolExecutor, is_measured: bool = False) -> Iterator[Piece]:
+    """Yields the tensor's encoded rows in order; a few pieces ahead are read and encoded by the pool, never more. Every eighth
+    piece is measured where that is asked for and where the source's rows are not kept as they are."""
+    read_rows = tensor.open_rows()
+
+    def encode_piece(index: int, matrix: int, start: int, stop: int) -> Piece:
+        rows = read_rows(start, stop)
+        if rows.dtype == np.uint8:
+            return Piece(rows)
+        encoded = encode(tensor.layout, rows, None if tensor.importance is None else tensor.importance[matrix])
+        return _measure(tensor, rows, encoded) if is_measured and index % _MEASURED_EVERY == 0 else Piece(encoded)
 
     pending: deque[Future] = deque()
     try:
-        for start in range(0, num_rows, chunk_rows):
-            pending.append(pool.submit(encode_chunk, start))
+        for index, chunk in enumerate(_list_chunks(tensor)):
+            pending.append(pool.submit(encode_piece, index, *chunk))
             if len(pending) > 2 * (os.cpu_count() or 1):
                 yield pending.popleft().result()
         while pending:
@@ -179,3 +206,21 @@ def _encode_rows(tensor: Tensor, pool: ThreadPoolExecutor) -> Iterator[np.ndarra
     finally:
         for future in pending:
             future.cancel()
+
+
+def _measure(tensor: Tensor, rows: np.ndarray, encoded: np.ndarray) -> Piece:
+    from native.cpu.matrix import dequantize  # compiles a kernel, so only where it is needed
+
+    error = dequantize(encoded, tensor.layout.name) - rows
+    return Piece(encoded, float(np.vdot(error, error)), float(np.vdot(rows, rows)))
+
+
+def _list_chunks(tensor: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(matrix, first row, end row) of each piece of work; no piece has rows of two importance vectors."""
+    num_matrices = 1 if tensor.importance is None else len(tensor.importance)
+    num_rows, chunk_rows = tensor.num_weights // tensor.shape[-1], max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
+    assert num_rows % num_matrices == 0, (tensor.name, num_rows, num_matrices)
+    matrix_rows = num_rows // num_matrices
+    for matrix in range(num_matrices):
+        for start in range(matrix * matrix_rows, (matrix + 1) * matrix_rows, chunk_rows):
+            yield matrix, start, min(start + chunk_rows, (matrix + 1) * matrix_rows)

@@ -39,7 +39,7 @@ def check(layout: Layout, has_importance: bool) -> None:
     """Raises KimiLiteError where the library is missing or would end the process: some types need an importance matrix."""
     if layout.name in _NOT_ENCODED:
         raise KimiLiteError(f"ggml does not encode {layout.name}.", "Choose another type.")
-    if _library().ggml_quantize_requires_imatrix(layout.ggml_id) and not has_importance:
+    if not has_importance and _library().ggml_quantize_requires_imatrix(layout.ggml_id):
         raise KimiLiteError(
             f"{layout.name} needs an importance matrix, and none is used here.",
             "Name one with --imatrix, or choose TQ1_0, TQ2_0 or Q2_K, which work without.",
