@@ -33,6 +33,7 @@ from tools.roofline import RAM, Bandwidth, Ceiling, find_ceilings, measure_bandw
 
 _PLAN = "all weights in RAM, read in place from the mapped file; cache f16 in RAM"
 _REGRESSED = 1  # exit code
+_TRACED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,12 @@ class Options:
     is_random: bool
     is_sweep: bool
     compares: bool
+    trace: Path | None
+
+    @property
+    def traced(self) -> BenchTest:
+        """What a trace shows: a few tokens at the greatest depth."""
+        return BenchTest("tg", _TRACED_TOKENS, max(test.depth for test in self.tests))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ def bench(options: Options, report: Report) -> Measured:
     """Print the bound, measure, print the results."""
     stolen_s = read_stolen_s()
     with ExitStack() as stack:
-        ours = Ours(options.model, options.num_threads, options.tests)
+        ours = Ours(options.model, options.num_threads, [*options.tests, *[options.traced] * bool(options.trace)])
         stack.callback(ours.close)
         num_threads = ours.transformer.team.num_threads
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
@@ -84,6 +91,8 @@ def bench(options: Options, report: Report) -> Measured:
         longest = max(test.context_tokens for test in options.tests)
         passages = Passages(load_tokens(ours.tokenizer, options.is_random, longest))
         rows = _measure(options, runners, passages, num_threads, {c.test: c for c in ceilings}, report)
+        if options.trace:
+            _trace(ours, options.traced, passages, options.trace, report)
     return Measured(bandwidth, ceilings, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
 
 
@@ -110,6 +119,23 @@ def _measure(options, runners, passages, num_threads, ceilings, report: Report) 
     if options.compares:
         report.print_comparison(rows)
     return rows
+
+
+def _trace(ours: Ours, test: BenchTest, passages: Passages, path: Path, report: Report) -> None:
+    """Writes the timeline and prints where the time goes."""
+    from tools.trace import Tracer, stage_table, write_chrome_trace
+
+    tracer = Tracer(ours.transformer)
+    prompts = passages.prompts(test)
+    ours.run(test, prompts)  # the prefix is in the cache from now on
+    with tracer.attached():
+        ours.run(test, prompts)
+    spans = tracer.spans()
+    num_passes = sum(span.stage == "output" for span in spans)
+    write_chrome_trace(path, spans)
+    report.say(f"\nwhere the time of a token goes, {test.name}; timeline in {path} (chrome://tracing, ui.perfetto.dev)")
+    for line in stage_table(spans, num_passes):
+        report.say(line)
 
 
 def make_document(options: Options, measured: Measured) -> dict:
@@ -185,6 +211,7 @@ def main(
     compare_with: Annotated[
         Literal["llama.cpp"] | None, typer.Option("--compare", help="The same through llama-cpp-python, in turns.")
     ] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline by layer and stage.", dir_okay=False)] = None,
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="An earlier output: say which ratio fell, and exit with 1.", dir_okay=False)
     ] = None,
@@ -200,7 +227,7 @@ def main(
     path = model or _demo_path()
     if cold and not drop_page_cache(_files_of(path)):
         report.say("this system cannot be asked to forget files: first runs may not be cold")
-    options = Options(path, tuple(tests), repeats, threads, random, sweep, compare_with is not None)
+    options = Options(path, tuple(tests), repeats, threads, random, sweep, compare_with is not None, trace)
     measured = bench(options, report)
     document = make_document(options, measured)
     regressions = _check_baseline(before, document, report) if before else []

@@ -65,11 +65,19 @@ class Llama:
         gaps_s = tuple(b - a for a, b in pairwise(arrivals_s))
         return Run(seconds, test.total_tokens, arrivals_s[0] - start_s, gaps_s)
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """float32 (T, vocabulary) of one prompt of at most `BATCH_TOKENS` tokens."""
+    def logits(self, ids: np.ndarray, first: int = 0) -> np.ndarray:
+        """float32 (T - first, vocabulary): rows `first ..` of one prompt of at most `BATCH_TOKENS` tokens."""
         self._rewind(0, ())
-        self._decode_rows([(0, int(token), at, True) for at, token in enumerate(ids)])
-        return np.stack([self._row(i) for i in range(len(ids))])
+        self._decode_rows([(0, int(token), at, at >= first) for at, token in enumerate(ids)])
+        return np.stack([self._row(at) for at in range(first, len(ids))])
+
+    def tokenize(self, text: str) -> list[int]:
+        """By llama.cpp's own tokenizer, without tokens that it would add; control tokens are text."""
+        vocab, data = self._api.llama_model_get_vocab(self._model), text.encode()
+        ids = (ctypes.c_int32 * (len(data) + 1))()
+        count = self._api.llama_tokenize(vocab, data, len(data), ids, len(ids), False, False)
+        assert count >= 0, count
+        return ids[:count]
 
     def _rewind(self, sequence: int, prefix: tuple[int, ...]) -> None:
         """Exactly `prefix` in the sequence's cache; computed only where it is not there yet."""

@@ -35,7 +35,7 @@ class FeedForward:
 
     def ops(self, run: int, buffers: Buffers) -> list[Op]:
         """x += feed_forward(norm(x))."""
-        ops = [rms_norm_op(run, buffers.x, self.ffn_norm, buffers.normed, self.config.rms_norm_eps)]
+        ops = [Op("ffn_norm", *rms_norm_op(run, buffers.x, self.ffn_norm, buffers.normed, self.config.rms_norm_eps))]
         if not self.is_dense:
             ops += self._route_ops(run, buffers)
         for experts in self.experts:
@@ -52,18 +52,18 @@ class FeedForward:
                 buffers.expert_weights,
             )
             buffers.keep(step)
-            ops.append((step.kernel, step.arguments))
+            stage = "experts" if has_routed else "dense ffn" if self.is_dense else "shared expert"
+            ops.append(Op(stage, step.kernel, step.arguments))
         return ops
 
     def _route_ops(self, run: int, buffers: Buffers) -> list[Op]:
         c = self.config
-        return [
-            linear_op(run, buffers.normed, [(self.ffn_gate_inp.table, buffers.router_logits, False)]),
-            route_op(
-                *(run, buffers.router_logits, buffers.router_choice, self.exp_probs_b),
-                *(buffers.expert_ids, buffers.expert_weights, (c.num_expert_groups, c.num_expert_groups_used)),
-                is_sigmoid=c.expert_gating == "sigmoid",
-                is_normalized=c.is_expert_weights_norm,
-                scale=c.expert_weights_scale,
-            ),
-        ]
+        choice = route_op(
+            *(run, buffers.router_logits, buffers.router_choice, self.exp_probs_b),
+            *(buffers.expert_ids, buffers.expert_weights, (c.num_expert_groups, c.num_expert_groups_used)),
+            is_sigmoid=c.expert_gating == "sigmoid",
+            is_normalized=c.is_expert_weights_norm,
+            scale=c.expert_weights_scale,
+        )
+        logits = linear_op(run, buffers.normed, [(self.ffn_gate_inp.table, buffers.router_logits, False)])
+        return [Op("ffn_gate_inp", *logits), Op("choose experts", *choice)]

@@ -79,12 +79,12 @@ class Transformer:
         """Makes the programs: one per layer, one of all layers, and the head."""
         run, buffers, c = self._run.address, self._buffers, self.config
         self._token_embd = matrix(store, "token_embd.weight")
-        layers: list[list[Op]] = [[embed_op(run, self._token_embd.table, buffers.x)]]
+        layers: list[list[Op]] = [[Op("token_embd", *embed_op(run, self._token_embd.table, buffers.x))]]
         for layer, (attention, feed_forward) in enumerate(self._layers):
             storage = self.kv.storage[layer].ctypes.data
             layers.append([*attention.ops(run, buffers, storage, self.kv.dtype), *feed_forward.ops(run, buffers)])
-        self._layer_programs = [Program(ops) for ops in layers]
-        self._whole = Program([op for ops in layers for op in ops])
+        self._layer_programs = [_program(ops) for ops in layers]
+        self._whole = _program([op for ops in layers for op in ops])
         self._output_norm, self._output = vector(store, "output_norm.weight"), matrix(store, "output.weight")
         self._head_x = np.zeros((MAX_LOGITS, c.hidden_size), np.float32)
         self._head_normed = Activations(MAX_LOGITS, c.hidden_size, {self._output.kind} - {0})
@@ -92,12 +92,18 @@ class Transformer:
         scratch_bytes = experts_scratch_bytes(c.hidden_size, 0, MAX_LOGITS)
         self._head_run = RunTable(MAX_LOGITS, self.team.num_threads, scratch_bytes)
         head = self._head_run.address
-        self._head = Program(
-            [
-                rms_norm_op(head, self._head_x, self._output_norm, self._head_normed, c.rms_norm_eps),
-                linear_op(head, self._head_normed, [(self._output.table, self._logits, False)]),
-            ]
-        )
+        head_ops = [
+            Op("output_norm", *rms_norm_op(head, self._head_x, self._output_norm, self._head_normed, c.rms_norm_eps)),
+            Op("output", *linear_op(head, self._head_normed, [(self._output.table, self._logits, False)])),
+        ]
+        self._head = _program(head_ops)
+        names = ["embedding", *(f"layer {layer}" for layer in range(c.num_layers))]
+        stages = [[(name, op.stage) for op in ops] for name, ops in zip(names, layers, strict=True)]
+        self.programs = [
+            *zip(self._layer_programs, stages, strict=True),
+            (self._whole, [stage for part in stages for stage in part]),
+            (self._head, [("head", op.stage) for op in head_ops]),
+        ]  # with (part, stage) of every operation, for those who measure
 
     def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
         """Runs the batch and fills its cache slots. Returns float32 (rows where wants_logits, vocabulary).
@@ -169,6 +175,10 @@ def check_sizes(config: ModelConfig) -> None:
     for name, (size, multiple) in multiples.items():
         if size % multiple:
             raise KimiLiteError(f"{name} is {size}; the kernels need a multiple of {multiple}.", "This model cannot run here.")
+
+
+def _program(ops: list[Op]) -> Program:
+    return Program([(op.kernel, op.arguments) for op in ops])
 
 
 def physical_cores() -> int:
