@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from native.half import widen_half
 from native.simd import (
     Vec,
     _bitcaster,
@@ -135,7 +136,6 @@ def f16_from_bits(typingctx, bits):
     """The float32 value of a float16 given as the low 16 bits of a number."""
 
     def codegen(context, builder, sig, args):
-        half = builder.bitcast(builder.trunc(args[0], ir.IntType(16)), ir.HalfType())
-        return builder.fpext(half, ir.FloatType())
+        return widen_half(builder, builder.bitcast(builder.trunc(args[0], ir.IntType(16)), ir.HalfType()))
 
     return types.float32(types.uint64), codegen

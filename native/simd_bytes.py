@@ -7,6 +7,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from native.half import widen_half
 from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, target_features
 from native.simd import (
     Vec,
@@ -168,7 +169,7 @@ def gather_f16(*offsets: int):
     @intrinsic
     def gather(typingctx, address):
         def codegen(context, builder, sig, args):
-            return builder.fpext(_gather(builder, args[0], ir.HalfType(), offsets), f32x8.llvm)
+            return widen_half(builder, _gather(builder, args[0], ir.HalfType(), offsets))
 
         return f32x8(types.uintp), codegen
 
@@ -207,7 +208,7 @@ def small_floats_f32x16(typingctx, codes):
 
     def codegen(context, builder, sig, args):
         bits = builder.shl(builder.and_(builder.zext(args[0], i16x16.llvm), _constant(i16x16, 0x7F)), _constant(i16x16, 7))
-        return builder.fpext(builder.bitcast(bits, Vec("f16", 16).llvm), f32x16.llvm)
+        return widen_half(builder, builder.bitcast(bits, Vec("f16", 16).llvm))
 
     return f32x16(i8x16), codegen
 
