@@ -29,6 +29,7 @@ from tools.bench_result import Result, Spread, compare, find_regressions, make_r
 from tools.bench_run import measure_test
 from tools.environment import describe_environment, describe_model, drop_page_cache
 from tools.measure import read_stolen_s
+from tools.plot import check_plotting, draw
 from tools.roofline import RAM, Bandwidth, Ceiling, find_ceilings, measure_bandwidth
 
 _PLAN = "all weights in RAM, read in place from the mapped file; cache f16 in RAM"
@@ -212,6 +213,7 @@ def main(
         Literal["llama.cpp"] | None, typer.Option("--compare", help="The same through llama-cpp-python, in turns.")
     ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a timeline by layer and stage.", dir_okay=False)] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw speed against depth (.svg or .png).", dir_okay=False)] = None,
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="An earlier output: say which ratio fell, and exit with 1.", dir_okay=False)
     ] = None,
@@ -222,6 +224,8 @@ def main(
         from tools.llama import import_llama_cpp
 
         import_llama_cpp()
+    if plot:
+        check_plotting(plot)
     before = read_document(baseline) if baseline else None
     report = Report(sys.stdout if output == "md" else sys.stderr)
     path = model or _demo_path()
@@ -230,6 +234,8 @@ def main(
     options = Options(path, tuple(tests), repeats, threads, random, sweep, compare_with is not None, trace)
     measured = bench(options, report)
     document = make_document(options, measured)
+    if plot:
+        draw(plot, [document])
     regressions = _check_baseline(before, document, report) if before else []
     _write(output, measured, document)
     if regressions:
