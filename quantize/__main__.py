@@ -24,6 +24,9 @@ Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="llama.cpp's imp
 SplitSize = Annotated[str, typer.Option("--split-max-size", help="Largest file, e.g. 45G or 500M.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read all back: checksums, and errors against the source.")]
+FitInto = Annotated[
+    str | None, typer.Option("--fit", metavar="CARD+MEMORY", help="Best types for e.g. 24G+256G, or `this` machine.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists, or its unfinished part.")]
 
 
@@ -32,6 +35,7 @@ def main(
     dst: Dst,
     recipe: RecipeName = None,
     type_name: TypeName = None,
+    fit: FitInto = None,
     tensor_types: Overrides = None,
     imatrix: Imatrix = None,
     split_size: SplitSize = "45G",
@@ -46,7 +50,7 @@ def main(
     from quantize.app import Settings, run
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force)
+    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("checking")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_lite.errors import KimiLiteError
+from quantize.budget import fit_recipe, parse_budget
 from quantize.convert import ConvertReport, convert, make_job, open_model
 from quantize.imatrix import Importance, read_imatrix
 from quantize.plan import describe_plan, make_plan
@@ -29,32 +30,42 @@ class Settings:
     imatrix: Path | None
     split_size: str
     is_overwriting: bool
+    fit: str | None = None
 
 
 def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying: bool) -> list[str]:
     """Does the work, or only describes it; returns what to tell the user. Raises KimiLiteError."""
     importance = read_imatrix(settings.imatrix) if settings.imatrix else None
-    recipe, split_bytes = _choose_recipe(settings, importance), parse_size(settings.split_size)
+    split_bytes = parse_size(settings.split_size)
     src, dst = settings.src.expanduser(), settings.dst.expanduser()
+    model = open_model(src)
+    fit = fit_recipe(model, parse_budget(settings.fit), importance) if _is_fitting(settings) else None
+    recipe = with_overrides(
+        fit.recipe if fit else _choose_recipe(settings, importance), settings.tensor_types, importance is not None
+    )
+    fit_lines = [fit.summary] if fit else []
     if is_dry:
-        model = open_model(src)
         plan = make_plan(model, recipe)
         job = make_job(model, plan, dst, settings.is_overwriting, split_bytes, importance)
-        return [*describe_plan(plan, job.shards, dst.parent), *_note_lines(plan.notes)]
-    report = convert(src, dst, recipe, on_progress, settings.is_overwriting, split_bytes, importance)
-    lines = [*_note_lines(report.notes), *_report_lines(report)]
+        return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(plan.notes)]
+    report = convert(model, dst, recipe, on_progress, settings.is_overwriting, split_bytes, importance)
+    lines = [*_note_lines(report.notes), *fit_lines, *_report_lines(report)]
     return [*lines, verify(src, report.path, on_progress).summary] if is_verifying else lines
 
 
+def _is_fitting(settings: Settings) -> bool:
+    """Raises KimiLiteError where more than one way of choosing is named."""
+    named = {"--recipe": settings.recipe, "--type": settings.type_name, "--fit": settings.fit}
+    given = [flag for flag, value in named.items() if value]
+    if len(given) > 1:
+        raise KimiLiteError(f"{' and '.join(given)} exclude each other.", "Name one; --tensor-type makes exceptions from it.")
+    return settings.fit is not None
+
+
 def _choose_recipe(settings: Settings, importance: Importance | None) -> Recipe:
-    has_importance = importance is not None
-    if settings.recipe and settings.type_name:
-        raise KimiLiteError("--recipe and --type exclude each other.", "Of the two, --recipe spares all but the experts.")
     if settings.recipe:
-        recipe = find_recipe(settings.recipe, has_importance)
-    else:
-        recipe = uniform_recipe(settings.type_name or _DEFAULT_TYPE, has_importance)
-    return with_overrides(recipe, settings.tensor_types, has_importance)
+        return find_recipe(settings.recipe, importance is not None)
+    return uniform_recipe(settings.type_name or _DEFAULT_TYPE, importance is not None)
 
 
 def _note_lines(notes: tuple[str, ...]) -> list[str]:

@@ -55,7 +55,7 @@ def open_model(src: Path) -> SourceModel:
 
 
 def convert(
-    src: Path | str,
+    src: SourceModel | Path | str,
     dst: Path | str,
     recipe: Recipe | str,
     on_progress: OnProgress | None = None,
@@ -63,12 +63,12 @@ def convert(
     split_bytes: int = DEFAULT_SPLIT_BYTES,
     importance: Importance | None = None,
 ) -> ConvertReport:
-    """Writes the model `src` as the GGUF file `dst`, or as shards of up to `split_bytes` named after it. A recipe given as text
-    is one type for every matrix. `on_progress(tensor, bytes done, bytes in all)`. Raises KimiLiteError."""
+    """Writes the model `src`, opened or its place, as the GGUF file `dst`, or as shards of up to `split_bytes` named after it.
+    A recipe given as text is one type for every matrix. `on_progress(tensor, bytes done, bytes in all)`. Raises KimiLiteError."""
     start_s = time.perf_counter()
-    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    dst = Path(dst).expanduser()
     recipe = uniform_recipe(recipe, importance is not None) if isinstance(recipe, str) else recipe
-    model = open_model(src)
+    model = src if isinstance(src, SourceModel) else open_model(Path(src).expanduser())
     plan = make_plan(model, recipe)
     job = make_job(model, plan, dst, is_overwriting, split_bytes, importance)
     entries = run_job(job, on_progress)

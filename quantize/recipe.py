@@ -92,6 +92,11 @@ def _parse_override(text: str, has_importance: bool) -> Override:
         raise KimiLiteError(f"{pattern!r} is not a regular expression: {error}.", "Python's rules count.") from error
 
 
+def exact_override(name: str, layout: Layout) -> Override:
+    """An exception for the one tensor of this name."""
+    return Override(re.compile(f"^{re.escape(name)}$"), layout)
+
+
 def group_of(name: str, shape: tuple[int, ...]) -> str:
     """The group of a tensor, one of GROUPS."""
     is_norm_or_router = name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
