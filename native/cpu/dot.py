@@ -72,25 +72,29 @@ def _block32_rows(name: str, block_size: int, block_bytes: int):
 
     def rows(weights, row_bytes, num_rows, activations, token, out):
         k = load_i64(activations + K_SLOT)
-        blocks, spans = k // 32, k // 256
+        spans = k // 256
         x = load_i64(activations + KIND32 + X_CODES) + k * token
-        scales = load_i64(activations + KIND32 + X_SCALES) + 4 * blocks * token
-        sums16 = load_i64(activations + KIND32 + X_SUMS16) + 8 * blocks * token
-        sums32 = load_i64(activations + KIND32 + X_SUMS32) + 4 * blocks * token
-        stage, rest = stack_512(), (k - 256 * spans) // 32  # blocks that do not fill a span are copied, followed by zeros
+        scales = load_i64(activations + KIND32 + X_SCALES) + k // 8 * token
+        sums16 = load_i64(activations + KIND32 + X_SUMS16) + k // 4 * token
+        sums32 = load_i64(activations + KIND32 + X_SUMS32) + k // 8 * token
+        # Blocks that do not fill a span are followed by blocks of the next rows, times zero; behind the last rows by a copy.
+        stage, rest, num_direct, num_spans = stack_512(), (k - 256 * spans) // 32, 0, -(-k // 256)
         if rest > 0:
             clear_bytes(stage, 512)
             copy_bytes(stage, scales + 32 * spans, 4 * rest)
             copy_bytes(stage + 32, sums32 + 32 * spans, 4 * rest)
             copy_bytes(stage + 64, sums16 + 64 * spans, 8 * rest)
+            num_direct = num_rows - (-(-span_bytes // row_bytes))
         for row in range(num_rows):
             w, acc = weights + row * row_bytes, zero_f32x16()
-            for b in range(spans):
-                s16, s32 = sums16 + 64 * b, sums32 + 32 * b
-                acc = acc + dot8x32(name, w + b * span_bytes, x + 256 * b, scales + 32 * b, s16, s32)
-            if rest > 0:
-                copy_bytes(stage + 128, w + spans * span_bytes, 32 * rest // block_size * block_bytes)
-                acc = acc + dot8x32(name, stage + 128, x + 256 * spans, stage, stage + 64, stage + 32)
+            for b in range(num_spans):
+                blocks, s, s16, s32 = w + b * span_bytes, scales + 32 * b, sums16 + 64 * b, sums32 + 32 * b
+                if b == spans:
+                    s, s16, s32 = stage, stage + 64, stage + 32
+                    if row >= num_direct:
+                        copy_bytes(stage + 128, blocks, 32 * rest // block_size * block_bytes)
+                        blocks = stage + 128
+                acc = acc + dot8x32(name, blocks, x + 256 * b, s, s16, s32)  # one call, so that it is inlined
             store_f32(out + 4 * row, sum_f32x16(acc))
 
     return rows
