@@ -176,6 +176,15 @@ def make_document(options: Options, measured: Measured) -> dict:
     }
 
 
+def rounded(value):
+    """The document with six significant digits: the line is long enough."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def ratio_json(ratio: Spread) -> dict:
     return {"mean": ratio.mean, "sd": ratio.sd, "samples": list(ratio.samples)}
 
@@ -233,7 +242,7 @@ def main(
         report.say("this system cannot be asked to forget files: first runs may not be cold")
     options = Options(path, tuple(tests), repeats, threads, random, sweep, compare_with is not None, trace)
     measured = bench(options, report)
-    document = make_document(options, measured)
+    document = rounded(make_document(options, measured))
     if plot:
         draw(plot, [document])
     regressions = _check_baseline(before, document, report) if before else []

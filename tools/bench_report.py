@@ -31,7 +31,8 @@ class Report:
 
     def print_machine(self, environment: Mapping, model: Mapping, plan: str) -> None:
         isa = environment["isa"]
-        self.say(f"model  {model['name']}, {model['file_bytes'] / 1e9:.3f} GB, {model['total_parameters'] / 1e6:,.0f} M weights")
+        self.say(f"model  {model['name']}")
+        self.say(f"file   {model['file']}, {model['file_bytes'] / 1e9:.3f} GB, {model['total_parameters'] / 1e6:,.0f} M weights")
         self.say(f"cpu    {environment['cpu']}, {environment['threads']} threads, {isa['name']} ({isa['instruction']})")
         self.say(f"plan   {plan}")
 
