@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from native.isa import AVX512_VNNI, isa
+from native.isa import isa, target_features
 from native.simd import _call, _pointer, i8x64
 
 _BYTE, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -20,9 +20,14 @@ _BYTE, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 @cache
 def codebook(name: str) -> np.ndarray:
-    """The points of a type as unsigned codes: int64 (N, 8 or 4). IQ1's -1, 0, 1 become 0, 8, 16: room for its 1/8."""
+    """The points of a type as unsigned codes: int64 (N, 8 or 4). IQ1's -1, 0, 1 become 0, 8, 16: room for its 1/8.
+
+    IQ1_M's are listed twice, first plus 1/8, then minus: 2 and 0 more, as codes are unsigned.
+    """
     from gguf import quants
 
+    if name == "IQ1_M":
+        return np.concatenate([codebook("IQ1_S") + 2, codebook("IQ1_S")])
     source = getattr(quants, name)
     source.init_grid()
     points = source.grid.reshape(source.grid_shape).astype(np.int64)
@@ -102,6 +107,11 @@ def points_of_words(name: str, mask: int):
     return read
 
 
+def _has_fast_deposit() -> bool:
+    """Whether `pdep` is one instruction, not the 19 to 250 cycles of microcode that AMD had before Zen 3."""
+    return "bmi2" in target_features() and isa().cpu not in ("bdver4", "znver1", "znver2")
+
+
 def _split_by_shifts(builder, low, high, num_indices: int, index_bits: int, step: int):
     """Index i: byte i at `low`, and above it the bits of `high` from i * step on."""
     indices = []
@@ -114,7 +124,7 @@ def _split_by_shifts(builder, low, high, num_indices: int, index_bits: int, step
 
 
 def _split_by_deposit(builder, low, high, num_indices: int, index_bits: int, step: int):
-    """The same, four at a time: `pdep` spreads their bits in half the instructions. It is slow before AMD's Zen 3."""
+    """The same, four at a time: `pdep` spreads their bits in half the instructions."""
     indices, lanes = [], 0x0001_0001_0001_0001
 
     def deposit(value, mask: int):
@@ -137,7 +147,7 @@ def points_split(name: str, high_bits: int, num_half: int, step: int, index_bits
     @intrinsic
     def read(typingctx, low, high):
         def codegen(context, builder, sig, args):
-            split = _split_by_deposit if isa().name == AVX512_VNNI else _split_by_shifts
+            split = _split_by_deposit if _has_fast_deposit() else _split_by_shifts
             indices = []
             for half in range(2):
                 word = builder.zext(_load(builder, args[1], half * high_bits // 8, ir.IntType(high_bits)), _I32)
@@ -155,3 +165,4 @@ iq3_xxs_points = points_at("IQ3_XXS", tuple(range(16)))
 iq2_xs_points = points_of_words("IQ2_XS", 511)
 iq2_s_points, iq3_s_points = points_split("IQ2_S", 8, 4, 2, 10), points_split("IQ3_S", 8, 8, 1, 9)
 iq1_s_points, iq1_m_points = points_split("IQ1_S", 16, 4, 3, 11), points_split("IQ1_S", 16, 4, 4, 11)
+iq1_m_signed_points = points_split("IQ1_M", 16, 4, 4, 12)

@@ -136,6 +136,7 @@ def f16_from_bits(typingctx, bits):
     """The float32 value of a float16 given as the low 16 bits of a number."""
 
     def codegen(context, builder, sig, args):
-        return widen_half(builder, builder.bitcast(builder.trunc(args[0], ir.IntType(16)), ir.HalfType()))
+        half = builder.bitcast(builder.trunc(args[0], ir.IntType(16)), ir.HalfType())
+        return widen_half(builder, half)
 
     return types.float32(types.uint64), codegen

@@ -101,11 +101,13 @@ def packed_signs(words):
 @implements(dot256, *_SIGNED)
 def _signed_dot(name, block, x, sums16, sums32):
     at, bits, factors = points(name, block), sign_bits(name, block), scales(name, block)
-    x0, x1 = signed(name, bits, 0, load_i8x64(x)), signed(name, bits, 1, load_i8x64(x + 64))
+    x0 = signed(name, bits, 0, load_i8x64(x))
     acc0 = scaled_dot_u8x64(zero_i32x16(), magnitudes(name, at, 0), x0, spread_scales(factors, 0))
+    x1 = signed(name, bits, 1, load_i8x64(x + 64))
     acc1 = scaled_dot_u8x64(zero_i32x16(), magnitudes(name, at, 1), x1, spread_scales(factors, 1))
-    x2, x3 = signed(name, bits, 2, load_i8x64(x + 128)), signed(name, bits, 3, load_i8x64(x + 192))
+    x2 = signed(name, bits, 2, load_i8x64(x + 128))
     acc0 = scaled_dot_u8x64(acc0, magnitudes(name, at, 2), x2, spread_scales(factors, 2))
+    x3 = signed(name, bits, 3, load_i8x64(x + 192))
     acc1 = scaled_dot_u8x64(acc1, magnitudes(name, at, 3), x3, spread_scales(factors, 3))
     return int_to_f32x16(acc0 + acc1) * unit(name, block)
 

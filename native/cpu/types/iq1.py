@@ -2,7 +2,7 @@
 
 from numba import njit, types
 
-from native.codebooks import iq1_m_points, iq1_s_points
+from native.codebooks import iq1_m_points, iq1_m_signed_points, iq1_s_points
 from native.cpu.blocks import implements
 from native.cpu.types.grids import as_floats, magnitudes, points, scaled_excess, scales, unit
 from native.grid_lanes import (
@@ -15,6 +15,7 @@ from native.grid_lanes import (
     shifts_0_3_6_9,
     twice_i8x16,
 )
+from native.isa import AVX512_VNNI, isa
 from native.simd import load_f16, load_i8x16, load_u64
 
 # IQ1_S: d:2 | low index bytes:32 | 8 x (4 x 3 high index bits, 3-bit scale, sign of the 1/8) -------------------------------
@@ -55,15 +56,25 @@ def _iq1_s_unit(name, block):
 # IQ1_M: low index bytes:32 | 32 x (3 high index bits, sign of the 1/8) | 4 x (4 x 3-bit scale, a nibble of d) --------------
 
 
-@implements(points, "IQ1_M")
-def _iq1_m_block(name, block):
-    return block, twice_i8x16(load_i8x16(block + 32))
+if isa().name == AVX512_VNNI:
 
+    @implements(points, "IQ1_M")
+    def _iq1_m_block(name, block):
+        return block, twice_i8x16(load_i8x16(block + 32))
 
-@implements(magnitudes, "IQ1_M")
-def _iq1_m_magnitudes(name, points, chunk):
-    block, nibbles = points
-    return add_eighths(iq1_m_points(block + 8 * chunk, block + 32 + 4 * chunk), nibbles, chunk)
+    @implements(magnitudes, "IQ1_M")
+    def _iq1_m_magnitudes(name, points, chunk):
+        block, nibbles = points
+        return add_eighths(iq1_m_points(block + 8 * chunk, block + 32 + 4 * chunk), nibbles, chunk)
+else:  # the sign of the 1/8 picks the half of a doubled codebook
+
+    @implements(points, "IQ1_M")
+    def _iq1_m_block(name, block):
+        return block
+
+    @implements(magnitudes, "IQ1_M")
+    def _iq1_m_magnitudes(name, points, chunk):
+        return iq1_m_signed_points(points + 8 * chunk, points + 32 + 4 * chunk)
 
 
 @implements(scales, "IQ1_M")
