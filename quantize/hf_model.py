@@ -3,6 +3,7 @@
 Called by `quantize.convert`.
 """
 
+from collections.abc import Callable
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -11,17 +12,19 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from native.layouts import Layout
-from quantize.codecs import int4
+from quantize.codecs import int2, int4
 from quantize.metadata import model_metadata
 from quantize.model import SourceModel, SourceTensor, describe_files
 from quantize.names import Source, list_sources
 from quantize.source import Checkpoint
-from quantize.stored import Fp8Weight, Int4Weight, PlainWeight, StoredWeight
+from quantize.stored import Fp8Weight, Int2Weight, Int4Weight, PlainWeight, StoredWeight
 from quantize.tokenizer import tokenizer_metadata
 from quantize.writer import RowReader, Value
 
 _INCOMPLETE_HINT = "Check that config.json belongs to these weights and that all files are there."
-_EXACT = {"F32": ("F32",), "F16": ("F16", "F32"), "BF16": ("BF16", "F32")}
+_EXACT = {"f16": ("F16", "F32"), "bf16": ("BF16", "F32")}  # types that hold every value, by how it is stored; else F32
+_KEPT = {"Q4_0": int4, "Q2_0": int2}  # types that hold the very codes
+_Repack = Callable[[StoredWeight, int, int], np.ndarray]
 
 
 def open_hf_model(folder: Path) -> SourceModel:
@@ -73,16 +76,12 @@ def _check_sources(checkpoint: Checkpoint, sources: list[Source]) -> None:
 
 def _source_tensor(checkpoint: Checkpoint, source: Source) -> SourceTensor:
     weights = [checkpoint.weights[part.weight] for part in source.parts]
-    is_int4 = all(map(int4.can_repack, weights))
     kinds = {_stored_as(weight) for weight in weights}
-    exact = {"Q4_0"} if is_int4 else {"F32"}
-    for kind in kinds:
-        exact |= set(_EXACT.get(kind.upper(), ("F32",)))
-    if len(kinds) > 1:
-        exact = {"F32"}
+    kept = next((name for name, codec in _KEPT.items() if all(map(codec.can_repack, weights))), None)
+    exact = set.intersection(*({*_EXACT.get(kind, ("F32",))} for kind in kinds)) | ({kept} if kept else set())
 
     def open_rows(layout: Layout) -> RowReader:
-        return _row_reader(source, weights, is_int4 and layout.name == "Q4_0")
+        return _row_reader(source, weights, _KEPT[kept].repack_rows if layout.name == kept else None)
 
     return SourceTensor(source.name, source.shape, "+".join(sorted(kinds)), frozenset(exact), open_rows)
 
@@ -93,22 +92,24 @@ def _stored_as(weight: StoredWeight) -> str:
             return weight.raw.dtype.lower()
         case Int4Weight():
             return "int4"
+        case Int2Weight():
+            return "int2"
         case Fp8Weight():
             return "fp8"
     raise AssertionError(type(weight))
 
 
-def _row_reader(source: Source, weights: list[StoredWeight], is_exact_int4: bool) -> RowReader:
-    """Reads rows of the GGUF tensor from its parts, which all give the same number of rows; encoded already where INT4 codes
-    can be kept."""
+def _row_reader(source: Source, weights: list[StoredWeight], repack: _Repack | None) -> RowReader:
+    """Reads rows of the GGUF tensor from its parts, which all give the same number of rows; encoded already where codes can
+    be kept, by `repack`."""
     rows_of_part = prod(source.shape[:-1]) // len(source.parts)
 
     def read_part(index: int, start: int, stop: int) -> np.ndarray:
         part, weight = source.parts[index], weights[index]
         if part.is_transposed:
             return np.ascontiguousarray(weight.read_rows(part.start, part.stop)[:, start:stop].T)
-        if is_exact_int4:
-            return int4.repack_rows(weight, part.start + start, part.start + stop)
+        if repack:
+            return repack(weight, part.start + start, part.start + stop)
         return weight.read_rows(part.start + start, part.start + stop)
 
     def read_rows(start: int, stop: int) -> np.ndarray:

@@ -71,6 +71,8 @@ def _check_quantization(config: Mapping) -> tuple[int, int]:
     if method == "fp8":
         rows, columns = quantization.get("weight_block_size") or _FP8_BLOCK
         return rows, columns
+    if method == "humming" and quantization.get("b_dtype") == "uint2" and not quantization.get("has_zero_point"):
+        return _FP8_BLOCK
     groups = quantization.get("config_groups") or {}
     weights = [group.get("weights") or {} for group in groups.values()]
     is_int4 = all(w.get("num_bits") == 4 and w.get("type") == "int" and w.get("symmetric", True) for w in weights)
@@ -78,5 +80,5 @@ def _check_quantization(config: Mapping) -> tuple[int, int]:
         return _FP8_BLOCK
     have = f"quant_method {method!r}, format {quantization.get('format')!r}"
     raise KimiLiteError(
-        f"The checkpoint is quantized by {have}.", "Read are: none, block FP8, and pack-quantized symmetric INT4."
+        f"The checkpoint is quantized by {have}.", "Read are: none, block FP8, pack-quantized symmetric INT4, and uint2."
     )

@@ -1,4 +1,4 @@
-"""The ways a checkpoint stores a weight, each read as float32 rows: plain floats, FP8 in blocks, INT4 in groups.
+"""The ways a checkpoint stores a weight, each read as float32 rows: plain floats, FP8 in blocks, INT4 and 2 bits in groups.
 
 Rows are counted over all axes but the last, and only the rows asked for are touched. Everything here is exact in float32:
 each stored number is a float32, and each product below is the number the checkpoint stands for. Used by `quantize.source`.
@@ -15,7 +15,9 @@ from quantize.shards import RawTensor
 
 FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 _CODES_PER_WORD = 8
-_FORMATS_HINT = "It reads float32, float16, bfloat16, block FP8 (e4m3 with weight_scale_inv) and pack-quantized INT4."
+_FORMATS_HINT = "It reads float32, float16, bfloat16, block FP8 (e4m3), pack-quantized INT4 and Humming's uint2."
+    "It reads float32, float16, bfloat16, block FP8 (e4m3 with weight_scale_inv) pack-quantized INT4 and Humming's uint2."
+)
 
 
 class StoredWeight(Protocol):
@@ -97,6 +99,37 @@ class Int4Weight:
         return weights
 
 
+@dataclass(frozen=True, slots=True)
+class Int2Weight:
+    """Humming's uint2, as the 2-bit GSQ release of K2.5: sixteen codes in an int32, lowest bits first, that stand for
+    -2, -1, 0 and 1 times the scale of their group of columns."""
+
+    packed: RawTensor  # (N, M / 16) int32
+    scales: RawTensor  # (N, M / group)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.packed.shape[0], self.packed.shape[1] * _CODES_PER_WORD * 2
+
+    @property
+    def group(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    def read_codes(self, start: int, stop: int) -> np.ndarray:
+        """Codes 0..3 (the weight's integer plus 2) as uint8 (rows, M)."""
+        quads = self.packed.read_rows(start, stop).view(np.uint8)  # (R, M / 4)
+        return np.stack([quads & 3, quads >> 2 & 3, quads >> 4 & 3, quads >> 6], axis=-1).reshape(stop - start, -1)
+
+    def read_scales(self, start: int, stop: int) -> np.ndarray:
+        return _to_float32(self.scales.read_rows(start, stop), self.scales.dtype)  # (R, M / group)
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        scales = self.read_scales(start, stop)
+        weights = self.read_codes(start, stop).astype(np.float32) - np.float32(2)
+        weights.reshape(stop - start, scales.shape[1], -1)[...] *= scales[..., None]
+        return weights
+
+
 def make_weight(name: str, raw: dict[str, RawTensor], fp8_block: tuple[int, int]) -> StoredWeight:
     """The weight `name` (ending in ".weight", or plain), from whichever tensors of `raw` store it. Raises KimiLiteError."""
     if f"{name}_packed" in raw:
@@ -106,6 +139,8 @@ def make_weight(name: str, raw: dict[str, RawTensor], fp8_block: tuple[int, int]
     tensor = raw[name]
     if tensor.dtype == "F8_E4M3":
         return _make_fp8(name, raw, fp8_block)
+    if tensor.dtype == "I32":
+        return _make_int2(name, raw)
     if tensor.dtype not in FLOAT_DTYPES:
         raise KimiLiteError(f"{name} is stored as {tensor.dtype}, which this program does not read.", _FORMATS_HINT)
     return PlainWeight(tensor)
@@ -135,6 +170,18 @@ def _make_int4(name: str, raw: dict[str, RawTensor]) -> Int4Weight:
         have = f"{packed.dtype} {list(packed.shape)} with {scales.dtype} scales {list(scales.shape)}"
         raise KimiLiteError(f"{name} is not INT4 packed in groups along its rows: have {have}.", _FORMATS_HINT)
     return Int4Weight(packed, scales)
+
+
+def _make_int2(name: str, raw: dict[str, RawTensor]) -> Int2Weight:
+    packed, scales = raw[name], raw.get(f"{name}_scale")
+    is_sound = scales is not None and scales.dtype in FLOAT_DTYPES and len(packed.shape) == len(scales.shape) == 2
+    if is_sound:
+        columns = packed.shape[1] * _CODES_PER_WORD * 2
+        is_sound = packed.shape[0] == scales.shape[0] and scales.shape[1] > 0 and columns % scales.shape[1] == 0
+    if not is_sound:
+        have = f"{scales.dtype} scales {list(scales.shape)}" if scales else "no scales"
+        raise KimiLiteError(f"{name}: I32 {list(packed.shape)} is not 2-bit weights in groups: have {have}.", _FORMATS_HINT)
+    return Int2Weight(packed, scales)
 
 
 def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -67,7 +67,8 @@ def test_int4_word_of_the_published_example(tmp_path):
 @pytest.mark.parametrize(
     ("stored", "word"),
     [
-        ({"w.weight": ("I32", (2, 2))}, "stored as I32"),
+        ({"w.weight": ("U8", (2, 2))}, "stored as U8"),
+        ({"w.weight": ("I32", (2, 2)), "w.weight_scale": ("F32", (2, 3))}, "not 2-bit weights in groups"),
         ({"w.weight": ("F8_E4M3", (2, 2))}, "without w.weight_scale_inv"),
         ({"w.weight": ("F8_E4M3", (300, 2)), "w.weight_scale_inv": ("F32", (2, 1))}, r"need floats \[3, 1\]"),
         ({"w.weight_packed": ("I32", (2, 4))}, "without its scale"),
@@ -80,7 +81,7 @@ def test_int4_word_of_the_published_example(tmp_path):
     ],
 )
 def test_unknown_ways_of_storing_are_refused(tmp_path, stored, word):
-    itemsize = {"I32": "<i4", "F32": "<f4", "F8_E4M3": "u1"}
+    itemsize = {"U8": "u1", "I32": "<i4", "F32": "<f4", "F8_E4M3": "u1"}
     raw = {name: raw_tensor(tmp_path, name, dtype, np.zeros(shape, itemsize[dtype])) for name, (dtype, shape) in stored.items()}
     with pytest.raises(KimiLiteError, match=word):
         make_weight("w.weight", raw, (128, 128))
