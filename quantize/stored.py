@@ -16,8 +16,6 @@ from quantize.shards import RawTensor
 FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 _CODES_PER_WORD = 8
 _FORMATS_HINT = "It reads float32, float16, bfloat16, block FP8 (e4m3), pack-quantized INT4 and Humming's uint2."
-    "It reads float32, float16, bfloat16, block FP8 (e4m3 with weight_scale_inv) pack-quantized INT4 and Humming's uint2."
-)
 
 
 class StoredWeight(Protocol):
