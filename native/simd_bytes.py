@@ -31,6 +31,10 @@ from native.simd import (
     i16x32,
     i32x8,
     i32x16,
+    sum_f32x8,
+    sum_f32x16,
+    zero_f32x8,
+    zero_f32x16,
 )
 
 _BYTE, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
@@ -114,6 +118,11 @@ def _opaque(builder, value):
     """The same vector, through no instruction, where the optimizer cannot see."""
     kind = ir.FunctionType(value.type, [value.type])
     return builder.asm(kind, "", "=x,0" if value.type.count * value.type.element.width < 512 else "=v,0", [value], False)
+
+
+def _in_order(builder, value):
+    """The same vector, made in this order. Else LLVM unpacks a whole block at once and runs out of 16 registers."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=x,0", [value], True)
 
 
 def _opaque_mask(builder, mask):
@@ -418,7 +427,7 @@ def scaled_dot_u8x64(typingctx, acc, codes, x, scales):
         if isa().name == PORTABLE:
             return _scaled_generic(builder, *args)
         split = [_halves(builder, value, value.type.count) for value in args]
-        low, high = (_scaled_256(builder, *parts) for parts in zip(*split, strict=True))
+        low, high = (_in_order(builder, _scaled_256(builder, *parts)) for parts in zip(*split, strict=True))
         return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, 16), list(range(16))))
 
     return i32x16(i32x16, i8x64, i8x64, i16x32), codegen
@@ -459,6 +468,26 @@ def sum_small(typingctx, acc):
         return builder.shuffle_vector(*sums, ir.Constant(ir.VectorType(_I32, 16), list(range(16))))
 
     return i32x16(_SMALL), codegen
+
+
+# Sums of a row ----------------------------------------------------------------------------------------------------------
+# Where registers are few and hold 32 bytes, a row's sum takes one of them, not two.
+
+_IS_NARROW = isa().name in (AVX2, AVX_VNNI)
+zero_row, sum_row = (zero_f32x8, sum_f32x8) if _IS_NARROW else (zero_f32x16, sum_f32x16)
+
+
+@intrinsic
+def add_scaled(typingctx, acc, values, scale):
+    """A row's `acc` plus the f32x16 `values` times a scalar."""
+
+    def codegen(context, builder, sig, args):
+        acc, values, scale = args
+        if _IS_NARROW:
+            values = builder.fadd(*_halves(builder, values, 16))
+        return _call(builder, f"llvm.fma.v{acc.type.count}f32", acc.type, [values, _splat(builder, sig.args[0], scale), acc])
+
+    return acc(acc, f32x16, types.float32), codegen
 
 
 # Memory ----------------------------------------------------------------------------------------------------------------
