@@ -42,6 +42,17 @@ def widen_half(builder: ir.IRBuilder, value):
     return builder.bitcast(builder.or_(result, sign), wide)
 
 
+def widen_half_bits(builder: ir.IRBuilder, bits):
+    """One float16, given as an int16, -> float. Through an integer register: loaded as a float it would be merged into a vector
+    register, and so wait for whatever was computed there in the last turn of the loop."""
+    if not has_half_instructions():
+        return widen_half(builder, builder.bitcast(bits, ir.HalfType()))
+    lane = ir.Constant(ir.IntType(32), 0)
+    words = builder.insert_element(ir.Constant(ir.VectorType(ir.IntType(32), 4), None), builder.zext(bits, ir.IntType(32)), lane)
+    halves = builder.bitcast(words, ir.VectorType(ir.HalfType(), 8))
+    return builder.extract_element(widen_half(builder, halves), lane)
+
+
 def narrow_to_half(builder: ir.IRBuilder, value):
     """float (or a vector of them) -> half, rounded to nearest even; beyond 65504 infinity, NaN stays NaN."""
     half, word = _like(value.type, ir.HalfType()), _like(value.type, ir.IntType(32))

@@ -16,7 +16,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-from native.half import narrow_to_half, widen_half
+from native.half import narrow_to_half, widen_half, widen_half_bits
 from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
 
 _ELEMENTS = {"i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "f16": ir.HalfType(), "f32": ir.FloatType()}
@@ -257,7 +257,7 @@ load_f16x16 = _loader(f32x16, Vec("f16", 16).llvm, widen_half)
 load_bf16x16 = _loader(
     f32x16, i16x16.llvm, lambda b, v: b.bitcast(b.shl(b.zext(v, i32x16.llvm), _constant(i32x16, 16)), f32x16.llvm)
 )
-load_f16 = _loader(types.float32, ir.HalfType(), widen_half)
+load_f16 = _loader(types.float32, ir.IntType(16), widen_half_bits)
 load_f32 = _loader(types.float32, ir.FloatType())
 load_f64 = _loader(types.float64, ir.DoubleType())
 load_i64 = _loader(types.int64, ir.IntType(64))

@@ -178,7 +178,8 @@ def gather_f16(*offsets: int):
     @intrinsic
     def gather(typingctx, address):
         def codegen(context, builder, sig, args):
-            return widen_half(builder, _gather(builder, args[0], ir.HalfType(), offsets))
+            bits = _gather(builder, args[0], ir.IntType(16), offsets)  # as floats each load would wait for its register's past
+            return widen_half(builder, builder.bitcast(bits, Vec("f16", 8).llvm))
 
         return f32x8(types.uintp), codegen
 
