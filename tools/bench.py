@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import typer
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.gguf_store import GGUFStore
 from tools.bench_ours import Ours
 from tools.bench_plan import BenchTest, Passages, context_needed, load_tokens, plan_tests
 from tools.bench_report import Report, write_csv
@@ -86,7 +87,7 @@ def bench(options: Options, report: Report) -> Measured:
         report.print_roofline(bandwidth, ceilings)
         runners = {ours.name: ours.run}
         if options.compares:
-            llama = _open_llama(options, num_threads)
+            llama = _open_llama(ours.store.path, options.tests, num_threads)
             stack.callback(llama.close)
             runners[llama.name] = llama.run
         longest = max(test.context_tokens for test in options.tests)
@@ -97,11 +98,10 @@ def bench(options: Options, report: Report) -> Measured:
     return Measured(bandwidth, ceilings, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
 
 
-def _open_llama(options: Options, num_threads: int):
+def _open_llama(path: Path, tests: Sequence[BenchTest], num_threads: int):
     from tools.llama import Llama
 
-    most = max(test.num_sequences for test in options.tests)
-    return Llama(options.model, num_threads, context_needed(options.tests), most)
+    return Llama(path, num_threads, context_needed(tests), max(test.num_sequences for test in tests))
 
 
 def _measure(options, runners, passages, num_threads, ceilings, report: Report) -> list[tuple]:
@@ -238,7 +238,7 @@ def main(
     before = read_document(baseline) if baseline else None
     report = Report(sys.stdout if output == "md" else sys.stderr)
     path = model or _demo_path()
-    if cold and not drop_page_cache(_files_of(path)):
+    if cold and not drop_page_cache(GGUFStore.open(path).shards):
         report.say("this system cannot be asked to forget files: first runs may not be cold")
     options = Options(path, tuple(tests), repeats, threads, random, sweep, compare_with is not None, trace)
     measured = bench(options, report)
@@ -276,10 +276,6 @@ def _demo_path() -> Path:
     from kimi_lite.demo.build import ensure_demo_model
 
     return ensure_demo_model()
-
-
-def _files_of(path: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path.glob("*.gguf"))) if path.is_dir() else (path,)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def _measure(
         if reference:
             references.append(_open_reference(reference, chunks, threads))
         if compares:
-            references.append(LlamaLogits(model, ours.num_threads))
+            references.append(LlamaLogits(ours.store.path, ours.num_threads))
         for each in references:
             stack.callback(each.close)
         kept: list[np.ndarray] = []

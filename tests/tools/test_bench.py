@@ -265,6 +265,17 @@ def test_header_hash_is_of_the_header(tiny, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_shards_in_a_folder(tmp_path, quick):
+    """Cold, and beside llama.cpp, which wants the first shard by name."""
+    write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), max_tensors_per_shard=30)
+    flags = ["-m", tmp_path, "-p", "8", "-n", "2", "-r", "1", "-t", "1", "--cold"]
+    done = run_bench(*flags, *(["--compare", "llama.cpp"] if has_llama else []))
+    assert done.exit_code == 0, done.output
+    model = last_document(done.stdout)["model"]
+    assert model["file"].endswith("-of-00002.gguf") and model["file_bytes"] > 5e6
+    assert Path(model["file"]).stem.endswith("00001-of-00002")
+
+
 def test_page_cache_is_dropped_without_harm(tiny):
     before = tiny.read_bytes()
     assert environment.drop_page_cache((tiny,)) in (True, False)

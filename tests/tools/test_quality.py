@@ -148,7 +148,7 @@ def test_demo_perplexity_is_llama_cpps():
     theirs = LlamaLogits(path, ours.num_threads)
     ids = ours.tokenizer.encode(TEXT.read_text())
     assert ids == theirs.llama.tokenize(TEXT.read_text())
-    own, ((other, _),) = quality.score_text(ours, [theirs], list(chunks_of(ids, ours.bos_id, 12)), lambda rows: None)
+    own, ((other, _),) = quality.score_text(ours, [theirs], list(chunks_of(ids, ours.bos_id, 8)), lambda rows: None)
     ours.close()
     theirs.close()
     assert own.perplexity.mean == pytest.approx(other.perplexity.mean, rel=0.005)
