@@ -101,13 +101,14 @@ def make_job(
         )
         for planned in plan.tensors
     ]
-    for tensor in tensors:
-        _check_importance(tensor)
+    for planned, tensor in zip(plan.tensors, tensors, strict=True):
+        if not planned.is_exact:
+            _check_encoder(tensor)
     metadata = dict(model.make_metadata(plan.main_layout))
     return Job(dst, plan_shards(dst, tensors, split_bytes), metadata, model.origin, is_overwriting)
 
 
-def _check_importance(tensor: Tensor) -> None:
+def _check_encoder(tensor: Tensor) -> None:
     """Finds now, and not after hours, a tensor that the matrix lacks and whose type cannot be without."""
     try:
         find_layout(tensor.layout.name, tensor.importance is not None)

@@ -5,6 +5,7 @@ safe, and the files are byte for byte those of an undisturbed run: encoders are 
 Called by `quantize.convert`.
 """
 
+import glob
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,8 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> list[Entry]:
     check_folder(job.path)
     journal = Journal.open(job.journal_path, job.fingerprint(), job.is_overwriting)
     try:
+        if not journal.entries:
+            _remove_abandoned(job)
         _check_outputs(job, journal)
         _write_shards(job, journal, on_progress or (lambda name, done, total: None))
         for shard in job.shards:
@@ -96,6 +99,14 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> list[Entry]:
             journal.discard()
         journal.close()
     return journal.entries
+
+
+def _remove_abandoned(job: Job) -> None:
+    """Deletes the unfinished files of an earlier run with other settings, which may have had other shards."""
+    stem = glob.escape(job.path.name.removesuffix(".gguf"))
+    for pattern in (f"{stem}.gguf.partial", f"{stem}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].gguf.partial"):
+        for partial in job.path.parent.glob(pattern):
+            partial.unlink()
 
 
 def _check_outputs(job: Job, journal: Journal) -> None:

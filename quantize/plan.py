@@ -91,16 +91,17 @@ def _twice_quantized(tensors: Sequence[PlannedTensor]) -> Iterator[str]:
 
 
 def estimate_seconds(plan: Plan) -> float:
-    """Of encoding on all cores, by encoding a few Gaussian rows now; reading and writing go on meanwhile."""
+    """Of encoding what is not kept, on all cores, by encoding a few Gaussian rows now; disks work meanwhile."""
     rows = np.random.default_rng(0).standard_normal((_PROBE_WEIGHTS // 1024, 1024), np.float32)
     importance = np.ones(rows.shape[1], np.float32)
     seconds = 0.0
-    for layout in {tensor.layout for tensor in plan.tensors}:
+    changed = [tensor for tensor in plan.tensors if not tensor.is_exact]
+    for layout in {tensor.layout for tensor in changed}:
         encode(layout, rows[:1], importance)  # compiles
         start_s = time.perf_counter()
         encode(layout, rows, importance)
         per_weight_s = (time.perf_counter() - start_s) / rows.size
-        seconds += per_weight_s * sum(tensor.source.num_weights for tensor in plan.tensors if tensor.layout == layout)
+        seconds += per_weight_s * sum(tensor.source.num_weights for tensor in changed if tensor.layout == layout)
     return seconds / (os.cpu_count() or 1)
 
 

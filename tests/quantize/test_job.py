@@ -186,8 +186,11 @@ def test_unfinished_work_of_other_settings_is_kept_unless_told(tmp_path):
     with pytest.raises(KimiLiteError, match=r"with other settings .* after 0\.00 GB"):
         run_job(other)
     assert contents(tmp_path) == before
-    run_job(make_job(tmp_path / "out.gguf", make_tensors(11), is_overwriting=True))
-    assert len(GGUFStore.open(other.shards[0].path).tensors) == 11
+    three = make_job(tmp_path / "out.gguf", make_tensors(11), max_bytes=60_000, is_overwriting=True)
+    assert len(three.shards) != len(other.shards)
+    run_job(three)
+    assert len(GGUFStore.open(three.shards[0].path).tensors) == 11
+    assert not [*tmp_path.glob("*.partial")]
 
 
 def test_existing_shards_are_kept_unless_told(tmp_path):

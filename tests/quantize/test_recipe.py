@@ -1,12 +1,14 @@
 """Recipes, exceptions and the dry run's table."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from native.layouts import BY_NAME
-from quantize.codecs import find_layout
+from quantize.codecs import find_layout, ggml
 from quantize.convert import convert, open_model
 from quantize.gguf_model import open_gguf_model
 from quantize.plan import describe_plan, estimate_seconds, make_plan
@@ -22,6 +24,15 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     make_checkpoint(folder, "kimi_int4")
     return folder
+
+
+@pytest.fixture
+def without_ggml(monkeypatch):
+    """As if the ggml extra were not installed."""
+    ggml._library.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    yield
+    ggml._library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -99,8 +110,9 @@ def test_the_estimate_counts_every_tensor(folder):
     assert estimate_seconds(make_plan(model, find_recipe("tq1_0"))) > 0
 
 
-def test_lossless_keeps_every_bit(folder, tmp_path):
+def test_lossless_keeps_every_bit(folder, tmp_path, without_ggml):
     recipe = find_recipe("q4_0-lossless")
+    assert estimate_seconds(make_plan(open_model(folder), recipe)) == 0.0  # nothing is encoded
     convert(folder, tmp_path / "out.gguf", recipe)
     convert(folder, tmp_path / "f32.gguf", "f32")
     lossless, exact = (open_gguf_model(tmp_path / name).tensors for name in ("out.gguf", "f32.gguf"))
