@@ -12,7 +12,7 @@ is shown apart: it finds code, page tables or the page cache cold. The last line
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ import typer
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
-from tools.bench_ours import Ours
+from tools.bench_ours import Ours, Runner
 from tools.bench_plan import BenchTest, Passages, context_needed, load_tokens, plan_tests
 from tools.bench_report import Report, write_csv
 from tools.bench_result import Result, Spread, compare, find_regressions, make_result, num_comparable
@@ -57,13 +57,16 @@ class Options:
         return BenchTest("tg", _TRACED_TOKENS, max(test.depth for test in self.tests))
 
 
+Row = tuple[Result, Result | None, Spread | None]  # ours, llama.cpp's, ratio
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Everything that was found, before it is printed or written."""
 
     bandwidth: Bandwidth
     ceilings: Sequence[Ceiling]
-    rows: Sequence[tuple[Result, Result | None, Spread | None]]  # ours, llama.cpp's, ratio
+    rows: Sequence[Row]
     environment: dict
     model: dict
     stolen_s: float
@@ -104,7 +107,14 @@ def _open_llama(path: Path, tests: Sequence[BenchTest], num_threads: int):
     return Llama(path, num_threads, context_needed(tests), max(test.num_sequences for test in tests))
 
 
-def _measure(options, runners, passages, num_threads, ceilings, report: Report) -> list[tuple]:
+def _measure(
+    options: Options,
+    runners: Mapping[str, Runner],
+    passages: Passages,
+    num_threads: int,
+    ceilings: Mapping[BenchTest, Ceiling],
+    report: Report,
+) -> list[Row]:
     """A line for each test as soon as it is known."""
     rows = []
     report.begin_results()

@@ -2,7 +2,7 @@
 
 While a tracer is attached, every program is replaced by one in which a tiny kernel notes the time before each operation (all
 threads have then finished the one before). Without a tracer nothing of this exists, so tracing costs nothing when it is off; on,
-it adds a barrier and a clock read, well under a microsecond, to each operation.
+it adds a barrier and a clock read to each operation.
 """
 
 import ctypes
