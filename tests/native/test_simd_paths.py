@@ -1,11 +1,13 @@
 """Every type on the paths that this machine would not choose, each in a process of its own, in guarded memory.
 
-A first run compiles all kernels for each path (about a minute of one core), later ones find them in the cache.
+A first run compiles all kernels for each path (about 40 seconds of a core each, side by side); later ones find them in the
+cache.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,48 +15,66 @@ import pytest
 from native.isa import AVX2, PORTABLE, isa, target_features
 
 ROOT = Path(__file__).parents[2]
-# haswell, because LLVM gives some later names VNNI instructions whatever the features say
-AVX2_TARGET = {
-    "NUMBA_CPU_NAME": "haswell",
-    "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.1,+sse4.2,+ssse3,+popcnt,+lzcnt",
+IS_X86 = isa().name != PORTABLE
+TARGETS = {
+    # haswell, because LLVM gives some later names VNNI instructions whatever the features say
+    AVX2: {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.1,+sse4.2,+ssse3,+popcnt,+lzcnt",
+    },
+    PORTABLE: {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"} if IS_X86 else {},
 }
-PORTABLE_TARGET = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"}
-NEEDS_PAGES = pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX's")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="forbidden pages are made with mprotect, which is POSIX's"),
+    pytest.mark.timeout(900),  # a cold cache on a busy machine
+]
 
 
-def run(code: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+def start(code: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *code], env={**os.environ, **environment}, cwd=ROOT, **pipes)
 
 
-def check(path: str, environment: dict[str, str]) -> None:
-    result = run(["-m", "tests.native.path_check", path], environment)
-    assert result.returncode == 0 and result.stdout.endswith("all equal\n"), f"{result.stdout}\n{result.stderr[-2000:]}"
+@pytest.fixture(scope="module")
+def checks() -> Iterator[dict[str, subprocess.Popen]]:
+    """The processes of the other paths, started at once."""
+    names = [name for name in TARGETS if name != AVX2 or "avx2" in target_features()]
+    processes = {name: start(["-m", "tests.native.path_check", name], TARGETS[name]) for name in names}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
 
 
-@NEEDS_PAGES
-def test_a_read_behind_guarded_memory_ends_the_process():
-    """Otherwise the other tests here would prove nothing."""
-    lines = "import ctypes, numpy; from tests.native.guard import {0}; a = {0}(numpy.zeros(3, numpy.uint8)); print(a.sum())"
-    for name, offset in (("at_page_end", 3), ("at_page_start", -1)):
-        code = f"{lines.format(name)}; ctypes.string_at(a.ctypes.data + {offset}, 1); print('survived')"
-        result = run(["-c", code], {})
-        assert result.returncode != 0 and result.stdout == "0\n", (result.stdout, result.stderr)
+def expect_equal(process: subprocess.Popen) -> None:
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.endswith("all equal\n"), f"{out}\n{err[-2000:]}"
 
 
-@NEEDS_PAGES
-def test_this_machines_path():
-    check(isa().name, {})
+@pytest.mark.parametrize(("name", "offset"), [("at_page_end", 3), ("at_page_start", -1)])
+def test_a_read_outside_guarded_memory_ends_the_process(name, offset):
+    """Otherwise the other tests here would prove little."""
+    code = f"""
+import ctypes, numpy
+from tests.native.guard import {name}
+array = {name}(numpy.zeros(3, numpy.uint8))
+print(array.sum(), flush=True)
+ctypes.string_at(array.ctypes.data + {offset}, 1)
+print("survived")
+"""
+    process = start(["-c", code], {})
+    out, _ = process.communicate()
+    assert process.returncode != 0 and out == "0\n", out
 
 
-@NEEDS_PAGES
 @pytest.mark.skipif("avx2" not in target_features(), reason="this CPU has no AVX2")
-def test_avx2():
-    check(AVX2, AVX2_TARGET)
+def test_avx2(checks):
+    expect_equal(checks[AVX2])
 
 
-@NEEDS_PAGES
-def test_portable():
-    is_x86 = isa().name != PORTABLE
-    check(PORTABLE, PORTABLE_TARGET if is_x86 else {})
+def test_portable(checks):
+    expect_equal(checks[PORTABLE])
+
+
+def test_the_path_of_this_machine():
+    expect_equal(start(["-m", "tests.native.path_check", isa().name], {}))
