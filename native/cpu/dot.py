@@ -31,12 +31,15 @@ from native.simd import (
     load_f32,
     load_f32x16,
     load_i64,
+    prefetch_near,
     store_f32,
     sum_f32x16,
     zero_f32x16,
 )
 from native.simd_bytes import add_scaled, clear_bytes, copy_bytes, stack_512, sum_row, zero_row
 
+# 256 weights in about a cache line make rows too short for the hardware to find their pace; for others it needs no help.
+_SHORT_BYTES, _AHEAD_BYTES = 72, 2048
 ROWS_SIGNATURE = types.void(*[types.int64] * 6)
 
 
@@ -90,6 +93,8 @@ def _block32_rows(name: str, block_size: int, block_bytes: int):
         for row in range(num_rows):
             w, acc = weights + row * row_bytes, zero_f32x16()
             for b in range(num_spans):
+                if span_bytes <= _SHORT_BYTES:
+                    prefetch_near(w + b * span_bytes + _AHEAD_BYTES)
                 blocks, s, s16, s32 = w + b * span_bytes, scales + 32 * b, sums16 + 64 * b, sums32 + 32 * b
                 if b == spans:
                     s, s16, s32 = stage, stage + 64, stage + 32
@@ -115,6 +120,8 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
         for row in range(num_rows):
             w, acc = weights + row * row_bytes, zero_row()
             for b in range(blocks):
+                if block_bytes <= _SHORT_BYTES:
+                    prefetch_near(w + b * block_bytes + _AHEAD_BYTES)
                 values = dot256(name, w + b * block_bytes, x + 256 * b, sums16 + 64 * b, sums32 + 32 * b)
                 acc = add_scaled(acc, values, load_f32(scales + 32 * b))
             store_f32(out + 4 * row, sum_row(acc))
