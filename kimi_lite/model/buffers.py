@@ -10,7 +10,7 @@ from native.cpu.attention import AttentionBuffers
 class Buffers:
     """Arrays for `capacity` tokens; `kinds` says which int8 forms each of the layers' inputs needs."""
 
-    def __init__(self, config: ModelConfig, capacity: int, num_absorbed: int, num_threads: int, kinds: dict[str, set]) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, num_absorbed: int, kinds: dict[str, set]) -> None:
         c = config
         self.capacity, self._kinds = capacity, kinds
         self.x = np.zeros((capacity, c.hidden_size), np.float32)  # the residual stream
@@ -20,7 +20,7 @@ class Buffers:
         self.q = np.zeros((capacity, c.num_heads * c.qk_head_dim), np.float32)
         self.kv = np.zeros((capacity, c.kv_latent_size), np.float32)
         sizes = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank)
-        self.attention = AttentionBuffers(num_absorbed, c.num_heads, sizes, (kinds["k_b"], kinds["v_b"]), num_threads)
+        self.attention = AttentionBuffers(num_absorbed, c.num_heads, sizes, (kinds["k_b"], kinds["v_b"]))
         self.heads = Activations(capacity, c.num_heads * c.v_head_dim, kinds["heads"])
         self.router_logits = np.zeros((capacity, max(1, c.num_experts)), np.float32)
         self.router_choice = np.zeros_like(self.router_logits)

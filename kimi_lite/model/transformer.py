@@ -71,7 +71,7 @@ class Transformer:
         self._inverse_frequencies = rope_inverse_frequencies(config)  # (rope / 2,)
         self._rope_factor = rope_attention_factor(config)
         kinds = _activation_kinds(config, attention, feed_forward)
-        self._buffers = Buffers(config, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, self.team.num_threads, kinds)
+        self._buffers = Buffers(config, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds)
         self._layers = list(zip(attention, feed_forward, strict=True))  # keeps the weights mapped
         self._lay_out(store)
 
@@ -151,7 +151,7 @@ class Transformer:
         absorbed = [piece for piece in batch.sequences if piece not in expanded]
         rows = [(piece.start + i, 1, piece) for piece in absorbed for i in range(piece.length)]
         longest = int(batch.positions.max()) + 1
-        splits = num_splits(len(rows), longest, self.config.num_heads, self.team.num_threads)
+        splits = num_splits(len(rows), longest, self.config.num_heads)
         self._run.set_attention(
             _records([(row, 1, batch.positions[row], piece.pages) for row, _, piece in rows]),
             _records([(p.start, p.length, batch.positions[p.start], p.pages) for p in expanded]),

@@ -50,7 +50,7 @@ from native.simd import (
 )
 
 _MINUS_INFINITY = types.float32(-np.inf)
-SPLIT_POSITIONS = 512  # a span is at least this long
+SPLIT_POSITIONS, _TASKS = 512, 64  # a span is at least this long; tasks that keep 16 cores busy to the end
 
 # int64 slots of the arguments shared by the three kernels
 _RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE = (8 * i for i in range(11))
@@ -216,11 +216,11 @@ def _combine_kernel(args, thread, team):
 class AttentionBuffers:
     """What absorbed attention needs for up to `capacity` tokens at once; shared by all layers."""
 
-    def __init__(self, capacity: int, num_heads: int, sizes: tuple[int, int, int], kinds: tuple[set, set], num_threads: int):
+    def __init__(self, capacity: int, num_heads: int, sizes: tuple[int, int, int], kinds: tuple[set, set]):
         """sizes: (nope, rope, kv_lora); kinds: int8 forms for the k_b and v_b products."""
         nope, rope, kv_lora = sizes
         self.capacity = capacity
-        self.max_spans = capacity + 4 * num_threads  # tokens times splits
+        self.max_spans = capacity + _TASKS  # tokens times splits
         self.query = Activations(capacity * num_heads, nope, kinds[0])
         self.latent_q = np.zeros((capacity * num_heads, kv_lora + rope), np.float32)
         group = heads_per_group(num_heads)
@@ -258,8 +258,11 @@ def attention_ops(
     return [(kernel.address, table) for kernel in kernels]
 
 
-def num_splits(num_tokens: int, longest: int, num_heads: int, num_threads: int) -> int:
-    """Spans per token and head group: enough tasks for all threads, none shorter than SPLIT_POSITIONS."""
+def num_splits(num_tokens: int, longest: int, num_heads: int) -> int:
+    """Spans per token and head group: enough tasks for many threads, none shorter than SPLIT_POSITIONS.
+
+    How many threads there are has no say, so that the same prompt gives the same answer on any number of them.
+    """
     groups = max(1, num_tokens * -(-num_heads // heads_per_group(num_heads)))
-    wanted = -(-4 * num_threads // groups)
+    wanted = -(-_TASKS // groups)
     return max(1, min(wanted, longest // SPLIT_POSITIONS))

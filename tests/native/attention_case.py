@@ -68,7 +68,7 @@ class Sequences:
         run.set_positions(np.zeros(self.num_tokens, np.int64), self.cos, self.sin)
         run.set_attention(*self._records(expanded), num_splits, self.pages)
         kinds = tuple({activation_kind(name)} - {0} for name in self.types)
-        buffers = AttentionBuffers(self.num_tokens * num_splits, heads, (nope, rope, kv_lora), kinds, num_threads)
+        buffers = AttentionBuffers(self.num_tokens * num_splits, heads, (nope, rope, kv_lora), kinds)
         out = Activations(self.num_tokens, heads * value, set())
         q = self.q.copy()
         matrices = (describe_matrix(self.k_b, self.types[0], nope), describe_matrix(self.v_b, self.types[1], kv_lora))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from native import reference
-from native.cpu.attention import num_splits
+from native.cpu.attention import AttentionBuffers, num_splits
 from native.cpu.latent import write_latent_op
 from tests.native.attention_case import Sequences, round_to, stored_values
 from tests.native.harness import run_ops, run_table
@@ -103,9 +103,12 @@ def test_a_query_that_is_not_finite(is_expanded, types, hostile):
 
 
 def test_number_of_spans():
-    assert num_splits(1, 500, 64, 16) == 1, "none shorter than 512"
-    assert num_splits(1, 100_000, 64, 8) == 4
-    assert num_splits(64, 100_000, 64, 8) == 1, "tokens are tasks enough"
+    assert num_splits(1, 500, 64) == 1, "none shorter than 512"
+    assert num_splits(1, 2048, 64) == 4
+    assert num_splits(1, 100_000, 64) == 8
+    assert num_splits(64, 100_000, 64) == 1, "tokens are tasks enough"
+    spans = {(t, h): t * num_splits(t, 10**6, h) for t in (1, 2, 3, 7, 64) for h in (1, 5, 16, 64, 128)}
+    assert all(AttentionBuffers(t, h, (16, 16, 32), (set(), set())).max_spans >= n for (t, h), n in spans.items())
 
 
 def written_latents(kv, weight, rope, dtype, num_threads=1):

@@ -17,6 +17,7 @@ from tests.native.random_rows import random_rows
 
 NUM_TASKS = 64
 THREADS = (1, 2, 4)
+pytestmark = pytest.mark.timeout(120, method="thread")  # a signal does not reach a thread that spins in a kernel
 
 
 @cfunc(KERNEL, cache=True)
