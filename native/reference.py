@@ -113,12 +113,13 @@ def route(
 
     DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and DeepSeek-V2 (arXiv 2405.04434, section 2.2.2). The bias steers the
     choice and not the weights; a group counts by its two best experts with a bias, by its best without. Of equals the
-    lower number wins; NaN comes first, so that it is seen.
+    lower number wins; NaN and infinity come first with the weight NaN, so that they are seen (a bias of -infinity is no error).
     """
-    logits = logits.astype(np.float32)
+    logits = np.where(np.isfinite(logits), logits.astype(np.float32), np.float32(np.nan))
     with np.errstate(over="ignore"):
         scores = 1 / (1 + np.exp(-logits)) if is_sigmoid else softmax(logits)
     choice = scores if bias is None else scores + bias  # (T, E)
+    scores = np.where(choice < np.inf, scores, np.float32(np.nan))
     ids = np.empty((len(logits), top_k), np.int32)
     for token, row in enumerate(choice):
         by_group = row.reshape(groups[0], -1)

@@ -13,13 +13,16 @@ from native.cpu.run import NUM_TOKENS
 from native.cpu.threads import next_task
 from native.simd import load_f32, load_i64, store_f32, store_i32
 
-_MINUS_INFINITY = types.float32(-np.inf)
+_INFINITY, _MINUS_INFINITY, _NAN = types.float32(np.inf), types.float32(-np.inf), types.float32(np.nan)
 _LOWEST, _HIGHEST = types.float32(np.finfo(np.float32).min), types.float32(np.finfo(np.float32).max)
 
 
 @njit(error_model="numpy")
 def _scores(logits, num_experts, is_sigmoid):
-    """Turns logits into scores in place."""
+    """Turns logits into scores in place. An infinite logit becomes NaN: its score of 0 or 1 would look healthy."""
+    for e in range(num_experts):
+        logit = load_f32(logits + 4 * e)
+        store_f32(logits + 4 * e, logit + (logit - logit))
     if is_sigmoid:
         for e in range(num_experts):
             store_f32(logits + 4 * e, types.float32(1) / (types.float32(1) + np.exp(-load_f32(logits + 4 * e))))
@@ -80,8 +83,10 @@ def _route_kernel(args, thread, team):
         scores, chosen = logits + 4 * num_experts * token, choice + 4 * num_experts * token
         _scores(scores, num_experts, is_sigmoid)
         for e in range(num_experts):
-            extra = load_f32(bias + 4 * e) if bias != 0 else types.float32(0)
-            store_f32(chosen + 4 * e, _rank(load_f32(scores + 4 * e) + extra))
+            rank = load_f32(scores + 4 * e) + (load_f32(bias + 4 * e) if bias != 0 else types.float32(0))
+            store_f32(chosen + 4 * e, _rank(rank))
+            if not rank < _INFINITY:  # where only the bias is NaN or infinite
+                store_f32(scores + 4 * e, _NAN)
         if num_groups > 1:
             _keep_best_groups(chosen, num_experts, num_groups, num_kept, bias != 0)
         total = types.float32(0)

@@ -84,9 +84,23 @@ def test_nan_is_chosen_and_nobody_twice(groups, is_sigmoid, has_bias):
     ids, weights = route(logits, bias, 8, groups=groups, is_sigmoid=is_sigmoid)
     for row in ids:
         assert len(set(row.tolist())) == 8 and (row >= 0).all() and (row < 64).all()
-    assert np.isnan(weights[1:3]).any(axis=1).all()
+    assert np.isnan(weights[1:4]).any(axis=1).all()
     assert np.isfinite(weights[[0, 4]]).all()
-    assert 7 in ids[3]
+    assert is_sigmoid <= (7 in ids[3])
+
+
+@pytest.mark.parametrize("hostile", [np.nan, np.inf])
+def test_a_bias_that_is_not_finite_is_seen_in_the_weights(hostile):
+    bias = np.array([0, hostile, -np.inf, 0], np.float32)
+    ids, weights = check_nan(np.zeros((1, 4), np.float32), bias)
+    assert ids[0, 0] == 1 and np.isnan(weights).all()
+
+
+def check_nan(logits, bias):
+    ids, weights = route(logits, bias, 2)
+    expected_ids, expected_weights = reference.route(logits, bias, 2)
+    assert np.array_equal(ids, expected_ids) and np.array_equal(weights, expected_weights, equal_nan=True)
+    return ids, weights
 
 
 def test_minus_infinity_everywhere():
