@@ -38,7 +38,7 @@ _MIN_BYTES = 256 << 20
 _CACHED_BYTES, _CACHED_RUNS = 192 << 10, 64
 _PREFILL_ROWS, _PREFILL_TOKENS = 64, (128, 512)  # rows for each thread
 _AVX2 = {
-    "NUMBA_CPU_NAME": "alderlake",
+    "NUMBA_CPU_NAME": "haswell",
     "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.1,+sse4.2,+ssse3,+popcnt,+lzcnt",
 }
 
