@@ -17,7 +17,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, models, register_model
 
 from native.half import narrow_to_half, widen_half, widen_half_bits
-from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
+from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, isa
 
 _ELEMENTS = {"i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "f16": ir.HalfType(), "f32": ir.FloatType()}
 _I32 = ir.IntType(32)
@@ -249,24 +249,19 @@ def _first_lane(builder, word):
 # Loads and stores -----------------------------------------------------------------------------------------------------
 
 load_i8x16, load_i8x32, load_i8x64 = (_loader(v, v.llvm) for v in (i8x16, i8x32, i8x64))
-load_i16x16 = _loader(i16x16, i16x16.llvm)
 load_i32x16 = _loader(i32x16, i32x16.llvm)
 load_f32x16, load_f32x8 = _loader(f32x16, f32x16.llvm), _loader(f32x8, f32x8.llvm)
-load_i8x4 = _loader(i8x16, _I32, lambda b, v: _first_lane(b, v))  # 4 bytes, then 12 zeros
 load_f16x16 = _loader(f32x16, Vec("f16", 16).llvm, widen_half)
 load_bf16x16 = _loader(
     f32x16, i16x16.llvm, lambda b, v: b.bitcast(b.shl(b.zext(v, i32x16.llvm), _constant(i32x16, 16)), f32x16.llvm)
 )
 load_f16 = _loader(types.float32, ir.IntType(16), widen_half_bits)
 load_f32 = _loader(types.float32, ir.FloatType())
-load_f64 = _loader(types.float64, ir.DoubleType())
 load_i64 = _loader(types.int64, ir.IntType(64))
 load_u64 = _loader(types.uint64, ir.IntType(64))
 load_i32 = _loader(types.int32, ir.IntType(32))
 load_u32 = _loader(types.uint32, ir.IntType(32))
 load_u16 = _loader(types.uint16, ir.IntType(16))
-load_u8 = _loader(types.uint8, ir.IntType(8))
-load_i8 = _loader(types.int8, ir.IntType(8))
 
 
 def _to_bf16(builder, value):
@@ -283,7 +278,6 @@ store_f16x16 = _storer(f32x16, Vec("f16", 16).llvm, narrow_to_half)
 store_bf16x16 = _storer(f32x16, i16x16.llvm, _to_bf16)
 store_f32x8 = _storer(f32x8, f32x8.llvm)
 store_i8x16, store_i8x32, store_i8x64 = (_storer(v, v.llvm) for v in (i8x16, i8x32, i8x64))
-store_i8x4 = _storer(i8x16, _I32, lambda b, v: b.extract_element(b.bitcast(v, i32x4.llvm), ir.Constant(_I32, 0)))
 store_i32x16 = _storer(i32x16, i32x16.llvm)
 store_f32 = _storer(types.float32, ir.FloatType())
 store_i32 = _storer(types.int32, ir.IntType(32))
@@ -292,40 +286,34 @@ store_i64 = _storer(types.int64, ir.IntType(64))
 # Constants, broadcasts, shuffles --------------------------------------------------------------------------------------
 
 zero_i8x16 = _maker(i8x16, 0)
-zero_i32x8, zero_i32x16 = _maker(i32x8, 0), _maker(i32x16, 0)
+zero_i32x16 = _maker(i32x16, 0)
 zero_f32x8, zero_f32x16 = _maker(f32x8, 0.0), _maker(f32x16, 0.0)
 splat_f32x8, splat_f32x16 = _broadcaster(f32x8, types.float32), _broadcaster(f32x16, types.float32)
-splat_i32x16, splat_i8x64 = _broadcaster(i32x16, types.int32), _broadcaster(i8x64, types.int8)
+splat_i32x16 = _broadcaster(i32x16, types.int32)
 
 join_i8x16 = _shuffler2(i8x16, i8x32, range(32))  # (16, 16) -> 32
 join_i8x32 = _shuffler2(i8x32, i8x64, range(64))  # (32, 32) -> 64
 twice_i8x32 = _shuffler(i8x32, i8x64, [*range(32)] * 2)  # 32 -> the same 32 twice
-low_i8x64, high_i8x64 = _shuffler(i8x64, i8x32, range(32)), _shuffler(i8x64, i8x32, range(32, 64))
-third_i8x64, last_i8x64 = _shuffler(i8x64, i8x16, range(32, 48)), _shuffler(i8x64, i8x16, range(48, 64))
-low_i32x16, high_i32x16 = _shuffler(i32x16, i32x8, range(8)), _shuffler(i32x16, i32x8, range(8, 16))
+low_i8x64 = _shuffler(i8x64, i8x32, range(32))
 low_f32x16, high_f32x16 = _shuffler(f32x16, f32x8, range(8)), _shuffler(f32x16, f32x8, range(8, 16))
 
 # Conversions and arithmetic -------------------------------------------------------------------------------------------
 
-int_to_f32x16, int_to_f32x8 = _converter(i32x16, f32x16, "sitofp"), _converter(i32x8, f32x8, "sitofp")
+int_to_f32x16 = _converter(i32x16, f32x16, "sitofp")
 f32_to_i32x16 = _converter(f32x16, i32x16, "fptosi")  # truncates: round first
 narrow_i32x16 = _converter(i32x16, i8x16, "trunc")
 widen_i8x16 = _converter(i8x16, i32x16, "zext")
 widen_signed_i8x16 = _converter(i8x16, i32x16, "sext")
 round_f32x16 = _unary(f32x16, "llvm.rint.v16f32")  # to nearest even
 divide_f32x16 = _divider(f32x16)
-abs_f32x16 = _unary(f32x16, "llvm.fabs.v16f32")
-max_f32x16, min_f32x16 = _binary(f32x16, "llvm.maxnum.v16f32"), _binary(f32x16, "llvm.minnum.v16f32")
+max_f32x16 = _binary(f32x16, "llvm.maxnum.v16f32")
 sum_f32x16 = _reducer(f32x16, types.float32, "llvm.vector.reduce.fadd.v16f32", -0.0)
 sum_f32x8 = _reducer(f32x8, types.float32, "llvm.vector.reduce.fadd.v8f32", -0.0)
 largest_f32x16 = _reducer(f32x16, types.float32, "llvm.vector.reduce.fmax.v16f32")
 sum_i32x16 = _reducer(i32x16, types.int32, "llvm.vector.reduce.add.v16i32")
 max_i32x16 = _binary(i32x16, "llvm.smax.v16i32")
 largest_i32x16 = _reducer(i32x16, types.int32, "llvm.vector.reduce.smax.v16i32")
-as_i32x16 = _bitcaster(i8x64, i32x16)
-as_i8x64 = _bitcaster(i32x16, i8x64)
-words_of, bytes_of = _bitcaster(i8x64, i16x32), _bitcaster(i16x32, i8x64)
-halves_0_2, halves_4_6, halves_0_4 = (_maker(i16x32, [a] * 16 + [b] * 16) for a, b in ((0, 2), (4, 6), (0, 4)))
+words_of = _bitcaster(i8x64, i16x32)
 f32_bits = _bitcaster(f32x16, i32x16)
 f32_from_bits = _bitcaster(i32x16, f32x16)
 
@@ -356,7 +344,7 @@ def _fused(vec: Vec, llvm_name: str):
     return fma
 
 
-fma_f32x16, fma_f32x8 = _fused(f32x16, "llvm.fma.v16f32"), _fused(f32x8, "llvm.fma.v8f32")
+fma_f32x16 = _fused(f32x16, "llvm.fma.v16f32")
 
 
 # Dot products of bytes: 4 products a lane, summed into int32 ----------------------------------------------------------
@@ -431,9 +419,9 @@ def _dot(acc_vec: Vec, byte_vec: Vec, emit):
     return dot
 
 
-dot_u8x64, dot_u8x32 = _dot(i32x16, i8x64, _dot_unsigned), _dot(i32x8, i8x32, _dot_unsigned)  # codes <= 128 off VNNI
+dot_u8x64 = _dot(i32x16, i8x64, _dot_unsigned)  # codes <= 128 off VNNI
 HAS_FULL_UNSIGNED_DOT = "vnni" in isa().name  # unsigned codes may use all 8 bits
-dot_i8x64, dot_i8x32 = _dot(i32x16, i8x64, _dot_signed), _dot(i32x8, i8x32, _dot_signed)
+dot_i8x64 = _dot(i32x16, i8x64, _dot_signed)
 
 
 @intrinsic
@@ -514,111 +502,3 @@ transpose_16x16, transpose_16x8 = _transposer(16, 0), _transposer(8, 0)
 transpose_signed = _transposer(16, 128)
 broadcast_i8x4 = _loader(i8x64, _I32, lambda b, v: b.bitcast(_splat(b, i32x16, v), i8x64.llvm))
 broadcast_f32 = _loader(f32x16, ir.FloatType(), lambda b, v: _splat(b, f32x16, v))
-
-
-# Calls through an address, and what threads need ----------------------------------------------------------------------
-
-
-def _caller(num_args: int):
-    """Calls a C function of `num_args` int64 arguments (a `cfunc` address) that returns nothing."""
-    i64 = ir.IntType(64)
-    kind = ir.FunctionType(ir.VoidType(), [i64] * num_args)
-
-    def codegen(context, builder, sig, args):
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
-        return context.get_dummy_value()
-
-    return codegen, types.void(*[types.int64] * (num_args + 1))
-
-
-@intrinsic
-def call3(typingctx, function, a, b, c):
-    """function(a, b, c) through its address."""
-    codegen, sig = _caller(3)
-    return sig, codegen
-
-
-@intrinsic
-def call5(typingctx, function, a, b, c, d, e):
-    """function(a, ..., e) through its address."""
-    codegen, sig = _caller(5)
-    return sig, codegen
-
-
-@intrinsic
-def call6(typingctx, function, a, b, c, d, e, f):
-    """function(a, ..., f) through its address."""
-    codegen, sig = _caller(6)
-    return sig, codegen
-
-
-@intrinsic
-def call7(typingctx, function, a, b, c, d, e, f, g):
-    """function(a, ..., g) through its address."""
-    codegen, sig = _caller(7)
-    return sig, codegen
-
-
-@intrinsic
-def atomic_add(typingctx, address, value):
-    """Adds to the int64 at `address` (sequentially consistent) and returns what was there before."""
-
-    def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", _pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def atomic_load(typingctx, address):
-    """The int64 at `address`, ordered after it: acquire."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load_atomic(_pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def atomic_store(typingctx, address, value):
-    """Stores an int64 that other threads may wait for: release."""
-
-    def codegen(context, builder, sig, args):
-        builder.store_atomic(args[1], _pointer(builder, args[0], ir.IntType(64)), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-def _prefetcher(locality: int):
-    """Asks for the cache line at `address`; any address is harmless. Locality 3: into L1, 2: into L2."""
-
-    @intrinsic
-    def prefetch(typingctx, address):
-        def codegen(context, builder, sig, args):
-            byte = ir.IntType(8).as_pointer()
-            kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            hints = [ir.Constant(_I32, number) for number in (0, locality, 1)]  # to read, level, data
-            builder.call(function, [builder.inttoptr(args[0], byte), *hints])
-            return context.get_dummy_value()
-
-        return types.void(types.int64), codegen
-
-    return prefetch
-
-
-prefetch_near, prefetch_far = _prefetcher(3), _prefetcher(2)
-
-
-@intrinsic
-def pause(typingctx):
-    """Tells the core that it is spinning: x86 `pause`; nothing elsewhere."""
-
-    def codegen(context, builder, sig, args):
-        if isa().name != PORTABLE:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen

@@ -6,6 +6,7 @@ The low-level binding, so that batches, positions and logits are exactly those o
 import ctypes
 import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from tools.bench_plan import BenchTest, Prompt
 BATCH_TOKENS = 512  # as ours, and llama.cpp's own default for n_ubatch
 
 
+@cache
+def _no_log():
+    """A log function that says nothing; kept for good, because llama.cpp calls it as long as the process lives."""
+    return import_llama_cpp().llama_log_callback(lambda level, text, data: None)
+
+
 class Llama:
     """A loaded model and a context for `num_sequences` sequences of up to `context_length` tokens each."""
 
@@ -25,8 +32,7 @@ class Llama:
 
     def __init__(self, path: Path, num_threads: int, context_length: int, num_sequences: int = 1) -> None:
         self._api = api = import_llama_cpp()
-        self._log = api.llama_log_callback(lambda level, text, data: None)  # kept alive: it is called until the end
-        api.llama_log_set(self._log, ctypes.c_void_p())
+        api.llama_log_set(_no_log(), ctypes.c_void_p())
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
         model_params.use_extra_bufts = False  # AMX buffers, which MLA models trip over

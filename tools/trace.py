@@ -18,9 +18,10 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.transformer import Transformer
+from native.calls import call3
 from native.cpu.compiler import kernel
 from native.cpu.linear import arguments
-from native.simd import call3, load_i64, store_i64
+from native.simd import load_i64, store_i64
 from tools.bench_report import number
 
 _CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kimi_lite.engine.types import SamplingParams
+from kimi_lite.errors import KimiLiteError
 
 BINS_PER_NAT, NUM_BINS = 32, 2048  # the histogram reaches 64 nats (a factor of 1e28) below the best token
 NEAR_NATS = 7.0  # tokens less than a thousandth as likely as the best are looked at only when the others are too few
@@ -27,13 +28,14 @@ class Sampler:
             self.is_seen[list(prompt_ids)] = True
 
     def sample(self, logits: np.ndarray) -> int:
-        """`logits` (vocab,) float32 -> a token id. Raises FloatingPointError on logits that are no numbers."""
+        """`logits` (vocab,) float32 -> a token id. Raises KimiLiteError on logits that are no numbers."""
         assert (logits.dtype, logits.ndim) == (np.float32, 1), (logits.dtype, logits.shape)
         if self.is_seen is not None:
             logits = self._penalize(logits)
         best = int(logits.argmax())  # finds NaN and +inf too, if there are any
         if not np.isfinite(logits[best]):
-            raise FloatingPointError(f"the best logit is {logits[best]} (token {best}): a layer overflowed or a weight is broken")
+            problem = f"The model's output is no number: the best logit is {logits[best]} (token {best}). A weight is broken."
+            raise KimiLiteError(problem, "Fetch the file again, or check one of your own with kimi-lite quantize --verify.")
         chosen = best if self.params.temperature == 0 else self._draw(logits, logits[best])
         if self.is_seen is not None:
             self.is_seen[chosen] = True

@@ -13,6 +13,7 @@ from functools import cache
 
 from numba import types
 
+from native.calls import prefetch_near
 from native.cpu.activations import (
     K_SLOT,
     KIND32,
@@ -26,16 +27,7 @@ from native.cpu.activations import (
 from native.cpu.blocks import FORMATS, dot8x32, dot256, load16
 from native.cpu.compiler import Kernel
 from native.layouts import BY_NAME
-from native.simd import (
-    fma_f32x16,
-    load_f32,
-    load_f32x16,
-    load_i64,
-    prefetch_near,
-    store_f32,
-    sum_f32x16,
-    zero_f32x16,
-)
+from native.simd import fma_f32x16, load_f32, load_f32x16, load_i64, store_f32, sum_f32x16, zero_f32x16
 from native.simd_bytes import add_scaled, clear_bytes, copy_bytes, stack_512, sum_row, zero_row
 
 # 256 weights in about a cache line make rows too short for the hardware to find their pace; for others it needs no help.

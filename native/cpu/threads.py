@@ -21,7 +21,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from native.simd import atomic_add, atomic_load, atomic_store, call3, load_i64, pause, store_i64
+from native.calls import atomic_add, atomic_load, atomic_store, call3, pause
+from native.simd import load_i64, store_i64
 
 # The team's shared memory, int64 slots each on a cache line of its own.
 _LINE = 64

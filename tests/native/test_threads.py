@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from numba import cfunc, types
 
+from native.calls import pause
 from native.cpu.compiler import KERNEL
 from native.cpu.linear import arguments, linear_op
 from native.cpu.matrix import describe_matrix
 from native.cpu.threads import Program, Team, barrier, next_task, team_size
-from native.simd import load_i64, pause, store_i64
+from native.simd import load_i64, store_i64
 from tests.native.harness import activations, run_table
 from tests.native.random_rows import random_rows
 

@@ -1,0 +1,113 @@
+"""What kernels need besides vectors: calls through an address, atomics, prefetching, and a pause for spinning threads."""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from native.isa import PORTABLE, isa
+
+_I32 = ir.IntType(32)
+
+
+def _pointer(builder, address, llvm_type):
+    return builder.inttoptr(address, llvm_type.as_pointer())
+
+
+def _caller(num_args: int):
+    """Calls a C function of `num_args` int64 arguments (a `cfunc` address) that returns nothing."""
+    i64 = ir.IntType(64)
+    kind = ir.FunctionType(ir.VoidType(), [i64] * num_args)
+
+    def codegen(context, builder, sig, args):
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+        return context.get_dummy_value()
+
+    return codegen, types.void(*[types.int64] * (num_args + 1))
+
+
+@intrinsic
+def call3(typingctx, function, a, b, c):
+    """function(a, b, c) through its address."""
+    codegen, sig = _caller(3)
+    return sig, codegen
+
+
+@intrinsic
+def call5(typingctx, function, a, b, c, d, e):
+    """function(a, ..., e) through its address."""
+    codegen, sig = _caller(5)
+    return sig, codegen
+
+
+@intrinsic
+def call6(typingctx, function, a, b, c, d, e, f):
+    """function(a, ..., f) through its address."""
+    codegen, sig = _caller(6)
+    return sig, codegen
+
+
+@intrinsic
+def call7(typingctx, function, a, b, c, d, e, f, g):
+    """function(a, ..., g) through its address."""
+    codegen, sig = _caller(7)
+    return sig, codegen
+
+
+@intrinsic
+def atomic_add(typingctx, address, value):
+    """Adds to the int64 at `address` (sequentially consistent) and returns what was there before."""
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", _pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx, address):
+    """The int64 at `address`, ordered after it: acquire."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(_pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_store(typingctx, address, value):
+    """Stores an int64 that other threads may wait for: release."""
+
+    def codegen(context, builder, sig, args):
+        builder.store_atomic(args[1], _pointer(builder, args[0], ir.IntType(64)), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def prefetch_near(typingctx, address):
+    """Asks for the cache line at `address`, into L1; any address is harmless."""
+
+    def codegen(context, builder, sig, args):
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        hints = [ir.Constant(_I32, number) for number in (0, 3, 1)]  # to read, in all levels, data
+        builder.call(function, [builder.inttoptr(args[0], byte), *hints])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tells the core that it is spinning: x86 `pause`; nothing elsewhere."""
+
+    def codegen(context, builder, sig, args):
+        if isa().name != PORTABLE:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
