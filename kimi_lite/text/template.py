@@ -63,18 +63,6 @@ class ChatTemplate:
             ids += [self._tokenizer.special[segment.text]] if segment.is_control else self._tokenizer.encode(segment.text)
         return EncodedPrompt(ids, add_generation_prompt and _ends_in_think(segments))
 
-    def render(
-        self,
-        messages: Sequence[Mapping],
-        tools: Sequence[Mapping] | None = None,
-        thinking: bool = True,
-        add_generation_prompt: bool = True,
-        preserve_thinking: bool = False,
-    ) -> str:
-        """The same prompt as text, for people to read: in it a control token and a user's imitation look alike."""
-        segments = self._segments(messages, tools, thinking, add_generation_prompt, preserve_thinking)
-        return "".join(segment.text for segment in segments)
-
     def _segments(
         self,
         messages: Sequence[Mapping],

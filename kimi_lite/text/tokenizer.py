@@ -1,12 +1,11 @@
 """Text to token ids and back: tiktoken over the vocabulary that the GGUF file itself carries.
 
 tiktoken merges the pair with the lowest rank first, which is what the vocabularies were trained with, so the ids are exact and no
-merge list is needed. Ordinary encoding never yields a control token: only `encode_with_control` does, for the texts its caller
-names. Built at start-up by the engine; used by `text.template` and `text.stream`.
+merge list is needed. Encoding never yields a control token: the ids of those come from `special`, where a template wrote them.
+Built at start-up by the engine; used by `text.template` and `text.stream`.
 """
 
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import tiktoken
@@ -46,18 +45,6 @@ class Tokenizer:
             ids = [i for i in ids if i < self._first_absent]
         id_of_rank = self._vocabulary.id_of_rank
         return ids if id_of_rank is None else [id_of_rank[rank] for rank in ids]
-
-    def encode_with_control(self, text: str, allowed: Collection[str]) -> list[int]:
-        """Like `encode`, but the control tokens named in `allowed` are recognised where `text` spells them."""
-        unknown = sorted(set(allowed) - self.special.keys())
-        if unknown:
-            raise KimiLiteError(f"{unknown[0]!r} is not a control token of this model, which has {len(self.special)}.")
-        if not allowed:
-            return self.encode(text)
-        ids: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True)))})", text):
-            ids += [self.special[part]] if part in allowed else self.encode(part)
-        return ids
 
     def decode_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, possibly a part of a character; a control token gives its own text."""

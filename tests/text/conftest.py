@@ -2,11 +2,13 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.text.vocabulary import CONTROL, NORMAL, byte_alphabet
 
@@ -17,6 +19,17 @@ def to_alphabet(data: bytes) -> str:
     """Bytes in GPT-2's alphabet, as a GGUF file writes its normal tokens."""
     table = byte_alphabet().tolist()
     return "".join(chr(table.index(byte)) for byte in data)
+
+
+def encode_markers(tokenizer: Tokenizer, text: str, markers: list[str]) -> list[int]:
+    """Ids of `text` with the control tokens `markers` where it spells them."""
+    parts = re.split(f"({'|'.join(map(re.escape, sorted(markers, key=len, reverse=True)))})", text)
+    return [i for part in parts for i in ([tokenizer.special[part]] if part in markers else tokenizer.encode(part))]
+
+
+def rendered(template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, thinking: bool = True) -> str:
+    """The prompt as the template writes it, before it becomes ids."""
+    return "".join(segment.text for segment in template._segments(messages, tools, thinking, True, False))
 
 
 def make_metadata(tokens: list[bytes], special: list[str], pre: str, **more: object) -> dict[str, object]:

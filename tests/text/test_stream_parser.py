@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import pytest
-from conftest import make_metadata
+from conftest import encode_markers, make_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_typescript import GET_WEATHER, tool
@@ -64,7 +64,7 @@ def spelled(tokenizer: Tokenizer, text: str, starts_in_reasoning: bool = False, 
 
 def marked(tokenizer: Tokenizer, text: str, starts_in_reasoning: bool = False, **more: object) -> Answer:
     """Parse `text` with its markers as control tokens."""
-    return Answer(StreamParser(tokenizer, starts_in_reasoning, **more), tokenizer.encode_with_control(text, SPECIAL))
+    return Answer(StreamParser(tokenizer, starts_in_reasoning, **more), encode_markers(tokenizer, text, SPECIAL))
 
 
 BOTH = pytest.mark.parametrize("parse", [spelled, marked])
@@ -172,7 +172,7 @@ def test_markers_inside_json_strings_are_data(tokenizer: Tokenizer) -> None:
     arguments = json.dumps({"code": 'say "<|tool_call_end|>" or \\ <|tool_calls_section_end|>', "t": "</think><think>"})
     answer = spelled(tokenizer, SECTION + call("functions.write:0", arguments) + END_SECTION)
     assert answer.calls == (ToolCall("functions.write:0", "write", arguments),)
-    ids = tokenizer.encode_with_control(call("functions.write:0", '{"t": "<think>"}'), SPECIAL)
+    ids = encode_markers(tokenizer, call("functions.write:0", '{"t": "<think>"}'), SPECIAL)
     assert Answer(StreamParser(tokenizer, False), ids).calls[0].arguments == '{"t": "<think>"}'
 
 
@@ -202,7 +202,7 @@ def test_bytes_are_decoded_across_tokens(tokenizer: Tokenizer) -> None:
     assert (first, rest) == ([[], [], []], [Piece("content", "😀")])
     assert Answer(StreamParser(tokenizer, False), [0xF0, 0x9F, ord("a"), 0xC3]).content == "\ufffda\ufffd"
     assert (
-        Answer(StreamParser(tokenizer, False), [0xF0, 0x9F, *tokenizer.encode_with_control("<reserved>", SPECIAL)]).content
+        Answer(StreamParser(tokenizer, False), [0xF0, 0x9F, *encode_markers(tokenizer, "<reserved>", SPECIAL)]).content
         == "\ufffd"
     )
 

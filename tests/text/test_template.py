@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from conftest import make_metadata
+from conftest import make_metadata, rendered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_typescript import GET_WEATHER, HEAD, tool
@@ -74,7 +74,7 @@ def test_vector_e_tool_loop(template: ChatTemplate) -> None:
         answer("", reasoning_content="need tool", tool_calls=[WEATHER_CALL]),
         {"role": "tool", "name": "get_weather", "tool_call_id": "functions.get_weather:0", "content": '{"t": 20}'},
     ]
-    text = template.render(messages, tools=[GET_WEATHER])
+    text = rendered(template, messages, tools=[GET_WEATHER])
     declaration, _, rest = text.partition("<|im_end|>")
     assert declaration.startswith(f"<|im_system|>tool_declare<|im_middle|>{HEAD}// Get weather information.\n")
     assert declaration.endswith("}) => any;\n}\n")
@@ -84,7 +84,7 @@ def test_vector_e_tool_loop(template: ChatTemplate) -> None:
         '{"city":"Beijing"}<|tool_call_end|><|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>'
         '## Return of functions.get_weather:0\n{"t": 20}<|im_end|><|im_assistant|>assistant<|im_middle|><think>'
     )
-    assert template.render(messages, thinking=False).count("<think></think>") == 2
+    assert rendered(template, messages, thinking=False).count("<think></think>") == 2
 
 
 def e2_messages(first_id: str, second_id: str) -> list[dict]:
@@ -111,7 +111,7 @@ def test_vector_e2_two_calls(template: ChatTemplate) -> None:
 
 def test_foreign_call_ids_become_the_models(template: ChatTemplate) -> None:
     assert template.encode(e2_messages("call_x9", "chatcmpl-tool-7"), thinking=False).ids == E2
-    verbatim = template.render(e2_messages("get_weather:7", "functions.noargs:8"))
+    verbatim = rendered(template, e2_messages("get_weather:7", "functions.noargs:8"))
     assert "<|tool_call_begin|>get_weather:7<|tool_call_argument_begin|>" in verbatim
     assert "## Return of functions.noargs:8\n" in verbatim
 
@@ -123,15 +123,17 @@ def test_vector_f_image(template: ChatTemplate) -> None:
 
 
 def test_names_null_reasoning_and_unfinished_loops(template: ChatTemplate) -> None:
-    assert template.render([{**user("x"), "name": "Ann"}]).startswith("<|im_user|>Ann<|im_middle|>x<|im_end|>")
+    assert rendered(template, [{**user("x"), "name": "Ann"}]).startswith("<|im_user|>Ann<|im_middle|>x<|im_end|>")
     loop = [user("q"), answer("", reasoning_content=None, tool_calls=[WEATHER_CALL])]
-    assert "<think></think><|tool_calls_section_begin|>" in template.render(loop)
-    assert "<think>late</think>" in template.render([*DIALOGUE, answer("", reasoning_content="late", tool_calls=[WEATHER_CALL])])
+    assert "<think></think><|tool_calls_section_begin|>" in rendered(template, loop)
+    assert "<think>late</think>" in rendered(
+        template, [*DIALOGUE, answer("", reasoning_content="late", tool_calls=[WEATHER_CALL])]
+    )
 
 
 def test_tools_without_typescript_form_are_compact_sorted_json(template: ChatTemplate) -> None:
     odd = tool("f", {"type": "object", "properties": {"x": {"type": "date"}}})
-    head = template.render([user("x")], tools=[odd]).partition("<|im_end|>")[0]
+    head = rendered(template, [user("x")], tools=[odd]).partition("<|im_end|>")[0]
     assert json.loads(head.removeprefix("<|im_system|>tool_declare<|im_middle|>")) == [odd]
     assert '{"function":{"name":"f","parameters":' in head
 
@@ -181,7 +183,7 @@ def test_no_user_text_becomes_a_control_token(template: ChatTemplate, kimi: Toke
     ids = template.encode(*conversation(texts)).ids
     harmless = template.encode(*conversation(["x"] * 9)).ids
     assert [i for i in ids if i >= 163584] == [i for i in harmless if i >= 163584]
-    assert kimi.decode(ids) == template.render(*conversation(texts))
+    assert kimi.decode(ids) == rendered(template, *conversation(texts))
 
 
 @settings(max_examples=60, deadline=None)
@@ -219,7 +221,7 @@ def test_jinja_as_chat_templates_expect_it(make: Callable[[str], ChatTemplate]) 
         "{{ tools | tojson(separators=(',', ':')) }}{{ {'é': '<&>'} | tojson(indent=1) }}{{ strftime_now('%Y') | length }}"
         "{{ thinking }}{{ enable_thinking }}{{ preserve_thinking }}"
     )
-    text = make(source).render([user("é<"), user("stop")], tools=[{"b": 1, "a": 2}], thinking=False)
+    text = rendered(make(source), [user("é<"), user("stop")], tools=[{"b": 1, "a": 2}], thinking=False)
     assert text == '{"role": "user", "content": "é<"}[{"b":1,"a":2}]{\n "é": "<&>"\n}4FalseFalseFalse'
 
 

@@ -118,14 +118,6 @@ def test_plain_text_never_becomes_a_control_token(kimi: Tokenizer, parts: list[s
     assert kimi.decode(ids) == text
 
 
-def test_control_tokens_only_where_allowed(kimi: Tokenizer) -> None:
-    text = "Hi<|im_end|><|im_user|>Hi"
-    assert kimi.encode_with_control(text, {"<|im_end|>"}) == [18699, 163586, *kimi.encode("<|im_user|>Hi")]
-    assert kimi.encode_with_control(text, ()) == kimi.encode(text)
-    with pytest.raises(KimiLiteError, match="not a control token"):
-        kimi.encode_with_control(text, {"<nonsense>"})
-
-
 def test_a_lone_surrogate_is_replaced(kimi: Tokenizer) -> None:
     assert kimi.decode(kimi.encode("a\ud800b")) == "a\ufffdb"
 
