@@ -174,6 +174,7 @@ def _settings(
 ) -> "Settings":
     """The flags as the apps want them, checked before anything is loaded."""
     from kimi_lite.apps.start import Settings
+    from kimi_lite.engine.options import LoadOptions
     from kimi_lite.engine.types import SamplingParams
 
     top_k, top_p, min_p, repeat_penalty, seed, max_tokens = sampling
@@ -186,7 +187,8 @@ def _settings(
         seed=seed,
         max_tokens=None if max_tokens == -1 else max_tokens,
     )
-    return Settings(model, context_length, num_threads, system, is_thinking, temperature, params, is_quiet)
+    load = LoadOptions(context_length=context_length, num_threads=num_threads)
+    return Settings(model, load, system, is_thinking, temperature, params, is_quiet)
 
 
 def main() -> None:

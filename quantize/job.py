@@ -79,11 +79,13 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> list[Entry]:
     """Writes what is not yet written and renames all; returns the log. Raises KimiLiteError, before any work where outputs
     exist, their folder cannot be written, or the disk is too small."""
     check_folder(job.path)
+    if not job.journal_path.exists():  # nothing to go on with: an output that is there is someone's finished work
+        _check_outputs(job, num_finished=0)
     journal = Journal.open(job.journal_path, job.fingerprint(), job.is_overwriting)
     try:
         if not journal.entries:
             _remove_abandoned(job)
-        _check_outputs(job, journal)
+        _check_outputs(job, len(journal.entries))
         _write_shards(job, journal, on_progress or (lambda name, done, total: None))
         for shard in job.shards:
             if shard.partial.exists():
@@ -109,8 +111,8 @@ def _remove_abandoned(job: Job) -> None:
             partial.unlink()
 
 
-def _check_outputs(job: Job, journal: Journal) -> None:
-    is_written = len(journal.entries) == len(job.tensors)  # killed while renaming
+def _check_outputs(job: Job, num_finished: int) -> None:
+    is_written = num_finished == len(job.tensors)  # killed while renaming
     for shard in job.shards:
         if shard.path.exists() and not job.is_overwriting and not is_written:
             raise existing_output(shard.path)

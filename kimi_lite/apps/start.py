@@ -8,6 +8,7 @@ from rich.filesize import decimal
 
 from kimi_lite.apps.render import WorkProgress, show_plain
 from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import SamplingParams
 
@@ -17,8 +18,7 @@ class Settings:
     """What the flags of `chat` and `run` say. None: not said."""
 
     model: Path | None = None
-    context_length: int | None = None
-    num_threads: int | None = None
+    load: LoadOptions = field(default_factory=LoadOptions)
     system: str = ""
     is_thinking: bool | None = None
     temperature: float | None = None
@@ -30,12 +30,7 @@ def open_session(settings: Settings, aside: Console) -> Session:
     """Load the model and begin a conversation. Progress and remarks go to `aside`."""
     path = settings.model or _demo_path(aside, settings.is_quiet)
     with WorkProgress(aside) as progress:
-        engine = Engine.open(
-            path,
-            context_length=settings.context_length,
-            num_threads=settings.num_threads,
-            on_progress=None if settings.is_quiet else progress,
-        )
+        engine = Engine.open(path, settings.load, None if settings.is_quiet else progress)
     session = Session(engine, settings.system, temperature=settings.temperature, sampling=settings.sampling)
     session.set_thinking(session.can_think if settings.is_thinking is None else settings.is_thinking)
     return session

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.sampler import Sampler
 from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
 from kimi_lite.engine.sequence import Sequence
@@ -63,15 +64,13 @@ class Engine:
     def open(
         cls,
         path: str | Path,
-        context_length: int | None = None,
-        num_threads: int | None = None,
-        kv_dtype: str = "f16",
+        options: LoadOptions | None = None,
         on_progress: OnProgress | None = None,
     ) -> "Engine":
         """Load a .gguf file, the first of its shards or their folder; see `engine.loader`."""
         from kimi_lite.engine.loader import load_engine
 
-        return load_engine(path, context_length, num_threads, kv_dtype, on_progress)
+        return load_engine(path, options or LoadOptions(), on_progress)
 
     def generate(self, requests: Many[Request], on_prefill: OnPrefill | None = None) -> Iterator[Token]:
         """Run requests to their ends, together. Whatever ends the iteration ends them; what they computed stays cached."""

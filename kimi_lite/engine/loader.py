@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from kimi_lite.engine.engine import Engine, OnProgress
+from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
@@ -21,14 +22,8 @@ DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cac
 GIB = 1024**3
 
 
-def load_engine(
-    path: str | Path,
-    context_length: int | None = None,
-    num_threads: int | None = None,
-    kv_dtype: str = "f16",
-    on_progress: OnProgress | None = None,
-) -> Engine:
-    """`context_length` None: the model's own up to 32,768; 0: the model's own. `num_threads` None: the model's choice."""
+def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress | None = None) -> Engine:
+    """Where no context is asked for, it is the model's own up to 32,768 tokens."""
     from kimi_lite.model.transformer import Transformer
     from kimi_lite.text.template import ChatTemplate
     from kimi_lite.text.tokenizer import Tokenizer
@@ -42,9 +37,9 @@ def load_engine(
     tokenizer = Tokenizer.from_metadata(store.metadata)
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)
     report("preparing the cache", 2, 4)
-    context_length = choose_context(config, context_length)
-    kv = make_cache(config, context_length, kv_dtype)
-    model = Transformer(store, config, kv, num_threads, lambda done, total: report("preparing kernels", done, total))
+    context_length = choose_context(config, options.context_length)
+    kv = make_cache(config, context_length, options.kv_dtype)
+    model = Transformer(store, config, kv, options.num_threads, lambda done, total: report("preparing kernels", done, total))
     report("ready", 4, 4)
     return Engine(model, kv, tokenizer, template, context_length, describe(store, config))
 

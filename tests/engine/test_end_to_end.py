@@ -11,6 +11,7 @@ import pytest
 
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import choose_context, make_cache
+from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
@@ -28,7 +29,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_engine(path: Path, max_step_tokens: int = 512) -> Engine:
-    engine = Engine.open(path, context_length=512, num_threads=2, kv_dtype="f32")
+    engine = Engine.open(path, LoadOptions(context_length=512, num_threads=2, kv_dtype="f32"))
     engine.scheduler.max_step_tokens = max_step_tokens
     return engine
 
@@ -75,7 +76,7 @@ def test_cancelled_in_the_middle_the_next_answer_is_right(model_path: Path) -> N
 
 
 def test_a_conversation_reuses_its_cache(model_path: Path) -> None:
-    engine = Engine.open(model_path, context_length=512)
+    engine = Engine.open(model_path, LoadOptions(context_length=512))
     session = Session(engine, is_thinking=False, sampling=SamplingParams(max_tokens=10, seed=1))
     first = list(session.ask("hello"))[-1].stats
     second = list(session.ask("more"))[-1].stats
@@ -95,8 +96,8 @@ def test_run_on_a_real_file(model_path: Path) -> None:
 
 def test_runtime_needs_no_torch(model_path: Path) -> None:
     code = (
-        "import sys; from kimi_lite.engine.engine import Engine; from kimi_lite.engine.session import Session;"
-        f"list(Session(Engine.open({str(model_path)!r}, context_length=128)).ask('hi'));"
+        "import sys; from kimi_lite.engine.engine import Engine; from kimi_lite.engine.options import LoadOptions; from kimi_lite.engine.session import Session;"
+        f"list(Session(Engine.open({str(model_path)!r}, LoadOptions(context_length=128))).ask('hi'));"
         "print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
