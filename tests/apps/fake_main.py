@@ -8,6 +8,7 @@ import time
 
 from kimi_lite import cli
 from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.options import LoadOptions
 from tests.engine.fakes import fake_engine, scripted_logits
 
 SECONDS_PER_STEP = 0.03
@@ -19,11 +20,11 @@ def repeat(prompt: str) -> tuple[str, str]:
     return "about it", "tick " * 400 if said.startswith("slow") else f"you said: {said}"
 
 
-def open_fake(path: object, **options: object) -> Engine:
+def open_fake(path: object, options: LoadOptions, on_progress: object = None) -> Engine:
     """In place of `Engine.open`."""
     engine = fake_engine(context_length=options.get("context_length") or 4096, max_step_tokens=64)
     engine.model.next_logits = scripted_logits(engine.tokenizer, repeat)
-    engine.opened_with = {"path": path, **options}
+    engine.opened_with = (path, options)
 
     def take_time(batch, layer: int) -> None:
         known = engine.tokenizer.decode(engine.scheduler.running[0].token_ids[:200])

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from kimi_lite import __version__
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.options import LoadOptions
 from tests.apps.fake_main import open_fake
 from tests.apps.terminal import Terminal
 
@@ -25,7 +26,7 @@ FAKE = [sys.executable, "-m", "tests.apps.fake_main"]
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     """Engines are fake; the list holds those that were opened."""
     engines: list[Engine] = []
-    monkeypatch.setattr(Engine, "open", lambda path, **options: engines.append(open_fake(path, **options)) or engines[-1])
+    monkeypatch.setattr(Engine, "open", lambda *arguments: engines.append(open_fake(*arguments)) or engines[-1])
     return engines
 
 
@@ -89,9 +90,7 @@ def test_flags_reach_the_engine_and_the_sampler(opened: list[Engine], monkeypatc
     flags = "-c 2K -t 3 -n 7 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --seed 4 -s short --no-think"
     invoke("hi", *flags.split(" "))
     sampling = seen[0].sampling
-    assert opened[0].opened_with | {"on_progress": None} == {
-        "path": Path("x.gguf"), "context_length": 2048, "num_threads": 3, "on_progress": None,
-    }  # fmt: skip
+    assert opened[0].opened_with == (Path("x.gguf"), LoadOptions(context_length=2048, num_threads=3))
     assert (sampling.temperature, sampling.max_tokens, sampling.top_k, sampling.top_p) == (0.6, 7, 5, 0.5)
     assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.1, 4)
     assert "short" in opened[0].tokenizer.decode(seen[0].prompt_ids)
@@ -113,9 +112,9 @@ def test_without_a_model_the_demo_is_used_and_said_so(opened: list[Engine], monk
     assert result.stdout == "you said: hi\n"
     assert "no -m given: this is the demo" in result.stderr
     assert "-m FOLDER" in result.stderr
-    assert opened[0].opened_with["path"] == Path("demo.gguf")
+    assert opened[0].opened_with[0] == Path("demo.gguf")
     CliRunner().invoke(app, ["run", "hi"], env={"KIMI_LITE_MODEL": "mine.gguf"})
-    assert opened[1].opened_with["path"] == Path("mine.gguf")
+    assert opened[1].opened_with[0] == Path("mine.gguf")
 
 
 def spawn(*arguments: str, **options: object) -> subprocess.Popen:

@@ -96,7 +96,8 @@ def test_run_on_a_real_file(model_path: Path) -> None:
 
 def test_runtime_needs_no_torch(model_path: Path) -> None:
     code = (
-        "import sys; from kimi_lite.engine.engine import Engine; from kimi_lite.engine.options import LoadOptions; from kimi_lite.engine.session import Session;"
+        "import sys; from kimi_lite.engine.engine import Engine; from kimi_lite.engine.session import Session;"
+        "from kimi_lite.engine.options import LoadOptions;"
         f"list(Session(Engine.open({str(model_path)!r}, LoadOptions(context_length=128))).ask('hi'));"
         "print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
     )
