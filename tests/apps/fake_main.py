@@ -22,7 +22,7 @@ def repeat(prompt: str) -> tuple[str, str]:
 
 def open_fake(path: object, options: LoadOptions, on_progress: object = None) -> Engine:
     """In place of `Engine.open`."""
-    engine = fake_engine(context_length=options.get("context_length") or 4096, max_step_tokens=64)
+    engine = fake_engine(context_length=options.context_length or 4096, max_step_tokens=64)
     engine.model.next_logits = scripted_logits(engine.tokenizer, repeat)
     engine.opened_with = (path, options)
 
