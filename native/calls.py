@@ -85,19 +85,25 @@ def atomic_store(typingctx, address, value):
     return types.void(types.int64, types.int64), codegen
 
 
-@intrinsic
-def prefetch_near(typingctx, address):
-    """Asks for the cache line at `address`, into L1; any address is harmless."""
+def _prefetcher(locality: int):
+    """Asks for the cache line at an address; any address is harmless."""
 
-    def codegen(context, builder, sig, args):
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        hints = [ir.Constant(_I32, number) for number in (0, 3, 1)]  # to read, in all levels, data
-        builder.call(function, [builder.inttoptr(args[0], byte), *hints])
-        return context.get_dummy_value()
+    @intrinsic
+    def prefetch(typingctx, address):
+        def codegen(context, builder, sig, args):
+            byte = ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            hints = [ir.Constant(_I32, number) for number in (0, locality, 1)]  # to read, data
+            builder.call(function, [builder.inttoptr(args[0], byte), *hints])
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+prefetch_near, prefetch_far = _prefetcher(3), _prefetcher(2)  # into L1, into L2
 
 
 @intrinsic

@@ -249,7 +249,7 @@ def _first_lane(builder, word):
 # Loads and stores -----------------------------------------------------------------------------------------------------
 
 load_i8x16, load_i8x32, load_i8x64 = (_loader(v, v.llvm) for v in (i8x16, i8x32, i8x64))
-load_i32x16 = _loader(i32x16, i32x16.llvm)
+load_i16x16, load_i32x16 = _loader(i16x16, i16x16.llvm), _loader(i32x16, i32x16.llvm)
 load_f32x16, load_f32x8 = _loader(f32x16, f32x16.llvm), _loader(f32x8, f32x8.llvm)
 load_f16x16 = _loader(f32x16, Vec("f16", 16).llvm, widen_half)
 load_bf16x16 = _loader(
@@ -280,6 +280,7 @@ store_f32x8 = _storer(f32x8, f32x8.llvm)
 store_i8x16, store_i8x32, store_i8x64 = (_storer(v, v.llvm) for v in (i8x16, i8x32, i8x64))
 store_i32x16 = _storer(i32x16, i32x16.llvm)
 store_f32 = _storer(types.float32, ir.FloatType())
+store_i16 = _storer(types.int16, ir.IntType(16))
 store_i32 = _storer(types.int32, ir.IntType(32))
 store_i64 = _storer(types.int64, ir.IntType(64))
 
@@ -299,7 +300,7 @@ low_f32x16, high_f32x16 = _shuffler(f32x16, f32x8, range(8)), _shuffler(f32x16, 
 
 # Conversions and arithmetic -------------------------------------------------------------------------------------------
 
-int_to_f32x16 = _converter(i32x16, f32x16, "sitofp")
+int_to_f32x8, int_to_f32x16 = _converter(i32x8, f32x8, "sitofp"), _converter(i32x16, f32x16, "sitofp")
 f32_to_i32x16 = _converter(f32x16, i32x16, "fptosi")  # truncates: round first
 narrow_i32x16 = _converter(i32x16, i8x16, "trunc")
 widen_i8x16 = _converter(i8x16, i32x16, "zext")
@@ -447,15 +448,18 @@ def lane_f32x16(typingctx, a, index):
     return types.float32(f32x16, types.int64), codegen
 
 
-@intrinsic
-def extend_f32x8(typingctx, a):
+def _extender(source: Vec, result: Vec):
     """8 lanes followed by 8 zeros."""
+    mask = ir.Constant(ir.VectorType(_I32, 16), list(range(16)))
 
-    def codegen(context, builder, sig, args):
-        mask = ir.Constant(ir.VectorType(_I32, 16), list(range(16)))
-        return builder.shuffle_vector(args[0], _constant(f32x8, 0.0), mask)
+    @intrinsic
+    def extend(typingctx, a):
+        return result(source), lambda context, builder, sig, args: builder.shuffle_vector(args[0], _constant(source, 0), mask)
 
-    return f32x16(f32x8), codegen
+    return extend
+
+
+extend_f32x8, extend_i32x8 = _extender(f32x8, f32x16), _extender(i32x8, i32x16)
 
 
 def _spreaders(lanes_per_group: int):

@@ -434,6 +434,19 @@ def scaled_dot_u8x64(typingctx, acc, codes, x, scales):
     return i32x16(i32x16, i8x64, i8x64, i16x32), codegen
 
 
+@intrinsic
+def pair_dot_i16x16(typingctx, a, b):
+    """Two products of int16 a lane, summed: i32x8."""
+
+    def codegen(context, builder, sig, args):
+        if isa().name != PORTABLE:
+            return _call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, args)
+        wide = ir.VectorType(_I32, 16)
+        return _pair_products(builder, builder.mul(*(builder.sext(arg, wide) for arg in args)), i32x8.llvm)
+
+    return i32x8(i16x16, i16x16), codegen
+
+
 # Products of small codes -----------------------------------------------------------------------------------------------
 # Without a dot-product instruction vpmaddubsw leaves int16 pairs; while they are small they are added as such.
 

@@ -8,6 +8,7 @@ what kernels receive. Layout of the table, in bytes:
                         X_SCALES float32 (T, K / 32)    KIND256 repeats a scale 8 times, so both read alike
                         X_SUMS16 float32 (T, K / 16)    sums of 16 codes, for types with minima or offsets
                         X_SUMS32 float32 (T, K / 32)
+                        X_MINUS16 int16 (T, K / 16)     minus the sums of 16 codes, for sums of products that stay integers
 
 Codes are round(x * 127 / max|x|) of their group; a group of zeros has scale 0, as one whose largest value is too small to
 divide 127. ggml's Q8_0 and Q8_K do the same. A group with an infinity or a NaN gets a NaN scale and sums, so that no
@@ -32,13 +33,14 @@ from native.simd import (
     splat_f32x16,
     store_f32,
     store_i8x16,
+    store_i16,
     sum_f32x16,
     zero_i8x16,
     zero_i32x16,
 )
 
-K_SLOT, X_F32, KIND32, KIND256 = 0, 8, 16, 48
-X_CODES, X_SCALES, X_SUMS16, X_SUMS32 = 0, 8, 16, 24
+K_SLOT, X_F32, KIND32, KIND256 = 0, 8, 16, 56
+X_CODES, X_SCALES, X_SUMS16, X_SUMS32, X_MINUS16 = 0, 8, 16, 24, 32
 KINDS = {32: KIND32, 256: KIND256}
 SMALLEST_PEAK = 1e-36  # 127 / peak must be finite
 _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # of a float32's bits
@@ -59,7 +61,7 @@ class Activations:
         assert k % 16 == 0 and all(k % kind == 0 for kind in kinds), (k, kinds)
         self.capacity, self.k, self.kinds = capacity, k, frozenset(kinds)
         self.values = np.zeros((capacity, k), np.float32)
-        self.table = np.zeros(10, np.int64)
+        self.table = np.zeros(12, np.int64)
         self.table[K_SLOT // 8], self.table[X_F32 // 8] = k, self.values.ctypes.data
         self.quantized: dict[int, tuple[np.ndarray, ...]] = {}
         for kind in sorted(kinds):
@@ -68,6 +70,7 @@ class Activations:
                 aligned_zeros((capacity, k // 32), np.float32),
                 aligned_zeros((capacity, k // 16), np.float32),
                 aligned_zeros((capacity, k // 32), np.float32),
+                aligned_zeros((capacity, k // 16), np.int16),
             )
             self.quantized[kind] = buffers
             for i, buffer in enumerate(buffers):
@@ -79,25 +82,26 @@ class Activations:
 
 
 @njit
-def _refuse_group(length, codes, scales, sums16, sums32):
+def _refuse_group(length, codes, scales, sums16, sums32, minus16):
     """Marks a group that holds an infinity or a NaN: whatever is multiplied with it becomes NaN, and the logits tell."""
     for i in range(0, length, 16):
         store_i8x16(codes + i, zero_i8x16())
         store_f32(sums16 + i // 4, types.float32(np.nan))
+        store_i16(minus16 + i // 8, types.int16(0))
     for i in range(0, length, 32):
         store_f32(scales + i // 8, types.float32(np.nan))
         store_f32(sums32 + i // 8, types.float32(np.nan))
 
 
 @njit(fastmath={"nsz", "contract"}, error_model="numpy")
-def quantize_group(x, length, codes, scales, sums16, sums32):
+def quantize_group(x, length, codes, scales, sums16, sums32, minus16):
     """Quantizes `length` (32 or 256) float32 at address `x`; fills the scale of every 32 and the sums."""
     largest = zero_i32x16()
     for i in range(0, length, 16):
         largest = max_i32x16(largest, f32_bits(load_f32x16(x + 4 * i)) & _MAGNITUDE)  # ordered as the floats are, NaN on top
     peak_bits = largest_i32x16(largest)
     if peak_bits >= _INFINITY:
-        _refuse_group(length, codes, scales, sums16, sums32)
+        _refuse_group(length, codes, scales, sums16, sums32, minus16)
         return
     peak = scalar_from_bits(peak_bits)
     if peak < types.float32(SMALLEST_PEAK):
@@ -113,6 +117,8 @@ def quantize_group(x, length, codes, scales, sums16, sums32):
         store_f32(scales + i // 8, scale)
         store_f32(sums16 + i // 4, sum0)
         store_f32(sums16 + i // 4 + 4, sum1)
+        store_i16(minus16 + i // 8, types.int16(-sum0))
+        store_i16(minus16 + i // 8 + 2, types.int16(-sum1))
         store_f32(sums32 + i // 8, sum0 + sum1)
 
 
@@ -126,9 +132,9 @@ def _quantize_span(activations, kind, length, token, first, last):
     at = token * k + first
     x = load_i64(activations + X_F32)
     scales, sums16 = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + X_SUMS16)
-    sums32 = load_i64(activations + kind + X_SUMS32)
+    sums32, minus16 = load_i64(activations + kind + X_SUMS32), load_i64(activations + kind + X_MINUS16)
     for i in range(at, at + last - first, length):
-        quantize_group(x + 4 * i, length, codes + i, scales + i // 8, sums16 + i // 4, sums32 + i // 8)
+        quantize_group(x + 4 * i, length, codes + i, scales + i // 8, sums16 + i // 4, sums32 + i // 8, minus16 + i // 8)
 
 
 @njit

@@ -102,11 +102,11 @@ def dot8x32(name, blocks, x, x_scales, sums16, sums32):
 
 
 @chosen_by_name
-def dot256(name, block, x, sums16, sums32):
+def dot256(name, block, x, sums16, sums32, minus16):
     """block256: one super-block times 256 int8, without the activation's scale.
 
-    x: address of the int8; sums16, sums32: addresses of the float32 sums of each 16 and 32 of them. Returns f32x16 whose
-    lanes add up to the result. Called for several rows in a row, so that the compiler keeps x in registers.
+    x: address of the int8; sums16, sums32: addresses of the float32 sums of each 16 and 32 of them; minus16: of
+    minus the sums of 16 as int16. Returns f32x16 whose lanes add up to the result.
     """
 
 

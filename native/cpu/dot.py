@@ -4,22 +4,23 @@
 
     rows(weights, row_bytes, num_rows, activations, token, out)
 
-that writes `num_rows` float32 dot products to `out`. Rows are taken in order, floats two at a time: memory is then read
-as the hardware prefetches best. Four rows side by side share the loads of the activations, and measured 7.7 GB/s against
-24 to 29 from memory (tools/LOG.md). Shapes and the meaning of `activations` are in `activations.py`.
+that writes `num_rows` float32 dot products to `out`. Rows are taken in order: memory is then read as the hardware
+prefetches best; four side by side measured 7.7 GB/s against 24 to 29 (tools/LOG.md). Rows of floats are taken four at a
+time, for their activations crowd the cache, and so the next four are asked for in the order of memory. Shapes and the meaning of `activations` are in `activations.py`.
 """
 
 from functools import cache
 
 from numba import types
 
-from native.calls import prefetch_near
+from native.calls import prefetch_far, prefetch_near
 from native.cpu.activations import (
     K_SLOT,
     KIND32,
     KIND256,
     X_CODES,
     X_F32,
+    X_MINUS16,
     X_SCALES,
     X_SUMS16,
     X_SUMS32,
@@ -36,30 +37,29 @@ ROWS_SIGNATURE = types.void(*[types.int64] * 6)
 
 
 def _float_rows(name: str, block_size: int, weight_bytes: int):
-    step = 16 * weight_bytes
+    step, lines = 16 * weight_bytes, weight_bytes  # bytes of 16 weights; cache lines of 16 weights of four rows
 
     def rows(weights, row_bytes, num_rows, activations, token, out):
         k = load_i64(activations + K_SLOT)
-        x = load_i64(activations + X_F32) + 4 * k * token
-        last = num_rows - 1
-        for row in range(0, num_rows, 2):
-            w, v = weights + row * row_bytes, weights + min(row + 1, last) * row_bytes
+        x, last = load_i64(activations + X_F32) + 4 * k * token, num_rows - 1
+        for row in range(0, num_rows, 4):
+            second, third, fourth = min(row + 1, last), min(row + 2, last), min(row + 3, last)
+            w0, w1 = weights + row * row_bytes, weights + second * row_bytes
+            w2, w3 = weights + third * row_bytes, weights + fourth * row_bytes
             acc0, acc1, acc2, acc3 = zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16()
-            steps, i = k // 32, 0
-            for _ in range(steps):
-                x0, x1 = load_f32x16(x + 64 * i), load_f32x16(x + 64 * i + 64)
-                acc0 = fma_f32x16(load16(name, w), x0, acc0)
-                acc1 = fma_f32x16(load16(name, w + step), x1, acc1)
-                acc2 = fma_f32x16(load16(name, v), x0, acc2)
-                acc3 = fma_f32x16(load16(name, v + step), x1, acc3)
-                w += 2 * step
-                v += 2 * step
-                i += 2
-            if k % 32 != 0:
-                acc0 = fma_f32x16(load16(name, w), load_f32x16(x + 64 * i), acc0)
-                acc2 = fma_f32x16(load16(name, v), load_f32x16(x + 64 * i), acc2)
-            store_f32(out + 4 * row, sum_f32x16(acc0 + acc1))
-            store_f32(out + 4 * min(row + 1, last), sum_f32x16(acc2 + acc3))
+            ahead = w0 + 4 * row_bytes
+            for i in range(k // 16):
+                for line in range(lines):
+                    prefetch_far(ahead + 4 * step * i + 64 * line)
+                values, at = load_f32x16(x + 64 * i), step * i
+                acc0 = fma_f32x16(load16(name, w0 + at), values, acc0)
+                acc1 = fma_f32x16(load16(name, w1 + at), values, acc1)
+                acc2 = fma_f32x16(load16(name, w2 + at), values, acc2)
+                acc3 = fma_f32x16(load16(name, w3 + at), values, acc3)
+            store_f32(out + 4 * row, sum_f32x16(acc0))
+            store_f32(out + 4 * second, sum_f32x16(acc1))
+            store_f32(out + 4 * third, sum_f32x16(acc2))
+            store_f32(out + 4 * fourth, sum_f32x16(acc3))
 
     return rows
 
@@ -109,12 +109,14 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
         scales = load_i64(activations + KIND256 + X_SCALES) + 32 * blocks * token
         sums16 = load_i64(activations + KIND256 + X_SUMS16) + 64 * blocks * token
         sums32 = load_i64(activations + KIND256 + X_SUMS32) + 32 * blocks * token
+        minus16 = load_i64(activations + KIND256 + X_MINUS16) + 32 * blocks * token
         for row in range(num_rows):
             w, acc = weights + row * row_bytes, zero_row()
             for b in range(blocks):
                 if block_bytes <= _SHORT_BYTES:
                     prefetch_near(w + b * block_bytes + _AHEAD_BYTES)
-                values = dot256(name, w + b * block_bytes, x + 256 * b, sums16 + 64 * b, sums32 + 32 * b)
+                at = w + b * block_bytes
+                values = dot256(name, at, x + 256 * b, sums16 + 64 * b, sums32 + 32 * b, minus16 + 32 * b)
                 acc = add_scaled(acc, values, load_f32(scales + 32 * b))
             store_f32(out + 4 * row, sum_row(acc))
 

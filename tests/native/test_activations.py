@@ -11,7 +11,7 @@ from tests.native.harness import activations
 
 def check(x, kind):
     prepared = activations(x, kind)
-    codes, scales, sums16, sums32 = prepared.quantized[kind]
+    codes, scales, sums16, sums32, minus16 = prepared.quantized[kind]
     expected = quantize_activations(x, kind)
     assert np.array_equal(codes, expected.codes)
     repeated = np.repeat(expected.scales, kind // 32, axis=1)
@@ -21,6 +21,7 @@ def check(x, kind):
         wanted = expected.codes.reshape(len(x), -1, width).sum(axis=2, dtype=np.int64).astype(np.float32)
         wanted[~np.repeat(is_finite, 32 // width, axis=1)] = np.nan
         assert np.array_equal(sums, wanted, equal_nan=True)
+    assert np.array_equal(minus16[is_finite.repeat(2, axis=1)], -sums16[is_finite.repeat(2, axis=1)])
     return codes, scales
 
 
@@ -83,7 +84,7 @@ def test_both_forms_at_once():
     x = np.random.default_rng(3).standard_normal((3, 512)).astype(np.float32)
     prepared = activations(x, 32, 256)
     for kind in (32, 256):
-        codes, scales, _, _ = prepared.quantized[kind]
+        codes, scales, *_ = prepared.quantized[kind]
         values = codes * np.repeat(scales.astype(np.float64), 32, axis=1)
         assert np.array_equal(values, seen_activations(x, kind))
         assert np.abs(values - x).max() <= 0.51 * np.abs(x).max() / 127

@@ -99,7 +99,7 @@ def packed_signs(words):
 
 
 @implements(dot256, *_SIGNED)
-def _signed_dot(name, block, x, sums16, sums32):
+def _signed_dot(name, block, x, sums16, sums32, minus16):
     at, bits, factors = points(name, block), sign_bits(name, block), scales(name, block)
     x0 = signed(name, bits, 0, load_i8x64(x))
     acc0 = scaled_dot_u8x64(zero_i32x16(), magnitudes(name, at, 0), x0, spread_scales(factors, 0))
@@ -129,7 +129,7 @@ def _signed_unpack(name, block, codes, scales_out, minima):
 
 
 @implements(dot256, *_IQ1)
-def _iq1_dot(name, block, x, sums16, sums32):
+def _iq1_dot(name, block, x, sums16, sums32, minus16):
     at, factors, too_much = points(name, block), scales(name, block), scaled_excess(name, block)
     acc0 = scaled_dot_u8x64(zero_i32x16(), magnitudes(name, at, 0), load_i8x64(x), spread_scales(factors, 0))
     acc1 = scaled_dot_u8x64(zero_i32x16(), magnitudes(name, at, 1), load_i8x64(x + 64), spread_scales(factors, 1))

@@ -8,14 +8,15 @@ from numba import njit, uint64
 from native.cpu.blocks import dot256, implements, unpack
 from native.simd import (
     extend_f32x8,
+    extend_i32x8,
     high_f32x16,
     int_to_f32x16,
     load_f16,
     load_f32x8,
-    load_f32x16,
     load_i8x16,
     load_i8x32,
     load_i8x64,
+    load_i16x16,
     load_u32,
     low_f32x16,
     pack_u64,
@@ -29,6 +30,7 @@ from native.simd import (
 )
 from native.simd_bytes import (
     bit_fields,
+    pair_dot_i16x16,
     scaled_dot_u8x64,
     spreadable,
     widen16_i8x16,
@@ -80,7 +82,7 @@ def _minus_minima(block, scales, total, sums32):
 
 
 @implements(dot256, "Q4_K")
-def _q4_k_dot(name, block, x, sums16, sums32):
+def _q4_k_dot(name, block, x, sums16, sums32, minus16):
     scales, qs = _six_bits(block + 4), block + 16
     words = spreadable(widen16_i8x16(scales))
     total = scaled_dot_u8x64(zero_i32x16(), _nibbles(load_twice(qs)), load_i8x64(x), words32_0(words))
@@ -119,7 +121,7 @@ def _q5_k_codes(block):
 
 
 @implements(dot256, "Q5_K")
-def _q5_k_dot(name, block, x, sums16, sums32):
+def _q5_k_dot(name, block, x, sums16, sums32, minus16):
     scales, (c0, c1, c2, c3) = _six_bits(block + 4), _q5_k_codes(block)
     words = spreadable(widen16_i8x16(scales))
     total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words32_0(words))
@@ -155,15 +157,14 @@ def _q6_k_high(block, half):
 
 
 @implements(dot256, "Q6_K")
-def _q6_k_dot(name, block, x, sums16, sums32):
-    scales = load_i8x16(block + 192)
-    words = spreadable(widen16_signed_i8x16(scales))
-    total = scaled_dot_u8x64(zero_i32x16(), _q6_k_low(block, 0), load_i8x64(x), words16_0(words))
+def _q6_k_dot(name, block, x, sums16, sums32, minus16):
+    scales = widen16_signed_i8x16(load_i8x16(block + 192))
+    offsets, words = extend_i32x8(pair_dot_i16x16(scales, load_i16x16(minus16)) << 5), spreadable(scales)
+    total = scaled_dot_u8x64(offsets, _q6_k_low(block, 0), load_i8x64(x), words16_0(words))
     total = scaled_dot_u8x64(total, _q6_k_high(block, 0), load_i8x64(x + 64), words16_1(words))
     total = scaled_dot_u8x64(total, _q6_k_low(block, 1), load_i8x64(x + 128), words16_2(words))
     total = scaled_dot_u8x64(total, _q6_k_high(block, 1), load_i8x64(x + 192), words16_3(words))
-    offsets = int_to_f32x16(widen_signed_i8x16(scales)) * load_f32x16(sums16) * -32.0
-    return (int_to_f32x16(total) + offsets) * load_f16(block + 208)
+    return int_to_f32x16(total) * load_f16(block + 208)
 
 
 @implements(unpack, "Q6_K")

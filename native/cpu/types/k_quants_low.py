@@ -5,11 +5,14 @@ from numba import njit, uint64
 from native.cpu.blocks import dot256, implements, unpack
 from native.cpu.types.k_quants import load_twice
 from native.simd import (
+    extend_f32x8,
+    extend_i32x8,
+    int_to_f32x8,
     int_to_f32x16,
     load_f16,
-    load_f32x16,
     load_i8x16,
     load_i8x64,
+    load_i16x16,
     load_u32,
     load_u64,
     pack_u64,
@@ -21,6 +24,7 @@ from native.simd import (
 )
 from native.simd_bytes import (
     bit_fields,
+    pair_dot_i16x16,
     scaled_dot_u8x64,
     spreadable,
     widen16_i8x16,
@@ -44,10 +48,10 @@ def _two_bits(qs):
 
 
 @njit
-def _scaled_total(codes, words, x):
-    """The products of 4 x 64 codes times the int16 scale of each 16, as i32x16."""
+def _scaled_total(start, codes, words, x):
+    """`start` plus the products of 4 x 64 codes times the int16 scale of each 16, as i32x16."""
     (c0, c1, c2, c3), words = codes, spreadable(words)
-    total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words16_0(words))
+    total = scaled_dot_u8x64(start, c0, load_i8x64(x), words16_0(words))
     total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words16_1(words))
     total = scaled_dot_u8x64(total, c2, load_i8x64(x + 128), words16_2(words))
     return scaled_dot_u8x64(total, c3, load_i8x64(x + 192), words16_3(words))
@@ -66,11 +70,11 @@ def _store_codes(codes, values):
 
 
 @implements(dot256, "Q2_K")
-def _q2_k_dot(name, block, x, sums16, sums32):
+def _q2_k_dot(name, block, x, sums16, sums32, minus16):
     scales = load_i8x16(block)
-    total = _scaled_total(_two_bits(block + 16), widen16_i8x16(scales & 15), x)
-    minima = int_to_f32x16(widen_i8x16(scales) >> 4) * load_f32x16(sums16)
-    return int_to_f32x16(total) * load_f16(block + 80) - minima * load_f16(block + 82)
+    total = _scaled_total(zero_i32x16(), _two_bits(block + 16), widen16_i8x16(scales & 15), x)
+    minima = int_to_f32x8(pair_dot_i16x16(widen16_i8x16(scales >> 4), load_i16x16(minus16)))
+    return int_to_f32x16(total) * load_f16(block + 80) + extend_f32x8(minima * load_f16(block + 82))
 
 
 @implements(unpack, "Q2_K")
@@ -102,11 +106,10 @@ def _q3_k_scales(block):
 
 
 @implements(dot256, "Q3_K")
-def _q3_k_dot(name, block, x, sums16, sums32):
-    scales = _q3_k_scales(block)
-    total = _scaled_total(_q3_k_codes(block), widen16_signed_i8x16(scales), x)
-    offsets = int_to_f32x16(widen_signed_i8x16(scales)) * load_f32x16(sums16) * -4.0
-    return (int_to_f32x16(total) + offsets) * load_f16(block + 108)
+def _q3_k_dot(name, block, x, sums16, sums32, minus16):
+    words = widen16_signed_i8x16(_q3_k_scales(block))
+    offsets = extend_i32x8(pair_dot_i16x16(words, load_i16x16(minus16)) << 2)
+    return int_to_f32x16(_scaled_total(offsets, _q3_k_codes(block), words, x)) * load_f16(block + 108)
 
 
 @implements(unpack, "Q3_K")

@@ -120,7 +120,7 @@ def _every_pair(word):
 
 
 @implements(dot256, "IQ4_XS")
-def _iq4_xs_dot(name, block, x, sums16, sums32):
+def _iq4_xs_dot(name, block, x, sums16, sums32, minus16):
     scales, qs = low_f32x16(_iq4_xs_scales(block)), block + 8
     p0, p1 = _iq4_product(qs, 16, x), _iq4_product(qs + 32, 16, x + 64)
     p2, p3 = _iq4_product(qs + 64, 16, x + 128), _iq4_product(qs + 96, 16, x + 192)

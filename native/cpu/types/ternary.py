@@ -64,7 +64,7 @@ def _ternary_total(codes, x):
 
 
 @implements(dot256, "TQ2_0")
-def _tq2_0_dot(name, block, x, sums16, sums32):
+def _tq2_0_dot(name, block, x, sums16, sums32, minus16):
     return (_ternary_total(_tq2_0_codes(block), x) - load_f32x16(sums16)) * load_f16(block + 64)
 
 
@@ -126,7 +126,7 @@ else:
 
 
 @implements(dot256, "TQ1_0")
-def _tq1_0_dot(name, block, x, sums16, sums32):
+def _tq1_0_dot(name, block, x, sums16, sums32, minus16):
     return (_ternary_total(_tq1_0_codes(block), x) - load_f32x16(sums16)) * load_f16(block + 52)
 
 
