@@ -1,4 +1,4 @@
-"""What kernels need besides vectors: calls through an address, atomics, prefetching, and a pause for spinning threads."""
+"""What kernels need besides vectors: calls through an address, atomics, prefetching, a pause for spinning threads, memory."""
 
 from llvmlite import ir
 from numba import types
@@ -10,7 +10,7 @@ from native.isa import PORTABLE, isa
 _I32 = ir.IntType(32)
 
 
-def _pointer(builder, address, llvm_type):
+def pointer(builder, address, llvm_type):
     return builder.inttoptr(address, llvm_type.as_pointer())
 
 
@@ -59,7 +59,7 @@ def atomic_add(typingctx, address, value):
     """Adds to the int64 at `address` (sequentially consistent) and returns what was there before."""
 
     def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", _pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
+        return builder.atomic_rmw("add", pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
 
@@ -69,7 +69,7 @@ def atomic_load(typingctx, address):
     """The int64 at `address`, ordered after it: acquire."""
 
     def codegen(context, builder, sig, args):
-        return builder.load_atomic(_pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
+        return builder.load_atomic(pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
 
     return types.int64(types.int64), codegen
 
@@ -79,7 +79,7 @@ def atomic_store(typingctx, address, value):
     """Stores an int64 that other threads may wait for: release."""
 
     def codegen(context, builder, sig, args):
-        builder.store_atomic(args[1], _pointer(builder, args[0], ir.IntType(64)), "release", 8)
+        builder.store_atomic(args[1], pointer(builder, args[0], ir.IntType(64)), "release", 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -117,3 +117,37 @@ def pause(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def stack_512(typingctx):
+    """The address of 512 bytes that live as long as the function."""
+
+    def codegen(context, builder, sig, args):
+        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), 512))
+        return builder.ptrtoint(room, ir.IntType(64))
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def copy_bytes(typingctx, target, source, num_bytes):
+    """memcpy"""
+
+    def codegen(context, builder, sig, args):
+        target, source, count = args
+        cgutils.raw_memcpy(builder, pointer(builder, target, ir.IntType(8)), pointer(builder, source, ir.IntType(8)), count, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def clear_bytes(typingctx, target, num_bytes):
+    """memset to zero"""
+
+    def codegen(context, builder, sig, args):
+        cgutils.memset(builder, pointer(builder, args[0], ir.IntType(8)), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

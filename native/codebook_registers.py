@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from native.codebooks import codebook
 from native.isa import AVX512_VNNI, isa, target_features
-from native.simd import _call, _constant, i8x32, i8x64, i16x32
+from native.vectors import call_llvm, constant, i8x32, i8x64, i16x32
 
 HAS_BYTE_PERMUTES = isa().name == AVX512_VNNI and {"avx512vbmi", "gfni"} <= target_features()
 _I32 = ir.IntType(32)
@@ -36,7 +36,7 @@ def _tree(builder, permute, tables: list, is_set: list):
 
 
 def _bit_is_set(builder, vec, value, bit: int):
-    return builder.icmp_unsigned("!=", builder.and_(value, _constant(vec, 1 << bit)), _constant(vec, 0))
+    return builder.icmp_unsigned("!=", builder.and_(value, constant(vec, 1 << bit)), constant(vec, 0))
 
 
 def find_words(name: str):
@@ -46,11 +46,11 @@ def find_words(name: str):
     def find(typingctx, indices):
         def codegen(context, builder, sig, args):
             words = _packed(name)
-            tables = [_constant(i16x32, words[i : i + 32].tolist()) for i in range(0, len(words), 32)]
+            tables = [constant(i16x32, words[i : i + 32].tolist()) for i in range(0, len(words), 32)]
             llvm_name = "llvm.x86.avx512.vpermi2var.hi.512"
             bits = range(6, len(words).bit_length() - 1)
             is_set = [_bit_is_set(builder, i16x32, args[0], bit) for bit in bits]
-            return _tree(builder, lambda a, b: _call(builder, llvm_name, i16x32.llvm, [a, args[0], b]), tables, is_set)
+            return _tree(builder, lambda a, b: call_llvm(builder, llvm_name, i16x32.llvm, [a, args[0], b]), tables, is_set)
 
         return i16x32(i16x32), codegen
 
@@ -64,12 +64,12 @@ def find_bytes(name: str, shift: int):
     def find(typingctx, indices, ninth):
         def codegen(context, builder, sig, args):
             part = (_packed(name) >> shift & 255).astype(np.uint8)
-            tables = [_constant(i8x64, part[i : i + 64].tolist()) for i in range(0, len(part), 64)]
+            tables = [constant(i8x64, part[i : i + 64].tolist()) for i in range(0, len(part), 64)]
             llvm_name = "llvm.x86.avx512.vpermi2var.qi.512"
             is_set = [_bit_is_set(builder, i8x64, args[0], 7)]
             if len(part) > 256:
                 is_set.append(builder.bitcast(args[1], ir.VectorType(ir.IntType(1), 64)))
-            return _tree(builder, lambda a, b: _call(builder, llvm_name, i8x64.llvm, [a, args[0], b]), tables, is_set)
+            return _tree(builder, lambda a, b: call_llvm(builder, llvm_name, i8x64.llvm, [a, args[0], b]), tables, is_set)
 
         return i8x64(i8x64, types.uint64), codegen
 
@@ -78,11 +78,11 @@ def find_bytes(name: str, shift: int):
 
 def _values(builder, name: str, qwords, shifts: list[int]):
     """Codes at the bit positions `shifts` of every 8 bytes, replaced by their values. Higher bits in a byte do not matter."""
-    spread = _call(builder, "llvm.x86.avx512.pmultishift.qb.512", i8x64.llvm, [_constant(i8x64, shifts * 8), qwords])
+    spread = call_llvm(builder, "llvm.x86.avx512.pmultishift.qb.512", i8x64.llvm, [constant(i8x64, shifts * 8), qwords])
     values = np.unique(codebook(name)).tolist()
     values += [0] * (4 - len(values) if len(values) < 4 else 0)
-    table = _constant(i8x64, values * (64 // len(values)))
-    return _call(builder, "llvm.x86.avx512.permvar.qi.512", i8x64.llvm, [table, spread])
+    table = constant(i8x64, values * (64 // len(values)))
+    return call_llvm(builder, "llvm.x86.avx512.permvar.qi.512", i8x64.llvm, [table, spread])
 
 
 def expand_words(name: str):
@@ -95,7 +95,7 @@ def expand_words(name: str):
         lanes = [lane for i in range(8) for lane in (8 * chunk.literal_value + i, 0, 0, 0)]
 
         def codegen(context, builder, sig, args):
-            picked = _call(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.llvm, [args[0], _constant(i16x32, lanes)])
+            picked = call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.llvm, [args[0], constant(i16x32, lanes)])
             return _values(builder, name, builder.bitcast(picked, i8x64.llvm), list(range(0, 16, 2)))
 
         return i8x64(i16x32, chunk), codegen
@@ -115,7 +115,7 @@ def expand_bytes(name: str):
 
         def codegen(context, builder, sig, args):
             name_of_permute = "llvm.x86.avx512.vpermi2var.qi.512"
-            picked = _call(builder, name_of_permute, i8x64.llvm, [args[0], _constant(i8x64, lanes), args[1]])
+            picked = call_llvm(builder, name_of_permute, i8x64.llvm, [args[0], constant(i8x64, lanes), args[1]])
             return _values(builder, name, picked, [0, 3, 6, 9, 16, 19, 22, 25])
 
         return i8x64(i8x64, i8x64, chunk), codegen
@@ -133,8 +133,8 @@ def sign_fields(vec, positions: tuple[int, ...]):
     def take(typingctx, bits):
         def codegen(context, builder, sig, args):
             shift = f"llvm.x86.avx512.pmultishift.qb.{width}"
-            fields = _call(builder, shift, vec.llvm, [_constant(vec, [*positions] * (vec.lanes // 8)), args[0]])
-            matrix = _constant(vec, rows * (vec.lanes // 8))
+            fields = call_llvm(builder, shift, vec.llvm, [constant(vec, [*positions] * (vec.lanes // 8)), args[0]])
+            matrix = constant(vec, rows * (vec.lanes // 8))
             affine = ir.FunctionType(vec.llvm, [vec.llvm, vec.llvm, ir.IntType(8)])
             function = cgutils.get_or_insert_function(builder.module, affine, f"llvm.x86.vgf2p8affineqb.{width}")
             return builder.call(function, [fields, matrix, ir.Constant(ir.IntType(8), 0)])

@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from native.isa import isa, target_features
-from native.simd import _call, _pointer, i8x64
+from native.vectors import call_llvm, i8x64, pointer
 
 _BYTE, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -46,7 +46,7 @@ def _constant_table(module: ir.Module, name: str, element: ir.IntType, values: l
 
 
 def _load(builder, address, offset: int, kind: ir.IntType):
-    value = builder.load(_pointer(builder, builder.add(address, ir.Constant(address.type, offset)), kind))
+    value = builder.load(pointer(builder, builder.add(address, ir.Constant(address.type, offset)), kind))
     value.align = 1
     return value
 
@@ -128,7 +128,7 @@ def _split_by_deposit(builder, low, high, num_indices: int, index_bits: int, ste
     indices, lanes = [], 0x0001_0001_0001_0001
 
     def deposit(value, mask: int):
-        return _call(builder, "llvm.x86.bmi.pdep.64", _I64, [builder.zext(value, _I64), ir.Constant(_I64, mask * lanes)])
+        return call_llvm(builder, "llvm.x86.bmi.pdep.64", _I64, [builder.zext(value, _I64), ir.Constant(_I64, mask * lanes)])
 
     for first in range(0, num_indices, 4):
         bits = builder.lshr(high, ir.Constant(_I32, first * step))

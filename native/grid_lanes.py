@@ -10,15 +10,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from native.half import widen_half
-from native.simd import (
+from native.vectors import (
     Vec,
-    _bitcaster,
-    _constant,
-    _converter,
-    _loader,
-    _maker,
-    _shuffler,
-    _unary,
+    bitcaster,
+    constant,
+    converter,
     f32x8,
     f32x16,
     i8x16,
@@ -28,6 +24,10 @@ from native.simd import (
     i16x32,
     i32x8,
     i32x16,
+    loader,
+    maker,
+    shuffler,
+    unary,
 )
 
 _I32 = ir.IntType(32)
@@ -35,18 +35,18 @@ i8x8, i16x8 = Vec("i8", 8), Vec("i16", 8)
 
 # Loads, conversions, shuffles -----------------------------------------------------------------------------------------
 
-load_i32x8, load_i16x8, load_i16x32 = (_loader(v, v.llvm) for v in (i32x8, i16x8, i16x32))
-load_widened_i8x8 = _loader(i16x8, i8x8.llvm, lambda builder, value: builder.zext(value, i16x8.llvm))
-narrow_i16x32, narrow_i16x16 = _converter(i16x32, i8x32, "trunc"), _converter(i16x16, i8x16, "trunc")
-bytes_of_i32x8, bytes_of_i16x8 = _bitcaster(i32x8, i8x32), _bitcaster(i16x8, i8x16)
-bit_counts = _unary(i8x32, "llvm.ctpop.v32i8")
-even_f32x16 = _shuffler(f32x16, f32x8, range(0, 16, 2))
-odd_i32x16 = _shuffler(i32x16, i32x8, range(1, 16, 2))
-four_times_upper_i16x8 = _shuffler(i16x8, i16x16, [4 + i // 4 for i in range(16)])  # lanes 4 4 4 4 5 ...
-twice_i8x8 = _shuffler(i8x16, i8x16, [i // 2 for i in range(16)])  # bytes 0 0 1 1 ...
-twice_lowest_bytes = _shuffler(i8x32, i8x16, [4 * (i // 2) for i in range(16)])  # of 32-bit lanes: bytes 0 0 4 4 ...
-twice_indices = _shuffler(i8x64, i8x64, [8 * (i // 8) + i // 2 % 4 for i in range(64)])  # bytes 0 0 1 1 2 2 3 3 of every 8
-shifts_0_3_6_9 = _maker(i16x16, [0, 3, 6, 9] * 4)
+load_i32x8, load_i16x8, load_i16x32 = (loader(v, v.llvm) for v in (i32x8, i16x8, i16x32))
+load_widened_i8x8 = loader(i16x8, i8x8.llvm, lambda builder, value: builder.zext(value, i16x8.llvm))
+narrow_i16x32, narrow_i16x16 = converter(i16x32, i8x32, "trunc"), converter(i16x16, i8x16, "trunc")
+bytes_of_i32x8, bytes_of_i16x8 = bitcaster(i32x8, i8x32), bitcaster(i16x8, i8x16)
+bit_counts = unary(i8x32, "llvm.ctpop.v32i8")
+even_f32x16 = shuffler(f32x16, f32x8, range(0, 16, 2))
+odd_i32x16 = shuffler(i32x16, i32x8, range(1, 16, 2))
+four_times_upper_i16x8 = shuffler(i16x8, i16x16, [4 + i // 4 for i in range(16)])  # lanes 4 4 4 4 5 ...
+twice_i8x8 = shuffler(i8x16, i8x16, [i // 2 for i in range(16)])  # bytes 0 0 1 1 ...
+twice_lowest_bytes = shuffler(i8x32, i8x16, [4 * (i // 2) for i in range(16)])  # of 32-bit lanes: bytes 0 0 4 4 ...
+twice_indices = shuffler(i8x64, i8x64, [8 * (i // 8) + i // 2 % 4 for i in range(64)])  # bytes 0 0 1 1 2 2 3 3 of every 8
+shifts_0_3_6_9 = maker(i16x16, [0, 3, 6, 9] * 4)
 
 
 @intrinsic
@@ -71,7 +71,7 @@ def _chunk_shuffler(source: Vec, result: Vec, lane_of: Callable[[int, int], int]
 
         def codegen(context, builder, sig, args):
             mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
-            return builder.bitcast(builder.shuffle_vector(args[0], _constant(source, 0), mask), result.llvm)
+            return builder.bitcast(builder.shuffle_vector(args[0], constant(source, 0), mask), result.llvm)
 
         return result(source, chunk), codegen
 
@@ -89,7 +89,7 @@ eight_times_sparse = _chunk_shuffler(i8x64, i8x64, lambda chunk, i: 16 * chunk +
 
 
 def _negate(builder, is_negative, x):
-    return builder.select(is_negative, builder.sub(_constant(i8x64, 0), x), x)
+    return builder.select(is_negative, builder.sub(constant(i8x64, 0), x), x)
 
 
 @intrinsic
@@ -97,8 +97,8 @@ def negate_where(typingctx, x, signs):
     """x with the sign changed where the bit of the weight is set: byte i of `signs` holds it at bit i % 8."""
 
     def codegen(context, builder, sig, args):
-        bits = builder.and_(args[1], _constant(i8x64, [1 << i % 8 for i in range(64)]))
-        return _negate(builder, builder.icmp_unsigned("!=", bits, _constant(i8x64, 0)), args[0])
+        bits = builder.and_(args[1], constant(i8x64, [1 << i % 8 for i in range(64)]))
+        return _negate(builder, builder.icmp_unsigned("!=", bits, constant(i8x64, 0)), args[0])
 
     return i8x64(i8x64, i8x64), codegen
 
@@ -121,8 +121,8 @@ def add_eighths(typingctx, codes, nibbles, chunk):
     lanes = ir.Constant(ir.VectorType(_I32, 8), list(range(8 * chunk.literal_value, 8 * chunk.literal_value + 8)))
 
     def codegen(context, builder, sig, args):
-        top_bits = builder.and_(args[1], _constant(i16x32, [8, 128] * 16))
-        is_clear = builder.icmp_unsigned("==", top_bits, _constant(i16x32, 0))
+        top_bits = builder.and_(args[1], constant(i16x32, [8, 128] * 16))
+        is_clear = builder.icmp_unsigned("==", top_bits, constant(i16x32, 0))
         is_clear = builder.shuffle_vector(is_clear, is_clear, lanes)
         points = builder.bitcast(args[0], ir.VectorType(ir.IntType(64), 8))
         more = builder.add(points, ir.Constant(points.type, [0x0202020202020202] * 8))

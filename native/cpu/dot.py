@@ -6,14 +6,15 @@
 
 that writes `num_rows` float32 dot products to `out`. Rows are taken in order: memory is then read as the hardware
 prefetches best; four side by side measured 7.7 GB/s against 24 to 29 (tools/LOG.md). Rows of floats are taken four at a
-time, for their activations crowd the cache, and so the next four are asked for in the order of memory. Shapes and the meaning of `activations` are in `activations.py`.
+time, for their activations crowd the cache, and so the next four are asked for in the order of memory. Shapes and the
+meaning of `activations` are in `activations.py`.
 """
 
 from functools import cache
 
 from numba import types
 
-from native.calls import prefetch_far, prefetch_near
+from native.calls import clear_bytes, copy_bytes, prefetch_far, prefetch_near, stack_512
 from native.cpu.activations import (
     K_SLOT,
     KIND32,
@@ -29,7 +30,7 @@ from native.cpu.blocks import FORMATS, dot8x32, dot256, load16
 from native.cpu.compiler import Kernel
 from native.layouts import BY_NAME
 from native.simd import fma_f32x16, load_f32, load_f32x16, load_i64, store_f32, sum_f32x16, zero_f32x16
-from native.simd_bytes import add_scaled, clear_bytes, copy_bytes, stack_512, sum_row, zero_row
+from native.simd_dot import add_scaled, sum_row, zero_row
 
 # 256 weights in about a cache line make rows too short for the hardware to find their pace; for others it needs no help.
 _SHORT_BYTES, _AHEAD_BYTES = 72, 2048

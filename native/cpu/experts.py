@@ -17,17 +17,7 @@ from native.cpu.panel import panel_bytes
 from native.cpu.run import EVERY_TOKEN, NUM_TOKENS
 from native.cpu.threads import barrier, next_task
 from native.cpu.vector_math import silu_f32x16
-from native.simd import (
-    fma_f32x16,
-    load_f32,
-    load_f32x16,
-    load_i32,
-    load_i64,
-    splat_f32x16,
-    store_f32,
-    store_f32x16,
-    store_i32,
-)
+from native.simd import fma_f32x16, load_f32, load_f32x16, load_i32, load_i64, splat_f32x16, store_f32, store_f32x16, store_i32
 
 # int64 slots of the arguments, by byte offset
 _RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _MATRICES, _HIDDEN = (8 * i for i in range(11))

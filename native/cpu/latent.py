@@ -15,16 +15,7 @@ from native.cpu.linear import arguments, float_bits, rms_norm, thread_scratch
 from native.cpu.run import COS, NUM_TOKENS, SIN, SLOTS
 from native.cpu.threads import next_task
 from native.cpu.vector_math import rotate_pairs
-from native.simd import (
-    load_bf16x16,
-    load_f16x16,
-    load_f32,
-    load_f32x16,
-    load_i64,
-    store_bf16x16,
-    store_f16x16,
-    store_f32x16,
-)
+from native.simd import load_bf16x16, load_f16x16, load_f32, load_f32x16, load_i64, store_bf16x16, store_f16x16, store_f32x16
 
 PAGE_POSITIONS = 64
 VALUE_BYTES = {"f32": 4, "f16": 2, "bf16": 2}

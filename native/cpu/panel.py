@@ -26,11 +26,8 @@ from native.cpu.blocks import FORMATS, activation_kind, load16, unpack
 from native.cpu.compiler import FASTMATH, Kernel
 from native.layouts import BY_NAME
 from native.simd import (
-    HAS_FULL_UNSIGNED_DOT,
     broadcast_f32,
     broadcast_i8x4,
-    dot_i8x64,
-    dot_u8x64,
     fma_f32x16,
     int_to_f32x16,
     lane_f32x16,
@@ -48,6 +45,7 @@ from native.simd import (
     zero_f32x16,
     zero_i32x16,
 )
+from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
 
 PANEL_SIGNATURE, GEMM_SIGNATURE = types.void(*[types.int64] * 5), types.void(*[types.int64] * 7)
 PANEL_ROWS, ADD = 16, 32

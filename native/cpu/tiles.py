@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from native.half import widen_half
-from native.simd import Vec, f32x16, i16x16, i32x16
+from native.vectors import Vec, f32x16, i16x16, i32x16
 
 MAX_HEADS = 8
 SCORE_STRIDE = 256  # bytes between the 64 scores of one head and the next
@@ -57,13 +57,13 @@ def _at(builder, base, *terms):
     return base
 
 
-def _call(builder, name: str, result, *args):
+def call_llvm(builder, name: str, result, *args):
     kind = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, fastmath=("reassoc",))
 
 
 def _fma(builder, a, b, c):
-    return _call(builder, "llvm.fma.v16f32", f32x16.llvm, a, b, c)
+    return call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, a, b, c)
 
 
 @cache
@@ -83,7 +83,7 @@ def score_tile(num_heads: int, dtype: str, value_bytes: int) -> Callable:
                     builder.store(_fma(builder, value, query, builder.load(total)), total)
             for g, total in enumerate(sums):
                 start = ir.Constant(_F32, -0.0)
-                result = _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, start, builder.load(total))
+                result = call_llvm(builder, "llvm.vector.reduce.fadd.v16f32", _F32, start, builder.load(total))
                 _store(builder, _at(builder, scores, SCORE_STRIDE * g), result)
             return context.get_dummy_value()
 

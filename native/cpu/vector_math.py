@@ -21,21 +21,21 @@ _C0, _C1, _C2, _C3, _C4, _C5 = 1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.16657
 
 
 @njit(**_OPTIONS)
-def _splat(value):
+def splat(value):
     return splat_f32x16(types.float32(value))
 
 
 @njit(**_OPTIONS)
 def exp_f32x16(x):
     """e^x, relative error about 1e-7; below -87 it is (nearly) 0, above 88 it saturates, of NaN it is NaN."""
-    x = clamp_f32x16(x, _splat(-87.0), _splat(88.0))
+    x = clamp_f32x16(x, splat(-87.0), splat(88.0))
     n = round_f32x16(x * _LOG2_E)
-    r = fma_f32x16(n, _splat(-_LN2_LOW), fma_f32x16(n, _splat(-_LN2_HIGH), x))
-    p = fma_f32x16(_splat(_C0), r, _splat(_C1))
-    p = fma_f32x16(p, r, _splat(_C2))
-    p = fma_f32x16(p, r, _splat(_C3))
-    p = fma_f32x16(p, r, _splat(_C4))
-    p = fma_f32x16(p, r, _splat(_C5))
+    r = fma_f32x16(n, splat(-_LN2_LOW), fma_f32x16(n, splat(-_LN2_HIGH), x))
+    p = fma_f32x16(splat(_C0), r, splat(_C1))
+    p = fma_f32x16(p, r, splat(_C2))
+    p = fma_f32x16(p, r, splat(_C3))
+    p = fma_f32x16(p, r, splat(_C4))
+    p = fma_f32x16(p, r, splat(_C5))
     value = fma_f32x16(p, r * r, r) + 1.0
     return value * f32_from_bits((f32_to_i32x16(n) + 127) << 23)
 

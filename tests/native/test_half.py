@@ -7,7 +7,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from native import half
-from native.simd import f32x16, load_f16x16, load_f32x16, store_f16x16, store_f32x16
+from native.simd import load_f16x16, load_f32x16, store_f16x16, store_f32x16
+from native.vectors import f32x16
 
 
 @njit("void(int64, int64, int64)", cache=True)

@@ -6,14 +6,8 @@ from numba import njit
 from numba.core import config
 
 from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, target_features
-from native.simd import (
-    HAS_FULL_UNSIGNED_DOT,
-    dot_i8x64,
-    dot_u8x64,
-    load_i8x64,
-    load_i32x16,
-    store_i32x16,
-)
+from native.simd import load_i8x64, load_i32x16, store_i32x16
+from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
 
 PATHS = [
     ("+avx512vnni,+avx512bw,+avx512vl,+avx2", AVX512_VNNI),

@@ -8,9 +8,6 @@ from numba import njit, uint64
 
 from native.cpu.blocks import dot8x32, implements, unpack
 from native.simd import (
-    HAS_FULL_UNSIGNED_DOT,
-    dot_i8x64,
-    dot_u8x64,
     extend_f32x8,
     fma_f32x16,
     int_to_f32x16,
@@ -31,7 +28,9 @@ from native.simd import (
     store_i8x32,
     zero_i32x16,
 )
-from native.simd_bytes import bit_fields, gather_f16, twice_each_i8x16, where_bits
+from native.simd_bytes import bit_fields, twice_each_i8x16, where_bits
+from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
+from native.simd_scales import gather_f16
 
 
 @njit

@@ -4,25 +4,10 @@ from numba import njit
 
 from native.cpu.blocks import dot8x32, implements, unpack
 from native.cpu.types.blocks_of_32 import scaled_chunks
-from native.simd import (
-    dot_u8x64,
-    extend_f32x8,
-    load_f16,
-    load_f32x8,
-    load_i8x16,
-    load_i8x64,
-    load_u64,
-    store_f32,
-    store_i8x64,
-    zero_i32x16,
-)
-from native.simd_bytes import (
-    bit_fields,
-    by_fours_i8x64,
-    four_times_each_word,
-    gather_f16,
-    where_bits,
-)
+from native.simd import extend_f32x8, load_f16, load_f32x8, load_i8x16, load_i8x64, load_u64, store_f32, store_i8x64, zero_i32x16
+from native.simd_bytes import bit_fields, by_fours_i8x64, four_times_each_word, where_bits
+from native.simd_dot import dot_u8x64
+from native.simd_scales import gather_f16
 
 # Q1_0: d:2 | bits:16; weight = d or -d --------------------------------------------------------------------------------
 

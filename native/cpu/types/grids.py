@@ -21,7 +21,7 @@ from native.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from native.simd_bytes import scaled_dot_u8x64
+from native.simd_dot import scaled_dot_u8x64
 
 _IQ1, _SIGNED = ("IQ1_S", "IQ1_M"), ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 

@@ -28,22 +28,9 @@ from native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from native.simd_bytes import (
-    bit_fields,
-    pair_dot_i16x16,
-    scaled_dot_u8x64,
-    spreadable,
-    widen16_i8x16,
-    widen16_signed_i8x16,
-    words16_0,
-    words16_1,
-    words16_2,
-    words16_3,
-    words32_0,
-    words32_1,
-    words32_2,
-    words32_3,
-)
+from native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
+from native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
+from native.simd_scales import spreadable, words16_0, words16_1, words16_2, words16_3, words32_0, words32_1, words32_2, words32_3
 
 # The first and the last half of 64 bytes: bits 0..3 and 4..7; bits 2 k and 2 k + 1, brought to bit 4; and so on.
 _nibbles, _high_nibbles = bit_fields(15, 0, 4), bit_fields(15, 4)

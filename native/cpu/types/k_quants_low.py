@@ -22,18 +22,9 @@ from native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from native.simd_bytes import (
-    bit_fields,
-    pair_dot_i16x16,
-    scaled_dot_u8x64,
-    spreadable,
-    widen16_i8x16,
-    widen16_signed_i8x16,
-    words16_0,
-    words16_1,
-    words16_2,
-    words16_3,
-)
+from native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
+from native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
+from native.simd_scales import spreadable, words16_0, words16_1, words16_2, words16_3
 
 _fields_0_1, _fields_2_3 = bit_fields(3, 0, 2), bit_fields(3, 4, 6)
 _bits_0_1, _bits_2_3 = bit_fields(4, -2, -1), bit_fields(4, 0, 1)  # brought to bit 2

@@ -9,9 +9,6 @@ from numba import njit, uint64
 from native.cpu.blocks import dot8x32, dot256, implements, unpack
 from native.cpu.types.blocks_of_32 import nibbles_of_two, scaled_chunks, store_block
 from native.simd import (
-    HAS_FULL_UNSIGNED_DOT,
-    dot_i8x64,
-    dot_u8x64,
     extend_f32x8,
     f32_from_bits,
     fma_f32x16,
@@ -26,6 +23,7 @@ from native.simd import (
     load_u32,
     low_f32x16,
     low_i8x64,
+    max_i32x16,
     pack_u64,
     splat_i32x16,
     spread16_0,
@@ -39,19 +37,9 @@ from native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from native.simd_bytes import (
-    bit_fields,
-    byte_table,
-    gather_f16,
-    gather_u8,
-    gather_u32,
-    max_i32x16,
-    min_i32x16,
-    small_floats_f32x16,
-    twice_each_f32x8,
-    twice_each_quad,
-    zero_where,
-)
+from native.simd_bytes import bit_fields, byte_table, twice_each_f32x8, twice_each_quad
+from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
+from native.simd_scales import gather_f16, gather_u8, gather_u32, min_i32x16, small_floats_f32x16, zero_where
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # E2M1, doubled

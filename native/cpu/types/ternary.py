@@ -26,13 +26,11 @@ from native.simd_bytes import (
     load_first_bytes,
     low_i8x32,
     powers_of_3,
-    small_dot,
-    sum_small,
     ternary_digits,
     third_parts,
     times_3,
-    zero_small,
 )
+from native.simd_dot import small_dot, sum_small, zero_small
 
 _low_fields, _high_fields = bit_fields(3, 0, 2), bit_fields(3, 4, 6)
 
