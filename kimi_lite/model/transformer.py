@@ -53,6 +53,7 @@ class Transformer:
         check_sizes(config)
         compile_kernels(store, on_compile or (lambda done, total: None))
         self.config, self.kv = config, kv
+        self.max_batch_tokens = MAX_BATCH_TOKENS
         self.team = Team(num_threads or physical_cores())
         attention = [Attention(store, config, layer) for layer in range(config.num_layers)]
         feed_forward = [FeedForward(store, config, layer) for layer in range(config.num_layers)]
