@@ -112,7 +112,9 @@ def chat(
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
     settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)
     aside = Console(stderr=not sys.stdout.isatty())
-    app_chat.chat(open_session(settings, aside), aside, quiet)
+    session = open_session(settings, aside)
+    with session.engine:
+        app_chat.chat(session, aside, quiet)
 
 
 @app.command()
@@ -148,7 +150,8 @@ def run(
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
     settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)
     session = open_session(settings, Console(stderr=True))
-    raise typer.Exit(run_prompt(session, text, RunOutput(output, as_json, quiet)))
+    with session.engine:
+        raise typer.Exit(run_prompt(session, text, RunOutput(output, as_json, quiet)))
 
 
 app.command("quantize")(quantize)
