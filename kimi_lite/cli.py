@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kimi_lite import __version__
+from kimi_lite.apps.imatrix import main as imatrix
 from kimi_lite.errors import KimiLiteError
 from quantize.__main__ import main as quantize
 
@@ -155,6 +156,7 @@ def run(
 
 
 app.command("quantize")(quantize)
+app.command("imatrix")(imatrix)
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
