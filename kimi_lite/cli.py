@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kimi_lite import __version__
+from kimi_lite.apps.imatrix import main as imatrix
 from kimi_lite.errors import KimiLiteError
 from quantize.__main__ import main as quantize
 
@@ -112,7 +113,9 @@ def chat(
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
     settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)
     aside = Console(stderr=not sys.stdout.isatty())
-    app_chat.chat(open_session(settings, aside), aside, quiet)
+    session = open_session(settings, aside)
+    with session.engine:
+        app_chat.chat(session, aside, quiet)
 
 
 @app.command()
@@ -148,10 +151,12 @@ def run(
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
     settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)
     session = open_session(settings, Console(stderr=True))
-    raise typer.Exit(run_prompt(session, text, RunOutput(output, as_json, quiet)))
+    with session.engine:
+        raise typer.Exit(run_prompt(session, text, RunOutput(output, as_json, quiet)))
 
 
 app.command("quantize")(quantize)
+app.command("imatrix")(imatrix)
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

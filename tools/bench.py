@@ -86,7 +86,7 @@ def bench(options: Options, report: Report) -> Measured:
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
         report.print_machine(environment, model, _PLAN)
         bandwidth = measure_bandwidth(ours.transformer.team)
-        ceilings = find_ceilings(ours.config, ours.store.tensors, ours.kv_value_bytes, options.tests, {RAM: bandwidth.gb_s})
+        ceilings = find_ceilings(ours.sizes, ours.kv_value_bytes, options.tests, {RAM: bandwidth.gb_s})
         report.print_roofline(bandwidth, ceilings)
         runners = {ours.name: ours.run}
         if options.compares:

@@ -16,6 +16,7 @@ from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KV_DTYPES, KVCache
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.sizes import store_sizes
 from kimi_lite.model.tensors import check_tensors
 from kimi_lite.model.transformer import Transformer
 from kimi_lite.text.template import ChatTemplate
@@ -50,6 +51,7 @@ class Ours:
         self.config = ModelConfig.from_metadata(self.store.metadata, self.store.path.name)
         check_tensors(self.store, self.config)
         self.tokenizer = Tokenizer.from_metadata(self.store.metadata)
+        self.sizes = store_sizes(self.store, self.config)
         self.kv_value_bytes = KV_DTYPES[kv_dtype].itemsize
         num_pages = self._num_pages(tests)
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, num_pages, kv_dtype)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kimi_lite.memory.gguf_store import TensorView
-from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.costs import decode_cost
+from kimi_lite.model.sizes import ModelSizes
 from native.cpu.threads import Team
 from tools.bench_plan import BenchTest
 from tools.measure import measure
@@ -56,8 +55,7 @@ def measure_bandwidth(team: Team) -> Bandwidth:
 
 
 def find_ceilings(
-    config: ModelConfig,
-    tensors: Mapping[str, TensorView],
+    sizes: ModelSizes,
     value_bytes: float,
     tests: Sequence[BenchTest],
     gb_s_by_place: Mapping[str, float],
@@ -65,7 +63,7 @@ def find_ceilings(
     """Of the generation tests; prompts are bound by arithmetic, not by memory. Places are read one after the other."""
     ceilings = []
     for test in (test for test in tests if test.kind == "tg"):
-        cost = decode_cost(config, tensors, test.mean_depth, value_bytes, test.num_sequences)
+        cost = decode_cost(sizes, test.mean_depth, value_bytes, test.num_sequences)
         parts = [part / test.num_sequences for part in (cost.resident_bytes, cost.expert_bytes, cost.cache_bytes)]
         by_place = {RAM: cost.token_bytes}
         seconds = sum(num_bytes / gb_s_by_place[place] / 1e9 for place, num_bytes in by_place.items())

@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
+from kimi_lite.memory.bandwidth import read_program
 from native.cpu.activations import Activations
 from native.cpu.compiler import KERNEL
 from native.cpu.linear import arguments, linear_op, quantize_op, thread_scratch
@@ -17,11 +18,10 @@ from native.cpu.panel import PANEL_ROWS, panel_bytes
 from native.cpu.run import RunTable
 from native.cpu.threads import Program, Team, next_task
 from native.layouts import Layout
-from native.simd import load_i32x16, load_i64, store_i32, store_i64, sum_i32x16, zero_i32x16
+from native.simd import load_i64, store_i64
 from tools.ggml_cpu import VecDot
 
 CLOCK_CYCLES = 6_000_000  # of the chain: six dependent one-cycle instructions a step
-_READ_BYTES = 1 << 16  # a task of the reading kernel
 _GGML_ROWS = 64  # rows a task: llama.cpp's own chunk for one vector (ggml_compute_forward_mul_mat)
 
 
@@ -50,20 +50,6 @@ def _ggml_kernel(args, thread, team):
         for row in range(first, min(first + _GGML_ROWS, num_rows)):
             _call_vec_dot(function, n, out + 4 * row, weights + row * row_bytes, x)
         first = next_task(team) * _GGML_ROWS
-
-
-@cfunc(KERNEL, cache=True)
-def _read_kernel(args, thread, team):
-    address, num_tasks, out = load_i64(args), load_i64(args + 8), load_i64(args + 16)
-    a, b, c, d = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
-    task = next_task(team)
-    while task < num_tasks:
-        start = address + task * _READ_BYTES
-        for at in range(start, start + _READ_BYTES, 256):
-            a, b = a + load_i32x16(at), b + load_i32x16(at + 64)
-            c, d = c + load_i32x16(at + 128), d + load_i32x16(at + 192)
-        task = next_task(team)
-    store_i32(out + 64 * thread, sum_i32x16((a + b) + (c + d)))
 
 
 @cfunc(KERNEL, cache=True)
@@ -109,7 +95,7 @@ class Bench:
 
     def read(self, data: np.ndarray) -> Program:
         """data: contiguous; whole tasks of it are read."""
-        return Program([(_read_kernel.address, arguments(data.ctypes.data, data.nbytes // _READ_BYTES, self.sums.ctypes.data))])
+        return read_program(data, self.sums)
 
     def ours(self, layout: Layout, data: np.ndarray, out: np.ndarray, num_times: int = 1) -> Program:
         """data: uint8 (rows, row_bytes); out: float32 (capacity, rows)."""

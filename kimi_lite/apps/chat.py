@@ -52,7 +52,7 @@ class Chat:
         show_plain(self.aside, text, style="dim")
 
     def greet(self) -> None:
-        info, context = self.session.engine.info, self.session.engine.context_length
+        info, context = self.session.info, self.session.context_length
         self.say(f"kimi-lite {__version__} · {info.name}")
         self.say(f"  {describe_model(info)} · context {context:,}")
         self.say(f"  {self.session.mode} · /help for help")

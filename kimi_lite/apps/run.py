@@ -71,7 +71,7 @@ def run(session: Session, prompt: str, output: RunOutput) -> int:
 
 def _document(session: Session, view: AnswerView, ids: list[int]) -> str:
     document = {
-        "model": session.engine.info.name,
+        "model": session.info.name,
         "text": view.texts["content"],
         "reasoning": view.texts["reasoning"],
         "tool_calls": view.calls,

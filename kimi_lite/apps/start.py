@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from kimi_lite.apps.render import WorkProgress, show_plain
+from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.session import Session
@@ -31,7 +32,7 @@ def open_session(settings: Settings, aside: Console) -> Session:
     path = settings.model or _demo_path(aside, settings.is_quiet)
     with WorkProgress(aside) as progress:
         engine = Engine.open(path, settings.load, None if settings.is_quiet else progress)
-    session = Session(engine, settings.system, temperature=settings.temperature, sampling=settings.sampling)
+    session = Session(engine, settings.system, AnswerSettings(temperature=settings.temperature, sampling=settings.sampling))
     session.set_thinking(session.can_think if settings.is_thinking is None else settings.is_thinking)
     return session
 

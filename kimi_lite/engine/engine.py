@@ -1,16 +1,16 @@
 """Requests in, tokens out. `step` is the whole engine: schedule, run, sample, collect.
 
-    engine = Engine.open("model.gguf")
-    for token in engine.generate([Request("a", prompt_ids)]): print(token.text, end="")
+    with Engine.open("model.gguf") as engine:
+        for token in engine.generate([Request("a", prompt_ids)]): print(token.text, end="")
 
-Not thread-safe, but for `cancel`, which any thread or signal handler may call.
+Not thread-safe, but for `cancel`, which any thread or signal handler may call. Whoever opens an engine closes it.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
-from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -19,23 +19,31 @@ from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.sampler import Sampler
 from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
 from kimi_lite.engine.sequence import Sequence
-from kimi_lite.engine.types import FinishReason, ModelInfo, Request, Token
+from kimi_lite.engine.types import FinishReason, ModelInfo, Request, Stats, Token
+from kimi_lite.engine.watch import OnPrefill, StepWatch
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.kv import KVCache
 from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled
-from kimi_lite.text.stream import Piece, StreamParser
+from kimi_lite.text.stream import END_THINK, Piece, StreamParser
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
 
-OnPrefill = Callable[[str, int, int], None]  # request id, prompt tokens done, prompt tokens in all
 OnProgress = Callable[[str, int, int], None]  # what is being loaded, units done, units in all
-DEFAULT_STEP_TOKENS = 512
 
 
 class Model(Protocol):
-    """What the engine needs of `model.transformer.Transformer`."""
+    """What the engine needs of `model.transformer.Transformer`. One that keeps account also has `counters()`."""
 
-    def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray: ...
+    max_batch_tokens: int  # rows of one forward pass
+
+    def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
+        """Asks `should_stop` before every layer of a long batch, which is also how far the prompt is known to be."""
+
+    def close(self) -> None: ...
+
+
+class Closeable(Protocol):
+    def close(self) -> None: ...
 
 
 class Engine:
@@ -49,14 +57,19 @@ class Engine:
         template: ChatTemplate,
         context_length: int,
         info: ModelInfo,
-        max_step_tokens: int = DEFAULT_STEP_TOKENS,
+        max_step_tokens: int | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
+        holdings: Many[Closeable] = (),
     ) -> None:
+        """max_step_tokens: default and most, what the model takes at once. holdings: closed, in order, after the model."""
         assert context_length <= kv.num_pages * PAGE_TOKENS, (context_length, kv.num_pages)
+        assert max_step_tokens is None or max_step_tokens <= model.max_batch_tokens, max_step_tokens
         self.model, self.tokenizer, self.template, self.info = model, tokenizer, template, info
-        self.context_length = context_length
-        self.scheduler = Scheduler(kv, max_step_tokens)
+        self.kv, self.context_length = kv, context_length
+        self.scheduler = Scheduler(kv, max_step_tokens or model.max_batch_tokens)
         self.clock_s = clock_s
+        self.is_closed = False
+        self._holdings = holdings
         self._live: dict[str, Sequence] = {}
         self._cancelled: set[str] = set()
 
@@ -71,6 +84,27 @@ class Engine:
         from kimi_lite.engine.loader import load_engine
 
         return load_engine(path, options or LoadOptions(), on_progress)
+
+    def close(self) -> None:
+        """End what runs, then the model's threads, then let go of its files. A second call does nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for sequence in list(self._live.values()):
+            self._drop(sequence)
+        for holding in (self.model, *self._holdings):
+            holding.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def counters(self) -> Mapping[str, float]:
+        """What happened since the model was loaded, by name: of the cache, and of the model where it keeps account."""
+        model_counters = getattr(self.model, "counters", dict)
+        return {**self.kv.counters(), **model_counters()}
 
     def generate(self, requests: Many[Request], on_prefill: OnPrefill | None = None) -> Iterator[Token]:
         """Run requests to their ends, together. Whatever ends the iteration ends them; what they computed stays cached."""
@@ -92,8 +126,10 @@ class Engine:
     def add(self, request: Request) -> None:
         """Let a request into the queue; refused when it can never fit."""
         assert request.id not in self._live, request.id
+        assert not self.is_closed
         self.require_room(request)
-        parser = StreamParser(self.tokenizer, request.starts_in_reasoning, request.sampling.stop)
+        assert request.max_reasoning_tokens is None or END_THINK in self.tokenizer.special, request.id
+        parser = StreamParser(self.tokenizer, request.starts_in_reasoning, request.sampling.stop, request.tools)
         sampler = Sampler(request.sampling, request.prompt_ids, self.tokenizer.vocab_size)
         sequence = Sequence(request, sampler, parser, added_s=self.clock_s())
         self._live[request.id] = sequence
@@ -115,9 +151,10 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return ended
-        self._report_start(work, on_prefill)
+        watch = StepWatch(work, self.kv.num_layers, self._cancelled, on_prefill)
+        self._start_clocks(work)
         try:
-            logits = self.model.forward(make_batch(work), partial(self._should_stop, work))  # (sequences at their end, vocab)
+            logits = self.model.forward(make_batch(work), watch)  # (sequences at their end, vocab)
         except Cancelled:
             return ended + self._end_cancelled()
         sampled = [item.sequence for item in work if item.is_last]
@@ -128,6 +165,8 @@ class Engine:
     def _sample(self, sequence: Sequence, logits: np.ndarray) -> list[Token]:
         """Choose the next token and say what it adds to the output."""
         token_id = sequence.sampler.sample(logits[: self.tokenizer.vocab_size])
+        if self._is_thought_out(sequence):
+            token_id = self.tokenizer.special[END_THINK]
         sequence.append(token_id, self.clock_s())
         is_end = token_id in self.tokenizer.eos_ids and not sequence.request.sampling.ignore_eos
         pieces = [] if is_end else sequence.parser.feed(token_id)
@@ -138,6 +177,11 @@ class Engine:
         if finish_reason == "stop" and sequence.parser.tool_calls:
             finish_reason = "tool_calls"
         return self._tokens(sequence, token_id, pieces, finish_reason)
+
+    def _is_thought_out(self, sequence: Sequence) -> bool:
+        """Whether the answer still reasons after as many tokens as it may; all tokens so far were reasoning then."""
+        limit = sequence.request.max_reasoning_tokens
+        return limit is not None and sequence.num_generated >= limit and sequence.parser.kind == "reasoning"
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.parser.is_stopped:
@@ -150,7 +194,7 @@ class Engine:
         stats, name = sequence.stats(self.clock_s()), sequence.request.id
         pieces = pieces or [Piece(sequence.parser.kind)]
         ids, reasons = [token_id] + [None] * len(pieces), [None] * (len(pieces) - 1) + [reason]
-        return [Token(name, i, p.text, p.kind, r, stats, p.call) for i, p, r in zip(ids, pieces, reasons, strict=False)]
+        return [_token(name, i, p, r, stats) for i, p, r in zip(ids, pieces, reasons, strict=False)]
 
     def _end_cancelled(self) -> list[Token]:
         tokens = []
@@ -159,20 +203,17 @@ class Engine:
             tokens += self._tokens(sequence, None, sequence.parser.finish(), "cancelled")
         return tokens
 
-    def _should_stop(self, work: list[Work]) -> bool:
-        """Whether most of a running step is for requests that are no longer wanted."""
-        num_unwanted = sum(item.num_tokens for item in work if item.sequence.request.id in self._cancelled)
-        return 2 * num_unwanted > sum(item.num_tokens for item in work)
-
-    def _report_start(self, work: list[Work], on_prefill: OnPrefill | None) -> None:
-        """Start the clocks of new sequences and report how far prompts are."""
+    def _start_clocks(self, work: list[Work]) -> None:
         for sequence, _ in work:
             if sequence.started_s is None:
                 sequence.started_s = self.clock_s()
-            if on_prefill is not None and sequence.num_generated == 0:
-                on_prefill(sequence.request.id, sequence.pages.num_computed, len(sequence.token_ids))
 
     def _drop(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
         del self._live[sequence.request.id]
         self._cancelled.discard(sequence.request.id)
+
+
+def _token(name: str, token_id: int | None, piece: Piece, reason: FinishReason | None, stats: Stats) -> Token:
+    call_index = None if piece.call_index < 0 else piece.call_index
+    return Token(name, token_id, piece.text, piece.kind, reason, stats, piece.call, call_index, piece.error or None)

@@ -41,7 +41,7 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     kv = make_cache(config, context_length, options.kv_dtype)
     model = Transformer(store, config, kv, options.num_threads, lambda done, total: report("preparing kernels", done, total))
     report("ready", 4, 4)
-    return Engine(model, kv, tokenizer, template, context_length, describe(store, config))
+    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=[store])
 
 
 def choose_context(config: ModelConfig, context_length: int | None) -> int:

@@ -4,6 +4,7 @@ Apps, server and benchmark all consume the same stream of `Token`, so they canno
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     starts_in_reasoning: bool = False  # the prompt ends inside <think>
+    tools: tuple[Mapping, ...] = ()  # as declared to the model; they name a call whose id is a bare number
+    max_reasoning_tokens: int | None = None  # then the model's </think> is put in its mouth; None: it thinks as long as it likes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class Token:
     finish_reason: FinishReason | None
     stats: Stats
     call: ToolCall | None = None  # id and name, with the first piece of a tool call
+    call_index: int | None = None  # which call of this answer a piece belongs to, from 0
+    error: str | None = None  # what is wrong with a tool call: it has no tool, or its arguments are no JSON object
 
 
 @dataclass(frozen=True, slots=True)

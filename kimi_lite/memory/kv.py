@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 
 from kimi_lite.model.batch import PAGE_TOKENS
 
 KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bf16: its bit pattern
+Storage = Any  # a numpy array or a torch tensor: anything with `shape` that is read and written by slices
 ROOT = b""  # the hash before the first page
 
 
@@ -46,11 +48,15 @@ class PublishedPage:
 class KVCache:
     """Storage of shape (layers, pages, 64, latent) and the tables that say which page holds what."""
 
-    def __init__(self, num_layers: int, latent_size: int, num_pages: int, dtype: str = "f16") -> None:
+    def __init__(
+        self, num_layers: int, latent_size: int, num_pages: int, dtype: str = "f16", storage: Storage | None = None
+    ) -> None:
+        """`storage`: memory of another place (a GPU's) for the pages, of the shape that numpy's would have."""
         assert min(num_layers, latent_size, num_pages) > 0, (num_layers, latent_size, num_pages)
-        self.dtype = dtype
-        self.num_pages = num_pages
-        self.storage = np.zeros((num_layers, num_pages, PAGE_TOKENS, latent_size), KV_DTYPES[dtype])  # touched only when used
+        self.dtype, self.num_layers, self.num_pages = dtype, num_layers, num_pages
+        shape = (num_layers, num_pages, PAGE_TOKENS, latent_size)
+        self.storage = np.zeros(shape, KV_DTYPES[dtype]) if storage is None else storage  # numpy's is touched only when used
+        assert tuple(self.storage.shape) == shape, (self.storage.shape, shape)
         self._num_holders = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))  # pages without content, low numbers last so that they go first
         self._idle: OrderedDict[int, None] = OrderedDict()  # published pages nobody holds, least recently used first
@@ -62,6 +68,14 @@ class KVCache:
     def num_available(self) -> int:
         """Pages that nobody holds."""
         return len(self._blank) + len(self._idle)
+
+    def counters(self) -> dict[str, float]:
+        """How full the cache is, in pages."""
+        return {
+            "kv_pages": self.num_pages,
+            "kv_pages_held": self.num_pages - self.num_available,
+            "kv_pages_idle": len(self._idle),
+        }
 
     def open(self, token_ids: Sequence[int]) -> SequencePages:
         """Hold every whole page the cache has of this prompt, and copy what it has of the next one.

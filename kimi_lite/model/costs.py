@@ -1,14 +1,11 @@
-"""What a token costs: the bytes that decoding reads. Pure arithmetic over (configuration, tensors), so that every plan and
+"""What a token costs: the bytes that decoding reads. Pure arithmetic over a model's sizes, so that every plan and
 `tools.bench` agree. Decode speed is bounded by these bytes over the bandwidth of the place where they lie.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kimi_lite.memory.gguf_store import TensorView
 from kimi_lite.model.config import ModelConfig
-
-_ROUTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
+from kimi_lite.model.sizes import ModelSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +26,15 @@ class DecodeCost:
         return self.step_bytes / self.num_sequences
 
 
-def decode_cost(
-    config: ModelConfig, tensors: Mapping[str, TensorView], depth: float, value_bytes: float, num_sequences: int = 1
-) -> DecodeCost:
+def decode_cost(sizes: ModelSizes, depth: float, value_bytes: float, num_sequences: int = 1) -> DecodeCost:
     """One step of `num_sequences` sequences with `depth` earlier tokens each; `value_bytes`: of a value in the cache.
 
     Sequences are taken to choose their experts independently and uniformly; the embedding is one row for each.
     """
-    resident, routed = 0.0, 0.0
-    for name, tensor in tensors.items():
-        if name == "token_embd.weight":
-            resident += num_sequences * tensor.data.shape[-1]
-        elif name.endswith(_ROUTED):
-            routed += tensor.num_bytes
-        else:
-            resident += tensor.num_bytes
-    share = expected_expert_share(config, num_sequences)
-    cache = num_sequences * depth * config.kv_bytes_per_token(value_bytes)
-    return DecodeCost(num_sequences, resident, routed * share, cache)
+    resident = sizes.dense_bytes + num_sequences * sizes.embedding_row_bytes
+    share = expected_expert_share(sizes.config, num_sequences)
+    cache = num_sequences * depth * sizes.config.kv_bytes_per_token(value_bytes)
+    return DecodeCost(num_sequences, resident, sizes.expert_bytes * share, cache)
 
 
 def expected_expert_share(config: ModelConfig, num_tokens: int) -> float:

@@ -53,6 +53,7 @@ class Transformer:
         check_sizes(config)
         compile_kernels(store, on_compile or (lambda done, total: None))
         self.config, self.kv = config, kv
+        self.max_batch_tokens = MAX_BATCH_TOKENS
         self.team = Team(num_threads or physical_cores())
         attention = [Attention(store, config, layer) for layer in range(config.num_layers)]
         feed_forward = [FeedForward(store, config, layer) for layer in range(config.num_layers)]
@@ -147,7 +148,7 @@ class Transformer:
         angles = batch.positions[:, None] * self._inverse_frequencies  # (T, rope / 2)
         cos, sin = np.cos(angles) * self._rope_factor, np.sin(angles) * self._rope_factor
         self._run.set_positions(slots, cos.astype(np.float32), sin.astype(np.float32))
-        expanded = choose_expanded(batch.sequences, self._shape)
+        expanded = self._choose_expanded(batch.sequences)
         absorbed = [piece for piece in batch.sequences if piece not in expanded]
         rows = [(piece.start + i, 1, piece) for piece in absorbed for i in range(piece.length)]
         longest = int(batch.positions.max()) + 1
@@ -158,6 +159,10 @@ class Transformer:
             splits,
             [piece.pages for piece in batch.sequences],
         )
+
+    def _choose_expanded(self, sequences: tuple[SequenceSlice, ...]) -> list[SequenceSlice]:
+        """The slices that attend in the expanded form; `kimi_lite.model.walk` wants others."""
+        return choose_expanded(sequences, self._shape)
 
 
 def check_sizes(config: ModelConfig) -> None:

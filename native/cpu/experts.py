@@ -4,6 +4,9 @@ Decode and batches go through the same entry: tokens are grouped by expert, each
 chose it, and the work is handed out as (expert, block of rows) tasks so that cores finish together. The sum over
 experts runs in expert order whatever the threads do, so results do not depend on timing. A dense feed-forward layer is
 the case of one expert that everybody chooses; shared experts are experts of that kind.
+
+Where experts lie in several places, a choice whose id is -1 is left out, and with `per_choice` the product of each choice
+goes to a row of its own: `native.cpu.join` adds such rows exactly as this kernel would have done.
 """
 
 import numpy as np
@@ -21,7 +24,7 @@ from native.simd import fma_f32x16, load_f32, load_f32x16, load_i32, load_i64, s
 
 # int64 slots of the arguments, by byte offset
 _RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _MATRICES, _HIDDEN = (8 * i for i in range(11))
-_STARTS, _SLOT_TOKEN, _SLOT_WEIGHT, _ACTIVE = (8 * i for i in range(11, 15))
+_STARTS, _SLOT_TOKEN, _SLOT_WEIGHT, _SLOT_ROW, _ACTIVE, _PER_CHOICE = (8 * i for i in range(11, 17))
 _EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
 _GEMV_ROWS, _DOWN_ROWS = 64, 32
 
@@ -38,12 +41,14 @@ def _group_by_expert(args):
     routed, always = load_i64(args + _NUM_ROUTED), load_i64(args + _NUM_ALWAYS)
     ids, weights, starts = load_i64(args + _IDS), load_i64(args + _WEIGHTS), load_i64(args + _STARTS)
     slot_token, slot_weight, active = load_i64(args + _SLOT_TOKEN), load_i64(args + _SLOT_WEIGHT), load_i64(args + _ACTIVE)
-    num_experts = routed + always
+    slot_row, num_experts = load_i64(args + _SLOT_ROW), routed + always
     for e in range(num_experts + 1):
         store_i32(starts + 4 * e, types.int32(0))
     for i in range(num_tokens * top_k):
-        at = starts + 4 * (load_i32(ids + 4 * i) + 1)
-        store_i32(at, load_i32(at) + types.int32(1))
+        expert = load_i32(ids + 4 * i)
+        if expert >= 0:
+            at = starts + 4 * (expert + 1)
+            store_i32(at, load_i32(at) + types.int32(1))
     for e in range(routed, num_experts):
         store_i32(starts + 4 * (e + 1), types.int32(num_tokens))
     num_active, total = 0, 0
@@ -57,15 +62,20 @@ def _group_by_expert(args):
     store_i32(active, types.int32(num_active))
     for token in range(num_tokens):
         for i in range(top_k):
-            at = starts + 4 * load_i32(ids + 4 * (token * top_k + i))
+            expert = load_i32(ids + 4 * (token * top_k + i))
+            if expert < 0:
+                continue
+            at = starts + 4 * expert
             slot = load_i32(at)
             store_i32(slot_token + 4 * slot, types.int32(token))
+            store_i32(slot_row + 4 * slot, types.int32(token * (top_k + always) + i))
             store_f32(slot_weight + 4 * slot, load_f32(weights + 4 * (token * top_k + i)))
             store_i32(at, slot + types.int32(1))
     for e in range(routed, num_experts):
         for token in range(num_tokens):
             slot = load_i32(starts + 4 * e) + token
             store_i32(slot_token + 4 * slot, types.int32(token))
+            store_i32(slot_row + 4 * slot, types.int32(token * (top_k + always) + top_k + e - routed))
             store_f32(slot_weight + 4 * slot, types.float32(1))
         store_i32(starts + 4 * e, load_i32(starts + 4 * e) + types.int32(num_tokens))
     for e in range(num_experts, 0, -1):  # every start has moved to its end, which is the next expert's start
@@ -112,7 +122,8 @@ def _gate_up_task(args, hidden, expert, first, num_rows, scratch):
 
 
 @njit(fastmath={"nsz", "contract"})
-def _add_scaled(source, weight, out, count):
+def add_scaled(source, weight, out, count):
+    """out += weight * source; count floats."""
     i = 0
     while i + 16 <= count:
         store_f32x16(out + 4 * i, fma_f32x16(load_f32x16(source + 4 * i), splat_f32x16(weight), load_f32x16(out + 4 * i)))
@@ -123,11 +134,18 @@ def _add_scaled(source, weight, out, count):
 
 
 @njit
+def _copy(source, out, count):
+    for i in range(count):
+        store_f32(out + 4 * i, load_f32(source + 4 * i))
+
+
+@njit
 def _down_task(args, hidden, first, num_rows, scratch):
-    """Rows first.. of every active expert's down product, added to the output in expert order."""
+    """Rows first.. of every active expert's down product, added to the output in expert order, or each to its own row."""
     starts, slot_token, slot_weight = load_i64(args + _STARTS), load_i64(args + _SLOT_TOKEN), load_i64(args + _SLOT_WEIGHT)
     out, stride, active = load_i64(args + _OUT) + 4 * first, load_i64(args + _OUT_STRIDE), load_i64(args + _ACTIVE)
-    every = load_i64(load_i64(args + _RUN) + EVERY_TOKEN)
+    every, slot_row = load_i64(load_i64(args + _RUN) + EVERY_TOKEN), load_i64(args + _SLOT_ROW)
+    is_per_choice = load_i64(args + _PER_CHOICE) != 0
     for a in range(load_i32(active)):
         expert = load_i32(active + 4 * (1 + a))
         begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
@@ -141,8 +159,11 @@ def _down_task(args, hidden, first, num_rows, scratch):
             if count <= GEMV_MAX_TOKENS:
                 values = scratch
                 matrix_rows(down, first, num_rows, hidden, slot, values)
-            target = out + stride * load_i32(slot_token + 4 * slot)
-            _add_scaled(values, load_f32(slot_weight + 4 * slot), target, num_rows)
+            if is_per_choice:
+                _copy(values, out + stride * load_i32(slot_row + 4 * slot), num_rows)
+            else:
+                target = out + stride * load_i32(slot_token + 4 * slot)
+                add_scaled(values, load_f32(slot_weight + 4 * slot), target, num_rows)
 
 
 @kernel
@@ -191,9 +212,13 @@ class ExpertsOp:
         num_always: int,
         ids: np.ndarray,
         weights: np.ndarray,
+        per_choice: np.ndarray | None = None,
     ) -> None:
-        """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x).
+        """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x). Choices with id -1 are left out.
 
+        per_choice: float32 (capacity * (top_k + num_always), N). Where it is given, `out` and weights are left alone, and
+        the product of choice i of token t goes, without its weight, to row t * (top_k + num_always) + i; those of the
+        experts that everybody takes come behind the chosen ones, and the rows of absent choices are not touched.
         matrices: int64 (experts, 3, 8) tables of gate, up, down (`describe_matrix`), the `num_always` experts that
         every token takes (weight 1) last. ids int32, weights float32 (capacity, top_k). hidden: Activations for
         capacity * (top_k + num_always) slots of the experts' width. Buffers may be shared by layers.
@@ -205,13 +230,16 @@ class ExpertsOp:
             np.zeros(num_experts + 1, np.int32),
             np.zeros(num_slots, np.int32),
             np.zeros(num_slots, np.float32),
+            np.zeros(num_slots, np.int32),
             np.zeros(num_experts + 1, np.int32),
             matrices,
         )
-        starts, slot_token, slot_weight, active, _ = (buffer.ctypes.data for buffer in self._buffers)
+        starts, slot_token, slot_weight, slot_row, active, _ = (buffer.ctypes.data for buffer in self._buffers)
+        target = out if per_choice is None else per_choice
+        assert target.dtype == np.float32 and target.strides[1] == 4, (target.dtype, target.strides)
         self.kernel = _experts_kernel.address
         self.arguments = arguments(
-            *(run, x.address, out.ctypes.data, out.strides[0], ids.ctypes.data, weights.ctypes.data, top_k),
+            *(run, x.address, target.ctypes.data, target.strides[0], ids.ctypes.data, weights.ctypes.data, top_k),
             *(num_experts - num_always, num_always, matrices.ctypes.data, hidden.address),
-            *(starts, slot_token, slot_weight, active),
+            *(starts, slot_token, slot_weight, slot_row, active, int(per_choice is not None)),
         )

@@ -77,13 +77,15 @@ def _route_kernel(args, thread, team):
     run, logits, choice, bias = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
     ids, weights, num_experts, top_k = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48), load_i64(args + 56)
     num_groups, num_kept, is_sigmoid = load_i64(args + 64), load_i64(args + 72), load_i64(args + 80) != 0
-    is_normalized, scale = load_i64(args + 88) != 0, load_f32(args + 96)
+    is_normalized, scale, nudge = load_i64(args + 88) != 0, load_f32(args + 96), load_i64(args + 104)
     token = next_task(team)
     while token < load_i64(run + NUM_TOKENS):
         scores, chosen = logits + 4 * num_experts * token, choice + 4 * num_experts * token
         _scores(scores, num_experts, is_sigmoid)
         for e in range(num_experts):
             rank = load_f32(scores + 4 * e) + (load_f32(bias + 4 * e) if bias != 0 else types.float32(0))
+            if nudge != 0:
+                rank += load_f32(nudge + 4 * e)
             store_f32(chosen + 4 * e, _rank(rank))
             if not rank < _INFINITY:  # where only the bias is NaN or infinite
                 store_f32(scores + 4 * e, _NAN)
@@ -119,15 +121,18 @@ def route_op(
     is_sigmoid: bool,
     is_normalized: bool,
     scale: float,
+    nudge: np.ndarray | None = None,
 ) -> tuple[int, np.ndarray]:
     """logits, choice float32 (capacity, E) -> ids int32, weights float32 (capacity, top_k). groups: (number, kept).
 
-    logits become scores; choice is working space. bias: float32 (E,) or None, for the choice alone.
+    logits become scores; choice is working space. bias: float32 (E,) or None, for the choice alone. nudge: a second bias, whose
+    content may change between runs: what an expert gains by lying in fast memory (arXiv 2412.00099).
     """
     assert logits.shape == choice.shape and ids.shape == weights.shape, (logits.shape, choice.shape, ids.shape)
+    assert nudge is None or (nudge.dtype, nudge.shape) == (np.float32, logits.shape[1:]), (nudge.dtype, nudge.shape)
     assert ids.dtype == np.int32 and weights.dtype == np.float32, (ids.dtype, weights.dtype)
     return _route_kernel.address, arguments(
         *(run, logits.ctypes.data, choice.ctypes.data, 0 if bias is None else bias.ctypes.data),
         *(ids.ctypes.data, weights.ctypes.data, logits.shape[1], ids.shape[1], *groups),
-        *(int(is_sigmoid), int(is_normalized), float_bits(scale)),
+        *(int(is_sigmoid), int(is_normalized), float_bits(scale), 0 if nudge is None else nudge.ctypes.data),
     )

@@ -40,6 +40,11 @@ class FakeModel:
         self.next_logits = next_logits
         self.batches: list[Batch] = []
         self.before_layer: Callable[[Batch, int], None] = lambda batch, layer: None
+        self.max_batch_tokens = 512
+        self.num_closed = 0
+
+    def close(self) -> None:
+        self.num_closed += 1
 
     def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
         self.batches.append(batch)
@@ -89,7 +94,10 @@ def tiny_metadata() -> dict[str, object]:
 
 
 def fake_engine(
-    next_logits: NextLogits = hashed_logits, context_length: int = 1024, num_pages: int | None = None, max_step_tokens: int = 512
+    next_logits: NextLogits = hashed_logits,
+    context_length: int = 1024,
+    num_pages: int | None = None,
+    max_step_tokens: int | None = None,
 ) -> Engine:
     """A real engine, cache, tokenizer and template around the fake model (`engine.model`)."""
     metadata = tiny_metadata()

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
+from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import choose_context, make_cache
 from kimi_lite.engine.options import LoadOptions
@@ -77,7 +78,7 @@ def test_cancelled_in_the_middle_the_next_answer_is_right(model_path: Path) -> N
 
 def test_a_conversation_reuses_its_cache(model_path: Path) -> None:
     engine = Engine.open(model_path, LoadOptions(context_length=512))
-    session = Session(engine, is_thinking=False, sampling=SamplingParams(max_tokens=10, seed=1))
+    session = Session(engine, settings=AnswerSettings(False, sampling=SamplingParams(max_tokens=10, seed=1)))
     first = list(session.ask("hello"))[-1].stats
     second = list(session.ask("more"))[-1].stats
     assert second.cached_tokens >= first.prompt_tokens

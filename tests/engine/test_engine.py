@@ -290,8 +290,73 @@ def test_tool_calls_are_named_and_end_with_their_own_reason() -> None:
     tokens = run(engine, Request("a", tuple(prompt.ids)))
     assert ids_of(tokens) == ids
     assert [token.call.name for token in tokens if token.call] == ["add"]
+    assert {token.call_index for token in tokens if token.kind == "tool_call" and (token.call or token.text)} == {0}
+    assert not any(token.error for token in tokens)
     assert "".join(token.text for token in tokens if token.kind == "tool_call") == '{"a": 1}'
     assert tokens[-1].finish_reason == "tool_calls"
+
+
+def answer_of(engine: Engine, *texts: str, tools: tuple = ()) -> list[Token]:
+    """The tokens of an instant answer that is these texts, the odd ones control tokens by name."""
+    ids = [
+        i
+        for n, text in enumerate(texts)
+        for i in ([engine.tokenizer.special[text]] if n % 2 == 0 else engine.tokenizer.encode(text))
+    ]
+    prompt = engine.template.encode([{"role": "user", "content": "hi"}], thinking=False)
+    engine.model.next_logits = lambda context: np.eye(VOCAB_SIZE, dtype=np.float32)[ids[len(context) - len(prompt.ids)]] * 99
+    return run(engine, Request("a", tuple(prompt.ids), tools=tools))
+
+
+def test_malformed_tool_calls_say_so() -> None:
+    begin, arguments, end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+    tokens = answer_of(
+        fake_engine(), begin, "functions.add:0", arguments, '{"a": 1', end, "", begin, "functions.add:1", arguments, "{}", end,
+        "", "<|im_end|>",
+    )  # fmt: skip
+    errors = [(token.call_index, token.error) for token in tokens if token.error]
+    assert errors == [(0, "Tool call functions.add:0 has arguments that are not a JSON object (malformed, or cut off).")]
+    assert [token.call_index for token in tokens if token.call] == [0, 1]
+    assert all(token.call_index is None for token in tokens if token.kind != "tool_call")
+
+
+def test_declared_tools_name_a_call_that_has_only_a_number() -> None:
+    begin, arguments, end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}
+    tokens = answer_of(fake_engine(), begin, "0", arguments, '{"a": 1}', end, "", "<|im_end|>", tools=(tool,))
+    assert [token.call.id for token in tokens if token.call] == ["functions.add:0"]
+
+
+def test_closing_ends_everything_once() -> None:
+    class Holding:
+        num_closed = 0
+
+        def close(self) -> None:
+            self.num_closed += 1
+
+    holding = Holding()
+    with fake_engine(max_step_tokens=50) as engine:
+        engine._holdings = [holding]
+        engine.add(request("a", prompt_of(100)))
+        engine.step()
+        engine.close()
+    assert_idle(engine)
+    assert (engine.model.num_closed, holding.num_closed, engine.is_closed) == (1, 1, True)
+
+
+def test_counters_are_of_the_cache_and_of_the_model() -> None:
+    engine = fake_engine()
+    engine.add(request("a", prompt_of(100)))
+    engine.step()
+    assert engine.counters()["kv_pages_held"] == 2
+    engine.model.counters = lambda: {"expert_hits": 3.0}
+    assert engine.counters()["expert_hits"] == 3
+
+
+def test_a_step_is_never_longer_than_the_model_takes() -> None:
+    assert fake_engine().scheduler.max_step_tokens == 512
+    with pytest.raises(AssertionError, match="513"):
+        fake_engine(max_step_tokens=513)
 
 
 def test_statistics_count_tokens_and_time() -> None:
@@ -317,7 +382,8 @@ def test_prefill_reports_its_progress() -> None:
     reports = []
     prompt = prompt_of(100) + prompt_of(150, seed=1)
     list(engine.generate([request("b", prompt, 3)], lambda *report: reports.append(report)))
-    assert reports == [("b", 100, 250), ("b", 200, 250)]
+    assert reports[0] == ("b", 100, 250)
+    assert [done for _, done, _ in reports] == [100, 133, 166, 200, 216, 233], "three layers a chunk: of 100, then of 50 tokens"
 
 
 def test_padding_rows_of_the_output_are_never_sampled() -> None:

@@ -1,9 +1,13 @@
 """Conversations: what the next prompt is made of, and how much of it the cache knows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from kimi_lite.engine.session import Session, splice
+from kimi_lite.engine.answer_settings import AnswerSettings
+from kimi_lite.engine.session import Session
+from kimi_lite.engine.splice import splice
 from kimi_lite.engine.types import SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, scripted_logits
@@ -12,7 +16,7 @@ from tests.engine.fakes import VOCAB_SIZE, fake_engine, scripted_logits
 def scripted_session(is_thinking: bool, reply: tuple[str, str] = ("let me see", "hello world"), **engine_options) -> Session:
     engine = fake_engine(**engine_options)
     engine.model.next_logits = scripted_logits(engine.tokenizer, lambda prompt: reply)
-    return Session(engine, is_thinking=is_thinking)
+    return Session(engine, settings=AnswerSettings(is_thinking=is_thinking))
 
 
 def talk(session: Session, text: str) -> list[Token]:
@@ -122,17 +126,16 @@ def test_the_system_prompt_comes_first_and_survives_clear() -> None:
 
 def test_the_mode_sets_the_temperature_unless_the_user_did() -> None:
     session = scripted_session(is_thinking=True)
-    assert session._sampling().temperature == 1.0
+    assert session.settings.params.temperature == 1.0
     session.set_thinking(False)
-    assert session._sampling() == SamplingParams(temperature=0.6, top_p=0.95)
-    session.temperature = 0.0
-    assert session._sampling().temperature == 0.0
+    assert session.settings.params == SamplingParams(temperature=0.6, top_p=0.95)
+    assert replace(session.settings, temperature=0.0).params.temperature == 0.0
 
 
 def test_a_model_without_thinking_says_so() -> None:
     session = scripted_session(is_thinking=False)
     encode = session.engine.template.encode
-    session.engine.template.encode = lambda messages, thinking: encode(messages, thinking=False)
+    session.engine.template.encode = lambda messages, tools=None, thinking=True, *more: encode(messages, tools, False, *more)
     assert not session.can_think
     with pytest.raises(KimiLiteError, match="no thinking mode"):
         session.set_thinking(True)

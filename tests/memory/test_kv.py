@@ -55,6 +55,18 @@ def test_storage_has_the_shape_the_kernels_expect() -> None:
         assert kv.storage.flags.c_contiguous
 
 
+def test_the_storage_may_lie_elsewhere() -> None:
+    """A GPU's cache is a torch tensor; tables and copies are the same."""
+    torch = pytest.importorskip("torch")
+    kv = KVCache(2, 3, 8, "f32", storage=torch.zeros(2, 8, PAGE_TOKENS, 3))
+    kv.release(run_prompt(kv, list(range(100))))
+    other = kv.open([*range(80), *range(500, 540)])
+    assert other.num_cached == 80
+    check_rows(kv, other)
+    with pytest.raises(AssertionError):
+        KVCache(2, 3, 9, "f32", storage=torch.zeros(2, 8, PAGE_TOKENS, 3))
+
+
 def test_a_fresh_prompt_finds_nothing() -> None:
     sequence = small_cache().open(range(200))
     assert (sequence.num_cached, len(sequence.pages)) == (0, 0)

@@ -8,12 +8,12 @@ from native.cpu.router import route_op
 from tests.native.harness import run_ops, run_table
 
 
-def route(logits, bias, top_k, groups=(1, 1), is_sigmoid=True, is_normalized=True, scale=1.0, num_threads=1):
+def route(logits, bias, top_k, groups=(1, 1), is_sigmoid=True, is_normalized=True, scale=1.0, num_threads=1, nudge=None):
     num_tokens, _ = logits.shape
     scores, choice = logits.astype(np.float32), np.empty(logits.shape, np.float32)
     ids, weights = np.full((num_tokens, top_k), -1, np.int32), np.empty((num_tokens, top_k), np.float32)
     run = run_table(num_tokens, num_threads)
-    op = route_op(run.address, scores, choice, bias, ids, weights, groups, is_sigmoid, is_normalized, scale)
+    op = route_op(run.address, scores, choice, bias, ids, weights, groups, is_sigmoid, is_normalized, scale, nudge)
     run_ops([op], num_threads)
     return ids, weights
 
@@ -55,6 +55,30 @@ def test_the_bias_changes_the_choice_and_not_the_weights():
     ids, weights = check(logits, np.array([9, 0, 0, 0], np.float32), 2, is_normalized=False)
     assert ids.tolist() == [[0, 3]]
     assert weights[0, 0] == 0.5
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("is_sigmoid", [True, False])
+def test_a_nudge_is_a_second_bias(has_bias, is_sigmoid):
+    """It moves near-equal experts to the front and leaves the weights of whoever is chosen alone."""
+    rng = np.random.default_rng(8)
+    logits = rng.standard_normal((7, 48)).astype(np.float32)
+    bias = rng.standard_normal(48).astype(np.float32) if has_bias else None
+    nudge = np.where(rng.random(48) < 0.5, np.float32(1), np.float32(0))
+    ids, weights = route(logits, bias, 6, is_sigmoid=is_sigmoid, nudge=nudge)
+    both = nudge if bias is None else bias + nudge
+    expected_ids, expected_weights = reference.route(logits, both, 6, is_sigmoid=is_sigmoid)
+    assert np.array_equal(ids, expected_ids) and np.allclose(weights, expected_weights, rtol=2e-6)
+    assert not np.array_equal(ids, route(logits, bias, 6, is_sigmoid=is_sigmoid)[0])
+    plain = route(logits, bias, 6, is_sigmoid=is_sigmoid, nudge=np.zeros(48, np.float32))
+    assert all(np.array_equal(*pair) for pair in zip(plain, route(logits, bias, 6, is_sigmoid=is_sigmoid), strict=True))
+
+
+def test_a_nudge_may_change_between_runs():
+    logits, nudge = np.array([[0.0, 0.1, 0.2]], np.float32), np.zeros(3, np.float32)
+    assert route(logits, None, 1, nudge=nudge)[0].tolist() == [[2]]
+    nudge[0] = 0.5
+    assert route(logits, None, 1, nudge=nudge)[0].tolist() == [[0]]
 
 
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2)])

@@ -13,6 +13,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.costs import decode_cost, expected_expert_share
+from kimi_lite.model.sizes import store_sizes
 from native.cpu.threads import Team
 from tests.tiny import write_tiny_gguf
 from tools import bench, bench_run, environment, roofline
@@ -162,7 +163,8 @@ def test_missing_llama_says_how_to_get_it(monkeypatch, tiny):
 def test_costs_are_the_bytes_of_the_file(tiny):
     store = GGUFStore.open(tiny)
     config = ModelConfig.from_metadata(store.metadata)
-    cost = decode_cost(config, store.tensors, depth=100, value_bytes=2)
+    sizes = store_sizes(store, config)
+    cost = decode_cost(sizes, depth=100, value_bytes=2)
     routed = sum(t.num_bytes for name, t in store.tensors.items() if "_exps" in name)
     embedding = store.tensors["token_embd.weight"]
     assert cost.expert_bytes == pytest.approx(routed * config.num_experts_used / config.num_experts)
@@ -170,7 +172,7 @@ def test_costs_are_the_bytes_of_the_file(tiny):
     assert cost.resident_bytes == store.total_bytes - routed - embedding.num_bytes + row_bytes
     assert cost.cache_bytes == 100 * config.num_layers * config.kv_latent_size * 2
     assert cost.token_bytes == pytest.approx(4 * config.active_parameters + row_bytes + cost.cache_bytes)  # F32
-    many = decode_cost(config, store.tensors, 100, 2, num_sequences=1000)
+    many = decode_cost(sizes, 100, 2, num_sequences=1000)
     assert many.expert_bytes == pytest.approx(routed) and many.cache_bytes == 1000 * cost.cache_bytes
     assert expected_expert_share(config, 1) == pytest.approx(config.num_experts_used / config.num_experts)
 

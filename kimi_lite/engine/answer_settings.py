@@ -1,0 +1,46 @@
+"""How answers are made: mode, sampling and the budget for thinking. A conversation has one; one message may have another."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from kimi_lite.engine.types import INSTANT_TEMPERATURE, THINKING_TEMPERATURE, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSettings:
+    """How answers are made. `temperature` None is the vendor's choice for the mode."""
+
+    is_thinking: bool = True
+    temperature: float | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # but for the temperature
+    thinking_budget: int | None = None  # tokens of reasoning; None: as many as it likes
+    preserve_thinking: bool = False  # past reasoning stays in the prompt
+
+    @property
+    def params(self) -> SamplingParams:
+        """The sampling parameters of a request."""
+        return replace(self.sampling, temperature=self.sampling_temperature)
+
+    @property
+    def sampling_temperature(self) -> float:
+        default = THINKING_TEMPERATURE if self.is_thinking else INSTANT_TEMPERATURE
+        return default if self.temperature is None else self.temperature
+
+    def with_thinking(self, is_thinking: bool) -> "AnswerSettings":
+        return replace(self, is_thinking=is_thinking)
+
+    def describe(self) -> str:
+        """`thinking on (temp 1, top-p 0.95)`, for people."""
+        budget = "" if self.thinking_budget is None or not self.is_thinking else f", at most {self.thinking_budget:,} tokens"
+        kept = ", kept in the prompt" if self.preserve_thinking else ""
+        sampling = f"temp {self.sampling_temperature:g}, top-p {self.sampling.top_p:g}"
+        return f"thinking {'on' if self.is_thinking else 'off'}{budget}{kept} ({sampling})"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "AnswerSettings":
+        sampling = dict(value["sampling"])
+        return cls(**{**value, "sampling": SamplingParams(**{**sampling, "stop": tuple(sampling["stop"])})})

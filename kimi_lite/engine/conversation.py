@@ -1,0 +1,224 @@
+"""A conversation, whoever answers: its turns; asking, undoing, asking again, answering tool calls, dropping old turns.
+
+`engine.session.Session` answers with a loaded model, `apps.remote.RemoteSession` with an OpenAI-compatible endpoint; both say
+only how a prompt becomes tokens. `chat` and `run` see nothing else.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kimi_lite.engine.answer_settings import AnswerSettings
+from kimi_lite.engine.turns import AnswerRecord, Content, Turn, now, num_images, require_utf8, text_of
+from kimi_lite.engine.types import ModelInfo, Token
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.tool_calls import ToolCall
+
+OnPrefill = Callable[[str, int, int], None]  # request id, prompt tokens done, prompt tokens in all
+SUMMARY_TOKENS = 400  # longest summary
+_SUMMARY_REQUEST = (
+    "Summarise our conversation so far in at most 200 words, for yourself: what I asked for, what was found or decided, names, "
+    "numbers and open questions. Write the summary only."
+)
+_SUMMARY_HEADING = "Summary of the earlier conversation:\n"
+_NOT_RUN = "Not run: the user went on without it."
+
+
+class Conversation(ABC):
+    """One user's conversation with one model."""
+
+    info: ModelInfo
+    context_length: int | None  # tokens; None: only the other side knows
+    can_think: bool  # whether there is a thinking mode
+    can_see: bool  # whether messages may have images
+    can_call: bool  # whether it can be told of tools
+    can_preserve: bool  # whether past reasoning can stay in the prompt
+
+    def __init__(self, system: str = "", settings: AnswerSettings | None = None) -> None:
+        self.system, self.settings = system, settings or AnswerSettings()
+        self.tools: tuple[Mapping[str, Any], ...] = ()  # as declared with the last message
+        self.created = now()
+        self.clear()
+
+    @abstractmethod
+    def _stream(
+        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_aside: bool
+    ) -> Generator[Token, None, None]:
+        """Answer these messages (system prompt included) with `self.tools`; the last token has a finish reason.
+
+        Raises KimiLiteError before the first token where they cannot be answered. `is_aside`: the answer is not a turn.
+        """
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Stop the answer; from a signal handler or another thread. What it said so far is kept."""
+
+    def count_tokens(self, content: Content | None = None, num_dropped: int | None = None) -> int | None:
+        """Tokens of the next prompt, with a message `content` and without the first turns; None where nobody can say."""
+        return None
+
+    def lead_ids(self) -> Sequence[int]:
+        """The last ids of the prompt that was just answered."""
+        return ()
+
+    def model_key(self) -> str:
+        """Says whose token ids the turns hold."""
+        return self.info.name
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model."""
+
+    def ask(
+        self,
+        content: Content,
+        on_prefill: OnPrefill | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        settings: AnswerSettings | None = None,
+    ) -> Iterator[Token]:
+        """Send a message and stream the answer. However it ends, what was said stays in the conversation.
+
+        `content` is text or OpenAI content parts; `tools` are OpenAI declarations, None: as before; `settings` are for this
+        answer only. After finish reason "tool_calls" `pending_calls` wait for `answer_calls`.
+        """
+        require_utf8(text_of(content))
+        if tools and not self.can_call:
+            raise KimiLiteError(f"The chat template of {self.info.name} has no place for tools.", "Leave them out.")
+        before = list(self.turns)
+        self.turns += [Turn("tool", _NOT_RUN, call_id=call.id, name=call.name) for call in self.pending_calls]
+        self.turns.append(Turn("user", content if num_images(content) else text_of(content)))
+        if tools is not None:
+            self.tools = tuple(tools)
+        yield from self._answer(before, settings, on_prefill)
+
+    def answer_calls(
+        self, results: Sequence[tuple[str, str]], on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
+    ) -> Iterator[Token]:
+        """Give the results of pending calls, (call id, text) each, and stream how the model goes on."""
+        names = {call.id: call.name for call in self.pending_calls}
+        assert results and all(call_id in names for call_id, _ in results), (results, names)
+        before = list(self.turns)
+        self.turns += [Turn("tool", text, call_id=call_id, name=names[call_id]) for call_id, text in results]
+        yield from self._answer(before, settings, on_prefill)
+
+    def regenerate(self, on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None) -> Iterator[Token]:
+        """Answer the last message again; the old answer goes when the new one begins."""
+        start = self._last_exchange()
+        before = list(self.turns)
+        del self.turns[start + 1 :]
+        yield from self._answer(before, settings, on_prefill)
+
+    def undo(self) -> Content:
+        """Take the last message and all that followed back; what the message was."""
+        start = self._last_exchange()
+        content = self.turns[start].content
+        del self.turns[start:]
+        return content
+
+    def clear(self) -> None:
+        """Forget the conversation; the system prompt and the settings stay."""
+        self.turns: list[Turn] = []
+        self.known_ids: list[int] = []  # of the last prompt and its answer
+        self.num_dropped = 0  # of the first turns, which are kept but no longer sent
+        self.summary = ""  # of those
+
+    @property
+    def pending_calls(self) -> tuple[ToolCall, ...]:
+        """Tool calls of the last answer that have no result yet."""
+        answered = set()
+        for turn in reversed(self.turns):
+            if turn.role != "tool":
+                return tuple(call for call in turn.calls if call.id not in answered)
+            answered.add(turn.call_id)
+        return ()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What is sent, without the system prompt."""
+        return [turn.to_message() for turn in self.turns[self.num_dropped :] if turn.says_something]
+
+    @property
+    def exchanges(self) -> list[int]:
+        """Where the messages of the user that are still sent stand in `turns`."""
+        return [i for i in range(self.num_dropped, len(self.turns)) if self.turns[i].role == "user"]
+
+    @property
+    def mode(self) -> str:
+        """The mode and its sampling, for people."""
+        return self.settings.describe()
+
+    def set_thinking(self, is_thinking: bool) -> None:
+        """Let the model reason before it answers, or not; refused where it cannot."""
+        if is_thinking and not self.can_think:
+            raise KimiLiteError(f"{self.info.name} has no thinking mode.", "Leave --think or /think out.")
+        self.settings = self.settings.with_thinking(is_thinking)
+
+    def require_budget(self) -> None:
+        """Refuse a thinking budget where thinking cannot be ended from here."""
+        if not self.can_think:
+            raise KimiLiteError(f"{self.info.name} has no thinking mode.", "Leave the budget out.")
+
+    def drop_oldest(self, num_exchanges: int, summary: str = "") -> None:
+        """No longer send the oldest exchanges; they stay in the record. `summary` goes to the model in their place."""
+        exchanges = self.exchanges
+        assert 0 < num_exchanges < len(exchanges), (num_exchanges, len(exchanges))
+        self.num_dropped = exchanges[num_exchanges]
+        self.summary = summary or self.summary
+
+    def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Iterator[Token]:
+        """Have the model sum the oldest exchanges up (the tokens are the summary), then send the summary in their place."""
+        exchanges = self.exchanges
+        assert 0 < num_exchanges < len(exchanges), (num_exchanges, len(exchanges))
+        turns = self.turns[self.num_dropped : exchanges[num_exchanges]]
+        messages = [turn.to_message() for turn in turns if turn.says_something]
+        messages = [*self._system_messages(), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
+        sampling = replace(self.settings.sampling, max_tokens=SUMMARY_TOKENS)
+        record = AnswerRecord()
+        for token in self._stream(messages, AnswerSettings(False, 0.0, sampling), on_prefill, True):
+            record.add(token)
+            yield token
+        assert record.last is not None
+        if record.last.finish_reason == "cancelled":
+            return
+        if not record.texts["content"].strip():
+            raise KimiLiteError("The model gave an empty summary; nothing was dropped.", "Try /ctx drop.")
+        self.drop_oldest(num_exchanges, record.texts["content"].strip())
+
+    def _answer(self, before: list[Turn], settings: AnswerSettings | None, on_prefill: OnPrefill | None) -> Iterator[Token]:
+        """Stream the answer to `turns` and write it down. A refusal before its first token leaves the turns as they were."""
+        settings, record = settings or self.settings, AnswerRecord()
+        tokens = self._stream([*self._system_messages(), *self.messages], settings, on_prefill, False)
+        try:
+            self._require_sight()
+            for token in tokens:
+                record.add(token)
+                yield token
+        except BaseException:
+            if record.last is None:
+                self.turns = before
+            raise
+        finally:
+            tokens.close()
+            turn = record.to_turn(settings.is_thinking, self.lead_ids())
+            if turn is not None:
+                self.turns.append(turn)
+
+    def _system_messages(self) -> list[dict[str, Any]]:
+        parts = [self.system] if self.system else []
+        parts += [_SUMMARY_HEADING + self.summary] if self.summary else []
+        return [{"role": "system", "content": "\n\n".join(parts)}] if parts else []
+
+    def _last_exchange(self) -> int:
+        exchanges = self.exchanges
+        if not exchanges:
+            raise KimiLiteError("There is no message yet to take back or to answer again.", "Type one.")
+        return exchanges[-1]
+
+    def _require_sight(self) -> None:
+        num_seen = sum(num_images(turn.content) for turn in self.turns[self.num_dropped :])
+        if num_seen and not self.can_see:
+            raise KimiLiteError(
+                f"The conversation has {num_seen} image(s); they need a vision tower, and {self.info.name} has none here.",
+                "Leave images out (/undo takes the last message back), or use --endpoint URL of a server whose model sees.",
+            )

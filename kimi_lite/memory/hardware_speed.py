@@ -1,0 +1,88 @@
+"""The machine's speeds: measured once by `doctor`, `bench` or `plan --measure`, then remembered in the cache folder.
+
+A speed belongs to a machine: the file is keyed by CPU, cores and memory, a disk's by its device. Called by `memory.hardware`.
+"""
+
+import json
+import os
+from datetime import date
+from pathlib import Path
+
+import platformdirs
+
+from kimi_lite.memory.hardware import Hardware
+
+_FILE_NAME = "speeds.json"
+_LARGEST_FILES = ("*.gguf", "*.safetensors")
+
+
+def measure(hardware: Hardware, ram_bytes_s: float | None = None) -> Hardware:
+    """Reads memory and, where a model lies at the disk's path, its largest file; remembers what it finds."""
+    from kimi_lite.memory.bandwidth import measure_disk, measure_ram
+
+    found = {"ram": ram_bytes_s or measure_ram(hardware.num_cores)}
+    file = largest_file(hardware.disk.path) if hardware.disk else None
+    disk_bytes_s = measure_disk(file) if file else None
+    if disk_bytes_s:
+        found["disk"] = disk_bytes_s
+    remember(hardware, **found)
+    return hardware.with_speeds("measured", **found)
+
+
+def recall(hardware: Hardware) -> Hardware:
+    """With what was measured before, if anything was."""
+    record = _read(_file())
+    found = {"ram": record.get(_machine_key(hardware)), "disk": record.get(_disk_key(hardware))}
+    known = {place: float(entry["bytes_s"]) for place, entry in found.items() if entry}
+    return hardware.with_speeds("measured", **known) if known else hardware
+
+
+def remember(hardware: Hardware, **bytes_s: float) -> None:
+    """Keeps speeds of `ram` and `disk`; a cache folder that cannot be written only means measuring again."""
+    keys = {"ram": _machine_key(hardware), "disk": _disk_key(hardware)}
+    entries = {keys[place]: {"bytes_s": speed, "date": date.today().isoformat()} for place, speed in bytes_s.items()}
+    file = _file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{_FILE_NAME}.{os.getpid()}.partial")
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(_read(file) | entries, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError:
+        return
+
+
+def largest_file(path: Path) -> Path | None:
+    """The largest weight file at or below `path`."""
+    if path.is_file():
+        return path
+    files = [file for pattern in _LARGEST_FILES for file in path.glob(pattern)] if path.is_dir() else []
+    return max(files, key=lambda file: file.stat().st_size, default=None)
+
+
+def _file() -> Path:
+    return Path(os.environ.get("KIMI_LITE_CACHE") or platformdirs.user_cache_path("kimi-lite")) / _FILE_NAME
+
+
+def _read(file: Path) -> dict:
+    """What is remembered; a damaged file is nothing."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return {key: entry for key, entry in record.items() if float(entry["bytes_s"]) > 0}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _machine_key(hardware: Hardware) -> str:
+    return f"ram of {hardware.cpu_name}, {hardware.num_cores} cores"
+
+
+def _disk_key(hardware: Hardware) -> str:
+    """By device number: a model folder may move, its disk stays."""
+    if not hardware.disk:
+        return "no disk"
+    path = hardware.disk.path
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return f"disk {existing.stat().st_dev}"

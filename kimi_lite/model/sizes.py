@@ -1,0 +1,107 @@
+"""A model as the planner sees it: how many bytes lie in which group of tensors, and nothing about where they are stored.
+
+Made from the tensors of a file, or from a configuration and a choice of types before there is any file:
+
+    sizes = store_sizes(store, config)
+
+Used by `memory.plan`, `model.costs`, `apps.plan` and the benchmark.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from kimi_lite.model.config import ModelConfig
+from native.layouts import Layout
+
+if TYPE_CHECKING:
+    from kimi_lite.memory.gguf_store import GGUFStore
+
+ROUTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
+EMBEDDING = "token_embd.weight"
+Tensor = tuple[str, tuple[int, ...], Layout]  # name, shape (the last axis is the row), type
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Bytes by group. `label` names the types for a reader, as "TQ1_0 experts, Q8_0 rest"."""
+
+    config: ModelConfig
+    label: str
+    embedding_bytes: int  # looked up, one row a token
+    dense_bytes: int  # read for every token: attention, dense layers, shared experts, routers, norms, head
+    expert_bytes: int  # all routed experts of all layers
+    slot_bytes: int  # of the largest routed expert: what a place for one takes
+    converted_bytes: int = 0  # copies that loading makes: keys and values of files with a joint attn_kv_b
+    vision_bytes: int = 0
+    bytes_by_type: tuple[tuple[str, int], ...] = ()  # largest first, without vision
+
+    @property
+    def total_bytes(self) -> int:
+        return self.embedding_bytes + self.dense_bytes + self.expert_bytes + self.vision_bytes
+
+    @property
+    def num_experts(self) -> int:
+        """Of all layers."""
+        return self.config.num_moe_layers * self.config.num_experts
+
+    @property
+    def embedding_row_bytes(self) -> float:
+        return self.embedding_bytes / self.config.vocab_size
+
+    @property
+    def token_expert_bytes(self) -> float:
+        """Routed experts that one token reads, in all layers."""
+        return self.expert_bytes * self.config.num_experts_used / self.config.num_experts if self.config.num_experts else 0.0
+
+    @property
+    def shared_expert_bytes(self) -> float:
+        """The part of `dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
+        config = self.config
+        weights = config.num_moe_layers * config.num_shared_experts * config.expert_parameters
+        return self.dense_bytes * weights / (config.other_parameters - config.vocab_size * config.hidden_size)
+
+
+def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
+    """Sums the tensors of a file, or of a file to be."""
+    embedding, dense, routed, slot = 0, 0, 0, Counter[str]()
+    by_type, experts_by_type, converted = Counter[str](), Counter[str](), 0
+    for name, shape, layout in tensors:
+        num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
+        by_type[layout.name] += num_bytes
+        if name == EMBEDDING:
+            embedding += num_bytes
+        elif name.endswith(ROUTED):
+            routed += num_bytes
+            experts_by_type[layout.name] += num_bytes
+            slot[name.split(".ffn_")[0]] += num_bytes // shape[0]
+        else:
+            dense += num_bytes
+            converted += _converted_bytes(config, name, layout)
+    label = _label(by_type, experts_by_type)
+    largest = max(slot.values(), default=0)
+    types = tuple(by_type.most_common())
+    return ModelSizes(config, label, embedding, dense, routed, largest, converted, vision_bytes, types)
+
+
+def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) -> ModelSizes:
+    """Of an open file."""
+    tensors = ((tensor.name, tensor.shape, tensor.layout) for tensor in store.tensors.values())
+    return sizes_of(config, tensors, vision_bytes)
+
+
+def _converted_bytes(config: ModelConfig, name: str, layout: Layout) -> int:
+    """A joint `attn_kv_b` is cut when it is loaded: keys transposed into F16, values as they are."""
+    if not name.endswith("attn_kv_b.weight"):
+        return 0
+    keys = config.num_heads * config.kv_lora_rank * config.qk_nope_head_dim * (4 if layout.name == "F32" else 2)
+    return keys + config.num_heads * config.v_head_dim * layout.row_bytes(config.kv_lora_rank)
+
+
+def _label(by_type: Counter[str], experts_by_type: Counter[str]) -> str:
+    """The main type of the experts and of the rest, by bytes."""
+    rest = by_type - experts_by_type
+    names = [f"{types.most_common(1)[0][0]} {what}" for types, what in ((experts_by_type, "experts"), (rest, "rest")) if types]
+    return ", ".join(names)
