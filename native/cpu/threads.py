@@ -22,6 +22,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from native.calls import atomic_add, atomic_load, atomic_store, call3, pause
+from native.cpu.placement import keep_to_cores
 from native.simd import load_i64, store_i64
 
 # The team's shared memory, int64 slots each on a cache line of its own.
@@ -168,6 +169,7 @@ class Team:
         return bool(self._memory[(self._address + _QUIT - self._memory.ctypes.data) // 8])
 
     def _serve(self, thread: int) -> None:
+        keep_to_cores(self.num_threads)
         seen = 0
         while not self._is_closed():
             seen = _work(self._address, thread, seen)

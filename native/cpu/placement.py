@@ -1,0 +1,32 @@
+"""Where the threads of a team may run: on one hardware thread of every core, as long as there are cores enough.
+
+Two workers that share a core share its vector units, and a team is as fast as its slowest thread. Each worker may use the whole
+set, so the system can still move it away from a core that somebody else has taken. Linux only; elsewhere threads run anywhere.
+"""
+
+import os
+from pathlib import Path
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+def one_thread_per_core(allowed: set[int], topology: Path = _TOPOLOGY) -> set[int]:
+    """Of the `allowed` logical CPUs the first of every core; all of them where the system does not tell its cores."""
+    first_of: dict[str, int] = {}
+    for cpu in sorted(allowed):
+        try:
+            siblings = (topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+        except OSError:
+            return set(allowed)
+        first_of.setdefault(siblings, cpu)
+    return set(first_of.values())
+
+
+def keep_to_cores(num_threads: int) -> None:
+    """Keeps the calling thread to one hardware thread per core, if `num_threads` of them need no second ones."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    allowed = os.sched_getaffinity(0)
+    chosen = one_thread_per_core(allowed)
+    if num_threads <= len(chosen) < len(allowed):
+        os.sched_setaffinity(0, chosen)
