@@ -280,6 +280,7 @@ store_f32x8 = _storer(f32x8, f32x8.llvm)
 store_i8x16, store_i8x32, store_i8x64 = (_storer(v, v.llvm) for v in (i8x16, i8x32, i8x64))
 store_i32x16 = _storer(i32x16, i32x16.llvm)
 store_f32 = _storer(types.float32, ir.FloatType())
+store_f16 = _storer(types.float32, ir.HalfType(), narrow_to_half)
 store_i32 = _storer(types.int32, ir.IntType(32))
 store_i64 = _storer(types.int64, ir.IntType(64))
 
