@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -52,6 +52,10 @@ _context = _setting(
 Model = Annotated[Path | None, _setting("-m", "--model", help="GGUF file, first shard or folder. Default: a demo.", panel=MODEL)]
 Context = Annotated[int | None, _context]
 Threads = Annotated[int | None, _setting("-t", "--threads", help="CPU threads. Default: all cores.", panel=MODEL, min=1)]
+KvDtype = Annotated[
+    Literal["f16", "bf16", "q8", "f32"],
+    _setting("--kv-dtype", help="Numbers in the context's cache; q8 halves its memory.", panel=MODEL),
+]
 System = Annotated[str, _setting("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, show_default=False)]
 Think = Annotated[bool | None, _setting("--think/--no-think", help="Reason first. Default: if the model can.", panel=PROMPT)]
 MaxTokens = Annotated[
@@ -101,6 +105,7 @@ def chat(
     repeat_penalty: RepeatPenalty = 1.0,
     seed: Seed = None,
     threads: Threads = None,
+    kv_dtype: KvDtype = "f16",
     quiet: Quiet = False,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
@@ -111,7 +116,7 @@ def chat(
 
     sys.stdin.reconfigure(errors="surrogateescape")  # the session refuses what is not UTF-8
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
-    settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)
+    settings = _settings(model, (context, threads, kv_dtype), system, think, temperature, sampling, quiet)
     aside = Console(stderr=not sys.stdout.isatty())
     session = open_session(settings, aside)
     with session.engine:
@@ -135,6 +140,7 @@ def run(
     repeat_penalty: RepeatPenalty = 1.0,
     seed: Seed = None,
     threads: Threads = None,
+    kv_dtype: KvDtype = "f16",
     as_json: AsJson = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -149,7 +155,7 @@ def run(
     sys.stdin.reconfigure(errors="surrogateescape")  # the session refuses what is not UTF-8
     text = read_prompt(prompt, prompt_option, file, sys.stdin)
     sampling = (top_k, top_p, min_p, repeat_penalty, seed, max_tokens)
-    settings = _settings(model, context, threads, system, think, temperature, sampling, quiet)
+    settings = _settings(model, (context, threads, kv_dtype), system, think, temperature, sampling, quiet)
     session = open_session(settings, Console(stderr=True))
     with session.engine:
         raise typer.Exit(run_prompt(session, text, RunOutput(output, as_json, quiet)))
@@ -169,8 +175,7 @@ def bench(context: typer.Context) -> None:
 
 def _settings(
     model: Path | None,
-    context_length: int | None,
-    num_threads: int | None,
+    load: tuple[int | None, int | None, str],
     system: str,
     is_thinking: bool | None,
     temperature: float | None,
@@ -192,8 +197,9 @@ def _settings(
         seed=seed,
         max_tokens=None if max_tokens == -1 else max_tokens,
     )
-    load = LoadOptions(context_length=context_length, num_threads=num_threads)
-    return Settings(model, load, system, is_thinking, temperature, params, is_quiet)
+    context_length, num_threads, kv_dtype = load
+    options = LoadOptions(context_length=context_length, num_threads=num_threads, kv_dtype=kv_dtype)
+    return Settings(model, options, system, is_thinking, temperature, params, is_quiet)
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from native.latent_rows import GROUP_VALUES, row_bytes
+
 SMALLEST_PEAK = np.float32(1e-36)  # a group of activations below that counts as zeros
 
 
@@ -48,6 +50,35 @@ def seen_activations(x: np.ndarray, kind: int) -> np.ndarray:
 def linear(weights: np.ndarray, x: np.ndarray, kind: int) -> np.ndarray:
     """weights float32 (N, K), x float32 (T, K) -> float64 (T, N): the oracle of `rows`, `panel` with `gemm`, `linear_op`."""
     return seen_activations(x, kind) @ weights.astype(np.float64).T
+
+
+def quantize_latents(x: np.ndarray) -> np.ndarray:
+    """float32 (..., latent) -> uint8 rows of the q8 cache (`native.latent_rows`): int8 codes, then a float16 scale per 32.
+
+    scale = max|x| / 127 of its group, rounded to float16; code = x / scale, rounded to even. A group with an infinity or a NaN
+    has the scale NaN and no codes; one too small for float16 has the scale 0.
+    """
+    latent = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -latent % GROUP_VALUES)])
+    groups = padded.reshape(*x.shape[:-1], -1, GROUP_VALUES)
+    peak = np.abs(groups).max(-1, keepdims=True)  # NaN where a value is NaN
+    is_finite = np.isfinite(peak)
+    with np.errstate(over="ignore"):
+        scales = np.where(is_finite, peak / np.float32(127), np.float32(np.nan)).astype(np.float16)
+    is_used = is_finite & (scales > 0)
+    divisor = np.where(is_used, scales.astype(np.float32), np.float32(1))
+    codes = np.rint(np.clip(np.where(is_used, groups, np.float32(0)) / divisor, -127, 127)).astype(np.int8)
+    codes = np.ascontiguousarray(codes.reshape(padded.shape)[..., :latent])
+    return np.concatenate([codes.view(np.uint8), np.ascontiguousarray(scales[..., 0]).view(np.uint8)], axis=-1)
+
+
+def dequantize_latents(rows: np.ndarray) -> np.ndarray:
+    """uint8 rows of the q8 cache -> float32 (..., latent)."""
+    latent = next(n for n in range(rows.shape[-1] // 16 * 16, 0, -16) if row_bytes("q8", n) == rows.shape[-1])
+    codes = np.ascontiguousarray(rows[..., :latent]).view(np.int8).astype(np.float32)
+    scales = np.ascontiguousarray(rows[..., latent:]).view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # 0 * infinity
+        return codes * np.repeat(scales, GROUP_VALUES, axis=-1)[..., :latent]
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from tools.measure import read_stolen_s
 from tools.plot import check_plotting, draw
 from tools.roofline import RAM, Bandwidth, Ceiling, find_ceilings, measure_bandwidth
 
-_PLAN = "all weights in RAM, read in place from the mapped file; cache f16 in RAM"
+_PLAN = "all weights in RAM, read in place from the mapped file; cache {} in RAM"
 _REGRESSED = 1  # exit code
 _TRACED_TOKENS = 8
 
@@ -46,6 +46,7 @@ class Options:
     tests: tuple[BenchTest, ...]
     num_repeats: int
     num_threads: int | None
+    kv_dtype: str
     is_random: bool
     is_sweep: bool
     compares: bool
@@ -80,11 +81,12 @@ def bench(options: Options, report: Report) -> Measured:
     """Print the bound, measure, print the results."""
     stolen_s = read_stolen_s()
     with ExitStack() as stack:
-        ours = Ours(options.model, options.num_threads, [*options.tests, *[options.traced] * bool(options.trace)])
+        tests = [*options.tests, *[options.traced] * bool(options.trace)]
+        ours = Ours(options.model, options.num_threads, tests, options.kv_dtype)
         stack.callback(ours.close)
         num_threads = ours.transformer.team.num_threads
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
-        report.print_machine(environment, model, _PLAN)
+        report.print_machine(environment, model, _PLAN.format(options.kv_dtype))
         bandwidth = measure_bandwidth(ours.transformer.team)
         ceilings = find_ceilings(ours.sizes, ours.kv_value_bytes, options.tests, {RAM: bandwidth.gb_s})
         report.print_roofline(bandwidth, ceilings)
@@ -157,7 +159,7 @@ def make_document(options: Options, measured: Measured) -> dict:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": measured.environment,
         "model": measured.model,
-        "plan": _PLAN,
+        "plan": _PLAN.format(options.kv_dtype),
         "text": "random" if options.is_random else "emma.txt",
         "num_repeats": options.num_repeats,
         "bandwidth": {
@@ -222,6 +224,7 @@ def main(
     batch: Annotated[str, typer.Option("-b", "--sequences", help="Sequences at once, comma-separated.")] = "1",
     repeats: Annotated[int, typer.Option("-r", "--repetitions", help="Undisturbed warm runs.", min=1)] = 5,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)] = None,
+    kv_dtype: Annotated[Literal["f16", "bf16", "q8", "f32"], typer.Option("--kv-dtype", help="Numbers in the cache.")] = "f16",
     output: Annotated[
         Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="The results on stdout.")
     ] = "md",
@@ -250,7 +253,7 @@ def main(
     path = model or _demo_path()
     if cold and not drop_page_cache(GGUFStore.open(path).shards):
         report.say("this system cannot be asked to forget files: first runs may not be cold")
-    options = Options(path, tuple(tests), repeats, threads, random, sweep, compare_with is not None, trace)
+    options = Options(path, tuple(tests), repeats, threads, kv_dtype, random, sweep, compare_with is not None, trace)
     measured = bench(options, report)
     document = rounded(make_document(options, measured))
     if plot:

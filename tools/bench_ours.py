@@ -13,7 +13,7 @@ from kimi_lite.engine.loader import describe
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.kv import KV_DTYPES, KVCache
+from kimi_lite.memory.kv import KVCache, value_bytes
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.sizes import store_sizes
@@ -52,7 +52,7 @@ class Ours:
         check_tensors(self.store, self.config)
         self.tokenizer = Tokenizer.from_metadata(self.store.metadata)
         self.sizes = store_sizes(self.store, self.config)
-        self.kv_value_bytes = KV_DTYPES[kv_dtype].itemsize
+        self.kv_value_bytes = value_bytes(self.config, kv_dtype)
         num_pages = self._num_pages(tests)
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, num_pages, kv_dtype)
         self.transformer = Transformer(self.store, self.config, self.kv, num_threads)

@@ -14,6 +14,8 @@ _RESULTS = (("test", -14), ("t/s warm", 14), ("first", 6), ("TTFT s", 6), ("p50/
 _CEILINGS = (("a token of", -17), ("place", 5), ("weights", 7), ("experts", 7), ("cache", 7), ("MB", 7), ("t/s max", 8))
 _RATIOS = (("test", -17), ("kimi-lite", 14), ("llama.cpp", 14), ("ratio", 13), ("drop", 6))
 _SWEEP = (("PP", 5), ("TG", 5), ("N_KV", 6), ("T_PP s", 8), ("S_PP t/s", 9), ("T_TG s", 8), ("S_TG t/s", 9))
+_CHART_WIDTH = 52
+_LEAST_DISK_BYTES = 50_000  # a token: less is the system's own reading
 _CSV_FIELDS = (
     *("program", "test", "kind", "num_tokens", "depth", "num_sequences", "tok_s", "tok_s_sd", "first_tok_s", "ttft_s"),
     *("gap_p50_s", "gap_p99_s", "gb_s", "ceiling_share", "disk_bytes_per_token", "num_dropped", "is_noisy", "lost_share"),
@@ -65,7 +67,7 @@ class Report:
             self.say(f"{dropped} disturbed repeats were dropped")
         if noisy:
             self.say(f"{noisy} of {len(results)} tests are noisy: other processes or the hypervisor kept the cores")
-        if any(r.disk_bytes_per_token for r in results):
+        if any(r.disk_bytes_per_token >= _LEAST_DISK_BYTES for r in results):
             worst = max(results, key=lambda r: r.disk_bytes_per_token)
             self.say(f"{worst.disk_bytes_per_token / 1e6:.1f} MB a token came from disk in {worst.test.name}")
 
@@ -88,6 +90,19 @@ class Report:
                 rate = at[kind].tok_s.mean if kind in at else None
                 cells += [number(rate and at[kind].test.total_tokens / rate), number(rate)]
             self._row(_SWEEP, cells)
+        for kind, title in (("pp", "reading a prompt"), ("tg", "generating")):
+            self._print_chart(title, [r for r in results if r.test.kind == kind])
+
+    def _print_chart(self, title: str, results: Sequence[Result]) -> None:
+        """A bar for each depth, as long as its speed."""
+        if len(results) < 2:
+            return
+        self.say(f"\n{title}, tokens/s at each depth")
+        fastest = max(r.tok_s.mean for r in results)
+        for r in results:
+            batch = f" x{r.test.num_sequences}" if r.test.num_sequences > 1 else ""
+            drawn = bar(r.tok_s.mean / fastest, _CHART_WIDTH)
+            self.say(f"{f'{r.test.depth:,}{batch}':>12} {drawn:<{_CHART_WIDTH}} {number(r.tok_s.mean)}")
 
     def _head(self, columns: Sequence[tuple[str, int]]) -> None:
         self.say()
@@ -106,6 +121,12 @@ def write_csv(results: Sequence[Result], out: TextIO) -> None:
     writer.writeheader()
     for result in results:
         writer.writerow(result.to_json() | {"tok_s": result.tok_s.mean, "tok_s_sd": result.tok_s.sd})
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of `share` of `width` columns, to an eighth of a column."""
+    eighths = round(8 * width * max(0.0, min(1.0, share)))
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
 def number(value: float | None) -> str:

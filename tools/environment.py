@@ -15,10 +15,11 @@ import psutil
 from kimi_lite import __version__
 from kimi_lite.memory.gguf_header import read_header
 from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.hardware_gpu import probe_gpu
 from kimi_lite.model.config import ModelConfig
 from native.isa import isa
 
-_PACKAGES = ("numpy", "numba", "llvmlite", "llama-cpp-python")
+_PACKAGES = ("numpy", "numba", "llvmlite", "torch", "triton", "llama-cpp-python")
 _DMI_CONFIGURED_SPEED = 0x20  # SMBIOS 3.x, 7.18: memory device, configured speed in MT/s
 
 
@@ -33,10 +34,16 @@ def describe_environment(num_threads: int) -> dict:
         "threads": num_threads,
         "memory_bytes": psutil.virtual_memory().total,
         "memory_mt_s": _memory_mt_s(),
+        "gpu": _gpu(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _gpu() -> dict | None:
+    gpu = probe_gpu()
+    return gpu and {"name": gpu.name, "driver": gpu.driver, "vram_bytes": gpu.vram_total_bytes}
 
 
 def describe_model(store: GGUFStore, config: ModelConfig) -> dict:

@@ -3,34 +3,52 @@
 Two streams: `out` carries the answer and nothing else, `aside` (a rich console, often stderr) everything about it.
 """
 
-import re
 import time
 from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from kimi_lite.apps.live import LiveRows
+from kimi_lite.apps.markdown import CONTROLS, MarkdownStream
+from kimi_lite.apps.markdown_rows import Row
 from kimi_lite.engine.types import ModelInfo, Stats, Token
 from kimi_lite.errors import KimiLiteError
 
-# What could move the cursor or change the terminal: C0 but tab and newline, DEL, C1.
 LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+REASONING_ROWS = 12  # of the screen, while the model thinks
 MIB, GIB = 1024**2, 1024**3
 
 
 class AnswerView:
-    """Shows one answer's tokens as they come, and keeps its texts."""
+    """Shows one answer's tokens as they come, and keeps its texts.
 
-    def __init__(self, out: TextIO, aside: Console, shows_reasoning: bool) -> None:
-        self.out, self.aside, self.shows_reasoning = out, aside, shows_reasoning
+    On a terminal the answer is rendered as markdown and the reasoning collapses to one line when it is over; into a pipe, to a
+    terminal that cannot move its cursor, or with `is_plain` both are written as they come. `think_hint` says how to see it again.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        aside: Console,
+        shows_reasoning: bool,
+        is_plain: bool = False,
+        shows_calls: bool = True,
+        think_hint: str = "",
+    ) -> None:
+        self.out, self.aside = out, aside
         self.texts = {"reasoning": "", "content": "", "tool_call": ""}
         self.calls: list[dict[str, str]] = []
         self.last: Token | None = None
-        self._began_s = time.perf_counter()
-        self._num_reasoning = 0
-        self._shown = {"reasoning": "", "answer": ""}  # as `texts`, without the empty lines that models begin with
+        self._thinking = ReasoningView(aside, is_plain, think_hint) if shows_reasoning else None
+        self._shows_calls = shows_calls
+        screen = Console(file=out)
+        is_fit = out.isatty() and not is_plain and not screen.is_dumb_terminal
+        self._markdown = MarkdownStream(screen) if is_fit else None
+        self._part = ""  # what is being shown: reasoning, content or a call
+        self._has_content = self._is_line_open = False
 
     def show(self, token: Token) -> None:
         self.last = token
@@ -39,37 +57,114 @@ class AnswerView:
             self.calls.append({"id": token.call.id, "name": token.call.name, "arguments": ""})
         elif token.kind == "tool_call" and self.calls:
             self.calls[-1]["arguments"] += token.text
-        self._num_reasoning += token.id is not None and token.kind == "reasoning"
-        part = "reasoning" if token.kind == "reasoning" else "answer"
-        text = f"\n{token.call.name} " if token.call else token.text
-        text = text if self._shown[part] else text.lstrip("\n")
-        if not text:
-            return
-        if part == "answer" and not self._shown["answer"]:
-            self._close_reasoning()
-        self._shown[part] += text
-        if part == "reasoning":
-            self._dim(text)
+        if token.kind == "reasoning":
+            self._show_reasoning(token)
+        elif token.kind == "content":
+            self._show_content(token.text)
         else:
-            self.out.write(_CONTROLS.sub("�", text) if self.out.isatty() else text)
-            self.out.flush()
+            self._show_call(token)
 
     def close(self) -> None:
         """End the last line."""
-        if not self._shown["answer"]:
-            self._close_reasoning()
-        elif not self._shown["answer"].endswith("\n"):
+        self._begin("")
+
+    def _begin(self, part: str) -> None:
+        """End what was shown before `part`, if it was something else."""
+        if part == self._part:
+            return
+        if self._part == "reasoning" and self._thinking:
+            self._thinking.collapse()
+        elif self._part == "content":
+            self._end_content()
+        elif self._part == "call":
+            self._dim("\n")
+        self._part = part
+
+    def _show_reasoning(self, token: Token) -> None:
+        if self._thinking and (token.text.strip("\n") or self._part == "reasoning"):
+            self._begin("reasoning")
+            self._thinking.add(token)
+
+    def _show_content(self, text: str) -> None:
+        text = text if self._has_content else text.lstrip("\n")  # models begin with empty lines
+        if not text:
+            return
+        self._begin("content")
+        self._has_content = True
+        if self._markdown:
+            self._markdown.feed(text)
+        else:
+            self.out.write(CONTROLS.sub("�", text) if self.out.isatty() else text)
+            self.out.flush()
+            self._is_line_open = not text.endswith("\n")
+
+    def _end_content(self) -> None:
+        if self._markdown:
+            self._markdown.finish()
+        elif self._is_line_open:
             self.out.write("\n")
             self.out.flush()
 
-    def _close_reasoning(self) -> None:
-        if self._shown["reasoning"]:
-            self._dim("" if self._shown["reasoning"].endswith("\n") else "\n")
-            self._dim(f"▸ thought for {time.perf_counter() - self._began_s:.0f} s · {self._num_reasoning:,} tokens\n")
+    def _show_call(self, token: Token) -> None:
+        if not self._shows_calls:
+            return
+        if token.call:
+            self._begin("")
+            self._begin("call")
+            self._dim(f"→ {token.call.name} ")
+        if token.text:
+            self._begin("call")
+            self._dim(token.text)
+        if token.error:
+            self._begin("")
+            self._dim(f"{token.error}\n")
 
     def _dim(self, text: str) -> None:
-        if self.shows_reasoning and text:
-            show_plain(self.aside, _CONTROLS.sub("�", text), end="", style="dim")
+        show_plain(self.aside, CONTROLS.sub("�", text), end="", style="dim")
+
+
+class ReasoningView:
+    """What the model thinks: its last rows while it does, then one line. Plain: all of it, and the line."""
+
+    def __init__(self, console: Console, is_plain: bool = False, hint: str = "") -> None:
+        self._console, self._hint = console, f" ({hint})" if hint else ""
+        is_fit = console.is_terminal and not console.is_dumb_terminal and not is_plain
+        self._live = LiveRows(console, REASONING_ROWS) if is_fit else None
+        self._text, self._num_tokens, self._began_s = "", 0, 0.0
+
+    def add(self, token: Token) -> None:
+        """The next token of it."""
+        if not self._text:
+            self._began_s = time.perf_counter()
+        text = CONTROLS.sub("�", token.text)
+        text = text if self._text else text.lstrip("\n")
+        self._text += text
+        self._num_tokens += token.id is not None
+        if self._live:
+            self._live.draw(self._rows)
+        elif text:
+            show_plain(self._console, text, end="", style="dim")
+
+    def collapse(self) -> None:
+        """It is over: `▸ thought for 9 s · 58 tokens`."""
+        if self._live:
+            self._live.erase()
+        elif self._text and not self._text.endswith("\n"):
+            show_plain(self._console, "")
+        tokens = f" · {self._num_tokens:,} tokens" if self._num_tokens else ""
+        seconds = time.perf_counter() - self._began_s
+        show_plain(self._console, f"▸ thought for {seconds:.0f} s{tokens}{self._hint}", style="dim")
+        self._text, self._num_tokens = "", 0
+
+    def _rows(self) -> list[Row]:
+        limit = self._live.limit
+        last = self._text.rsplit("\n", limit)[-limit:]
+        return self._console.render_lines(Text("\n".join(last), "dim", overflow="fold"), pad=False)
+
+
+def show_reasoning(console: Console, text: str) -> None:
+    """All of a past answer's reasoning, dim: `/think show`."""
+    show_plain(console, CONTROLS.sub("�", text.strip("\n")), style="dim")
 
 
 class WorkProgress:

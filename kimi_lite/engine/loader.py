@@ -13,7 +13,7 @@ from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.kv import KV_DTYPES, KVCache
+from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.tensors import check_tensors
@@ -58,14 +58,16 @@ def choose_context(config: ModelConfig, context_length: int | None) -> int:
 
 def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCache:
     """Pages for one sequence of the whole context; refused when they do not fit into the memory that is free."""
+    if kv_dtype not in KV_DTYPES:
+        raise KimiLiteError(f"There is no cache type {kv_dtype!r}.", f"Try one of {', '.join(KV_DTYPES)}.")
     num_pages = -(-context_length // PAGE_TOKENS)
-    per_token_bytes = config.kv_bytes_per_token(KV_DTYPES[kv_dtype].itemsize)
+    per_token_bytes = bytes_per_token(config, kv_dtype)
     need_bytes, have_bytes = num_pages * PAGE_TOKENS * per_token_bytes, psutil.virtual_memory().available
     if need_bytes > have_bytes:
         fitting = int(have_bytes * 0.8 / per_token_bytes) // 1024
         raise KimiLiteError(
             f"A context of {context_length:,} tokens needs {need_bytes / GIB:.2f} GiB of memory; {have_bytes / GIB:.2f} is free.",
-            f"Try -c {fitting}K." if fitting else "Close other programs.",
+            f"Try -c {fitting}K{'' if kv_dtype == 'q8' else ' or --kv-dtype q8'}." if fitting else "Close other programs.",
         )
     return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype)
 

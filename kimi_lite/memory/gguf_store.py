@@ -35,6 +35,8 @@ class TensorView:
     layout: Layout
     shape: tuple[int, ...]  # numpy order: the last axis is the input, experts come first
     data: np.ndarray
+    shard: Path  # where the same bytes can be read without the mapping: from `start` on
+    start: int
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +62,8 @@ class GGUFStore:
             if shard is not shards[0]:
                 _check_kinship(shard, header, shards[0], headers[0])
         _check_completeness(shards, headers)
-        tensors = {info.name: _view(info, file) for file, header in zip(files, headers, strict=True) for info in header.tensors}
+        opened = zip(shards, files, headers, strict=True)
+        tensors = {info.name: _view(info, shard, file) for shard, file, header in opened for info in header.tensors}
         return cls(shards, headers[0].metadata, tensors)
 
     @property
@@ -96,10 +99,10 @@ def _map_file(path: Path) -> np.ndarray:
         raise KimiLiteError(f"{path} cannot be read: {error.strerror}.", "Check its permissions and the disk.") from error
 
 
-def _view(info: TensorInfo, file: np.ndarray) -> TensorView:
+def _view(info: TensorInfo, shard: Path, file: np.ndarray) -> TensorView:
     row_bytes = info.layout.row_bytes(info.shape[-1])
     flat = file[info.start : info.start + info.num_bytes].view(np.ndarray)  # slices of a plain array are cheaper than a memmap's
-    return TensorView(info.name, info.layout, info.shape, flat.reshape(*info.shape[:-1], row_bytes))
+    return TensorView(info.name, info.layout, info.shape, flat.reshape(*info.shape[:-1], row_bytes), shard, info.start)
 
 
 def _check_place(shard: Path, header: GGUFHeader) -> None:

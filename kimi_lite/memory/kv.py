@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from kimi_lite.model.batch import PAGE_TOKENS
+from kimi_lite.model.config import ModelConfig
+from native.latent_rows import ROW_FORMS, row_bytes, row_length
 
-KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bf16: its bit pattern
+KV_DTYPES = tuple(ROW_FORMS)
 Storage = Any  # a numpy array or a torch tensor: anything with `shape` that is read and written by slices
 ROOT = b""  # the hash before the first page
 
@@ -46,7 +48,7 @@ class PublishedPage:
 
 
 class KVCache:
-    """Storage of shape (layers, pages, 64, latent) and the tables that say which page holds what."""
+    """Storage of shape (layers, pages, 64, row of `native.latent_rows`) and the tables that say which page holds what."""
 
     def __init__(
         self, num_layers: int, latent_size: int, num_pages: int, dtype: str = "f16", storage: Storage | None = None
@@ -54,8 +56,10 @@ class KVCache:
         """`storage`: memory of another place (a GPU's) for the pages, of the shape that numpy's would have."""
         assert min(num_layers, latent_size, num_pages) > 0, (num_layers, latent_size, num_pages)
         self.dtype, self.num_layers, self.num_pages = dtype, num_layers, num_pages
-        shape = (num_layers, num_pages, PAGE_TOKENS, latent_size)
-        self.storage = np.zeros(shape, KV_DTYPES[dtype]) if storage is None else storage  # numpy's is touched only when used
+        shape = (num_layers, num_pages, PAGE_TOKENS, row_length(dtype, latent_size))
+        if storage is None:
+            storage = np.zeros(shape, ROW_FORMS[dtype].storage)  # its memory is touched only when used
+        self.storage = storage
         assert tuple(self.storage.shape) == shape, (self.storage.shape, shape)
         self._num_holders = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))  # pages without content, low numbers last so that they go first
@@ -203,6 +207,16 @@ class KVCache:
             self._idle[page] = None
         else:
             self._blank.append(page)
+
+
+def bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes of cache that a token of context needs, scales included: 70,272 for Kimi K2.5 in bf16, 37,332 in q8."""
+    return config.num_layers * row_bytes(kv_dtype, config.kv_latent_size)
+
+
+def value_bytes(config: ModelConfig, kv_dtype: str) -> float:
+    """The same for one value, for `ModelConfig.kv_bytes_per_token`: 1.0625 for q8."""
+    return row_bytes(kv_dtype, config.kv_latent_size) / config.kv_latent_size
 
 
 def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:

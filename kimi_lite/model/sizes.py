@@ -14,13 +14,16 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from kimi_lite.model.config import ModelConfig
-from native.layouts import Layout
+from native.layouts import BY_NAME, Layout
 
 if TYPE_CHECKING:
     from kimi_lite.memory.gguf_store import GGUFStore
 
 ROUTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
 EMBEDDING = "token_embd.weight"
+_EXACT = "ffn_gate_inp.weight"
+_BY_HEAD = ("attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight")
+_SLOT_ALIGNMENT = 256  # bytes
 Tensor = tuple[str, tuple[int, ...], Layout]  # name, shape (the last axis is the row), type
 
 
@@ -32,8 +35,9 @@ class ModelSizes:
     label: str
     embedding_bytes: int  # looked up, one row a token
     dense_bytes: int  # read for every token: attention, dense layers, shared experts, routers, norms, head
+    card_dense_bytes: int  # the same on a graphics card: Q8_0 whatever the file holds, head-wise products in bfloat16
     expert_bytes: int  # all routed experts of all layers
-    slot_bytes: int  # of the largest routed expert: what a place for one takes
+    slot_bytes: int  # of the largest routed expert, its matrices aligned: what a place for one takes
     converted_bytes: int = 0  # copies that loading makes: keys and values of files with a joint attn_kv_b
     vision_bytes: int = 0
     bytes_by_type: tuple[tuple[str, int], ...] = ()  # largest first, without vision
@@ -58,16 +62,16 @@ class ModelSizes:
 
     @property
     def shared_expert_bytes(self) -> float:
-        """The part of `dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
+        """The part of `card_dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
         config = self.config
         weights = config.num_moe_layers * config.num_shared_experts * config.expert_parameters
-        return self.dense_bytes * weights / (config.other_parameters - config.vocab_size * config.hidden_size)
+        return self.card_dense_bytes * weights / (config.other_parameters - config.vocab_size * config.hidden_size)
 
 
 def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
     """Sums the tensors of a file, or of a file to be."""
-    embedding, dense, routed, slot = 0, 0, 0, Counter[str]()
-    by_type, experts_by_type, converted = Counter[str](), Counter[str](), 0
+    embedding, dense, on_card, routed, converted = 0, 0, 0, 0, 0
+    slot, by_type, experts_by_type = Counter[str](), Counter[str](), Counter[str]()
     for name, shape, layout in tensors:
         num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
         by_type[layout.name] += num_bytes
@@ -76,20 +80,29 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
         elif name.endswith(ROUTED):
             routed += num_bytes
             experts_by_type[layout.name] += num_bytes
-            slot[name.split(".ffn_")[0]] += num_bytes // shape[0]
+            slot[name.split(".ffn_")[0]] += -(-num_bytes // shape[0] // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         else:
             dense += num_bytes
+            on_card += _card_bytes(name, shape, num_bytes)
             converted += _converted_bytes(config, name, layout)
     label = _label(by_type, experts_by_type)
     largest = max(slot.values(), default=0)
     types = tuple(by_type.most_common())
-    return ModelSizes(config, label, embedding, dense, routed, largest, converted, vision_bytes, types)
+    return ModelSizes(config, label, embedding, dense, on_card, routed, largest, converted, vision_bytes, types)
 
 
 def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) -> ModelSizes:
     """Of an open file."""
     tensors = ((tensor.name, tensor.shape, tensor.layout) for tensor in store.tensors.values())
     return sizes_of(config, tensors, vision_bytes)
+
+
+def _card_bytes(name: str, shape: tuple[int, ...], file_bytes: int) -> int:
+    """As `model.hybrid.weights` puts a dense tensor on the card."""
+    if len(shape) < 2 or name.endswith(_EXACT):
+        return file_bytes
+    is_q8_0 = not name.endswith(_BY_HEAD) and shape[-1] % BY_NAME["Q8_0"].block_size == 0
+    return prod(shape[:-1]) * BY_NAME["Q8_0" if is_q8_0 else "BF16"].row_bytes(shape[-1])
 
 
 def _converted_bytes(config: ModelConfig, name: str, layout: Layout) -> int:

@@ -17,7 +17,7 @@ from numba.extending import overload
 
 from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
 from native.cpu.compiler import kernel
-from native.cpu.latent import PAGE_POSITIONS, VALUE_BYTES
+from native.cpu.latent import PAGE_POSITIONS
 from native.cpu.linear import arguments, float_bits, thread_scratch
 from native.cpu.matrix import matrix_rows
 from native.cpu.run import (
@@ -34,6 +34,7 @@ from native.cpu.run import (
 from native.cpu.threads import next_task
 from native.cpu.tiles import MAX_HEADS, SCORE_STRIDE, score_tile, value_tile
 from native.cpu.vector_math import exp_f32x16, rotate_pairs
+from native.latent_rows import GROUP_VALUES, ROW_FORMS
 from native.simd import (
     fma_f32x16,
     largest_f32x16,
@@ -107,21 +108,21 @@ def heads_per_group(num_heads: int) -> int:
     return -(-num_heads // -(-num_heads // MAX_HEADS))
 
 
-def _page_scores(heads, dtype, value_bytes, page, count, latent, q, q_stride, scores):
+def _page_scores(heads, dtype, page, row_bytes, count, latent, q, q_stride, scores):
     """scores[g][p] = q_g . page[p]; positions from `count` on get -1e30."""
 
 
-def _add_page(heads, dtype, value_bytes, page, count, latent, kv_lora, weights, factors, context, stride):
+def _add_page(heads, dtype, page, row_bytes, count, latent, kv_lora, weights, factors, context, stride):
     """context_g = context_g * factor_g + sum_p weight[g][p] * page[p][:kv_lora]."""
 
 
 @overload(_page_scores, prefer_literal=True)
-def _choose_page_scores(heads, dtype, value_bytes, page, count, latent, q, q_stride, scores):
-    tile = score_tile(heads.literal_value, dtype.literal_value, value_bytes.literal_value)
+def _choose_page_scores(heads, dtype, page, row_bytes, count, latent, q, q_stride, scores):
+    tile = score_tile(heads.literal_value, dtype.literal_value)
 
-    def page_scores(heads, dtype, value_bytes, page, count, latent, q, q_stride, scores):
+    def page_scores(heads, dtype, page, row_bytes, count, latent, q, q_stride, scores):
         for p in range(count):
-            tile(page + p * latent * value_bytes, q, q_stride, latent, scores + 4 * p)
+            tile(page + p * row_bytes, q, q_stride, latent, scores + 4 * p)
         for g in range(heads):
             for p in range(count, PAGE_POSITIONS):
                 store_f32(scores + SCORE_STRIDE * g + 4 * p, types.float32(-1e30))
@@ -130,22 +131,25 @@ def _choose_page_scores(heads, dtype, value_bytes, page, count, latent, q, q_str
 
 
 @overload(_add_page, prefer_literal=True)
-def _choose_add_page(heads, dtype, value_bytes, page, count, latent, kv_lora, weights, factors, context, stride):
-    tile = value_tile(heads.literal_value, dtype.literal_value, value_bytes.literal_value)
+def _choose_add_page(heads, dtype, page, row_bytes, count, latent, kv_lora, weights, factors, context, stride):
+    tile = value_tile(heads.literal_value, dtype.literal_value)
+    value_bytes = ROW_FORMS[dtype.literal_value].value_bytes
 
-    def add_page(heads, dtype, value_bytes, page, count, latent, kv_lora, weights, factors, context, stride):
+    def add_page(heads, dtype, page, row_bytes, count, latent, kv_lora, weights, factors, context, stride):
         for i in range(0, kv_lora, 32):
-            tile(page + i * value_bytes, latent * value_bytes, count, weights, factors, context + 4 * i, stride)
+            scales = page + latent + i // 16
+            tile(page + i * value_bytes, scales, row_bytes, count, weights, factors, context + 4 * i, stride)
 
     return add_page
 
 
-def _attend_kernel(group: int, dtype: str, value_bytes: int):
+def _attend_kernel(group: int, dtype: str, value_bytes: int, scale_bytes: int):
     def attend(args, thread, team):
         run, heads = load_i64(args + _RUN), load_i64(args + _NUM_HEADS)
         kv_lora, latent = load_i64(args + _KV_LORA), load_i64(args + _KV_LORA) + load_i64(args + _ROPE)
         splits, groups, size = load_i64(run + NUM_SPLITS), -(-heads // group), _partial_bytes(args)
         storage, scores = load_i64(args + _STORAGE), thread_scratch(run, thread)
+        row_bytes = latent * value_bytes + -(-latent // GROUP_VALUES) * scale_bytes
         factors = scores + SCORE_STRIDE * group
         task = next_task(team)
         while task < load_i64(run + NUM_ABSORBED) * groups * splits:
@@ -161,16 +165,16 @@ def _attend_kernel(group: int, dtype: str, value_bytes: int):
                 store_f32(state + size * h + 4 * kv_lora, _MINUS_INFINITY)
             num_pages = -(-length // PAGE_POSITIONS)
             for n in range(num_pages * split // splits, num_pages * (split + 1) // splits):
-                page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * latent * value_bytes
+                page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * row_bytes
                 count = min(PAGE_POSITIONS, length - n * PAGE_POSITIONS)
-                _page_scores(group, dtype, value_bytes, page, count, latent, q, 4 * latent, scores)
+                _page_scores(group, dtype, page, row_bytes, count, latent, q, 4 * latent, scores)
                 for h in range(group):
                     at = state + size * h + 4 * kv_lora
                     peak, total, factor = softmax_block(scores + SCORE_STRIDE * h, load_f32(at), load_f32(at + 4))
                     store_f32(at, peak)
                     store_f32(at + 4, total)
                     store_f32(factors + 4 * h, factor)
-                _add_page(group, dtype, value_bytes, page, count, latent, kv_lora, scores, factors, state, size)
+                _add_page(group, dtype, page, row_bytes, count, latent, kv_lora, scores, factors, state, size)
             task = next_task(team)
 
     return attend
@@ -178,7 +182,8 @@ def _attend_kernel(group: int, dtype: str, value_bytes: int):
 
 @cache
 def _compiled_attend(group: int, dtype: str):
-    return kernel(_attend_kernel(group, dtype, VALUE_BYTES[dtype]))
+    form = ROW_FORMS[dtype]
+    return kernel(_attend_kernel(group, dtype, form.value_bytes, form.scale_bytes))
 
 
 @kernel

@@ -13,7 +13,7 @@ from numba import njit, types
 from native.cpu.activations import K_SLOT, X_F32, Activations
 from native.cpu.attention import softmax_block
 from native.cpu.compiler import kernel
-from native.cpu.latent import PAGE_POSITIONS, VALUE_BYTES, load_latent
+from native.cpu.latent import PAGE_POSITIONS, load_latent
 from native.cpu.linear import arguments, float_bits, thread_scratch
 from native.cpu.matrix import VALUES_PADDING, matrix_values
 from native.cpu.run import (
@@ -30,6 +30,7 @@ from native.cpu.run import (
 from native.cpu.specialize import for_literals
 from native.cpu.threads import next_task
 from native.cpu.vector_math import rotate_pairs
+from native.latent_rows import GROUP_VALUES, ROW_FORMS
 from native.simd import (
     broadcast_f32,
     fma_f32x16,
@@ -109,23 +110,24 @@ def _mask(scores, first_position, key_position, count, num_rows):
 
 
 @for_literals
-def _load_page(dtype, value_bytes, page, count, latent, rows, columns):
+def _load_page(dtype, page, row_bytes, count, latent, rows, columns):
     """The page as float32 rows (64, latent) and as 4 panels of columns (latent, 16); missing positions are zero."""
     for p in range(PAGE_POSITIONS):
         for i in range(0, latent, 16):
-            value = load_latent(dtype, page + (p * latent + i) * value_bytes) if p < count else zero_f32x16()
+            value = load_latent(dtype, page + p * row_bytes, i, latent) if p < count else zero_f32x16()
             store_f32x16(rows + 4 * (p * latent + i), value)
     for panel in range(4):
         for i in range(0, latent, 16):
             transpose_16x16(rows + 4 * (16 * panel * latent + i), 4 * latent, columns + 64 * (panel * latent + i))
 
 
-def _prefill_kernel(dtype: str, value_bytes: int):
+def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
     def prefill(args, thread, team):
         run, heads, nope = load_i64(args + _RUN), load_i64(args + _NUM_HEADS), load_i64(args + _NOPE)
         rope, kv_lora, value = load_i64(args + _ROPE), load_i64(args + _KV_LORA), load_i64(args + _VALUE)
         latent, q_stride, scale = kv_lora + rope, load_i64(args + _Q_STRIDE), splat_f32x16(load_f32(args + _SCALE))
         out, storage = load_i64(args + _OUT), load_i64(args + _STORAGE)
+        row_bytes = latent * value_bytes + -(-latent // GROUP_VALUES) * scale_bytes
         out_stride = 4 * load_i64(out + K_SLOT)
         scores = thread_scratch(run, thread)
         w_uk = scores + _SCORES_BYTES  # (nope, kv_lora)
@@ -159,10 +161,10 @@ def _prefill_kernel(dtype: str, value_bytes: int):
                 store_f32(peaks + 8 * t + 4, types.float32(0))
             end = start + length
             for n in range(-(-end // PAGE_POSITIONS)):
-                page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * latent * value_bytes
+                page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * row_bytes
                 position = n * PAGE_POSITIONS
                 count = min(PAGE_POSITIONS, end - position)
-                _load_page(dtype, value_bytes, page, count, latent, rows, columns)
+                _load_page(dtype, page, row_bytes, count, latent, rows, columns)
                 for panel in range(4):
                     c = columns + 64 * panel * latent
                     for j in range(0, nope, 4):
@@ -203,7 +205,8 @@ def _prefill_kernel(dtype: str, value_bytes: int):
 
 @cache
 def _compiled_prefill(dtype: str):
-    return kernel(_prefill_kernel(dtype, VALUE_BYTES[dtype]))
+    form = ROW_FORMS[dtype]
+    return kernel(_prefill_kernel(dtype, form.value_bytes, form.scale_bytes))
 
 
 def prefill_attention_op(

@@ -15,19 +15,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.half import widen_half
-from native.vectors import Vec, f32x16, i16x16, i32x16
+from native.half import widen_half, widen_half_bits
+from native.latent_rows import GROUP_VALUES, ROW_FORMS
+from native.vectors import Vec, f32x16, i8x16, i16x16, i32x16
 
 MAX_HEADS = 8
 SCORE_STRIDE = 256  # bytes between the 64 scores of one head and the next
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 
 
-def _load(builder, address, dtype: str):
-    """16 cached values as float32 lanes."""
-    stored = {"f32": f32x16.llvm, "f16": Vec("f16", 16).llvm, "bf16": i16x16.llvm}[dtype]
+def _load(builder, address, dtype: str, scales=None):
+    """16 cached values as float32 lanes; `scales`: the vector that multiplies the codes of q8."""
+    stored = {"f32": f32x16.llvm, "f16": Vec("f16", 16).llvm, "bf16": i16x16.llvm, "q8": i8x16.llvm}[dtype]
     value = builder.load(builder.inttoptr(address, stored.as_pointer()))
     value.align = 1
+    if dtype == "q8":
+        return builder.fmul(builder.sitofp(builder.sext(value, i32x16.llvm), f32x16.llvm), scales)
     if dtype == "f16":
         return widen_half(builder, value)
     if dtype == "bf16":
@@ -40,9 +43,22 @@ def _store(builder, address, value) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
 
 
+def _load_scale(builder, address, dtype: str):
+    """The float16 scale at an address in all lanes; nothing for dtypes without scales."""
+    if not ROW_FORMS[dtype].scale_bytes:
+        return None
+    bits = builder.load(builder.inttoptr(address, ir.IntType(16).as_pointer()))
+    bits.align = 2
+    return _splat(builder, widen_half_bits(builder, bits))
+
+
 def _broadcast(builder, address):
     scalar = builder.load(builder.inttoptr(address, _F32.as_pointer()))
     scalar.align = 4
+    return _splat(builder, scalar)
+
+
+def _splat(builder, scalar):
     undefined = ir.Constant(f32x16.llvm, ir.Undefined)
     lane = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16))
@@ -67,8 +83,9 @@ def _fma(builder, a, b, c):
 
 
 @cache
-def score_tile(num_heads: int, dtype: str, value_bytes: int) -> Callable:
+def score_tile(num_heads: int, dtype: str) -> Callable:
     """`tile(row, q, q_stride, length, scores)`: products of one cached row with `num_heads` float32 queries."""
+    form = ROW_FORMS[dtype]
 
     @intrinsic
     def tile(typingctx, row, q, q_stride, length, scores):
@@ -76,8 +93,11 @@ def score_tile(num_heads: int, dtype: str, value_bytes: int) -> Callable:
             row, q, q_stride, length, scores = args
             sums = [cgutils.alloca_once_value(builder, ir.Constant(f32x16.llvm, [0.0] * 16)) for _ in range(num_heads)]
             steps = builder.udiv(length, ir.Constant(_I64, 16))
+            codes_end = _at(builder, row, length)
             with cgutils.for_range(builder, steps, intp=_I64) as loop:
-                value = _load(builder, _at(builder, row, (loop.index, 16 * value_bytes)), dtype)
+                group = builder.udiv(loop.index, ir.Constant(_I64, GROUP_VALUES // 16))
+                scale = _load_scale(builder, _at(builder, codes_end, (group, form.scale_bytes)), dtype)
+                value = _load(builder, _at(builder, row, (loop.index, 16 * form.value_bytes)), dtype, scale)
                 for g, total in enumerate(sums):
                     query = _load(builder, _at(builder, q, (q_stride, g), (loop.index, 64)), "f32")
                     builder.store(_fma(builder, value, query, builder.load(total)), total)
@@ -93,16 +113,18 @@ def score_tile(num_heads: int, dtype: str, value_bytes: int) -> Callable:
 
 
 @cache
-def value_tile(num_heads: int, dtype: str, value_bytes: int) -> Callable:
-    """`tile(page, row_bytes, count, weights, factors, context, context_stride)`: 32 values of every head's context.
+def value_tile(num_heads: int, dtype: str) -> Callable:
+    """`tile(page, scales, row_bytes, count, weights, factors, context, context_stride)`: 32 values of every head's context.
 
-    weights: float32 (heads, 64); factors: float32 (heads,); context: float32, `context_stride` bytes from head to head.
+    page: address of these values in the first row; scales: of their scale there, for q8. weights: float32 (heads, 64); factors:
+    float32 (heads,); context: float32, `context_stride` bytes from head to head.
     """
+    value_bytes = ROW_FORMS[dtype].value_bytes
 
     @intrinsic
-    def tile(typingctx, page, row_bytes, count, weights, factors, context, context_stride):
+    def tile(typingctx, page, scales, row_bytes, count, weights, factors, context, context_stride):
         def codegen(target, builder, sig, args):
-            page, row_bytes, count, weights, factors, values, stride = args
+            page, scales, row_bytes, count, weights, factors, values, stride = args
             places = [(g, half) for g in range(num_heads) for half in range(2)]
             totals = {}
             for g, half in places:
@@ -110,8 +132,9 @@ def value_tile(num_heads: int, dtype: str, value_bytes: int) -> Callable:
                 factor = _broadcast(builder, _at(builder, factors, 4 * g))
                 totals[g, half] = cgutils.alloca_once_value(builder, builder.fmul(before, factor))
             with cgutils.for_range(builder, count, intp=_I64) as loop:
-                row = _at(builder, page, builder.mul(loop.index, row_bytes))
-                halves = [_load(builder, _at(builder, row, 16 * value_bytes * half), dtype) for half in range(2)]
+                offset = builder.mul(loop.index, row_bytes)
+                row, scale = _at(builder, page, offset), _load_scale(builder, _at(builder, scales, offset), dtype)
+                halves = [_load(builder, _at(builder, row, 16 * value_bytes * half), dtype, scale) for half in range(2)]
                 for g in range(num_heads):
                     weight = _broadcast(builder, _at(builder, weights, SCORE_STRIDE * g, (loop.index, 4)))
                     for half in range(2):
@@ -121,6 +144,6 @@ def value_tile(num_heads: int, dtype: str, value_bytes: int) -> Callable:
                 _store(builder, _at(builder, values, (stride, g), 64 * half), builder.load(totals[g, half]))
             return target.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return tile

@@ -27,7 +27,6 @@ def test_a_conversation(terminal: Terminal) -> None:
     assert "thinking on (temp 1, top-p 0.95)" in header
     terminal.type("hello\r")
     shown = terminal.wait_for("TTFT")
-    assert "about it" in shown
     assert "▸ thought for 0 s · 8 tokens" in shown
     assert shown.index("thought for") < shown.index("you said: hello")
     assert "cached" not in shown

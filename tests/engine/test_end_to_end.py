@@ -118,6 +118,8 @@ def test_the_context_is_what_model_and_memory_allow(model_path: Path, monkeypatc
     store = GGUFStore.open(model_path)
     config = ModelConfig.from_metadata(store.metadata)
     assert choose_context(config, None) == choose_context(config, 0) == 4096
+    with pytest.raises(KimiLiteError, match=r"no cache type 'q4'"):
+        make_cache(config, 4096, "q4")
     with pytest.raises(KimiLiteError, match=r"5,000 tokens is wanted; the model is made for 4,096"):
         choose_context(config, 5000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1_000_000}))

@@ -6,8 +6,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kimi_lite.memory.kv import KVCache, SequencePages, chain_hash
+from kimi_lite.memory.kv import KV_DTYPES, KVCache, SequencePages, bytes_per_token, chain_hash, value_bytes
 from kimi_lite.model.batch import PAGE_TOKENS
+from kimi_lite.model.config import ModelConfig
+from tests.model.family import family_metadata
 
 
 def content_at(token_ids: list[int], position: int) -> float:
@@ -48,11 +50,23 @@ def run_prompt(kv: KVCache, token_ids: list[int]) -> SequencePages:
 
 
 def test_storage_has_the_shape_the_kernels_expect() -> None:
-    for name, dtype in (("f32", np.float32), ("f16", np.float16), ("bf16", np.uint16)):
+    for name, dtype, length in (
+        ("f32", np.float32, 576),
+        ("f16", np.float16, 576),
+        ("bf16", np.uint16, 576),
+        ("q8", np.uint8, 612),
+    ):
         kv = KVCache(num_layers=3, latent_size=576, num_pages=5, dtype=name)
-        assert kv.storage.shape == (3, 5, 64, 576)
+        assert kv.storage.shape == (3, 5, 64, length)
         assert kv.storage.dtype == dtype
         assert kv.storage.flags.c_contiguous
+
+
+def test_what_a_token_of_context_costs() -> None:
+    config = ModelConfig.from_metadata(family_metadata("K2.5"))
+    sizes = {name: bytes_per_token(config, name) for name in KV_DTYPES}
+    assert sizes == {"f32": 140_544, "f16": 70_272, "bf16": 70_272, "q8": 37_332}
+    assert all(config.kv_bytes_per_token(value_bytes(config, name)) == size for name, size in sizes.items())
 
 
 def test_the_storage_may_lie_elsewhere() -> None:

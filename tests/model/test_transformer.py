@@ -101,9 +101,9 @@ def test_threads_do_not_change_the_result(tmp_path, ids):
     assert np.array_equal(*results)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8"])
 def test_cache_dtypes(dtype, f32_model, ids):
-    """Half-precision caches change the logits by their rounding and no more."""
+    """Smaller caches change the logits by their rounding and no more."""
     with Runner(f32_model.store.path, kv_dtype=dtype) as runner:
         error = difference(runner.prefill(ids), f32_model.prefill(ids), INT8_LIMIT)
         again = difference(runner.decode(ids), f32_model.prefill(ids), INT8_LIMIT)

@@ -17,17 +17,22 @@ from tests.native.harness import run_ops
 from tests.native.random_rows import random_rows
 
 SCALE = 0.21
+_NAN = {"f32": np.nan, "f16": np.nan, "bf16": 0x7FC0, "q8": 0x7F}  # 0x7F7F is a NaN among float16
 
 
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 -> the stored form of a cache dtype: float32, float16, or bfloat16 bits (uint16), to nearest even."""
+    """float32 -> the stored form of a cache dtype: float32, float16, bfloat16 bits (uint16), to nearest even, or rows of q8."""
     if dtype == "bf16":
         bits = values.astype(np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if dtype == "q8":
+        return reference.quantize_latents(values.astype(np.float32))
     return values.astype(np.float32 if dtype == "f32" else np.float16)
 
 
 def stored_values(stored: np.ndarray) -> np.ndarray:
+    if stored.dtype == np.uint8:
+        return reference.dequantize_latents(stored)
     return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)
 
 
@@ -53,7 +58,7 @@ class Sequences:
         self.pages = [order[sum(num_pages[:i]) :][:n].copy() for i, n in enumerate(num_pages)]
         self.storage = round_to(rng.standard_normal((len(order), PAGE_POSITIONS, kv_lora + rope)), dtype)
         for pages, (first, length) in zip(self.pages, spans, strict=True):  # what lies behind the last position is never read
-            self.storage[pages[-1], (first + length - 1) % PAGE_POSITIONS + 1 :] = 0x7FC0 if dtype == "bf16" else np.nan
+            self.storage[pages[-1], (first + length - 1) % PAGE_POSITIONS + 1 :] = _NAN[dtype]
         self.num_tokens = sum(length for _, length in spans)
         self.q = (rng.standard_normal((self.num_tokens, heads * (nope + rope))) / np.sqrt(nope)).astype(np.float32)
         self.positions = np.concatenate([np.arange(first, first + length) for first, length in spans])

@@ -19,6 +19,7 @@ from tests.tiny import write_tiny_gguf
 from tools import bench, bench_run, environment, roofline
 from tools.bench_ours import Ours, Run
 from tools.bench_plan import BenchTest, Passages, load_tokens, plan_tests
+from tools.bench_report import bar
 from tools.bench_result import Spread, find_regressions
 from tools.ggml_cpu import describe_ggml
 from tools.roofline import Bandwidth
@@ -141,6 +142,11 @@ def test_every_output_ends_in_the_document(tiny, quick, output):
     if output == "csv":
         assert lines[0].startswith("program,test,") and lines[1].startswith("kimi-lite,pp16,pp,16,0,1,")
     assert "N_KV" in done.stderr and "t/s warm" in done.stderr
+    assert "generating, tokens/s at each depth" in done.stderr and "█" * 40 in done.stderr
+
+
+def test_bars_are_as_long_as_their_share():
+    assert [bar(share, 4) for share in (-1, 0, 1 / 32, 0.5, 0.99, 1, 7)] == ["", "", "▏", "██", "████", "████", "████"]
 
 
 def test_the_command_line_has_it(tiny, quick):
