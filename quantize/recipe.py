@@ -66,13 +66,21 @@ def uniform_recipe(type_name: str, has_importance: bool = False) -> Recipe:
 
 
 def find_recipe(name: str, has_importance: bool = False) -> Recipe:
+    """The recipe of a name, which this machine can encode. Raises KimiLiteError."""
+    recipe = named_recipe(name)
+    if not recipe.is_lossless:
+        find_layout(name, has_importance)
+    return recipe
+
+
+def named_recipe(name: str) -> Recipe:
     """The recipe of a name: a type (`tq1_0`, `iq1_m`, `q2_k`, ...), or `q4_0-lossless`. Raises KimiLiteError."""
     if name.lower() == LOSSLESS:
         return Recipe(LOSSLESS, BY_NAME["Q4_0"], BY_NAME["BF16"], is_lossless=True)
-    if name.upper() not in BY_NAME:
+    layout = BY_NAME.get(name.upper())
+    if layout is None:
         known = ", ".join(sorted(type_name.lower() for type_name in BY_NAME))
         raise KimiLiteError(f"There is no recipe {name!r}.", f"Recipes are {LOSSLESS}, or the experts' type: {known}.")
-    layout = find_layout(name, has_importance)
     rest = layout if layout.bits_per_weight > BY_NAME["Q8_0"].bits_per_weight else BY_NAME["Q8_0"]
     return Recipe(name.lower(), layout, rest)
 

@@ -1,0 +1,5 @@
+"""GPU kernels in Triton: torch tensors in, torch tensors out. Nothing here chooses a place or moves a weight.
+
+Weights are the bytes of the GGUF file, uint8 (rows, row_bytes). Kernels run on a CUDA device, or anywhere under
+TRITON_INTERPRET=1, which must be set before `triton` is imported. `support.why_unusable` says what a machine lacks.
+"""

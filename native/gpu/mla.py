@@ -1,0 +1,182 @@
+"""Multi-head latent attention over the paged cache: writing latents, and absorbed attention for decoding.
+
+A layer's storage is (num_pages, 64, R + P): the normed latent, then the rotated shared key, of each position (DeepSeek-V2, arXiv
+2405.04434, section 2.1; pages as in `kimi_lite.memory.kv`). Keys are the whole row, values its first R entries, so that a row is
+loaded once for both and for 16 heads. Long contexts are cut into splits that run side by side and are merged afterwards
+(flash decoding). How many splits follows from shapes, never from lengths: no wait for the GPU, and CUDA graphs can hold it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from native.gpu.support import factor_type
+
+PAGE_POSITIONS = 64
+BLOCK_HEADS = 16  # the least that tensor cores take
+_PROGRAMS = 256  # two for each of about 128 multiprocessors
+
+
+@triton.jit
+def write_latent_kernel(
+    kv, weight, cos, sin, storage, slots, eps, kv_stride, RANK: tl.constexpr, ROPE: tl.constexpr, RANK_TILE: tl.constexpr
+):
+    """Program: one token. A slot below zero is skipped."""
+    token = tl.program_id(0)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        column = tl.arange(0, RANK_TILE)
+        latent = tl.load(kv + token * kv_stride + column, column < RANK, other=0.0).to(tl.float32)
+        inverse = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, 0) / RANK + eps)
+        latent = latent * inverse * tl.load(weight + column, column < RANK, other=0.0)
+        row = storage + slot * (RANK + ROPE)
+        tl.store(row + column, latent.to(storage.dtype.element_ty), column < RANK)
+        pair = tl.arange(0, ROPE // 2)
+        even = tl.load(kv + token * kv_stride + RANK + 2 * pair).to(tl.float32)
+        odd = tl.load(kv + token * kv_stride + RANK + 2 * pair + 1).to(tl.float32)
+        c, s = tl.load(cos + token * (ROPE // 2) + pair), tl.load(sin + token * (ROPE // 2) + pair)
+        tl.store(row + RANK + 2 * pair, (even * c - odd * s).to(storage.dtype.element_ty))
+        tl.store(row + RANK + 2 * pair + 1, (even * s + odd * c).to(storage.dtype.element_ty))
+
+
+def write_latent(
+    kv: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    storage: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """kv (T, R + P) as `attn_kv_a_mqa` gives it -> rows of storage (num_pages, 64, R + P): latent normed, key rotated.
+
+    weight float32 (R,) of the norm; cos and sin float32 (T, P / 2) of each token's position; slots int (T,): page * 64 + the
+    place in the page, below zero for tokens that are padding.
+    """
+    num_tokens, width = kv.shape
+    rank, rope = len(weight), 2 * cos.shape[1]
+    assert width == rank + rope == storage.shape[-1], (kv.shape, rank, rope, storage.shape)
+    assert kv.stride(1) == 1 and storage.is_contiguous() and cos.is_contiguous() and sin.is_contiguous(), kv.stride()
+    if num_tokens > 0:
+        write_latent_kernel[(num_tokens,)](
+            kv, weight, cos, sin, storage, slots, eps, kv.stride(0),
+            RANK=rank, ROPE=rope, RANK_TILE=triton.next_power_of_2(rank), num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def decode_kernel(
+    q_latent, q_rope, storage, page_table, lengths, partial, scale, table_stride, ql_token, ql_head, qr_token, qr_head,
+    num_heads, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
+    FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Program (token, group of heads, split). Writes the split's normed context and the logarithm of its sum of weights."""
+    token, split = tl.program_id(0), tl.program_id(2)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_head = (head < num_heads)[:, None]
+    length = tl.load(lengths + token)
+    num_blocks = tl.cdiv(length, POSITIONS)
+    first, last = num_blocks * split // NUM_SPLITS, num_blocks * (split + 1) // NUM_SPLITS
+    rank, rope, place = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, POSITIONS)
+    dtype = storage.dtype.element_ty
+    token = token.to(tl.int64)
+    ql = tl.load(q_latent + token * ql_token + head[:, None] * ql_head + rank[None, :], is_head, other=0.0).to(tl.float32)
+    qr = tl.load(q_rope + token * qr_token + head[:, None] * qr_head + rope[None, :], is_head, other=0.0).to(tl.float32)
+    ql, qr = (ql * scale).to(dtype).to(FACTOR), (qr * scale).to(dtype).to(FACTOR)
+    peak = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    context = tl.zeros((HEADS, RANK), tl.float32)
+    for block in range(first, last):
+        position = block * POSITIONS + place
+        page = tl.load(page_table + token * table_stride + block * POSITIONS // 64).to(tl.int64)
+        row = storage + (page * 64 + position % 64) * (RANK + ROPE)  # (POSITIONS,)
+        is_visible = position < length
+        latent = tl.load(row[:, None] + rank[None, :], is_visible[:, None], other=0.0).to(FACTOR)  # (POSITIONS, RANK)
+        key = tl.load(row[None, :] + RANK + rope[:, None], is_visible[None, :], other=0.0).to(FACTOR)  # (ROPE, ...)
+        scores = tl.dot(ql, tl.trans(latent), input_precision="ieee")
+        scores = tl.dot(qr, key, scores, input_precision="ieee")
+        scores = tl.where(is_visible[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        factor = tl.exp(peak - new_peak)
+        weights = tl.exp(scores - new_peak[:, None])
+        context = context * factor[:, None] + tl.dot(weights.to(dtype).to(FACTOR), latent, input_precision="ieee")
+        total = total * factor + tl.sum(weights, 1)
+        peak = new_peak
+    at = ((token * num_heads + head) * NUM_SPLITS + split) * (RANK + 1)  # (HEADS,)
+    is_empty = first == last
+    divisor = tl.where(is_empty, 1.0, total)
+    tl.store(partial + at[:, None] + rank[None, :], context / divisor[:, None], is_head)
+    tl.store(partial + at + RANK, tl.where(is_empty, float("-inf"), peak + tl.log(total)), head < num_heads)
+
+
+@triton.jit
+def merge_kernel(partial, out, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr):
+    """Program: one head of one token: its splits, each weighted by its share of the whole sum."""
+    which = tl.program_id(0).to(tl.int64)
+    rank = tl.arange(0, RANK)
+    peak, total = float("-inf"), 0.0
+    context = tl.zeros((RANK,), tl.float32)
+    for split in range(NUM_SPLITS):
+        at = partial + (which * NUM_SPLITS + split) * (RANK + 1)
+        size = tl.load(at + RANK)
+        new_peak = tl.maximum(peak, size, propagate_nan=tl.PropagateNan.ALL)
+        is_first = new_peak == float("-inf")  # nothing yet: the difference below would be NaN
+        factor = tl.where(is_first, 0.0, tl.exp(peak - new_peak))
+        share = tl.where(is_first, 0.0, tl.exp(size - new_peak))
+        context = context * factor + tl.load(at + rank) * share
+        total, peak = total * factor + share, new_peak
+    tl.store(out + which * RANK + rank, context / tl.where(total == 0.0, 1.0, total))
+
+
+def num_splits_for(num_tokens: int, num_heads: int, max_positions: int) -> int:
+    """Splits of each token's context: enough programs for the whole GPU, none for less than a page."""
+    groups = num_tokens * triton.cdiv(num_heads, BLOCK_HEADS)
+    wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, groups))
+    return max(1, min(wanted, 64, triton.next_power_of_2(max_positions // PAGE_POSITIONS)))
+
+
+def mla_decode(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    storage: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+    partial: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """q_latent (T, H, R), q_rope (T, H, P) rotated, storage (num_pages, 64, R + P) -> float32 (T, H, R): context in latent space.
+
+    page_table int32 (T, pages): a token's pages in order; lengths int32 (T,): how many positions it sees, its own included; 0
+    gives zeros (padding). `scale` multiplies the scores. Products have the storage's type as factors (float32: exact) and float32
+    sums. `partial`: float32 working space of partial_size(...) values; R and P are powers of two.
+    """
+    num_tokens, num_heads, rank = q_latent.shape
+    rope, max_pages = q_rope.shape[2], page_table.shape[1]
+    assert storage.shape[1:] == (PAGE_POSITIONS, rank + rope) and storage.is_contiguous(), (storage.shape, rank, rope)
+    assert rank & (rank - 1) == 0 and rope & (rope - 1) == 0 and min(rank, rope) >= 16, (rank, rope)
+    assert q_latent.stride(2) == q_rope.stride(2) == page_table.stride(1) == 1, (q_latent.stride(), q_rope.stride())
+    if num_splits is None:
+        num_splits = num_splits_for(num_tokens, num_heads, max_pages * PAGE_POSITIONS)
+    if out is None:
+        out = torch.empty((num_tokens, num_heads, rank), dtype=torch.float32, device=q_latent.device)
+    size = partial_size(num_tokens, num_heads, rank, num_splits)
+    if partial is None:
+        partial = torch.empty(size, dtype=torch.float32, device=q_latent.device)
+    assert out.is_contiguous() and partial.numel() >= size, (out.stride(), partial.numel(), size)
+    if num_tokens == 0:
+        return out
+    decode_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS), num_splits)](
+        q_latent, q_rope, storage, page_table, lengths, partial, scale, page_table.stride(0), q_latent.stride(0),
+        q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), num_heads, NUM_SPLITS=num_splits, RANK=rank, ROPE=rope,
+        HEADS=BLOCK_HEADS, POSITIONS=16 if storage.dtype == torch.float32 else 32, FACTOR=factor_type(storage.dtype), num_warps=4,
+        num_stages=2,
+    )  # fmt: skip
+    merge_kernel[(num_tokens * num_heads,)](partial, out, NUM_SPLITS=num_splits, RANK=rank, num_warps=4)
+    return out
+
+
+def partial_size(num_tokens: int, num_heads: int, rank: int, num_splits: int) -> int:
+    """float32 values of working space that `mla_decode` needs."""
+    return num_tokens * num_heads * num_splits * (rank + 1)

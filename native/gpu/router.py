@@ -1,0 +1,109 @@
+"""Expert choice in one launch: scores, selection bias, groups, top-k and weights, as `native.reference.route`.
+
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and Kimi K2: sigmoid scores, a bias that steers the choice and not the weights.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_HIGHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # a NaN ranks as that: first, so that it is seen
+
+
+@triton.jit
+def best_of(values, index):
+    """(largest value, the lowest index that has it)."""
+    best = tl.max(values, 0)
+    return best, tl.min(tl.where(values == best, index, 1 << 30), 0)
+
+
+@triton.jit
+def keep_best_groups(choice, expert, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, NUM_KEPT: tl.constexpr,
+                     HAS_BIAS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Lowers the experts outside the best groups; a group counts by its two best with a bias, by its best without."""
+    size: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
+    group = expert // size
+    score = tl.full((TILE,), float("-inf"), tl.float32)  # of each expert's group
+    for g in range(NUM_GROUPS):
+        inside = tl.where(group == g, choice, float("-inf"))
+        value, place = best_of(inside, expert)
+        if HAS_BIAS:
+            value += tl.max(tl.where(expert == place, float("-inf"), inside), 0)
+        score = tl.where(group == g, value, score)
+    is_kept = expert < 0
+    for _ in range(NUM_KEPT):
+        left = tl.where(is_kept | (expert >= NUM_EXPERTS), float("-inf"), score)
+        _value, place = best_of(left, expert)
+        is_kept = is_kept | (group == place // size)
+    return tl.where(is_kept, choice, float("-inf"))
+
+
+@triton.jit
+def route_kernel(
+    logits, bias, ids, weights, scale, logits_stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    NUM_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SIGMOID: tl.constexpr, IS_NORMALIZED: tl.constexpr, TILE: tl.constexpr,
+    CHOICES: tl.constexpr,
+):  # fmt: skip
+    """Program: one token."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, TILE)
+    is_expert = expert < NUM_EXPERTS
+    logit = tl.load(logits + token * logits_stride + expert, is_expert, other=float("-inf")).to(tl.float32)
+    logit = tl.where(is_expert, logit + (logit - logit), logit)  # an infinity becomes NaN: its score would look healthy
+    if IS_SIGMOID:
+        score = 1.0 / (1.0 + tl.exp(-logit))
+    else:
+        score = tl.exp(logit - tl.max(logit, 0))
+        score = score / tl.sum(tl.where(is_expert, score, 0.0), 0)
+    choice = score
+    if HAS_BIAS:
+        choice += tl.load(bias + expert, is_expert, other=0.0)
+    score = tl.where(choice < float("inf"), score, float("nan"))
+    choice = tl.where(choice != choice, _HIGHEST, tl.minimum(tl.maximum(choice, -_HIGHEST), _HIGHEST))
+    choice = tl.where(is_expert, choice, float("-inf"))
+    if NUM_GROUPS > 1:
+        choice = keep_best_groups(choice, expert, NUM_EXPERTS, NUM_GROUPS, NUM_KEPT, HAS_BIAS, TILE)
+    place = tl.arange(0, CHOICES)
+    chosen, weight = tl.zeros((CHOICES,), tl.int32), tl.zeros((CHOICES,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        _value, best = best_of(choice, expert)
+        chosen = tl.where(place == k, best, chosen)
+        weight = tl.where(place == k, tl.sum(tl.where(expert == best, score, 0.0), 0), weight)
+        choice = tl.where(expert == best, float("-inf"), choice)
+    factor = scale
+    if IS_NORMALIZED:
+        factor = scale / (tl.sum(weight, 0) + 1e-20)
+    tl.store(ids + token * TOP_K + place, chosen, place < TOP_K)
+    tl.store(weights + token * TOP_K + place, weight * factor, place < TOP_K)
+
+
+def route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    groups: tuple[int, int] = (1, 1),
+    is_sigmoid: bool = True,
+    is_normalized: bool = True,
+    scale: float = 1.0,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (T, E) -> ids int32 (T, top_k), best first, and weights float32 (T, top_k). groups: (number, how many are kept).
+
+    bias: float32 (E,) for the choice alone. Of equals the lower number wins. NaN and infinity come first with the weight NaN.
+    """
+    num_tokens, num_experts = logits.shape
+    assert num_experts % groups[0] == 0 and top_k <= num_experts // groups[0] * groups[1], (num_experts, groups, top_k)
+    assert logits.stride(1) == 1 and (bias is None or bias.shape == (num_experts,)), (logits.stride(), num_experts)
+    ids, weights = out or (
+        torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device),
+        torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device),
+    )
+    assert ids.is_contiguous() and weights.is_contiguous() and ids.dtype == torch.int32, (ids.dtype, ids.stride())
+    if num_tokens > 0:
+        route_kernel[(num_tokens,)](
+            logits, logits if bias is None else bias, ids, weights, scale, logits.stride(0), NUM_EXPERTS=num_experts, TOP_K=top_k,
+            NUM_GROUPS=groups[0], NUM_KEPT=groups[1], HAS_BIAS=bias is not None, IS_SIGMOID=is_sigmoid,
+            IS_NORMALIZED=is_normalized, TILE=triton.next_power_of_2(num_experts), CHOICES=triton.next_power_of_2(top_k),
+            num_warps=4,
+        )  # fmt: skip
+    return ids, weights

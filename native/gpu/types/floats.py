@@ -1,0 +1,14 @@
+"""F32, F16, BF16: `base` points to elements of the type itself, so that neighbours are loaded together."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def float_decode(base, unit, mask, table, PLANE: tl.constexpr):
+    return tl.load(base + unit, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def float_column(unit, PLANE: tl.constexpr):
+    return unit

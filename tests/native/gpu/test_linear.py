@@ -1,0 +1,93 @@
+"""Products of activations and GGUF matrices on the GPU road, against the oracle."""
+
+import numpy as np
+import pytest
+import torch
+
+from native.gpu.linear import heads_linear, linear
+from native.gpu.matvec import matvec
+from native.layouts import BY_NAME
+from native.reference import linear as oracle
+from native.reference_types import dequantize
+from tests.native.gpu.tensors import apart, back, on, seen
+from tests.native.random_rows import assert_close, product_size, random_rows
+
+TYPES = list(BY_NAME)
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+def _case(name, num_rows, num_tokens, device, dtype, regime="normal"):
+    rng = np.random.default_rng(3)
+    k = 3 * max(BY_NAME[name].block_size, 10)
+    rows = random_rows(name, num_rows, k, rng, regime)
+    x = on(device, rng.standard_normal((num_tokens, k)).astype(np.float32), dtype)
+    weights = dequantize(rows, name)
+    return rows, x, k, oracle(weights, seen(x), 0), product_size(weights, seen(x))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_few_tokens(name, device):
+    """Float32 arithmetic: as near to the oracle as rounding allows. Rows apart, not a multiple of what a program takes."""
+    rows, x, k, expected, size = _case(name, 3, 3, device, FLOAT32)
+    assert_close(back(linear(x, apart(device, rows, 4), name, k)), expected, size)
+
+
+@pytest.mark.parametrize("regime", ["denormal", "huge", "zero"])
+@pytest.mark.parametrize("name", ["Q8_0", "TQ1_0", "IQ1_M", "MXFP4"])
+def test_hostile_scales(name, regime, device):
+    rows, x, k, expected, size = _case(name, 2, 1, device, FLOAT32, regime)
+    assert_close(back(linear(x, on(device, rows), name, k)), expected, size)
+
+
+@pytest.mark.parametrize("rows_per_program", [2, 4])
+def test_several_rows_a_program(rows_per_program, device):
+    """As for matrices of 4096 rows and more; the last program has fewer."""
+    rows, x, _, expected, size = _case("Q4_0", 7, 1, device, BFLOAT16)
+    out = torch.empty((1, 1, 7), device=device)
+    assert_close(back(matvec(x[None], on(device, rows)[None], "Q4_0", out, rows_per_program)[0]), expected, size)
+
+
+@pytest.mark.parametrize(("name", "dtype", "tolerance"), [
+    ("Q8_0", BFLOAT16, 2e-6), ("Q8_0", FLOAT32, 2e-5), ("F32", FLOAT32, 2e-6), ("BF16", BFLOAT16, 2e-6),
+    ("Q4_K", BFLOAT16, 4e-3), ("TQ1_0", FLOAT32, 8e-3),
+])  # fmt: skip
+def test_many_tokens(name, dtype, tolerance, device):
+    """Q8_0 loses nothing of bfloat16 activations and 2^-17 of float32 ones; others round weights and activations to bfloat16."""
+    rows, x, k, expected, size = _case(name, 5, 33, device, dtype)
+    assert_close(back(linear(x, apart(device, rows, 4), name, k)), expected, size, tolerance)
+
+
+def test_a_bad_token_stays_alone(device):
+    rows, x, k, expected, size = _case("Q8_0", 4, 3, device, FLOAT32)
+    x[1, 5] = float("nan")
+    actual = back(linear(x, on(device, rows), "Q8_0", k))
+    assert np.isnan(actual[1]).all()
+    assert_close(actual[[0, 2]], expected[[0, 2]], size[[0, 2]])
+
+
+def test_writes_where_it_is_told(device):
+    rows, x, k, expected, size = _case("Q4_0", 5, 20, device, BFLOAT16)
+    whole = torch.full((20, 9), 7.0, device=device)
+    workspace = torch.empty(1000, dtype=BFLOAT16, device=device)
+    result = linear(x, on(device, rows), "Q4_0", k, out=torch.empty((20, 5), device=device), workspace=workspace)
+    assert_close(back(result), expected, size, 8e-3)
+    few = linear(x[:2], on(device, rows), "Q4_0", k, out=whole[:2, 2:7])
+    assert_close(back(few), expected[:2], size[:2])
+    assert (whole[:, :2] == 7).all() and (whole[2:] == 7).all() and (whole[:, 7:] == 7).all()
+
+
+def test_no_tokens(device):
+    rows, _, k, _, _ = _case("Q8_0", 4, 1, device, FLOAT32)
+    assert linear(torch.empty((0, k), device=device), on(device, rows), "Q8_0", k).shape == (0, 4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 18])
+def test_heads_have_their_own_matrices(num_tokens, device):
+    """x is a part of wider heads, as the rope-less part of queries is; more tokens than one launch takes."""
+    rng = np.random.default_rng(4)
+    matrices = random_rows("Q8_0", 3 * 5, 64, rng).reshape(3, 5, -1)
+    x = on(device, rng.standard_normal((num_tokens, 3, 96)).astype(np.float32))[:, :, :64]
+    actual = back(heads_linear(x, on(device, matrices), "Q8_0"))
+    for head in range(3):
+        weights, part = dequantize(matrices[head], "Q8_0"), seen(x[:, head])
+        assert_close(actual[:, head], oracle(weights, part, 0), product_size(weights, part))

@@ -1,0 +1,79 @@
+"""Latents written to pages, and attention over them, against the oracle."""
+
+import numpy as np
+import pytest
+import torch
+
+from native import reference
+from native.gpu.mla import mla_decode, num_splits_for, write_latent
+from tests.native.gpu.tensors import back, on, seen
+
+RANK, ROPE = 64, 16
+
+
+def _attend(q: np.ndarray, rows: np.ndarray, scale: float) -> np.ndarray:
+    """q (H, R + P), rows (positions, R + P) -> (H, R)."""
+    return reference.softmax(q.astype(np.float64) @ rows.T * scale) @ rows[:, :RANK]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    (torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2),
+])  # fmt: skip
+def test_decode(dtype, tolerance, device):
+    """Pages out of order, lengths that end anywhere (within a page, at its end, after one position, nowhere), 20 heads."""
+    rng = np.random.default_rng(17)
+    lengths = np.array([150, 64, 1, 0], np.int32)
+    storage = on(device, rng.standard_normal((9, 64, RANK + ROPE)).astype(np.float32), dtype)
+    table = np.stack([rng.permutation(9)[:4] for _ in lengths]).astype(np.int32)
+    q = rng.standard_normal((4, 20, RANK + ROPE)).astype(np.float32)
+    storage[table[2, 0], 1:] = float("nan")  # what lies beyond a sequence must not matter
+    actual = mla_decode(
+        on(device, q[:, :, :RANK]), on(device, q)[:, :, RANK:], storage, on(device, table), on(device, lengths), 0.2, num_splits=4
+    )
+    values = seen(storage).astype(np.float64)
+    for token, length in enumerate(lengths[:3]):
+        rows = values[table[token]].reshape(-1, RANK + ROPE)[:length]
+        np.testing.assert_allclose(back(actual[token]), _attend(q[token], rows, 0.2), atol=tolerance)
+    assert (back(actual[3]) == 0).all()
+
+
+def test_splits_do_not_change_the_answer(device):
+    rng = np.random.default_rng(18)
+    storage = on(device, rng.standard_normal((5, 64, RANK + ROPE)).astype(np.float32))
+    q = on(device, 3 * rng.standard_normal((1, 4, RANK + ROPE)).astype(np.float32))
+    table, lengths = on(device, np.array([[4, 0, 2, 1, 3]], np.int32)), on(device, np.array([300], np.int32))
+    answers = [
+        mla_decode(q[:, :, :RANK].contiguous(), q[:, :, RANK:], storage, table, lengths, 0.3, num_splits=splits)
+        for splits in (1, 16)
+    ]
+    np.testing.assert_allclose(back(answers[0]), back(answers[1]), atol=3e-6)
+
+
+def test_a_bad_latent_is_seen(device):
+    storage = torch.zeros((2, 64, RANK + ROPE), device=device)
+    storage[1, 3, 5] = float("nan")
+    table, lengths = on(device, np.array([[1], [0]], np.int32)), on(device, np.array([10, 10], np.int32))
+    q = torch.ones((2, 4, RANK + ROPE), device=device)
+    actual = back(mla_decode(q[:, :, :RANK], q[:, :, RANK:], storage, table, lengths, 1.0))
+    assert np.isnan(actual[0]).all() and (actual[1] == 0).all()
+
+
+def test_number_of_splits_follows_from_shapes():
+    assert num_splits_for(1, 64, 32768) == 64 and num_splits_for(64, 64, 32768) == 1
+    assert num_splits_for(1, 64, 64) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_latent(dtype, device):
+    rng = np.random.default_rng(19)
+    kv = rng.standard_normal((3, RANK + ROPE)).astype(np.float32)
+    weight, angles = rng.standard_normal(RANK).astype(np.float32), rng.standard_normal((3, ROPE // 2)).astype(np.float32)
+    storage = torch.full((2, 64, RANK + ROPE), 7.0, dtype=dtype, device=device)
+    slots = on(device, np.array([70, -1, 3], np.int32))
+    cos, sin = on(device, np.cos(angles)), on(device, np.sin(angles))
+    write_latent(on(device, kv), on(device, weight), 1e-5, cos, sin, storage, slots)
+    latent = reference.rms_norm(kv[:, :RANK], weight, 1e-5)
+    expected = np.concatenate([latent, reference.rotate_pairs(kv[:, RANK:], np.cos(angles), np.sin(angles))], axis=1)
+    rows = back(storage).reshape(-1, RANK + ROPE)
+    np.testing.assert_allclose(rows[[70, 3]], expected[[0, 2]], rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
+    assert (np.delete(rows, [70, 3], axis=0) == 7).all(), "padding was written"
