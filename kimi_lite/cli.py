@@ -11,6 +11,7 @@ import typer
 
 from kimi_lite import __version__
 from kimi_lite.apps.imatrix import main as imatrix
+from kimi_lite.apps.plan import main as plan
 from kimi_lite.errors import KimiLiteError
 from quantize.__main__ import main as quantize
 
@@ -161,6 +162,7 @@ def run(
         raise typer.Exit(run_prompt(session, text, RunOutput(output, as_json, quiet)))
 
 
+app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("imatrix")(imatrix)
 

@@ -115,13 +115,14 @@ def described(hardware: Hardware, ram_bytes: int | None, vram_bytes: int | None)
     is_other_card = bool(vram_bytes) and (gpu is None or vram_bytes > gpu.vram_total_bytes)
     is_other_board = ram_bytes is not None and ram_bytes > hardware.ram_total_bytes
     if is_other_card:
-        card = Gpu(f"a card of {vram_bytes / GIB:g} GiB", vram_bytes, int(vram_bytes * 0.97))  # driver and display take some
+        card = Gpu("a card", vram_bytes, int(vram_bytes * 0.97))  # driver and display take some
         hardware = replace(hardware, gpu=card, is_described=True)
     if is_other_board:
         hardware = replace(
             hardware,
-            cpu_name="a CPU like this one" if not is_other_card else "a desktop CPU",
+            cpu_name="a desktop CPU",
             num_cores=TYPICAL_CORES,
+            isa="",
             ram_total_bytes=ram_bytes,
             ram_free_bytes=free_of(ram_bytes),
             ram_bytes_s=None,
@@ -129,8 +130,6 @@ def described(hardware: Hardware, ram_bytes: int | None, vram_bytes: int | None)
             disk=None,
             is_described=True,
         )
-    elif is_other_card and ram_bytes is None:
-        return hardware
     return hardware
 
 

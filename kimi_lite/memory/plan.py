@@ -11,6 +11,7 @@ No torch, no files. Flags of the user are constraints that every plan keeps; a p
 from dataclasses import replace
 
 from kimi_lite.memory.hardware import Hardware
+from kimi_lite.memory.kv import bytes_per_token, value_bytes
 from kimi_lite.memory.plan_refusal import find_problem, find_remedies
 from kimi_lite.memory.plan_room import (
     PROMPT_CHUNKS,
@@ -42,12 +43,11 @@ from kimi_lite.memory.plan_types import (
     Row,
     Verdict,
 )
+from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.sizes import ModelSizes
 from kimi_lite.units import gib_apart
 
 DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cache for Kimi K2.5
-PAGE_TOKENS = 64
-VALUE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8": 1.125}  # of the cache; q8 with its scales
 _TIGHT_SHARE = 0.03  # of the budget: less than this free is called tight
 
 
@@ -76,7 +76,7 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
     rows = [*on_card, *in_ram, Row("RAM", EXPERTS, ram_bytes), Row("disk", EXPERTS, wanted_bytes - ram_bytes)]
     ram_share = ram_bytes / wanted_bytes if wanted_bytes else 1.0
     card_share = num_slots / sizes.num_experts if sizes.num_experts else 0.0
-    split = Split(ram_share, card_share, is_on_card, value_bytes=VALUE_BYTES[limits.kv_dtype])
+    split = Split(ram_share, card_share, is_on_card, value_bytes=value_bytes(sizes.config, limits.kv_dtype))
     rates = rates_of(hardware_used)
     decode = decode_speed(sizes, split, rates)
     return Plan(
@@ -106,7 +106,7 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
 def kv_bytes(sizes: ModelSizes, context_length: int, kv_dtype: str) -> int:
     """The latent cache of one sequence, in whole pages."""
     num_pages = -(-context_length // PAGE_TOKENS)
-    return int(num_pages * PAGE_TOKENS * sizes.config.kv_bytes_per_token(VALUE_BYTES[kv_dtype]))
+    return num_pages * PAGE_TOKENS * bytes_per_token(sizes.config, kv_dtype)
 
 
 def choose_context(sizes: ModelSizes, asked: int | None) -> int:

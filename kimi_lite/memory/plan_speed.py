@@ -96,7 +96,7 @@ def rates_of(hardware: Hardware) -> Rates:
 
 def decode_speed(sizes: ModelSizes, split: Split, rates: Rates, card_hits: float = 0.0, ram_hits: float | None = None) -> Speed:
     """All sequences together. `ram_hits`: share of choices that memory holds; default: as many as lie there."""
-    cost = decode_cost(sizes, split.depth, split.value_bytes, split.num_sequences)
+    cost = decode_cost(sizes, split.depth, split.value_bytes, split.num_sequences, split.is_on_card)
     if split.card_share >= 1:
         card_hits = 1.0
     ram_hits = split.ram_share if ram_hits is None else max(ram_hits, split.ram_share)

@@ -3,6 +3,7 @@
 Numbers: each model's published config.json. `quantize` reads the same facts from a checkpoint, a test compares them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -12,7 +13,7 @@ from kimi_lite.model.config import ModelConfig, RopeConfig
 _K2_ROPE = RopeConfig(50_000.0, "yarn", 64.0, 4096, 32.0, 1.0, 0.1)
 _K2_THINKING_ROPE = replace(_K2_ROPE, beta_fast=1.0)
 _V3_ROPE = RopeConfig(10_000.0, "yarn", 40.0, 4096, 32.0, 1.0, 0.1)
-_MOONVIT_BYTES = 2 * (416_866_032 + 54_277_888)  # K2.5's vision tower and projector in bfloat16
+_MOONVIT_BYTES = 2 * (416_866_032 + 54_277_888)  # K2.5's vision tower and projector in bfloat16, from its published tensors
 
 K2_5 = ModelConfig(
     architecture="deepseek2",
@@ -130,3 +131,15 @@ def unknown_model(name: str) -> KimiLiteError:
     near = get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]}? " if near else ""
     return KimiLiteError(f"{name} is no file or folder, and no model known by name.", f"{guess}Known are {', '.join(KNOWN)}.")
+
+
+def moonvit_bytes(vision: Mapping, text_hidden_size: int) -> int:
+    """The vision tower and projector that a config.json describes, in bfloat16; 0 where it describes none."""
+
+    def size(name: str) -> int:
+        return int(vision.get(f"vt_{name}") or vision.get(name) or 0)
+
+    hidden, layers, merged = size("hidden_size"), size("num_hidden_layers"), 4 * size("hidden_size")
+    tower = layers * hidden * (4 * hidden + 2 * size("intermediate_size"))
+    embeddings = hidden * (3 * size("patch_size") ** 2 + size("init_pos_emb_height") * size("init_pos_emb_width"))
+    return 2 * (tower + embeddings + merged * (merged + text_hidden_size)) if layers else 0

@@ -24,6 +24,7 @@ EMBEDDING = "token_embd.weight"
 _EXACT = "ffn_gate_inp.weight"
 _BY_HEAD = ("attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight")
 _SLOT_ALIGNMENT = 256  # bytes
+_NAMED_SHARE = 0.1
 Tensor = tuple[str, tuple[int, ...], Layout]  # name, shape (the last axis is the row), type
 
 
@@ -114,7 +115,9 @@ def _converted_bytes(config: ModelConfig, name: str, layout: Layout) -> int:
 
 
 def _label(by_type: Counter[str], experts_by_type: Counter[str]) -> str:
-    """The main type of the experts and of the rest, by bytes."""
-    rest = by_type - experts_by_type
-    names = [f"{types.most_common(1)[0][0]} {what}" for types, what in ((experts_by_type, "experts"), (rest, "rest")) if types]
+    """The types of the experts and of the rest, by bytes; types of less than a tenth are left out."""
+    names = []
+    for types, what in ((experts_by_type, "experts"), (by_type - experts_by_type, "rest")):
+        main = [name for name, size in types.most_common() if size > _NAMED_SHARE * types.total()]
+        names += [f"{'+'.join(main)} {what}"] if main else []
     return ", ".join(names)
