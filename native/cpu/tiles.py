@@ -3,8 +3,7 @@
     score_tile(heads)   scores[g] = q_g . row             for one cached position
     value_tile(heads)   context_g = context_g * factor_g + sum_p weight[g][p] * page[p], 32 values (a cache line) at a time
 
-Both are written against LLVM directly because the number of accumulators is a parameter; at most 8 heads fit the
-registers of AVX-512.
+Both are written against LLVM directly because the number of accumulators is a parameter.
 """
 
 from collections.abc import Callable
@@ -16,10 +15,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from native.half import widen_half, widen_half_bits
+from native.isa import AVX512_VNNI, isa
 from native.latent_rows import GROUP_VALUES, ROW_FORMS
 from native.vectors import Vec, f32x16, i8x16, i16x16, i32x16
 
-MAX_HEADS = 8
+MAX_HEADS = 8 if isa().name == AVX512_VNNI else 4  # twice as many accumulators as heads must fit the registers
 SCORE_STRIDE = 256  # bytes between the 64 scores of one head and the next
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 
