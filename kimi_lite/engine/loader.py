@@ -3,9 +3,11 @@
 The heavy parts (Numba through the model) are imported here, when a model is really loaded.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from kimi_lite.engine.engine import Engine, OnProgress
@@ -14,12 +16,15 @@ from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token
+from kimi_lite.memory.kv_pages import HostPages
+from kimi_lite.memory.prefix_store import DEFAULT_MAX_BYTES, PrefixStore, model_key
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.tensors import check_tensors
 
 DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cache for Kimi K2.5
 GIB = 1024**3
+_SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no room for
 
 
 def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress | None = None) -> Engine:
@@ -41,7 +46,8 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     kv = make_cache(config, context_length, options.kv_dtype)
     model = Transformer(store, config, kv, options.num_threads, lambda done, total: report("preparing kernels", done, total))
     report("ready", 4, 4)
-    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=[store])
+    holdings = [*attach_tiers(kv, store, options), store]
+    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=holdings)
 
 
 def choose_context(config: ModelConfig, context_length: int | None) -> int:
@@ -70,6 +76,19 @@ def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCac
             f"Try -c {fitting}K{'' if kv_dtype == 'q8' else ' or --kv-dtype q8'}." if fitting else "Close other programs.",
         )
     return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype)
+
+
+def attach_tiers(kv: KVCache, store: GGUFStore, options: LoadOptions) -> list[PrefixStore]:
+    """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be closed."""
+    if not isinstance(kv.storage, np.ndarray):
+        page_bytes = math.prod(kv.page_shape)
+        num_pages = min(kv.num_pages, int(psutil.virtual_memory().available * _SPILL_SHARE) // page_bytes)
+        kv.host = HostPages(num_pages, kv.storage) if num_pages else None
+    if options.prefix_folder is None:
+        return []
+    key = model_key(store, options.kv_dtype, options.cache_bias)
+    kv.prefixes = PrefixStore(options.prefix_folder, key, kv.page_shape, options.prefix_bytes or DEFAULT_MAX_BYTES)
+    return [kv.prefixes]
 
 
 def describe(store: GGUFStore, config: ModelConfig) -> ModelInfo:

@@ -15,5 +15,6 @@ class LoadOptions:
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     routing_trace: Path | None = None  # where the chosen experts of every token are recorded
-    prefix_folder: Path | None = None  # where cached prefixes outlive the process
+    prefix_folder: Path | None = None  # where cached prefixes outlive the process; None: they do not
+    prefix_bytes: int | None = None  # how large the folder may become
     cache_bias: float = 0.0  # added to the router's choice for experts that are resident; 0: never

@@ -2,24 +2,29 @@
 
 A page's content depends only on the tokens up to its end, so it is found again by a hash chained over them (as in vLLM's prefix
 cache). Pages are reference-counted; a page nobody holds keeps its content until it is the least recently used one and
-somebody needs room. The kernels read and write `storage`; the scheduler calls `open, reserve, advance, release`.
+somebody needs room. Then it moves to `host`, pages in RAM behind a GPU's, where there are some; and pages of long prefixes are
+also saved to `prefixes`, files that outlive the process. `open` brings them back from either. The kernels read and write
+`storage`; the scheduler calls `open, reserve, advance, release`.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import takewhile
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from kimi_lite.memory.kv_pages import HostPages, Storage, read_page, write_page
+from kimi_lite.memory.prefix_store import PrefixStore
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from native.latent_rows import ROW_FORMS, row_bytes, row_length
 
 KV_DTYPES = tuple(ROW_FORMS)
-Storage = Any  # a numpy array or a torch tensor: anything with `shape` that is read and written by slices
 ROOT = b""  # the hash before the first page
 
 
@@ -31,11 +36,20 @@ class SequencePages:
     token_ids: list[int]  # tokens whose rows are valid, in order; only `open` and `advance` change it
     pages: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # (pages held,) int32
     hashes: list[bytes] = field(default_factory=list)  # chained hash of every whole page in `token_ids`
+    num_offered: int = 0  # whole pages that were given to the prefix store
     is_released: bool = False
 
     @property
     def num_computed(self) -> int:
         return len(self.token_ids)
+
+
+class Link(NamedTuple):
+    """A whole page of a prompt: 64 tokens after the pages of `parent`."""
+
+    parent: bytes
+    token_ids: tuple[int, ...]
+    hash: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +67,21 @@ class KVCache:
     def __init__(
         self, num_layers: int, latent_size: int, num_pages: int, dtype: str = "f16", storage: Storage | None = None
     ) -> None:
-        """`storage`: memory of another place (a GPU's) for the pages, of the shape that numpy's would have."""
+        """`storage`: memory of another place (a GPU's) for the pages, of the shape that numpy's would have.
+
+        `host` and `prefixes` are set by whoever wants them, before the first `open`.
+        """
         assert min(num_layers, latent_size, num_pages) > 0, (num_layers, latent_size, num_pages)
         self.dtype, self.num_layers, self.num_pages = dtype, num_layers, num_pages
         shape = (num_layers, num_pages, PAGE_TOKENS, row_length(dtype, latent_size))
         if storage is None:
             storage = np.zeros(shape, ROW_FORMS[dtype].storage)  # its memory is touched only when used
         self.storage = storage
+        self.page_shape = (num_layers, PAGE_TOKENS, row_bytes(dtype, latent_size))  # of its bytes
         assert tuple(self.storage.shape) == shape, (self.storage.shape, shape)
+        self.host: HostPages | None = None
+        self.prefixes: PrefixStore | None = None
+        self.num_spilled = self.num_returned = 0  # pages, since the start
         self._num_holders = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))  # pages without content, low numbers last so that they go first
         self._idle: OrderedDict[int, None] = OrderedDict()  # published pages nobody holds, least recently used first
@@ -74,30 +95,27 @@ class KVCache:
         return len(self._blank) + len(self._idle)
 
     def counters(self) -> dict[str, float]:
-        """How full the cache is, in pages."""
-        return {
-            "kv_pages": self.num_pages,
-            "kv_pages_held": self.num_pages - self.num_available,
-            "kv_pages_idle": len(self._idle),
-        }
+        """How full the cache is, and what came and went, in pages."""
+        held = self.num_pages - self.num_available
+        counters = {"kv_pages": self.num_pages, "kv_pages_held": held, "kv_pages_idle": len(self._idle)}
+        if self.host is not None:
+            counters |= {"kv_pages_in_host": len(self.host), "kv_spilled": self.num_spilled, "kv_returned": self.num_returned}
+        return counters | (self.prefixes.counters() if self.prefixes is not None else {})
 
     def open(self, token_ids: Sequence[int]) -> SequencePages:
         """Hold every whole page the cache has of this prompt, and copy what it has of the next one.
 
-        The last token is never taken from the cache: its logits are wanted, so it must run.
+        Pages in RAM or on disk come back only where there is room for all of the prompt. The last token is never taken from
+        the cache: its logits are wanted, so it must run.
         """
         sequence = SequencePages(num_cached=0, token_ids=[])
         limit = max(len(token_ids) - 1, 0)
-        pages = []
-        while limit - sequence.num_computed >= PAGE_TOKENS:
-            chunk = token_ids[sequence.num_computed : sequence.num_computed + PAGE_TOKENS]
-            page_hash = chain_hash(_last_hash(sequence), chunk)
-            if (page := self._page_of.get(page_hash)) is None:
-                break
-            self._hold(page)
+        num_wanted = -(-len(token_ids) // PAGE_TOKENS)
+        pages: list[int] = []
+        for link, page in self._find(chain(token_ids, limit // PAGE_TOKENS), num_wanted):
             pages.append(page)
-            sequence.hashes.append(page_hash)
-            sequence.token_ids.extend(chunk)
+            sequence.hashes.append(link.hash)
+            sequence.token_ids.extend(link.token_ids)
         sequence.pages = np.array(pages, np.int32)
         self._copy_partial(sequence, token_ids[sequence.num_computed : limit])
         sequence.num_cached = sequence.num_computed
@@ -125,17 +143,65 @@ class KVCache:
             sequence.hashes.append(page_hash)
             if page_hash not in self._page_of:  # else another sequence computed the same page first; ours stays private
                 self._publish(int(sequence.pages[index]), PublishedPage(parent, chunk, page_hash))
+        self._offer(sequence)
 
     def release(self, sequence: SequencePages) -> None:
         """Let go. Whole pages and the valid rows of the last one stay findable until their room is needed."""
         assert not sequence.is_released
         sequence.is_released = True
+        if self.prefixes is not None and sequence.num_offered:
+            self.prefixes.touch(sequence.hashes[: sequence.num_offered])
         self._publish_tail(sequence)
         for page in reversed(sequence.pages.tolist()):  # a page is of no use without those before it: the last goes first
             self._num_holders[page] -= 1
             assert self._num_holders[page] >= 0, (page, self._num_holders[page])
             if self._num_holders[page] == 0:
                 self._let_idle(page)
+
+    def _find(self, links: Iterator[Link], num_wanted: int) -> Iterator[tuple[Link, int]]:
+        """The first of these pages, as far as they are anywhere; each is held when it is given."""
+        for num_found, link in enumerate(links):
+            is_roomy = num_wanted - num_found <= self.num_available
+            if link.hash in self._page_of:
+                page = self._page_of[link.hash]
+                self._hold(page)
+            elif is_roomy and self.host is not None and link.hash in self.host:
+                page = self._bring_back(self.host, link)
+            else:
+                if is_roomy and self.prefixes is not None:
+                    yield from self._load(self.prefixes, [link, *links])
+                return
+            yield link, page
+
+    def _bring_back(self, host: HostPages, link: Link) -> int:
+        slot = host.withdraw(link.hash)
+        page = self._take()
+        host.bring_back(slot, self.storage, page)
+        self._publish(page, PublishedPage(*link))
+        self.num_returned += 1
+        return page
+
+    def _load(self, prefixes: PrefixStore, links: Sequence[Link]) -> Iterator[tuple[Link, int]]:
+        """Pages from disk, up to the first that is not there; what is in memory none the less is taken from there."""
+        with closing(prefixes.read([link.hash for link in links])) as contents:
+            for link, content in zip(links, contents, strict=False):
+                if link.hash in self._page_of:
+                    page = self._page_of[link.hash]
+                    self._hold(page)
+                else:
+                    page = self._take()
+                    write_page(self.storage, page, content)
+                    self._publish(page, PublishedPage(*link))
+                yield link, page
+
+    def _offer(self, sequence: SequencePages) -> None:
+        """Give whole pages to the prefix store, once the sequence is long enough to be worth it."""
+        if self.prefixes is None or sequence.num_computed < self.prefixes.min_tokens:
+            return
+        for index in range(sequence.num_offered, len(sequence.hashes)):
+            read = partial(read_page, self.storage, int(sequence.pages[index]))
+            self.prefixes.offer(sequence.hashes[index], read)
+        sequence.num_offered = len(sequence.hashes)
 
     def _copy_partial(self, sequence: SequencePages, wanted: Sequence[int]) -> None:
         """Copy the rows of the published page that begins most like `wanted` into a page of the sequence's own."""
@@ -188,15 +254,21 @@ class KVCache:
             del self._page_of[content.hash]
 
     def _take(self) -> int:
-        """A page nobody holds: a blank one, else the least recently used, whose content is then forgotten."""
+        """A page nobody holds: a blank one, else the least recently used, whose content goes to `host` or is forgotten."""
         if self._blank:
             page = self._blank.pop()
         else:
             page, _ = self._idle.popitem(last=False)
+            self._spill(page)
             self._unpublish(page)
         assert self._num_holders[page] == 0, (page, self._num_holders[page])
         self._num_holders[page] = 1
         return page
+
+    def _spill(self, page: int) -> None:
+        page_hash = self._published[page].hash
+        if self.host is not None and page_hash is not None:
+            self.num_spilled += self.host.put(page_hash, self.storage, page)
 
     def _hold(self, page: int) -> None:
         self._num_holders[page] += 1
@@ -222,6 +294,16 @@ def value_bytes(config: ModelConfig, kv_dtype: str) -> float:
 def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The name of a whole page: everything that its content depends on."""
     return blake2b(parent + np.asarray(token_ids, np.int32).tobytes(), digest_size=16).digest()
+
+
+def chain(token_ids: Sequence[int], num_pages: int) -> Iterator[Link]:
+    """The first whole pages of a prompt."""
+    parent = ROOT
+    for first in range(0, num_pages * PAGE_TOKENS, PAGE_TOKENS):
+        chunk = tuple(token_ids[first : first + PAGE_TOKENS])
+        page_hash = chain_hash(parent, chunk)
+        yield Link(parent, chunk, page_hash)
+        parent = page_hash
 
 
 def _last_hash(sequence: SequencePages) -> bytes:

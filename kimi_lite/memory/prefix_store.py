@@ -1,0 +1,228 @@
+"""Cached prefixes on disk: pages of the latent cache that outlive the process, so that a long prompt costs its prefill once.
+
+    ~/.cache/kimi-lite/prefixes/<model key>/<hash of the page>.page
+
+A page's name is the chained hash of all tokens up to its end (`memory.kv`); the model key is made of the files' headers, sizes
+and dates and of whatever else changes the numbers. Pages are written in the background while a prompt is computed, and found by
+`KVCache.open`. A file is complete or absent (written aside, then renamed), and its checksum covers its name, so any number of
+processes may share the folder and a damaged file is never believed. When the folder is larger than it may be, the pages that
+were longest of no use are deleted, ends of prefixes before their beginnings.
+
+    | "KLPAGE1\\n" | blake2b-128 of the rest, keyed with the page's hash | uint8 (layers, 64, row bytes) |
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import platformdirs
+
+from kimi_lite.memory.gguf_store import GGUFStore
+
+DEFAULT_MAX_BYTES = 8 * 1024**3
+MIN_TOKENS = 256  # prefixes shorter than this are computed faster than they are worth a file
+_MAGIC = b"KLPAGE1\n"
+_DIGEST_BYTES = 16
+_HEAD_BYTES = 1 << 20  # of each shard, for the model key
+_QUEUED_PAGES = 16  # computing waits while more are to be written
+_READERS = 4
+_STALE_S = 3600.0  # what a process that died left half-written
+
+
+def default_folder() -> Path:
+    """$KIMI_LITE_CACHE or the platform's cache folder, and in it `prefixes`."""
+    chosen = os.environ.get("KIMI_LITE_CACHE")
+    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("kimi-lite")) / "prefixes"
+
+
+def model_key(store: GGUFStore, *details: object) -> str:
+    """The same only for the same files: their first MiB, sizes and dates, and `details` such as the cache's dtype."""
+    digest = blake2b(repr((_MAGIC, details)).encode(), digest_size=16)
+    for path in store.shards:
+        status = path.stat()
+        digest.update(repr((status.st_size, status.st_mtime_ns)).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+class PrefixStore:
+    """The pages of one model in `folder`. `page_shape`: (layers, 64, row bytes)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model_key: str,
+        page_shape: tuple[int, int, int],
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        min_tokens: int = MIN_TOKENS,
+    ) -> None:
+        self.folder, self.max_bytes, self.min_tokens = folder, max_bytes, min_tokens
+        self.num_saved = self.num_found = 0
+        self._own = folder / model_key
+        self._shape = page_shape
+        self._file_bytes = len(_MAGIC) + _DIGEST_BYTES + int(np.prod(page_shape))
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUED_PAGES)
+        self._writer: threading.Thread | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        self._unpruned_bytes = max_bytes  # written since the folder was last looked through; the first page makes it due
+        self._is_failed = self._has_warned = False
+
+    def offer(self, page_hash: bytes, read: Callable[[], np.ndarray]) -> None:
+        """Save a page unless a file has it. `read` gives its content, at once."""
+        if self._is_failed or self._path(page_hash).exists():
+            return
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_all, name="kimi-lite-prefixes", daemon=True)
+            self._writer.start()
+        self._queue.put(partial(self._write_page, page_hash, read()))
+
+    def touch(self, page_hashes: Sequence[bytes]) -> None:
+        """This prefix was of use just now, when what was offered of it is written."""
+        if self._writer is not None:
+            self._queue.put(partial(self._touch, page_hashes))
+
+    def read(self, page_hashes: Sequence[bytes]) -> Iterator[np.ndarray]:
+        """The contents of these pages, in order, up to the first that no whole file has. Reads ahead."""
+        found = []
+        try:
+            if not page_hashes or not self._path(page_hashes[0]).exists():
+                return
+            self._readers = self._readers or ThreadPoolExecutor(_READERS, "kimi-lite-prefixes")
+            for first in range(0, len(page_hashes), 2 * _READERS):
+                group = page_hashes[first : first + 2 * _READERS]
+                for page_hash, content in zip(group, list(self._readers.map(self._read_page, group)), strict=True):
+                    if content is None:
+                        return
+                    found.append(page_hash)
+                    yield content
+        finally:
+            self.num_found += len(found)
+            self._touch(found)
+
+    def counters(self) -> dict[str, float]:
+        return {"prefix_pages_found": self.num_found, "prefix_pages_saved": self.num_saved}
+
+    def flush(self) -> None:
+        """Wait until everything offered is on disk."""
+        if self._writer is not None:
+            self._queue.put(None)
+            self._writer.join()
+            self._writer = None
+
+    def close(self) -> None:
+        """Finish writing, bring the folder down to its size, end the threads. A second call does nothing."""
+        has_written = self._writer is not None
+        self.flush()
+        if has_written:
+            self._prune()
+        if self._readers is not None:
+            self._readers.shutdown()
+            self._readers = None
+
+    def _path(self, page_hash: bytes) -> Path:
+        return self._own / f"{page_hash.hex()}.page"
+
+    def _write_all(self) -> None:
+        """The writer's life: until None comes, or for ever idle after a failure that was told."""
+        while (work := self._queue.get()) is not None:
+            if self._is_failed:
+                continue
+            try:
+                work()
+                self._prune_when_due()
+            except OSError as error:
+                self._is_failed = True
+                self._warn(f"Prefixes are no longer saved to {self.folder}: {error}.")
+
+    def _write_page(self, page_hash: bytes, content: np.ndarray) -> None:
+        path = self._path(page_hash)
+        if path.exists():
+            return
+        self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
+        data = memoryview(content.reshape(-1))
+        try:
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(_MAGIC + _digest(page_hash, data))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        self.num_saved += 1
+        self._unpruned_bytes += self._file_bytes
+
+    def _read_page(self, page_hash: bytes) -> np.ndarray | None:
+        """uint8 `page_shape`, or None where there is no file, or one that is not to be believed."""
+        path = self._path(page_hash)
+        content = np.empty(self._shape, np.uint8)
+        try:
+            with path.open("rb", buffering=0) as file:
+                head = file.read(len(_MAGIC) + _DIGEST_BYTES)
+                data = memoryview(content.reshape(-1))
+                is_whole = file.readinto(data) == len(data) and not file.read(1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn(f"The saved prefix {path} cannot be read ({error}); it is computed again.")
+            return None
+        if not is_whole or head != _MAGIC + _digest(page_hash, data):
+            self._warn(f"The saved prefix {path} is damaged; it is deleted and computed again.")
+            path.unlink(missing_ok=True)
+            return None
+        return content
+
+    def _touch(self, page_hashes: Sequence[bytes]) -> None:
+        """Date these files now: the later in its prefix, the older, so that it is deleted first."""
+        now_ns = time.time_ns()
+        for index, page_hash in enumerate(page_hashes):
+            try:
+                os.utime(self._path(page_hash), ns=(now_ns - 1000 * index,) * 2)
+            except OSError:  # deleted by another process, or a folder that is only to be read
+                return
+
+    def _prune_when_due(self) -> None:
+        if self._unpruned_bytes > self.max_bytes // 8:
+            self._prune()
+            self._unpruned_bytes = 0
+
+    def _prune(self) -> None:
+        """Delete what was longest of no use, of any model, until the folder is as small as it must be."""
+        pages, total_bytes = [], 0
+        for path in self.folder.glob("*/*.*"):
+            try:
+                status = path.stat()
+                if path.suffix == ".partial" and time.time() - status.st_mtime > _STALE_S:
+                    path.unlink(missing_ok=True)
+                elif path.suffix == ".page":
+                    pages.append((status.st_mtime_ns, status.st_size, path))
+                    total_bytes += status.st_size
+            except FileNotFoundError:  # another process prunes too
+                continue
+        for _, num_bytes, path in sorted(pages):
+            if total_bytes <= self.max_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total_bytes -= num_bytes
+
+    def _warn(self, message: str) -> None:
+        """The first thing that went wrong; the rest would be more of it."""
+        if not self._has_warned:
+            self._has_warned = True
+            logging.getLogger(__name__).warning("%s", message)
+
+
+def _digest(page_hash: bytes, data: memoryview) -> bytes:
+    return blake2b(data, digest_size=_DIGEST_BYTES, key=page_hash).digest()
