@@ -3,15 +3,20 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
+from kimi_lite.apps.attachments import compose, read_image
 from kimi_lite.apps.interrupt import on_interrupt
 from kimi_lite.apps.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_plain, stats_document, stats_line
-from kimi_lite.engine.session import Session
+from kimi_lite.apps.start import Settings, open_session, say_demo
+from kimi_lite.engine.conversation import Conversation
+from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
 
 INTERRUPTED = 130
@@ -24,6 +29,8 @@ class RunOutput:
     path: Path | None = None  # None: stdout
     is_json: bool = False
     is_quiet: bool = False
+    is_plain: bool = False
+    shows_reasoning: bool = True
 
 
 def read_prompt(argument: str | None, option: str | None, path: Path | None, stdin: TextIO) -> str:
@@ -44,7 +51,21 @@ def read_prompt(argument: str | None, option: str | None, path: Path | None, std
     return prompt
 
 
-def run(session: Session, prompt: str, output: RunOutput) -> int:
+def start_run(flags: Mapping[str, Any]) -> int:
+    """`kimi-lite run` with these parameters; the process's exit code."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # the conversation refuses what is not UTF-8
+    file, path = (None if flags[name] is None else Path(flags[name]) for name in ("file", "output"))
+    text = read_prompt(flags["prompt"], flags["prompt_option"], file, sys.stdin)
+    attachments = [read_image(name) for name in flags["image"] or ()]
+    settings, aside = Settings.from_flags(flags), Console(stderr=True)
+    output = RunOutput(path, flags["as_json"], flags["quiet"], flags["plain"], not flags["hide_thinking"])
+    if settings.is_demo and not settings.is_quiet:
+        say_demo(aside)
+    with closing(open_session(settings, aside)) as session:
+        return run(session, compose(text, attachments), output)
+
+
+def run(session: Conversation, prompt: Content, output: RunOutput) -> int:
     """Answer `prompt`; the process's exit code. Ctrl-C keeps what was said so far."""
     out, aside = sys.stdout, Console(stderr=True)
     is_whole = output.is_json or output.path is not None  # written at the end, in one piece
@@ -53,7 +74,8 @@ def run(session: Session, prompt: str, output: RunOutput) -> int:
         WorkProgress(aside, least=LEAST_PREFILL_TOKENS) as progress,
         on_interrupt(session.cancel),
     ):
-        view = AnswerView(nowhere if is_whole else out, aside, shows_reasoning=aside.is_terminal and not output.is_quiet)
+        shows_reasoning = aside.is_terminal and output.shows_reasoning and not output.is_quiet
+        view = AnswerView(nowhere if is_whole else out, aside, shows_reasoning, output.is_plain)
         ids = []
         report = None if output.is_quiet else lambda _, done, total: progress("reading the prompt", done, total)
         for token in session.ask(prompt, report):
@@ -69,7 +91,7 @@ def run(session: Session, prompt: str, output: RunOutput) -> int:
     return INTERRUPTED if view.last.finish_reason == "cancelled" else 0
 
 
-def _document(session: Session, view: AnswerView, ids: list[int]) -> str:
+def _document(session: Conversation, view: AnswerView, ids: list[int]) -> str:
     document = {
         "model": session.info.name,
         "text": view.texts["content"],

@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.turns import AnswerRecord, Content, Turn, now, num_images, require_utf8, text_of
 from kimi_lite.engine.types import ModelInfo, Token
@@ -56,6 +58,18 @@ class Conversation(ABC):
 
     def count_tokens(self, content: Content | None = None, num_dropped: int | None = None) -> int | None:
         """Tokens of the next prompt, with a message `content` and without the first turns; None where nobody can say."""
+        return None
+
+    def pieces(self, ids: Sequence[int]) -> list[str] | None:
+        """The text of each token, for people; None where the vocabulary is not here."""
+        return None
+
+    def counters(self) -> Mapping[str, float]:
+        """What the engine counted since the model was loaded."""
+        return {}
+
+    def heat(self) -> np.ndarray | None:
+        """(layers, experts): how much each routed expert was used lately; None where nobody keeps account."""
         return None
 
     def lead_ids(self) -> Sequence[int]:
@@ -143,6 +157,12 @@ class Conversation(ABC):
         """Where the messages of the user that are still sent stand in `turns`."""
         return [i for i in range(self.num_dropped, len(self.turns)) if self.turns[i].role == "user"]
 
+    def start_after(self, num_exchanges: int) -> int:
+        """Where in `turns` what follows the oldest exchanges begins."""
+        starts = [*self.exchanges, len(self.turns)]
+        assert 0 < num_exchanges < len(starts), (num_exchanges, len(starts))
+        return starts[num_exchanges]
+
     @property
     def mode(self) -> str:
         """The mode and its sampling, for people."""
@@ -161,16 +181,12 @@ class Conversation(ABC):
 
     def drop_oldest(self, num_exchanges: int, summary: str = "") -> None:
         """No longer send the oldest exchanges; they stay in the record. `summary` goes to the model in their place."""
-        exchanges = self.exchanges
-        assert 0 < num_exchanges < len(exchanges), (num_exchanges, len(exchanges))
-        self.num_dropped = exchanges[num_exchanges]
+        self.num_dropped = self.start_after(num_exchanges)
         self.summary = summary or self.summary
 
     def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Iterator[Token]:
         """Have the model sum the oldest exchanges up (the tokens are the summary), then send the summary in their place."""
-        exchanges = self.exchanges
-        assert 0 < num_exchanges < len(exchanges), (num_exchanges, len(exchanges))
-        turns = self.turns[self.num_dropped : exchanges[num_exchanges]]
+        turns = self.turns[self.num_dropped : self.start_after(num_exchanges)]
         messages = [turn.to_message() for turn in turns if turn.says_something]
         messages = [*self._system_messages(), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
         sampling = replace(self.settings.sampling, max_tokens=SUMMARY_TOKENS)

@@ -18,12 +18,12 @@ TIMEOUT_S = 30.0
 
 
 class Terminal:
-    """Runs `python -m MODULE ARGUMENTS` on a terminal of 24 x 100; `seen` is all it showed, without escape sequences."""
+    """Runs `python -m MODULE ARGUMENTS` on a terminal; `seen` is all it showed, without escape sequences."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, num_rows: int = 24, num_columns: int = 100, **environment: str) -> None:
         self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        env = os.environ | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", num_rows, num_columns, 0, 0))
+        env = os.environ | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment
         streams = {"stdin": slave, "stdout": slave, "stderr": slave}
         command = [sys.executable, "-m", *arguments]
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, **streams, start_new_session=True, preexec_fn=_own_terminal)
