@@ -47,10 +47,10 @@ def dequantize(
         return out
     tile = 32 * _NUM_WARPS * each.run
     num_lanes = k // layout.block_size * each.num_lanes
-    assert data.stride(0) % each.run == 0, (layout_name, data.stride())
+    assert data.data_ptr() % each.run == 0, (layout_name, data.data_ptr())
     if num_rows > 0:
         dequantize_kernel[(num_rows, triton.cdiv(num_lanes, tile))](
-            weights, out, table_for(each, data), k // layout.block_size, data.stride(0) // each.run, out.stride(0),
-            **each.constants(), ALIGN=each.run, TILE=tile, num_warps=_NUM_WARPS,
+            weights, out, table_for(each, data), k // layout.block_size, each.units(data.stride(0)), out.stride(0),
+            **each.constants(), ALIGN=each.align, TILE=tile, num_warps=_NUM_WARPS,
         )  # fmt: skip
     return out

@@ -44,19 +44,35 @@ class Format:
         """Whether two neighbouring lanes' weights of one plane are neighbours, at an even column."""
         return self.run == 2 and self.column not in (ternary.eight_column, ternary.four_column)
 
-    def constants(self) -> dict:
-        """The compile-time arguments that every kernel over this type takes."""
-        unit_bytes = 1 if self.name in FLOATS else self.block_bytes  # a float's pointers are to its own type
-        return {
+    def constants(self, prefix: str = "") -> dict:
+        """The compile-time arguments that every kernel over this type takes; kernels over two types tell them by prefix."""
+        found = {
             "DECODE": self.decode,
             "COLUMN": self.column,
             "LANES": self.num_lanes,
             "PLANES": self.num_planes,
             "BLOCK_SIZE": self.block_size,
-            "BLOCK_BYTES": unit_bytes,
+            "BLOCK_BYTES": self.block_units,
             "COLUMN_RUN": 2 if self.is_run_joined else 1,
             "IS_PADDED": self.is_padded,
         }
+        return {prefix + name: value for name, value in found.items()}
+
+    @property
+    def block_units(self) -> int:
+        """How far apart blocks are for a pointer as `weights_of` gives it: bytes, or elements of a float type."""
+        return 1 if self.name in FLOATS else self.block_bytes
+
+    @property
+    def align(self) -> int:
+        """The unit, in what pointers count, that row strides and offsets are given in: tells the compiler that they are even."""
+        return 1 if self.name in FLOATS else self.run
+
+    def units(self, num_bytes: int) -> int:
+        """Bytes -> multiples of `align`."""
+        unit_bytes = self.block_bytes if self.name in FLOATS else self.run
+        assert num_bytes % unit_bytes == 0, (self.name, num_bytes)
+        return num_bytes // unit_bytes
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from native.gpu.formats import FLOATS, formats, table_for, weights_of
+from native.gpu.formats import formats, table_for, weights_of
 from native.layouts import BY_NAME
 
 MAX_TOKENS = 16  # beyond that a tiled product is faster (native.gpu.linear)
@@ -78,16 +78,14 @@ def matvec(
     assert data.shape[2] == layout.row_bytes(k) and data.shape[0] == num_heads, (layout_name, x.shape, data.shape)
     assert x.stride(2) == 1 and 0 < num_tokens <= MAX_TOKENS, (x.shape, x.stride())
     assert out.shape == (num_heads, num_tokens, data.shape[1]) and out.dtype == torch.float32 and out.stride(2) == 1, out.shape
-    weights = weights_of(data, layout_name)
-    align = 1 if layout_name in FLOATS else each.run
-    assert data.data_ptr() % each.run == 0 and weights.stride(0) % align == weights.stride(1) % align == 0, data.stride()
+    assert data.data_ptr() % each.run == 0, (layout_name, data.data_ptr())
     num_rows, num_blocks = data.shape[1], k // layout.block_size
     tokens = triton.next_power_of_2(num_tokens)
     rows = rows_per_program or rows_for(num_rows, tokens)
     num_warps = warps_for(num_blocks * each.num_lanes, each.run)
     matvec_kernel[(triton.cdiv(num_rows, rows), num_heads)](
-        x, weights, out, table_for(each, data), num_tokens, num_rows, num_blocks, weights.stride(1) // align, x.stride(1),
-        out.stride(1), x.stride(0), weights.stride(0) // align, out.stride(0),
-        TOKENS=tokens, ROWS=rows, **each.constants(), ALIGN=align, TILE=32 * num_warps * each.run, num_warps=num_warps,
+        x, weights_of(data, layout_name), out, table_for(each, data), num_tokens, num_rows, num_blocks,
+        each.units(data.stride(1)), x.stride(1), out.stride(1), x.stride(0), each.units(data.stride(0)), out.stride(0),
+        TOKENS=tokens, ROWS=rows, **each.constants(), ALIGN=each.align, TILE=32 * num_warps * each.run, num_warps=num_warps,
     )  # fmt: skip
     return out
