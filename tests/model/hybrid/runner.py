@@ -1,0 +1,42 @@
+"""Runs a GGUF file on the GPU road: with a CPU device standing in as the GPU, or on a CUDA device."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kimi_lite.memory.accelerator import Accelerator
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.kv import KVCache
+from kimi_lite.model.batch import PAGE_TOKENS
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.hybrid.experts import HybridOptions
+from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.transformer import HybridTransformer
+from tests.model.hybrid.stand_in import StandInKernels
+from tests.model.runner import NUM_PAGES, Runner
+
+TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class HybridRunner(Runner):
+    """As `tests.model.runner.Runner`, on the GPU road."""
+
+    def __init__(
+        self,
+        path: Path,
+        kv_dtype: str = "f32",
+        kernels: Kernels | None = None,
+        device: str = "cpu",
+        dense_type: str = "file",
+        **options: object,
+    ) -> None:
+        self.store = GGUFStore.open(path)
+        self.config = ModelConfig.from_metadata(self.store.metadata)
+        accelerator = Accelerator(device)
+        shape = (self.config.num_layers, NUM_PAGES, PAGE_TOKENS, self.config.kv_latent_size)
+        storage = accelerator.zeros(shape, TORCH_DTYPES[kv_dtype])
+        self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, NUM_PAGES, kv_dtype, storage=storage)
+        chosen = HybridOptions(dense_type=dense_type, num_threads=2, **options)
+        self.transformer = HybridTransformer(self.store, self.config, self.kv, accelerator, kernels or StandInKernels(), chosen)
+        self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)
