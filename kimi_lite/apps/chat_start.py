@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kimi_lite.apps.chat import ChatOptions, chat
 from kimi_lite.apps.render import show_plain
-from kimi_lite.apps.start import Settings, greeting, open_session, with_prefixes
+from kimi_lite.apps.start import Settings, greeting, open_session
 from kimi_lite.errors import KimiLiteError
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def start_chat(flags: Mapping[str, Any]) -> None:
     if flags["is_continuing"] and flags["session"]:
         raise KimiLiteError("--continue and --session are both given.", "Give one: --session NAME goes on with NAME.")
     sys.stdin.reconfigure(errors="surrogateescape")  # the conversation refuses what is not UTF-8
-    settings = Settings.from_flags(flags)
-    settings = replace(settings, load=with_prefixes(settings.load), is_warm=flags["warm"])
+    settings = replace(Settings.from_flags(flags), is_warm=flags["warm"])
     aside = Console(stderr=not sys.stdout.isatty())
     options = ChatOptions(
         is_quiet=flags["quiet"],

@@ -38,6 +38,13 @@ KvDtype = Annotated[
     Literal["f16", "bf16", "q8", "f32"],
     _setting("--kv-dtype", help="Numbers in the context's cache; q8 halves its memory.", panel=MODEL),
 ]
+PrefixCache = Annotated[
+    bool,
+    _setting("--prefix-cache/--no-prefix-cache", help="Save what long prompts cost to read.", panel=MODEL, show_default=True),
+]
+PrefixCacheSize = Annotated[
+    str, _setting("--prefix-cache-size", help="How much of them is kept on disk.", panel=MODEL, metavar="SIZE")
+]
 System = Annotated[str, _setting("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, show_default=False)]
 Think = Annotated[bool | None, _setting("--think/--no-think", help="Reason first. Default: if the model can.", panel=PROMPT)]
 MaxTokens = Annotated[

@@ -1,7 +1,7 @@
 """From the command line's flags to a conversation: find the model or build the demo, load it with progress, say what it is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import SamplingParams
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import parse_size
 
 DEMO_REMARKS = (
     "no -m given: this is the demo, a 135 M chat model in Kimi K2.5's architecture.",
@@ -48,7 +49,14 @@ class Settings:
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "Settings":
         """From the parameters of a command, by name; KimiLiteError for values that make no sense."""
-        load = LoadOptions(context_length=flags["context"], num_threads=flags["threads"], kv_dtype=flags["kv_dtype"])
+        folder, size_bytes = _prefix_cache(flags)
+        load = LoadOptions(
+            context_length=flags["context"],
+            num_threads=flags["threads"],
+            kv_dtype=flags["kv_dtype"],
+            prefix_folder=folder,
+            prefix_bytes=size_bytes,
+        )
         max_tokens, temperature, budget = flags["max_tokens"], flags["temperature"], flags["think_budget"]
         sampling = SamplingParams(
             temperature=1.0 if temperature is None else temperature,
@@ -144,8 +152,10 @@ def say_demo(aside: Console) -> None:
         show_plain(aside, line, style="dim")
 
 
-def with_prefixes(load: LoadOptions) -> LoadOptions:
-    """A chat's cached prompts outlive it."""
+def _prefix_cache(flags: Mapping[str, Any]) -> tuple[Path | None, int | None]:
+    """Where cached prompts outlive the process, and how large that place may become."""
+    if not flags["prefix_cache"]:
+        return None, None
     from kimi_lite.demo.build import cache_folder
 
-    return replace(load, prefix_folder=load.prefix_folder or cache_folder() / "prefixes")
+    return cache_folder() / "prefixes", parse_size(flags["prefix_cache_size"], "--prefix-cache-size")

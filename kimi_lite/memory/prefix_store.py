@@ -24,7 +24,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-import platformdirs
 
 from kimi_lite.memory.gguf_store import GGUFStore
 
@@ -36,12 +35,6 @@ _HEAD_BYTES = 1 << 20  # of each shard, for the model key
 _QUEUED_PAGES = 16  # computing waits while more are to be written
 _READERS = 4
 _STALE_S = 3600.0  # what a process that died left half-written
-
-
-def default_folder() -> Path:
-    """$KIMI_LITE_CACHE or the platform's cache folder, and in it `prefixes`."""
-    chosen = os.environ.get("KIMI_LITE_CACHE")
-    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("kimi-lite")) / "prefixes"
 
 
 def model_key(store: GGUFStore, *details: object) -> str:
