@@ -1,7 +1,7 @@
-"""Multi-head latent attention over the paged cache: writing latents, and absorbed attention for decoding.
+"""Multi-head latent attention over the paged cache, in the absorbed form for decoding (`native.gpu.latent` writes the cache).
 
-A layer's storage is (num_pages, 64, R + P): the normed latent, then the rotated shared key, of each position (DeepSeek-V2, arXiv
-2405.04434, section 2.1; pages as in `kimi_lite.memory.kv`). Keys are the whole row, values its first R entries, so that a row is
+A layer's storage is (num_pages, 64, row): the normed latent, then the rotated shared key, of each position (DeepSeek-V2, arXiv
+2405.04434, section 2.1; rows as in `native.latent_rows`). Keys are the whole row, values its first R entries, so that a row is
 loaded once for both and for 16 heads. Long contexts are cut into splits that run side by side and are merged afterwards
 (flash decoding). How many splits follows from shapes, never from lengths: no wait for the GPU, and CUDA graphs can hold it.
 """
@@ -10,65 +10,32 @@ import torch
 import triton
 import triton.language as tl
 
+from native.gpu.latent import PAGE_POSITIONS, check_storage, write_latent
 from native.gpu.support import factor_type
 
-PAGE_POSITIONS = 64
+__all__ = ["mla_decode", "num_splits_for", "partial_size", "write_latent"]
+
 BLOCK_HEADS = 16  # the least that tensor cores take
 _PROGRAMS = 256  # two for each of about 128 multiprocessors
 
 
 @triton.jit
-def write_latent_kernel(
-    kv, weight, cos, sin, storage, slots, eps, kv_stride, RANK: tl.constexpr, ROPE: tl.constexpr, RANK_TILE: tl.constexpr
-):
-    """Program: one token. A slot below zero is skipped."""
-    token = tl.program_id(0)
-    slot = tl.load(slots + token).to(tl.int64)
-    if slot >= 0:
-        column = tl.arange(0, RANK_TILE)
-        latent = tl.load(kv + token * kv_stride + column, column < RANK, other=0.0).to(tl.float32)
-        inverse = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, 0) / RANK + eps)
-        latent = latent * inverse * tl.load(weight + column, column < RANK, other=0.0)
-        row = storage + slot * (RANK + ROPE)
-        tl.store(row + column, latent.to(storage.dtype.element_ty), column < RANK)
-        pair = tl.arange(0, ROPE // 2)
-        even = tl.load(kv + token * kv_stride + RANK + 2 * pair).to(tl.float32)
-        odd = tl.load(kv + token * kv_stride + RANK + 2 * pair + 1).to(tl.float32)
-        c, s = tl.load(cos + token * (ROPE // 2) + pair), tl.load(sin + token * (ROPE // 2) + pair)
-        tl.store(row + RANK + 2 * pair, (even * c - odd * s).to(storage.dtype.element_ty))
-        tl.store(row + RANK + 2 * pair + 1, (even * s + odd * c).to(storage.dtype.element_ty))
-
-
-def write_latent(
-    kv: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    storage: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    """kv (T, R + P) as `attn_kv_a_mqa` gives it -> rows of storage (num_pages, 64, R + P): latent normed, key rotated.
-
-    weight float32 (R,) of the norm; cos and sin float32 (T, P / 2) of each token's position; slots int (T,): page * 64 + the
-    place in the page, below zero for tokens that are padding.
-    """
-    num_tokens, width = kv.shape
-    rank, rope = len(weight), 2 * cos.shape[1]
-    assert width == rank + rope == storage.shape[-1], (kv.shape, rank, rope, storage.shape)
-    assert kv.stride(1) == 1 and storage.is_contiguous() and cos.is_contiguous() and sin.is_contiguous(), kv.stride()
-    if num_tokens > 0:
-        write_latent_kernel[(num_tokens,)](
-            kv, weight, cos, sin, storage, slots, eps, kv.stride(0),
-            RANK=rank, ROPE=rope, RANK_TILE=triton.next_power_of_2(rank), num_warps=4,
-        )  # fmt: skip
+def q8_values(row, is_visible, FIRST: tl.constexpr, COUNT: tl.constexpr, LATENT: tl.constexpr, POSITIONS: tl.constexpr):
+    """float16 (POSITIONS, COUNT): values FIRST and on of rows of int8 codes with a scale per 32, read once a group."""
+    GROUP: tl.constexpr = 32 if COUNT >= 32 else COUNT
+    group, place = tl.arange(0, COUNT // GROUP)[None, :, None], tl.arange(0, GROUP)[None, None, :]
+    row, mask = row[:, None, None], is_visible[:, None, None]
+    codes = tl.load((row + FIRST + group * GROUP + place).to(tl.pointer_type(tl.int8)), mask, other=0)
+    scales = (row + LATENT + (FIRST // 32 + group) * 2).to(tl.pointer_type(tl.float16))
+    values = codes.to(tl.float32) * tl.load(scales, mask, other=0.0).to(tl.float32)
+    return tl.reshape(values.to(tl.float16), (POSITIONS, COUNT))
 
 
 @triton.jit
 def decode_kernel(
     q_latent, q_rope, storage, page_table, lengths, partial, scale, table_stride, ql_token, ql_head, qr_token, qr_head,
     num_heads, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
-    FACTOR: tl.constexpr,
+    FACTOR: tl.constexpr, IS_Q8: tl.constexpr,
 ):  # fmt: skip
     """Program (token, group of heads, split). Writes the split's normed context and the logarithm of its sum of weights."""
     token, split = tl.program_id(0), tl.program_id(2)
@@ -78,7 +45,8 @@ def decode_kernel(
     num_blocks = tl.cdiv(length, POSITIONS)
     first, last = num_blocks * split // NUM_SPLITS, num_blocks * (split + 1) // NUM_SPLITS
     rank, rope, place = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, POSITIONS)
-    dtype = storage.dtype.element_ty
+    dtype = tl.float16 if IS_Q8 else storage.dtype.element_ty
+    ROW: tl.constexpr = RANK + ROPE + (RANK + ROPE + 31) // 32 * 2 if IS_Q8 else RANK + ROPE
     token = token.to(tl.int64)
     ql = tl.load(q_latent + token * ql_token + head[:, None] * ql_head + rank[None, :], is_head, other=0.0).to(tl.float32)
     qr = tl.load(q_rope + token * qr_token + head[:, None] * qr_head + rope[None, :], is_head, other=0.0).to(tl.float32)
@@ -89,10 +57,14 @@ def decode_kernel(
     for block in range(first, last):
         position = block * POSITIONS + place
         page = tl.load(page_table + token * table_stride + block * POSITIONS // 64).to(tl.int64)
-        row = storage + (page * 64 + position % 64) * (RANK + ROPE)  # (POSITIONS,)
+        row = storage + (page * 64 + position % 64) * ROW  # (POSITIONS,)
         is_visible = position < length
-        latent = tl.load(row[:, None] + rank[None, :], is_visible[:, None], other=0.0).to(FACTOR)  # (POSITIONS, RANK)
-        key = tl.load(row[None, :] + RANK + rope[:, None], is_visible[None, :], other=0.0).to(FACTOR)  # (ROPE, ...)
+        if IS_Q8:
+            latent = q8_values(row, is_visible, 0, RANK, RANK + ROPE, POSITIONS).to(FACTOR)
+            key = tl.trans(q8_values(row, is_visible, RANK, ROPE, RANK + ROPE, POSITIONS).to(FACTOR))
+        else:
+            latent = tl.load(row[:, None] + rank[None, :], is_visible[:, None], other=0.0).to(FACTOR)  # (POSITIONS, RANK)
+            key = tl.load(row[None, :] + RANK + rope[:, None], is_visible[None, :], other=0.0).to(FACTOR)  # (ROPE, ...)
         scores = tl.dot(ql, tl.trans(latent), input_precision="ieee")
         scores = tl.dot(qr, key, scores, input_precision="ieee")
         scores = tl.where(is_visible[None, :], scores, float("-inf"))
@@ -146,15 +118,15 @@ def mla_decode(
     partial: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:
-    """q_latent (T, H, R), q_rope (T, H, P) rotated, storage (num_pages, 64, R + P) -> float32 (T, H, R): context in latent space.
+    """q_latent (T, H, R), q_rope (T, H, P) rotated, storage (num_pages, 64, row) -> float32 (T, H, R): context in latent space.
 
     page_table int32 (T, pages): a token's pages in order; lengths int32 (T,): how many positions it sees, its own included; 0
-    gives zeros (padding). `scale` multiplies the scores. Products have the storage's type as factors (float32: exact) and float32
-    sums. `partial`: float32 working space of partial_size(...) values; R and P are powers of two.
+    gives zeros (padding). `scale` multiplies the scores. Products have the storage's type as factors (float32: exact; 8
+    bits: float16) and float32 sums. `partial`: float32 working space of partial_size(...) values; R and P are powers of two.
     """
     num_tokens, num_heads, rank = q_latent.shape
     rope, max_pages = q_rope.shape[2], page_table.shape[1]
-    assert storage.shape[1:] == (PAGE_POSITIONS, rank + rope) and storage.is_contiguous(), (storage.shape, rank, rope)
+    check_storage(storage, rank, rope)
     assert rank & (rank - 1) == 0 and rope & (rope - 1) == 0 and min(rank, rope) >= 16, (rank, rope)
     assert q_latent.stride(2) == q_rope.stride(2) == page_table.stride(1) == 1, (q_latent.stride(), q_rope.stride())
     if num_splits is None:
@@ -167,10 +139,12 @@ def mla_decode(
     assert out.is_contiguous() and partial.numel() >= size, (out.stride(), partial.numel(), size)
     if num_tokens == 0:
         return out
+    is_q8 = storage.dtype == torch.uint8
+    factor = factor_type(torch.float16 if is_q8 else storage.dtype)
     decode_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS), num_splits)](
         q_latent, q_rope, storage, page_table, lengths, partial, scale, page_table.stride(0), q_latent.stride(0),
         q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), num_heads, NUM_SPLITS=num_splits, RANK=rank, ROPE=rope,
-        HEADS=BLOCK_HEADS, POSITIONS=16 if storage.dtype == torch.float32 else 32, FACTOR=factor_type(storage.dtype), num_warps=4,
+        HEADS=BLOCK_HEADS, FACTOR=factor, POSITIONS=16 if storage.dtype == torch.float32 else 32, IS_Q8=is_q8, num_warps=4,
         num_stages=2,
     )  # fmt: skip
     merge_kernel[(num_tokens * num_heads,)](partial, out, NUM_SPLITS=num_splits, RANK=rank, num_warps=4)
