@@ -102,6 +102,10 @@ class HeatPolicy:
         return int((self._state == _RESIDENT).sum())
 
     @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
     def num_evictable(self) -> int:
         """Slots that `admit` could give away at this moment."""
         return len(self._free) + int(self._victim_mask().sum())
@@ -118,6 +122,10 @@ class HeatPolicy:
         slot = int(self._slot_of[layer * self.num_experts + expert])
         return slot if slot >= 0 and self._state[slot] == _LOADING else -1
 
+    def is_absent(self, layer: int, expert: int) -> bool:
+        """Neither resident nor on its way."""
+        return bool(self._slot_of[layer * self.num_experts + expert] < 0)
+
     def key(self, slot: int) -> tuple[int, int] | None:
         """The (layer, expert) that a slot is given to."""
         key = int(self._key_of[slot])
@@ -127,6 +135,9 @@ class HeatPolicy:
         """bool (E,): which experts of a layer are resident."""
         slots = self._slot_of[layer * self.num_experts : (layer + 1) * self.num_experts]
         return (slots >= 0) & (self._state[slots] == _RESIDENT) if len(self._state) else slots >= 0
+
+    def is_pinned(self, slot: int) -> bool:
+        return bool(self._pins[slot])
 
     def pin(self, slots: np.ndarray | Sequence[int]) -> None:
         """Protects slots from eviction until as many `unpin`; -1 is skipped."""
