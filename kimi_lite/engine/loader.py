@@ -12,6 +12,7 @@ import psutil
 
 from kimi_lite.engine.engine import Engine, OnProgress
 from kimi_lite.engine.options import LoadOptions
+from kimi_lite.engine.planning import plan_load
 from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
@@ -44,10 +45,11 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     report("preparing the cache", 2, 4)
     context_length = choose_context(config, options.context_length)
     kv = make_cache(config, context_length, options.kv_dtype)
+    plan = plan_load(store, config, options)
     model = Transformer(store, config, kv, options.num_threads, lambda done, total: report("preparing kernels", done, total))
     report("ready", 4, 4)
     holdings = [*attach_tiers(kv, store, options), store]
-    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=holdings)
+    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=holdings, plan=plan)
 
 
 def choose_context(config: ModelConfig, context_length: int | None) -> int:

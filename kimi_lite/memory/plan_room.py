@@ -12,9 +12,9 @@ STEP_TOKENS = 512  # of one forward pass on the CPU
 PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a card, tried in turn
 STREAM_EXPERTS = 8  # experts of one transfer; two transfers are under way
 _ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
-_PROGRAM_BYTES = 200 * MIB  # Python, Numba and LLVM
-_KERNEL_BYTES = 4 * MIB  # compiled code of a type of weights
-_VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 400, 2400  # objects of Python for a token, and for an expert's three matrices
+_PROGRAM_BYTES = 136 * MIB  # Python, Numba and LLVM, measured with kernels from the cache; compiling them takes 75 MiB more
+_KERNEL_BYTES = MIB  # compiled code of a type of weights
+_VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 2400  # objects of Python for a token, and for an expert's three matrices
 _PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
 _CARD_BYTES, _CARD_SHARE = 700 * MIB, 0.02  # CUDA's context and libraries; what allocation leaves between pieces
 
