@@ -15,8 +15,8 @@ _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 plus 
 
 
 @triton.jit
-def store_q8(row, values, FIRST: tl.constexpr, GROUP: tl.constexpr, LATENT: tl.constexpr, group, place, mask):
-    """values (groups, places) become codes at row + FIRST + group * GROUP + place, and a scale of each group."""
+def store_q8(row, values, FIRST: tl.constexpr, LATENT: tl.constexpr, group, place, mask):
+    """values (groups, 32) become codes at row + FIRST + group * 32 + place, and a scale of each group."""
     is_bad = tl.max((mask & ((values != values) | (tl.abs(values) == float("inf")))).to(tl.int32), 1) > 0  # (groups,)
     peak = tl.max(tl.where(mask, tl.abs(values), 0.0), 1)
     scale = tl.where(is_bad, float("nan"), tl.div_rn(peak, 127.0)).to(tl.float16)
@@ -24,7 +24,7 @@ def store_q8(row, values, FIRST: tl.constexpr, GROUP: tl.constexpr, LATENT: tl.c
     is_used = (wide > 0.0)[:, None]  # a NaN is not
     scaled = tl.div_rn(tl.where(is_used, values, 0.0), tl.where(is_used, wide[:, None], 1.0))
     code = tl.minimum(tl.maximum(scaled, -127.0), 127.0) + _ROUNDER - _ROUNDER
-    tl.store((row + FIRST + group * GROUP + place).to(tl.pointer_type(tl.int8)), code.to(tl.int8), mask)
+    tl.store((row + FIRST + group * 32 + place).to(tl.pointer_type(tl.int8)), code.to(tl.int8), mask)
     scale_at = (row + LATENT + (FIRST // 32 + group) * 2).to(tl.pointer_type(tl.float16))  # (groups, 1)
     tl.store(scale_at, scale[:, None], tl.max(mask.to(tl.int32), 1)[:, None] > 0)
 
@@ -32,7 +32,7 @@ def store_q8(row, values, FIRST: tl.constexpr, GROUP: tl.constexpr, LATENT: tl.c
 @triton.jit
 def write_latent_kernel(
     kv, weight, cos, sin, storage, slots, eps, kv_stride, RANK: tl.constexpr, ROPE: tl.constexpr, GROUPS: tl.constexpr,
-    ROW: tl.constexpr, IS_Q8: tl.constexpr,
+    KEY_GROUPS: tl.constexpr, ROW: tl.constexpr, IS_Q8: tl.constexpr,
 ):  # fmt: skip
     """Program: one token. A slot below zero is skipped. The latent is a tile of groups of 32."""
     token = tl.program_id(0).to(tl.int64)
@@ -44,24 +44,24 @@ def write_latent_kernel(
         latent = tl.load(kv + token * kv_stride + column, mask, other=0.0).to(tl.float32)
         inverse = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(latent * latent, 1), 0) / RANK + eps)
         latent = latent * inverse * tl.load(weight + column, mask, other=0.0)
-        GROUP: tl.constexpr = 32 if ROPE >= 32 else ROPE
-        group_of, pair = tl.arange(0, ROPE // GROUP)[:, None], tl.arange(0, GROUP // 2)[None, :]
-        angle = token * (ROPE // 2) + group_of * (GROUP // 2) + pair
-        source = kv + token * kv_stride + RANK + group_of * GROUP + 2 * pair
-        even, odd = tl.load(source).to(tl.float32), tl.load(source + 1).to(tl.float32)
-        c, s = tl.load(cos + angle), tl.load(sin + angle)
-        first, second = even * c - odd * s, even * s + odd * c  # (ROPE / GROUP, GROUP / 2)
+        group_of, pair = tl.arange(0, KEY_GROUPS)[:, None], tl.arange(0, 16)[None, :]
+        which = group_of * 16 + pair
+        is_pair = which < ROPE // 2
+        source = kv + token * kv_stride + RANK + 2 * which
+        even = tl.load(source, is_pair, other=0.0).to(tl.float32)
+        odd = tl.load(source + 1, is_pair, other=0.0).to(tl.float32)
+        c = tl.load(cos + token * (ROPE // 2) + which, is_pair, other=0.0)
+        s = tl.load(sin + token * (ROPE // 2) + which, is_pair, other=0.0)
+        first, second = even * c - odd * s, even * s + odd * c  # (KEY_GROUPS, 16)
         row = storage + slot * ROW
         if IS_Q8:
-            store_q8(row, latent, 0, 32, RANK + ROPE, group, place, mask)
-            key = tl.reshape(tl.join(first, second), (ROPE // GROUP, GROUP))
-            place = tl.arange(0, GROUP)[None, :]
-            store_q8(row, key, RANK, GROUP, RANK + ROPE, group_of, place, (group_of >= 0) & (place >= 0))
+            store_q8(row, latent, 0, RANK + ROPE, group, place, mask)
+            key = tl.reshape(tl.join(first, second), (KEY_GROUPS, 32))
+            store_q8(row, key, RANK, RANK + ROPE, group_of, place, group_of * 32 + place < ROPE)
         else:
             tl.store(row + column, latent.to(storage.dtype.element_ty), mask)
-            key_at = row + RANK + group_of * GROUP + 2 * pair
-            tl.store(key_at, first.to(storage.dtype.element_ty))
-            tl.store(key_at + 1, second.to(storage.dtype.element_ty))
+            tl.store(row + RANK + 2 * which, first.to(storage.dtype.element_ty), is_pair)
+            tl.store(row + RANK + 2 * which + 1, second.to(storage.dtype.element_ty), is_pair)
 
 
 def check_storage(storage: torch.Tensor, rank: int, rope: int) -> None:
@@ -89,13 +89,13 @@ def write_latent(
     num_tokens, width = kv.shape
     rank, rope = len(weight), 2 * cos.shape[1]
     check_storage(storage, rank, rope)
-    assert width == rank + rope and rope & (rope - 1) == 0, (kv.shape, rank, rope)
+    assert width == rank + rope, (kv.shape, rank, rope)
     assert kv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous(), (kv.stride(), cos.stride(), sin.stride())
     if num_tokens > 0:
         write_latent_kernel[(num_tokens,)](
             kv, weight, cos, sin, storage, slots, eps, kv.stride(0), RANK=rank, ROPE=rope,
-            GROUPS=triton.next_power_of_2(triton.cdiv(rank, 32)), ROW=storage.shape[2], IS_Q8=storage.dtype == torch.uint8,
-            num_warps=4,
+            GROUPS=triton.next_power_of_2(triton.cdiv(rank, 32)), KEY_GROUPS=triton.next_power_of_2(triton.cdiv(rope, 32)),
+            ROW=storage.shape[2], IS_Q8=storage.dtype == torch.uint8, num_warps=4,
         )  # fmt: skip
 
 

@@ -20,22 +20,23 @@ _PROGRAMS = 256  # two for each of about 128 multiprocessors
 
 
 @triton.jit
-def q8_values(row, is_visible, FIRST: tl.constexpr, COUNT: tl.constexpr, LATENT: tl.constexpr, POSITIONS: tl.constexpr):
-    """float16 (POSITIONS, COUNT): values FIRST and on of rows of int8 codes with a scale per 32, read once a group."""
-    GROUP: tl.constexpr = 32 if COUNT >= 32 else COUNT
-    group, place = tl.arange(0, COUNT // GROUP)[None, :, None], tl.arange(0, GROUP)[None, None, :]
-    row, mask = row[:, None, None], is_visible[:, None, None]
-    codes = tl.load((row + FIRST + group * GROUP + place).to(tl.pointer_type(tl.int8)), mask, other=0)
-    scales = (row + LATENT + (FIRST // 32 + group) * 2).to(tl.pointer_type(tl.float16))
-    values = codes.to(tl.float32) * tl.load(scales, mask, other=0.0).to(tl.float32)
-    return tl.reshape(values.to(tl.float16), (POSITIONS, COUNT))
+def q8_values(row, is_visible, FIRST: tl.constexpr, COUNT: tl.constexpr, LATENT: tl.constexpr, TILE: tl.constexpr):
+    """float16 (positions, TILE): COUNT values from FIRST on of rows of int8 codes with a scale per 32, read once a group."""
+    group, place = tl.arange(0, TILE // 32)[None, :, None], tl.arange(0, 32)[None, None, :]
+    row, is_visible = row[:, None, None], is_visible[:, None, None]
+    codes_at = (row + FIRST + group * 32 + place).to(tl.pointer_type(tl.int8))
+    codes = tl.load(codes_at, is_visible & (group * 32 + place < COUNT), other=0)
+    scales_at = (row + LATENT + (FIRST // 32 + group) * 2).to(tl.pointer_type(tl.float16))
+    scales = tl.load(scales_at, is_visible & (group * 32 < COUNT), other=0.0)
+    values = codes.to(tl.float32) * scales.to(tl.float32)
+    return tl.reshape(values.to(tl.float16), (row.shape[0], TILE))
 
 
 @triton.jit
 def decode_kernel(
     q_latent, q_rope, storage, page_table, lengths, partial, scale, table_stride, ql_token, ql_head, qr_token, qr_head,
     num_heads, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
-    FACTOR: tl.constexpr, IS_Q8: tl.constexpr,
+    FACTOR: tl.constexpr, IS_Q8: tl.constexpr, RANK_TILE: tl.constexpr, ROPE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (token, group of heads, split). Writes the split's normed context and the logarithm of its sum of weights."""
     token, split = tl.program_id(0), tl.program_id(2)
@@ -44,27 +45,31 @@ def decode_kernel(
     length = tl.load(lengths + token)
     num_blocks = tl.cdiv(length, POSITIONS)
     first, last = num_blocks * split // NUM_SPLITS, num_blocks * (split + 1) // NUM_SPLITS
-    rank, rope, place = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, POSITIONS)
+    rank, rope, place = tl.arange(0, RANK_TILE), tl.arange(0, ROPE_TILE), tl.arange(0, POSITIONS)
+    in_rank, in_rope = rank < RANK, rope < ROPE
     dtype = tl.float16 if IS_Q8 else storage.dtype.element_ty
     ROW: tl.constexpr = RANK + ROPE + (RANK + ROPE + 31) // 32 * 2 if IS_Q8 else RANK + ROPE
     token = token.to(tl.int64)
-    ql = tl.load(q_latent + token * ql_token + head[:, None] * ql_head + rank[None, :], is_head, other=0.0).to(tl.float32)
-    qr = tl.load(q_rope + token * qr_token + head[:, None] * qr_head + rope[None, :], is_head, other=0.0).to(tl.float32)
+    ql_at = q_latent + token * ql_token + head[:, None] * ql_head + rank[None, :]
+    qr_at = q_rope + token * qr_token + head[:, None] * qr_head + rope[None, :]
+    ql = tl.load(ql_at, is_head & in_rank[None, :], other=0.0).to(tl.float32)
+    qr = tl.load(qr_at, is_head & in_rope[None, :], other=0.0).to(tl.float32)
     ql, qr = (ql * scale).to(dtype).to(FACTOR), (qr * scale).to(dtype).to(FACTOR)
     peak = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
-    context = tl.zeros((HEADS, RANK), tl.float32)
+    context = tl.zeros((HEADS, RANK_TILE), tl.float32)
     for block in range(first, last):
         position = block * POSITIONS + place
         page = tl.load(page_table + token * table_stride + block * POSITIONS // 64).to(tl.int64)
         row = storage + (page * 64 + position % 64) * ROW  # (POSITIONS,)
         is_visible = position < length
         if IS_Q8:
-            latent = q8_values(row, is_visible, 0, RANK, RANK + ROPE, POSITIONS).to(FACTOR)
-            key = tl.trans(q8_values(row, is_visible, RANK, ROPE, RANK + ROPE, POSITIONS).to(FACTOR))
+            latent = q8_values(row, is_visible, 0, RANK, RANK + ROPE, RANK_TILE).to(FACTOR)
+            key = tl.trans(q8_values(row, is_visible, RANK, ROPE, RANK + ROPE, ROPE_TILE).to(FACTOR))
         else:
-            latent = tl.load(row[:, None] + rank[None, :], is_visible[:, None], other=0.0).to(FACTOR)  # (POSITIONS, RANK)
-            key = tl.load(row[None, :] + RANK + rope[:, None], is_visible[None, :], other=0.0).to(FACTOR)  # (ROPE, ...)
+            in_latent, in_key = is_visible[:, None] & in_rank[None, :], is_visible[None, :] & in_rope[:, None]
+            latent = tl.load(row[:, None] + rank[None, :], in_latent, other=0.0).to(FACTOR)  # (POSITIONS, RANK)
+            key = tl.load(row[None, :] + RANK + rope[:, None], in_key, other=0.0).to(FACTOR)  # (ROPE, POSITIONS)
         scores = tl.dot(ql, tl.trans(latent), input_precision="ieee")
         scores = tl.dot(qr, key, scores, input_precision="ieee")
         scores = tl.where(is_visible[None, :], scores, float("-inf"))
@@ -77,17 +82,17 @@ def decode_kernel(
     at = ((token * num_heads + head) * NUM_SPLITS + split) * (RANK + 1)  # (HEADS,)
     is_empty = first == last
     divisor = tl.where(is_empty, 1.0, total)
-    tl.store(partial + at[:, None] + rank[None, :], context / divisor[:, None], is_head)
+    tl.store(partial + at[:, None] + rank[None, :], context / divisor[:, None], is_head & in_rank[None, :])
     tl.store(partial + at + RANK, tl.where(is_empty, float("-inf"), peak + tl.log(total)), head < num_heads)
 
 
 @triton.jit
-def merge_kernel(partial, out, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr):
+def merge_kernel(partial, out, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr):
     """Program: one head of one token: its splits, each weighted by its share of the whole sum."""
     which = tl.program_id(0).to(tl.int64)
-    rank = tl.arange(0, RANK)
+    rank = tl.arange(0, TILE)
     peak, total = float("-inf"), 0.0
-    context = tl.zeros((RANK,), tl.float32)
+    context = tl.zeros((TILE,), tl.float32)
     for split in range(NUM_SPLITS):
         at = partial + (which * NUM_SPLITS + split) * (RANK + 1)
         size = tl.load(at + RANK)
@@ -95,9 +100,9 @@ def merge_kernel(partial, out, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr):
         is_first = new_peak == float("-inf")  # nothing yet: the difference below would be NaN
         factor = tl.where(is_first, 0.0, tl.exp(peak - new_peak))
         share = tl.where(is_first, 0.0, tl.exp(size - new_peak))
-        context = context * factor + tl.load(at + rank) * share
+        context = context * factor + tl.load(at + rank, rank < RANK, other=0.0) * share
         total, peak = total * factor + share, new_peak
-    tl.store(out + which * RANK + rank, context / tl.where(total == 0.0, 1.0, total))
+    tl.store(out + which * RANK + rank, context / tl.where(total == 0.0, 1.0, total), rank < RANK)
 
 
 def num_splits_for(num_tokens: int, num_heads: int, max_positions: int) -> int:
@@ -122,12 +127,11 @@ def mla_decode(
 
     page_table int32 (T, pages): a token's pages in order; lengths int32 (T,): how many positions it sees, its own included; 0
     gives zeros (padding). `scale` multiplies the scores. Products have the storage's type as factors (float32: exact; 8
-    bits: float16) and float32 sums. `partial`: float32 working space of partial_size(...) values; R and P are powers of two.
+    bits: float16) and float32 sums. `partial`: float32 working space of partial_size(...) values.
     """
     num_tokens, num_heads, rank = q_latent.shape
     rope, max_pages = q_rope.shape[2], page_table.shape[1]
     check_storage(storage, rank, rope)
-    assert rank & (rank - 1) == 0 and rope & (rope - 1) == 0 and min(rank, rope) >= 16, (rank, rope)
     assert q_latent.stride(2) == q_rope.stride(2) == page_table.stride(1) == 1, (q_latent.stride(), q_rope.stride())
     if num_splits is None:
         num_splits = num_splits_for(num_tokens, num_heads, max_pages * PAGE_POSITIONS)
@@ -140,14 +144,16 @@ def mla_decode(
     if num_tokens == 0:
         return out
     is_q8 = storage.dtype == torch.uint8
+    rank_tile, rope_tile = (max(32, triton.next_power_of_2(size)) for size in (rank, rope))
     factor = factor_type(torch.float16 if is_q8 else storage.dtype)
     decode_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS), num_splits)](
         q_latent, q_rope, storage, page_table, lengths, partial, scale, page_table.stride(0), q_latent.stride(0),
         q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), num_heads, NUM_SPLITS=num_splits, RANK=rank, ROPE=rope,
-        HEADS=BLOCK_HEADS, FACTOR=factor, POSITIONS=16 if storage.dtype == torch.float32 else 32, IS_Q8=is_q8, num_warps=4,
+        HEADS=BLOCK_HEADS, FACTOR=factor, POSITIONS=16 if storage.dtype == torch.float32 else 32, IS_Q8=is_q8,
+        RANK_TILE=rank_tile, ROPE_TILE=rope_tile, num_warps=4 if rank_tile <= 512 else 8,
         num_stages=2,
     )  # fmt: skip
-    merge_kernel[(num_tokens * num_heads,)](partial, out, NUM_SPLITS=num_splits, RANK=rank, num_warps=4)
+    merge_kernel[(num_tokens * num_heads,)](partial, out, NUM_SPLITS=num_splits, RANK=rank, TILE=rank_tile, num_warps=4)
     return out
 
 
