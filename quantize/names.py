@@ -68,6 +68,12 @@ def layer_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
+def file_order(name: str) -> int:
+    """Where a GGUF tensor comes in the order in which a model runs: the embedding, layer after layer, the rest."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else (-1 if name == "token_embd.weight" else 1 << 30)
+
+
 def list_sources(config: Mapping, names: Mapping[str, tuple[int, ...]]) -> Iterator[Source]:
     """Every tensor of the GGUF file in its order. `names` has the checkpoint's canonical names and shapes; a source may ask
     for one that is not there, which the caller reports."""
