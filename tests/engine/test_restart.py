@@ -1,0 +1,81 @@
+"""A long prompt costs its prefill once: another engine finds it on disk and answers the same, bit for bit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from kimi_lite.cli import app
+from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.options import LoadOptions
+from kimi_lite.engine.types import Request, SamplingParams
+from tests.tiny import write_tiny_gguf
+
+SYSTEM = np.random.default_rng(1).integers(0, 256, 400).tolist()  # six whole pages
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", np.random.default_rng(0))
+
+
+def answer(engine: Engine, name: str, prompt: list[int]) -> tuple[list[int], list[np.ndarray], int]:
+    """Ids, the logits of every step, and how many prompt tokens were cached."""
+    forward, seen = engine.model.forward, []
+
+    def watched(batch, should_stop=None):
+        seen.append(forward(batch, should_stop))
+        return seen[-1]
+
+    engine.model.forward = watched
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    tokens = list(engine.generate([Request(name, tuple(prompt), sampling)]))
+    engine.model.forward = forward
+    return [token.id for token in tokens if token.id is not None], seen, tokens[-1].stats.cached_tokens
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+def test_a_restart_answers_as_if_it_had_never_ended(kv_dtype: str, model_path: Path, tmp_path: Path) -> None:
+    options = LoadOptions(context_length=1024, num_threads=2, kv_dtype=kv_dtype, prefix_folder=tmp_path)
+    question = [*SYSTEM[:384], *range(20)]
+    with Engine.open(model_path, options) as engine:
+        answer(engine, "a", SYSTEM)
+        want, want_logits, want_cached = answer(engine, "b", question)
+    with Engine.open(model_path, options) as engine:
+        have, have_logits, have_cached = answer(engine, "b", question)
+        assert engine.counters()["prefix_pages_found"] == 6
+    assert have_cached == want_cached == 384
+    assert have == want
+    assert all(np.array_equal(a, b) for a, b in zip(have_logits, want_logits, strict=True))
+
+
+def test_another_dtype_or_model_finds_nothing(model_path: Path, tmp_path: Path) -> None:
+    options = LoadOptions(context_length=512, num_threads=1, prefix_folder=tmp_path)
+    with Engine.open(model_path, options) as engine:
+        answer(engine, "a", SYSTEM)
+    other = write_tiny_gguf(tmp_path / "other.gguf", np.random.default_rng(5))
+    for path, kv_dtype in ((model_path, "q8"), (other, "f16")):
+        with Engine.open(
+            path, LoadOptions(context_length=512, num_threads=1, kv_dtype=kv_dtype, prefix_folder=tmp_path)
+        ) as engine:
+            assert answer(engine, "b", SYSTEM)[2] == 0
+
+
+def test_the_command_line_keeps_prefixes_unless_told_not_to(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "cache"))
+    document = tmp_path / "document.txt"
+    document.write_text("All that is known about foxes. " * 15)
+    command = ["run", "-m", str(model_path), "-c", "1024", "-n", "2", "--json", "-q", "-f", str(document)]
+
+    def cached_tokens(*flags: str) -> int:
+        done = CliRunner().invoke(app, [*command, *flags])
+        return json.loads(done.stdout)["stats"]["cached_tokens"]
+
+    assert cached_tokens("--no-prefix-cache") == 0
+    assert not (tmp_path / "cache" / "prefixes").exists()
+    assert [cached_tokens(), cached_tokens()][1] >= 256
+    assert cached_tokens("--no-prefix-cache") == 0
