@@ -45,6 +45,17 @@ PrefixCache = Annotated[
 PrefixCacheSize = Annotated[
     str, _setting("--prefix-cache-size", help="How much of them is kept on disk.", panel=MODEL, metavar="SIZE")
 ]
+Ram = Annotated[
+    str | None, _setting("--ram", help="Memory it may take; experts beyond it stay on disk.", panel=MODEL, metavar="SIZE")
+]
+RecordRouting = Annotated[
+    Path | None,
+    _setting("--record-routing", help="Write which experts every token chose (.npz), for tools.cache_sim.", panel=MODEL),
+]
+CacheBias = Annotated[
+    float,
+    _setting("--cache-bias", help="Prefer experts in fast memory among near-equals: by so much of a score.", panel=MODEL, min=0),
+]
 System = Annotated[str, _setting("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, show_default=False)]
 Think = Annotated[bool | None, _setting("--think/--no-think", help="Reason first. Default: if the model can.", panel=PROMPT)]
 MaxTokens = Annotated[

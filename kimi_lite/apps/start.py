@@ -22,8 +22,8 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.units import parse_size
 
 DEMO_REMARKS = (
-    "no -m given: this is the demo, a 135 M chat model in Kimi K2.5's architecture.",
-    "for the real one say -m FOLDER: a GGUF from elsewhere, or made by kimi-lite quantize.",
+    "no -m given: this is the demo, a 135 M model in Kimi K2.5's architecture",
+    "the real one: -m FOLDER, a GGUF from elsewhere or by kimi-lite quantize",
 )
 _RAM_SHARE = 0.9  # of the free memory that a model's files may fill
 
@@ -54,6 +54,9 @@ class Settings:
             context_length=flags["context"],
             num_threads=flags["threads"],
             kv_dtype=flags["kv_dtype"],
+            ram_bytes=parse_size(flags["ram"], "--ram") if flags["ram"] else None,
+            routing_trace=flags["record_routing"],
+            cache_bias=flags["cache_bias"],
             prefix_folder=folder,
             prefix_bytes=size_bytes,
         )
@@ -97,11 +100,12 @@ def greeting(session: Conversation, settings: Settings) -> list[str]:
     if plan is None:
         context = "" if session.context_length is None else f" · context {session.context_length:,}"
         place = f"  {settings.endpoint}" if settings.endpoint else f"  {describe_model(session.info)}"
-        lines = [f"kimi-lite {__version__} · {session.info.name}", f"{place}{context}", f"  {session.mode} · /help for help"]
+        mode = session.mode if session.can_think else f"no thinking mode ({session.settings.describe_sampling()})"
+        lines = [f"kimi-lite {__version__} · {session.info.name}", f"{place}{context}", f"  {mode} · /help for help"]
     else:
         from kimi_lite.apps.plan_view import start_panel
 
-        lines = start_panel(plan, session.mode, "/help")
+        lines = start_panel(plan, session.mode, "/help for help")
     return [*lines, *(f"  {line}" for line in DEMO_REMARKS if settings.is_demo)]
 
 

@@ -5,6 +5,7 @@ The heavy parts (Numba through the model) are imported here, when a model is rea
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import psutil
 
 from kimi_lite.engine.engine import Engine, OnProgress
 from kimi_lite.engine.options import LoadOptions
-from kimi_lite.engine.planning import plan_load
+from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token
 from kimi_lite.memory.kv_pages import HostPages
 from kimi_lite.memory.prefix_store import DEFAULT_MAX_BYTES, PrefixStore, model_key
+from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.tensors import check_tensors
@@ -46,7 +48,10 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     context_length = choose_context(config, options.context_length)
     kv = make_cache(config, context_length, options.kv_dtype)
     plan = plan_load(store, config, options)
-    model = Transformer(store, config, kv, options.num_threads, lambda done, total: report("preparing kernels", done, total))
+    recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
+    tier = choose_tier(store, plan, options)
+    on_compile = partial(report, "preparing kernels")
+    model = Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder)
     report("ready", 4, 4)
     holdings = [*attach_tiers(kv, store, options), store]
     return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=holdings, plan=plan)

@@ -20,7 +20,7 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.expert_places import ExpertPlaces
-from kimi_lite.memory.expert_reader import DEFAULT_READERS, ExpertReader, ReadJob, aligned_memory, release_memory
+from kimi_lite.memory.expert_reader import ExpertReader, ReadJob, aligned_memory, release_memory
 from kimi_lite.memory.expert_request import ExpertRequest
 from kimi_lite.memory.policy import HALF_LIVES, HeatPolicy
 from kimi_lite.units import gib_apart
@@ -68,7 +68,7 @@ class ExpertCache:
         tables: Mapping[int, np.ndarray],
         budget_bytes: int,
         num_choices: int,
-        num_readers: int = DEFAULT_READERS,
+        num_readers: int = 8,
         is_direct: bool = True,
     ) -> None:
         """tables: of each layer with routed experts, int64 (at least experts, 3, 8); the cache writes addresses into them.

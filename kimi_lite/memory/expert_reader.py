@@ -24,7 +24,6 @@ from kimi_lite.errors import KimiLiteError
 
 BLOCK_BYTES = 4096  # what O_DIRECT asks for; more than most disks need
 _PIECE_BYTES = 1 << 20
-DEFAULT_READERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class ReadStats:
 class ExpertReader:
     """A pool of `num_readers` threads over the shards of a model; `close` ends them."""
 
-    def __init__(self, shards: Sequence[Path], num_readers: int = DEFAULT_READERS, is_direct: bool = True) -> None:
+    def __init__(self, shards: Sequence[Path], num_readers: int, is_direct: bool = True) -> None:
         """is_direct: past the page cache, where file system and machine allow (see `is_direct` afterwards)."""
         assert num_readers >= 1, num_readers
         self._files = [_open(path, is_direct) for path in shards]

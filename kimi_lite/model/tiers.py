@@ -10,14 +10,11 @@ have added to it, and what it names is read when nothing else is. Used by `kimi_
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from kimi_lite.memory.expert_cache import ExpertCache
 from kimi_lite.memory.expert_places import find_places
-from kimi_lite.memory.expert_reader import DEFAULT_READERS
 from kimi_lite.memory.expert_request import ExpertRequest
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.heat import load_heat, save_heat
@@ -26,6 +23,7 @@ from kimi_lite.model.batch import Cancelled
 from kimi_lite.model.buffers import Buffers, RouterBuffers
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.moe import ExpertGroup, FeedForward
+from kimi_lite.model.tier_options import TierOptions
 from native.cpu.activations import Activations
 from native.cpu.experts import ExpertsOp
 from native.cpu.join import join_op
@@ -33,17 +31,6 @@ from native.cpu.threads import Program, Team
 
 MAX_CHOICE_TOKENS = 8  # up to here experts are computed as they come; longer batches take them in order
 _MAX_GUESSES = 32  # experts of the next layer that are read ahead of a prompt
-
-
-@dataclass(frozen=True, slots=True)
-class TierOptions:
-    """How the disk tier works."""
-
-    budget_bytes: int  # of the slots
-    cache_bias: float = 0.0  # what an expert that is there gains in the router's choice
-    num_readers: int = DEFAULT_READERS
-    is_direct: bool = True
-    heat_path: Path | None = None  # where heat is kept between runs; None: nowhere
 
 
 class _Steps:

@@ -20,7 +20,8 @@ from kimi_lite.model.buffers import Buffers
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.moe import FeedForward
 from kimi_lite.model.rope import rope_attention_factor, rope_inverse_frequencies
-from kimi_lite.model.tiers import TieredLayers, TierOptions
+from kimi_lite.model.tier_options import TierOptions
+from kimi_lite.model.tiers import TieredLayers
 from kimi_lite.model.weights import check_types, compile_kernels, matrix, vector
 from native.cpu.activations import Activations
 from native.cpu.attention import num_splits

@@ -10,7 +10,7 @@ from kimi_lite.memory.heat import heat_path, load_heat, save_heat
 from kimi_lite.memory.routing import RoutingRecorder, read_trace
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
 from kimi_lite.model.config import ModelConfig
-from kimi_lite.model.tiers import TierOptions
+from kimi_lite.model.tier_options import TierOptions
 from tests.model.runner import Runner
 from tests.tiny import write_tiny_gguf
 
