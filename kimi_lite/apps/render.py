@@ -209,10 +209,8 @@ def stats_line(token: Token) -> str:
     """`prompt 24 tok 38.2 t/s (12 cached) · gen 212 tok 6.2 t/s · TTFT 0.7 s`, and why it ended if not by itself."""
     s = token.stats
     cached = f" ({s.cached_tokens:,} cached)" if s.cached_tokens else ""
-    parts = [
-        f"prompt {s.prompt_tokens:,} tok{_rate(s.prompt_tok_s)}{cached}",
-        f"gen {s.generated_tokens:,} tok{_rate(s.generation_tok_s)}",
-    ]
+    parts = [f"prompt {s.prompt_tokens:,} tok{_rate(s.prompt_tok_s)}{cached}"] if s.prompt_tokens else []  # 0: not known
+    parts.append(f"gen {s.generated_tokens:,} tok{_rate(s.generation_tok_s)}")
     if s.generated_tokens:
         parts.append(f"TTFT {s.time_to_first_token_s:.1f} s")
     endings = {"cancelled": "stopped", "length": "cut: token limit or full context"}
