@@ -5,23 +5,26 @@ stdout and everything else to stderr. What begins with / is a command (`apps.com
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from kimi_lite.apps.attachments import Attachment, compose, dropped_images, read_image
 from kimi_lite.apps.commands import all_commands, is_command
 from kimi_lite.apps.folders import state_folder
-from kimi_lite.apps.interrupt import as_exit, on_interrupt
+from kimi_lite.apps.interrupt import as_exit, on_interrupt, silent_keys
+from kimi_lite.apps.markdown import CONTROLS
 from kimi_lite.apps.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_error, show_plain, stats_line
 from kimi_lite.apps.room import make_room, warn_when_nearly_full
 from kimi_lite.apps.sessions import Autosave, SessionStore
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation, OnPrefill
+from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Token
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tool_calls import ToolCall
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from kimi_lite.apps.tool_loop import ToolLoop
     from kimi_lite.apps.tools.box import Permission, ToolBox
 
-Answering = Callable[[OnPrefill], Iterator[Token]]
+Answering = Callable[[OnPrefill], Generator[Token, None, None]]
 _INDENT = "  "
 
 
@@ -56,6 +59,9 @@ class ChatOptions:
     is_continuing: bool = False
     session_name: str | None = None
     images: tuple[str, ...] = ()
+    is_thinking: bool | None = None
+    system: str = ""
+    answer: AnswerSettings = field(default_factory=AnswerSettings)  # what of it is not the default goes before what was saved
 
 
 class Chat:
@@ -79,6 +85,17 @@ class Chat:
     def is_interactive(self) -> bool:
         return self._input is not None and self._input.is_interactive
 
+    def begin(self) -> None:
+        """Take up what the command line names. What it says beside that goes before what was saved."""
+        if self.options.is_continuing:
+            self.take_up(self.autosave.store.latest())
+        elif self.options.session_name:
+            self.take_up(self.options.session_name, is_new_allowed=True)
+        self.session.settings = self.session.settings.overridden(self.options.answer)
+        if self.options.is_thinking is not None:
+            self.session.set_thinking(self.options.is_thinking)
+        self.session.system = self.options.system or self.session.system
+
     def loop(self, source: Input) -> None:
         """Until the user leaves."""
         self._input = source
@@ -95,7 +112,7 @@ class Chat:
 
     def say(self, text: str) -> None:
         """A remark of the program's own."""
-        show_plain(self.aside, text, style="dim")
+        show_plain(self.aside, CONTROLS.sub("�", text), style="dim")
 
     def say_table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Names and what belongs to them, in two columns."""
@@ -103,8 +120,8 @@ class Chat:
         table.add_column(max_width=max(self.aside.width // 3, 20))
         table.add_column()
         for name, text in rows:
-            table.add_row(Text(_INDENT + name), Text(text))
-        self.aside.print(table, style="dim")
+            table.add_row(*(Text(CONTROLS.sub("�", cell)) for cell in (name, text)))
+        self.aside.print(Padding(table, (0, 0, 0, len(_INDENT))), style="dim")
 
     def say_flow(self, words: Sequence[str]) -> None:
         """Words in lines as long as the screen is wide."""
@@ -122,23 +139,35 @@ class Chat:
 
     def ask(self, text: str, settings: AnswerSettings | None = None) -> None:
         """Send a message with its attachments; what is refused comes back into the prompt."""
-        attachments = [*self.attachments, *self._dropped(text)]
-        content = compose(text, attachments)
+        declarations = self.tools.declarations if self.tools else ()
+        num_turns = len(self.session.turns)
         try:
-            if not make_room(self, content):
+            content = compose(text, [*self.attachments, *self._dropped(text)])
+            if self._has_room(content):
+                self.answer(lambda report: self.session.ask(content, report, declarations, settings), settings)
+        finally:
+            if len(self.session.turns) > num_turns:
+                self.attachments.clear()
+            else:
                 self.draft = text
-                return
-            declarations = self.tools.declarations if self.tools else ()
-            self.answer(lambda report: self.session.ask(content, report, declarations, settings), settings)
-        except KimiLiteError:
-            self.draft = text
-            raise
-        self.attachments.clear()
+
+    def _has_room(self, content: Content) -> bool:
+        try:
+            return make_room(self, content)
+        except KeyboardInterrupt:
+            self.say("not sent")
+            return False
 
     def replace(self, text: str) -> None:
-        """Ask `text` in place of the last message."""
+        """Ask `text` in place of the last message, which stays when `text` is refused."""
+        before = list(self.session.turns)
         self.session.undo()
-        self.ask(text)
+        num_turns = len(self.session.turns)
+        try:
+            self.ask(text)
+        finally:
+            if len(self.session.turns) == num_turns:
+                self.session.turns = before
 
     def answer(self, answering: Answering, settings: AnswerSettings | None = None) -> None:
         """Show an answer, and those that follow from its tool calls; whatever happens it is saved."""
@@ -153,6 +182,7 @@ class Chat:
         view = AnswerView(sys.stdout, self.aside, self.shows_reasoning, self.options.is_plain, think_hint="/think show")
         loop = self._tool_loop(view)
         with (
+            silent_keys(),
             WorkProgress(self.aside, least=LEAST_PREFILL_TOKENS) as progress,
             on_interrupt(loop.cancel if loop else self.session.cancel) as interrupt,
         ):
@@ -162,18 +192,20 @@ class Chat:
                 if not self.options.is_quiet:
                     progress("reading the prompt", done, total)
 
+            tokens = answering(report)
+            tokens = loop.follow(tokens, report, settings=settings) if loop else tokens
             try:
-                tokens = answering(report)
-                for token in loop.follow(tokens, report, settings=settings) if loop else tokens:
+                for token in tokens:
                     interrupt.again()
                     progress.close()
                     view.show(token)
             finally:
+                tokens.close()  # at once: what was said becomes a turn before it is saved
                 progress.close()
                 view.close()
         assert view.last is not None
         if not self.options.is_quiet:
-            self.say(f"{_INDENT}{stats_line(view.last)}")
+            self.say(f"{_INDENT}{stats_line(view.last)}" + ("\n" if self.is_interactive else ""))
         return view.last
 
     def take_up(self, name: str, is_new_allowed: bool = False) -> None:
@@ -225,10 +257,13 @@ class Chat:
 
     def _permit(self, call: ToolCall) -> "Permission":
         """Ask the user about a tool call; into a pipe nobody can be asked."""
+        from kimi_lite.apps.tools.confirm import long_arguments, refuse
+
         if not self.is_interactive:
-            self.say(f"{call.name} was not run: nobody is here to allow it (--allow {call.name})")
-            return "no"
-        answer = self.choose(f"run {call.name}({call.arguments})? [y]es, [a]lways, [n]o, [s]top: ", "yans")
+            return refuse(call, self.say)
+        for line in long_arguments(call):
+            self.say(line)
+        answer = self.choose(f"run {CONTROLS.sub('�', call.name)}? [y]es, [a]lways, [n]o, [s]top: ", "yans")
         return {"y": "once", "a": "always", "n": "no", "s": "stop"}[answer]
 
     def _last_words(self) -> str:
@@ -247,10 +282,7 @@ def chat(
         try:
             if not options.is_quiet:
                 greet()
-            if options.is_continuing:
-                conversation.take_up(autosave.store.latest())
-            elif options.session_name:
-                conversation.take_up(options.session_name, is_new_allowed=True)
+            conversation.begin()
             conversation.loop(_make_input(conversation))
         finally:
             autosave.save()

@@ -1,21 +1,19 @@
 """From the parameters of `kimi-lite chat` to a conversation in progress. Called by `cli`."""
 
 import sys
+import textwrap
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from kimi_lite.apps.chat import ChatOptions, chat
 from kimi_lite.apps.render import show_plain
 from kimi_lite.apps.start import Settings, greeting, open_session
+from kimi_lite.apps.tools.start import open_tools, require_place
 from kimi_lite.errors import KimiLiteError
-
-if TYPE_CHECKING:
-    from kimi_lite.apps.tools.box import ToolBox
 
 
 def start_chat(flags: Mapping[str, Any]) -> None:
@@ -32,27 +30,20 @@ def start_chat(flags: Mapping[str, Any]) -> None:
         is_continuing=flags["is_continuing"],
         session_name=flags["session"],
         images=tuple(flags["image"] or ()),
+        is_thinking=settings.is_thinking,
+        system=settings.system,
+        answer=settings.answer,
     )
 
     def greet() -> None:
         for line in [*greeting(session, settings), *(tools.notes if tools else ())]:
-            show_plain(aside, line, style="dim")
+            show_plain(aside, textwrap.fill(line, aside.width, subsequent_indent="  ", break_on_hyphens=False), style="dim")
 
     with ExitStack() as stack:
-        tools = _open_tools(flags)
+        tools = open_tools(flags)
         if tools is not None:
             stack.enter_context(tools)
         session = stack.enter_context(closing(open_session(settings, aside)))
-        if tools is not None and not session.can_call:
-            raise KimiLiteError(f"The chat template of {session.info.name} has no place for tools.", "Leave --tools out.")
+        if tools is not None:
+            require_place(session)
         chat(session, aside, options, greet, tools)
-
-
-def _open_tools(flags: Mapping[str, Any]) -> "ToolBox | None":
-    """The tools that the flags ask for; None where they ask for none."""
-    folder, config = (None if flags[name] is None else Path(flags[name]) for name in ("tools", "mcp_config"))
-    if folder is None and config is None:
-        return None
-    from kimi_lite.apps.tools.box import ToolBox
-
-    return ToolBox.open(folder, config, flags["allow"] or ())

@@ -1,4 +1,4 @@
-"""/read and /image: files that go with the next message."""
+"""/read, /image and /tools: what the model is given beside words."""
 
 from __future__ import annotations
 
@@ -28,6 +28,23 @@ def _read(chat: Chat, argument: str) -> None:
         return
     names = ", ".join(one.describe() for one in chat.attachments)
     chat.say(f"with the next message: {names}" if names else "no files go with the next message")
+
+
+@COMMANDS.command("tools", usage="[NAME on | NAME ask]")
+def _tools(chat: Chat, argument: str) -> None:
+    """list the tools that the model may use; let one run without asking, or ask again"""
+    if chat.tools is None:
+        raise KimiLiteError("The model has no tools here.", "Start with --tools FOLDER or --mcp-config FILE.")
+    name, _, word = argument.partition(" ")
+    if name and (name not in chat.tools.tools or word.strip() not in ("on", "ask")):
+        raise KimiLiteError(f"/tools {argument} is not known.", "It is /tools, /tools NAME on or /tools NAME ask.")
+    if name:
+        (chat.tools.allowed.add if word.strip() == "on" else chat.tools.allowed.discard)(name)
+    free = chat.tools.allowed
+    rows = [
+        (one.name, f"{'runs' if {'*', one.name} & free else 'asks'} · {one.description}") for one in chat.tools.tools.values()
+    ]
+    chat.say_table(rows)
 
 
 @COMMANDS.command("image", usage="FILE", arguments="file")

@@ -1,6 +1,7 @@
 """Ctrl-C while the model works: the first asks it to stop, the second ends the program. Used by `apps.chat` and `apps.run`."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -36,6 +37,23 @@ def on_interrupt(action: Callable[[], None]) -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def silent_keys() -> Iterator[None]:
+    """Inside the block what is typed is not shown; it waits for the next prompt. Nothing where stdin is no terminal."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    try:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @contextmanager

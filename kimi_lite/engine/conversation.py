@@ -5,7 +5,7 @@ only how a prompt becomes tokens. `chat` and `run` see nothing else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class Conversation(ABC):
         on_prefill: OnPrefill | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         settings: AnswerSettings | None = None,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """Send a message and stream the answer. However it ends, what was said stays in the conversation.
 
         `content` is text or OpenAI content parts; `tools` are OpenAI declarations, None: as before; `settings` are for this
@@ -108,7 +108,7 @@ class Conversation(ABC):
 
     def answer_calls(
         self, results: Sequence[tuple[str, str]], on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """Give the results of pending calls, (call id, text) each, and stream how the model goes on."""
         names = {call.id: call.name for call in self.pending_calls}
         assert results and all(call_id in names for call_id, _ in results), (results, names)
@@ -116,7 +116,9 @@ class Conversation(ABC):
         self.turns += [Turn("tool", text, call_id=call_id, name=names[call_id]) for call_id, text in results]
         yield from self._answer(before, settings, on_prefill)
 
-    def regenerate(self, on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None) -> Iterator[Token]:
+    def regenerate(
+        self, on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
+    ) -> Generator[Token, None, None]:
         """Answer the last message again; the old answer goes when the new one begins."""
         start = self._last_exchange()
         before = list(self.turns)
@@ -184,7 +186,7 @@ class Conversation(ABC):
         self.num_dropped = self.start_after(num_exchanges)
         self.summary = summary or self.summary
 
-    def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Iterator[Token]:
+    def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Generator[Token, None, None]:
         """Have the model sum the oldest exchanges up (the tokens are the summary), then send the summary in their place."""
         turns = self.turns[self.num_dropped : self.start_after(num_exchanges)]
         messages = [turn.to_message() for turn in turns if turn.says_something]
@@ -201,7 +203,9 @@ class Conversation(ABC):
             raise KimiLiteError("The model gave an empty summary; nothing was dropped.", "Try /ctx drop.")
         self.drop_oldest(num_exchanges, record.texts["content"].strip())
 
-    def _answer(self, before: list[Turn], settings: AnswerSettings | None, on_prefill: OnPrefill | None) -> Iterator[Token]:
+    def _answer(
+        self, before: list[Turn], settings: AnswerSettings | None, on_prefill: OnPrefill | None
+    ) -> Generator[Token, None, None]:
         """Stream the answer to `turns` and write it down. A refusal before its first token leaves the turns as they were."""
         settings, record = settings or self.settings, AnswerRecord()
         tokens = self._stream([*self._system_messages(), *self.messages], settings, on_prefill, False)
