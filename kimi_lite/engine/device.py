@@ -8,6 +8,8 @@ import sys
 import warnings
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.hardware import Gpu
+from kimi_lite.memory.hardware_gpu import probe_gpu
 
 
 def choose_device(wanted: str | None) -> str:
@@ -28,6 +30,18 @@ def choose_device(wanted: str | None) -> str:
         raise KimiLiteError(f"--device {wanted}: {reason}", "Try --device cpu, or install what is missing.")
     warnings.warn(f"The GPU is not used, everything runs on the CPU: {reason}", RuntimeWarning, stacklevel=2)
     return "cpu"
+
+
+def find_card(device: str) -> Gpu | None:
+    """What the planner must know of the card; None for the CPU. NVML tells the most, torch at least what has room."""
+    if device == "cpu":
+        return None
+    if card := probe_gpu():
+        return card
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return Gpu(torch.cuda.get_device_name(device), total_bytes, free_bytes)
 
 
 def has_nvidia_driver() -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from kimi_lite.engine.engine import Engine, OnProgress
+from kimi_lite.engine.device import choose_device, find_card
+from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.engine.types import ModelInfo
@@ -19,6 +20,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token
 from kimi_lite.memory.kv_pages import HostPages
+from kimi_lite.memory.plan_types import Plan
 from kimi_lite.memory.prefix_store import DEFAULT_MAX_BYTES, PrefixStore, model_key
 from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.batch import PAGE_TOKENS
@@ -32,7 +34,6 @@ _SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no
 
 def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress | None = None) -> Engine:
     """Where no context is asked for, it is the model's own up to 32,768 tokens."""
-    from kimi_lite.model.transformer import Transformer
     from kimi_lite.text.template import ChatTemplate
     from kimi_lite.text.tokenizer import Tokenizer
 
@@ -46,15 +47,29 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)
     report("preparing the cache", 2, 4)
     context_length = choose_context(config, options.context_length)
-    kv = make_cache(config, context_length, options.kv_dtype)
-    plan = plan_load(store, config, options)
-    recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
-    tier = choose_tier(store, plan, options)
-    on_compile = partial(report, "preparing kernels")
-    model = Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder)
+    device = choose_device(options.device)
+    plan = plan_load(store, config, options, find_card(device))
+    model, kv = _open_model(store, config, options, context_length, device, plan, report)
     report("ready", 4, 4)
     holdings = [*attach_tiers(kv, store, options), store]
     return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=holdings, plan=plan)
+
+
+def _open_model(
+    store: GGUFStore, config: ModelConfig, options: LoadOptions, context_length: int, device: str, plan: Plan, report: OnProgress
+) -> tuple[Model, KVCache]:
+    """On the CPU's road or the GPU's."""
+    recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
+    tier = choose_tier(store, plan, options)
+    if device != "cpu":
+        from kimi_lite.model.hybrid.load import load_hybrid
+
+        return load_hybrid(store, config, options, context_length, device, report, tier, recorder)
+    from kimi_lite.model.transformer import Transformer
+
+    kv = make_cache(config, context_length, options.kv_dtype)
+    on_compile = partial(report, "preparing kernels")
+    return Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder), kv
 
 
 def choose_context(config: ModelConfig, context_length: int | None) -> int:

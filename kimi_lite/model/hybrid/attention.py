@@ -12,6 +12,7 @@ from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.step import ExpandedSlice, Step
 from kimi_lite.model.hybrid.weights import DenseMatrix, DenseWeights
+from native.latent_rows import GROUP_VALUES
 
 EXPANDED_BYTES = 512 * 1024**2  # keys and values that exist at a time
 
@@ -78,7 +79,8 @@ class Attention:
     def _expanded(self, q: torch.Tensor, storage: torch.Tensor, piece: ExpandedSlice) -> torch.Tensor:
         """q (T, H, nope + rope) of one slice -> (T, H * v)."""
         c, dtype = self.config, self._dtype
-        latent = storage.index_select(0, piece.pages).view(-1, storage.shape[-1])[: piece.num_positions].to(dtype)
+        rows = storage.index_select(0, piece.pages).view(-1, storage.shape[-1])[: piece.num_positions]
+        latent = latent_values(rows, c.kv_latent_size).to(dtype)  # (P, kv_lora + rope)
         c_kv, k_rope = latent[:, : c.kv_lora_rank], latent[:, c.kv_lora_rank :]  # (P, kv_lora), (P, rope)
         mask = causal_lower_right(piece.length, piece.num_positions)
         out = torch.empty((len(q), c.num_heads, c.v_head_dim), dtype=torch.float32, device=q.device)
@@ -97,6 +99,14 @@ class Attention:
     def _values(self, matrix: DenseMatrix, heads: slice) -> torch.Tensor:
         """Some heads' (rows, k) in the type that products use."""
         return self._kernels.dequantize(matrix.data[heads], matrix.layout_name).to(self._dtype)
+
+
+def latent_values(rows: torch.Tensor, latent: int) -> torch.Tensor:
+    """Cache rows of any dtype (P, row) -> (P, latent) as floats; see `native.latent_rows`."""
+    if rows.dtype != torch.uint8:
+        return rows
+    codes, scales = rows[:, :latent].view(torch.int8), rows[:, latent:].contiguous().view(torch.float16)
+    return codes.float() * scales.float().repeat_interleave(GROUP_VALUES, dim=1)[:, :latent]
 
 
 def heads_at_a_time(config: ModelConfig, num_positions: int, value_bytes: int) -> int:

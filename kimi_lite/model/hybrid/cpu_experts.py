@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kimi_lite.memory.accelerator import Accelerator
+from kimi_lite.memory.expert_cache import ExpertCache
 from kimi_lite.memory.experts import LayerExperts
 from kimi_lite.model.config import ModelConfig
 from native.cpu.activations import Activations
@@ -44,10 +45,15 @@ class CpuExperts:
         accelerator: Accelerator,
         capacity: int,
         thread_counts: list[int],
+        cache: ExpertCache | None = None,
     ) -> None:
-        """layers: the routed experts of each layer that has any. thread_counts: ascending, those that may be asked for."""
+        """layers: the routed experts of each layer that has any. thread_counts: ascending, those that may be asked for.
+
+        cache: brings experts from the disk where not all of them fit into RAM; it changes the layers' tables.
+        """
         c, width = config, config.expert_feed_forward_size
-        self.capacity, self._top_k, self._layers = capacity, c.num_experts_used, layers  # keeps the tables alive
+        self.capacity, self._top_k, self.cache = capacity, c.num_experts_used, cache
+        self._layers = layers  # keeps the tables alive
         self.rows = accelerator.pinned((capacity * self._top_k, c.hidden_size), torch.float32)
         input_kinds = set().union(*(layer.input_kinds for layer in layers.values()))
         hidden_kinds = set().union(*(layer.hidden_kinds for layer in layers.values()))
@@ -68,7 +74,7 @@ class CpuExperts:
     def compute(self, layer: int, x: np.ndarray, expert_ids: np.ndarray, num_threads: int) -> None:
         """x float32 (t, D), expert_ids int32 (t, K), -1 for choices that are computed elsewhere; t <= capacity."""
         self._set_inputs(x, expert_ids)
-        self._teams[num_threads].run(self._row_programs[layer])
+        self._run_program(layer, self._row_programs[layer], expert_ids, num_threads)
 
     def sum_into(
         self, out: np.ndarray, layer: int, x: np.ndarray, expert_ids: np.ndarray, weights: np.ndarray, num_threads: int
@@ -76,8 +82,19 @@ class CpuExperts:
         """out float32 (t, D) = sum over a token's choices that are not -1 of weight * product; the rest as `compute`."""
         self._set_inputs(x, expert_ids)
         self._weights[: len(x)], self._sums[: len(x)] = weights, 0
-        self._teams[num_threads].run(self._sum_programs[layer])
+        self._run_program(layer, self._sum_programs[layer], expert_ids, num_threads)
         out[:] = self._sums[: len(x)]
+
+    def _run_program(self, layer: int, program: Program, expert_ids: np.ndarray, num_threads: int) -> None:
+        """All chosen experts at once, or those that are there while the disk brings the others, in ascending order."""
+        team = self._teams[num_threads]
+        if self.cache is None:
+            team.run(program)
+            return
+        with self.cache.request(layer, expert_ids[expert_ids >= 0], is_ordered=True) as request:
+            while experts := request.take():
+                self._ids[: len(expert_ids)] = np.where(np.isin(expert_ids, experts), expert_ids, -1)
+                team.run(program)
 
     def _set_inputs(self, x: np.ndarray, expert_ids: np.ndarray) -> None:
         count = len(x)
@@ -87,6 +104,8 @@ class CpuExperts:
 
     def close(self) -> None:
         """Ends the threads."""
+        if self.cache:
+            self.cache.close()
         for team in self._teams.values():
             team.close()
 

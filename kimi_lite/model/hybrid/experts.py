@@ -10,8 +10,10 @@ from pathlib import Path
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.accelerator import Accelerator
 from kimi_lite.memory.calibration import ExpertCosts
+from kimi_lite.memory.expert_cache import ExpertCache
+from kimi_lite.memory.expert_places import find_places
 from kimi_lite.memory.expert_source import ExpertSource
-from kimi_lite.memory.experts import layer_experts
+from kimi_lite.memory.experts import LayerExperts, layer_experts
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.heat import load_heat, save_heat
 from kimi_lite.memory.plan_room import PROMPT_CHUNKS, STREAM_EXPERTS, card_work_bytes
@@ -24,6 +26,7 @@ from kimi_lite.model.hybrid.routed import ROW_TOKENS, RoutedExperts
 from kimi_lite.model.hybrid.streamed import StreamedExperts
 from kimi_lite.model.hybrid.weights import DenseType
 from kimi_lite.model.sizes import ModelSizes, store_sizes
+from kimi_lite.model.tier_options import TierOptions
 from kimi_lite.model.transformer import physical_cores
 from kimi_lite.units import gib_apart
 
@@ -41,7 +44,7 @@ class HybridOptions:
     num_gpu_experts: int | None = None  # slots in VRAM
     chunk_tokens: int | None = None  # longest pass of a prompt
     heat_file: Path | None = None  # read at the start, written at the end
-    routing_trace: Path | None = None  # where the chosen experts of every token are recorded
+    tier: TierOptions | None = None  # how experts come from the disk; None: all are in RAM
     cache_bias: float = 0.0  # what an expert in VRAM gains in the router's choice
     group_size: int = STREAM_EXPERTS
 
@@ -88,7 +91,8 @@ def open_experts(
         return None, shares.chunk_tokens
     counts = thread_counts(options.num_threads)
     layers = {layer: layer_experts(store, config, layer)[0] for layer in range(source.first_layer, source.num_layers)}
-    cpu = CpuExperts(layers, config, accelerator, min(ROW_TOKENS, shares.chunk_tokens), counts)
+    cache = _open_cache(store, config, layers, options.tier) if options.tier else None
+    cpu = CpuExperts(layers, config, accelerator, min(ROW_TOKENS, shares.chunk_tokens), counts, cache)
     slots = VramSlots(accelerator, source, shares.num_slots)
     stream = PromptStream(accelerator, source, min(options.group_size, config.num_experts))
     costs = ExpertCosts()
@@ -96,12 +100,22 @@ def open_experts(
     if options.heat_file:
         heat = load_heat(options.heat_file, slots.policy.export_heat().shape)
         if heat is not None:
+            if cache:
+                cache.import_heat(heat)
+                cache.warm()
             slots.policy.import_heat(heat)
             slots.fill(lambda done, total: report("bringing hot experts", done, total))
     experts = RoutedExperts(accelerator, kernels, source, slots, cpu, streamed, costs, counts[-1])
     if options.heat_file:
         experts.on_close = lambda: save_heat(options.heat_file, slots.policy.export_heat())
     return experts, shares.chunk_tokens
+
+
+def _open_cache(store: GGUFStore, config: ModelConfig, layers: dict[int, LayerExperts], tier: TierOptions) -> ExpertCache:
+    """The slots in RAM for experts that the disk brings."""
+    tables = {layer: experts.table for layer, experts in layers.items()}
+    reading = (tier.num_readers, tier.is_direct)
+    return ExpertCache(find_places(store, config), tables, tier.budget_bytes, config.num_experts_used, *reading)
 
 
 def thread_counts(num_threads: int | None) -> list[int]:

@@ -51,6 +51,8 @@ class RoutedExperts:
 
     def begin_step(self, promotion_budget: int, num_tokens: int) -> int:
         """Between steps: promotions arrive and begin. Returns how many began."""
+        if self.cpu.cache:
+            self.cpu.cache.begin(num_tokens)
         return self.slots.begin_step(promotion_budget, num_tokens)
 
     def forward(
@@ -106,7 +108,8 @@ class RoutedExperts:
 
     def counters(self) -> dict[str, float]:
         times = {"cpu_experts_s": self.cpu_s, "gpu_wait_s": self.wait_s, "stream_s": self.streamed.stream_s}
-        return self.slots.counters() | times | {"streamed_experts": self.streamed.num_streamed}
+        disk = self.cpu.cache.counters() if self.cpu.cache else {}
+        return disk | self.slots.counters() | times | {"streamed_experts": self.streamed.num_streamed}
 
     def close(self) -> None:
         """Ends all threads."""

@@ -44,10 +44,11 @@ class HybridTransformer:
         kernels: Kernels,
         options: HybridOptions | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
+        recorder: RoutingRecorder | None = None,
     ) -> None:
         """kv: its storage is a tensor of the device. Raises KimiLiteError for what the model lacks or the device has no room for.
 
-        on_progress(what is being done, units done, units in all): loading takes seconds.
+        on_progress(what is being done, units done, units in all): loading takes seconds. recorder: of what tokens choose.
         """
         report = on_progress or (lambda stage, done, total: None)
         check_types(store)
@@ -61,9 +62,9 @@ class HybridTransformer:
         if options.cache_bias and self.experts:
             for layer in self.layers[config.num_dense_layers :]:
                 layer.router.prefer_resident(self.experts.slots.table[layer.number], options.cache_bias)
-        self._recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
-        if self._recorder and self.experts:
-            self.experts.on_chosen = self._recorder.add
+        self._recorder = recorder
+        if recorder and self.experts:
+            self.experts.on_chosen = recorder.add
         self._adaptive = Adaptive(self.experts, thread_counts(options.num_threads))
         self._maker = StepMaker(config, accelerator)
         self._shape = (

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-
 from kimi_lite.memory.accelerator import Accelerator
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache
@@ -12,11 +10,11 @@ from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.hybrid.experts import HybridOptions
 from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.load import KV_STORAGE
 from kimi_lite.model.hybrid.transformer import HybridTransformer
+from native.latent_rows import row_length
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.model.runner import NUM_PAGES, Runner
-
-TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class HybridRunner(Runner):
@@ -34,8 +32,8 @@ class HybridRunner(Runner):
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata)
         accelerator = Accelerator(device)
-        shape = (self.config.num_layers, NUM_PAGES, PAGE_TOKENS, self.config.kv_latent_size)
-        storage = accelerator.zeros(shape, TORCH_DTYPES[kv_dtype])
+        shape = (self.config.num_layers, NUM_PAGES, PAGE_TOKENS, row_length(kv_dtype, self.config.kv_latent_size))
+        storage = accelerator.zeros(shape, KV_STORAGE[kv_dtype])
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, NUM_PAGES, kv_dtype, storage=storage)
         chosen = HybridOptions(dense_type=dense_type, num_threads=2, **options)
         self.transformer = HybridTransformer(self.store, self.config, self.kv, accelerator, kernels or StandInKernels(), chosen)
