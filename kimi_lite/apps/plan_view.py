@@ -23,7 +23,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """Machine, what lies where, speeds, verdict."""
     sizes = plan.sizes
     head = f"{sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)} of weights"
-    return [head, "", *_machine_lines(plan), "", *_place_lines(plan), "", *_speed_lines(plan), *_verdict_lines(plan)]
+    return [head, "", *_machine_lines(plan), "", *place_lines(plan), "", *_speed_lines(plan), *_verdict_lines(plan)]
 
 
 def recipe_lines(choices: Sequence[Choice], chosen: str) -> list[str]:
@@ -77,7 +77,7 @@ def _machine_lines(plan: Plan) -> Iterator[str]:
         yield from _wrap("", f"disk {gib(disk.free_bytes)} free at {_folder(disk.path)}")
 
 
-def _place_lines(plan: Plan) -> Iterator[str]:
+def place_lines(plan: Plan) -> Iterator[str]:
     """A row a thing, then the sum."""
     for place in ("VRAM", "RAM", "disk"):
         rows = [row for row in plan.rows if row.place == place]

@@ -14,8 +14,11 @@ from kimi_lite.model.sizes import store_sizes
 from kimi_lite.model.tier_options import TierOptions
 
 
-def plan_load(store: GGUFStore, config: ModelConfig, options: LoadOptions, card: Gpu | None = None) -> Plan:
-    """`card`: the one that will be used, None for the CPU road. Raises KimiLiteError with need, have and what would do."""
+def plan_load(
+    store: GGUFStore, config: ModelConfig, options: LoadOptions, card: Gpu | None = None, cache_tokens: int | None = None
+) -> Plan:
+    """`card`: the one that will be used, None for the CPU road. `cache_tokens`: of all sequences together, where the cache is for
+    more than one. Raises KimiLiteError with need, have and what would do."""
     hardware = replace(probe(store.path), gpu=card)
     limits = PlanLimits(
         context_length=options.context_length,
@@ -24,6 +27,7 @@ def plan_load(store: GGUFStore, config: ModelConfig, options: LoadOptions, card:
         vram_bytes=options.vram_bytes,
         ram_bytes=options.ram_bytes,
         num_threads=options.num_threads,
+        cache_tokens=cache_tokens,
     )
     return make_plan(store_sizes(store, config), hardware, limits).require()
 

@@ -16,17 +16,22 @@ _FILE_NAME = "speeds.json"
 _LARGEST_FILES = ("*.gguf", "*.safetensors")
 
 
-def measure(hardware: Hardware, ram_bytes_s: float | None = None) -> Hardware:
+def measure(hardware: Hardware) -> Hardware:
     """Reads memory and, where a model lies at the disk's path, its largest file; remembers what it finds."""
     from kimi_lite.memory.bandwidth import measure_disk, measure_ram
 
-    found = {"ram": ram_bytes_s or measure_ram(hardware.num_cores)}
+    found = {"ram": measure_ram(hardware.num_cores)}
     file = largest_file(hardware.disk.path) if hardware.disk else None
     disk_bytes_s = measure_disk(file) if file else None
     if disk_bytes_s:
         found["disk"] = disk_bytes_s
-    remember(hardware, **found)
-    return hardware.with_speeds("measured", **found)
+    return measured(hardware, **found)
+
+
+def measured(hardware: Hardware, **bytes_s: float) -> Hardware:
+    """With speeds of `ram` or `disk` that were measured just now; they are remembered."""
+    remember(hardware, **bytes_s)
+    return hardware.with_speeds("measured", **bytes_s)
 
 
 def recall(hardware: Hardware) -> Hardware:

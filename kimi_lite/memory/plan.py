@@ -66,7 +66,7 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
     context_length = choose_context(sizes, limits.context_length)
     hardware_used = replace(hardware, num_cores=limits.num_threads or hardware.num_cores)
     budgets = find_budgets(hardware, limits, is_on_card)
-    cache = kv_bytes(sizes, context_length, limits.kv_dtype)
+    cache = kv_bytes(sizes, limits.cache_tokens or context_length, limits.kv_dtype)
     on_card, chunk, num_slots = _lay_out_card(sizes, hardware, budgets, cache) if is_on_card else ([], STEP_TOKENS, 0)
     in_ram = _ram_rows(sizes, hardware_used, cache, chunk if is_on_card else 0)
     have_bytes = next(budget.have_bytes for budget in budgets if budget.place == "RAM")
@@ -92,6 +92,7 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
         disk_expert_bytes=wanted_bytes - ram_bytes,
         prompt_chunk_tokens=chunk,
         num_threads=hardware_used.num_cores,
+        split=split,
         rates=rates,
         decode=decode,
         decode_full=decode_speed(sizes, replace(split, depth=context_length), rates),
@@ -103,9 +104,9 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
     )
 
 
-def kv_bytes(sizes: ModelSizes, context_length: int, kv_dtype: str) -> int:
-    """The latent cache of one sequence, in whole pages."""
-    num_pages = -(-context_length // PAGE_TOKENS)
+def kv_bytes(sizes: ModelSizes, num_tokens: int, kv_dtype: str) -> int:
+    """The latent cache, in whole pages."""
+    num_pages = -(-num_tokens // PAGE_TOKENS)
     return num_pages * PAGE_TOKENS * bytes_per_token(sizes.config, kv_dtype)
 
 
