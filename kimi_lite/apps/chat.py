@@ -257,14 +257,15 @@ class Chat:
 
     def _permit(self, call: ToolCall) -> "Permission":
         """Ask the user about a tool call; into a pipe nobody can be asked."""
-        from kimi_lite.apps.tools.confirm import long_arguments, refuse
+        from kimi_lite.apps.tools.confirm import ANSWERS, forget_typed_ahead, long_arguments, refuse
 
         if not self.is_interactive:
             return refuse(call, self.say)
         for line in long_arguments(call):
             self.say(line)
-        answer = self.choose(f"run {CONTROLS.sub('�', call.name)}? [y]es, [a]lways, [n]o, [s]top: ", "yans")
-        return {"y": "once", "a": "always", "n": "no", "s": "stop"}[answer]
+        forget_typed_ahead()
+        question = f"run {CONTROLS.sub('�', call.name)}? [y]es, [a]lways, [n]o, [s]top: "
+        return ANSWERS[self.choose(question, "".join(ANSWERS))]
 
     def _last_words(self) -> str:
         text = next((" ".join(turn.text.split()) for turn in reversed(self.session.turns) if turn.role == "user"), "")

@@ -9,7 +9,7 @@ from kimi_lite.apps.markdown import CONTROLS
 from kimi_lite.apps.tools.box import Ask, Permission
 from kimi_lite.text.tool_calls import ToolCall
 
-_ANSWERS: dict[str, Permission] = {"y": "once", "a": "always", "n": "no", "s": "stop"}
+ANSWERS: dict[str, Permission] = {"y": "once", "a": "always", "n": "no", "s": "stop"}
 
 
 def asker(say: Callable[[str], None]) -> Ask:
@@ -27,6 +27,7 @@ def ask_at_terminal(call: ToolCall, say: Callable[[str], None]) -> Permission:
     """Ask until there is an answer; Ctrl-C and the end of input stop the calls."""
     for line in long_arguments(call):
         say(line)
+    forget_typed_ahead()
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while True:
@@ -34,13 +35,21 @@ def ask_at_terminal(call: ToolCall, say: Callable[[str], None]) -> Permission:
             line = sys.stdin.readline()
             if not line:
                 return "stop"
-            if line.strip()[:1].lower() in _ANSWERS:
-                return _ANSWERS[line.strip()[:1].lower()]
+            if line.strip()[:1].lower() in ANSWERS:
+                return ANSWERS[line.strip()[:1].lower()]
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return "stop"
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def forget_typed_ahead() -> None:
+    """What was typed before a question was there is no answer to it."""
+    if sys.stdin.isatty():
+        import termios
+
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 def long_arguments(call: ToolCall) -> list[str]:
