@@ -200,25 +200,34 @@ class KVCache:
             return
         for index in range(sequence.num_offered, len(sequence.hashes)):
             read = partial(read_page, self.storage, int(sequence.pages[index]))
-            self.prefixes.offer(sequence.hashes[index], read)
+            self.prefixes.offer(sequence.hashes[index], index, read)
         sequence.num_offered = len(sequence.hashes)
 
     def _copy_partial(self, sequence: SequencePages, wanted: Sequence[int]) -> None:
-        """Copy the rows of the published page that begins most like `wanted` into a page of the sequence's own."""
+        """Copy the rows of the published page that begins most like `wanted` into a page of the sequence's own.
+
+        Where there is no room for a copy, and nobody else holds that page, it becomes the sequence's own itself.
+        """
         siblings = self._children.get(_last_hash(sequence), ())
         matches = ((_num_common(self._published[page].token_ids, wanted), page) for page in siblings)
         num_rows, source = max(matches, default=(0, -1))
         if num_rows == 0:
             return
         self._hold(source)  # so that taking a page does not take this one
+        page = None
         if self.num_available > 0:
             page = self._take()
             self.storage[:, page, :num_rows] = self.storage[:, source, :num_rows]
-            sequence.pages = np.append(sequence.pages, np.int32(page))
-            sequence.token_ids.extend(wanted[:num_rows])
+        elif self._num_holders[source] == 1:
+            page = source
+            self._num_holders[source] += 1
+            self._unpublish(source)
         self._num_holders[source] -= 1
         if self._num_holders[source] == 0:
             self._let_idle(source)
+        if page is not None:
+            sequence.pages = np.append(sequence.pages, np.int32(page))
+            sequence.token_ids.extend(wanted[:num_rows])
 
     def _publish_tail(self, sequence: SequencePages) -> None:
         """Make the last, not whole page findable, unless one that begins with the same tokens is already."""

@@ -70,9 +70,12 @@ class PrefixStore:
         self._unpruned_bytes = max_bytes  # written since the folder was last looked through; the first page makes it due
         self._is_failed = self._has_warned = False
 
-    def offer(self, page_hash: bytes, read: Callable[[], np.ndarray]) -> None:
-        """Save a page unless a file has it. `read` gives its content, at once."""
-        if self._is_failed or self._path(page_hash).exists():
+    def offer(self, page_hash: bytes, index: int, read: Callable[[], np.ndarray]) -> None:
+        """Save a page unless a file has it. `read` gives its content, at once.
+
+        index: its place in its prefix, of which only so much is saved as the folder may hold: an end alone is of no use.
+        """
+        if self._is_failed or (index + 1) * self._file_bytes > self.max_bytes or self._path(page_hash).exists():
             return
         if self._writer is None:
             self._writer = threading.Thread(target=self._write_all, name="kimi-lite-prefixes", daemon=True)
@@ -145,7 +148,7 @@ class PrefixStore:
         aside = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
         data = memoryview(content.reshape(-1))
         try:
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            with open(aside, "xb", opener=partial(os.open, mode=0o600)) as file:
                 file.write(_MAGIC + _digest(page_hash, data))
                 file.write(data)
                 file.flush()

@@ -70,6 +70,25 @@ def test_whole_pages_are_shared_and_the_partial_one_is_copied() -> None:
     check_rows(kv, a)
 
 
+def test_without_room_for_a_copy_the_page_itself_is_taken() -> None:
+    """The next turn of a conversation that fills the cache."""
+    kv = small_cache(num_pages=3)
+    kv.release(run_prompt(kv, list(range(150))))
+    again = kv.open([*range(140), 7])
+    assert again.num_cached == 140
+    compute(kv, again, [*range(140), 7], 141)
+    check_rows(kv, again)
+    kv.release(again)
+    assert kv.open([*range(140), 7, 8]).num_cached == 141
+
+
+def test_a_page_that_another_holds_is_not_taken() -> None:
+    kv = small_cache(num_pages=2)
+    other = run_prompt(kv, list(range(128)))
+    assert kv.open([*range(100), 7]).num_cached == 64
+    check_rows(kv, other)
+
+
 def test_a_prompt_of_whole_pages_does_not_write_into_the_shared_last_page() -> None:
     kv = small_cache()
     prompt = list(range(2 * PAGE_TOKENS))

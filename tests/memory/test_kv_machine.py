@@ -157,4 +157,4 @@ class TieredMachine(CacheMachine):
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestTieredMachine = TieredMachine.TestCase
-TestTieredMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestTieredMachine.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)

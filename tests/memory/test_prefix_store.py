@@ -115,6 +115,11 @@ def test_the_folder_stays_within_its_size(tmp_path: Path) -> None:
     assert found == [256, 2 * PAGE_TOKENS, 256]
 
 
+def test_of_a_prefix_larger_than_the_folder_the_beginning_is_kept(tmp_path: Path) -> None:
+    save(tmp_path, PROMPT, max_bytes=3 * PAGE_BYTES + 1)
+    assert num_cached(tmp_path, PROMPT) == 3 * PAGE_TOKENS
+
+
 def test_the_size_is_of_all_models_together_and_remains_are_swept(tmp_path: Path) -> None:
     save(tmp_path, PROMPT, key="b")
     old, new = tmp_path / "b" / "x.page.1.partial", tmp_path / "b" / "y.page.2.partial"
