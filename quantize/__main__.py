@@ -26,6 +26,9 @@ Calibrate = Annotated[
 ]
 CalibrateChunks = Annotated[int, typer.Option("--chunks", help="Of 512 tokens of that text; 0: up to 64.", min=0)]
 MaxRam = Annotated[str | None, typer.Option("--max-ram", metavar="SIZE", help="Most memory to use, e.g. 6G.")]
+Mmproj = Annotated[
+    str | None, typer.Option("--mmproj", metavar="TYPE", help="Vision tower to mmproj-NAME.gguf as well: bf16, f16, q8_0, f32.")
+]
 SplitSize = Annotated[str, typer.Option("--split-max-size", help="Largest file, e.g. 45G or 500M.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity beside the source.")]
@@ -46,6 +49,7 @@ def main(
     calibrate: Calibrate = None,
     chunks: CalibrateChunks = 0,
     max_ram: MaxRam = None,
+    mmproj: Mmproj = None,
     split_size: SplitSize = "45G",
     dry_run: DryRun = False,
     verify: Verify = False,
@@ -58,8 +62,8 @@ def main(
     from quantize.app import Settings, run
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    calibration = (calibrate, chunks, max_ram)
-    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit, *calibration)
+    more = (calibrate, chunks, max_ram, mmproj)
+    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit, *more)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("checking")

@@ -12,11 +12,12 @@ from quantize.codecs import EXACT_TYPES
 from quantize.codecs.feedback import FEEDBACK_TYPES
 from quantize.convert import ConvertReport, convert, make_job, open_model
 from quantize.imatrix import read_imatrix
+from quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from quantize.plan import describe_plan, make_plan
 from quantize.recipe import Recipe, find_recipe, uniform_recipe, with_overrides
 from quantize.sharding import parse_size
 from quantize.verify import verify_lines
-from quantize.writer import OnProgress
+from quantize.writer import OnProgress, existing_output
 
 if TYPE_CHECKING:
     from quantize.calibration import CalibrationText
@@ -41,11 +42,14 @@ class Settings:
     calibrate: Path | None = None
     calibrate_chunks: int = 0
     max_ram: str | None = None
+    mmproj: str | None = None
 
 
 def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying: bool) -> list[str]:
     """Does the work, or only describes it; returns what to tell the user. Raises KimiLiteError."""
     with ExitStack() as stack:
+        if settings.mmproj:
+            _check_mmproj(settings)
         calibration = _open_calibration(settings, on_progress)
         if calibration:
             stack.callback(calibration.close)
@@ -74,7 +78,19 @@ def _run(
     options = (on_progress, settings.is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
     report = convert(model, dst, recipe, *options)
     lines = [*_note_lines(report.notes), *fit_lines, *_report_lines(report)]
+    if settings.mmproj:
+        vision = write_mmproj(src, mmproj_path(dst), settings.mmproj, on_progress, settings.is_overwriting)
+        lines += [vision.summary, *_note_lines(vision.notes)]
     return [*lines, *verify_lines(src, report.path, on_progress)] if is_verifying else lines
+
+
+def _check_mmproj(settings: Settings) -> None:
+    """Finds now, and not after hours, what would stop the vision tower's file."""
+    src, path = settings.src.expanduser(), mmproj_path(settings.dst.expanduser())
+    find_mmproj_layout(settings.mmproj)
+    check_mmproj(src, read_tower(src)[0])
+    if path.exists() and not settings.is_overwriting:
+        raise existing_output(path)
 
 
 def _open_calibration(settings: Settings, on_progress: OnProgress) -> "CalibrationText | None":

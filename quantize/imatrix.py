@@ -73,10 +73,8 @@ def _read_gguf(path: Path) -> dict[str, np.ndarray]:
 
 
 def mean_squares(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over counts; ones for an expert that no token of the text chose."""
-    means = sums / np.maximum(counts, 1)
-    means[counts[:, 0] <= 0] = 1
-    return means.astype(np.float32)
+    """Sums (matrices, columns) over counts (matrices, 1) or (1, 1); ones for an expert that no token of the text chose."""
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
 
 
 def _read_dat(path: Path) -> dict[str, np.ndarray]:

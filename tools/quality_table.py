@@ -11,7 +11,7 @@ One Markdown table, then JSON as the last line. Files are written to a temporary
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,11 +141,10 @@ def main(
     calibration_chunks: Annotated[int, typer.Option(help="Chunks of the calibration text.", min=1)] = 16,
 ) -> None:
     """Measure what every type and encoder costs."""
-    show: Callable = lambda name, done, total: None  # noqa: E731
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            closing(CalibrationText.open(model, calibrate, calibration_chunks, show)) as calibration,
+            closing(CalibrationText.open(model, calibrate, calibration_chunks)) as calibration,
         ):
             table = Table(model, Path(folder), calibration, chunks)
             print("| type | bits | encoder | knows | MB | perplexity | ratio | KL (nats) | same best |\n" + "|---" * 9 + "|")
