@@ -44,9 +44,17 @@ def test_k25_names_shapes_and_values(folder):
     report = write_mmproj(path, path / "mmproj.gguf", "f32")
     store = GGUFStore.open(report.path)
     d = HIDDEN
-    want = {"v.patch_embd.weight": (d, 3, 14, 14), "v.position_embd.weight": (GRID, GRID, d),
-            "v.blk.1.attn_qkv.weight": (3 * d, d), "v.blk.0.ffn_up.weight": (FEED_FORWARD, d), "v.blk.0.ln1.bias": (d,), "v.post_ln.weight": (d,),
-            "mm.input_norm.bias": (d,), "mm.1.weight": (4 * d, 4 * d), "mm.2.weight": (TEXT_HIDDEN, 4 * d)}  # fmt: skip
+    want = {
+        "v.patch_embd.weight": (d, 3, 14, 14),
+        "v.position_embd.weight": (GRID, GRID, d),
+        "v.blk.1.attn_qkv.weight": (3 * d, d),
+        "v.blk.0.ffn_up.weight": (FEED_FORWARD, d),
+        "v.blk.0.ln1.bias": (d,),
+        "v.post_ln.weight": (d,),
+        "mm.input_norm.bias": (d,),
+        "mm.1.weight": (4 * d, 4 * d),
+        "mm.2.weight": (TEXT_HIDDEN, 4 * d),
+    }
     for name, shape in want.items():
         assert store.tensor(name).shape == shape, name
     assert len(store.tensors) == 3 + 12 * LAYERS + 2 + 6
