@@ -10,6 +10,7 @@ import typer
 
 from kimi_lite import __version__
 from kimi_lite.apps import flags
+from kimi_lite.apps.doctor import main as doctor
 from kimi_lite.apps.flags import parse_token_count as parse_token_count
 from kimi_lite.apps.imatrix import main as imatrix
 from kimi_lite.apps.plan import main as plan
@@ -136,6 +137,7 @@ def run(
 
 
 app.command("plan")(plan)
+app.command("doctor")(doctor)
 app.command("quantize")(quantize)
 app.command("imatrix")(imatrix)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from kimi_lite.apps.flags import parse_token_count
 from kimi_lite.units import SIZE_HELP, parse_size
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
     from kimi_lite.memory.plan import Plan, PlanLimits
 
 _WHAT, _MACHINE, _OUTPUT = "What to plan", "The machine", "Output"
-
-
-def _tokens(text: str) -> int:
-    from kimi_lite.cli import parse_token_count
-
-    return parse_token_count(text)
 
 
 def _option(*flags: str, help: str, panel: str, **more: object) -> typer.models.OptionInfo:
@@ -39,7 +34,9 @@ Recipe = Annotated[
 ]
 Context = Annotated[
     int | None,
-    _option("-c", "--ctx", help="Context in tokens, as 32K; 0: the model's.", panel=_WHAT, parser=_tokens, metavar="TOKENS"),
+    _option(
+        "-c", "--ctx", help="Context in tokens, as 32K; 0: the model's.", panel=_WHAT, parser=parse_token_count, metavar="TOKENS"
+    ),
 ]
 KvDtype = Annotated[Literal["f32", "f16", "bf16", "q8"], _option("--kv-dtype", help="Type of the cache.", panel=_WHAT)]
 Vision = Annotated[bool, _option("--vision/--no-vision", help="Count the model's eyes, if it has some.", panel=_WHAT)]

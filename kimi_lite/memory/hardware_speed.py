@@ -13,6 +13,7 @@ import platformdirs
 from kimi_lite.memory.hardware import Hardware
 
 _FILE_NAME = "speeds.json"
+_KEPT_DAYS = 30
 _LARGEST_FILES = ("*.gguf", "*.safetensors")
 
 
@@ -25,7 +26,7 @@ def measure(hardware: Hardware) -> Hardware:
     disk_bytes_s = measure_disk(file) if file else None
     if disk_bytes_s:
         found["disk"] = disk_bytes_s
-    return measured(hardware, **found)
+    return recall(measured(hardware, **found))
 
 
 def measured(hardware: Hardware, **bytes_s: float) -> Hardware:
@@ -43,15 +44,21 @@ def recall(hardware: Hardware) -> Hardware:
 
 
 def remember(hardware: Hardware, **bytes_s: float) -> None:
-    """Keeps speeds of `ram` and `disk`; a cache folder that cannot be written only means measuring again."""
+    """Keeps speeds of `ram` and `disk`, the fastest of a month: other programs only ever make a machine look slower. A cache
+    folder that cannot be written only means measuring again."""
     keys = {"ram": _machine_key(hardware), "disk": _disk_key(hardware)}
-    entries = {keys[place]: {"bytes_s": speed, "date": date.today().isoformat()} for place, speed in bytes_s.items()}
-    file = _file()
+    file, today = _file(), date.today()
+    known = {key: entry for key, entry in _read(file).items() if _age_days(entry, today) <= _KEPT_DAYS}
+    entries = {
+        keys[place]: {"bytes_s": speed, "date": today.isoformat()}
+        for place, speed in bytes_s.items()
+        if speed >= known.get(keys[place], {}).get("bytes_s", 0)
+    }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{_FILE_NAME}.{os.getpid()}.partial")
         with partial.open("w", encoding="utf-8") as stream:
-            json.dump(_read(file) | entries, stream, indent=1)
+            json.dump(known | entries, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
@@ -78,6 +85,13 @@ def _read(file: Path) -> dict:
         return {key: entry for key, entry in record.items() if float(entry["bytes_s"]) > 0}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def _age_days(entry: dict, today: date) -> float:
+    try:
+        return (today - date.fromisoformat(entry["date"])).days
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _machine_key(hardware: Hardware) -> str:
