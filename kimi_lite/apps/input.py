@@ -49,6 +49,12 @@ class Pastes:
         self._texts[words] = text
         return words
 
+    def collapse(self, text: str) -> str:
+        """`expand` backwards, for a message that comes back."""
+        for words, full in self._texts.items():
+            text = text.replace(full.strip(), words)
+        return text
+
     def expand(self, text: str) -> str:
         for words, full in self._texts.items():
             text = text.replace(words, full)
@@ -95,7 +101,7 @@ class TerminalInput:
         self._question: PromptSession[str] = PromptSession()
 
     def read(self, draft: str) -> str:
-        return unquote_block(self._pastes.expand(self._session.prompt(default=draft)))
+        return unquote_block(self._pastes.expand(self._session.prompt(default=self._pastes.collapse(draft))))
 
     def choose(self, question: str, answers: str) -> str:
         while True:
