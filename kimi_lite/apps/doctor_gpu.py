@@ -9,7 +9,7 @@ from kimi_lite.apps.doctor_checks import Check, Facts
 from kimi_lite.memory.hardware import Gpu
 from kimi_lite.units import GIB, gib
 
-_OLDEST_GENERATION, _OLDEST_BFLOAT16 = 7.0, 8.0
+_OLDEST_GENERATION = 8.0  # as native.gpu.support asks
 _BUSY_BYTES = 1.5 * GIB  # more than a desktop's windows
 
 
@@ -41,11 +41,8 @@ def check_card(gpu: Gpu) -> Check:
     pcie = f"PCIe {gpu.pcie_bytes_s / 1e9:.0f} GB/s" if gpu.pcie_bytes_s else ""
     generation = f"sm_{gpu.compute_capability.replace('.', '')}" if gpu.compute_capability else ""
     found = ", ".join(part for part in (f"{gpu.name}, {gib(gpu.vram_total_bytes)}", generation, *speeds, pcie) if part)
-    capability = float(gpu.compute_capability or 9)
-    if capability < _OLDEST_GENERATION:
-        return Check("gpu", "fail", found, "too old for Triton: --device cpu")
-    if capability < _OLDEST_BFLOAT16:
-        return Check("gpu", "warn", found, "no bfloat16 on this generation: slower, --device cpu may be faster")
+    if gpu.compute_capability and float(gpu.compute_capability) < _OLDEST_GENERATION:
+        return Check("gpu", "fail", found, "kernels need sm_80 or newer (bfloat16 tensor cores): --device cpu")
     return Check("gpu", "ok", found)
 
 
