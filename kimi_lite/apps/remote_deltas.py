@@ -132,7 +132,7 @@ class DeltaReader:
         return Stats(
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             cached_tokens=int(details.get("cached_tokens") or usage.get("cached_tokens") or 0),
-            prompt_s=until_first_s,
+            prompt_s=until_first_s if usage.get("prompt_tokens") else 0.0,
             generated_tokens=int(usage.get("completion_tokens") or self._num_deltas),
             generation_s=(self._last_s - self._first_s) if self._first_s is not None and self._last_s is not None else 0.0,
             time_to_first_token_s=until_first_s,

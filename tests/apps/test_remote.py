@@ -70,6 +70,8 @@ def test_a_stream_becomes_tokens() -> None:
     last = tokens[-1]
     assert (last.finish_reason, last.stats.prompt_tokens, last.stats.cached_tokens) == ("tool_calls", 24, 8)
     assert last.stats.generated_tokens == 9
+    unknown = read([sse({"content": "a"}, {"content": "b"})])[-1].stats  # a server that does not count
+    assert (unknown.prompt_tokens, unknown.prompt_tok_s, unknown.generated_tokens) == (0, None, 2)
 
 
 @settings(deadline=None, max_examples=60)

@@ -79,3 +79,16 @@ def test_chat_asks_and_renders(folder: Path, tmp_path: Path, monkeypatch: pytest
         assert terminal.wait() == 0
         terminal.close()
     assert fake.bodies[1]["messages"][-1]["content"] == "hello\nthere"
+
+
+def test_run_asks_at_a_terminal_and_ctrl_c_stops_the_calls(folder: Path) -> None:
+    with FakeOpenAI(READ, DONE) as fake:
+        terminal = Terminal("kimi_lite", "run", "--endpoint", fake.url, "--tools", str(folder), "hi")
+        terminal.wait_for("[s]top")
+        terminal.type("maybe\r")
+        terminal.wait_for("[s]top")
+        terminal.type("\x03")
+        terminal.wait_for("stopped; calls without a result were not run")
+        assert terminal.wait() == 0
+        terminal.close()
+    assert len(fake.bodies) == 1
