@@ -45,6 +45,17 @@ PrefixCache = Annotated[
 PrefixCacheSize = Annotated[
     str, _setting("--prefix-cache-size", help="How much of them is kept on disk.", panel=MODEL, metavar="SIZE")
 ]
+Device = Annotated[
+    str | None, _setting("--device", help="cuda, cuda:1 or cpu. Default: the GPU where one can be used.", panel=MODEL)
+]
+Vram = Annotated[str | None, _setting("--vram", help="VRAM it may take, never exceeded.", panel=MODEL, metavar="SIZE")]
+GpuExperts = Annotated[
+    int | None, _setting("--gpu-experts", help="Experts kept in VRAM. Default: as many as fit.", panel=MODEL, min=0)
+]
+Dense = Annotated[
+    Literal["q8_0", "bf16", "file"],
+    _setting("--dense", help="On a GPU: the weights that every token uses; file: as they are.", panel=MODEL),
+]
 Ram = Annotated[
     str | None, _setting("--ram", help="Memory it may take; experts beyond it stay on disk.", panel=MODEL, metavar="SIZE")
 ]

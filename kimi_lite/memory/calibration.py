@@ -27,8 +27,7 @@ class ExpertCosts:
     cpu_s: float = 1.5e-4
     choice_s: float = 2.5e-5
     num_streams: int = 0
-    _normal: np.ndarray = field(default_factory=lambda: np.zeros((2, 2)))
-    _right: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of least squares: 1, n, n^2, s, n * s
 
     def observe_stream(self, num_experts: int, elapsed_s: float) -> None:
         """`num_experts` were streamed and multiplied in this time."""
@@ -41,14 +40,18 @@ class ExpertCosts:
         """The CPU computed `num_choices` (token, expert) pairs of `num_experts` experts in this time."""
         if not num_experts:
             return
-        row = np.array([num_experts, num_choices], float)
-        scale = 1 / row[0]  # every layer counts alike, whatever its size
-        self._normal = _MEMORY * self._normal + np.outer(row, row) * scale**2
-        self._right = _MEMORY * self._right + row * elapsed_s * scale**2
-        prior = np.array([self.cpu_s, self.choice_s])  # holds the direction that the layers so far do not show
-        ridge = 1e-3 * np.diag(np.maximum(self._normal.diagonal(), 1e-12))
-        cpu_s, choice_s = np.linalg.solve(self._normal + ridge, self._right + ridge @ prior)
-        self.cpu_s, self.choice_s = max(float(cpu_s), 1e-9), max(float(choice_s), 1e-9)
+        mean = num_choices / num_experts  # every layer counts alike, whatever its size
+        each_s = elapsed_s / num_experts
+        self._sums = [
+            _MEMORY * old + new for old, new in zip(self._sums, (1, mean, mean * mean, each_s, mean * each_s), strict=True)
+        ]
+        count, choices, squares, right, right_choices = self._sums
+        hold, hold_choices = 1e-3 * count, 1e-3 * squares  # of what is known, where the layers so far do not tell the two apart
+        a, c = count + hold, squares + hold_choices
+        b, d = right + hold * self.cpu_s, right_choices + hold_choices * self.choice_s
+        determinant = a * c - choices * choices
+        self.cpu_s = max((c * b - choices * d) / determinant, 1e-9)
+        self.choice_s = max((a * d - choices * b) / determinant, 1e-9)
 
     def split(self, counts: Sequence[int], num_windows: int = 1) -> int:
         """How many experts to stream when `counts` (descending) tokens want each: both sides should end together.

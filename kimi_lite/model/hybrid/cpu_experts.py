@@ -67,6 +67,7 @@ class CpuExperts:
         self._teams = {count: Team(count) for count in thread_counts}
         self._sums = np.zeros((capacity, c.hidden_size), np.float32)
         self._kept: list[ExpertsOp] = []
+        self._nothing = Program([])
         tables = {layer: experts.table[: c.num_experts] for layer, experts in layers.items()}
         self._row_programs = {layer: self._program(table, is_summed=False) for layer, table in tables.items()}
         self._sum_programs = {layer: self._program(table, is_summed=True) for layer, table in tables.items()}
@@ -101,6 +102,10 @@ class CpuExperts:
         assert count <= self.capacity, (count, self.capacity)
         self._x.values[:count], self._ids[:count] = x, expert_ids
         self._run.set_tokens(self._tokens[:count])
+
+    def keep_awake(self, num_threads: int) -> None:
+        """A moment of nothing on all threads, so that they are there when the GPU has chosen: waking them takes long."""
+        self._teams[num_threads].run(self._nothing)
 
     def close(self) -> None:
         """Ends the threads."""

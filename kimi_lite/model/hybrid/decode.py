@@ -118,9 +118,8 @@ class DecodeSegments:
 
     def _run_beside(self, index: int) -> None:
         layer = self._layers[index]
-        slots, rows = self._experts.hits(layer.number, self._normed, self._ids)
+        slots, _ = self._experts.hits(layer.number, self._normed, self._ids, self._hit_rows)
         self._slots.copy_(slots)
-        self._hit_rows.copy_(rows)
         aside = layer.aside(self._normed)
         if aside is not None:
             self._aside.copy_(aside)
@@ -129,8 +128,7 @@ class DecodeSegments:
         """The experts of the layer before this one, and what ran beside them."""
         if index == 0 or self._layers[index - 1].is_dense:
             return
-        self.x += self._experts.join(self._slots, self._hit_rows, self._miss_rows, self._weights)
-        self.x += self._aside
+        self.x += self._experts.join(self._slots, self._hit_rows, self._miss_rows, self._weights, self._aside)
 
     def _run_last(self) -> None:
         self._add_previous(len(self._layers))

@@ -79,12 +79,18 @@ class Kernels(Protocol):
         """(T, E) -> int32 (T, top_k) and weights (T, top_k)."""
 
     def expert_choices(
-        self, x: torch.Tensor, slots: torch.Tensor, form: SlotForm, slot_of_choice: torch.Tensor, token_of_choice: torch.Tensor
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        form: SlotForm,
+        slot_of_choice: torch.Tensor,
+        token_of_choice: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D), uint8 (slots, slot_bytes), int32 (n,) twice -> (n, D) unweighted. Rows of slot -1 are never looked at."""
+        """(T, D), uint8 (slots, slot_bytes), int32 (n,) twice -> `out` (n, D) unweighted. Rows of slot -1 are nothing."""
 
-    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """(T, K, D), (T, K) -> (T, D), choice after choice."""
+    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        """(T, K, D), (T, K) -> (T, D), choice after choice, then + base (T, D)."""
 
 
 class TritonKernels:
@@ -136,9 +142,15 @@ class TritonKernels:
         return self._router.route(logits, bias, rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)
 
     def expert_choices(
-        self, x: torch.Tensor, slots: torch.Tensor, form: SlotForm, slot_of_choice: torch.Tensor, token_of_choice: torch.Tensor
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        form: SlotForm,
+        slot_of_choice: torch.Tensor,
+        token_of_choice: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._experts.expert_choices(x, slots, form, slot_of_choice, token_of_choice)
+        return self._experts.expert_choices(x, slots, form, slot_of_choice, token_of_choice, out)
 
-    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self._elementwise.weighted_sum(rows, weights)
+    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        return self._elementwise.weighted_sum(rows, weights, base)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from kimi_lite.memory.accelerator import Accelerator
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache

@@ -78,7 +78,13 @@ class StandInKernels:
         return torch.from_numpy(ids), torch.from_numpy(weights.astype(np.float32))
 
     def expert_choices(
-        self, x: torch.Tensor, slots: torch.Tensor, form: SlotForm, slot_of_choice: torch.Tensor, token_of_choice: torch.Tensor
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        form: SlotForm,
+        slot_of_choice: torch.Tensor,
+        token_of_choice: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """By the CPU's kernel, which groups tokens by expert as it does for the CPU's own."""
         ids, tokens = slot_of_choice.numpy(), token_of_choice.numpy()
@@ -91,13 +97,14 @@ class StandInKernels:
             at[i] = token * top_k + place[token]
             place[token] += 1
         rows = run_experts(x.numpy(), _matrices(slots.numpy(), form), table, form)
-        return torch.from_numpy(rows[at])
+        chosen = torch.from_numpy(rows[at])
+        return chosen if out is None else out.copy_(chosen)
 
-    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
         total = torch.zeros_like(rows[:, 0])
         for k in range(rows.shape[1]):
             total += rows[:, k] * weights[:, k, None]
-        return total
+        return total if base is None else total + base
 
 
 def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: SlotForm) -> np.ndarray:
