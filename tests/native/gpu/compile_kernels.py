@@ -101,7 +101,7 @@ def _stack_bytes(machine_code: bytes) -> int:
 def _check(launch: Launch, capability: int) -> None:
     """Compiles and prints; SystemExit where the GPU could not run the result, or only badly."""
     compiled, name = launch.compiled(capability), launch.kernel.__name__
-    decode = launch.arguments.get("DECODE", launch.arguments.get("G_DECODE"))
+    decode = launch.argument("DECODE") or launch.argument("G_DECODE")
     what = f"sm_{capability} {name}{f' of {decode.__name__}' if decode else ''}"
     shared, stack = compiled.metadata.shared, _stack_bytes(compiled.asm["cubin"])
     assert f".target sm_{capability}" in compiled.asm["ptx"], what
