@@ -160,6 +160,8 @@ def bench(context: typer.Context) -> None:
 
 def main() -> None:
     """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     try:
         app(prog_name="kimi-lite")
     except KimiLiteError as error:

@@ -88,7 +88,7 @@ def test_flags_reach_the_engine_and_the_sampler(opened: list[Engine], monkeypatc
     seen = []
     add = Engine.add
     monkeypatch.setattr(Engine, "add", lambda self, request: seen.append(request) or add(self, request))
-    flags = "-c 2K -t 3 -n 7 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --seed 4 -s short --no-think"
+    flags = "-c 2K -t 3 -n 7 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --seed 4 -s short --no-think --no-prefix-cache"
     invoke("hi", *flags.split(" "))
     sampling = seen[0].sampling
     assert opened[0].opened_with == (Path("x.gguf"), LoadOptions(context_length=2048, num_threads=3))
@@ -162,6 +162,12 @@ def test_on_a_terminal_reasoning_is_dim_and_the_answer_cannot_change_the_termina
     assert "thought for" in terminal.seen
     assert "you said: hi \ufffd[31mred" in terminal.seen
     assert "\x1b[31m" not in terminal.raw
+
+
+def test_a_stdout_of_another_encoding_shows_what_it_can() -> None:
+    process = spawn("run", "-m", "x", "你 hi", "-q", env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert process.communicate(timeout=30) == ("you said: ? hi\n", "")
+    assert process.returncode == 0
 
 
 def test_a_reader_that_leaves_is_no_drama() -> None:
