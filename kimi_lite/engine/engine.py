@@ -9,6 +9,7 @@ Not thread-safe, but for `cancel`, which any thread or signal handler may call. 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -95,8 +96,9 @@ class Engine:
         self.is_closed = True
         for sequence in list(self._live.values()):
             self._drop(sequence)
-        for holding in (self.model, *self._holdings):
-            holding.close()
+        with ExitStack() as stack:  # one that fails does not keep the others open
+            for holding in (*reversed(self._holdings), self.model):
+                stack.callback(holding.close)
 
     def __enter__(self) -> "Engine":
         return self

@@ -102,13 +102,14 @@ def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCac
 
 def attach_tiers(kv: KVCache, store: GGUFStore, options: LoadOptions) -> list[PrefixStore]:
     """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be closed."""
-    if not isinstance(kv.storage, np.ndarray):
+    is_on_cpu = isinstance(kv.storage, np.ndarray)
+    if not is_on_cpu:
         page_bytes = math.prod(kv.page_shape)
         num_pages = min(kv.num_pages, int(psutil.virtual_memory().available * _SPILL_SHARE) // page_bytes)
         kv.host = HostPages(num_pages, kv.storage) if num_pages else None
     if options.prefix_folder is None:
         return []
-    key = model_key(store, options.kv_dtype, options.cache_bias)
+    key = model_key(store, options.kv_dtype, options.cache_bias, is_on_cpu or options.dense_type)
     kv.prefixes = PrefixStore(options.prefix_folder, key, kv.page_shape, options.prefix_bytes or DEFAULT_MAX_BYTES)
     return [kv.prefixes]
 
