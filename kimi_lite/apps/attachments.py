@@ -28,7 +28,13 @@ class Attachment:
 
     def describe(self) -> str:
         """`notes.md (12 lines)`"""
-        return f"{self.name} ({self.text.count(chr(10)) + 1:,} lines)" if not self.url else f"{self.name} (image)"
+        num_lines = len(self.text.splitlines())
+        return f"{self.name} (image)" if self.url else f"{self.name} ({counted(num_lines, 'line')})"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 line`, `2 lines`"""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def read_text(argument: str) -> Attachment:

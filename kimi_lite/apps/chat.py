@@ -14,12 +14,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kimi_lite.apps.attachments import Attachment, compose, dropped_images, read_image
+from kimi_lite.apps.attachments import Attachment, compose, counted, dropped_images, read_image
 from kimi_lite.apps.commands import all_commands, is_command
 from kimi_lite.apps.folders import state_folder
 from kimi_lite.apps.interrupt import as_exit, on_interrupt, silent_keys
 from kimi_lite.apps.markdown import CONTROLS
-from kimi_lite.apps.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_error, show_plain, stats_line
+from kimi_lite.apps.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_plain, stats_line
 from kimi_lite.apps.room import make_room, warn_when_nearly_full
 from kimi_lite.apps.sessions import Autosave, SessionStore
 from kimi_lite.engine.answer_settings import AnswerSettings
@@ -111,8 +111,16 @@ class Chat:
                 self._handle(line)
 
     def say(self, text: str) -> None:
-        """A remark of the program's own."""
-        show_plain(self.aside, CONTROLS.sub("�", text), style="dim")
+        """A remark of the program's own, wrapped between words; whole lines into a pipe."""
+        self._say(text, "dim")
+
+    def _say(self, text: str, style: str) -> None:
+        text = CONTROLS.sub("�", text)
+        if not self.aside.is_terminal:
+            show_plain(self.aside, text, style=style)
+            return
+        body = text.lstrip(" ")
+        self.aside.print(Padding(Text(body), (0, 0, 0, len(text) - len(body)), expand=False), style=style, highlight=False)
 
     def say_table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Names and what belongs to them, in two columns."""
@@ -215,7 +223,7 @@ class Chat:
             return
         self.attachments.clear()
         session = self.session
-        self.say(f"{name}: {len(session.exchanges)} exchanges{self._last_words()}")
+        self.say(f"{name}: {counted(len(session.exchanges), 'exchange')}{self._last_words()}")
         if self.autosave.made_by != session.info.name:
             self.say(f"it was held with {self.autosave.made_by}; {session.info.name} reads all of it anew")
 
@@ -228,7 +236,9 @@ class Chat:
             elif line.strip():
                 (self.replace if is_editing else self.ask)(line.strip())
         except KimiLiteError as error:
-            show_error(self.aside, error)
+            self._say(error.message, "red")
+            if error.hint:
+                self._say(error.hint, "")
             if not self.is_interactive:
                 self.draft = ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from kimi_lite.apps.attachments import counted
 from kimi_lite.apps.commands import Registry
 from kimi_lite.apps.pictures import bar, heat_rows
 from kimi_lite.apps.room import drop_oldest, summarise_oldest
@@ -46,13 +47,13 @@ def _show_context(chat: Chat) -> None:
     session = chat.session
     used, total = session.count_tokens(), session.context_length
     num_hidden = sum(turn.role == "user" for turn in session.turns[: session.num_dropped])
-    parts = [f"{len(session.exchanges)} exchanges"]
+    parts = [counted(len(session.exchanges), "exchange")]
     if num_hidden:
-        parts.append(f"{num_hidden} older ones {'summarised' if session.summary else 'dropped'}")
+        parts.append(f"{num_hidden} older {'summarised' if session.summary else 'dropped'}")
     if used is None or total is None:
         chat.say("the endpoint keeps its context length to itself · " + " · ".join(parts))
         return
-    width = max(min(chat.aside.width - 50, 32), 8)
+    width = max(min(chat.aside.width - 60, 32), 8)
     parts = [f"{used:,} of {total:,} tokens ({100 * used / total:.0f} %)", *parts]
     chat.say(f"{bar(used / total, width)} " + " · ".join(parts))
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kimi_lite.apps.attachments import counted
 from kimi_lite.apps.commands import Registry
 from kimi_lite.apps.export import FORMATS, export
 from kimi_lite.errors import KimiLiteError
@@ -50,9 +51,9 @@ def _sessions(chat: Chat, argument: str) -> None:
         chat.say("no conversation is saved yet")
     rows = []
     for one in found[:_MOST_LISTED]:
-        mark = " (this one)" if one.name == chat.autosave.name else ""
+        mark = " · this one" if one.name == chat.autosave.name else ""
         when = datetime.fromtimestamp(one.updated_s).strftime("%d %b %H:%M")
-        rows.append((one.name + mark, one.error or f"{when} · {one.num_turns} turns · {one.title}"))
+        rows.append((one.name, one.error or f"{when} · {counted(one.num_turns, 'turn')}{mark} · {one.title}"))
     chat.say_table(rows)
     if len(found) > _MOST_LISTED:
         chat.say(f"and {len(found) - _MOST_LISTED} older ones in {chat.autosave.store.folder}")

@@ -101,15 +101,15 @@ def open_session(settings: Settings, aside: Console) -> Conversation:
 def greeting(session: Conversation, settings: Settings) -> list[str]:
     """The lines before the first prompt: model, recipe, where things lie, context, mode, ceiling."""
     plan = getattr(getattr(session, "engine", None), "plan", None)
+    mode = session.mode if session.can_think else f"no thinking mode ({session.settings.describe_sampling()})"
     if plan is None:
         context = "" if session.context_length is None else f" · context {session.context_length:,}"
         place = f"  {settings.endpoint}" if settings.endpoint else f"  {describe_model(session.info)}"
-        mode = session.mode if session.can_think else f"no thinking mode ({session.settings.describe_sampling()})"
         lines = [f"kimi-lite {__version__} · {session.info.name}", f"{place}{context}", f"  {mode} · /help for help"]
     else:
         from kimi_lite.apps.plan_view import start_panel
 
-        lines = start_panel(plan, session.mode, "/help for help")
+        lines = start_panel(plan, mode, "/help for help")
     return [*lines, *(f"  {line}" for line in DEMO_REMARKS if settings.is_demo)]
 
 

@@ -181,7 +181,7 @@ def test_ctx_shows_drops_and_summarises(talk: Talk) -> None:
     assert "3 exchanges" in talk.say("/ctx")
     shown = talk.say("/ctx drop 1")
     assert "the oldest exchange is no longer sent" in shown
-    assert "2 exchanges · 1 older ones dropped" in shown
+    assert "2 exchanges · 1 older dropped" in shown
     shown = talk.say("/ctx summarise 1")
     assert "replaced by this summary" in shown
     assert talk.session.summary.startswith("you said: Summarise our conversation")
@@ -218,7 +218,7 @@ def test_experts_shows_hit_rates_and_heat_where_there_are_some(talk: Talk) -> No
 def test_read_puts_files_into_the_next_message_only(talk: Talk, tmp_path: Path) -> None:
     path = tmp_path / "my notes.md"
     path.write_text("```\nsecret\n```\n")
-    assert "3 lines), about" in talk.say(f"/read {path}").replace("4 lines", "3 lines")
+    assert "my notes.md (3 lines), about" in talk.say(f"/read {path}")
     assert "my notes.md" in talk.say("/read")
     talk.say("what is it?", "and now?")
     assert said(talk)[0] == "what is it?\n\nFile `my notes.md`:\n````\n```\nsecret\n```\n````"
@@ -242,10 +242,10 @@ def test_save_load_sessions_and_delete(talk: Talk) -> None:
     assert "There is a conversation 'first' already" in talk.say("/save first")
     shown = talk.say("/sessions")
     assert "first" in shown
-    assert "second (this one)" in shown
+    assert [line.split()[0] for line in shown.splitlines() if "this one" in line] == ["second"]
     assert "one" in shown
     assert len(talk.store.summaries()) == 2
-    assert "first: 1 exchanges, the last about: one" in talk.say("/load first")
+    assert "first: 1 exchange, the last about: one" in talk.say("/load first")
     talk.say("more")
     assert said(talk) == ["one", "you said: one", "more", "you said: more"]
     assert "is the conversation you are in" in talk.say("/sessions delete first")
@@ -295,7 +295,7 @@ def test_a_full_context_is_never_cut_silently(tmp_path: Path, capsys: pytest.Cap
     talk.say("word " * 70, answers="d")
     assert talk.session.num_dropped > 0
     assert len(talk.session.exchanges) >= 1
-    assert "older ones dropped" in talk.say("/ctx")
+    assert "older dropped" in talk.say("/ctx")
 
 
 def test_a_context_that_fills_up_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

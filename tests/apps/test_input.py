@@ -81,7 +81,7 @@ def test_completion_of_commands_paths_and_settings(terminal: Terminal, tmp_path:
     terminal.type("\t")
     terminal.wait_until(lambda screen: any(row.startswith("❯ /read") and "notes of mine" in row for row in screen))
     terminal.enter("")
-    assert any("notes of mine.md (1 lines)" in row for row in terminal.screen)
+    assert any("notes of mine.md (1 line)" in row for row in terminal.screen)
     assert terminal.screen[-1].startswith("1 file(s) ❯") or "file(s)" in terminal.screen[-1]
 
 

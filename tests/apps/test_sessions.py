@@ -99,7 +99,7 @@ def test_two_programs_on_one_conversation_and_the_second_is_refused_politely(tmp
     first.type("\x04")
     assert first.wait() == 0
     third = Terminal(FAKE, "chat", "-m", "x", "--continue")
-    third.wait_for("mine: 1 exchanges, the last about: hello")
+    third.wait_for("mine: 1 exchange, the last about: hello")
     for one in (first, second, third):
         one.close()
 
@@ -138,7 +138,7 @@ def test_a_killed_chat_goes_on_where_it_was(tmp_path: Path) -> None:
     terminal.wait()
     terminal.close()
     again = Terminal(FAKE, "chat", "-m", "x", "--continue")
-    again.wait_for("1 exchanges, the last about: first words")
+    again.wait_for("1 exchange, the last about: first words")
     again.close()
 
 
