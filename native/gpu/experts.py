@@ -42,27 +42,27 @@ def gate_up_kernel(
     x, gate_data, up_data, hidden, gate_table, up_table, slot_of_choice, token_of_choice, num_rows, x_stride,
     gate_offset, up_offset, gate_slot, up_slot, gate_stride, up_stride, gate_blocks, up_blocks,
     G_DECODE: tl.constexpr, G_COLUMN: tl.constexpr, G_LANES: tl.constexpr, G_PLANES: tl.constexpr, G_BLOCK_SIZE: tl.constexpr,
-    G_BLOCK_BYTES: tl.constexpr, G_COLUMN_RUN: tl.constexpr, G_IS_PADDED: tl.constexpr, G_ALIGN: tl.constexpr,
+    G_BLOCK_BYTES: tl.constexpr, G_RUN: tl.constexpr, G_IS_PADDED: tl.constexpr, G_ALIGN: tl.constexpr,
     G_TILE: tl.constexpr,
     U_DECODE: tl.constexpr, U_COLUMN: tl.constexpr, U_LANES: tl.constexpr, U_PLANES: tl.constexpr, U_BLOCK_SIZE: tl.constexpr,
-    U_BLOCK_BYTES: tl.constexpr, U_COLUMN_RUN: tl.constexpr, U_IS_PADDED: tl.constexpr, U_ALIGN: tl.constexpr,
+    U_BLOCK_BYTES: tl.constexpr, U_RUN: tl.constexpr, U_IS_PADDED: tl.constexpr, U_ALIGN: tl.constexpr,
     U_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, choice): rows i * ROWS and on of hidden[choice]. Offsets and strides of data count units of ALIGN."""
     choice = tl.program_id(1)
     slot = tl.load(slot_of_choice + choice).to(tl.int64)
     if slot >= 0:
-        token = tl.load(token_of_choice + choice).to(tl.int64)[None, None, None]
+        token = tl.load(token_of_choice + choice).to(tl.int64)[None, None, None, None]
         first = tl.program_id(0) * ROWS
-        row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None].to(tl.int64)
+        row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None, None].to(tl.int64)
         gate = row_products(
             x, gate_data + (slot * gate_slot + gate_offset + row * gate_stride) * G_ALIGN, gate_table, gate_blocks,
-            token * x_stride, 1, ROWS, G_DECODE, G_COLUMN, G_LANES, G_PLANES, G_BLOCK_SIZE, G_BLOCK_BYTES, G_COLUMN_RUN,
+            token * x_stride, 1, ROWS, G_DECODE, G_COLUMN, G_LANES, G_PLANES, G_BLOCK_SIZE, G_BLOCK_BYTES, G_RUN,
             G_IS_PADDED, G_TILE,
         )  # fmt: skip
         up = row_products(
             x, up_data + (slot * up_slot + up_offset + row * up_stride) * U_ALIGN, up_table, up_blocks,
-            token * x_stride, 1, ROWS, U_DECODE, U_COLUMN, U_LANES, U_PLANES, U_BLOCK_SIZE, U_BLOCK_BYTES, U_COLUMN_RUN,
+            token * x_stride, 1, ROWS, U_DECODE, U_COLUMN, U_LANES, U_PLANES, U_BLOCK_SIZE, U_BLOCK_BYTES, U_RUN,
             U_IS_PADDED, U_TILE,
         )  # fmt: skip
         at = first + tl.arange(0, ROWS)[None, :]
@@ -73,7 +73,7 @@ def gate_up_kernel(
 def down_kernel(
     hidden, data, out, table, slot_of_choice, num_rows, width, out_stride, offset, slot_stride, row_stride, num_blocks,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, COLUMN_RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, choice): rows i * ROWS and on of out[choice]."""
@@ -81,11 +81,11 @@ def down_kernel(
     slot = tl.load(slot_of_choice + choice).to(tl.int64)
     if slot >= 0:
         first = tl.program_id(0) * ROWS
-        row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None].to(tl.int64)
-        which = choice.to(tl.int64)[None, None, None]
+        row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None, None].to(tl.int64)
+        which = choice.to(tl.int64)[None, None, None, None]
         total = row_products(
             hidden, data + (slot * slot_stride + offset + row * row_stride) * ALIGN, table, num_blocks, which * width, 1, ROWS,
-            DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, COLUMN_RUN, IS_PADDED, TILE,
+            DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, RUN, IS_PADDED, TILE,
         )  # fmt: skip
         at = first + tl.arange(0, ROWS)[None, :]
         tl.store(out + choice.to(tl.int64) * out_stride + at, total, at < num_rows)

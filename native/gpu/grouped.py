@@ -47,7 +47,7 @@ def grouped_kernel(
     x, data, out, table, order, token_of_choice, slot_of_block, first_of_block, end_of_block, num_rows, num_blocks, x_stride,
     out_stride, offset, slot_stride, row_stride,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, COLUMN_RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, FACTOR: tl.constexpr,
     IS_GATHERED: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, block): rows i * ROWS and on of a block's choices. IS_GATHERED: x by tokens, else by choices."""
@@ -64,16 +64,19 @@ def grouped_kernel(
         source_at = x + source[:, None].to(tl.int64) * x_stride  # (CHOICES, 1)
         total = tl.zeros((CHOICES, ROWS), tl.float32)
         for start in range(0, num_blocks * LANES, TILE):
-            lane = start + tl.arange(0, TILE)[None, :]
-            block, unit = lane // LANES, lane % LANES
-            mask = block < num_blocks  # (1, TILE)
-            base = row_base + block * BLOCK_BYTES  # (ROWS, TILE)
+            lane = start + tl.arange(0, TILE)[None, :]  # for activations: (1, TILE)
+            run = start + tl.arange(0, TILE // RUN)[None, :, None] * RUN  # for weights: the first lane of each run
+            block, first = run // LANES, run % LANES
+            unit = first + tl.arange(0, RUN)[None, None, :]
+            base = row_base[:, :, None] + block * BLOCK_BYTES  # (ROWS, runs, 1)
             for plane in tl.static_range(PLANES):
-                column = COLUMN(unit, plane)
-                is_weight = mask & (column < BLOCK_SIZE) if IS_PADDED else mask
-                at = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + column, [1, COLUMN_RUN]), [1, COLUMN_RUN])
+                column = COLUMN(lane % LANES, plane)
+                is_weight = lane // LANES < num_blocks
+                is_weight = is_weight & (column < BLOCK_SIZE) if IS_PADDED else is_weight
+                at = tl.max_contiguous(tl.multiple_of(lane // LANES * BLOCK_SIZE + column, [1, RUN]), [1, RUN])
                 values = tl.load(source_at + at, is_choice[:, None] & is_weight, other=0.0)
-                weight = DECODE(base, unit, mask, table, plane).to(tl.bfloat16)
+                weight = DECODE(base, first, unit, block < num_blocks, table, plane).to(tl.bfloat16)
+                weight = tl.reshape(weight, (ROWS, TILE))
                 total = tl.dot(values.to(FACTOR), tl.trans(weight.to(FACTOR)), total)
         at = choice[:, None].to(tl.int64) * out_stride + row[None, :]
         tl.store(out + at, total, is_choice[:, None] & (row < num_rows)[None, :])

@@ -1,8 +1,8 @@
 """Few tokens times a quantized matrix: each weight is decoded where it is multiplied, and bytes are read once.
 
 A program takes ROWS rows. Its threads lie along the row, so that a warp reads neighbouring bytes, and each has the same lanes of
-all rows and all tokens: an activation loaded once serves ROWS rows, a decoded weight serves all tokens. The tiles are
-(tokens, rows, lanes) with all threads on the last axis, so that no exchange is needed until the one sum at the end.
+all rows and all tokens: an activation loaded once serves ROWS rows, a decoded weight serves all tokens. The tiles are (tokens,
+rows, runs of lanes, RUN) with all threads along the runs, so that no exchange is needed until the one sum at the end.
 """
 
 import torch
@@ -19,22 +19,23 @@ MAX_TOKENS = 16  # beyond that a tiled product is faster (native.gpu.linear)
 def row_products(
     x, base_of_row, table, num_blocks, token_offset, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, COLUMN_RUN: tl.constexpr, IS_PADDED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x rows at `token_offset` (TOKENS, 1, 1) times the rows at `base_of_row` (1, ROWS, 1) -> float32 (TOKENS, ROWS)."""
-    total = tl.zeros((TOKENS, ROWS, TILE), tl.float32)
+    """x rows at `token_offset` (TOKENS, 1, 1, 1) times the rows at `base_of_row` (1, ROWS, 1, 1) -> float32 (TOKENS, ROWS)."""
+    total = tl.zeros((TOKENS, ROWS, TILE // RUN, RUN), tl.float32)
     for start in range(0, num_blocks * LANES, TILE):
-        lane = start + tl.arange(0, TILE)[None, None, :]
-        block, unit = lane // LANES, lane % LANES
-        mask = block < num_blocks  # (1, 1, TILE)
-        base = base_of_row + block * BLOCK_BYTES  # (1, ROWS, TILE)
+        lane = start + tl.arange(0, TILE // RUN)[None, None, :, None] * RUN  # the first of each run
+        block, first = lane // LANES, lane % LANES
+        unit = first + tl.arange(0, RUN)[None, None, None, :]
+        mask = block < num_blocks  # (1, 1, runs, 1)
+        base = base_of_row + block * BLOCK_BYTES  # (1, ROWS, runs, 1)
         for plane in tl.static_range(PLANES):
-            weight = DECODE(base, unit, mask, table, plane)
+            weight = DECODE(base, first, unit, mask, table, plane)
             column = COLUMN(unit, plane)
             is_weight = mask & (column < BLOCK_SIZE) if IS_PADDED else mask
-            at = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + column, [1, 1, COLUMN_RUN]), [1, 1, COLUMN_RUN])
+            at = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + column, [1, 1, 1, RUN]), [1, 1, 1, RUN])
             total += weight * tl.load(x + token_offset + at, is_weight, other=0.0).to(tl.float32)
-    return tl.sum(total, 2)
+    return tl.sum(tl.sum(total, 3), 2)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -42,18 +43,18 @@ def matvec_kernel(
     x, data, out, table, num_tokens, num_rows, num_blocks, row_stride, x_stride, out_stride, x_head, data_head, out_head,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, COLUMN_RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, head): rows i * ROWS and on. Strides of `data` count units of ALIGN bytes, the others elements.
 
     Tokens and rows beyond the last are computed as the last again, and not stored: no masks in the loop.
     """
     head, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
-    row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None].to(tl.int64)
-    token = tl.minimum(tl.arange(0, TOKENS), num_tokens - 1)[:, None, None].to(tl.int64)
+    row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None, None].to(tl.int64)
+    token = tl.minimum(tl.arange(0, TOKENS), num_tokens - 1)[:, None, None, None].to(tl.int64)
     total = row_products(
         x, data + (head * data_head + row * row_stride) * ALIGN, table, num_blocks, head * x_head + token * x_stride, TOKENS,
-        ROWS, DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, COLUMN_RUN, IS_PADDED, TILE,
+        ROWS, DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, RUN, IS_PADDED, TILE,
     )  # fmt: skip
     token, row = tl.arange(0, TOKENS)[:, None], first + tl.arange(0, ROWS)[None, :]
     tl.store(out + head * out_head + token * out_stride + row, total, (token < num_tokens) & (row < num_rows))
