@@ -29,6 +29,7 @@ MaxRam = Annotated[str | None, typer.Option("--max-ram", metavar="SIZE", help="M
 Mmproj = Annotated[
     str | None, typer.Option("--mmproj", metavar="TYPE", help="Vision tower to mmproj-NAME.gguf as well: bf16, f16, q8_0, f32.")
 ]
+CheckSource = Annotated[bool, typer.Option("--check-source", help="First compare the source with its repository's checksums.")]
 SplitSize = Annotated[str, typer.Option("--split-max-size", help="Largest file, e.g. 45G or 500M.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity beside the source.")]
@@ -51,6 +52,7 @@ def main(
     max_ram: MaxRam = None,
     mmproj: Mmproj = None,
     split_size: SplitSize = "45G",
+    check_source: CheckSource = False,
     dry_run: DryRun = False,
     verify: Verify = False,
     force: Force = False,
@@ -62,7 +64,7 @@ def main(
     from quantize.app import Settings, run
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    more = (calibrate, chunks, max_ram, mmproj)
+    more = (calibrate, chunks, max_ram, mmproj, check_source)
     settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit, *more)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kimi_lite.errors import KimiLiteError
 from quantize.budget import fit_recipe, parse_budget
+from quantize.checksums import check_source
 from quantize.codecs import EXACT_TYPES
 from quantize.codecs.feedback import FEEDBACK_TYPES
 from quantize.convert import ConvertReport, convert, make_job, open_model
@@ -43,6 +44,7 @@ class Settings:
     calibrate_chunks: int = 0
     max_ram: str | None = None
     mmproj: str | None = None
+    checks_source: bool = False
 
 
 def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying: bool) -> list[str]:
@@ -50,10 +52,11 @@ def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying:
     with ExitStack() as stack:
         if settings.mmproj:
             _check_mmproj(settings)
+        lines = [check_source(settings.src.expanduser(), on_progress)] if settings.checks_source else []
         calibration = _open_calibration(settings, on_progress)
         if calibration:
             stack.callback(calibration.close)
-        return _run(settings, calibration, on_progress, is_dry, is_verifying)
+        return [*lines, *_run(settings, calibration, on_progress, is_dry, is_verifying)]
 
 
 def _run(
