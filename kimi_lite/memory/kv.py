@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
-from itertools import takewhile
-from typing import NamedTuple
 
 import numpy as np
 
+from kimi_lite.memory.kv_chain import ROOT, Link, chain, chain_hash, num_common
 from kimi_lite.memory.kv_pages import HostPages, Storage, read_page, write_page
 from kimi_lite.memory.prefix_store import PrefixStore
 from kimi_lite.model.batch import PAGE_TOKENS
@@ -25,7 +23,6 @@ from kimi_lite.model.config import ModelConfig
 from native.latent_rows import ROW_FORMS, row_bytes, row_length
 
 KV_DTYPES = tuple(ROW_FORMS)
-ROOT = b""  # the hash before the first page
 
 
 @dataclass(slots=True, eq=False)
@@ -42,14 +39,6 @@ class SequencePages:
     @property
     def num_computed(self) -> int:
         return len(self.token_ids)
-
-
-class Link(NamedTuple):
-    """A whole page of a prompt: 64 tokens after the pages of `parent`."""
-
-    parent: bytes
-    token_ids: tuple[int, ...]
-    hash: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +106,10 @@ class KVCache:
             sequence.hashes.append(link.hash)
             sequence.token_ids.extend(link.token_ids)
         sequence.pages = np.array(pages, np.int32)
-        self._copy_partial(sequence, token_ids[sequence.num_computed : limit])
+        wanted = token_ids[sequence.num_computed : limit]
+        if self.prefixes is not None and 0 < num_wanted - len(pages) <= self.num_available:
+            self._load_partial(self.prefixes, sequence, wanted)
+        self._copy_partial(sequence, wanted)
         sequence.num_cached = sequence.num_computed
         return sequence
 
@@ -149,8 +141,7 @@ class KVCache:
         """Let go. Whole pages and the valid rows of the last one stay findable until their room is needed."""
         assert not sequence.is_released
         sequence.is_released = True
-        if self.prefixes is not None and sequence.num_offered:
-            self.prefixes.touch(sequence.hashes[: sequence.num_offered])
+        self._offer_tail(sequence)
         self._publish_tail(sequence)
         for page in reversed(sequence.pages.tolist()):  # a page is of no use without those before it: the last goes first
             self._num_holders[page] -= 1
@@ -183,7 +174,7 @@ class KVCache:
 
     def _load(self, prefixes: PrefixStore, links: Sequence[Link]) -> Iterator[tuple[Link, int]]:
         """Pages from disk, up to the first that is not there; what is in memory none the less is taken from there."""
-        with closing(prefixes.read([link.hash for link in links])) as contents:
+        with closing(prefixes.read(links)) as contents:
             for link, content in zip(links, contents, strict=False):
                 if link.hash in self._page_of:
                     page = self._page_of[link.hash]
@@ -194,14 +185,48 @@ class KVCache:
                     self._publish(page, PublishedPage(*link))
                 yield link, page
 
+    def _load_partial(self, prefixes: PrefixStore, sequence: SequencePages, wanted: Sequence[int]) -> None:
+        """From disk, the page that goes on most like `wanted`, if it does so further than any in memory."""
+        if not sequence.hashes or not wanted:
+            return
+        parent = sequence.hashes[-1]
+        siblings = self._children.get(parent, ())
+        least = max((num_common(self._published[page].token_ids, wanted) for page in siblings), default=0)
+        found = prefixes.read_like(parent, wanted, least)
+        if found is not None:
+            link, content = found
+            page = self._take()
+            write_page(self.storage, page, content)
+            self._publish(page, PublishedPage(parent, link.token_ids, link.hash if len(link.token_ids) == PAGE_TOKENS else None))
+            self._num_holders[page] = 0
+            self._let_idle(page)
+
     def _offer(self, sequence: SequencePages) -> None:
         """Give whole pages to the prefix store, once the sequence is long enough to be worth it."""
         if self.prefixes is None or sequence.num_computed < self.prefixes.min_tokens:
             return
-        for index in range(sequence.num_offered, len(sequence.hashes)):
-            read = partial(read_page, self.storage, int(sequence.pages[index]))
-            self.prefixes.offer(sequence.hashes[index], index, read)
+        for index, link in enumerate(self._links(sequence, sequence.num_offered), sequence.num_offered):
+            self.prefixes.offer(link, index, partial(read_page, self.storage, int(sequence.pages[index])))
         sequence.num_offered = len(sequence.hashes)
+
+    def _offer_tail(self, sequence: SequencePages) -> None:
+        """The sequence ends: save its last, not whole page, and date all of them now."""
+        if self.prefixes is None or not sequence.num_offered:
+            return
+        num_whole = len(sequence.hashes)
+        if tail := tuple(sequence.token_ids[num_whole * PAGE_TOKENS :]):
+            link = Link(_last_hash(sequence), tail, chain_hash(_last_hash(sequence), tail))
+            self.prefixes.offer(link, num_whole, partial(read_page, self.storage, int(sequence.pages[num_whole])))
+        self.prefixes.touch(self._links(sequence, 0))
+
+    def _links(self, sequence: SequencePages, first: int) -> list[Link]:
+        """The whole pages of a sequence from the `first` on."""
+        parents = [ROOT, *sequence.hashes]
+        tokens = sequence.token_ids
+        return [
+            Link(parents[i], tuple(tokens[i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS]), sequence.hashes[i])
+            for i in range(first, len(sequence.hashes))
+        ]
 
     def _copy_partial(self, sequence: SequencePages, wanted: Sequence[int]) -> None:
         """Copy the rows of the published page that begins most like `wanted` into a page of the sequence's own.
@@ -209,7 +234,7 @@ class KVCache:
         Where there is no room for a copy, and nobody else holds that page, it becomes the sequence's own itself.
         """
         siblings = self._children.get(_last_hash(sequence), ())
-        matches = ((_num_common(self._published[page].token_ids, wanted), page) for page in siblings)
+        matches = ((num_common(self._published[page].token_ids, wanted), page) for page in siblings)
         num_rows, source = max(matches, default=(0, -1))
         if num_rows == 0:
             return
@@ -300,25 +325,5 @@ def value_bytes(config: ModelConfig, kv_dtype: str) -> float:
     return row_bytes(kv_dtype, config.kv_latent_size) / config.kv_latent_size
 
 
-def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a whole page: everything that its content depends on."""
-    return blake2b(parent + np.asarray(token_ids, np.int32).tobytes(), digest_size=16).digest()
-
-
-def chain(token_ids: Sequence[int], num_pages: int) -> Iterator[Link]:
-    """The first whole pages of a prompt."""
-    parent = ROOT
-    for first in range(0, num_pages * PAGE_TOKENS, PAGE_TOKENS):
-        chunk = tuple(token_ids[first : first + PAGE_TOKENS])
-        page_hash = chain_hash(parent, chunk)
-        yield Link(parent, chunk, page_hash)
-        parent = page_hash
-
-
 def _last_hash(sequence: SequencePages) -> bytes:
     return sequence.hashes[-1] if sequence.hashes else ROOT
-
-
-def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

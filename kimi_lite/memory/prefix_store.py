@@ -1,17 +1,19 @@
 """Cached prefixes on disk: pages of the latent cache that outlive the process, so that a long prompt costs its prefill once.
 
-    ~/.cache/kimi-lite/prefixes/<model key>/<hash of the page>.page
+    ~/.cache/kimi-lite/prefixes/<model key>/<hash of the page before>-<hash of the page, or "tail">.page
 
-A page's name is the chained hash of all tokens up to its end (`memory.kv`); the model key is made of the files' headers, sizes
-and dates and of whatever else changes the numbers. Pages are written in the background while a prompt is computed, and found by
-`KVCache.open`. A file is complete or absent (written aside, then renamed), and its checksum covers its name, so any number of
-processes may share the folder and a damaged file is never believed. When the folder is larger than it may be, the pages that
-were longest of no use are deleted, ends of prefixes before their beginnings.
+A page's hash is of all tokens up to its end (`memory.kv_chain`); the last page of a sequence, mostly not a whole one, is a
+"tail", of which the newest is kept. The model key is made of the files' headers, sizes and dates and of whatever else changes the
+numbers. Pages are written in the background while a prompt is computed, and found by `KVCache.open`. A file is complete or absent
+(written aside, then renamed), and its checksum covers its name, so any number of processes may share the folder and a damaged
+file is never believed. When the folder is larger than it may be, the pages that were longest of no use are deleted, ends of
+prefixes before their beginnings.
 
-    | "KLPAGE1\\n" | blake2b-128 of the rest, keyed with the page's hash | uint8 (layers, 64, row bytes) |
+    | "KLPAGE2\\n" | blake2b-128 of the rest and of the name | int32 count, int32 (64,) tokens | uint8 (layers, 64, row bytes) |
 """
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -20,17 +22,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 
 from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.kv_chain import Link, chain_hash, num_common
+from kimi_lite.model.batch import PAGE_TOKENS
 
 DEFAULT_MAX_BYTES = 8 * 1024**3
 MIN_TOKENS = 256  # prefixes shorter than this are computed faster than they are worth a file
-_MAGIC = b"KLPAGE1\n"
+_MAGIC = b"KLPAGE2\n"
 _DIGEST_BYTES = 16
+_TOKENS_BYTES = 4 * (1 + PAGE_TOKENS)
+_MAX_SIBLINGS = 256  # pages after the same page that are looked at
 _HEAD_BYTES = 1 << 20  # of each shard, for the model key
 _QUEUED_PAGES = 16  # computing waits while more are to be written
 _READERS = 4
@@ -63,47 +70,62 @@ class PrefixStore:
         self.num_saved = self.num_found = 0
         self._own = folder / model_key
         self._shape = page_shape
-        self._file_bytes = len(_MAGIC) + _DIGEST_BYTES + int(np.prod(page_shape))
+        self._file_bytes = len(_MAGIC) + _DIGEST_BYTES + _TOKENS_BYTES + math.prod(page_shape)
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUED_PAGES)
         self._writer: threading.Thread | None = None
         self._readers: ThreadPoolExecutor | None = None
         self._unpruned_bytes = max_bytes  # written since the folder was last looked through; the first page makes it due
         self._is_failed = self._has_warned = False
 
-    def offer(self, page_hash: bytes, index: int, read: Callable[[], np.ndarray]) -> None:
+    def offer(self, link: Link, index: int, read: Callable[[], np.ndarray]) -> None:
         """Save a page unless a file has it. `read` gives its content, at once.
 
         index: its place in its prefix, of which only so much is saved as the folder may hold: an end alone is of no use.
         """
-        if self._is_failed or (index + 1) * self._file_bytes > self.max_bytes or self._path(page_hash).exists():
+        if self._is_failed or (index + 1) * self._file_bytes > self.max_bytes or self._has(link):
             return
         if self._writer is None:
             self._writer = threading.Thread(target=self._write_all, name="kimi-lite-prefixes", daemon=True)
             self._writer.start()
-        self._queue.put(partial(self._write_page, page_hash, read()))
+        self._queue.put(partial(self._write_page, link, read()))
 
-    def touch(self, page_hashes: Sequence[bytes]) -> None:
+    def touch(self, links: Sequence[Link]) -> None:
         """This prefix was of use just now, when what was offered of it is written."""
         if self._writer is not None:
-            self._queue.put(partial(self._touch, page_hashes))
+            self._queue.put(partial(self._touch, links))
 
-    def read(self, page_hashes: Sequence[bytes]) -> Iterator[np.ndarray]:
+    def read(self, links: Sequence[Link]) -> Iterator[np.ndarray]:
         """The contents of these pages, in order, up to the first that no whole file has. Reads ahead."""
         found = []
         try:
-            if not page_hashes or not self._path(page_hashes[0]).exists():
+            if not links or not self._path(links[0]).exists():
                 return
             self._readers = self._readers or ThreadPoolExecutor(_READERS, "kimi-lite-prefixes")
-            for first in range(0, len(page_hashes), 2 * _READERS):
-                group = page_hashes[first : first + 2 * _READERS]
-                for page_hash, content in zip(group, list(self._readers.map(self._read_page, group)), strict=True):
+            for first in range(0, len(links), 2 * _READERS):
+                group = links[first : first + 2 * _READERS]
+                for link, content in zip(group, list(self._readers.map(self._read_page, group)), strict=True):
                     if content is None:
                         return
-                    found.append(page_hash)
+                    found.append(link)
                     yield content
         finally:
             self.num_found += len(found)
             self._touch(found)
+
+    def read_like(self, parent: bytes, wanted: Sequence[int], least: int) -> tuple[Link, np.ndarray] | None:
+        """The page after `parent` that begins most like `wanted` and shares more than `least` tokens with it, and its content."""
+        siblings = islice(self._own.glob(f"{parent.hex()}-*.page"), _MAX_SIBLINGS)
+        matches = [(num_common(token_ids, wanted), token_ids) for path in siblings if (token_ids := _read_tokens(path))]
+        num_rows, token_ids = max(matches, default=(0, ()))
+        if num_rows <= least:
+            return None
+        link = Link(parent, token_ids, chain_hash(parent, token_ids))
+        content = self._read_page(link)
+        if content is None:
+            return None
+        self.num_found += 1
+        self._touch([link])
+        return link, content
 
     def counters(self) -> dict[str, float]:
         return {"prefix_pages_found": self.num_found, "prefix_pages_saved": self.num_saved}
@@ -125,8 +147,15 @@ class PrefixStore:
             self._readers.shutdown()
             self._readers = None
 
-    def _path(self, page_hash: bytes) -> Path:
-        return self._own / f"{page_hash.hex()}.page"
+    def _path(self, link: Link) -> Path:
+        return self._own / f"{link.parent.hex()}-{link.hash.hex() if len(link.token_ids) == PAGE_TOKENS else 'tail'}.page"
+
+    def _has(self, link: Link) -> bool:
+        """Whether the page, or one whose beginning it is, has the file that it would get."""
+        path = self._path(link)
+        if len(link.token_ids) == PAGE_TOKENS:
+            return path.exists()
+        return num_common(_read_tokens(path), link.token_ids) == len(link.token_ids)
 
     def _write_all(self) -> None:
         """The writer's life: until None comes, or for ever idle after a failure that was told."""
@@ -140,16 +169,16 @@ class PrefixStore:
                 self._is_failed = True
                 self._warn(f"Prefixes are no longer saved to {self.folder}: {error}.")
 
-    def _write_page(self, page_hash: bytes, content: np.ndarray) -> None:
-        path = self._path(page_hash)
-        if path.exists():
+    def _write_page(self, link: Link, content: np.ndarray) -> None:
+        path = self._path(link)
+        if self._has(link):
             return
         self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
-        data = memoryview(content.reshape(-1))
+        data, tokens = memoryview(content.reshape(-1)), _tokens(link)
         try:
             with open(aside, "xb", opener=partial(os.open, mode=0o600)) as file:
-                file.write(_MAGIC + _digest(page_hash, data))
+                file.write(_MAGIC + _digest(path, tokens, data) + tokens)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -160,13 +189,13 @@ class PrefixStore:
         self.num_saved += 1
         self._unpruned_bytes += self._file_bytes
 
-    def _read_page(self, page_hash: bytes) -> np.ndarray | None:
+    def _read_page(self, link: Link) -> np.ndarray | None:
         """uint8 `page_shape`, or None where there is no file, or one that is not to be believed."""
-        path = self._path(page_hash)
+        path, tokens = self._path(link), _tokens(link)
         content = np.empty(self._shape, np.uint8)
         try:
             with path.open("rb", buffering=0) as file:
-                head = file.read(len(_MAGIC) + _DIGEST_BYTES)
+                head = file.read(self._file_bytes - content.nbytes)
                 data = memoryview(content.reshape(-1))
                 is_whole = file.readinto(data) == len(data) and not file.read(1)
         except FileNotFoundError:
@@ -174,18 +203,20 @@ class PrefixStore:
         except OSError as error:
             self._warn(f"The saved prefix {path} cannot be read ({error}); it is computed again.")
             return None
-        if not is_whole or head != _MAGIC + _digest(page_hash, data):
+        if len(link.token_ids) < PAGE_TOKENS and head[-_TOKENS_BYTES:] != tokens:
+            return None  # another process put its tail there since we looked
+        if not is_whole or head != _MAGIC + _digest(path, tokens, data) + tokens:
             self._warn(f"The saved prefix {path} is damaged; it is deleted and computed again.")
             path.unlink(missing_ok=True)
             return None
         return content
 
-    def _touch(self, page_hashes: Sequence[bytes]) -> None:
+    def _touch(self, links: Sequence[Link]) -> None:
         """Date these files now: the later in its prefix, the older, so that it is deleted first."""
         now_ns = time.time_ns()
-        for index, page_hash in enumerate(page_hashes):
+        for index, link in enumerate(links):
             try:
-                os.utime(self._path(page_hash), ns=(now_ns - 1000 * index,) * 2)
+                os.utime(self._path(link), ns=(now_ns - 1000 * index,) * 2)
             except OSError:  # deleted by another process, or a folder that is only to be read
                 return
 
@@ -220,5 +251,23 @@ class PrefixStore:
             logging.getLogger(__name__).warning("%s", message)
 
 
-def _digest(page_hash: bytes, data: memoryview) -> bytes:
-    return blake2b(data, digest_size=_DIGEST_BYTES, key=page_hash).digest()
+def _digest(path: Path, tokens: bytes, data: memoryview) -> bytes:
+    """Of a page's file; the name counts, so that a file in another's place is not believed."""
+    digest = blake2b(tokens, digest_size=_DIGEST_BYTES, key=blake2b(path.name.encode()).digest())
+    digest.update(data)
+    return digest.digest()
+
+
+def _tokens(link: Link) -> bytes:
+    return np.array([len(link.token_ids), *link.token_ids], np.int32).tobytes().ljust(_TOKENS_BYTES, b"\0")
+
+
+def _read_tokens(path: Path) -> tuple[int, ...]:
+    """The tokens that a page's file says it holds; none where there is no such file. They are not checked yet."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_MAGIC) + _DIGEST_BYTES + _TOKENS_BYTES)
+    except OSError:
+        return ()
+    numbers = np.frombuffer(head[len(_MAGIC) + _DIGEST_BYTES :].ljust(_TOKENS_BYTES, b"\0"), np.int32).tolist()
+    return tuple(numbers[1 : 1 + min(max(numbers[0], 0), PAGE_TOKENS)])

@@ -1,6 +1,7 @@
 """A long prompt costs its prefill once: another engine finds it on disk and answers the same, bit for bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.types import Request, SamplingParams
 from tests.tiny import write_tiny_gguf
 
-SYSTEM = np.random.default_rng(1).integers(0, 256, 400).tolist()  # six whole pages
+SYSTEM = np.random.default_rng(1).integers(0, 256, 400).tolist()  # six whole pages and a tail of 16
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +39,21 @@ def answer(engine: Engine, name: str, prompt: list[int]) -> tuple[list[int], lis
 
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
 def test_a_restart_answers_as_if_it_had_never_ended(kv_dtype: str, model_path: Path, tmp_path: Path) -> None:
-    options = LoadOptions(context_length=1024, num_threads=2, kv_dtype=kv_dtype, prefix_folder=tmp_path)
-    question = [*SYSTEM[:384], *range(20)]
-    with Engine.open(model_path, options) as engine:
+    options = LoadOptions(context_length=1024, num_threads=2, kv_dtype=kv_dtype)
+    saving = replace(options, prefix_folder=tmp_path)
+    question = [*SYSTEM[:390], *range(20)]
+    with Engine.open(model_path, options) as engine:  # a process that goes on
         answer(engine, "a", SYSTEM)
-        want, want_logits, want_cached = answer(engine, "b", question)
-    with Engine.open(model_path, options) as engine:
-        have, have_logits, have_cached = answer(engine, "b", question)
-        assert engine.counters()["prefix_pages_found"] == 6
-    assert have_cached == want_cached == 384
-    assert have == want
-    assert all(np.array_equal(a, b) for a, b in zip(have_logits, want_logits, strict=True))
+        want = [answer(engine, name, prompt) for name, prompt in (("b", question), ("c", SYSTEM))]
+    with Engine.open(model_path, saving) as engine:
+        answer(engine, "a", SYSTEM)
+    with Engine.open(model_path, saving) as engine:
+        have = [answer(engine, name, prompt) for name, prompt in (("b", question), ("c", SYSTEM))]
+        assert engine.counters()["prefix_pages_found"] == 7
+    assert [cached for _, _, cached in have] == [cached for _, _, cached in want] == [390, 399]
+    assert [ids for ids, _, _ in have] == [ids for ids, _, _ in want]
+    for (_, logits, _), (_, want_logits, _) in zip(have, want, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(logits, want_logits, strict=True))
 
 
 def test_another_dtype_or_model_finds_nothing(model_path: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from kimi_lite.model.batch import PAGE_TOKENS
 from tests.memory.cache_case import check_rows, run_prompt, small_cache
 from tests.tiny import write_tiny_gguf
 
-PROMPT = list(range(300))  # four whole pages
-PAGE_BYTES = 2 * PAGE_TOKENS * 12 + 24
+PROMPT = list(range(300))  # four whole pages and a tail of 44
+PAGE_BYTES = 2 * PAGE_TOKENS * 12 + 24 + 260
 
 
 def open_cache(folder: Path, key: str = "a", max_bytes: int = 10**9, num_pages: int = 8) -> KVCache:
@@ -44,28 +44,31 @@ def num_cached(folder: Path, prompt: list[int], **options) -> int:
     return sequence.num_cached
 
 
-def test_the_next_process_finds_the_whole_pages(tmp_path: Path) -> None:
+def test_the_next_process_finds_all_of_it(tmp_path: Path) -> None:
     save(tmp_path, PROMPT)
-    assert [path.stat().st_size for path in pages_in(tmp_path)] == [PAGE_BYTES] * 4
+    assert [path.stat().st_size for path in pages_in(tmp_path)] == [PAGE_BYTES] * 5
     kv = open_cache(tmp_path)
     sequence = kv.open([*PROMPT, 7])
-    assert sequence.num_cached == 4 * PAGE_TOKENS
+    assert sequence.num_cached == 300
     check_rows(kv, sequence)
     again = kv.open([*PROMPT, 8])
-    assert again.pages.tolist() == sequence.pages.tolist(), "now they are in memory"
-    assert kv.counters()["prefix_pages_found"] == 4
+    assert again.pages[:4].tolist() == sequence.pages[:4].tolist(), "now they are in memory"
+    assert again.num_cached == 300
+    assert kv.counters()["prefix_pages_found"] == 5
 
 
 def test_only_what_is_common_is_found(tmp_path: Path) -> None:
     save(tmp_path, PROMPT)
-    assert num_cached(tmp_path, [*PROMPT[:150], *PROMPT]) == 2 * PAGE_TOKENS
+    assert num_cached(tmp_path, [*PROMPT[:150], *PROMPT]) == 150, "two pages and 22 rows of the third"
+    assert num_cached(tmp_path, [*PROMPT[:270], 0, 0]) == 270
     assert num_cached(tmp_path, [9, *PROMPT]) == 0
     assert num_cached(tmp_path, PROMPT, key="b") == 0
 
 
 def test_the_last_token_is_always_computed(tmp_path: Path) -> None:
     save(tmp_path, PROMPT)
-    assert num_cached(tmp_path, PROMPT[:256]) == 3 * PAGE_TOKENS
+    assert num_cached(tmp_path, PROMPT[:256]) == 255
+    assert num_cached(tmp_path, PROMPT) == 299
 
 
 def test_short_prompts_are_not_worth_a_file(tmp_path: Path) -> None:
@@ -80,14 +83,32 @@ def test_pages_from_disk_are_not_written_again(tmp_path: Path) -> None:
     kv = open_cache(tmp_path)
     kv.release(run_prompt(kv, [*PROMPT, *range(100)]))
     kv.prefixes.close()
-    assert (kv.prefixes.num_found, kv.prefixes.num_saved) == (4, 2)
+    assert (kv.prefixes.num_found, kv.prefixes.num_saved) == (5, 3), "two whole pages more, and another tail"
+
+
+def test_a_tail_gives_way_to_a_newer_one_but_not_to_its_own_beginning(tmp_path: Path) -> None:
+    save(tmp_path, PROMPT)
+    save(tmp_path, PROMPT[:280])
+    assert num_cached(tmp_path, [*PROMPT, 0]) == 300
+    other = [*PROMPT[:256], *range(900, 920)]
+    save(tmp_path, other)
+    assert num_cached(tmp_path, [*other, 0]) == 276
+    assert num_cached(tmp_path, [*PROMPT, 0]) == 256
+    assert len(pages_in(tmp_path)) == 5
+
+
+def test_the_longest_of_many_continuations_is_taken(tmp_path: Path) -> None:
+    """A system prompt that ends inside a page, after which each conversation had another one."""
+    for question in range(5):
+        save(tmp_path, [*PROMPT[:200], *range(1000 + question, 1100 + question)])
+    assert num_cached(tmp_path, [*PROMPT[:200], 1003, 1004, 1005, 9, 9]) == 203
 
 
 @pytest.mark.parametrize("damage", ["a byte", "the end", "more", "another page", "empty"])
 def test_a_damaged_page_is_computed_again_with_one_warning(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, PROMPT)
-    second = chain_hash(chain_hash(b"", PROMPT[:64]), PROMPT[64:128])
-    path = tmp_path / "a" / f"{second.hex()}.page"
+    first = chain_hash(b"", PROMPT[:64])
+    path = tmp_path / "a" / f"{first.hex()}-{chain_hash(first, PROMPT[64:128]).hex()}.page"
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     other = next(page for page in pages_in(tmp_path) if page != path).read_bytes()
@@ -100,7 +121,20 @@ def test_a_damaged_page_is_computed_again_with_one_warning(damage: str, tmp_path
         f"The saved prefix {path} is damaged; it is deleted and computed again."
     ]
     save(tmp_path, PROMPT)
-    assert num_cached(tmp_path, PROMPT) == 4 * PAGE_TOKENS
+    assert num_cached(tmp_path, PROMPT) == 299
+
+
+def test_a_damaged_tail_is_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, PROMPT)
+    (path,) = (page for page in pages_in(tmp_path) if "tail" in page.name)
+    for at in (25, 40, 1000):  # the number of tokens, a token, a value
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[at] ^= 1
+        path.write_bytes(data)
+        assert num_cached(tmp_path, [*PROMPT, 0]) in (256, 257)
+        path.write_bytes(whole)
+    assert num_cached(tmp_path, [*PROMPT, 0]) == 300
 
 
 def test_the_folder_stays_within_its_size(tmp_path: Path) -> None:
@@ -118,6 +152,7 @@ def test_the_folder_stays_within_its_size(tmp_path: Path) -> None:
 def test_of_a_prefix_larger_than_the_folder_the_beginning_is_kept(tmp_path: Path) -> None:
     save(tmp_path, PROMPT, max_bytes=3 * PAGE_BYTES + 1)
     assert num_cached(tmp_path, PROMPT) == 3 * PAGE_TOKENS
+    assert len(pages_in(tmp_path)) == 3
 
 
 def test_the_size_is_of_all_models_together_and_remains_are_swept(tmp_path: Path) -> None:
@@ -126,8 +161,8 @@ def test_the_size_is_of_all_models_together_and_remains_are_swept(tmp_path: Path
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    save(tmp_path, PROMPT, max_bytes=4 * PAGE_BYTES)
-    assert sorted(path.parent.name for path in pages_in(tmp_path)) == ["a"] * 4 + ["b"]
+    save(tmp_path, PROMPT, max_bytes=5 * PAGE_BYTES)
+    assert sorted(path.parent.name for path in pages_in(tmp_path)) == ["a"] * 5 + ["b"]
     assert new.exists(), "another process may be writing it"
 
 
@@ -137,8 +172,8 @@ def test_many_may_write_the_same_at_once(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(pages_in(tmp_path)) == 4
-    assert num_cached(tmp_path, PROMPT) == 256
+    assert len(pages_in(tmp_path)) == 5
+    assert num_cached(tmp_path, PROMPT) == 299
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
