@@ -27,7 +27,7 @@ from kimi_lite.units import gib_apart
 from native.cpu.matrix import DATA
 
 SLOTS_PER_CHOICE = 2  # at least: one token's experts of a layer are read while those before are computed
-_GUESS_WORTH = 1.0  # a guess evicts nobody whose score is higher: such an expert is chosen by every second token
+_GUESS_WORTH = len(HALF_LIVES) / 2  # a guess evicts nobody whose score is higher: such an expert is chosen by every second token
 
 
 @dataclass(slots=True)

@@ -3,9 +3,10 @@
 One instance rules over the slots of one place: rows of a GPU tensor, or of the expert cache in RAM; `tools.cache_sim` replays
 routing traces through the very same class. An expert's score estimates how likely the next token wants it:
 
-    score = a(8 tokens) + a(256 tokens),   a(h) = moving average of "was chosen", half of it forgotten every h tokens
+    score = a(2 tokens) + a(32) + a(512),   a(h) = moving average of "was chosen", half of it forgotten every h tokens
 
-The short average follows the topic, the long one knows the favourites (peers use LRU or LFU; `tools.cache_sim` compares).
+The short averages follow the topic almost as LRU does, the long one knows favourites and keeps a cache that is too small for LRU
+from turning over for nothing (`tools.cache_sim` compares; tools/LOG.md has the numbers).
 A slot is free, loading (given to an expert whose bytes are on their way) or resident, and a resident or loading slot may be
 pinned, which protects it from eviction while a kernel or a copy uses it.
 
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-HALF_LIVES = (8.0, 256.0)  # tokens
+HALF_LIVES = (2.0, 32.0, 512.0)  # tokens
 _REBASE_EXPONENT = 200.0  # gains grow as 2^(step / half-life); past this they start over
 _FREE, _LOADING, _RESIDENT, _RETIRED = range(4)
 
