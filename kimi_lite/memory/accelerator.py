@@ -64,7 +64,7 @@ class Accelerator:
         if not self.is_cuda:
             return Done()
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def wait(self, event: Event) -> None:
@@ -84,6 +84,11 @@ class Accelerator:
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
             yield
+
+    def enter_thread(self) -> None:
+        """What a new thread does first: CUDA's current device is a thread's own."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
 
     def synchronize(self) -> None:
         if self.is_cuda:

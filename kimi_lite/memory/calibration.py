@@ -126,7 +126,7 @@ class PromotionBudget:
     budget: int = 2
     _num_steps: int = 0
     _quiet_s: float = math.nan  # a step without promotions
-    _cost_s: float = 0.0  # of one promotion, as far as steps with them are slower
+    _cost_s: float = 0.0  # of one promotion, with its noise
 
     def next(self) -> int:
         """For the step that begins; now and then nothing, to know what a step without promotions takes."""
@@ -144,17 +144,18 @@ class PromotionBudget:
             return
         if math.isnan(self._quiet_s):
             return
-        slower_s = max(0.0, elapsed_s - self._quiet_s) / num_promoted
+        slower_s = (elapsed_s - self._quiet_s) / num_promoted  # may be negative: noise must not add up
         self._cost_s += 0.1 * (slower_s - self._cost_s)
         gain_s = hits_per_promotion * miss_s
-        if gain_s > 2 * self._cost_s:
+        if gain_s > 2 * self.cost_s:
             self.budget = min(self.most, self.budget + 1)
-        elif gain_s < self._cost_s:
+        elif gain_s < self.cost_s:
             self.budget = max(0, self.budget - 1)
 
     @property
     def cost_s(self) -> float:
-        return self._cost_s
+        """Of one promotion: the time by which steps that promote were slower."""
+        return max(0.0, self._cost_s)
 
 
 class Growth:

@@ -112,6 +112,16 @@ def test_promotions_that_cost_more_than_they_bring_stop():
     assert budget.budget > 0, "and when they are cheap again they come back"
 
 
+def test_noise_is_no_cost():
+    """Steps that vary by more than a promotion brings, whether they promote or not: the budget holds."""
+    rng, budget = np.random.default_rng(5), PromotionBudget(most=4)
+    held = []
+    for _ in range(2000):
+        budget.observe(budget.next(), 0.1 * (1 + 0.03 * rng.standard_normal()), hits_per_promotion=10, miss_s=1.5e-4)
+        held.append(budget.budget)
+    assert np.mean(held[100:]) > 2
+
+
 def test_context_growth():
     growth = Growth(first=4096)
     assert [growth.has_doubled(n) for n in (10, 4095, 4096, 5000, 8191, 8192, 100_000, 100_001)] == [

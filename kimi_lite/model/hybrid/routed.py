@@ -134,6 +134,7 @@ class RoutedExperts:
 
     def cancel(self) -> None:
         """A pass was given up half-way."""
+        self.settle()
         self.streamed.cancel()
 
     def counters(self) -> dict[str, float]:

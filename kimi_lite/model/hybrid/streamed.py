@@ -58,7 +58,7 @@ class StreamedExperts:
     ) -> None:
         self._accelerator, self._kernels, self._source = accelerator, kernels, source
         self._slots, self._cpu, self._stream, self._costs = slots, cpu, stream, costs
-        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="kimi-lite-launch")
+        self._launcher = ThreadPoolExecutor(1, "kimi-lite-launch", initializer=accelerator.enter_thread)
         self.stream_s = self.cpu_s = 0.0
 
     @property

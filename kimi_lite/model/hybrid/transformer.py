@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.accelerator import Accelerator
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache
@@ -93,12 +94,12 @@ class HybridTransformer:
         """
         num_tokens = len(batch.token_ids)
         assert num_tokens <= self.max_batch_tokens, (num_tokens, self.max_batch_tokens)
+        is_decoding = num_tokens <= MAX_DECODE_TOKENS
+        self._adaptive.begin(num_tokens, is_decoding)  # settles the step before
         if self._recorder:
             self._recorder.begin(num_tokens)
-        if num_tokens > MAX_DECODE_TOKENS:
-            self._adaptive.begin(num_tokens, is_decoding=False)
-            return self._forward_long(batch, should_stop)
-        self._adaptive.begin(num_tokens, is_decoding=True)
+        if not is_decoding:
+            return self._forward_prompt(batch, should_stop)
         start_s = time.perf_counter()
         logits = self._forward_decode(batch)[batch.wants_logits]
         elapsed_s = time.perf_counter() - start_s
@@ -111,6 +112,10 @@ class HybridTransformer:
         """What happened since the model was loaded, by name."""
         own = {"dense_gpu_bytes": self.dense_bytes, "decode_steps": self.num_decode_steps, "decode_s": self.decode_s}
         return own | self._adaptive.counters() | (self.experts.counters() if self.experts else {})
+
+    def heat(self) -> np.ndarray | None:
+        """(layers, experts): how much each routed expert was used lately."""
+        return self.experts.slots.policy.export_heat().sum(axis=0) if self.experts else None
 
     def close(self) -> None:
         """Saves the experts' heat and the record of routing, and ends the threads. A second call does nothing."""
@@ -137,12 +142,23 @@ class HybridTransformer:
         x = self._embed(np.pad(batch.token_ids, (0, shape[0] - num_tokens)))
         return self._segments[shape].forward(x, step, num_tokens)
 
+    def _forward_prompt(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
+        """A long batch; what ends it early leaves nothing behind that a later one would trip over."""
+        try:
+            return self._forward_long(batch, should_stop)
+        except torch.OutOfMemoryError as error:
+            self._give_up()
+            problem = f"The GPU ran out of memory in a pass over {len(batch.token_ids):,} tokens: {str(error).splitlines()[0]}"
+            raise KimiLiteError(problem, "Close what else uses the GPU, or allow fewer experts there: --gpu-experts.") from error
+        except BaseException:
+            self._give_up()
+            raise
+
     def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
         step, x = self._maker.make(batch, expanded), self._embed(batch.token_ids)
         for layer in self.layers:
             if should_stop and should_stop():
-                self._give_up()
                 raise Cancelled
             layer.forward(x, step, self.experts)
         rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)

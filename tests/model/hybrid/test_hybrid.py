@@ -2,13 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.routing import RoutingRecorder, read_trace
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
-from tests.model.hybrid.runner import HybridRunner
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.tier_options import TierOptions
+from tests.model.hybrid.runner import DEVICE, HybridRunner
 from tests.model.runner import Runner, relative_error, relative_errors
 from tests.tiny import write_tiny_gguf
 
-F32_LIMIT = 2e-5  # the same sums in another order
+IS_CUDA = DEVICE != "cpu"
+F32_LIMIT = 2e-2 if IS_CUDA else 2e-5  # the same sums in another order; on a GPU many tokens are multiplied in bfloat16
 VARIANTS = {
     "kimi": {},
     "no query compression": {"q_lora_rank": 0, "expert_gating": "softmax", "is_expert_weights_norm": False},
@@ -24,9 +30,23 @@ def path(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("hybrid") / "tiny.gguf", np.random.default_rng(0))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices this small are slower on many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def ids():
     return np.random.default_rng(1).integers(0, 290, 150)
+
+
+def same(have: np.ndarray, want: np.ndarray) -> bool:
+    """Bit for bit where one kernel computes hits and misses; a GPU's hits differ from the CPU's misses by rounding."""
+    return relative_error(have, want) < F32_LIMIT if IS_CUDA else np.array_equal(have, want)
 
 
 def only_rows(runner: HybridRunner) -> HybridRunner:
@@ -72,23 +92,26 @@ def test_with_cache_equals_without_exactly(types, tmp_path, ids):
     """Bit for bit, while experts come and go: the very kernels compute a hit and a miss."""
     path = write_tiny_gguf(tmp_path / "t.gguf", np.random.default_rng(4), types=types, expert_feed_forward_size=256)
     with only_rows(HybridRunner(path)) as without:
-        want_prompt, want = without.prefill(ids[:40]), without.decode(ids[40:80], start=40)
-    with only_rows(HybridRunner(path, num_gpu_experts=5)) as runner:
-        assert np.array_equal(runner.prefill(ids[:40]), want_prompt)
-        assert np.array_equal(runner.decode(ids[40:80], start=40), want)
+        want_prompt, want = without.prefill(ids[:40]), without.decode(ids[40:60], start=40)
+    with only_rows(HybridRunner(path, num_gpu_experts=5, num_threads=2)) as runner:
+        assert same(runner.prefill(ids[:40]), want_prompt)
+        assert same(runner.decode(ids[40:60], start=40), want)
         counters = runner.transformer.counters()
         assert counters["gpu_expert_hits"] > 0 and counters["gpu_expert_misses"] > 0 and counters["expert_promotions"] >= 5
 
 
 def test_every_expert_resident(path, ids):
-    """A model that fits: after a while the CPU has nothing to do."""
+    """A model that fits: the CPU has nothing to do."""
     with only_rows(HybridRunner(path, num_gpu_experts=16)) as runner, only_rows(HybridRunner(path)) as without:
-        want = without.decode(ids[:60])
-        assert np.array_equal(runner.decode(ids[:60]), want)
-        runner.transformer.experts.slots.finish()
-        before = runner.transformer.counters()["gpu_expert_misses"]
-        runner.decode(ids[60:64], start=60)
-        assert runner.transformer.counters()["gpu_expert_misses"] - before <= 4
+        want = without.decode(ids[:10])
+        runner.prefill(ids)
+        runner.transformer.experts.settle()
+        runner.transformer.experts.slots.fill()
+        before = runner.transformer.counters()
+        assert same(runner.decode(ids[:10]), want)
+        after = runner.transformer.counters()
+        assert after["gpu_expert_misses"] == before["gpu_expert_misses"] and after["cpu_experts_s"] == before["cpu_experts_s"]
+        assert after["gpu_expert_hits"] == before["gpu_expert_hits"] + 10 * 2 * 2
 
 
 @pytest.mark.parametrize("force", [only_rows, only_stream, lambda runner: runner])
@@ -143,7 +166,7 @@ def test_cancel_between_layers(path, ids):
         calls = iter([False, False, True])
         with pytest.raises(Cancelled):
             runner.transformer.forward(batch, lambda: next(calls))
-        assert np.array_equal(runner.transformer.forward(batch, lambda: False), want)
+        assert same(runner.transformer.forward(batch, lambda: False), want)
 
 
 def test_cache_dtypes(path, ids):
@@ -167,15 +190,56 @@ def test_heat_outlives_the_process(path, ids, tmp_path):
         slots = runner.transformer.experts.slots
         assert slots.policy.num_resident == 6, "filled before the first step"
         assert sum(np.sum(np.array(hot[layer][0]) & slots.residents(layer)) for layer in range(3)) >= 4
-        assert np.array_equal(runner.decode(ids[:30]), want)
+        assert same(runner.decode(ids[:30]), want)
         assert runner.transformer.counters()["gpu_expert_hits"] > 0
 
 
+def test_heat_is_told(path, ids):
+    with only_rows(HybridRunner(path)) as runner:
+        runner.decode(ids[:10])
+        heat = runner.transformer.heat()
+        assert heat.shape == (3, 8) and not heat[0].any() and (heat[1:].sum(axis=1) > 0).all()
+
+
+def test_experts_from_the_disk(path, ids):
+    """With room for half of the experts in RAM and a few in VRAM: the same bits as with all of them."""
+    with only_rows(HybridRunner(path, num_gpu_experts=3)) as runner:
+        want = [runner.prefill(ids[:60]), runner.decode(ids[60:70], start=60)]
+        slot_bytes = runner.transformer.experts._source.slot_bytes
+    tier = TierOptions(budget_bytes=10 * slot_bytes, num_readers=2, is_direct=False)
+    with only_rows(HybridRunner(path, num_gpu_experts=3, tier=tier)) as runner:
+        assert same(runner.prefill(ids[:60]), want[0])
+        assert same(runner.decode(ids[60:70], start=60), want[1])
+        counters = runner.transformer.counters()
+        assert counters["disk_bytes"] > 0 and counters["expert_misses"] > 0
+    with only_stream(HybridRunner(path, tier=tier)) as runner:
+        assert relative_error(runner.prefill(ids[:60]), want[0]) < F32_LIMIT
+
+
+def test_routing_is_recorded(path, ids, tmp_path):
+    """The same record as the CPU road writes, for prompts, decoding and without what was cancelled."""
+    records = []
+    for runner_class in (Runner, HybridRunner):
+        config = ModelConfig.from_metadata(GGUFStore.open(path).metadata)
+        recorder = RoutingRecorder(tmp_path / f"{runner_class.__name__}.npz", config)
+        with runner_class(path, recorder=recorder) as runner:
+            runner.prefill(ids[:40])
+            runner.decode(ids[40:44], start=40)
+        records.append(read_trace(tmp_path / f"{runner_class.__name__}.npz"))
+    assert np.array_equal(records[0].starts, records[1].starts)
+    assert np.array_equal(np.sort(records[0].ids), np.sort(records[1].ids))
+
+
 def test_cache_bias_prefers_resident_experts(path, ids):
-    shares = []
+    """The same six experts are resident; with the bias more tokens choose them."""
+    hits = []
     for cache_bias in (0.0, 0.2):
         with only_rows(HybridRunner(path, num_gpu_experts=6, cache_bias=cache_bias)) as runner:
-            runner.decode(ids[:60])
-            counters = runner.transformer.counters()
-            shares.append(counters["gpu_expert_hits"] / (counters["gpu_expert_hits"] + counters["gpu_expert_misses"]))
-    assert shares[1] > shares[0]
+            runner.transformer._adaptive._budget.most = 0  # nobody comes or goes
+            runner.prefill(ids)
+            runner.transformer.experts.settle()
+            runner.transformer.experts.slots.fill()
+            before = runner.transformer.counters()["gpu_expert_hits"]
+            runner.decode(ids[:20])
+            hits.append(runner.transformer.counters()["gpu_expert_hits"] - before)
+    assert hits[1] > hits[0] > 0
