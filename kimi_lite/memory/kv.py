@@ -205,6 +205,8 @@ class KVCache:
         """Give whole pages to the prefix store, once the sequence is long enough to be worth it."""
         if self.prefixes is None or sequence.num_computed < self.prefixes.min_tokens:
             return
+        if sequence.num_offered == len(sequence.hashes):
+            return
         for index, link in enumerate(self._links(sequence, sequence.num_offered), sequence.num_offered):
             self.prefixes.offer(link, index, partial(read_page, self.storage, int(sequence.pages[index])))
         sequence.num_offered = len(sequence.hashes)
