@@ -2,7 +2,7 @@
 
 The squared error of a row's products is r H r with r the error of its weights and H = X^T X. Two steps for each row:
 - Feedback (GPTQ, arXiv 2210.17323; LDLQ, arXiv 2307.13304): columns are coded in order, and what coding one loses is made good
-  by those after it, by the Cholesky factor of H's inverse. A block's scale is the best of eleven after a trial of its codes.
+  by those after it, by the Cholesky factor of H's inverse. A block's scale is the best of five after a trial of its codes.
 - Descent (as QuantEase, arXiv 2309.01885): each code is set anew to the best one given all others, each scale to its optimum,
   for two rounds; every step lowers r H r.
 
@@ -24,7 +24,7 @@ from quantize.codecs.two_bits import pack_q2_0, pack_tq2_0
 _LARGEST_CODE = {"TQ1_0": 1, "TQ2_0": 2, "Q2_0": 2}  # codes run from -1
 _PACK = {"TQ1_0": pack_tq1_0, "TQ2_0": pack_tq2_0, "Q2_0": pack_q2_0}
 FEEDBACK_TYPES = frozenset(_LARGEST_CODE)
-_TRIED_SCALES = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4)  # times the best without feedback, which comes first
+_TRIED_SCALES = (1.0, 0.85, 0.92, 1.08, 1.16)  # times the best without feedback, which comes first
 _NUM_ROUNDS = 2
 _DAMPING, _DAMPING_BY_RANK = 0.1, 0.5  # of the diagonal; the second times columns / inputs: few inputs say little of pairs
 _FLOOR = 0.01  # of the mean of the diagonal: columns without inputs
