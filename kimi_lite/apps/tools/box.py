@@ -45,15 +45,16 @@ class ToolBox:
         if folder is not None:
             from kimi_lite.apps.tools.files import file_tools
             from kimi_lite.apps.tools.folder import Folder
-            from kimi_lite.apps.tools.python import python_tool
+            from kimi_lite.apps.tools.python import isolation, python_tool
 
-            tools = [*file_tools(Folder(folder)), python_tool()]
+            how = isolation()
+            tools, notes = [*file_tools(Folder(folder)), python_tool(how)], how.warnings
         if mcp_config is not None:
             from kimi_lite.apps.tools.mcp_client import McpServers
             from kimi_lite.apps.tools.mcp_config import read_mcp_config
 
             servers = McpServers(read_mcp_config(mcp_config))
-            tools, notes = [*tools, *servers.tools], servers.problems
+            tools, notes = [*tools, *servers.tools], [*notes, *servers.problems]
         try:
             box = cls(tools, allow, notes)
         except KimiLiteError:

@@ -1,5 +1,7 @@
-"""A tool that runs Python in a process of its own: bounded time, memory, files and output, an empty folder to work in, and no
-network where the system allows to take it away. It is no wall: the script can read what its user can, so a run is confirmed.
+"""A tool that runs Python in a process of its own: bounded time, memory, files and output, and an empty folder to work in.
+
+On Linux it has no network and sees no files but Python's, where the system allows programs to give both up (user namespaces,
+Landlock). `isolation` finds that out by trying, and `warnings` say what is missing. `python_child` is the process.
 """
 
 import os
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_lite.apps.tools.python_child import NO_NETWORK_EXIT
+from kimi_lite.apps.tools.python_child import NOT_ALLOWED_EXIT
 from kimi_lite.apps.tools.tool import LONGEST_RESULT, ShouldStop, Tool, parameters, shortened
 
 MIB = 1024**2
@@ -30,36 +32,58 @@ class Limits:
     file_bytes: int = 64 * MIB  # of output too, which goes through files
 
 
-def python_tool(limits: Limits | None = None) -> Tool:
-    """The tool `run_python`; its description says whether it has a network."""
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What a script cannot do on this system."""
+
+    is_separate: bool  # no network, and nothing it starts lives on
+    is_confined: bool  # it reads Python's files, and writes in its own folder only
+
+    @property
+    def warnings(self) -> list[str]:
+        """For the user, who allows calls."""
+        missing = []
+        if not self.is_separate:
+            missing.append("run_python: this system does not let scripts give up the network; they have it.")
+        if not self.is_confined:
+            missing.append("run_python: this system does not let scripts give up files; they can read and write what you can.")
+        return missing
+
+
+def isolation() -> Isolation:
+    """Asked by trying, 0.1 s each."""
+    return Isolation(_can_run(Isolation(True, False)), _can_run(Isolation(False, True)))
+
+
+def python_tool(how: Isolation, limits: Limits | None = None) -> Tool:
+    """The tool `run_python`; its description says what there is."""
     limits = limits or Limits()
-    has_network = not can_separate()
     description = (
         f"Run a Python {sys.version_info.major}.{sys.version_info.minor} script and return what it prints (stdout, then stderr). "
         f"At most {limits.time_s:g} s and {limits.memory_bytes // MIB} MiB; an empty working folder that is deleted afterwards; "
-        f"nothing is kept between runs; {'network may exist' if has_network else 'no network'}."
+        f"nothing is kept between runs.{' No network.' if how.is_separate else ''}"
+        f"{' No access to other files: put data into the script.' if how.is_confined else ''}"
     )
     schema = parameters(("code",), code={"type": "string", "description": "The script. Print what you want to see."})
-    return Tool("run_python", description, schema, lambda arguments, stop: run_python(arguments, stop, limits, has_network))
+    return Tool("run_python", description, schema, lambda arguments, stop: run_python(arguments, stop, limits, how))
 
 
-def can_separate() -> bool:
-    """Whether this system lets an ordinary process have a namespace of its own; asked by trying."""
+def _can_run(how: Isolation) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "nothing.py")
         script.write_text("")
-        done = subprocess.run(_command(script, Limits(), "off"), cwd=folder, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(_command(script, Limits(), how), cwd=folder, capture_output=True, timeout=30, check=False)
     return done.returncode == 0
 
 
-def run_python(arguments: dict[str, Any], should_stop: ShouldStop, limits: Limits, has_network: bool) -> str:
+def run_python(arguments: dict[str, Any], should_stop: ShouldStop, limits: Limits, how: Isolation) -> str:
     """What the script printed, and how it ended if not well."""
     with tempfile.TemporaryDirectory(prefix="kimi-lite-python-") as folder, tempfile.TemporaryFile() as out:
         script = Path(folder, "script.py")
         script.write_text(str(arguments["code"]), encoding="utf-8", errors="replace")
         with tempfile.TemporaryFile() as err:
             process = subprocess.Popen(
-                _command(script, limits, "on" if has_network else "off"),
+                _command(script, limits, how),
                 cwd=folder,
                 env=_environment(folder),
                 stdin=subprocess.DEVNULL,
@@ -71,9 +95,9 @@ def run_python(arguments: dict[str, Any], should_stop: ShouldStop, limits: Limit
             return _report(_text(out), _text(err), process.returncode, ending, folder)
 
 
-def _command(script: Path, limits: Limits, network: str) -> list[str]:
-    numbers = (limits.memory_bytes, max(int(limits.time_s) + 1, 1), limits.file_bytes)
-    return [sys.executable, "-I", str(_CHILD), str(script), *map(str, numbers), network]
+def _command(script: Path, limits: Limits, how: Isolation) -> list[str]:
+    numbers = (limits.memory_bytes, max(int(limits.time_s) + 1, 1), limits.file_bytes, int(how.is_separate), int(how.is_confined))
+    return [sys.executable, "-I", str(_CHILD), str(script), *map(str, numbers)]
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -115,8 +139,8 @@ def _report(out: str, err: str, code: int, ending: str, folder: str) -> str:
     parts = [part.rstrip("\n") for part in (shortened(out, LONGEST_RESULT * 2 // 3), _tidy(err, folder)) if part.strip()]
     if ending:
         parts.append(f"[{ending}]")
-    elif code == NO_NETWORK_EXIT:
-        parts.append("[the script could not be separated from the network and was not run]")
+    elif code == NOT_ALLOWED_EXIT:
+        parts.append("[the script could not be isolated and was not run]")
     elif code:
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         parts.append(f"[{reason}]")
