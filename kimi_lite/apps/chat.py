@@ -116,7 +116,7 @@ class Chat:
 
     def _say(self, text: str, style: str) -> None:
         text = CONTROLS.sub("�", text)
-        if not self.aside.is_terminal:
+        if not self.aside.is_terminal or not text:
             show_plain(self.aside, text, style=style)
             return
         body = text.lstrip(" ")
@@ -213,7 +213,11 @@ class Chat:
                 view.close()
         assert view.last is not None
         if not self.options.is_quiet:
-            self.say(f"{_INDENT}{stats_line(view.last)}" + ("\n" if self.is_interactive else ""))
+            self.say(f"{_INDENT}{stats_line(view.last)}")
+            if view.last.finish_reason == "cancelled" and not view.last.stats.generated_tokens:
+                self.say(f"{_INDENT}the message stays in the conversation: /undo takes it back, /edit changes it")
+            if self.is_interactive:
+                self.say("")
         return view.last
 
     def take_up(self, name: str, is_new_allowed: bool = False) -> None:

@@ -38,6 +38,8 @@ def start_chat(flags: Mapping[str, Any]) -> None:
     def greet() -> None:
         for line in [*greeting(session, settings), *(tools.notes if tools else ())]:
             show_plain(aside, textwrap.fill(line, aside.width, subsequent_indent="  ", break_on_hyphens=False), style="dim")
+        if aside.is_terminal:
+            show_plain(aside, "")
 
     with ExitStack() as stack:
         tools = open_tools(flags)

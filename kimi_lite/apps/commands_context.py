@@ -73,7 +73,7 @@ def _stats(chat: Chat, argument: str) -> None:
         ("generated", f"{generated:,} tokens{_speed(generated - len(all_stats), [s.generation_s for s in all_stats])}"),
         ("first token", _times([s.time_to_first_token_s for s in all_stats])),
         ("settings", chat.session.mode),
-        ("conversation", f"{chat.autosave.name}, begun {chat.session.created}"),
+        ("conversation", chat.autosave.name),
     ]
     chat.say_table([*rows, ("memory", _memory())])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import run_in_terminal
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory
@@ -117,7 +117,9 @@ class TerminalInput:
         return FormattedText([("class:files", files), ("class:prompt", "❯ ")])
 
     def _mode(self) -> str:
-        """At the right edge, where there is a choice."""
+        """At the right edge, where there is a choice; gone when the line is sent."""
+        if get_app().is_done:
+            return ""
         if self._chat.is_editing:
             return "editing the last message"
         return {True: "thinking", False: "instant"}[self._chat.session.settings.is_thinking] if self._chat.can_think else ""

@@ -9,7 +9,7 @@ import psutil
 from rich.console import Console
 
 from kimi_lite import __version__
-from kimi_lite.apps.interrupt import on_interrupt
+from kimi_lite.apps.interrupt import on_interrupt, silent_keys
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.apps.render import describe_model, show_plain
 from kimi_lite.engine.answer_settings import AnswerSettings
@@ -121,7 +121,7 @@ def _open_remote(settings: Settings) -> Conversation:
 
 
 def _open_local(settings: Settings, aside: Console) -> Session:
-    with LoadProgress(aside if not settings.is_quiet else Console(quiet=True)) as progress:
+    with silent_keys(), LoadProgress(aside if not settings.is_quiet else Console(quiet=True)) as progress:
         path = settings.model or _demo_path(progress)
         engine = Engine.open(path, settings.load, None if settings.is_quiet else progress)
         try:

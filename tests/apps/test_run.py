@@ -88,8 +88,8 @@ def test_flags_reach_the_engine_and_the_sampler(opened: list[Engine], monkeypatc
     seen = []
     add = Engine.add
     monkeypatch.setattr(Engine, "add", lambda self, request: seen.append(request) or add(self, request))
-    flags = "-c 2K -t 3 -n 7 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --seed 4 -s short --no-think --no-prefix-cache"
-    invoke("hi", *flags.split(" "))
+    flags = "-c 2K -t 3 -n 7 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --seed 4 -s short --no-think"
+    invoke("hi", *flags.split(" "), "--no-prefix-cache")
     sampling = seen[0].sampling
     assert opened[0].opened_with == (Path("x.gguf"), LoadOptions(context_length=2048, num_threads=3))
     assert (sampling.temperature, sampling.max_tokens, sampling.top_k, sampling.top_p) == (0.6, 7, 5, 0.5)
