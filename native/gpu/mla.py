@@ -16,7 +16,7 @@ from native.gpu.support import factor_type
 __all__ = ["mla_decode", "num_splits_for", "partial_size", "write_latent"]
 
 BLOCK_HEADS = 16  # the least that tensor cores take
-_PROGRAMS = 256  # two for each of about 128 multiprocessors
+_PROGRAMS = 128  # one for each multiprocessor of an RTX 4090 (128) or H100 (132); shared memory has room for one
 
 
 @triton.jit
@@ -33,8 +33,14 @@ def q8_values(row, is_visible, FIRST: tl.constexpr, COUNT: tl.constexpr, LATENT:
 
 
 @triton.jit
+def splits_of(length, NUM_SPLITS: tl.constexpr):
+    """How many of the splits have work: none less than 128 positions, or merging would cost more than it saves."""
+    return tl.maximum(1, tl.minimum(NUM_SPLITS, tl.cdiv(length, 128)))
+
+
+@triton.jit
 def decode_kernel(
-    q_latent, q_rope, storage, page_table, lengths, partial, scale, table_stride, ql_token, ql_head, qr_token, qr_head,
+    q_latent, q_rope, storage, page_table, lengths, partial, sums, scale, table_stride, ql_token, ql_head, qr_token, qr_head,
     num_heads, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
     FACTOR: tl.constexpr, IS_Q8: tl.constexpr, RANK_TILE: tl.constexpr, ROPE_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -43,8 +49,11 @@ def decode_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = (head < num_heads)[:, None]
     length = tl.load(lengths + token)
+    num_used = splits_of(length, NUM_SPLITS)
+    if split >= num_used:
+        return
     num_blocks = tl.cdiv(length, POSITIONS)
-    first, last = num_blocks * split // NUM_SPLITS, num_blocks * (split + 1) // NUM_SPLITS
+    first, last = num_blocks * split // num_used, num_blocks * (split + 1) // num_used
     rank, rope, place = tl.arange(0, RANK_TILE), tl.arange(0, ROPE_TILE), tl.arange(0, POSITIONS)
     in_rank, in_rope = rank < RANK, rope < ROPE
     dtype = tl.float16 if IS_Q8 else storage.dtype.element_ty
@@ -79,37 +88,35 @@ def decode_kernel(
         context = context * factor[:, None] + tl.dot(weights.to(dtype).to(FACTOR), latent, input_precision="ieee")
         total = total * factor + tl.sum(weights, 1)
         peak = new_peak
-    at = ((token * num_heads + head) * NUM_SPLITS + split) * (RANK + 1)  # (HEADS,)
-    is_empty = first == last
-    divisor = tl.where(is_empty, 1.0, total)
-    tl.store(partial + at[:, None] + rank[None, :], context / divisor[:, None], is_head & in_rank[None, :])
-    tl.store(partial + at + RANK, tl.where(is_empty, float("-inf"), peak + tl.log(total)), head < num_heads)
+    at = (token * num_heads + head) * NUM_SPLITS + split  # (HEADS,)
+    divisor = tl.where(length > 0, total, 1.0)
+    tl.store(partial + at[:, None] * RANK + rank[None, :], context / divisor[:, None], is_head & in_rank[None, :])
+    tl.store(sums + at, tl.where(length > 0, peak + tl.log(total), float("-inf")), head < num_heads)
 
 
 @triton.jit
-def merge_kernel(partial, out, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr):
+def merge_kernel(partial, sums, lengths, out, num_heads, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr):
     """Program: one head of one token: its splits, each weighted by its share of the whole sum."""
     which = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, TILE)
     peak, total = float("-inf"), 0.0
     context = tl.zeros((TILE,), tl.float32)
-    for split in range(NUM_SPLITS):
-        at = partial + (which * NUM_SPLITS + split) * (RANK + 1)
-        size = tl.load(at + RANK)
+    for split in range(splits_of(tl.load(lengths + which // num_heads), NUM_SPLITS)):
+        at = which * NUM_SPLITS + split
+        size = tl.load(sums + at)
         new_peak = tl.maximum(peak, size, propagate_nan=tl.PropagateNan.ALL)
         is_first = new_peak == float("-inf")  # nothing yet: the difference below would be NaN
         factor = tl.where(is_first, 0.0, tl.exp(peak - new_peak))
         share = tl.where(is_first, 0.0, tl.exp(size - new_peak))
-        context = context * factor + tl.load(at + rank, rank < RANK, other=0.0) * share
+        context = context * factor + tl.load(partial + at * RANK + rank, rank < RANK, other=0.0) * share
         total, peak = total * factor + share, new_peak
     tl.store(out + which * RANK + rank, context / tl.where(total == 0.0, 1.0, total), rank < RANK)
 
 
 def num_splits_for(num_tokens: int, num_heads: int, max_positions: int) -> int:
-    """Splits of each token's context: enough programs for the whole GPU, none for less than a page."""
+    """Most splits of a token's context: enough programs for the whole GPU. Short contexts use fewer (`splits_of`)."""
     groups = num_tokens * triton.cdiv(num_heads, BLOCK_HEADS)
-    wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, groups))
-    return max(1, min(wanted, 64, triton.next_power_of_2(max_positions // PAGE_POSITIONS)))
+    return max(1, min(triton.cdiv(_PROGRAMS, groups), 64, triton.cdiv(max_positions, 128)))
 
 
 def mla_decode(
@@ -146,13 +153,16 @@ def mla_decode(
     is_q8 = storage.dtype == torch.uint8
     rank_tile, rope_tile = (max(32, triton.next_power_of_2(each)) for each in (rank, rope))
     positions, num_stages, num_warps = _tile_for(storage.dtype, rank_tile)
+    sums = partial.view(-1)[num_tokens * num_heads * num_splits * rank :]  # behind the contexts
     decode_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS), num_splits)](
-        q_latent, q_rope, storage, page_table, lengths, partial, scale, page_table.stride(0), q_latent.stride(0),
+        q_latent, q_rope, storage, page_table, lengths, partial, sums, scale, page_table.stride(0), q_latent.stride(0),
         q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), num_heads, NUM_SPLITS=num_splits, RANK=rank, ROPE=rope,
         HEADS=BLOCK_HEADS, POSITIONS=positions, FACTOR=factor_type(torch.float16 if is_q8 else storage.dtype), IS_Q8=is_q8,
         RANK_TILE=rank_tile, ROPE_TILE=rope_tile, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    merge_kernel[(num_tokens * num_heads,)](partial, out, NUM_SPLITS=num_splits, RANK=rank, TILE=rank_tile, num_warps=4)
+    merge_kernel[(num_tokens * num_heads,)](
+        partial, sums, lengths, out, num_heads, NUM_SPLITS=num_splits, RANK=rank, TILE=rank_tile, num_warps=4
+    )
     return out
 
 

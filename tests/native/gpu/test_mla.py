@@ -73,8 +73,8 @@ def test_a_bad_latent_is_seen(device):
 
 
 def test_number_of_splits_follows_from_shapes():
-    assert num_splits_for(1, 64, 32768) == 64 and num_splits_for(64, 64, 32768) == 1
-    assert num_splits_for(1, 64, 64) == 1
+    assert num_splits_for(1, 64, 32768) == 32 and num_splits_for(64, 64, 32768) == 1
+    assert num_splits_for(1, 64, 64) == 1 and num_splits_for(1, 16, 1 << 18) == 64
 
 
 @pytest.mark.parametrize(("rank", "rope"), [(64, 16), (96, 64)])
