@@ -97,10 +97,10 @@ class TestSlots(SlotsMachine.TestCase):
 
 @pytest.mark.slow
 class TestSlotsLong(SlotsMachine.TestCase):
-    """10,000 steps: `pytest -m slow tests/memory/test_vram_slots.py`."""
+    """More than 10,000 steps: `pytest -m slow tests/memory/test_vram_slots.py`."""
 
     settings = settings(
-        max_examples=100, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=120, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
     )
 
 

@@ -100,6 +100,25 @@ def test_with_cache_equals_without_exactly(types, tmp_path, ids):
         assert counters["gpu_expert_hits"] > 0 and counters["gpu_expert_misses"] > 0 and counters["expert_promotions"] >= 5
 
 
+def test_whatever_happens_to_slots_changes_no_result(path, ids):
+    """Random budgets, cancelled promotions and fewer or more slots between the steps: the same bits."""
+    rng = np.random.default_rng(6)
+    with only_rows(HybridRunner(path)) as without:
+        want = without.decode(ids[:60])
+    with only_rows(HybridRunner(path, num_gpu_experts=6)) as runner:
+        slots, have = runner.transformer.experts.slots, []
+        for i in range(60):
+            have.append(runner.prefill(ids[i : i + 1], start=i))
+            runner.transformer._adaptive._budget.budget = int(rng.integers(0, 5))
+            if rng.random() < 0.2:
+                slots.cancel()
+            if rng.random() < 0.2:
+                slots.resize(int(rng.integers(0, 7)))
+        assert same(np.concatenate(have), want)
+        counters = runner.transformer.counters()
+        assert counters["gpu_expert_hits"] and counters["expert_promotions"] > 6 and counters["expert_promotions_cancelled"]
+
+
 def test_every_expert_resident(path, ids):
     """A model that fits: the CPU has nothing to do."""
     with only_rows(HybridRunner(path, num_gpu_experts=16)) as runner, only_rows(HybridRunner(path)) as without:
