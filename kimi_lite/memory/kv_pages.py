@@ -4,6 +4,7 @@ A storage is a numpy array or, on a GPU, a torch tensor of shape (layers, pages,
 torch is imported only for tensors, so by a process that has it already. Used by `memory.kv`.
 """
 
+import logging
 from collections import OrderedDict
 from typing import Any
 
@@ -42,9 +43,9 @@ class HostPages:
         """`storage`: the cache's own; these pages have its kind. Those of a GPU come to lie in pinned memory."""
         assert num_pages > 0, num_pages
         num_layers, _, num_rows, length = storage.shape
-        shape = (num_pages, num_layers, num_rows, length)  # a page in one piece
         self.num_pages = num_pages
-        self.storage = np.zeros(shape, storage.dtype) if isinstance(storage, np.ndarray) else _pinned(shape, storage)
+        self.storage: Storage | None = None  # until the first page comes: pinning memory takes time
+        self._shape = (num_pages, num_layers, num_rows, length)  # a page in one piece
         self._slot_of: OrderedDict[bytes, int] = OrderedDict()  # by the page's hash, least recently put first
         self._free = list(range(num_pages - 1, -1, -1))
 
@@ -63,6 +64,8 @@ class HostPages:
             self._free.append(self._slot_of.popitem(last=False)[1])
         if not self._free:
             return False
+        if self.storage is None:
+            self.storage = _room_in_ram(self._shape, storage)
         slot = self._free.pop()
         self.storage[slot] = storage[:, page]
         self._slot_of[page_hash] = slot
@@ -78,8 +81,15 @@ class HostPages:
         self._free.append(slot)
 
 
-def _pinned(shape: tuple[int, ...], storage: Storage) -> Storage:
-    """A tensor in RAM that a GPU reads at full speed."""
+def _room_in_ram(shape: tuple[int, ...], storage: Storage) -> Storage:
+    """An array like `storage`, or a tensor that its GPU reads at full speed where the system allows that."""
+    if isinstance(storage, np.ndarray):
+        return np.zeros(shape, storage.dtype)
     import torch
 
-    return torch.empty(shape, dtype=storage.dtype, pin_memory=storage.device.type == "cuda")
+    try:
+        return torch.empty(shape, dtype=storage.dtype, pin_memory=storage.device.type == "cuda")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        logging.getLogger(__name__).warning("Pages of the cache in RAM are not pinned (%s); they return at half the speed.", reason)
+        return torch.empty(shape, dtype=storage.dtype)
