@@ -18,6 +18,33 @@ READ = sse(
 )
 DONE = sse({"content": "It says **hello**.\n\n```python\nx = 1\n```\n"}, usage={"prompt_tokens": 40, "completion_tokens": 9})
 
+WIDE = """\
+# 标题 😀
+
+这是一个**很长**的句子，包含中文和 English 混排，用来检查在六十列终端上的换行是否正确，不会重复任何一行。
+
+| 名称 | value |
+|------|------:|
+| 苹果 🍎 | 1 |
+
+1. 你好 `code`
+2. end
+"""
+WIDE_SHOWN = """\
+标题 😀
+
+这是一个很长的句子，包含中文和 English
+混排，用来检查在六十列终端上的换行是否正确，不会重复任何一行
+。
+
+名称      value
+───────────────
+苹果 🍎       1
+
+1. 你好 code
+2. end
+  gen"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -59,11 +86,30 @@ def test_mistakes_are_sentences() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_chat_asks_and_renders(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / name))
+def test_chat_on_sixty_columns_shows_every_row_once(tmp_path: Path) -> None:
+    thoughts = [{"reasoning_content": f"思考 {i}, thinking about many things; "} for i in range(40)]
+    events = sse(*thoughts, *({"content": char} for char in WIDE)).split(b"\n\n")
+    with FakeOpenAI(Answer([event + b"\n\n" for event in events], pause_s=0.004)) as fake:
+        folders = {name: str(tmp_path / name) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME")}
+        terminal = Terminal("kimi_lite", "chat", "--endpoint", fake.url, num_columns=60, num_rows=30, **folders)
+        terminal.wait_for("❯")
+        terminal.type("你好 😀\r")
+        terminal.wait_for("TTFT")
+        shown = "\n".join(terminal.screen)
+        terminal.wait_for("❯")
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+        terminal.close()
+    answer = shown.partition("(/think show)\n")[2]
+    assert answer.startswith(WIDE_SHOWN), shown
+    assert shown.count("思考") == 0
+    assert "thinking about many things" in terminal.seen
+
+
+def test_chat_asks_and_renders(folder: Path, tmp_path: Path) -> None:
+    folders = {name: str(tmp_path / name) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME")}
     with FakeOpenAI(READ, DONE) as fake:
-        terminal = Terminal("kimi_lite", "chat", "--endpoint", fake.url, "--tools", str(folder))
+        terminal = Terminal("kimi_lite", "chat", "--endpoint", fake.url, "--tools", str(folder), **folders)
         assert "kimi-k2.5" in terminal.wait_for("❯")
         terminal.type("what is in a.txt?\r")
         terminal.wait_for("▸ thought for")
