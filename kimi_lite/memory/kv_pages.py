@@ -91,5 +91,7 @@ def _room_in_ram(shape: tuple[int, ...], storage: Storage) -> Storage:
         return torch.empty(shape, dtype=storage.dtype, pin_memory=storage.device.type == "cuda")
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        logging.getLogger(__name__).warning("Pages of the cache in RAM are not pinned (%s); they return at half the speed.", reason)
+        logging.getLogger(__name__).warning(
+            "Pages of the cache in RAM are not pinned (%s); they return at half the speed.", reason
+        )
         return torch.empty(shape, dtype=storage.dtype)
