@@ -14,6 +14,7 @@ from typing import Literal
 
 import psutil
 
+from kimi_lite.apps.plan_view import short_folder
 from kimi_lite.memory import host
 from kimi_lite.memory.hardware import Hardware, probe
 from kimi_lite.units import GIB, gib
@@ -167,10 +168,11 @@ def check_huge_pages(facts: Facts) -> Check:
 
 
 def check_lock(facts: Facts) -> Check:
-    """Pinned buffers are the driver's and do not count; the limit is shown because other programs ask for it."""
+    """Only `--load lock` needs it: pinned buffers are the driver's and do not count."""
     if facts.lockable_bytes is None:
         return Check("lock limit", "ok", "none (ulimit -l)")
-    return Check("lock limit", "ok", f"{gib(facts.lockable_bytes)} (ulimit -l); kimi-lite locks nothing by itself")
+    found = f"{gib(facts.lockable_bytes)} (ulimit -l); only --load lock needs more"
+    return Check("lock limit", "ok", found)
 
 
 def check_wsl(facts: Facts) -> Check:
@@ -184,7 +186,7 @@ def check_disk(facts: Facts) -> Check:
     disk = facts.hardware.disk
     if disk is None:
         return Check("disk", "ok", "not looked at")
-    found = f"{gib(disk.free_bytes)} free at {disk.path}"
+    found = f"{gib(disk.free_bytes)} free at {short_folder(disk.path)}"
     if disk.read_bytes_s is None:
         return Check("disk", "ok", f"{found}, speed not measured (no model there)")
     found += f", reads {disk.read_bytes_s / 1e9:.1f} GB/s"

@@ -26,6 +26,8 @@ class PlanLimits:
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     num_threads: int | None = None
+    num_gpu_experts: int | None = None  # slots on the card; None: as many as fit
+    dense_type: str = "q8_0"  # on the card: q8_0, bf16, or file
     cache_tokens: int | None = None  # of all sequences; None: one of the whole context
 
 

@@ -211,6 +211,22 @@ def test_eight_bits_halve_the_cache_and_vision_counts():
     assert seeing.part_bytes("VRAM", "vision") == 942_287_840
 
 
+def test_flags_of_the_card_are_kept():
+    sizes = K25["tq1_0"]
+    plain, few = make_plan(sizes, machine()), make_plan(sizes, machine(), PlanLimits(num_gpu_experts=100))
+    assert few.num_vram_slots == 100 < plain.num_vram_slots and few.place_bytes("VRAM") < plain.place_bytes("VRAM")
+    assert not make_plan(sizes, machine(), PlanLimits(num_gpu_experts=0)).num_vram_slots
+    too_many = make_plan(sizes, machine(), PlanLimits(num_gpu_experts=5000))
+    assert "expert slots" in too_many.refusal.problem and f"--gpu-experts {plain.num_vram_slots}" in remedies(too_many)
+    wide = make_plan(
+        sizes, machine(gpu=replace(CARD, vram_total_bytes=48 * GIB, vram_free_bytes=47 * GIB)), PlanLimits(dense_type="bf16")
+    )
+    assert wide.part_bytes("VRAM", "dense weights") == pytest.approx(21e9, rel=0.05)  # 10.55 G weights
+    assert wide.decode.tok_s < plain.decode.tok_s
+    as_file = sizes.with_dense_type("file")
+    assert sizes.dense_bytes < as_file.card_dense_bytes < 1.2 * sizes.dense_bytes
+
+
 def test_json_holds_what_the_tables_show():
     document = json.loads(json.dumps(make_plan(K25["tq1_0"], machine(), PlanLimits(0)).to_json()))
     assert document["verdict"] == "refused" and document["refusal"]["remedies"]
