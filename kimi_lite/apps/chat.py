@@ -87,6 +87,11 @@ class Chat:
 
     def begin(self) -> None:
         """Take up what the command line names. What it says beside that goes before what was saved."""
+        if self.attachments and not self.session.can_see:
+            raise KimiLiteError(
+                f"--image needs a model with a vision tower; {self.session.info.name} has none here.",
+                "Leave it out, or use --endpoint URL of a server whose model sees.",
+            )
         if self.options.is_continuing:
             self.take_up(self.autosave.store.latest())
         elif self.options.session_name:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from kimi_lite.apps.attachments import counted
@@ -45,17 +44,26 @@ def _num_exchanges(chat: Chat, text: str) -> int:
 
 def _show_context(chat: Chat) -> None:
     session = chat.session
-    used, total = session.count_tokens(), session.context_length
+    used, total = _num_used(chat), session.context_length
     num_hidden = sum(turn.role == "user" for turn in session.turns[: session.num_dropped])
     parts = [counted(len(session.exchanges), "exchange")]
     if num_hidden:
         parts.append(f"{num_hidden} older {'summarised' if session.summary else 'dropped'}")
-    if used is None or total is None:
-        chat.say("the endpoint keeps its context length to itself · " + " · ".join(parts))
+    if total is None:
+        chat.say(" · ".join([f"{used:,} tokens of a context whose length the endpoint does not say", *parts]))
         return
     width = max(min(chat.aside.width - 60, 32), 8)
     parts = [f"{used:,} of {total:,} tokens ({100 * used / total:.0f} %)", *parts]
     chat.say(f"{bar(used / total, width)} " + " · ".join(parts))
+
+
+def _num_used(chat: Chat) -> int:
+    """Counted here, or what the endpoint said with its last answer."""
+    used = chat.session.count_tokens()
+    last = next((turn.stats for turn in reversed(chat.session.turns) if turn.stats is not None), None)
+    if used is None:
+        used = 0 if last is None else last.prompt_tokens + last.generated_tokens
+    return used
 
 
 @COMMANDS.command("stats")
@@ -116,12 +124,13 @@ def _experts(chat: Chat, argument: str) -> None:
         (name.replace("_", " "), f"{value:,.0f}" if value == int(value) else f"{value:,.3f}") for name, value in counters.items()
     ]
     chat.say_table(rows + _hit_rates(counters))
-    if heat is None:
+    if heat is None and not counters:
+        chat.say("the endpoint does not say where its experts lie")
+    elif heat is None:
         chat.say("this road computes experts where they lie and counts no choices: there is no picture of their use")
-        return
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    for line in heat_rows(heat, max(chat.aside.width - 8, 16), is_ascii="utf" not in encoding.lower()):
-        chat.say(line)
+    else:
+        for line in heat_rows(heat, max(chat.aside.width - 8, 16), is_ascii="utf" not in chat.aside.encoding.lower()):
+            chat.say(line)
 
 
 def _hit_rates(counters: dict[str, float]) -> list[tuple[str, str]]:

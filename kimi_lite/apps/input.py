@@ -19,6 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.styles import Style
 
+from kimi_lite.apps.attachments import counted
 from kimi_lite.apps.completion import ChatCompleter
 from kimi_lite.apps.folders import make_private
 from kimi_lite.apps.input_pipe import is_open_block, unquote_block
@@ -113,7 +114,7 @@ class TerminalInput:
                 return answer
 
     def _prompt(self) -> FormattedText:
-        files = f"{len(self._chat.attachments)} file(s) " if self._chat.attachments else ""
+        files = f"{counted(len(self._chat.attachments), 'file')} " if self._chat.attachments else ""
         return FormattedText([("class:files", files), ("class:prompt", "❯ ")])
 
     def _mode(self) -> str:

@@ -193,7 +193,8 @@ class Conversation(ABC):
         messages = [*self._system_messages(), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
         sampling = replace(self.settings.sampling, max_tokens=SUMMARY_TOKENS)
         record = AnswerRecord()
-        for token in self._stream(messages, AnswerSettings(False, 0.0, sampling), on_prefill, True):
+        settings = replace(self.settings, is_thinking=False, sampling=sampling)
+        for token in self._stream(messages, settings, on_prefill, True):
             record.add(token)
             yield token
         assert record.last is not None

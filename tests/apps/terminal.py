@@ -17,7 +17,7 @@ import pyte
 
 ROOT = Path(__file__).parents[2]
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()=>][0-9A-B]?|\x1b\][^\x07]*\x07")
-_PROMPT = re.compile(r"(\d+ file\(s\) )?❯(\s+(thinking|instant|editing the last message))?")
+_PROMPT = re.compile(r"(\d+ files? )?❯(\s+(thinking|instant|editing the last message))?")
 TIMEOUT_S = 30.0
 
 

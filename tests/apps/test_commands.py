@@ -341,6 +341,33 @@ def test_a_tool_call_is_asked_about_run_and_answered(talk: Talk, tmp_path: Path)
     assert talk.session.turns[3].text == "it says forty"
 
 
+def test_images_go_with_the_message_where_the_model_sees(talk: Talk, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    shown = talk.say(f"what is {tmp_path}/a.png")
+    assert "has no vision tower here" in shown
+    assert isinstance(talk.session.turns[0].content, str)
+    talk.session.can_see = True
+    assert "a.png (image) goes with your next message" in talk.say(f"/image {tmp_path}/a.png")
+    talk.say("look")
+    image, text = talk.session.messages[-2]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text == {"type": "text", "text": "look"}
+    talk.say(f"and {tmp_path}/a.png")
+    assert len(talk.session.messages[-2]["content"]) == 2
+
+
+def test_an_endpoint_that_says_little_is_told_as_it_is(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk.say("hi")
+    for name, value in (("count_tokens", lambda *a, **k: None), ("counters", dict), ("pieces", lambda ids: None)):
+        monkeypatch.setattr(talk.session, name, value)
+    talk.session.context_length = None
+    assert "a context whose length the endpoint does not say" in talk.say("/ctx")
+    assert "the endpoint does not say where its experts lie" in talk.say("/experts")
+    assert "not known here" in talk.say("/tokens")
+    talk.say("more")
+    assert said(talk)[-1] == "you said: more"
+
+
 def test_every_command_is_tested_here() -> None:
     source = Path(__file__).read_text()
     assert [command.names[0] for command in all_commands().commands if f'"/{command.names[0]}' not in source] == []

@@ -87,7 +87,7 @@ def test_every_command_on_the_demo_model(folder: Path) -> None:
         assert is_as_expected(rows, expected, answer), "\n".join([line, *rows, "--- expected", *expected, answer])
         typed |= {line.split()[0].removeprefix("/")} if line.startswith("/") else set()
     (folder / "note.txt").write_text("The answer is blue.\n")
-    assert terminal.enter(f"/read {folder}/note.txt")[-1].startswith("1 file(s) ❯")
+    assert terminal.enter(f"/read {folder}/note.txt")[-1].startswith("1 file ❯")
     terminal.enter("/read off")
     help_screen = terminal.enter("/help")
     assert help_screen[-2].split() == ["Tab", "completes", "commands,", "paths", "and", "names"]
