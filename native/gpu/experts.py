@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from native.gpu.elementwise import swiglu
-from native.gpu.formats import Format, formats, table_for, weights_of
+from native.gpu.formats import formats, table_for, weights_of
 from native.gpu.grouped import Groups, grouped_product
-from native.gpu.matvec import row_products, warps_for
+from native.gpu.matvec import row_products, tile_for
 
 GROUPED_CHOICES = 33  # from so many on in groups: below, most experts are chosen once
+_ROWS = 2  # of a program: they share the loads of activations
 
 
 class ExpertMatrix(NamedTuple):
@@ -132,33 +133,28 @@ def _check(x, slots, form, slot_of_choice, token_of_choice) -> None:
     assert slot_of_choice.is_contiguous() and token_of_choice.is_contiguous(), "choices must be contiguous"
 
 
-def _rows_of_program(each: Format, k: int) -> tuple[int, int]:
-    """(rows, warps): a short row keeps few threads busy, so that a program of fewer warps takes more rows."""
-    num_warps = warps_for(k // each.block_size * each.num_lanes, each.run)
-    return (4 if num_warps == 1 else 2), num_warps
-
-
 def _launch_gate_up(x, slots, form, slot_of_choice, token_of_choice, hidden) -> None:
     gate, up = form.gate, form.up
     g, u = formats()[gate.layout_name], formats()[up.layout_name]
-    rows, num_warps = _rows_of_program(g, gate.k)
+    tile = tile_for(g, gate.k, 4 // _ROWS)
     slot_bytes = slots.stride(0)
-    gate_up_kernel[(triton.cdiv(gate.num_rows, rows), len(slot_of_choice))](
+    gate_up_kernel[(triton.cdiv(gate.num_rows, _ROWS), len(slot_of_choice))](
         x, weights_of(slots, g.name), weights_of(slots, u.name), hidden, table_for(g, slots), table_for(u, slots),
         slot_of_choice, token_of_choice, gate.num_rows, x.stride(0), g.units(gate.offset), u.units(up.offset),
         g.units(slot_bytes), u.units(slot_bytes), g.units(gate.row_bytes), u.units(up.row_bytes),
-        gate.k // g.block_size, up.k // u.block_size, **g.constants("G_"), G_ALIGN=g.align, G_TILE=32 * num_warps * g.run,
-        **u.constants("U_"), U_ALIGN=u.align, U_TILE=32 * num_warps * u.run, ROWS=rows, num_warps=num_warps,
+        gate.k // g.block_size, up.k // u.block_size, **g.constants("G_"), G_ALIGN=g.align, G_TILE=tile.num_lanes,
+        **u.constants("U_"), U_ALIGN=u.align, U_TILE=tile.num_lanes // g.run * u.run, ROWS=_ROWS,
+        num_warps=tile.num_warps,
     )  # fmt: skip
 
 
 def _launch_down(hidden, slots, down, slot_of_choice, out) -> None:
     each = formats()[down.layout_name]
-    rows, num_warps = _rows_of_program(each, down.k)
-    down_kernel[(triton.cdiv(down.num_rows, rows), len(slot_of_choice))](
+    tile = tile_for(each, down.k, 4 // _ROWS)
+    down_kernel[(triton.cdiv(down.num_rows, _ROWS), len(slot_of_choice))](
         hidden, weights_of(slots, each.name), out, table_for(each, slots), slot_of_choice, down.num_rows, down.k, out.stride(0),
         each.units(down.offset), each.units(slots.stride(0)), each.units(down.row_bytes), down.k // each.block_size,
-        **each.constants(), ALIGN=each.align, TILE=32 * num_warps * each.run, ROWS=rows, num_warps=num_warps,
+        **each.constants(), ALIGN=each.align, TILE=tile.num_lanes, ROWS=_ROWS, num_warps=tile.num_warps,
     )  # fmt: skip
 
 

@@ -5,11 +5,13 @@ all rows and all tokens: an activation loaded once serves ROWS rows, a decoded w
 rows, runs of lanes, RUN) with all threads along the runs, so that no exchange is needed until the one sum at the end.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from native.gpu.formats import formats, table_for, weights_of
+from native.gpu.formats import Format, formats, table_for, weights_of
 from native.layouts import BY_NAME
 
 MAX_TOKENS = 16  # beyond that a tiled product is faster (native.gpu.linear)
@@ -60,9 +62,25 @@ def matvec_kernel(
     tl.store(out + head * out_head + token * out_stride + row, total, (token < num_tokens) & (row < num_rows))
 
 
-def warps_for(num_lanes: int, run: int) -> int:
-    """Warps of a program: as many as a row keeps busy for a few rounds, at most four."""
-    return max(1, min(4, triton.next_power_of_2(num_lanes // (4 * 32 * run) + 1)))
+class Tile(NamedTuple):
+    """Of one round of a program's loop: `num_lanes` of a row, by `num_warps`."""
+
+    num_lanes: int
+    num_warps: int
+
+
+def tile_for(each: Format, k: int, max_unroll: int) -> Tile:
+    """As many loads in flight as may be, then as many warps, where a row's last round wastes no more than a tenth.
+
+    A multiprocessor of an RTX 4090 must have about 6 KB under way to draw its share of the bandwidth; a run of two bytes from
+    each of its 1,536 threads is half of that, so that a thread takes up to `max_unroll` runs a round.
+    """
+    row_lanes = k // each.block_size * each.num_lanes
+    tiles = [(unroll, Tile(32 * warps * each.run * unroll, warps)) for unroll in (4, 2, 1) for warps in (4, 2, 1)]
+    tiles = [tile for unroll, tile in tiles if unroll <= max_unroll]
+    padded = [triton.cdiv(row_lanes, tile.num_lanes) * tile.num_lanes for tile in tiles]
+    limit = max(min(padded), 1.1 * row_lanes)
+    return next(tile for tile, size in zip(tiles, padded, strict=True) if size <= limit)
 
 
 def rows_for(num_rows: int, num_tokens: int) -> int:
@@ -83,10 +101,11 @@ def matvec(
     num_rows, num_blocks = data.shape[1], k // layout.block_size
     tokens = triton.next_power_of_2(num_tokens)
     rows = rows_per_program or rows_for(num_rows, tokens)
-    num_warps = warps_for(num_blocks * each.num_lanes, each.run)
+    tile = tile_for(each, k, max(1, 4 // (rows * tokens)))
     matvec_kernel[(triton.cdiv(num_rows, rows), num_heads)](
         x, weights_of(data, layout_name), out, table_for(each, data), num_tokens, num_rows, num_blocks,
         each.units(data.stride(1)), x.stride(1), out.stride(1), x.stride(0), each.units(data.stride(0)), out.stride(0),
-        TOKENS=tokens, ROWS=rows, **each.constants(), ALIGN=each.align, TILE=32 * num_warps * each.run, num_warps=num_warps,
+        TOKENS=tokens, ROWS=rows, **each.constants(), ALIGN=each.align, TILE=tile.num_lanes,
+        num_warps=tile.num_warps,
     )  # fmt: skip
     return out

@@ -59,7 +59,7 @@ def _check(slots: Slots, x: np.ndarray, chosen: np.ndarray, tokens: np.ndarray, 
 
 
 @pytest.mark.parametrize(("types", "size"), [
-    (("TQ1_0", "IQ1_M", "Q8_0"), (256, 32)), (("Q8_0", "Q8_0", "Q8_0"), (64, 96)), (("Q4_0", "Q8_0", "TQ2_0"), (32, 256)),
+    (("TQ1_0", "IQ1_M", "Q8_0"), (256, 32)), (("Q8_0", "Q8_0", "Q8_0"), (64, 32)),
 ])  # fmt: skip
 def test_few_choices(types, size, device):
     slots = _slots(types, 2, *size)
@@ -69,7 +69,7 @@ def test_few_choices(types, size, device):
 
 def test_types_may_differ(device):
     """As recipes have it: down in more bits; MXFP4's blocks begin at odd addresses."""
-    slots = _slots(("Q4_0", "MXFP4", "F16"), 2, 32, 64)
+    slots = _slots(("Q4_0", "MXFP4", "F16"), 2, 32, 32)
     x = np.random.default_rng(22).standard_normal((1, 32)).astype(np.float32)
     _check(slots, x, np.array([1, 0]), np.array([0, 0]), device, 3e-6)
 
