@@ -20,7 +20,7 @@ from kimi_lite.apps.tools.mcp_config import McpServer
 from kimi_lite.apps.tools.tool import Run, ShouldStop, Tool, ToolError
 from kimi_lite.errors import KimiLiteError
 
-START_S, CALL_S, CLOSE_S = 30.0, 120.0, 8.0
+START_S, CALL_S, CLOSE_S = 60.0, 120.0, 8.0
 MOST_PAGES = 20
 POLL_S = 0.05
 

@@ -1,8 +1,11 @@
 """From the flags `--tools`, `--mcp-config` and `--allow` to a box of tools. Used by `apps.run` and `apps.chat_start`."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.errors import KimiLiteError
@@ -20,7 +23,10 @@ def open_tools(flags: Mapping[str, Any]) -> "ToolBox | None":
         return None
     from kimi_lite.apps.tools.box import ToolBox
 
-    return ToolBox.open(folder, config, flags["allow"] or ())
+    aside = Console(stderr=True)
+    is_waiting = config is not None and aside.is_terminal and not flags["quiet"]  # servers may be installed first
+    with aside.status("[dim]starting MCP servers") if is_waiting else nullcontext():
+        return ToolBox.open(folder, config, flags["allow"] or ())
 
 
 def require_place(session: Conversation) -> None:
