@@ -21,30 +21,48 @@ from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.routed import RoutedExperts
 from kimi_lite.model.hybrid.step import Step
 
-MAX_DECODE_TOKENS = 16  # rows of a step that goes this way; the matrix-vector kernels take as many
+
+class Graphs:
+    """What the segments of one shape share: graph memory, as they run one after the other, and a stream to capture on."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._device = accelerator.device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self._device)
+
+    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """What `run` asks of the device, as a graph; nothing is done yet.
+
+        Not `torch.cuda.graph`, which stops the device and empties the memory pool for each of a hundred segments.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # promotions go on meanwhile
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        return graph
 
 
 class Segment:
     """A piece of a step's work on the device."""
 
-    def __init__(self, run: Callable[[], None], accelerator: Accelerator, pool: tuple | None) -> None:
-        """pool: of graph memory, shared by segments that run one after the other; None: no graphs."""
-        self._run, self._accelerator, self._pool = run, accelerator, pool
+    def __init__(self, run: Callable[[], None], graphs: Graphs | None) -> None:
+        """graphs: None where there are none."""
+        self._run, self._graphs = run, graphs
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
     def __call__(self) -> None:
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._pool is None or not self._is_warm:
+        if self._graph is None and self._graphs is not None and self._is_warm:
+            self._graph = self._graphs.capture(self._run)
+        if self._graph is None:
             self._run()
             self._is_warm = True
         else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # promotions go on meanwhile
-                self._run()
-            self._graph = graph
-            graph.replay()
+            self._graph.replay()
 
 
 class DecodeSegments:
@@ -77,10 +95,10 @@ class DecodeSegments:
         self._aside = torch.zeros_like(self.x)
         self._logits = accelerator.pinned((num_rows, c.vocab_size), torch.float32)
         self._host = HostCopies(accelerator, num_rows, c.hidden_size, self._ids.shape[1])
-        pool = torch.cuda.graph_pool_handle() if accelerator.is_cuda else None
-        self._before = [Segment(lambda i=i: self._run_before(i), accelerator, pool) for i in range(len(layers))]
-        self._beside = [Segment(lambda i=i: self._run_beside(i), accelerator, pool) for i in range(len(layers))]
-        self._last = Segment(self._run_last, accelerator, pool)
+        graphs = Graphs(accelerator) if accelerator.is_cuda else None
+        self._before = [Segment(lambda i=i: self._run_before(i), graphs) for i in range(len(layers))]
+        self._beside = [Segment(lambda i=i: self._run_beside(i), graphs) for i in range(len(layers))]
+        self._last = Segment(self._run_last, graphs)
 
     def forward(self, x: torch.Tensor, step: Step, num_tokens: int) -> np.ndarray:
         """x (num_rows, D) of a step padded to this shape -> float32 (num_tokens, vocabulary) on the host."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.accelerator import Accelerator
 from kimi_lite.memory.calibration import ExpertCosts
@@ -97,14 +99,12 @@ def open_experts(
     stream = PromptStream(accelerator, source, min(options.group_size, config.num_experts))
     costs = ExpertCosts()
     streamed = StreamedExperts(accelerator, kernels, source, slots, cpu, stream, costs)
-    if options.heat_file:
-        heat = load_heat(options.heat_file, slots.policy.export_heat().shape)
-        if heat is not None:
-            if cache:
-                cache.import_heat(heat)
-                cache.warm()
-            slots.policy.import_heat(heat)
-            slots.fill(lambda done, total: report("bringing hot experts", done, total))
+    heat = load_heat(options.heat_file, slots.policy.export_heat().shape) if options.heat_file else None
+    if cache:
+        _fill_cache(cache, options.tier, heat, report)
+    if heat is not None:
+        slots.policy.import_heat(heat)
+        slots.fill(lambda done, total: report("bringing hot experts", done, total))
     experts = RoutedExperts(accelerator, kernels, source, slots, cpu, streamed, costs, counts[-1])
     if options.heat_file:
         experts.on_close = lambda: save_heat(options.heat_file, slots.policy.export_heat())
@@ -116,6 +116,18 @@ def _open_cache(store: GGUFStore, config: ModelConfig, layers: dict[int, LayerEx
     tables = {layer: experts.table for layer, experts in layers.items()}
     reading = (tier.num_readers, tier.is_direct)
     return ExpertCache(find_places(store, config), tables, tier.budget_bytes, config.num_experts_used, *reading)
+
+
+def _fill_cache(cache: ExpertCache, tier: TierOptions, heat: np.ndarray | None, report: Callable[[str, int, int], None]) -> None:
+    """What is in RAM before the first token: everything, or in the background what was hot the last time."""
+    if tier.is_locked:
+        cache.lock()
+    if heat is not None:
+        cache.import_heat(heat)
+    if tier.is_loading_all:
+        cache.load_all(lambda done, total: report("reading experts", done, total))
+    elif heat is not None:
+        cache.warm()
 
 
 def thread_counts(num_threads: int | None) -> list[int]:

@@ -4,7 +4,7 @@ import torch
 
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.model.config import ModelConfig
-from kimi_lite.model.hybrid.kernels import Kernels, RouterRule
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, RouterRule
 from kimi_lite.model.hybrid.weights import DenseWeights
 
 
@@ -40,9 +40,16 @@ class Router:
 
     def forward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, D) -> expert ids int32 (T, K), weights (T, K)."""
-        logits = self._kernels.linear(normed, self.ffn_gate_inp)
+        logits = self._logits(normed)
         bias = self.exp_probs_b
         if self._slot_of is not None:
             gain = (self._slot_of >= 0) * self._cache_bias
             bias = gain if bias is None else bias + gain
         return self._kernels.route(logits, bias, self._rule)
+
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """(T, E) in float32 however many tokens there are: `linear` would round what many tokens bring to bfloat16."""
+        matrix = self.ffn_gate_inp
+        if len(normed) <= MAX_DECODE_TOKENS:
+            return self._kernels.linear(normed, matrix)
+        return torch.mm(normed, self._kernels.dequantize(matrix.data, matrix.layout_name).T)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kimi_lite.model.hybrid.weights import DenseMatrix
 
 
+MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here go through captured segments
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin of each token's position (T, P / 2)
 
 

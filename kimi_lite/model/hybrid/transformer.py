@@ -19,9 +19,9 @@ from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.batch import Batch, Cancelled
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.hybrid.adaptive import Adaptive
-from kimi_lite.model.hybrid.decode import MAX_DECODE_TOKENS, DecodeSegments, pages_for, rows_for
+from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import HybridOptions, open_experts, thread_counts
-from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.step import StepMaker, num_pages_seen
 from kimi_lite.model.hybrid.weights import DenseWeights

@@ -1,5 +1,7 @@
 """The pieces of the GPU road: dense weights on the device, forms of slots, what becomes of the VRAM, steps, adaptation."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
-from kimi_lite.model.hybrid.decode import pages_for, rows_for
+from kimi_lite.model.hybrid.decode import Segment, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import HybridOptions, divide_vram
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
@@ -124,6 +126,34 @@ def test_cache_on_the_device(store, config, kv_dtype):
 def test_shapes_of_decode_steps():
     assert [rows_for(n) for n in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 16]
     assert [pages_for(n) for n in (1, 16, 17, 512)] == [16, 16, 32, 512]
+
+
+class FakeGraphs:
+    """Captures as CUDA does: nothing runs until the replay."""
+
+    def __init__(self) -> None:
+        self.num_captures = self.num_replays = 0
+
+    def capture(self, run: Callable[[], None]) -> "FakeGraphs":
+        self.num_captures += 1
+        self._run = run
+        return self
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self._run()
+
+
+def test_segments_run_once_are_captured_once_and_replayed():
+    ran, graphs = [], FakeGraphs()
+    segment = Segment(lambda: ran.append(1), graphs)
+    for _ in range(4):
+        segment()
+    assert (len(ran), graphs.num_captures, graphs.num_replays) == (4, 1, 3)
+    plain = Segment(lambda: ran.append(1), None)
+    plain()
+    plain()
+    assert len(ran) == 6
 
 
 def test_steps_are_padded_with_rows_that_do_nothing(config):
