@@ -75,7 +75,7 @@ def _run(
     fit_lines = [fit.summary] if fit else []
     if is_dry:
         plan = make_plan(model, recipe)
-        job = make_job(model, plan, dst, settings.is_overwriting, split_bytes, importance)
+        job = make_job(model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance)
         return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(plan.notes)]
     max_ram_bytes = parse_size(settings.max_ram) if settings.max_ram else None
     options = (on_progress, settings.is_overwriting, split_bytes, importance, calibration, max_ram_bytes)

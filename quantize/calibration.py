@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
@@ -23,6 +24,7 @@ from quantize.names import file_order
 from quantize.statistics import ImportanceSums, OnLayer, check_memory, cut_text, open_walk, read_text
 
 DEFAULT_CHUNKS = 64  # 32,768 tokens: each of 384 experts is chosen about 680 times
+_MAX_SHARE = 0.8  # of free memory
 _SHARED = re.compile(r"\.ffn_(gate|up|gate_up)_exps\.")
 _GGUF_HINT = "Convert it losslessly first (--recipe q4_0-lossless, or --type bf16), then quantize that file with --calibrate."
 
@@ -122,11 +124,13 @@ class CalibrationText:
         try:
             chunks = cut_text(content, tokenizer, walk.metadata, text, MAX_CHUNK_TOKENS, max_chunks)
             check_memory(walk.config, chunks)
+            digest = hashlib.sha256(np.concatenate(chunks).tobytes()).hexdigest()
+            opened = cls(walk, tuple(chunks), f"calibrated on {digest}")
+            opened.check_memory()
         except KimiLiteError:
             walk.close()
             raise
-        digest = hashlib.sha256(np.concatenate(chunks).tobytes()).hexdigest()
-        return cls(walk, tuple(chunks), f"calibrated on {digest}")
+        return opened
 
     def start(self, wanted: Collection[str]) -> Calibration:
         """The text on its way through the layers, for the tensors of these names."""
@@ -140,6 +144,15 @@ class CalibrationText:
             sums.finish_layer()
             report(f"importance, layer {layer}", layer + 1, self.walk.config.num_layers + 1)
         return Importance(path, sums.means())
+
+    def check_memory(self) -> None:
+        """Raises KimiLiteError where the statistics of a layer would not fit."""
+        need, have = self.num_bytes, int(_MAX_SHARE * psutil.virtual_memory().available)
+        if need > have:
+            raise KimiLiteError(
+                f"The largest layer's statistics need {need / 1e9:.1f} GB of memory; {have / 1e9:.1f} GB are there for them.",
+                f"Take fewer than {len(self.chunks)} --chunks, or close other programs.",
+            )
 
     @property
     def num_bytes(self) -> int:

@@ -109,8 +109,9 @@ def make_job(
     importance: Importance | None,
     calibration: "CalibrationText | None" = None,
     max_ram_bytes: int | None = None,
+    will_have_importance: bool = False,
 ) -> Job:
-    """The plan as work to be done: tensors with their readers, in shards."""
+    """The plan as work to be done: tensors with their readers, in shards. `will_have_importance`: for a dry run."""
     if dst.is_dir():
         example = dst / f"model-{plan.recipe.name}.gguf"
         raise KimiLiteError(f"{dst} is a folder, and the name of a GGUF file is needed.", f"For example: {example}")
@@ -119,7 +120,7 @@ def make_job(
     tensors = [_make_tensor(planned, importance, statistics) for planned in plan.tensors]
     for planned, tensor in zip(plan.tensors, tensors, strict=True):
         if not planned.is_exact:
-            _check_encoder(tensor)
+            _check_encoder(tensor, will_have_importance)
     if statistics:  # the text runs through the layers once, so they must come in order
         tensors.sort(key=lambda tensor: file_order(tensor.name))
     origin = f"{model.origin} {calibration.label}" if calibration else model.origin
@@ -139,10 +140,10 @@ def _make_tensor(planned: PlannedTensor, importance: Importance | None, statisti
     return Tensor(source.name, source.shape, planned.layout, partial(source.open_rows, planned.layout), vectors, curvature)
 
 
-def _check_encoder(tensor: Tensor) -> None:
+def _check_encoder(tensor: Tensor, will_have_importance: bool) -> None:
     """Finds now, and not after hours, a tensor that the matrix lacks and whose type cannot be without."""
     try:
-        find_layout(tensor.layout.name, tensor.importance is not None)
+        find_layout(tensor.layout.name, will_have_importance or tensor.importance is not None)
     except KimiLiteError as error:
         raise KimiLiteError(
             f"{tensor.name}: {error.message}", "Give it another type with --tensor-type, or a matrix that has it."

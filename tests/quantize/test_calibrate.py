@@ -93,7 +93,7 @@ def test_killed_and_repeated_is_the_same(source, tmp_path):
         if "blk.1.ffn_down_exps" in name:
             raise KeyboardInterrupt
 
-    recipe = find_recipe("tq1_0")
+    recipe = find_recipe("tq2_0")
     whole = _convert(source, tmp_path / "whole.gguf", recipe)
     with pytest.raises(KeyboardInterrupt):
         _convert(source, tmp_path / "again.gguf", recipe, stop_at_down)
@@ -103,7 +103,7 @@ def test_killed_and_repeated_is_the_same(source, tmp_path):
 
 
 def _convert(source, dst, recipe, on_progress=quiet):
-    text = CalibrationText.open(*source, 2)
+    text = CalibrationText.open(*source, 1)
     try:
         return convert(source[0], dst, recipe, on_progress, calibration=text).path
     finally:
@@ -112,7 +112,8 @@ def _convert(source, dst, recipe, on_progress=quiet):
 
 def test_types_without_feedback_get_importance(source, tmp_path):
     pytest.importorskip("llama_cpp")
-    run(settings(source, tmp_path / "a.gguf", recipe="iq2_xxs"), quiet, False, False)
+    assert run(settings(source, tmp_path / "a.gguf", recipe="iq2_xxs"), quiet, True, False)
+    run(settings(source, tmp_path / "a.gguf", recipe="iq2_xxs", calibrate_chunks=1), quiet, False, False)
     with pytest.raises(KimiLiteError, match="needs an importance matrix"):
         run(settings(source, tmp_path / "b.gguf", recipe="iq2_xxs", calibrate=None), quiet, False, False)
 
@@ -154,15 +155,20 @@ def test_memory_is_limited_or_refused(source, tmp_path):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
 
 
-def test_verify_measures_what_the_words_lose(source, tmp_path):
+@pytest.fixture
+def short_comparison(monkeypatch):
+    monkeypatch.setattr("quantize.comparison._NUM_CHUNKS", 1)
+
+
+def test_verify_measures_what_the_words_lose(source, tmp_path, short_comparison):
     lines = run(settings(source, tmp_path / "a.gguf", calibrate=None), quiet, False, True)
     assert lines[-2].startswith("verified ") and "all checksums equal" in lines[-2]
-    assert lines[-1].startswith("beside the source, on 1,020 tokens of prose: perplexity ") and "KL divergence" in lines[-1]
+    assert lines[-1].startswith("beside the source, on 255 tokens of prose: perplexity ") and "KL divergence" in lines[-1]
     log = [json.loads(line) for line in (tmp_path / "a.quantize.jsonl").read_text().splitlines()]
     assert all(0.1 < entry["error"] < 0.9 for entry in log[1:] if entry["type"] == "TQ1_0")
 
 
-def test_verify_converts_a_small_checkpoint_to_compare(tmp_path):
+def test_verify_converts_a_small_checkpoint_to_compare(tmp_path, short_comparison):
     make_checkpoint(tmp_path / "model", "kimi_int4", num_layers=2)
     lines = run(settings((tmp_path / "model", None), tmp_path / "a.gguf"), quiet, False, True)
     assert "KL divergence" in lines[-1]
