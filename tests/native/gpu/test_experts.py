@@ -59,7 +59,7 @@ def _check(slots: Slots, x: np.ndarray, chosen: np.ndarray, tokens: np.ndarray, 
 
 
 @pytest.mark.parametrize(("types", "size"), [
-    (("TQ1_0", "IQ1_M", "Q8_0"), (256, 32)), (("Q8_0", "Q8_0", "Q8_0"), (64, 32)),
+    (("TQ1_0", "IQ4_NL", "Q8_0"), (256, 32)), (("Q8_0", "Q8_0", "Q8_0"), (64, 32)),
 ])  # fmt: skip
 def test_few_choices(types, size, device):
     slots = _slots(types, 2, *size)
