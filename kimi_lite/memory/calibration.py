@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 
 _MEMORY = 0.98  # weight of what was known, per observation: about the last 50 count
+_DOUBT = 0.995  # a layer: a quarter less after a chunk of 60
 _MIN_GAIN = 0.03  # a setting changes for at least this
 
 
@@ -35,6 +36,11 @@ class ExpertCosts:
             share = 0.3 if self.num_streams else 1.0
             self.stream_s += share * (elapsed_s / num_experts - self.stream_s)
             self.num_streams += 1
+
+    def doubt_stream(self) -> None:
+        """A layer streamed nothing: its cost becomes a little less believed, so that a bus that was slow once (the file was not
+        in memory yet) is tried again, with a few experts at first."""
+        self.stream_s *= _DOUBT
 
     def observe_cpu(self, num_experts: int, num_choices: int, elapsed_s: float) -> None:
         """The CPU computed `num_choices` (token, expert) pairs of `num_experts` experts in this time."""

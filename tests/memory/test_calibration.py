@@ -46,6 +46,23 @@ def test_few_tokens_stay_on_the_cpu_and_many_stream():
     assert list(share.values()) == sorted(share.values())
 
 
+def test_a_cold_start_is_no_verdict():
+    """The first prompt's experts came from the disk, ten times slower than the bus: later prompts stream all the same."""
+    costs = learned(stream_s=4e-4, cpu_s=1.5e-4, choice_s=2e-5)
+    wanted = [20] * 384
+    warm = costs.split(wanted)
+    for _ in range(30):
+        costs.observe_stream(384, 384 * 40e-3)
+    num_layers = 0
+    while costs.split(wanted) < 0.9 * warm:
+        num_streamed, num_layers = costs.split(wanted), num_layers + 1
+        if num_streamed:
+            costs.observe_stream(num_streamed, num_streamed * 4e-4)
+        else:
+            costs.doubt_stream()
+    assert warm > 100 and num_layers < 300, "a few chunks of sixty layers"
+
+
 def test_split_is_the_best_of_all():
     """Against trying every division."""
     rng = np.random.default_rng(2)

@@ -74,6 +74,8 @@ class StreamedExperts:
         if self._stream.has_requested(layer):
             return Division(chosen, resident, sorted(absent.tolist()), [])
         num_streamed = self._costs.split(counts[absent].tolist(), num_windows)
+        if not num_streamed:
+            self._costs.doubt_stream()
         if len(absent) - num_streamed < _SMALL_SHARE * len(absent):
             num_streamed = len(absent)
         return Division(chosen, resident, sorted(absent[:num_streamed].tolist()), sorted(absent[num_streamed:].tolist()))
