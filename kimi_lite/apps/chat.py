@@ -230,7 +230,6 @@ class Chat:
         if not self.autosave.open(name, is_new_allowed):
             self.say(f"{name} is a new conversation")
             return
-        self.attachments.clear()
         session = self.session
         self.say(f"{name}: {counted(len(session.exchanges), 'exchange')}{self._last_words()}")
         if self.autosave.made_by != session.info.name:

@@ -37,6 +37,7 @@ def _load(chat: Chat, argument: str) -> None:
     if not argument:
         raise KimiLiteError("There is no name.", "/sessions lists the conversations that are saved.")
     chat.take_up(argument)
+    chat.attachments.clear()
 
 
 @COMMANDS.command("sessions", usage="[delete NAME]", arguments=("delete",))
