@@ -20,10 +20,19 @@ TypeName = Annotated[str | None, typer.Option("--type", help="One type for every
 Overrides = Annotated[
     list[str] | None, typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Exception by tensor name; repeatable.")
 ]
-Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="llama.cpp's importance matrix, GGUF or .dat.")]
+Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix of kimi-lite or llama.cpp.")]
+Calibrate = Annotated[
+    Path | None, typer.Option("--calibrate", help="Run the source (GGUF) on this text; TQ1_0, TQ2_0, Q2_0 lose far less by it.")
+]
+CalibrateChunks = Annotated[int, typer.Option("--chunks", help="Of 512 tokens of that text; 0: up to 64.", min=0)]
+MaxRam = Annotated[str | None, typer.Option("--max-ram", metavar="SIZE", help="Most memory to use, e.g. 6G.")]
+Mmproj = Annotated[
+    str | None, typer.Option("--mmproj", metavar="TYPE", help="Vision tower to mmproj-NAME.gguf as well: bf16, f16, q8_0, f32.")
+]
+CheckSource = Annotated[bool, typer.Option("--check-source", help="First compare the source with its repository's checksums.")]
 SplitSize = Annotated[str, typer.Option("--split-max-size", help="Largest file, e.g. 45G or 500M.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Read all back: checksums, and errors against the source.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity beside the source.")]
 FitInto = Annotated[
     str | None, typer.Option("--fit", metavar="CARD+MEMORY", help="Best types for e.g. 24G+256G, or `this` machine.")
 ]
@@ -38,7 +47,12 @@ def main(
     fit: FitInto = None,
     tensor_types: Overrides = None,
     imatrix: Imatrix = None,
+    calibrate: Calibrate = None,
+    chunks: CalibrateChunks = 0,
+    max_ram: MaxRam = None,
+    mmproj: Mmproj = None,
     split_size: SplitSize = "45G",
+    check_source: CheckSource = False,
     dry_run: DryRun = False,
     verify: Verify = False,
     force: Force = False,
@@ -50,7 +64,8 @@ def main(
     from quantize.app import Settings, run
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit)
+    more = (calibrate, chunks, max_ram, mmproj, check_source)
+    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit, *more)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("checking")

@@ -1,18 +1,27 @@
 """The quantize command behind its flags: settings in, lines to print out. Called by `quantize.__main__`."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kimi_lite.errors import KimiLiteError
 from quantize.budget import fit_recipe, parse_budget
+from quantize.checksums import check_source
+from quantize.codecs import EXACT_TYPES
+from quantize.codecs.feedback import FEEDBACK_TYPES
 from quantize.convert import ConvertReport, convert, make_job, open_model
-from quantize.imatrix import Importance, read_imatrix
+from quantize.imatrix import read_imatrix
+from quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from quantize.plan import describe_plan, make_plan
 from quantize.recipe import Recipe, find_recipe, uniform_recipe, with_overrides
 from quantize.sharding import parse_size
-from quantize.verify import verify
-from quantize.writer import OnProgress
+from quantize.verify import verify_lines
+from quantize.writer import OnProgress, existing_output
+
+if TYPE_CHECKING:
+    from quantize.calibration import CalibrationText
 
 _DEFAULT_TYPE = "q8_0"
 _NUM_WORST = 3
@@ -31,26 +40,74 @@ class Settings:
     split_size: str
     is_overwriting: bool
     fit: str | None = None
+    calibrate: Path | None = None
+    calibrate_chunks: int = 0
+    max_ram: str | None = None
+    mmproj: str | None = None
+    checks_source: bool = False
 
 
 def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying: bool) -> list[str]:
     """Does the work, or only describes it; returns what to tell the user. Raises KimiLiteError."""
+    with ExitStack() as stack:
+        if settings.mmproj:
+            _check_mmproj(settings)
+        lines = [check_source(settings.src.expanduser(), on_progress)] if settings.checks_source else []
+        calibration = _open_calibration(settings, on_progress)
+        if calibration:
+            stack.callback(calibration.close)
+        return [*lines, *_run(settings, calibration, on_progress, is_dry, is_verifying)]
+
+
+def _run(
+    settings: Settings, calibration: "CalibrationText | None", on_progress: OnProgress, is_dry: bool, is_verifying: bool
+) -> list[str]:
     importance = read_imatrix(settings.imatrix) if settings.imatrix else None
+    has_importance = importance is not None or calibration is not None
     split_bytes = parse_size(settings.split_size)
     src, dst = settings.src.expanduser(), settings.dst.expanduser()
     model = open_model(src)
-    fit = fit_recipe(model, parse_budget(settings.fit), importance) if _is_fitting(settings) else None
-    recipe = with_overrides(
-        fit.recipe if fit else _choose_recipe(settings, importance), settings.tensor_types, importance is not None
-    )
+    recipe = None if _is_fitting(settings) else _choose_recipe(settings, has_importance)
+    if calibration and not importance and not is_dry and _needs_importance(recipe):
+        importance = calibration.importance(settings.calibrate, on_progress)
+    fit = None if recipe else fit_recipe(model, parse_budget(settings.fit), importance)
+    recipe = recipe or with_overrides(fit.recipe, settings.tensor_types, has_importance)
     fit_lines = [fit.summary] if fit else []
     if is_dry:
         plan = make_plan(model, recipe)
-        job = make_job(model, plan, dst, settings.is_overwriting, split_bytes, importance)
+        job = make_job(model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance)
         return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(plan.notes)]
-    report = convert(model, dst, recipe, on_progress, settings.is_overwriting, split_bytes, importance)
+    max_ram_bytes = parse_size(settings.max_ram) if settings.max_ram else None
+    options = (on_progress, settings.is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
+    report = convert(model, dst, recipe, *options)
     lines = [*_note_lines(report.notes), *fit_lines, *_report_lines(report)]
-    return [*lines, verify(src, report.path, on_progress).summary] if is_verifying else lines
+    if settings.mmproj:
+        vision = write_mmproj(src, mmproj_path(dst), settings.mmproj, on_progress, settings.is_overwriting)
+        lines += [vision.summary, *_note_lines(vision.notes)]
+    return [*lines, *verify_lines(src, report.path, on_progress)] if is_verifying else lines
+
+
+def _check_mmproj(settings: Settings) -> None:
+    """Finds now, and not after hours, what would stop the vision tower's file."""
+    src, path = settings.src.expanduser(), mmproj_path(settings.dst.expanduser())
+    find_mmproj_layout(settings.mmproj)
+    check_mmproj(src, read_tower(src)[0])
+    if path.exists() and not settings.is_overwriting:
+        raise existing_output(path)
+
+
+def _open_calibration(settings: Settings, on_progress: OnProgress) -> "CalibrationText | None":
+    if settings.calibrate is None:
+        return None
+    from quantize.calibration import DEFAULT_CHUNKS, CalibrationText
+
+    num_chunks = settings.calibrate_chunks or DEFAULT_CHUNKS
+    return CalibrationText.open(settings.src.expanduser(), settings.calibrate.expanduser(), num_chunks, on_progress)
+
+
+def _needs_importance(recipe: Recipe | None) -> bool:
+    """Whether a type may be used that is neither exact nor chosen with error feedback."""
+    return recipe is None or any(layout.name not in EXACT_TYPES | FEEDBACK_TYPES for layout in recipe.layouts)
 
 
 def _is_fitting(settings: Settings) -> bool:
@@ -62,10 +119,12 @@ def _is_fitting(settings: Settings) -> bool:
     return settings.fit is not None
 
 
-def _choose_recipe(settings: Settings, importance: Importance | None) -> Recipe:
+def _choose_recipe(settings: Settings, has_importance: bool) -> Recipe:
     if settings.recipe:
-        return find_recipe(settings.recipe, importance is not None)
-    return uniform_recipe(settings.type_name or _DEFAULT_TYPE, importance is not None)
+        recipe = find_recipe(settings.recipe, has_importance)
+    else:
+        recipe = uniform_recipe(settings.type_name or _DEFAULT_TYPE, has_importance)
+    return with_overrides(recipe, settings.tensor_types, has_importance)
 
 
 def _note_lines(notes: tuple[str, ...]) -> list[str]:
@@ -79,6 +138,8 @@ def _report_lines(report: ConvertReport) -> Iterator[str]:
         f"{files}{report.path}: {report.num_bytes / 1e9:.3f} GB, {report.num_weights / 1e6:,.1f} M weights at "
         f"{report.bits_per_weight:.2f} bits, {report.num_tensors} tensors ({types}), {report.seconds:.1f} s"
     )
+    speed = report.num_bytes / report.seconds / 1e9
+    yield f"peak memory {report.peak_bytes / 1e9:.2f} GB, written at {speed:.2f} GB/s, log in {report.log}"
     worst = sorted(report.errors.items(), key=lambda item: -item[1])[:_NUM_WORST]
     if worst and worst[0][1]:
         yield "largest relative errors: " + ", ".join(f"{name} {error:.4f}" for name, error in worst)

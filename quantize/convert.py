@@ -8,19 +8,27 @@ Called by `python -m quantize` and `kimi-lite quantize`. Everything that can be 
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kimi_lite.errors import KimiLiteError
 from quantize.codecs import find_layout
+from quantize.codecs.feedback import FEEDBACK_TYPES
 from quantize.gguf_model import open_gguf_model
 from quantize.hf_model import open_hf_model
 from quantize.imatrix import Importance
 from quantize.job import Job, run_job
+from quantize.memory import PeakMemory, pieces_ahead
 from quantize.model import SourceModel
-from quantize.plan import Plan, make_plan
+from quantize.names import file_order
+from quantize.plan import Plan, PlannedTensor, make_plan
 from quantize.recipe import Recipe, uniform_recipe
 from quantize.sharding import plan_shards
 from quantize.writer import OnProgress, Tensor
+
+if TYPE_CHECKING:  # they run the model, which most conversions do not
+    from quantize.calibration import Calibration, CalibrationText
 
 DEFAULT_SPLIT_BYTES = 45_000_000_000  # model hosts take files up to 50 GB
 
@@ -37,6 +45,8 @@ class ConvertReport:
     errors: dict[str, float]
     notes: tuple[str, ...]
     seconds: float
+    log: Path  # a line a tensor: type, bytes, checksum, error
+    peak_bytes: int  # of memory, without the mapped pages of a GGUF source
 
     @property
     def path(self) -> Path:
@@ -62,16 +72,20 @@ def convert(
     is_overwriting: bool = False,
     split_bytes: int = DEFAULT_SPLIT_BYTES,
     importance: Importance | None = None,
+    calibration: "CalibrationText | None" = None,
+    max_ram_bytes: int | None = None,
 ) -> ConvertReport:
     """Writes the model `src`, opened or its place, as the GGUF file `dst`, or as shards of up to `split_bytes` named after it.
-    A recipe given as text is one type for every matrix. `on_progress(tensor, bytes done, bytes in all)`. Raises KimiLiteError."""
+    A recipe given as text is one type for every matrix. `calibration` is of the same model. `on_progress(tensor, bytes done,
+    bytes in all)`. Raises KimiLiteError."""
     start_s = time.perf_counter()
     dst = Path(dst).expanduser()
     recipe = uniform_recipe(recipe, importance is not None) if isinstance(recipe, str) else recipe
     model = src if isinstance(src, SourceModel) else open_model(Path(src).expanduser())
     plan = make_plan(model, recipe)
-    job = make_job(model, plan, dst, is_overwriting, split_bytes, importance)
-    entries = run_job(job, on_progress)
+    job = make_job(model, plan, dst, is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
+    peak = PeakMemory()
+    entries = run_job(job, peak.watching(on_progress))
     return ConvertReport(
         paths=tuple(shard.path for shard in job.shards),
         num_bytes=sum(shard.path.stat().st_size for shard in job.shards),
@@ -81,37 +95,55 @@ def convert(
         errors={entry.name: entry.error for entry in entries},
         notes=plan.notes,
         seconds=time.perf_counter() - start_s,
+        log=job.log_path,
+        peak_bytes=peak.num_bytes,
     )
 
 
 def make_job(
-    model: SourceModel, plan: Plan, dst: Path, is_overwriting: bool, split_bytes: int, importance: Importance | None
+    model: SourceModel,
+    plan: Plan,
+    dst: Path,
+    is_overwriting: bool,
+    split_bytes: int,
+    importance: Importance | None,
+    calibration: "CalibrationText | None" = None,
+    max_ram_bytes: int | None = None,
+    will_have_importance: bool = False,
 ) -> Job:
-    """The plan as work to be done: tensors with their readers, in shards."""
+    """The plan as work to be done: tensors with their readers, in shards. `will_have_importance`: for a dry run."""
     if dst.is_dir():
         example = dst / f"model-{plan.recipe.name}.gguf"
         raise KimiLiteError(f"{dst} is a folder, and the name of a GGUF file is needed.", f"For example: {example}")
-    tensors = [
-        Tensor(
-            planned.source.name,
-            planned.source.shape,
-            planned.layout,
-            lambda planned=planned: planned.source.open_rows(planned.layout),
-            importance.find(planned.source.name, planned.source.shape) if importance else None,
-        )
-        for planned in plan.tensors
-    ]
+    with_feedback = [t.source.name for t in plan.tensors if calibration and _takes_feedback(t)]
+    statistics = calibration.start(with_feedback) if calibration and with_feedback else None
+    tensors = [_make_tensor(planned, importance, statistics) for planned in plan.tensors]
     for planned, tensor in zip(plan.tensors, tensors, strict=True):
         if not planned.is_exact:
-            _check_encoder(tensor)
+            _check_encoder(tensor, will_have_importance)
+    if statistics:  # the text runs through the layers once, so they must come in order
+        tensors.sort(key=lambda tensor: file_order(tensor.name))
+    origin = f"{model.origin} {calibration.label}" if calibration else model.origin
     metadata = dict(model.make_metadata(plan.main_layout))
-    return Job(dst, plan_shards(dst, tensors, split_bytes), metadata, model.origin, is_overwriting)
+    max_ahead = pieces_ahead(tensors, importance, calibration, max_ram_bytes)
+    return Job(dst, plan_shards(dst, tensors, split_bytes), metadata, origin, is_overwriting, max_ahead=max_ahead)
 
 
-def _check_encoder(tensor: Tensor) -> None:
+def _takes_feedback(planned: PlannedTensor) -> bool:
+    return planned.layout.name in FEEDBACK_TYPES and not planned.is_exact and planned.source.name != "token_embd.weight"
+
+
+def _make_tensor(planned: PlannedTensor, importance: Importance | None, statistics: "Calibration | None") -> Tensor:
+    source = planned.source
+    curvature = partial(statistics.curvature, source.name) if statistics and _takes_feedback(planned) else None
+    vectors = importance.find(source.name, source.shape) if importance else None
+    return Tensor(source.name, source.shape, planned.layout, partial(source.open_rows, planned.layout), vectors, curvature)
+
+
+def _check_encoder(tensor: Tensor, will_have_importance: bool) -> None:
     """Finds now, and not after hours, a tensor that the matrix lacks and whose type cannot be without."""
     try:
-        find_layout(tensor.layout.name, tensor.importance is not None)
+        find_layout(tensor.layout.name, will_have_importance or tensor.importance is not None)
     except KimiLiteError as error:
         raise KimiLiteError(
             f"{tensor.name}: {error.message}", "Give it another type with --tensor-type, or a matrix that has it."

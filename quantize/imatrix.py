@@ -19,7 +19,7 @@ from kimi_lite.memory.gguf_store import GGUFStore
 _GGUF_MAGIC = b"GGUF"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_NAME_BYTES = 4096
-_KINDS_HINT = "Make one with llama.cpp's llama-imatrix, on the same model."
+_KINDS_HINT = "Make one with `kimi-lite imatrix` or llama.cpp's llama-imatrix, on the same model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +68,13 @@ def _read_gguf(path: Path) -> dict[str, np.ndarray]:
         if counts is None or (counts.size > 1 and sums.size % counts.size):
             raise KimiLiteError(f"{path}: {name} has sums without matching counts.", _KINDS_HINT)
         rows = sums.reshape(counts.size, -1)  # (matrices, columns)
-        vectors[name] = _means(rows, counts.reshape(-1, 1))
+        vectors[name] = mean_squares(rows, counts.reshape(-1, 1))
     return vectors
 
 
-def _means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over counts; ones for an expert that no token of the text chose."""
-    means = sums / np.maximum(counts, 1)
-    means[counts[:, 0] <= 0] = 1
-    return means.astype(np.float32)
+def mean_squares(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums (matrices, columns) over counts (matrices, 1) or (1, 1); ones for an expert that no token of the text chose."""
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
 
 
 def _read_dat(path: Path) -> dict[str, np.ndarray]:

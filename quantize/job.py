@@ -46,6 +46,7 @@ class Job:
     origin: str
     is_overwriting: bool = False
     sync_bytes: int = SYNC_BYTES
+    max_ahead: int | None = None  # pieces in memory at a time; None: two a core
 
     @property
     def log_path(self) -> Path:
@@ -146,7 +147,7 @@ def _write_shard(job: Job, number: int, journal: Journal, pool: ThreadPoolExecut
         waiting: list[Entry] = []
         for tensor in shard.tensors[len(done) :]:
             digest, error_squares, weight_squares = hashlib.sha256(), 0.0, 0.0
-            for piece in encode_pieces(tensor, pool, is_measured=True):
+            for piece in encode_pieces(tensor, pool, is_measured=True, max_ahead=job.max_ahead):
                 file.write(piece.rows)
                 digest.update(piece.rows)
                 error_squares += piece.error_squares

@@ -30,7 +30,7 @@ _DENSE = {f"ffn_{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "
 _SHARED = {f"ffn_{part}_shexp.weight": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")}
 _ROUTER = {"ffn_gate_inp.weight": "mlp.gate.weight"}
 _ROUTER_BIAS = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
-_VISION_PREFIXES = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
+VISION_PREFIXES = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def canonical_name(name: str) -> str | None:
     """The name as a bare text model has it, `model.layers.N...`; None for vision tensors. K2.5 writes
     `language_model.model.layers.N`, some exports `language_model.layers.N` or `model.language_model.layers.N`."""
     bare = name.removeprefix("model.") if name.startswith(("model.vision_tower.", "model.mm_projector.")) else name
-    if bare.startswith(_VISION_PREFIXES):
+    if bare.startswith(VISION_PREFIXES):
         return None
     bare = re.sub(r"^(model\.)?language_model\.", "", bare)
     return f"model.{bare}" if bare.startswith(("layers.", "embed_tokens.", "norm.")) else bare
@@ -66,6 +66,12 @@ def layer_number(name: str) -> int:
     """The layer of a canonical name, or -1 outside the layers."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
+
+
+def file_order(name: str) -> int:
+    """Where a GGUF tensor comes in the order in which a model runs: the embedding, layer after layer, the rest."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else (-1 if name == "token_embd.weight" else 1 << 30)
 
 
 def list_sources(config: Mapping, names: Mapping[str, tuple[int, ...]]) -> Iterator[Source]:

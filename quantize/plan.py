@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from kimi_lite.errors import KimiLiteError
 from native.layouts import Layout
 from quantize.codecs import encode
 from quantize.model import SourceModel, SourceTensor
-from quantize.recipe import EXPERTS, GROUPS, LOSSLESS, Recipe, group_of
+from quantize.recipe import GROUPS, LOSSLESS, Recipe, group_of
 from quantize.sharding import Shard
 
 _GIB = 1 << 30
@@ -44,6 +43,7 @@ class Plan:
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
+    model: SourceModel
 
     @property
     def num_bytes(self) -> int:
@@ -79,7 +79,7 @@ def make_plan(model: SourceModel, recipe: Recipe) -> Plan:
             "It is for checkpoints with INT4 experts and bfloat16 for the rest: Kimi K2-Thinking, K2.5, K2.6.",
         )
     reasons = (choice.reason for choice in choices if choice.reason)
-    return Plan(recipe, tensors, (*model.notes, *_twice_quantized(tensors), *reasons))
+    return Plan(recipe, tensors, (*model.notes, *_twice_quantized(tensors), *reasons), model)
 
 
 def _twice_quantized(tensors: Sequence[PlannedTensor]) -> Iterator[str]:
@@ -120,7 +120,7 @@ def describe_plan(plan: Plan, shards: Sequence[Shard], folder: Path) -> list[str
     verdict = "enough" if free > plan.num_bytes else f"{(plan.num_bytes - free) / _GIB:,.1f} GiB too little"
     lines.append(f"disk free {free / _GIB:,.1f} GiB: {verdict}")
     lines.append(f"encoding takes about {_duration(estimate_seconds(plan))} on {os.cpu_count()} cores, if the disks keep up")
-    return [*lines, _memory_line(plan)]
+    return [*lines, _verdict(plan, existing)]
 
 
 def _line(label: str, tensors: Sequence[PlannedTensor], types: str) -> str:
@@ -131,14 +131,17 @@ def _line(label: str, tensors: Sequence[PlannedTensor], types: str) -> str:
     return f"{label:<20}{len(tensors):>8,}{params:>12}  {types:<28}{size:>12}{8 * num_bytes / num_weights:>8.2f}"
 
 
-def _memory_line(plan: Plan) -> str:
-    """Whether the experts, which the processor computes, fit in this machine's memory."""
-    experts = sum(t.num_bytes for t in plan.tensors if group_of(t.source.name, t.source.shape) == EXPERTS)
-    memory = psutil.virtual_memory().total
-    room = f"this machine has {memory / _GIB:,.1f} GiB RAM"
-    if experts <= 0.95 * memory:
-        return f"{room}: the experts' {experts / _GIB:,.1f} GiB fit"
-    return f"{room}: {(experts - 0.95 * memory) / _GIB:,.1f} GiB of the experts would be read from disk or need a GPU's memory"
+def _verdict(plan: Plan, folder: Path) -> str:
+    """Whether the result would run on this machine and how fast at most, as `kimi-lite plan` says it."""
+    from kimi_lite.apps.plan_view import verdict_line
+    from kimi_lite.memory import hardware
+    from kimi_lite.memory import plan as memory_plan
+    from kimi_lite.model.config import ModelConfig
+    from kimi_lite.model.sizes import sizes_of
+
+    config = ModelConfig.from_metadata({key: value.value for key, value in plan.model.make_metadata(plan.main_layout).items()})
+    sizes = sizes_of(config, ((tensor.source.name, tensor.source.shape, tensor.layout) for tensor in plan.tensors))
+    return verdict_line(memory_plan.make_plan(sizes, hardware.probe(folder)))
 
 
 def _duration(seconds: float) -> str:

@@ -47,7 +47,8 @@ class Checkpoint:
                 raw[name] = tensor
         notes = []
         if num_vision:
-            notes.append(f"vision tower and projector left out ({num_vision / 1e6:,.1f} M values): this file is the text model")
+            what = f"vision tower and projector left out ({num_vision / 1e6:,.1f} M values)"
+            notes.append(f"{what}: this file is the text model; --mmproj bf16 writes them to a file of their own")
         if num_extra:
             notes.append(f"next-token-prediction layers left out ({num_extra / 1e6:,.1f} M values)")
         names = dict.fromkeys(map(_weight_name, raw))

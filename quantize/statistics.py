@@ -21,6 +21,7 @@ from kimi_lite.model.tensors import check_tensors
 from kimi_lite.model.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
 from kimi_lite.text.tokenizer import Tokenizer
 from native.layouts import BY_NAME
+from quantize.imatrix import mean_squares
 from quantize.metadata import text, u32
 from quantize.writer import Tensor, Value, check_output, write_gguf
 
@@ -52,6 +53,10 @@ class ImportanceSums:
                 self.counts[name] += counts
             else:
                 self.sums[name], self.counts[name] = sums.copy(), counts.astype(np.int64)
+
+    def means(self) -> dict[str, np.ndarray]:
+        """Mean squares by tensor name, as a file of these sums is read."""
+        return {name: mean_squares(sums, self.counts[name][:, None]) for name, sums in self.sums.items()}
 
     def finish_layer(self) -> None:
         """Halves the memory of what will not grow any more."""

@@ -93,7 +93,8 @@ class Int4Weight:
         weights = self.read_codes(start, stop).astype(np.float32)
         weights -= 8
         groups = weights.reshape(stop - start, scales.shape[1], -1)  # (R, groups, group), a view
-        groups *= scales[..., None]
+        with np.errstate(invalid="ignore"):  # a damaged scale may be infinite: encoders refuse what comes of it
+            groups *= scales[..., None]
         return weights
 
 

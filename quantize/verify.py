@@ -45,6 +45,13 @@ class Verification:
         )
 
 
+def verify_lines(src: Path, path: Path, on_progress: OnProgress | None = None) -> list[str]:
+    """What `--verify` prints: bytes and errors, then what the loss does to the model's words. Raises KimiLiteError."""
+    from quantize.comparison import compare_models
+
+    return [verify(src, path, on_progress).summary, compare_models(src, path, on_progress)]
+
+
 def verify(src: Path, path: Path, on_progress: OnProgress | None = None) -> Verification:
     """Compares the model at `path` (file or first shard) with its log and with the source. Raises KimiLiteError where a byte
     changed, a tensor is missing, or a kept tensor is not the source's."""

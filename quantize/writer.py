@@ -25,9 +25,11 @@ from gguf import GGUFValueType, GGUFWriter
 from kimi_lite.errors import KimiLiteError
 from native.layouts import Layout
 from quantize.codecs import encode
+from quantize.codecs.feedback import Curvature, encode_with_feedback
 
 ALIGNMENT = 32  # bytes; GGUF's default
 _CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
+_FEEDBACK_WEIGHTS = 1 << 21  # rows that share a product with the whole curvature of their matrix
 _MEASURED_EVERY = 8  # pieces: an error known to a per cent for an eighth of the time that decoding all would take
 HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer and all padding take
 
@@ -54,6 +56,7 @@ class Tensor:
     layout: Layout
     open_rows: Callable[[], RowReader]
     importance: np.ndarray | None = None  # float32 (matrices, row): weighs the squared errors of each matrix's columns
+    curvature: Callable[[int], Curvature | None] | None = None  # of a matrix's inputs, asked for when its turn comes
 
     @property
     def num_weights(self) -> int:
@@ -181,23 +184,30 @@ class Piece(NamedTuple):
     weight_squares: float = 0.0
 
 
-def encode_pieces(tensor: Tensor, pool: ThreadPoolExecutor, is_measured: bool = False) -> Iterator[Piece]:
-    """Yields the tensor's encoded rows in order; a few pieces ahead are read and encoded by the pool, never more. Every eighth
-    piece is measured where that is asked for and where the source's rows are not kept as they are."""
+def encode_pieces(
+    tensor: Tensor, pool: ThreadPoolExecutor, is_measured: bool = False, max_ahead: int | None = None
+) -> Iterator[Piece]:
+    """Yields the tensor's encoded rows in order; up to `max_ahead` pieces (default: two a core) are read and encoded by the pool
+    meanwhile. Every eighth piece is measured where that is asked for and where the source's rows are not kept as they are."""
     read_rows = tensor.open_rows()
+    max_ahead = max_ahead or 2 * (os.cpu_count() or 1)
 
     def encode_piece(index: int, matrix: int, start: int, stop: int) -> Piece:
         rows = read_rows(start, stop)
         if rows.dtype == np.uint8:
             return Piece(rows)
-        encoded = encode(tensor.layout, rows, None if tensor.importance is None else tensor.importance[matrix])
+        curvature = tensor.curvature(matrix) if tensor.curvature else None
+        if curvature:
+            encoded = encode_with_feedback(tensor.layout, rows, curvature)
+        else:
+            encoded = encode(tensor.layout, rows, None if tensor.importance is None else tensor.importance[matrix])
         return _measure(tensor, rows, encoded) if is_measured and index % _MEASURED_EVERY == 0 else Piece(encoded)
 
     pending: deque[Future] = deque()
     try:
         for index, chunk in enumerate(_list_chunks(tensor)):
             pending.append(pool.submit(encode_piece, index, *chunk))
-            if len(pending) > 2 * (os.cpu_count() or 1):
+            if len(pending) > max_ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -208,6 +218,11 @@ def encode_pieces(tensor: Tensor, pool: ThreadPoolExecutor, is_measured: bool = 
             future.cancel()
 
 
+def piece_weights(tensor: Tensor) -> int:
+    """Weights that are read and encoded at once."""
+    return _FEEDBACK_WEIGHTS if tensor.curvature else _CHUNK_WEIGHTS
+
+
 def _measure(tensor: Tensor, rows: np.ndarray, encoded: np.ndarray) -> Piece:
     from native.cpu.matrix import dequantize  # compiles a kernel, so only where it is needed
 
@@ -216,9 +231,11 @@ def _measure(tensor: Tensor, rows: np.ndarray, encoded: np.ndarray) -> Piece:
 
 
 def _list_chunks(tensor: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(matrix, first row, end row) of each piece of work; no piece has rows of two importance vectors."""
+    """(matrix, first row, end row) of each piece of work; no piece has rows of two matrices that are encoded differently."""
     num_matrices = 1 if tensor.importance is None else len(tensor.importance)
-    num_rows, chunk_rows = tensor.num_weights // tensor.shape[-1], max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
+    if tensor.curvature:
+        num_matrices = prod(tensor.shape[:-2])
+    num_rows, chunk_rows = tensor.num_weights // tensor.shape[-1], max(1, piece_weights(tensor) // tensor.shape[-1])
     assert num_rows % num_matrices == 0, (tensor.name, num_rows, num_matrices)
     matrix_rows = num_rows // num_matrices
     for matrix in range(num_matrices):

@@ -21,8 +21,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from kimi_lite.apps.plan_view import verdict_line
+from kimi_lite.engine.options import LoadOptions
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory import hardware_speed
 from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.plan import make_plan
+from kimi_lite.memory.plan_types import Plan
+from kimi_lite.units import parse_size
 from tools.bench_ours import Ours, Runner
 from tools.bench_plan import BenchTest, Passages, context_needed, load_tokens, plan_tests
 from tools.bench_report import Report, write_csv
@@ -33,7 +39,6 @@ from tools.measure import read_stolen_s
 from tools.plot import check_plotting, draw
 from tools.roofline import RAM, Bandwidth, Ceiling, find_ceilings, measure_bandwidth
 
-_PLAN = "all weights in RAM, read in place from the mapped file; cache {} in RAM"
 _REGRESSED = 1  # exit code
 _TRACED_TOKENS = 8
 
@@ -45,8 +50,7 @@ class Options:
     model: Path
     tests: tuple[BenchTest, ...]
     num_repeats: int
-    num_threads: int | None
-    kv_dtype: str
+    load: LoadOptions
     is_random: bool
     is_sweep: bool
     compares: bool
@@ -65,6 +69,7 @@ Row = tuple[Result, Result | None, Spread | None]  # ours, llama.cpp's, ratio
 class Measured:
     """Everything that was found, before it is printed or written."""
 
+    plan: Plan
     bandwidth: Bandwidth
     ceilings: Sequence[Ceiling]
     rows: Sequence[Row]
@@ -82,13 +87,16 @@ def bench(options: Options, report: Report) -> Measured:
     stolen_s = read_stolen_s()
     with ExitStack() as stack:
         tests = [*options.tests, *[options.traced] * bool(options.trace)]
-        ours = Ours(options.model, options.num_threads, tests, options.kv_dtype)
+        ours = Ours(options.model, tests, options.load)
         stack.callback(ours.close)
         num_threads = ours.transformer.team.num_threads
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
-        report.print_machine(environment, model, _PLAN.format(options.kv_dtype))
+        report.print_machine(environment, model)
         bandwidth = measure_bandwidth(ours.transformer.team)
-        ceilings = find_ceilings(ours.sizes, ours.kv_value_bytes, options.tests, {RAM: bandwidth.gb_s})
+        hardware = hardware_speed.measured(ours.plan.hardware, ram=1e9 * bandwidth.gb_s)
+        plan = make_plan(ours.plan.sizes, hardware, ours.plan.limits)
+        report.print_plan(plan)
+        ceilings = find_ceilings(plan, options.tests)
         report.print_roofline(bandwidth, ceilings)
         runners = {ours.name: ours.run}
         if options.compares:
@@ -100,7 +108,7 @@ def bench(options: Options, report: Report) -> Measured:
         rows = _measure(options, runners, passages, num_threads, {c.test: c for c in ceilings}, report)
         if options.trace:
             _trace(ours, options.traced, passages, options.trace, report)
-    return Measured(bandwidth, ceilings, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
+    return Measured(plan, bandwidth, ceilings, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
 
 
 def _open_llama(path: Path, tests: Sequence[BenchTest], num_threads: int):
@@ -159,7 +167,8 @@ def make_document(options: Options, measured: Measured) -> dict:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": measured.environment,
         "model": measured.model,
-        "plan": _PLAN.format(options.kv_dtype),
+        "plan": verdict_line(measured.plan),
+        "memory_plan": measured.plan.to_json(),
         "text": "random" if options.is_random else "emma.txt",
         "num_repeats": options.num_repeats,
         "bandwidth": {
@@ -225,6 +234,9 @@ def main(
     repeats: Annotated[int, typer.Option("-r", "--repetitions", help="Undisturbed warm runs.", min=1)] = 5,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)] = None,
     kv_dtype: Annotated[Literal["f16", "bf16", "q8", "f32"], typer.Option("--kv-dtype", help="Numbers in the cache.")] = "f16",
+    ram: Annotated[str | None, typer.Option("--ram", help="Memory it may take; experts beyond it stay on disk.")] = None,
+    record_routing: Annotated[Path | None, typer.Option("--record-routing", help="Write which experts were chosen.")] = None,
+    cache_bias: Annotated[float, typer.Option("--cache-bias", help="Prefer experts in RAM among near-equals.", min=0)] = 0.0,
     output: Annotated[
         Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="The results on stdout.")
     ] = "md",
@@ -253,7 +265,14 @@ def main(
     path = model or _demo_path()
     if cold and not drop_page_cache(GGUFStore.open(path).shards):
         report.say("this system cannot be asked to forget files: first runs may not be cold")
-    options = Options(path, tuple(tests), repeats, threads, kv_dtype, random, sweep, compare_with is not None, trace)
+    load = LoadOptions(
+        num_threads=threads,
+        kv_dtype=kv_dtype,
+        ram_bytes=parse_size(ram, "--ram") if ram else None,
+        routing_trace=record_routing,
+        cache_bias=cache_bias,
+    )
+    options = Options(path, tuple(tests), repeats, load, random, sweep, compare_with is not None, trace)
     measured = bench(options, report)
     document = rounded(make_document(options, measured))
     if plot:

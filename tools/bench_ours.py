@@ -1,8 +1,8 @@
 """Our side of `tools.bench`: the engine as every front end uses it, and the clock around it."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +10,13 @@ import psutil
 
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import describe
+from kimi_lite.engine.options import LoadOptions
+from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache, value_bytes
+from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.sizes import store_sizes
@@ -35,6 +38,7 @@ class Run:
     num_tokens: int  # really computed; a passage may begin like one that is still in the cache
     first_token_s: float  # from the request to its first token; of the slowest sequence
     gaps_s: tuple[float, ...]  # between the tokens of a sequence
+    counters: Mapping[str, float] = field(default_factory=dict)  # what the tiers of experts did meanwhile
 
     @property
     def tok_s(self) -> float:
@@ -46,7 +50,9 @@ class Ours:
 
     name = "kimi-lite"
 
-    def __init__(self, path: Path, num_threads: int | None, tests: Sequence[BenchTest], kv_dtype: str = "f16") -> None:
+    def __init__(self, path: Path, tests: Sequence[BenchTest], options: LoadOptions | None = None) -> None:
+        options = options or LoadOptions()
+        kv_dtype = options.kv_dtype
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata, self.store.path.name)
         check_tensors(self.store, self.config)
@@ -55,7 +61,10 @@ class Ours:
         self.kv_value_bytes = value_bytes(self.config, kv_dtype)
         num_pages = self._num_pages(tests)
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, num_pages, kv_dtype)
-        self.transformer = Transformer(self.store, self.config, self.kv, num_threads)
+        self.plan = plan_load(self.store, self.config, options, cache_tokens=num_pages * PAGE_TOKENS)
+        recorder = RoutingRecorder(options.routing_trace, self.config) if options.routing_trace else None
+        tier = choose_tier(self.store, self.plan, options)
+        self.transformer = Transformer(self.store, self.config, self.kv, options.num_threads, tier=tier, recorder=recorder)
         template = ChatTemplate.from_metadata(self.store.metadata, self.tokenizer)
         info = describe(self.store, self.config)
         self.engine = Engine(self.transformer, self.kv, self.tokenizer, template, context_needed(tests), info)
@@ -70,6 +79,7 @@ class Ours:
             if prompt.prefix:
                 self._generate([prompt.prefix], 1)
         is_prompt = test.kind == "pp"
+        before = self.transformer.counters()
         start_s = time.perf_counter()
         arrivals, num_cached = self._generate([p.prefix + p.fresh for p in prompts], 1 if is_prompt else test.num_tokens + 1)
         too_much = num_cached - sum(len(prompt.prefix) for prompt in prompts)
@@ -77,7 +87,8 @@ class Ours:
         steps_s = [max(step) for step in zip(*arrivals, strict=True)]
         seconds = steps_s[0] - start_s if is_prompt else steps_s[-1] - steps_s[0]
         gaps_s = tuple(b - a for a, b in pairwise(steps_s))
-        return Run(seconds, test.total_tokens - too_much, steps_s[0] - start_s, gaps_s)
+        counters = {name: value - before[name] for name, value in self.transformer.counters().items()}
+        return Run(seconds, test.total_tokens - too_much, steps_s[0] - start_s, gaps_s, counters)
 
     def _generate(self, prompts: Sequence[tuple[int, ...]], num_tokens: int) -> tuple[list[list[float]], int]:
         """When each token of each sequence came, and how many prompt tokens were in the cache."""

@@ -7,18 +7,22 @@ import csv
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from kimi_lite.apps.plan_view import place_lines
+from kimi_lite.memory.plan_types import Plan
 from tools.bench_result import Result, Spread
 from tools.roofline import Bandwidth, Ceiling
 
 _RESULTS = (("test", -14), ("t/s warm", 14), ("first", 6), ("TTFT s", 6), ("p50/p99", 10), ("GB/s", 4), ("ceil", 4))
 _CEILINGS = (("a token of", -17), ("place", 5), ("weights", 7), ("experts", 7), ("cache", 7), ("MB", 7), ("t/s max", 8))
+_TIERS = (("test", -17), ("experts there", 13), ("MB from disk", 12))
 _RATIOS = (("test", -17), ("kimi-lite", 14), ("llama.cpp", 14), ("ratio", 13), ("drop", 6))
 _SWEEP = (("PP", 5), ("TG", 5), ("N_KV", 6), ("T_PP s", 8), ("S_PP t/s", 9), ("T_TG s", 8), ("S_TG t/s", 9))
 _CHART_WIDTH = 52
 _LEAST_DISK_BYTES = 50_000  # a token: less is the system's own reading
 _CSV_FIELDS = (
     *("program", "test", "kind", "num_tokens", "depth", "num_sequences", "tok_s", "tok_s_sd", "first_tok_s", "ttft_s"),
-    *("gap_p50_s", "gap_p99_s", "gb_s", "ceiling_share", "disk_bytes_per_token", "num_dropped", "is_noisy", "lost_share"),
+    *("gap_p50_s", "gap_p99_s", "gb_s", "ceiling_share", "disk_bytes_per_token", "expert_hit_share", "num_dropped"),
+    *("is_noisy", "lost_share"),
 )
 
 
@@ -31,12 +35,16 @@ class Report:
     def say(self, line: str = "") -> None:
         print(line, file=self.out, flush=True)
 
-    def print_machine(self, environment: Mapping, model: Mapping, plan: str) -> None:
+    def print_machine(self, environment: Mapping, model: Mapping) -> None:
         isa = environment["isa"]
         self.say(f"model  {model['name']}")
         self.say(f"file   {model['file']}, {model['file_bytes'] / 1e9:.3f} GB, {model['total_parameters'] / 1e6:,.0f} M weights")
         self.say(f"cpu    {environment['cpu']}, {environment['threads']} threads, {isa['name']} ({isa['instruction']})")
-        self.say(f"plan   {plan}")
+
+    def print_plan(self, plan: Plan) -> None:
+        """What lies where."""
+        for number, line in enumerate(place_lines(plan)):
+            self.say(f"{'plan   ' if number == 0 else '':<7}{line}")
 
     def print_roofline(self, bandwidth: Bandwidth, ceilings: Sequence[Ceiling]) -> None:
         """The bound comes before the measurement."""
@@ -67,9 +75,18 @@ class Report:
             self.say(f"{dropped} disturbed repeats were dropped")
         if noisy:
             self.say(f"{noisy} of {len(results)} tests are noisy: other processes or the hypervisor kept the cores")
-        if any(r.disk_bytes_per_token >= _LEAST_DISK_BYTES for r in results):
+        if any(r.expert_hit_share is not None for r in results):
+            self.print_tiers(results)
+        elif any(r.disk_bytes_per_token >= _LEAST_DISK_BYTES for r in results):
             worst = max(results, key=lambda r: r.disk_bytes_per_token)
             self.say(f"{worst.disk_bytes_per_token / 1e6:.1f} MB a token came from disk in {worst.test.name}")
+
+    def print_tiers(self, results: Sequence[Result]) -> None:
+        """Of the routed experts that tokens asked for; bytes are those of a token."""
+        self._head(_TIERS)
+        for result in (result for result in results if result.expert_hit_share is not None):
+            there, megabytes = f"{result.expert_hit_share:.1%}", number(result.disk_bytes_per_token / 1e6)
+            self._row(_TIERS, [result.test.name, there, megabytes])
 
     def print_comparison(self, rows: Sequence[tuple[Result, Result, Spread]]) -> None:
         self._head(_RATIOS)

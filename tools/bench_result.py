@@ -44,6 +44,7 @@ class Result:
     gb_s: float | None  # bytes that the roofline counts, at the measured speed
     ceiling_share: float | None
     disk_bytes_per_token: float
+    expert_hit_share: float | None  # of routed experts that were in their slots; None where all are in RAM
     num_dropped: int
     is_noisy: bool
     lost_share: float  # worst of the kept runs
@@ -68,10 +69,16 @@ def make_result(test: BenchTest, program: str, samples: Samples, ceiling: Ceilin
         gb_s=ceiling.token_bytes * tok_s.mean / 1e9 if ceiling else None,
         ceiling_share=tok_s.mean / ceiling.tok_s if ceiling else None,
         disk_bytes_per_token=sum(sample.disk_bytes for sample in samples.warm) / num_tokens,
+        expert_hit_share=_hit_share(samples),
         num_dropped=samples.num_dropped,
         is_noisy=samples.is_noisy,
         lost_share=max(sample.lost_share for sample in samples.warm),
     )
+
+
+def _hit_share(samples: Samples) -> float | None:
+    totals = [sum(s.run.counters.get(f"expert_{name}", 0) for s in samples.warm) for name in ("hits", "late", "misses")]
+    return totals[0] / sum(totals) if sum(totals) else None
 
 
 def compare(ours: Samples, theirs: Samples) -> Spread:

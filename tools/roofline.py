@@ -1,6 +1,6 @@
 """How fast decoding could be on this machine: the bytes a token needs by place, and how fast each place can be read.
 
-Printed by `tools.bench` before anything is measured, so that a result is never read without its bound. Today every place is RAM.
+Printed by `tools.bench` before anything is measured, so that a result is never read without its bound. The places are the plan's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kimi_lite.memory.plan_types import Plan
 from kimi_lite.model.costs import decode_cost
-from kimi_lite.model.sizes import ModelSizes
 from native.cpu.threads import Team
 from tools.bench_plan import BenchTest
 from tools.measure import measure
@@ -54,18 +54,17 @@ def measure_bandwidth(team: Team) -> Bandwidth:
     return Bandwidth(part_bytes / rounds.median_s("read") / 1e9, rounds.is_noisy, rounds.stolen_share)
 
 
-def find_ceilings(
-    sizes: ModelSizes,
-    value_bytes: float,
-    tests: Sequence[BenchTest],
-    gb_s_by_place: Mapping[str, float],
-) -> list[Ceiling]:
-    """Of the generation tests; prompts are bound by arithmetic, not by memory. Places are read one after the other."""
+def find_ceilings(plan: Plan, tests: Sequence[BenchTest]) -> list[Ceiling]:
+    """Of the generation tests, by the plan: prompts have bounds of another kind."""
     ceilings = []
     for test in (test for test in tests if test.kind == "tg"):
-        cost = decode_cost(sizes, test.mean_depth, value_bytes, test.num_sequences)
-        parts = [part / test.num_sequences for part in (cost.resident_bytes, cost.expert_bytes, cost.cache_bytes)]
+        split, count = plan.split, test.num_sequences
+        cost = decode_cost(plan.sizes, test.mean_depth, split.value_bytes, count, split.is_on_card)
+        parts = [part / count for part in (cost.resident_bytes, cost.expert_bytes, cost.cache_bytes)]
         by_place = {RAM: cost.token_bytes}
-        seconds = sum(num_bytes / gb_s_by_place[place] / 1e9 for place, num_bytes in by_place.items())
-        ceilings.append(Ceiling(test, by_place, *parts, 1 / seconds))
+        if split.is_on_card:
+            by_place = {RAM: parts[1], "VRAM": parts[0] + parts[2]}
+        if split.ram_share < 1:
+            by_place["disk"] = parts[1] * (1 - split.ram_share)
+        ceilings.append(Ceiling(test, by_place, *parts, plan.decode_at(test.mean_depth, count).tok_s))
     return ceilings

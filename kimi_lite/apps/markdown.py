@@ -82,7 +82,7 @@ class MarkdownStream:
         """Whether the last leaf can no longer change."""
         if leaf.kind == "code":
             return leaf.is_closed_code
-        if leaf.kind in ("heading", "rule"):
+        if leaf.kind in ("heading", "rule") or (leaf.kind == "formula" and leaf.is_closed_formula):
             return True
         is_long = leaf.kind == "paragraph" and not leaf.containers and leaf.end - leaf.start >= MOST_LINES
         return (leaf.kind != "empty" and leaf.end < self._base + len(self._lines)) or is_long

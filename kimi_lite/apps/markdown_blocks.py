@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 
-LeafKind = Literal["paragraph", "heading", "code", "rule", "table", "empty"]
+LeafKind = Literal["paragraph", "heading", "code", "rule", "table", "formula", "empty"]
 _KINDS: dict[str, LeafKind] = {
     "paragraph_open": "paragraph",
     "heading_open": "heading",
@@ -20,6 +21,7 @@ _KINDS: dict[str, LeafKind] = {
     "code_block": "code",
     "hr": "rule",
     "table_open": "table",
+    "formula": "formula",
 }
 _MATH = (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$", "$"))
 
@@ -52,6 +54,10 @@ class Leaf:
         return token.type == "fence" and token.content.count("\n") == self.end - self.start - 2
 
     @property
+    def is_closed_formula(self) -> bool:
+        return bool(self.tokens[0].meta.get("is_closed"))
+
+    @property
     def code_lines(self) -> list[str]:
         return self.tokens[0].content.split("\n")[:-1]
 
@@ -68,6 +74,7 @@ class Blocks:
         options = {"html": False}
         unwanted = ["reference", "lheading"]
         self._block = MarkdownIt("commonmark", options).enable("table").disable([*unwanted, "inline", "text_join"])
+        self._block.block.ruler.before("fence", "formula", _formula, {"alt": ["paragraph", "blockquote", "list"]})
         self._inline = MarkdownIt("commonmark", options).enable("strikethrough")
         self._inline.inline.ruler.before("escape", "math", _math)
 
@@ -137,6 +144,31 @@ class _Walk:
         return next(
             i for i in range(at + 1, len(self._tokens)) if self._tokens[i].level == level and self._tokens[i].nesting == -1
         )
+
+
+def _formula(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """A formula on lines of its own, from `$$` or `\\[` to its end or to an empty line: kept as written, for as above."""
+    text = _line(state, start)
+    close = next((close for begin, close in _MATH[::2] if text.startswith(begin)), None)
+    rest = text[2:]
+    if close is None or state.is_code_block(start) or (close in rest and not rest.endswith(close)):
+        return False
+    if silent:
+        return True
+    last = start
+    is_closed = close in rest
+    while not is_closed and last + 1 < end and not state.isEmpty(last + 1) and state.sCount[last + 1] >= state.blkIndent:
+        last += 1
+        is_closed = close in _line(state, last)
+    state.line = last + 1
+    token = state.push("formula", "", 0)
+    token.map, token.content = [start, last + 1], state.getLines(start, last + 1, state.blkIndent, False)
+    token.meta["is_closed"] = is_closed
+    return True
+
+
+def _line(state: StateBlock, number: int) -> str:
+    return state.src[state.bMarks[number] + state.tShift[number] : state.eMarks[number]].rstrip()
 
 
 def _math(state: StateInline, silent: bool) -> bool:

@@ -82,6 +82,8 @@ class LeafRows:
             return Text("─" * min(LONGEST_RULE, self._console.width), DIM)
         if leaf.kind == "table":
             return self._table(leaf)
+        if leaf.kind == "formula":
+            return Text(leaf.tokens[0].content, overflow="fold")
         if leaf.kind == "empty":
             return Text(" ")
         text = self._text(leaf.tokens[1])

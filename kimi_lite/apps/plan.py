@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from kimi_lite.apps.flags import parse_token_count
 from kimi_lite.units import SIZE_HELP, parse_size
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
     from kimi_lite.memory.plan import Plan, PlanLimits
 
 _WHAT, _MACHINE, _OUTPUT = "What to plan", "The machine", "Output"
-
-
-def _tokens(text: str) -> int:
-    from kimi_lite.cli import parse_token_count
-
-    return parse_token_count(text)
 
 
 def _option(*flags: str, help: str, panel: str, **more: object) -> typer.models.OptionInfo:
@@ -39,7 +34,9 @@ Recipe = Annotated[
 ]
 Context = Annotated[
     int | None,
-    _option("-c", "--ctx", help="Context in tokens, as 32K; 0: the model's.", panel=_WHAT, parser=_tokens, metavar="TOKENS"),
+    _option(
+        "-c", "--ctx", help="Context in tokens, as 32K; 0: the model's.", panel=_WHAT, parser=parse_token_count, metavar="TOKENS"
+    ),
 ]
 KvDtype = Annotated[Literal["f32", "f16", "bf16", "q8"], _option("--kv-dtype", help="Type of the cache.", panel=_WHAT)]
 Vision = Annotated[bool, _option("--vision/--no-vision", help="Count the model's eyes, if it has some.", panel=_WHAT)]
@@ -47,6 +44,8 @@ Vram = Annotated[str | None, _option("--vram", help=f"The card's memory, or a li
 Ram = Annotated[
     str | None, _option("--ram", help="Memory, or a limit; more than this machine has: another machine.", panel=_MACHINE)
 ]
+GpuExperts = Annotated[int | None, _option("--gpu-experts", help="Experts kept in VRAM, no more.", panel=_MACHINE, min=0)]
+Dense = Annotated[Literal["q8_0", "bf16", "file"], _option("--dense", help="What is dense, on the card.", panel=_MACHINE)]
 Device = Annotated[str | None, _option("--device", help="cpu: leave the card out.", panel=_MACHINE)]
 Threads = Annotated[int | None, _option("-t", "--threads", help="CPU threads. Default: all cores.", panel=_MACHINE, min=1)]
 RamSpeed = Annotated[float | None, _option("--ram-speed", help="GB/s that memory really delivers.", panel=_MACHINE, min=0.1)]
@@ -64,6 +63,8 @@ def main(
     vision: Vision = True,
     vram: Vram = None,
     ram: Ram = None,
+    gpu_experts: GpuExperts = None,
+    dense: Dense = "q8_0",
     device: Device = None,
     threads: Threads = None,
     ram_speed: RamSpeed = None,
@@ -84,7 +85,7 @@ def main(
     hardware = described(probe(subject.path, measure), ram_bytes, vram_bytes)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}
     hardware = hardware.with_speeds("given", **{place: 1e9 * gb_s for place, gb_s in speeds.items() if gb_s})
-    limits = PlanLimits(context, kv_dtype, device, vram_bytes or None, ram_bytes, threads)
+    limits = PlanLimits(context, kv_dtype, device, vram_bytes or None, ram_bytes, threads, gpu_experts, dense)
     plan, choices, chosen = _decide(subject, hardware, limits, recipe)
     if as_json:
         others = [{"recipe": choice.recipe, **choice.plan.to_json()} for choice in choices]
@@ -112,11 +113,16 @@ def _decide(
 
 
 def _print(plan: "Plan", choices: "list[Choice]", chosen: str | None, subject: "Subject") -> None:
-    from kimi_lite.apps.plan_view import disk_warning, plan_lines, recipe_lines
+    from kimi_lite.apps.plan_model import smaller_model
+    from kimi_lite.apps.plan_view import disk_warning, next_line, plan_lines, recipe_lines
 
     lines = plan_lines(plan)
     if not subject.sizes and (warning := disk_warning(plan)):
         lines.append(f"Disk      {warning}")
+    if not plan.hardware.is_described and (line := next_line(plan, subject.origin, chosen, subject.is_checkpoint)):
+        lines.append(line)
     if choices:
         lines += ["", *recipe_lines(choices, chosen or "")]
+    if plan.refusal and not subject.sizes and (instead := smaller_model(plan.hardware, plan.limits)):
+        lines += ["", f"What would run here: kimi-lite plan -m {instead[0]} --recipe {instead[1]}"]
     typer.echo("\n".join(lines) + "\n" * bool(plan.refusal))

@@ -4,7 +4,7 @@ For the last two a recipe says which types the weights will get. Called by `apps
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kimi_lite.errors import KimiLiteError
@@ -17,6 +17,7 @@ from kimi_lite.model.tensors import tensor_shapes
 
 # From fine to coarse. Those that need llama.cpp's library and an importance matrix are left out where nobody names a recipe.
 RECIPES = ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k", "q2_0", "tq2_0", "iq2_xxs", "iq1_m", "tq1_0", "iq1_s")
+_SMALLER = ("deepseek-v3", "moonlight", "deepseek-v2-lite")
 _LOSSLESS = "q4_0-lossless"
 
 
@@ -47,6 +48,11 @@ class Subject:
         """Where it lies; None for a model that is only known by name."""
         path = Path(self.origin).expanduser()
         return path if path.exists() else None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """A folder of weights that quantize can read."""
+        return self.sizes is None and self.path is not None
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -89,6 +95,17 @@ def best_choice(candidates: list[Choice]) -> Choice:
     running = [c for c in unaided if c.plan.verdict != "refused"]
     smallest = min(running or unaided, key=lambda choice: choice.plan.sizes.total_bytes)
     return whole[0] if whole else smallest
+
+
+def smaller_model(hardware: Hardware, limits: PlanLimits) -> tuple[str, str] | None:
+    """The largest other model of the family that lies in memory here, with its recipe."""
+    for name in _SMALLER:
+        for recipe in ("q4_0", "tq1_0"):
+            context_length = min(limits.context_length or 0, KNOWN[name].config.context_length) or None
+            plan = make_plan(find_subject(name).sizes_in(recipe), hardware, replace(limits, context_length=context_length))
+            if plan.verdict in ("fits", "tight"):
+                return name, recipe
+    return None
 
 
 def _gguf(path: Path, is_seeing: bool) -> Subject:

@@ -12,7 +12,7 @@ from kimi_lite.apps.plan_model import Choice
 from kimi_lite.memory.plan_speed import Rate
 from kimi_lite.memory.plan_types import EXPERTS, MARGIN, Place, Plan
 from kimi_lite.model.costs import decode_cost
-from kimi_lite.units import gib
+from kimi_lite.units import GIB, gib
 
 _WIDTH, _LABEL = 80, 10
 _NAMES = {"ram": "RAM", "vram": "VRAM", "pcie": "PCIe", "disk": "disk"}
@@ -23,7 +23,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """Machine, what lies where, speeds, verdict."""
     sizes = plan.sizes
     head = f"{sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)} of weights"
-    return [head, "", *_machine_lines(plan), "", *_place_lines(plan), "", *_speed_lines(plan), *_verdict_lines(plan)]
+    return [head, "", *_machine_lines(plan), "", *place_lines(plan), "", *_speed_lines(plan), *_verdict_lines(plan)]
 
 
 def recipe_lines(choices: Sequence[Choice], chosen: str) -> list[str]:
@@ -74,10 +74,10 @@ def _machine_lines(plan: Plan) -> Iterator[str]:
     else:
         yield from _wrap("", "no graphics card: everything runs on the CPU")
     if disk := hardware.disk:
-        yield from _wrap("", f"disk {gib(disk.free_bytes)} free at {_folder(disk.path)}")
+        yield from _wrap("", f"disk {gib(disk.free_bytes)} free at {short_folder(disk.path)}")
 
 
-def _place_lines(plan: Plan) -> Iterator[str]:
+def place_lines(plan: Plan) -> Iterator[str]:
     """A row a thing, then the sum."""
     for place in ("VRAM", "RAM", "disk"):
         rows = [row for row in plan.rows if row.place == place]
@@ -124,11 +124,12 @@ def _speed_lines(plan: Plan) -> Iterator[str]:
 def _token_text(plan: Plan) -> str:
     """The bytes that decoding reads from each place."""
     cost = decode_cost(plan.sizes, 0, 0, is_on_card=plan.is_on_card)
-    rest = f"{cost.resident_bytes / 1e9:.2f} GB of the rest from {'VRAM' if plan.is_on_card else 'RAM'}"
+    rest, rest_place = f"{cost.resident_bytes / 1e9:.2f} GB of the rest", "VRAM" if plan.is_on_card else "RAM"
     if not plan.sizes.num_experts:
-        return rest
-    is_whole = plan.num_vram_slots == plan.sizes.num_experts
-    return f"{cost.expert_bytes / 1e9:.2f} GB of experts from {'VRAM' if is_whole else 'RAM'}, {rest}"
+        return f"{rest} from {rest_place}"
+    expert_place = "VRAM" if plan.num_vram_slots == plan.sizes.num_experts else "RAM"
+    from_place = "" if expert_place == rest_place else f" from {expert_place}"
+    return f"{cost.expert_bytes / 1e9:.2f} GB of experts{from_place} and {rest} from {rest_place}"
 
 
 def _rates_text(plan: Plan) -> str:
@@ -158,15 +159,28 @@ def _verdict_lines(plan: Plan) -> Iterator[str]:
     yield from _wrap("Verdict", texts[plan.verdict])
 
 
+def next_line(plan: Plan, origin: str, recipe: str | None, is_checkpoint: bool) -> str:
+    """The command that does what was planned; empty for a model that is not here."""
+    if is_checkpoint:
+        return f"Next      kimi-lite quantize {origin} OUT.gguf --recipe {recipe}"
+    if recipe or plan.refusal:
+        return ""
+    limits = plan.limits
+    flags = [f"-c {plan.context_length}", f"--kv-dtype {limits.kv_dtype}" if limits.kv_dtype != "f16" else ""]
+    flags += [f"--ram {limits.ram_bytes / GIB:g}G" if limits.ram_bytes else ""]
+    flags += [f"--vram {limits.vram_bytes / GIB:g}G" if limits.vram_bytes else ""]
+    return f"Next      kimi-lite chat -m {origin} {' '.join(filter(None, flags))}"
+
+
 def disk_warning(plan: Plan) -> str:
     """Where the model is not here yet and its disk has no room for it; else empty."""
     disk, need_bytes = plan.hardware.disk, plan.sizes.total_bytes
     if plan.hardware.is_described or not disk or disk.free_bytes >= need_bytes:
         return ""
-    return f"the file needs {gib(need_bytes)} of disk, and {gib(disk.free_bytes)} are free at {_folder(disk.path)}"
+    return f"the file needs {gib(need_bytes)} of disk, and {gib(disk.free_bytes)} are free at {short_folder(disk.path)}"
 
 
-def _folder(path: Path) -> str:
+def short_folder(path: Path) -> str:
     """The folder of a file, short."""
     folder = path.parent if path.suffix in (".gguf", ".safetensors") else path
     home = Path.home()

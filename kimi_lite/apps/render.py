@@ -42,11 +42,12 @@ class AnswerView:
         self.texts = {"reasoning": "", "content": "", "tool_call": ""}
         self.calls: list[dict[str, str]] = []
         self.last: Token | None = None
-        self._thinking = ReasoningView(aside, is_plain, think_hint) if shows_reasoning else None
+        is_counted = shows_calls and not is_plain and can_redraw(aside)  # hidden, but one sees that something goes on
+        shows_any = shows_reasoning or is_counted
+        self._thinking = ReasoningView(aside, is_plain, think_hint, is_hidden=not shows_reasoning) if shows_any else None
         self._shows_calls = shows_calls
         screen = Console(file=out)
-        is_fit = out.isatty() and not is_plain and not screen.is_dumb_terminal
-        self._markdown = MarkdownStream(screen) if is_fit else None
+        self._markdown = MarkdownStream(screen) if can_redraw(screen) and out.isatty() and not is_plain else None
         self._part = ""  # what is being shown: reasoning, content or a call
         self._has_content = self._is_line_open = False
 
@@ -124,12 +125,11 @@ class AnswerView:
 
 
 class ReasoningView:
-    """What the model thinks: its last rows while it does, then one line. Plain: all of it, and the line."""
+    """What the model thinks: its last rows while it does, then one line. Plain: all of it, and the line. Hidden: how much."""
 
-    def __init__(self, console: Console, is_plain: bool = False, hint: str = "") -> None:
-        self._console, self._hint = console, f" ({hint})" if hint else ""
-        is_fit = console.is_terminal and not console.is_dumb_terminal and not is_plain
-        self._live = LiveRows(console, REASONING_ROWS) if is_fit else None
+    def __init__(self, console: Console, is_plain: bool = False, hint: str = "", is_hidden: bool = False) -> None:
+        self._console, self._hint, self._is_hidden = console, f" ({hint})" if hint else "", is_hidden
+        self._live = LiveRows(console, REASONING_ROWS) if can_redraw(console) and not is_plain else None
         self._text, self._num_tokens, self._began_s = "", 0, 0.0
 
     def add(self, token: Token) -> None:
@@ -151,15 +151,25 @@ class ReasoningView:
             self._live.erase()
         elif self._text and not self._text.endswith("\n"):
             show_plain(self._console, "")
-        tokens = f" · {self._num_tokens:,} tokens" if self._num_tokens else ""
-        seconds = time.perf_counter() - self._began_s
-        show_plain(self._console, f"▸ thought for {seconds:.0f} s{tokens}{self._hint}", style="dim")
+        show_plain(self._console, f"▸ thought for {self._amount}{self._hint}", style="dim")
         self._text, self._num_tokens = "", 0
 
+    @property
+    def _amount(self) -> str:
+        tokens = f" · {self._num_tokens:,} tokens" if self._num_tokens else ""
+        return f"{time.perf_counter() - self._began_s:.0f} s{tokens}"
+
     def _rows(self) -> list[Row]:
+        if self._is_hidden:
+            return self._console.render_lines(Text(f"thinking… {self._amount}", "dim"), pad=False)
         limit = self._live.limit
         last = self._text.rsplit("\n", limit)[-limit:]
         return self._console.render_lines(Text("\n".join(last), "dim", overflow="fold"), pad=False)
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether what is shown can be changed again."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def show_reasoning(console: Console, text: str) -> None:
@@ -209,10 +219,8 @@ def stats_line(token: Token) -> str:
     """`prompt 24 tok 38.2 t/s (12 cached) · gen 212 tok 6.2 t/s · TTFT 0.7 s`, and why it ended if not by itself."""
     s = token.stats
     cached = f" ({s.cached_tokens:,} cached)" if s.cached_tokens else ""
-    parts = [
-        f"prompt {s.prompt_tokens:,} tok{_rate(s.prompt_tok_s)}{cached}",
-        f"gen {s.generated_tokens:,} tok{_rate(s.generation_tok_s)}",
-    ]
+    parts = [f"prompt {s.prompt_tokens:,} tok{_rate(s.prompt_tok_s)}{cached}"] if s.prompt_tokens else []  # 0: not known
+    parts.append(f"gen {s.generated_tokens:,} tok{_rate(s.generation_tok_s)}")
     if s.generated_tokens:
         parts.append(f"TTFT {s.time_to_first_token_s:.1f} s")
     endings = {"cancelled": "stopped", "length": "cut: token limit or full context"}

@@ -1,7 +1,7 @@
 """How answers are made: mode, sampling and the budget for thinking. A conversation has one; one message may have another."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from kimi_lite.engine.types import INSTANT_TEMPERATURE, THINKING_TEMPERATURE, SamplingParams
@@ -30,12 +30,20 @@ class AnswerSettings:
     def with_thinking(self, is_thinking: bool) -> "AnswerSettings":
         return replace(self, is_thinking=is_thinking)
 
+    def overridden(self, other: "AnswerSettings") -> "AnswerSettings":
+        """With every value of `other` that is not the default; the mode is not among them."""
+        sampling = replace(self.sampling, **_differences(other.sampling, SamplingParams()))
+        changes = _differences(replace(other, sampling=SamplingParams()), AnswerSettings(is_thinking=other.is_thinking))
+        return replace(self, sampling=sampling, **changes)
+
     def describe(self) -> str:
         """`thinking on (temp 1, top-p 0.95)`, for people."""
         budget = "" if self.thinking_budget is None or not self.is_thinking else f", at most {self.thinking_budget:,} tokens"
         kept = ", kept in the prompt" if self.preserve_thinking else ""
-        sampling = f"temp {self.sampling_temperature:g}, top-p {self.sampling.top_p:g}"
-        return f"thinking {'on' if self.is_thinking else 'off'}{budget}{kept} ({sampling})"
+        return f"thinking {'on' if self.is_thinking else 'off'}{budget}{kept} ({self.describe_sampling()})"
+
+    def describe_sampling(self) -> str:
+        return f"temp {self.sampling_temperature:g}, top-p {self.sampling.top_p:g}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,3 +52,9 @@ class AnswerSettings:
     def from_json(cls, value: Mapping[str, Any]) -> "AnswerSettings":
         sampling = dict(value["sampling"])
         return cls(**{**value, "sampling": SamplingParams(**{**sampling, "stop": tuple(sampling["stop"])})})
+
+
+def _differences(value: Any, default: Any) -> dict[str, Any]:
+    """The fields in which two dataclasses differ, as in `value`."""
+    names = [field.name for field in fields(value)]
+    return {name: getattr(value, name) for name in names if getattr(value, name) != getattr(default, name)}

@@ -5,9 +5,11 @@ only how a prompt becomes tokens. `chat` and `run` see nothing else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.turns import AnswerRecord, Content, Turn, now, num_images, require_utf8, text_of
@@ -58,6 +60,18 @@ class Conversation(ABC):
         """Tokens of the next prompt, with a message `content` and without the first turns; None where nobody can say."""
         return None
 
+    def pieces(self, ids: Sequence[int]) -> list[str] | None:
+        """The text of each token, for people; None where the vocabulary is not here."""
+        return None
+
+    def counters(self) -> Mapping[str, float]:
+        """What the engine counted since the model was loaded."""
+        return {}
+
+    def heat(self) -> np.ndarray | None:
+        """(layers, experts): how much each routed expert was used lately; None where nobody keeps account."""
+        return None
+
     def lead_ids(self) -> Sequence[int]:
         """The last ids of the prompt that was just answered."""
         return ()
@@ -76,7 +90,7 @@ class Conversation(ABC):
         on_prefill: OnPrefill | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         settings: AnswerSettings | None = None,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """Send a message and stream the answer. However it ends, what was said stays in the conversation.
 
         `content` is text or OpenAI content parts; `tools` are OpenAI declarations, None: as before; `settings` are for this
@@ -94,7 +108,7 @@ class Conversation(ABC):
 
     def answer_calls(
         self, results: Sequence[tuple[str, str]], on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """Give the results of pending calls, (call id, text) each, and stream how the model goes on."""
         names = {call.id: call.name for call in self.pending_calls}
         assert results and all(call_id in names for call_id, _ in results), (results, names)
@@ -102,7 +116,9 @@ class Conversation(ABC):
         self.turns += [Turn("tool", text, call_id=call_id, name=names[call_id]) for call_id, text in results]
         yield from self._answer(before, settings, on_prefill)
 
-    def regenerate(self, on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None) -> Iterator[Token]:
+    def regenerate(
+        self, on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
+    ) -> Generator[Token, None, None]:
         """Answer the last message again; the old answer goes when the new one begins."""
         start = self._last_exchange()
         before = list(self.turns)
@@ -143,6 +159,12 @@ class Conversation(ABC):
         """Where the messages of the user that are still sent stand in `turns`."""
         return [i for i in range(self.num_dropped, len(self.turns)) if self.turns[i].role == "user"]
 
+    def start_after(self, num_exchanges: int) -> int:
+        """Where in `turns` what follows the oldest exchanges begins."""
+        starts = [*self.exchanges, len(self.turns)]
+        assert 0 < num_exchanges < len(starts), (num_exchanges, len(starts))
+        return starts[num_exchanges]
+
     @property
     def mode(self) -> str:
         """The mode and its sampling, for people."""
@@ -161,21 +183,18 @@ class Conversation(ABC):
 
     def drop_oldest(self, num_exchanges: int, summary: str = "") -> None:
         """No longer send the oldest exchanges; they stay in the record. `summary` goes to the model in their place."""
-        exchanges = self.exchanges
-        assert 0 < num_exchanges < len(exchanges), (num_exchanges, len(exchanges))
-        self.num_dropped = exchanges[num_exchanges]
+        self.num_dropped = self.start_after(num_exchanges)
         self.summary = summary or self.summary
 
-    def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Iterator[Token]:
+    def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Generator[Token, None, None]:
         """Have the model sum the oldest exchanges up (the tokens are the summary), then send the summary in their place."""
-        exchanges = self.exchanges
-        assert 0 < num_exchanges < len(exchanges), (num_exchanges, len(exchanges))
-        turns = self.turns[self.num_dropped : exchanges[num_exchanges]]
+        turns = self.turns[self.num_dropped : self.start_after(num_exchanges)]
         messages = [turn.to_message() for turn in turns if turn.says_something]
         messages = [*self._system_messages(), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
         sampling = replace(self.settings.sampling, max_tokens=SUMMARY_TOKENS)
         record = AnswerRecord()
-        for token in self._stream(messages, AnswerSettings(False, 0.0, sampling), on_prefill, True):
+        settings = replace(self.settings, is_thinking=False, sampling=sampling)
+        for token in self._stream(messages, settings, on_prefill, True):
             record.add(token)
             yield token
         assert record.last is not None
@@ -185,7 +204,9 @@ class Conversation(ABC):
             raise KimiLiteError("The model gave an empty summary; nothing was dropped.", "Try /ctx drop.")
         self.drop_oldest(num_exchanges, record.texts["content"].strip())
 
-    def _answer(self, before: list[Turn], settings: AnswerSettings | None, on_prefill: OnPrefill | None) -> Iterator[Token]:
+    def _answer(
+        self, before: list[Turn], settings: AnswerSettings | None, on_prefill: OnPrefill | None
+    ) -> Generator[Token, None, None]:
         """Stream the answer to `turns` and write it down. A refusal before its first token leaves the turns as they were."""
         settings, record = settings or self.settings, AnswerRecord()
         tokens = self._stream([*self._system_messages(), *self.messages], settings, on_prefill, False)

@@ -9,6 +9,7 @@ Not thread-safe, but for `cancel`, which any thread or signal handler may call. 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -23,6 +24,7 @@ from kimi_lite.engine.types import FinishReason, ModelInfo, Request, Stats, Toke
 from kimi_lite.engine.watch import OnPrefill, StepWatch
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.kv import KVCache
+from kimi_lite.memory.plan_types import Plan
 from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled
 from kimi_lite.text.stream import END_THINK, Piece, StreamParser
 from kimi_lite.text.template import ChatTemplate
@@ -60,12 +62,14 @@ class Engine:
         max_step_tokens: int | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
         holdings: Many[Closeable] = (),
+        plan: Plan | None = None,
     ) -> None:
-        """max_step_tokens: default and most, what the model takes at once. holdings: closed, in order, after the model."""
+        """max_step_tokens: default and most, what the model takes at once. holdings: closed, in order, after the model.
+        plan: what lies where, for front ends to show."""
         assert context_length <= kv.num_pages * PAGE_TOKENS, (context_length, kv.num_pages)
         assert max_step_tokens is None or max_step_tokens <= model.max_batch_tokens, max_step_tokens
         self.model, self.tokenizer, self.template, self.info = model, tokenizer, template, info
-        self.kv, self.context_length = kv, context_length
+        self.kv, self.context_length, self.plan = kv, context_length, plan
         self.scheduler = Scheduler(kv, max_step_tokens or model.max_batch_tokens)
         self.clock_s = clock_s
         self.is_closed = False
@@ -92,8 +96,9 @@ class Engine:
         self.is_closed = True
         for sequence in list(self._live.values()):
             self._drop(sequence)
-        for holding in (self.model, *self._holdings):
-            holding.close()
+        with ExitStack() as stack:  # one that fails does not keep the others open
+            for holding in (*reversed(self._holdings), self.model):
+                stack.callback(holding.close)
 
     def __enter__(self) -> "Engine":
         return self

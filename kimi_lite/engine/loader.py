@@ -3,28 +3,37 @@
 The heavy parts (Numba through the model) are imported here, when a model is really loaded.
 """
 
+import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 
-from kimi_lite.engine.engine import Engine, OnProgress
+from kimi_lite.engine.device import choose_device, find_card
+from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.options import LoadOptions
+from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token
+from kimi_lite.memory.kv_pages import HostPages
+from kimi_lite.memory.plan_types import Plan
+from kimi_lite.memory.prefix_store import DEFAULT_MAX_BYTES, PrefixStore, model_key
+from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.tensors import check_tensors
 
 DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cache for Kimi K2.5
 GIB = 1024**3
+_SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no room for
 
 
 def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress | None = None) -> Engine:
     """Where no context is asked for, it is the model's own up to 32,768 tokens."""
-    from kimi_lite.model.transformer import Transformer
     from kimi_lite.text.template import ChatTemplate
     from kimi_lite.text.tokenizer import Tokenizer
 
@@ -38,10 +47,29 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)
     report("preparing the cache", 2, 4)
     context_length = choose_context(config, options.context_length)
-    kv = make_cache(config, context_length, options.kv_dtype)
-    model = Transformer(store, config, kv, options.num_threads, lambda done, total: report("preparing kernels", done, total))
+    device = choose_device(options.device)
+    plan = plan_load(store, config, options, find_card(device))
+    model, kv = _open_model(store, config, options, context_length, device, plan, report)
     report("ready", 4, 4)
-    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=[store])
+    holdings = [*attach_tiers(kv, store, options), store]
+    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=holdings, plan=plan)
+
+
+def _open_model(
+    store: GGUFStore, config: ModelConfig, options: LoadOptions, context_length: int, device: str, plan: Plan, report: OnProgress
+) -> tuple[Model, KVCache]:
+    """On the CPU's road or the GPU's."""
+    recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
+    tier = choose_tier(store, plan, options)
+    if device != "cpu":
+        from kimi_lite.model.hybrid.load import load_hybrid
+
+        return load_hybrid(store, config, options, context_length, device, report, tier, recorder)
+    from kimi_lite.model.transformer import Transformer
+
+    kv = make_cache(config, context_length, options.kv_dtype)
+    on_compile = partial(report, "preparing kernels")
+    return Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder), kv
 
 
 def choose_context(config: ModelConfig, context_length: int | None) -> int:
@@ -70,6 +98,20 @@ def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCac
             f"Try -c {fitting}K{'' if kv_dtype == 'q8' else ' or --kv-dtype q8'}." if fitting else "Close other programs.",
         )
     return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype)
+
+
+def attach_tiers(kv: KVCache, store: GGUFStore, options: LoadOptions) -> list[PrefixStore]:
+    """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be closed."""
+    is_on_cpu = isinstance(kv.storage, np.ndarray)
+    if not is_on_cpu:
+        page_bytes = math.prod(kv.page_shape)
+        num_pages = min(kv.num_pages, int(psutil.virtual_memory().available * _SPILL_SHARE) // page_bytes)
+        kv.host = HostPages(num_pages, kv.storage) if num_pages else None
+    if options.prefix_folder is None:
+        return []
+    key = model_key(store, options.kv_dtype, options.cache_bias, is_on_cpu or options.dense_type)
+    kv.prefixes = PrefixStore(options.prefix_folder, key, kv.page_shape, options.prefix_bytes or DEFAULT_MAX_BYTES)
+    return [kv.prefixes]
 
 
 def describe(store: GGUFStore, config: ModelConfig) -> ModelInfo:

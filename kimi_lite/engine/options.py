@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,5 +16,8 @@ class LoadOptions:
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     routing_trace: Path | None = None  # where the chosen experts of every token are recorded
-    prefix_folder: Path | None = None  # where cached prefixes outlive the process
+    prefix_folder: Path | None = None  # where cached prefixes outlive the process; None: they do not
+    prefix_bytes: int | None = None  # how large the folder may become
     cache_bias: float = 0.0  # added to the router's choice for experts that are resident; 0: never
+    num_gpu_experts: int | None = None  # slots in VRAM for routed experts
+    dense_type: Literal["q8_0", "bf16", "file"] = "q8_0"  # of the weights that every token uses, on a GPU

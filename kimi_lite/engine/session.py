@@ -4,9 +4,11 @@ The ids of the last prompt and its answer are kept, and those sampled for every 
 reads the same, so that only what is new is prefilled; see `engine.splice`.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
+
+import numpy as np
 
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation, OnPrefill
@@ -65,6 +67,16 @@ class Session(Conversation):
         if content is not None:
             messages.append({"role": "user", "content": content})
         return len(self._encode(messages, self.settings, is_asking=content is not None).ids) if messages else 0
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self.engine.tokenizer.decode([i]) for i in ids]
+
+    def counters(self) -> Mapping[str, float]:
+        return self.engine.counters()
+
+    def heat(self) -> np.ndarray | None:
+        heat = getattr(self.engine.model, "heat", None)
+        return None if heat is None else heat()
 
     def lead_ids(self) -> Sequence[int]:
         return self._lead_ids

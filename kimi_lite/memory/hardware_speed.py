@@ -13,20 +13,26 @@ import platformdirs
 from kimi_lite.memory.hardware import Hardware
 
 _FILE_NAME = "speeds.json"
+_KEPT_DAYS = 30
 _LARGEST_FILES = ("*.gguf", "*.safetensors")
 
 
-def measure(hardware: Hardware, ram_bytes_s: float | None = None) -> Hardware:
+def measure(hardware: Hardware) -> Hardware:
     """Reads memory and, where a model lies at the disk's path, its largest file; remembers what it finds."""
     from kimi_lite.memory.bandwidth import measure_disk, measure_ram
 
-    found = {"ram": ram_bytes_s or measure_ram(hardware.num_cores)}
+    found = {"ram": measure_ram(hardware.num_cores)}
     file = largest_file(hardware.disk.path) if hardware.disk else None
     disk_bytes_s = measure_disk(file) if file else None
     if disk_bytes_s:
         found["disk"] = disk_bytes_s
-    remember(hardware, **found)
-    return hardware.with_speeds("measured", **found)
+    return recall(measured(hardware, **found))
+
+
+def measured(hardware: Hardware, **bytes_s: float) -> Hardware:
+    """With speeds of `ram` or `disk` that were measured just now; they are remembered."""
+    remember(hardware, **bytes_s)
+    return hardware.with_speeds("measured", **bytes_s)
 
 
 def recall(hardware: Hardware) -> Hardware:
@@ -38,15 +44,21 @@ def recall(hardware: Hardware) -> Hardware:
 
 
 def remember(hardware: Hardware, **bytes_s: float) -> None:
-    """Keeps speeds of `ram` and `disk`; a cache folder that cannot be written only means measuring again."""
+    """Keeps speeds of `ram` and `disk`, the fastest of a month: other programs only ever make a machine look slower. A cache
+    folder that cannot be written only means measuring again."""
     keys = {"ram": _machine_key(hardware), "disk": _disk_key(hardware)}
-    entries = {keys[place]: {"bytes_s": speed, "date": date.today().isoformat()} for place, speed in bytes_s.items()}
-    file = _file()
+    file, today = _file(), date.today()
+    known = {key: entry for key, entry in _read(file).items() if _age_days(entry, today) <= _KEPT_DAYS}
+    entries = {
+        keys[place]: {"bytes_s": speed, "date": today.isoformat()}
+        for place, speed in bytes_s.items()
+        if speed >= known.get(keys[place], {}).get("bytes_s", 0)
+    }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{_FILE_NAME}.{os.getpid()}.partial")
         with partial.open("w", encoding="utf-8") as stream:
-            json.dump(_read(file) | entries, stream, indent=1)
+            json.dump(known | entries, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
@@ -73,6 +85,13 @@ def _read(file: Path) -> dict:
         return {key: entry for key, entry in record.items() if float(entry["bytes_s"]) > 0}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def _age_days(entry: dict, today: date) -> float:
+    try:
+        return (today - date.fromisoformat(entry["date"])).days
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _machine_key(hardware: Hardware) -> str:

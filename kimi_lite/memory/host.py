@@ -127,3 +127,12 @@ def _read_number(path: Path) -> int | None:
 def _read_stat(path: Path, keys: tuple[str, ...]) -> int:
     lines = (line.split() for line in _read_text(path).splitlines())
     return max((int(parts[1]) for parts in lines if len(parts) == 2 and parts[0] in keys), default=0)
+
+
+def has_nvidia_device() -> bool:
+    """Whether a display or compute device of NVIDIA's is on the PCI bus."""
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        vendor, kind = _read_text(device / "vendor").strip(), _read_text(device / "class").strip()
+        if vendor == "0x10de" and kind.startswith("0x03"):
+            return True
+    return False

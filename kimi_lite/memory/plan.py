@@ -14,10 +14,10 @@ from kimi_lite.memory.hardware import Hardware
 from kimi_lite.memory.kv import bytes_per_token, value_bytes
 from kimi_lite.memory.plan_refusal import find_problem, find_remedies
 from kimi_lite.memory.plan_room import (
-    PROMPT_CHUNKS,
     STEP_TOKENS,
     card_margin_bytes,
     card_work_bytes,
+    choose_chunk,
     cpu_work_bytes,
     pinned_bytes,
     program_bytes,
@@ -62,12 +62,13 @@ def make_plan(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits | None =
 
 def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
     """The plan, whether it can be or not."""
+    sizes = sizes.with_dense_type(limits.dense_type)
     is_on_card = hardware.gpu is not None and limits.device != "cpu"
     context_length = choose_context(sizes, limits.context_length)
     hardware_used = replace(hardware, num_cores=limits.num_threads or hardware.num_cores)
     budgets = find_budgets(hardware, limits, is_on_card)
-    cache = kv_bytes(sizes, context_length, limits.kv_dtype)
-    on_card, chunk, num_slots = _lay_out_card(sizes, hardware, budgets, cache) if is_on_card else ([], STEP_TOKENS, 0)
+    cache = kv_bytes(sizes, limits.cache_tokens or context_length, limits.kv_dtype)
+    on_card, chunk, num_slots = _lay_out_card(sizes, hardware, limits, budgets, cache) if is_on_card else ([], STEP_TOKENS, 0)
     in_ram = _ram_rows(sizes, hardware_used, cache, chunk if is_on_card else 0)
     have_bytes = next(budget.have_bytes for budget in budgets if budget.place == "RAM")
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
@@ -92,6 +93,7 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
         disk_expert_bytes=wanted_bytes - ram_bytes,
         prompt_chunk_tokens=chunk,
         num_threads=hardware_used.num_cores,
+        split=split,
         rates=rates,
         decode=decode,
         decode_full=decode_speed(sizes, replace(split, depth=context_length), rates),
@@ -103,9 +105,9 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
     )
 
 
-def kv_bytes(sizes: ModelSizes, context_length: int, kv_dtype: str) -> int:
-    """The latent cache of one sequence, in whole pages."""
-    num_pages = -(-context_length // PAGE_TOKENS)
+def kv_bytes(sizes: ModelSizes, num_tokens: int, kv_dtype: str) -> int:
+    """The latent cache, in whole pages."""
+    num_pages = -(-num_tokens // PAGE_TOKENS)
     return num_pages * PAGE_TOKENS * bytes_per_token(sizes.config, kv_dtype)
 
 
@@ -128,21 +130,22 @@ def _budget(place: Place, free_bytes: int, limit_bytes: int | None, flag: str) -
     return Budget(place, limit_bytes if is_limited else free_bytes, flag if is_limited else "free")
 
 
-def _lay_out_card(sizes: ModelSizes, hardware: Hardware, budgets: tuple[Budget, ...], cache: int) -> tuple[list[Row], int, int]:
-    """Rows, tokens of a prompt's chunk, and expert slots: work gets at most an eighth of the card, slots what is left."""
-    have_bytes = budgets[0].have_bytes
-    works = {chunk: card_work_bytes(sizes, chunk) for chunk in PROMPT_CHUNKS}
+def _lay_out_card(
+    sizes: ModelSizes, hardware: Hardware, limits: PlanLimits, budgets: tuple[Budget, ...], cache: int
+) -> tuple[list[Row], int, int]:
+    """Rows, tokens of a prompt's chunk, and expert slots, which get what is left."""
     fixed = [
         Row("VRAM", DENSE, sizes.card_dense_bytes),
         Row("VRAM", KV, cache),
         Row("VRAM", VISION, sizes.vision_bytes),
         Row("VRAM", MARGIN, card_margin_bytes(hardware.gpu.vram_total_bytes)),
     ]
-    left_bytes = have_bytes - sum(row.num_bytes for row in fixed)
-    chunk = next((c for c, work in works.items() if work <= min(left_bytes, have_bytes // 8)), PROMPT_CHUNKS[-1])
-    left_bytes -= works[chunk]
-    num_slots = min(sizes.num_experts, max(0, left_bytes) // sizes.slot_bytes) if sizes.slot_bytes else 0
-    rows = [*fixed, Row("VRAM", WORK, works[chunk]), Row("VRAM", SLOTS, num_slots * sizes.slot_bytes)]
+    left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
+    chunk = choose_chunk(sizes, left_bytes)
+    work_bytes = card_work_bytes(sizes, chunk)
+    most = min(sizes.num_experts, max(0, left_bytes - work_bytes) // sizes.slot_bytes) if sizes.slot_bytes else 0
+    num_slots = most if limits.num_gpu_experts is None else min(limits.num_gpu_experts, sizes.num_experts)
+    rows = [*fixed, Row("VRAM", WORK, work_bytes), Row("VRAM", SLOTS, num_slots * sizes.slot_bytes)]
     return rows, chunk, num_slots
 
 

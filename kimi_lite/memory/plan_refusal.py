@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from kimi_lite.memory.hardware import Hardware, free_of
-from kimi_lite.memory.plan_types import Place, Plan, PlanLimits
+from kimi_lite.memory.plan_types import EXPERTS, Place, Plan, PlanLimits
 from kimi_lite.model.sizes import ModelSizes
 from kimi_lite.units import GIB, gib, gib_apart
 
@@ -22,12 +22,15 @@ def find_problem(plan: Plan) -> str:
     if asked > model:
         return f"A context of {asked:,} tokens is wanted; the model is made for {model:,}."
     for budget in plan.budgets:
-        need_bytes = plan.place_bytes(budget.place) + _least_expert_bytes(plan, budget.place)
+        lacking_bytes = _lacking_expert_bytes(plan, budget.place)
+        need_bytes = plan.place_bytes(budget.place) + lacking_bytes
         if need_bytes > budget.have_bytes:
             need, have = gib_apart(need_bytes, budget.have_bytes)
-            parts = ", ".join(f"{row.part} {gib(row.num_bytes)}" for row in plan.rows if row.place == budget.place)
+            parts = [f"{row.part} {gib(row.num_bytes)}" for row in plan.rows if row.place == budget.place and row.part != EXPERTS]
+            if budget.place == "RAM" and (experts_bytes := plan.ram_expert_bytes + lacking_bytes):
+                parts.append(f"{EXPERTS} {'at least ' if lacking_bytes else ''}{gib(experts_bytes)}")
             source = f"{have} are free" if budget.source == "free" else f"{budget.source} allows {have}"
-            return f"At least {need} of {budget.place} are needed ({parts}); {source}."
+            return f"At least {need} of {budget.place} are needed ({', '.join(parts)}); {source}."
     return ""
 
 
@@ -38,6 +41,10 @@ def find_remedies(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, str]]:
         other = lay_out(sizes, hardware, changed)
         if changed != limits and not find_problem(other):
             yield flags, f"at most {other.decode.tok_s:.1f} tokens/s"
+    if limits.num_gpu_experts:
+        most = lay_out(sizes, hardware, replace(limits, num_gpu_experts=None))
+        if not find_problem(most):
+            yield f"--gpu-experts {most.num_vram_slots}", "as many as fit"
     for budget in plan.budgets:
         flag = {"VRAM": "vram_bytes", "RAM": "ram_bytes"}[budget.place]
         if budget.source != "free" and not find_problem(lay_out(sizes, hardware, replace(limits, **{flag: None}))):
@@ -82,7 +89,7 @@ def _enough_ram(plan: Plan, lay_out: LayOut) -> int:
     return 0
 
 
-def _least_expert_bytes(plan: Plan, place: Place) -> int:
+def _lacking_expert_bytes(plan: Plan, place: Place) -> int:
     """What a cache of experts in memory lacks to be of any use: room for the experts of two tokens."""
     if place != "RAM" or not plan.disk_expert_bytes:
         return 0

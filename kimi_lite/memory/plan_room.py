@@ -12,9 +12,10 @@ STEP_TOKENS = 512  # of one forward pass on the CPU
 PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a card, tried in turn
 STREAM_EXPERTS = 8  # experts of one transfer; two transfers are under way
 _ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
-_PROGRAM_BYTES = 200 * MIB  # Python, Numba and LLVM
-_KERNEL_BYTES = 4 * MIB  # compiled code of a type of weights
-_VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 400, 2400  # objects of Python for a token, and for an expert's three matrices
+_PROGRAM_BYTES = 155 * MIB  # Python, Numba and LLVM, measured with kernels from the cache; compiling them takes 75 MiB more
+_KERNEL_BYTES = MIB  # compiled code of a type of weights
+_VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 2400  # objects of Python for a token, and for an expert's three matrices
+_WORK_SHARE = 0.35  # of what is left on the card, for a prompt's chunk; the rest becomes slots
 _PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
 _CARD_BYTES, _CARD_SHARE = 700 * MIB, 0.02  # CUDA's context and libraries; what allocation leaves between pieces
 
@@ -75,6 +76,12 @@ def card_work_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
     dense = 6 * c.feed_forward_size if c.num_dense_layers else 0
     token_bytes = 10 * c.hidden_size + attention + max(choices, dense)
     return chunk_tokens * token_bytes + 4 * _LOGITS_ROWS * c.vocab_size + stream_bytes(sizes)
+
+
+def choose_chunk(sizes: ModelSizes, left_bytes: int) -> int:
+    """Tokens of a prompt that pass through the card at a time; `left_bytes`: what weights, cache and margin leave."""
+    fitting = (chunk for chunk in PROMPT_CHUNKS if card_work_bytes(sizes, chunk) <= _WORK_SHARE * left_bytes)
+    return next(fitting, PROMPT_CHUNKS[-1])
 
 
 def stream_bytes(sizes: ModelSizes) -> int:

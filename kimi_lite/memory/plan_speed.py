@@ -25,8 +25,8 @@ from kimi_lite.model.costs import decode_cost, expected_expert_share
 from kimi_lite.model.sizes import ModelSizes
 
 # Share of the experts that is resident -> share of choices found there; lowest and highest of the published runs.
-_HITS_LOW = ((0, 0), (0.046, 0.25), (0.18, 0.435), (0.36, 0.62), (0.54, 0.72), (0.73, 0.79), (1, 1))
-_HITS_HIGH = ((0, 0), (0.046, 0.408), (0.125, 0.67), (0.25, 0.81), (0.37, 0.93), (1, 1))
+HITS_LOW = ((0, 0), (0.046, 0.25), (0.18, 0.435), (0.36, 0.62), (0.54, 0.72), (0.73, 0.79), (1, 1))
+HITS_HIGH = ((0, 0), (0.046, 0.408), (0.125, 0.67), (0.25, 0.81), (0.37, 0.93), (1, 1))
 _PRODUCTS_A_CYCLE = {"avx512-vnni": 128, "avx-vnni": 64, "avx2": 32, "portable": 16}  # int8, of a core at its best
 
 
@@ -125,11 +125,11 @@ def expect(sizes: ModelSizes, split: Split, rates: Rates) -> Expectation | None:
             interpolate(curve, split.card_share) if is_cached else 0.0,
             interpolate(curve, split.ram_share),
         ).tok_s
-        for curve in (_HITS_LOW, _HITS_HIGH)
+        for curve in (HITS_LOW, HITS_HIGH)
     )
     share = split.card_share if is_cached else split.ram_share
     floor = 0.0 if is_cached else share
-    return Expectation((low, high), (max(floor, interpolate(_HITS_LOW, share)), max(floor, interpolate(_HITS_HIGH, share))))
+    return Expectation((low, high), (max(floor, interpolate(HITS_LOW, share)), max(floor, interpolate(HITS_HIGH, share))))
 
 
 def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: int) -> Speed:

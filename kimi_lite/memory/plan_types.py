@@ -1,11 +1,11 @@
 """What a plan says: rows of bytes by place, budgets, slots, ceilings, a verdict. Made by `memory.plan`, shown by `apps`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.hardware import Hardware
-from kimi_lite.memory.plan_speed import Expectation, Rates, Speed
+from kimi_lite.memory.plan_speed import Expectation, Rates, Speed, Split, decode_speed
 from kimi_lite.model.sizes import ModelSizes
 
 Place = Literal["VRAM", "RAM", "disk"]
@@ -26,6 +26,9 @@ class PlanLimits:
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     num_threads: int | None = None
+    num_gpu_experts: int | None = None  # slots on the card; None: as many as fit
+    dense_type: str = "q8_0"  # on the card: q8_0, bf16, or file
+    cache_tokens: int | None = None  # of all sequences; None: one of the whole context
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Plan:
     disk_expert_bytes: int  # experts that do not fit, read from disk when they are chosen
     prompt_chunk_tokens: int
     num_threads: int
+    split: Split
     rates: Rates
     decode: Speed  # a ceiling: no hits in the card's cache, experts chosen uniformly, an empty context
     decode_full: Speed  # the same at the end of the context
@@ -83,6 +87,10 @@ class Plan:
     first_limit: str
     verdict: Verdict
     refusal: Refusal | None = None
+
+    def decode_at(self, depth: float, num_sequences: int = 1) -> Speed:
+        """The ceiling for several sequences together, each with so many earlier tokens."""
+        return decode_speed(self.sizes, replace(self.split, depth=depth, num_sequences=num_sequences), self.rates)
 
     def place_bytes(self, place: Place) -> int:
         return sum(row.num_bytes for row in self.rows if row.place == place)

@@ -3,9 +3,10 @@
 One instance rules over the slots of one place: rows of a GPU tensor, or of the expert cache in RAM; `tools.cache_sim` replays
 routing traces through the very same class. An expert's score estimates how likely the next token wants it:
 
-    score = a(8 tokens) + a(256 tokens),   a(h) = moving average of "was chosen", half of it forgotten every h tokens
+    score = a(2 tokens) + a(32) + a(512),   a(h) = moving average of "was chosen", half of it forgotten every h tokens
 
-The short average follows the topic, the long one knows the favourites (peers use LRU or LFU; `tools.cache_sim` compares).
+The short averages follow the topic almost as LRU does, the long one knows favourites and keeps a cache that is too small for LRU
+from turning over for nothing (`tools.cache_sim` compares; tools/LOG.md has the numbers).
 A slot is free, loading (given to an expert whose bytes are on their way) or resident, and a resident or loading slot may be
 pinned, which protects it from eviction while a kernel or a copy uses it.
 
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-HALF_LIVES = (8.0, 256.0)  # tokens
+HALF_LIVES = (2.0, 32.0, 512.0)  # tokens
 _REBASE_EXPONENT = 200.0  # gains grow as 2^(step / half-life); past this they start over
 _FREE, _LOADING, _RESIDENT, _RETIRED = range(4)
 
@@ -102,6 +103,10 @@ class HeatPolicy:
         return int((self._state == _RESIDENT).sum())
 
     @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
     def num_evictable(self) -> int:
         """Slots that `admit` could give away at this moment."""
         return len(self._free) + int(self._victim_mask().sum())
@@ -118,6 +123,10 @@ class HeatPolicy:
         slot = int(self._slot_of[layer * self.num_experts + expert])
         return slot if slot >= 0 and self._state[slot] == _LOADING else -1
 
+    def is_absent(self, layer: int, expert: int) -> bool:
+        """Neither resident nor on its way."""
+        return bool(self._slot_of[layer * self.num_experts + expert] < 0)
+
     def key(self, slot: int) -> tuple[int, int] | None:
         """The (layer, expert) that a slot is given to."""
         key = int(self._key_of[slot])
@@ -127,6 +136,9 @@ class HeatPolicy:
         """bool (E,): which experts of a layer are resident."""
         slots = self._slot_of[layer * self.num_experts : (layer + 1) * self.num_experts]
         return (slots >= 0) & (self._state[slots] == _RESIDENT) if len(self._state) else slots >= 0
+
+    def is_pinned(self, slot: int) -> bool:
+        return bool(self._pins[slot])
 
     def pin(self, slots: np.ndarray | Sequence[int]) -> None:
         """Protects slots from eviction until as many `unpin`; -1 is skipped."""

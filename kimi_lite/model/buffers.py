@@ -1,10 +1,28 @@
 """The activations of a run: every intermediate of a layer, allocated once and shared by all layers."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from kimi_lite.model.config import ModelConfig
 from native.cpu.activations import Activations
 from native.cpu.attention import AttentionBuffers
+
+
+class RouterBuffers(NamedTuple):
+    """What a router reads and writes, for `capacity` tokens."""
+
+    normed: Activations  # (capacity, hidden)
+    logits: np.ndarray  # (capacity, E), scores afterwards
+    choice: np.ndarray  # (capacity, E), working space
+    ids: np.ndarray  # int32 (capacity, K)
+    weights: np.ndarray  # (capacity, K)
+
+    @classmethod
+    def make(cls, config: ModelConfig, normed: Activations) -> "RouterBuffers":
+        logits = np.zeros((normed.capacity, max(1, config.num_experts)), np.float32)
+        ids = np.zeros((normed.capacity, max(1, config.num_experts_used)), np.int32)
+        return cls(normed, logits, np.zeros_like(logits), ids, np.zeros(ids.shape, np.float32))
 
 
 class Buffers:
@@ -22,10 +40,8 @@ class Buffers:
         sizes = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank)
         self.attention = AttentionBuffers(num_absorbed, c.num_heads, sizes, (kinds["k_b"], kinds["v_b"]))
         self.heads = Activations(capacity, c.num_heads * c.v_head_dim, kinds["heads"])
-        self.router_logits = np.zeros((capacity, max(1, c.num_experts)), np.float32)
-        self.router_choice = np.zeros_like(self.router_logits)
-        self.expert_ids = np.zeros((capacity, max(1, c.num_experts_used)), np.int32)
-        self.expert_weights = np.zeros(self.expert_ids.shape, np.float32)
+        self.router = RouterBuffers.make(c, self.normed)
+        self.expert_ids, self.expert_weights = self.router.ids, self.router.weights
         self._expert_width = c.expert_feed_forward_size if c.num_experts else 0
         self._num_slots = capacity * (c.num_experts_used + max(1, c.num_shared_experts))
         self._hidden: dict[int, Activations] = {}

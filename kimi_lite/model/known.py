@@ -114,6 +114,11 @@ KNOWN: dict[str, KnownModel] = {
         ("k2", "kimi-k2-instruct"),
     ),
     "moonlight": KnownModel(_MOONLIGHT, ("moonlight-16b-a3b",)),
+    "kimi-vl": KnownModel(
+        replace(_MOONLIGHT, name="Kimi-VL-A3B", context_length=131_072, rope=RopeConfig(800_000.0)),
+        ("kimi-vl-a3b",),
+        2 * (416_866_032 + 30_683_136),  # the same tower with a projector to 2048
+    ),
     "deepseek-v3": KnownModel(_V3, ("v3", "deepseek-v3.1")),
     "deepseek-r1": KnownModel(replace(_V3, name="DeepSeek-R1"), ("r1",)),
     "deepseek-v2-lite": KnownModel(_V2_LITE, ("v2-lite",)),

@@ -1,16 +1,26 @@
 """The feed-forward half of a layer as kernel operations: dense, or router, routed and shared experts."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from kimi_lite.memory.experts import layer_experts
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.model.attention import Op
-from kimi_lite.model.buffers import Buffers
+from kimi_lite.model.buffers import Buffers, RouterBuffers
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.weights import matrix, vector
 from native.cpu.experts import ExpertsOp
 from native.cpu.linear import linear_op, rms_norm_op
 from native.cpu.router import route_op
+
+
+class ExpertGroup(NamedTuple):
+    """Experts that run in one step: all of them routed, or (`num_always`) all of them everybody's."""
+
+    table: np.ndarray  # int64 (experts, 3, 8): of the layer, so that moved experts are found
+    width: int
+    num_always: int
 
 
 class FeedForward:
@@ -33,11 +43,39 @@ class FeedForward:
         router = set() if self.is_dense else {self.ffn_gate_inp.kind}
         return set().union(router, *(experts.input_kinds for experts in self.experts)) - {0}
 
+    def split_experts(self) -> tuple[ExpertGroup, list[ExpertGroup]]:
+        """The routed experts, and those that every token takes: a group or none. Not of a dense layer."""
+        assert not self.is_dense
+        first, *others = self.experts
+        num_routed = len(first.table) - first.num_always
+        shared = [ExpertGroup(first.table[num_routed:], first.width, first.num_always)] if first.num_always else []
+        shared += [ExpertGroup(each.table, each.width, each.num_always) for each in others]
+        return ExpertGroup(first.table[:num_routed], first.width, 0), shared
+
     def ops(self, run: int, buffers: Buffers) -> list[Op]:
         """x += feed_forward(norm(x))."""
-        ops = [Op("ffn_norm", *rms_norm_op(run, buffers.x, self.ffn_norm, buffers.normed, self.config.rms_norm_eps))]
-        if not self.is_dense:
-            ops += self._route_ops(run, buffers)
+        return [*self.choice_ops(run, buffers.x, buffers.router), *self.expert_ops(run, buffers)]
+
+    def choice_ops(self, run: int, x: np.ndarray, out: RouterBuffers, nudge: np.ndarray | None = None) -> list[Op]:
+        """The norm and, where the layer is not dense, the choice of experts. nudge: see `native.cpu.router`."""
+        c = self.config
+        norm = Op("ffn_norm", *rms_norm_op(run, x, self.ffn_norm, out.normed, c.rms_norm_eps))
+        if self.is_dense:
+            return [norm]
+        choice = route_op(
+            *(run, out.logits, out.choice, self.exp_probs_b, out.ids, out.weights),
+            (c.num_expert_groups, c.num_expert_groups_used),
+            is_sigmoid=c.expert_gating == "sigmoid",
+            is_normalized=c.is_expert_weights_norm,
+            scale=c.expert_weights_scale,
+            nudge=nudge,
+        )
+        logits = linear_op(run, out.normed, [(self.ffn_gate_inp.table, out.logits, False)])
+        return [norm, Op("ffn_gate_inp", *logits), Op("choose experts", *choice)]
+
+    def expert_ops(self, run: int, buffers: Buffers) -> list[Op]:
+        """x += the experts of normed x: the chosen ones and those of everybody."""
+        ops = []
         for experts in self.experts:
             has_routed = len(experts.matrices) > experts.num_always
             step = ExpertsOp(
@@ -55,15 +93,3 @@ class FeedForward:
             stage = "experts" if has_routed else "dense ffn" if self.is_dense else "shared expert"
             ops.append(Op(stage, step.kernel, step.arguments))
         return ops
-
-    def _route_ops(self, run: int, buffers: Buffers) -> list[Op]:
-        c = self.config
-        choice = route_op(
-            *(run, buffers.router_logits, buffers.router_choice, self.exp_probs_b),
-            *(buffers.expert_ids, buffers.expert_weights, (c.num_expert_groups, c.num_expert_groups_used)),
-            is_sigmoid=c.expert_gating == "sigmoid",
-            is_normalized=c.is_expert_weights_norm,
-            scale=c.expert_weights_scale,
-        )
-        logits = linear_op(run, buffers.normed, [(self.ffn_gate_inp.table, buffers.router_logits, False)])
-        return [Op("ffn_gate_inp", *logits), Op("choose experts", *choice)]

@@ -9,7 +9,7 @@ Used by `memory.plan`, `model.costs`, `apps.plan` and the benchmark.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kimi_lite.memory.gguf_store import GGUFStore
 
 ROUTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
+DENSE_TYPES = ("q8_0", "bf16", "file")  # of what is dense, on a card
 EMBEDDING = "token_embd.weight"
 _EXACT = "ffn_gate_inp.weight"
 _BY_HEAD = ("attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight")
@@ -37,6 +38,8 @@ class ModelSizes:
     embedding_bytes: int  # looked up, one row a token
     dense_bytes: int  # read for every token: attention, dense layers, shared experts, routers, norms, head
     card_dense_bytes: int  # the same on a graphics card: Q8_0 whatever the file holds, head-wise products in bfloat16
+    card_bf16_bytes: int  # all of it there in bfloat16
+    card_file_bytes: int  # as in the file, head-wise products in float32
     expert_bytes: int  # all routed experts of all layers
     slot_bytes: int  # of the largest routed expert, its matrices aligned: what a place for one takes
     converted_bytes: int = 0  # copies that loading makes: keys and values of files with a joint attn_kv_b
@@ -46,6 +49,11 @@ class ModelSizes:
     @property
     def total_bytes(self) -> int:
         return self.embedding_bytes + self.dense_bytes + self.expert_bytes + self.vision_bytes
+
+    def with_dense_type(self, kind: str) -> "ModelSizes":
+        """Where the user asks for another type on the card than Q8_0."""
+        sizes = dict(zip(DENSE_TYPES, (self.card_dense_bytes, self.card_bf16_bytes, self.card_file_bytes), strict=True))
+        return replace(self, card_dense_bytes=sizes[kind])
 
     @property
     def num_experts(self) -> int:
@@ -71,7 +79,7 @@ class ModelSizes:
 
 def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
     """Sums the tensors of a file, or of a file to be."""
-    embedding, dense, on_card, routed, converted = 0, 0, 0, 0, 0
+    embedding, dense, routed, converted, on_card = 0, 0, 0, 0, Counter[str]()
     slot, by_type, experts_by_type = Counter[str](), Counter[str](), Counter[str]()
     for name, shape, layout in tensors:
         num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
@@ -84,12 +92,13 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
             slot[name.split(".ffn_")[0]] += -(-num_bytes // shape[0] // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         else:
             dense += num_bytes
-            on_card += _card_bytes(name, shape, num_bytes)
+            on_card += {kind: _card_bytes(kind, name, shape, num_bytes) for kind in DENSE_TYPES}
             converted += _converted_bytes(config, name, layout)
     label = _label(by_type, experts_by_type)
     largest = max(slot.values(), default=0)
     types = tuple(by_type.most_common())
-    return ModelSizes(config, label, embedding, dense, on_card, routed, largest, converted, vision_bytes, types)
+    cards = (on_card[kind] for kind in DENSE_TYPES)
+    return ModelSizes(config, label, embedding, dense, *cards, routed, largest, converted, vision_bytes, types)
 
 
 def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) -> ModelSizes:
@@ -98,11 +107,15 @@ def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) 
     return sizes_of(config, tensors, vision_bytes)
 
 
-def _card_bytes(name: str, shape: tuple[int, ...], file_bytes: int) -> int:
+def _card_bytes(kind: str, name: str, shape: tuple[int, ...], file_bytes: int) -> int:
     """As `model.hybrid.weights` puts a dense tensor on the card."""
     if len(shape) < 2 or name.endswith(_EXACT):
         return file_bytes
-    is_q8_0 = not name.endswith(_BY_HEAD) and shape[-1] % BY_NAME["Q8_0"].block_size == 0
+    if name.endswith(_BY_HEAD):
+        return prod(shape) * (4 if kind == "file" else 2)
+    if kind == "file":
+        return file_bytes
+    is_q8_0 = kind == "q8_0" and shape[-1] % BY_NAME["Q8_0"].block_size == 0
     return prod(shape[:-1]) * BY_NAME["Q8_0" if is_q8_0 else "BF16"].row_bytes(shape[-1])
 
 

@@ -13,12 +13,15 @@ import psutil
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache
+from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.attention import Attention, Op
 from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled, SequenceSlice
 from kimi_lite.model.buffers import Buffers
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.moe import FeedForward
 from kimi_lite.model.rope import rope_attention_factor, rope_inverse_frequencies
+from kimi_lite.model.tier_options import TierOptions
+from kimi_lite.model.tiers import TieredLayers
 from kimi_lite.model.weights import check_types, compile_kernels, matrix, vector
 from native.cpu.activations import Activations
 from native.cpu.attention import num_splits
@@ -44,10 +47,13 @@ class Transformer:
         kv: KVCache,
         num_threads: int | None = None,
         on_compile: Callable[[int, int], None] | None = None,
+        tier: TierOptions | None = None,
+        recorder: RoutingRecorder | None = None,
     ) -> None:
         """Raises KimiLiteError for a missing tensor, a type without a kernel or sizes the kernels cannot take.
 
         num_threads: default, physical cores. on_compile(kernels done, kernels in all): the first run takes seconds.
+        tier: where the routed experts do not fit into RAM; None: all are read in place. recorder: of what tokens choose.
         """
         check_types(store)
         check_sizes(config)
@@ -74,16 +80,21 @@ class Transformer:
         kinds = _activation_kinds(config, attention, feed_forward)
         self._buffers = Buffers(config, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds)
         self._layers = list(zip(attention, feed_forward, strict=True))  # keeps the weights mapped
-        self._lay_out(store)
+        self._recorder, self._tiers = recorder, None
+        self._lay_out(store, tier)
 
-    def _lay_out(self, store: GGUFStore) -> None:
-        """Makes the programs: one per layer, one of all layers, and the head."""
+    def _lay_out(self, store: GGUFStore, tier: TierOptions | None) -> None:
+        """Makes the programs: one per layer, one of all layers, and the head; or the tiers' own for the layers."""
         run, buffers, c = self._run.address, self._buffers, self.config
         self._token_embd = matrix(store, "token_embd.weight")
         layers: list[list[Op]] = [[Op("token_embd", *embed_op(run, self._token_embd.table, buffers.x))]]
+        halves = []
         for layer, (attention, feed_forward) in enumerate(self._layers):
             storage = self.kv.storage[layer].ctypes.data
-            layers.append([*attention.ops(run, buffers, storage, self.kv.dtype), *feed_forward.ops(run, buffers)])
+            halves.append((attention.ops(run, buffers, storage, self.kv.dtype), feed_forward))
+            layers.append([*halves[-1][0], *feed_forward.ops(run, buffers)])
+        if tier is not None:
+            self._tiers = TieredLayers(store, c, tier, run, buffers, self.team, layers[0], halves)
         self._layer_programs = [_program(ops) for ops in layers]
         self._whole = _program([op for ops in layers for op in ops])
         self._output_norm, self._output = vector(store, "output_norm.weight"), matrix(store, "output.weight")
@@ -100,9 +111,9 @@ class Transformer:
         self._head = _program(head_ops)
         names = ["embedding", *(f"layer {layer}" for layer in range(c.num_layers))]
         stages = [[(name, op.stage) for op in ops] for name, ops in zip(names, layers, strict=True)]
+        whole = [*zip(self._layer_programs, stages, strict=True), (self._whole, [stage for part in stages for stage in part])]
         self.programs = [
-            *zip(self._layer_programs, stages, strict=True),
-            (self._whole, [stage for part in stages for stage in part]),
+            *(self._tiers.programs if self._tiers else whole),
             (self._head, [("head", op.stage) for op in head_ops]),
         ]  # with (part, stage) of every operation, for those who measure
 
@@ -114,22 +125,51 @@ class Transformer:
         num_tokens = len(batch.token_ids)
         assert num_tokens <= MAX_BATCH_TOKENS, num_tokens
         self._prepare(batch)
-        if num_tokens <= _UNINTERRUPTED_TOKENS:
-            self.team.run(self._whole)
+        if self._recorder:
+            self._record_layers(num_tokens, should_stop)
         else:
-            for program in self._layer_programs:
-                if should_stop and should_stop():
-                    raise Cancelled
-                self.team.run(program)
+            self._run_layers(num_tokens, should_stop, None)
         rows = np.flatnonzero(batch.wants_logits)
         return np.concatenate(
             [self._head_logits(rows[i : i + MAX_LOGITS]) for i in range(0, len(rows), MAX_LOGITS)]
             or [np.empty((0, self.config.vocab_size), np.float32)]
         )
 
+    def counters(self) -> dict[str, float]:
+        """What the tiers did since the model was loaded; nothing where there are none."""
+        return self._tiers.counters() if self._tiers else {}
+
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, writes the record of routing and the experts' heat."""
         self.team.close()
+        if self._tiers:
+            self._tiers.close()
+        if self._recorder:
+            self._recorder.close()
+
+    def _run_layers(
+        self, num_tokens: int, should_stop: Callable[[], bool] | None, on_choice: Callable[[int, np.ndarray], None] | None
+    ) -> None:
+        """Embedding and all layers. on_choice(layer, expert ids (T, K)): after each layer that routes."""
+        if self._tiers:
+            self._tiers.run(num_tokens, should_stop, on_choice)
+        elif num_tokens <= _UNINTERRUPTED_TOKENS and on_choice is None:
+            self.team.run(self._whole)
+        else:
+            for layer, program in enumerate(self._layer_programs, start=-1):  # the embedding comes first
+                if num_tokens > _UNINTERRUPTED_TOKENS and should_stop and should_stop():
+                    raise Cancelled
+                self.team.run(program)
+                if on_choice and layer >= self.config.num_dense_layers:
+                    on_choice(layer, self._buffers.expert_ids[:num_tokens])
+
+    def _record_layers(self, num_tokens: int, should_stop: Callable[[], bool] | None) -> None:
+        self._recorder.begin(num_tokens)
+        try:
+            self._run_layers(num_tokens, should_stop, self._recorder.add)
+        except BaseException:
+            self._recorder.drop()
+            raise
 
     def _head_logits(self, rows: np.ndarray) -> np.ndarray:
         self._head_x[: len(rows)] = self._buffers.x[rows]

@@ -14,19 +14,20 @@ _NUM_WARPS = 4
 def dequantize_kernel(
     data, out, table, num_blocks, row_stride, out_stride,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, COLUMN_RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, i): lanes i * TILE and on of a row. `row_stride` counts units of ALIGN bytes."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    block, unit = lane // LANES, lane % LANES
+    lane = tl.program_id(1) * TILE + tl.arange(0, TILE // RUN)[:, None] * RUN  # the first of each run: (runs, 1)
+    block, first = lane // LANES, lane % LANES
+    unit = first + tl.arange(0, RUN)[None, :]
     mask = block < num_blocks
     base = data + row * row_stride * ALIGN + block * BLOCK_BYTES
     for plane in tl.static_range(PLANES):
-        weight = DECODE(base, unit, mask, table, plane)
+        weight = DECODE(base, first, unit, mask, table, plane)
         column = COLUMN(unit, plane)
         is_weight = mask & (column < BLOCK_SIZE) if IS_PADDED else mask
-        at = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + column, COLUMN_RUN), COLUMN_RUN)
+        at = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + column, [1, RUN]), [1, RUN])
         tl.store(out + row * out_stride + at, weight.to(out.dtype.element_ty), is_weight)
 
 
@@ -47,10 +48,10 @@ def dequantize(
         return out
     tile = 32 * _NUM_WARPS * each.run
     num_lanes = k // layout.block_size * each.num_lanes
-    assert data.stride(0) % each.run == 0, (layout_name, data.stride())
+    assert data.data_ptr() % each.run == 0, (layout_name, data.data_ptr())
     if num_rows > 0:
         dequantize_kernel[(num_rows, triton.cdiv(num_lanes, tile))](
-            weights, out, table_for(each, data), k // layout.block_size, data.stride(0) // each.run, out.stride(0),
-            **each.constants(), ALIGN=each.run, TILE=tile, num_warps=_NUM_WARPS,
+            weights, out, table_for(each, data), k // layout.block_size, each.units(data.stride(0)), out.stride(0),
+            **each.constants(), ALIGN=each.align, TILE=tile, num_warps=_NUM_WARPS,
         )  # fmt: skip
     return out

@@ -49,28 +49,32 @@ def rms_norm(
 
 
 @triton.jit
-def rope_kernel(x, cos, sin, token_stride, head_stride, num_heads, ROPE: tl.constexpr, HEADS: tl.constexpr):
+def rope_kernel(x, cos, sin, token_stride, head_stride, num_heads, ROPE: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
     """Program (token, group of heads): pairs (2i, 2i + 1) of each head turned in place."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    pair = tl.arange(0, ROPE // 2)[None, :]
-    c, s = tl.load(cos + token * (ROPE // 2) + pair), tl.load(sin + token * (ROPE // 2) + pair)
+    pair = tl.arange(0, TILE)[None, :]
+    is_pair = pair < ROPE // 2
+    angle = token * (ROPE // 2) + pair
+    c, s = tl.load(cos + angle, is_pair, other=0.0), tl.load(sin + angle, is_pair, other=0.0)
+    mask = (head < num_heads) & is_pair
     at = x + token * token_stride + head * head_stride + 2 * pair
-    even = tl.load(at, head < num_heads, other=0.0).to(tl.float32)
-    odd = tl.load(at + 1, head < num_heads, other=0.0).to(tl.float32)
-    tl.store(at, (even * c - odd * s).to(x.dtype.element_ty), head < num_heads)
-    tl.store(at + 1, (even * s + odd * c).to(x.dtype.element_ty), head < num_heads)
+    even = tl.load(at, mask, other=0.0).to(tl.float32)
+    odd = tl.load(at + 1, mask, other=0.0).to(tl.float32)
+    tl.store(at, (even * c - odd * s).to(x.dtype.element_ty), mask)
+    tl.store(at + 1, (even * s + odd * c).to(x.dtype.element_ty), mask)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (T, H, P), any strides but the last, turned in place; cos and sin float32 (T, P / 2). GGUF's "normal" pairs."""
     num_tokens, num_heads, width = x.shape
     assert cos.shape == sin.shape == (num_tokens, width // 2) and x.stride(2) == 1, (x.shape, cos.shape)
-    assert cos.is_contiguous() and sin.is_contiguous() and width & (width - 1) == 0, (cos.stride(), width)
+    assert cos.is_contiguous() and sin.is_contiguous() and width % 2 == 0, (cos.stride(), width)
     if num_tokens > 0:
         rope_kernel[(num_tokens, triton.cdiv(num_heads, 16))](
-            x, cos, sin, x.stride(0), x.stride(1), num_heads, ROPE=width, HEADS=16, num_warps=4
-        )
+            x, cos, sin, x.stride(0), x.stride(1), num_heads,
+            ROPE=width, HEADS=16, TILE=triton.next_power_of_2(width // 2), num_warps=4,
+        )  # fmt: skip
     return x
 
 

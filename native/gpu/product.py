@@ -53,6 +53,6 @@ def q8_0_product(x: torch.Tensor, data: torch.Tensor, out: torch.Tensor) -> torc
     q8_0_product_kernel[grid](
         x, data, out, num_tokens, num_rows, k // 32, data.stride(0) // 2, x.stride(0), out.stride(0),
         IS_SPLIT=x.dtype == torch.float32, FACTOR=factor_type(torch.bfloat16), BLOCK_TOKENS=block_tokens, BLOCK_ROWS=64,
-        num_warps=4, num_stages=3,
+        num_warps=8 if block_tokens == 128 else 4, num_stages=3,
     )  # fmt: skip
     return out

@@ -12,6 +12,7 @@ from quantize.codecs import floats, ggml, q8_0, ternary, two_bits
 
 _EXACT_ENCODERS = {"F32": floats.encode_f32, "F16": floats.encode_f16, "BF16": floats.encode_bf16, "Q8_0": q8_0.encode}
 _FITTED_ENCODERS = {"TQ1_0": ternary.encode, "TQ2_0": two_bits.encode_tq2_0, "Q2_0": two_bits.encode_q2_0}
+EXACT_TYPES = frozenset(_EXACT_ENCODERS)  # importance changes nothing
 OWN_TYPES = frozenset(_EXACT_ENCODERS | _FITTED_ENCODERS)  # need no other package
 
 

@@ -25,10 +25,21 @@ def encode(rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray
     row, size = rows.shape[1], _LAYOUT.block_size
     blocks = np.ascontiguousarray(rows).reshape(-1, size)  # (B, 256)
     scales = fit_scales(blocks, spread_importance(importance, row, size), max_code=1)
+    return _pack_blocks(blocks, scales, len(rows))
+
+
+def pack_tq1_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
+    """Codes 0..2 (B, 256) uint8 for -1, 0, 1 and scales (B,), both of whole rows, to uint8 (num_rows, row_bytes)."""
+    packed = _pack_blocks(codes.astype(np.float32) - 1, np.ones(len(codes), np.float32), num_rows)
+    packed.reshape(-1, _LAYOUT.block_bytes).view(_LAYOUT.dtype)["d"] = scales[:, None]
+    return packed
+
+
+def _pack_blocks(blocks: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
     packed = np.empty((len(blocks), _LAYOUT.block_bytes), np.uint8)
     _kernel()(blocks, scales, packed)
     packed.view(_LAYOUT.dtype)["d"] = scales[:, None]
-    return packed.reshape(len(rows), -1)
+    return packed.reshape(num_rows, -1)
 
 
 @cache

@@ -22,11 +22,15 @@ _SIGNATURE = types.void(
 
 def encode_tq2_0(rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """(R, n) float32 and the importance of the n columns to (R, n / 256 * 66) uint8. Raises KimiLiteError."""
-    layout = BY_NAME["TQ2_0"]
-    codes, scales = _fit_codes(layout, rows, importance)
+    codes, scales = _fit_codes(BY_NAME["TQ2_0"], rows, importance)
+    return pack_tq2_0(codes, scales, len(rows))
+
+
+def pack_tq2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
+    """Codes 0..3 (B, 256) uint8 and scales (B,), both of whole rows, to uint8 (num_rows, row_bytes)."""
     planes = codes.reshape(-1, 2, 4, 32)  # byte j of a half: weights j, j + 32, j + 64 and j + 96
     quads = planes[:, :, 0] | planes[:, :, 1] << 2 | planes[:, :, 2] << 4 | planes[:, :, 3] << 6
-    return _join(layout, quads.reshape(len(codes), 64), scales, len(rows))
+    return _join(BY_NAME["TQ2_0"], quads.reshape(len(codes), 64), scales, num_rows)
 
 
 def encode_q2_0(rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:

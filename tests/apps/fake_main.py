@@ -1,10 +1,12 @@
 """`python -m tests.apps.fake_main ARGS`: kimi-lite with a scripted model in place of a real one.
 
 It thinks "about it", then repeats what it was told. Told "slow" it talks for long, told "long prompt" it takes its time to read,
-told "deaf" it cannot be stopped gently.
+told "deaf" it cannot be stopped gently. It touches the file $FAKE_BEGUN when it begins to work.
 """
 
+import os
 import time
+from pathlib import Path
 
 from kimi_lite import cli
 from kimi_lite.engine.engine import Engine
@@ -27,6 +29,8 @@ def open_fake(path: object, options: LoadOptions, on_progress: object = None) ->
     engine.opened_with = (path, options)
 
     def take_time(batch, layer: int) -> None:
+        if "FAKE_BEGUN" in os.environ:
+            Path(os.environ["FAKE_BEGUN"]).touch()
         known = engine.tokenizer.decode(engine.scheduler.running[0].token_ids[:200])
         if layer == 0 and "long prompt" in known:
             time.sleep(10 * SECONDS_PER_STEP)

@@ -14,7 +14,23 @@ from kimi_lite.apps.markdown_code import MOST_LINES, CodeColours
 from tests.apps.screen import Screen
 
 PIECES = (
-    *("word", "two words ", "**bold** ", "*em", "`co de` ", "$a_1*b*c$ ", "\\(x\\) ", "[l](http://u) ", "<b>", "&amp;", "~~s~~"),
+    *(
+        "word",
+        "two words ",
+        "**bold** ",
+        "*em",
+        "`co de` ",
+        "$a_1*b*c$ ",
+        "\\(x\\) ",
+        "[l](http://u) ",
+        "\n$$\n",
+        "\n\\[ a_1\n",
+        " b\\]\n",
+        "$$",
+        "<b>",
+        "&amp;",
+        "~~s~~",
+    ),
     *(
         "\n",
         "\n",
@@ -203,6 +219,16 @@ def test_controls_cannot_change_the_terminal() -> None:
     screen = feed(Screen(), ["a\x1b[2Jb `\x07` \x9b31m\n\n```sh\n\x1b]0;t\x07\n```\n"])
     assert "�[2J" in screen.text
     assert not re.search("\x1b(?!\\[[0-9;]*[mKA])|[\x07\x9b]", screen.raw.getvalue())
+
+
+def test_formulas_stay_as_written() -> None:
+    text = "So:\n\\[\na_1 * b_1\n- c * d\n\\]\nand $$x_1 * y * z_1$$ is\n$$ \\frac{a}{b} $$\n\n"
+    text += "1. $$\n   e * f * g\n   $$\n2. \\[unclosed *a*\n\n*b*\n"
+    shown = feed(Screen(), list(text)).text
+    assert shown == (
+        "So:\n\n\\[\na_1 * b_1\n- c * d\n\\]\n\nand $$x_1 * y * z_1$$ is\n\n$$ \\frac{a}{b} $$\n\n"
+        "1. $$\n   e * f * g\n   $$\n2. \\[unclosed *a*\n\nb"
+    )
 
 
 def test_html_links_and_definitions_are_shown_not_swallowed() -> None:

@@ -99,6 +99,23 @@ def test_reasoning_in_progress_shows_its_last_rows() -> None:
     assert screen.text.split("\n")[-1] == "thought 49"
 
 
+def test_hidden_reasoning_is_counted() -> None:
+    screen = Screen(60, 20)
+    view = AnswerView(io.StringIO(), screen.console, shows_reasoning=False)
+    for text in ("secret", " thoughts"):
+        view._thinking._live.next_draw_s = 0.0
+        view.show(token("reasoning", text))
+    assert screen.text == "thinking… 0 s · 2 tokens"
+    view.show(token("content", "yes"))
+    view.close()
+    assert screen.text == "▸ thought for 0 s · 2 tokens"
+    assert "secret" not in screen.raw.getvalue()
+    quiet = AnswerView(io.StringIO(), screen.console, shows_reasoning=False, shows_calls=False)
+    quiet.show(token("reasoning", "secret"))
+    quiet.close()
+    assert screen.text == "▸ thought for 0 s · 2 tokens"
+
+
 def test_plain_is_as_it_comes_but_for_controls() -> None:
     screen = on_screen(token("reasoning", "hm"), token("content", "**y**\x1b[31m"), is_plain=True)
     assert screen.text == "hm\n▸ thought for 0 s · 1 tokens\n**y**�[31m"

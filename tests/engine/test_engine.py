@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import Request, SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.kv_pages import HostPages
 from kimi_lite.model.batch import Cancelled
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, hashed_logits, scripted_logits
 
@@ -145,6 +146,22 @@ def test_more_requests_than_pages_wait_for_each_other() -> None:
     tokens = run(engine, *requests)
     assert all(len(ids_of(tokens, one.id)) == 60 for one in requests)
     assert_idle(engine)
+
+
+def test_what_had_to_leave_the_cache_returns_from_ram() -> None:
+    """Conversations in turns, more than there are pages for: with pages in RAM nothing is computed twice."""
+    computed = {}
+    for num_host_pages in (0, 12):
+        engine = fake_engine(context_length=256, num_pages=4)
+        if num_host_pages:
+            engine.kv.host = HostPages(num_host_pages, engine.kv.storage)
+        for turn in range(3):
+            for name in range(3):
+                one = request(f"{name}.{turn}", prompt_of(150 + 20 * turn, seed=name), 4)
+                assert ids_of(run(engine, one)) == ids_of(run(fake_engine(), one))
+        computed[num_host_pages] = sum(len(batch.token_ids) for batch in engine.model.batches)
+    assert engine.counters()["kv_returned"] == 12, "two pages of each of three conversations, at two turns"
+    assert computed[12] <= computed[0] - 6 * 128
 
 
 def test_cancelling_in_decode_keeps_what_was_said() -> None:

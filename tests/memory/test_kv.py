@@ -2,51 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kimi_lite.memory.kv import KV_DTYPES, KVCache, SequencePages, bytes_per_token, chain_hash, value_bytes
+from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token, value_bytes
+from kimi_lite.memory.kv_pages import HostPages
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
+from tests.memory.cache_case import check_rows, compute, run_prompt, small_cache, write_rows
 from tests.model.family import family_metadata
-
-
-def content_at(token_ids: list[int], position: int) -> float:
-    """What a model would write: a number that depends on every token up to the position."""
-    digest = chain_hash(b"row", token_ids[: position + 1])
-    return float(int.from_bytes(digest[:3], "little"))  # 24 bits: exact in float32
-
-
-def write_rows(kv: KVCache, sequence: SequencePages, token_ids: list[int], first: int, last: int) -> None:
-    for position in range(first, last):
-        page, slot = sequence.pages[position // PAGE_TOKENS], position % PAGE_TOKENS
-        kv.storage[:, page, slot] = content_at(token_ids, position)
-
-
-def check_rows(kv: KVCache, sequence: SequencePages) -> None:
-    for position in range(sequence.num_computed):
-        page, slot = sequence.pages[position // PAGE_TOKENS], position % PAGE_TOKENS
-        expected = content_at(sequence.token_ids, position)
-        assert (kv.storage[:, page, slot] == expected).all(), position
-
-
-def compute(kv: KVCache, sequence: SequencePages, token_ids: list[int], num_tokens: int) -> None:
-    """Write and account for the positions up to `num_tokens`."""
-    first = sequence.num_computed
-    write_rows(kv, sequence, token_ids, first, num_tokens)
-    kv.advance(sequence, token_ids[first:num_tokens])
-
-
-def small_cache(num_pages: int = 8) -> KVCache:
-    return KVCache(num_layers=2, latent_size=3, num_pages=num_pages, dtype="f32")
-
-
-def run_prompt(kv: KVCache, token_ids: list[int]) -> SequencePages:
-    sequence = kv.open(token_ids)
-    assert kv.reserve(sequence, len(token_ids))
-    compute(kv, sequence, token_ids, len(token_ids))
-    return sequence
 
 
 def test_storage_has_the_shape_the_kernels_expect() -> None:
@@ -106,6 +68,25 @@ def test_whole_pages_are_shared_and_the_partial_one_is_copied() -> None:
     check_rows(kv, b)
     compute(kv, b, [*prompt, 9, 9], 152)
     check_rows(kv, a)
+
+
+def test_without_room_for_a_copy_the_page_itself_is_taken() -> None:
+    """The next turn of a conversation that fills the cache."""
+    kv = small_cache(num_pages=3)
+    kv.release(run_prompt(kv, list(range(150))))
+    again = kv.open([*range(140), 7])
+    assert again.num_cached == 140
+    compute(kv, again, [*range(140), 7], 141)
+    check_rows(kv, again)
+    kv.release(again)
+    assert kv.open([*range(140), 7, 8]).num_cached == 141
+
+
+def test_a_page_that_another_holds_is_not_taken() -> None:
+    kv = small_cache(num_pages=2)
+    other = run_prompt(kv, list(range(128)))
+    assert kv.open([*range(100), 7]).num_cached == 64
+    check_rows(kv, other)
 
 
 def test_a_prompt_of_whole_pages_does_not_write_into_the_shared_last_page() -> None:
@@ -190,82 +171,72 @@ def test_releasing_twice_is_a_bug() -> None:
         kv.release(sequence)
 
 
-class CacheMachine(RuleBasedStateMachine):
-    """Random sequences over two letters (so that prefixes meet often) in a cache that is always too small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kv = small_cache(num_pages=7)
-        self.live: list[tuple[SequencePages, list[int]]] = []
-
-    @rule(
-        letters=st.lists(st.sampled_from([0, 1]), min_size=1, max_size=4),
-        unit=st.sampled_from([1, 29, 32, 64]),
-        odd=st.booleans(),
-    )
-    def open(self, letters: list[int], unit: int, odd: bool) -> None:
-        token_ids = [letter for letter in letters for _ in range(unit)] + [5] * odd
-        sequence = self.kv.open(token_ids)
-        assert sequence.num_cached <= len(token_ids) - 1
-        assert sequence.token_ids == token_ids[: sequence.num_cached]
-        check_rows(self.kv, sequence)
-        self.live.append((sequence, token_ids))
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data(), num_tokens=st.integers(1, 100), is_cancelled=st.booleans())
-    def extend(self, data: st.DataObject, num_tokens: int, is_cancelled: bool) -> None:
-        sequence, token_ids = data.draw(st.sampled_from(self.live), label="sequence")
-        token_ids += [len(token_ids) % 3] * max(0, sequence.num_computed + 1 - len(token_ids))  # decode: one more token
-        end = min(len(token_ids), sequence.num_computed + num_tokens)
-        before, available = sequence.pages, self.kv.num_available
-        if not self.kv.reserve(sequence, end):
-            assert sequence.pages is before
-            assert self.kv.num_available == available
-        elif is_cancelled:
-            write_rows(self.kv, sequence, [9] * end, sequence.num_computed, end)
-        else:
-            compute(self.kv, sequence, token_ids, end)
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.live) - 1), label="index")
-        self.kv.release(self.live.pop(index)[0])
-
-    @invariant()
-    def holders_are_counted(self) -> None:
-        held = [page for sequence, _ in self.live for page in sequence.pages.tolist()]
-        assert self.kv._num_holders == [held.count(page) for page in range(self.kv.num_pages)]
-
-    @invariant()
-    def every_page_is_held_or_available_once(self) -> None:
-        held = {page for sequence, _ in self.live for page in sequence.pages.tolist()}
-        pages = [*held, *self.kv._blank, *self.kv._idle]
-        assert sorted(pages) == list(range(self.kv.num_pages))
-        assert not set(self.kv._published) & set(self.kv._blank)
-        assert set(self.kv._idle) <= set(self.kv._published)
-
-    @invariant()
-    def unfinished_pages_have_one_owner(self) -> None:
-        for sequence, _ in self.live:
-            own = sequence.pages[sequence.num_computed // PAGE_TOKENS :].tolist()
-            assert all(self.kv._num_holders[page] == 1 for page in own)
-            assert not set(own) & set(self.kv._published)
-
-    @invariant()
-    def valid_rows_stay_right(self) -> None:
-        for sequence, _ in self.live:
-            check_rows(self.kv, sequence)
-
-    @invariant()
-    def tables_agree(self) -> None:
-        for page, content in self.kv._published.items():
-            assert page in self.kv._children[content.parent]
-            if content.hash is not None:
-                assert self.kv._page_of[content.hash] == page
-        assert sum(map(len, self.kv._children.values())) == len(self.kv._published)
-        assert len(self.kv._page_of) == sum(c.hash is not None for c in self.kv._published.values())
+def tiered_cache(num_pages: int, num_host_pages: int) -> KVCache:
+    kv = small_cache(num_pages)
+    kv.host = HostPages(num_host_pages, kv.storage)
+    return kv
 
 
-TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+def test_pages_without_room_move_to_ram_and_return() -> None:
+    kv = tiered_cache(num_pages=4, num_host_pages=4)
+    first, second = [1] * 200, [2] * 200
+    for prompt in (first, second):
+        kv.release(run_prompt(kv, prompt))
+    assert kv.counters()["kv_pages_in_host"] == 3, "the part of a page at the end is not worth a place"
+    again = kv.open([*first, 3])
+    assert again.num_cached == 192
+    check_rows(kv, again)
+    kv.release(again)
+    assert kv.open([*second, 3]).num_cached == 192
+    assert kv.counters()["kv_returned"] == 5, "one page of the second had never left"
+
+
+def test_a_full_place_in_ram_forgets_what_left_first() -> None:
+    kv = tiered_cache(num_pages=4, num_host_pages=3)
+    for token in (1, 2, 3):
+        kv.release(run_prompt(kv, [token] * 200))
+    assert [kv.open([token] * 201).num_cached for token in (1,)] == [0]
+    sequence = kv.open([2] * 201)
+    assert sequence.num_cached == 192
+    check_rows(kv, sequence)
+
+
+def test_one_place_in_ram_is_enough_to_swap() -> None:
+    """The page that makes room finds none, as the only place is being left; it is forgotten, not mixed up."""
+    kv = tiered_cache(num_pages=2, num_host_pages=1)
+    kv.release(run_prompt(kv, [1] * 64))
+    kv.release(run_prompt(kv, [2] * 128))
+    assert len(kv.host) == 1
+    sequence = kv.open([1] * 65)
+    check_rows(kv, sequence)
+    assert sequence.num_cached == 64
+
+
+def test_a_page_computed_anew_while_it_lies_in_ram() -> None:
+    kv = tiered_cache(num_pages=4, num_host_pages=8)
+    prompt = [1] * 128
+    kv.release(run_prompt(kv, prompt))
+    kv.release(run_prompt(kv, [2] * 256))
+    blocker = kv.open([3])
+    assert kv.reserve(blocker, 3 * PAGE_TOKENS)
+    short = kv.open(prompt)  # no room for both pages, so none returns
+    assert short.num_cached == 0
+    kv.release(short)
+    kv.release(blocker)
+    again = kv.open([])
+    assert kv.reserve(again, 128)
+    compute(kv, again, prompt, 128)
+    kv.release(again)
+    kv.release(run_prompt(kv, [4] * 256))
+    check_rows(kv, kv.open([*prompt, 5]))
+
+
+def test_a_gpu_has_tensors_in_both_places() -> None:
+    torch = pytest.importorskip("torch")
+    kv = KVCache(2, 3, 4, "f32", storage=torch.zeros(2, 4, PAGE_TOKENS, 3))
+    kv.host = HostPages(4, kv.storage)
+    kv.release(run_prompt(kv, [1] * 200))
+    kv.release(run_prompt(kv, [2] * 200))
+    again = kv.open([1] * 201)
+    assert again.num_cached == 192
+    check_rows(kv, again)

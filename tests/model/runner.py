@@ -16,11 +16,11 @@ NUM_PAGES = 12
 class Runner:
     """A loaded model whose cache pages are handed out by the test; pages are in no particular order on purpose."""
 
-    def __init__(self, path: Path, kv_dtype: str = "f32", num_threads: int = 2) -> None:
+    def __init__(self, path: Path, kv_dtype: str = "f32", num_threads: int = 2, **options) -> None:
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata)
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, NUM_PAGES, kv_dtype)
-        self.transformer = Transformer(self.store, self.config, self.kv, num_threads)
+        self.transformer = Transformer(self.store, self.config, self.kv, num_threads, **options)
         self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)
 
     def __enter__(self) -> "Runner":

@@ -100,6 +100,7 @@ def test_the_table_reads_no_weights_and_its_sizes_are_those_written(folder, tmp_
     assert "bf16 -> q8_0" in lines[2]
     assert any(line.startswith("disk free") and line.endswith("enough") for line in lines)
     assert any("encoding takes about" in line for line in lines)
+    assert lines[-1].startswith("here it fits") and "tokens/s" in lines[-1]
     report = convert(folder, tmp_path / "out.gguf", recipe)
     assert GGUFStore.open(report.path).total_bytes == plan.num_bytes
     assert report.num_weights == plan.num_weights

@@ -2,6 +2,8 @@
 
 import json
 import time
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,16 @@ import pytest
 from typer.testing import CliRunner
 
 from kimi_lite import cli
+from kimi_lite.engine.options import LoadOptions
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.routing import read_trace
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.costs import decode_cost, expected_expert_share
 from kimi_lite.model.sizes import store_sizes
 from native.cpu.threads import Team
 from tests.tiny import write_tiny_gguf
-from tools import bench, bench_run, environment, roofline
+from tools import bench, bench_ours, bench_run, environment, roofline
 from tools.bench_ours import Ours, Run
 from tools.bench_plan import BenchTest, Passages, load_tokens, plan_tests
 from tools.bench_report import bar
@@ -75,7 +79,7 @@ def test_passages_repeat_prefixes_and_nothing_else():
 def test_figures_agree_with_an_outside_stopwatch(tiny):
     """The clock of a run starts after its prefix is in the cache: what it reports, and what the caller waits, differ by that."""
     tests = [BenchTest("pp", 2048, num_sequences=2), BenchTest("tg", 400)]
-    ours = Ours(tiny, 1, tests)
+    ours = Ours(tiny, tests, LoadOptions(num_threads=1))
     passages = Passages(load_tokens(ours.tokenizer, is_random=False))
     for test in tests:
         errors = []
@@ -94,7 +98,7 @@ def test_figures_agree_with_an_outside_stopwatch(tiny):
 def test_what_is_timed_is_what_is_named(tiny, depth):
     """Tokens that the model computes in a run, after a prefix that is in the cache."""
     tests = [BenchTest("pp", 50, depth), BenchTest("tg", 10, depth, num_sequences=3), BenchTest("pp", 50, 0, 2)]
-    ours = Ours(tiny, 1, tests)
+    ours = Ours(tiny, tests, LoadOptions(num_threads=1))
     passages = Passages(load_tokens(ours.tokenizer, is_random=True))
     forward, counts = ours.transformer.forward, []
     ours.transformer.forward = lambda batch, stop: counts.append(len(batch.token_ids)) or forward(batch, stop)
@@ -288,3 +292,28 @@ def test_page_cache_is_dropped_without_harm(tiny):
     before = tiny.read_bytes()
     assert environment.drop_page_cache((tiny,)) in (True, False)
     assert tiny.read_bytes() == before
+
+
+def test_a_model_beyond_the_memory(tmp_path, quick, monkeypatch):
+    """With the disk tier the report says how many experts were there and what came from the disk, and the record is written."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), num_experts=32)
+    monkeypatch.setattr(bench.Ours, "__init__", partialmethod(_with_a_small_tier, bench.Ours.__init__))
+    result = run_bench("-m", path, "-p", 16, "-n", 8, "-r", 1, "-t", 1, "--record-routing", tmp_path / "trace.npz")
+    assert result.exit_code == 0, result.output
+    assert "experts there" in result.stdout and "disk" in result.stdout
+    found = {each["test"]: each for each in last_document(result.stdout)["results"]}
+    assert 0 < found["tg8"]["expert_hit_share"] < 1
+    assert len(read_trace(tmp_path / "trace.npz").ids) > 24
+
+
+def _with_a_small_tier(self, original, *arguments):
+    plan_load = bench_ours.plan_load
+
+    def with_few_in_ram(store, config, options, **sizes):
+        plan = plan_load(store, config, options, **sizes)
+        few = plan.ram_expert_bytes // 4
+        return replace(plan, ram_expert_bytes=few, disk_expert_bytes=plan.ram_expert_bytes - few)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_ours, "plan_load", with_few_in_ram)
+        original(self, *arguments)

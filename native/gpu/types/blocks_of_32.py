@@ -28,42 +28,42 @@ def nibble_at(address, mask, PLANE: tl.constexpr):
 
 
 @triton.jit
-def q4_0_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def q4_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     return (nibble_at(base + 2 + unit, mask, PLANE) - 8).to(tl.float32) * half_at(base, mask)
 
 
 @triton.jit
-def q4_1_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def q4_1_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     code = nibble_at(base + 4 + unit, mask, PLANE).to(tl.float32)
     return code * half_at(base, mask) + half_at(base + 2, mask)
 
 
 @triton.jit
-def fifth_bit(address, unit, mask, PLANE: tl.constexpr):
+def fifth_bit(address, first, unit, mask, PLANE: tl.constexpr):
     """Bit `unit + 16 * PLANE` of the 32 at `address`, in its place above a nibble."""
-    bits = byte_at(address + 2 * PLANE + unit // 8, mask)
+    bits = byte_at(address + 2 * PLANE + first // 8, mask)
     return ((bits >> (unit % 8)) & 1) << 4
 
 
 @triton.jit
-def q5_0_decode(base, unit, mask, table, PLANE: tl.constexpr):
-    code = nibble_at(base + 6 + unit, mask, PLANE) | fifth_bit(base + 2, unit, mask, PLANE)
+def q5_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
+    code = nibble_at(base + 6 + unit, mask, PLANE) | fifth_bit(base + 2, first, unit, mask, PLANE)
     return (code - 16).to(tl.float32) * half_at(base, mask)
 
 
 @triton.jit
-def q5_1_decode(base, unit, mask, table, PLANE: tl.constexpr):
-    code = nibble_at(base + 8 + unit, mask, PLANE) | fifth_bit(base + 4, unit, mask, PLANE)
+def q5_1_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
+    code = nibble_at(base + 8 + unit, mask, PLANE) | fifth_bit(base + 4, first, unit, mask, PLANE)
     return code.to(tl.float32) * half_at(base, mask) + half_at(base + 2, mask)
 
 
 @triton.jit
-def q8_0_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def q8_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     return signed_byte_at(base + 2 + unit, mask).to(tl.float32) * half_at(base, mask)
 
 
 @triton.jit
-def iq4_nl_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq4_nl_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     """`table`: the 16 values, int8."""
     code = nibble_at(base + 2 + unit, mask, PLANE)
     return tl.load(table + code, mask, other=0).to(tl.float32) * half_at(base, mask)
@@ -79,7 +79,7 @@ def fp4_value(code):
 
 
 @triton.jit
-def mxfp4_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def mxfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     """Blocks of 17 bytes. The E8M0 scale is halved, as the values are doubled: 2^(e - 128), below 2^-126 a subnormal."""
     exponent = byte_at(base, mask)
     scale = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
@@ -87,9 +87,9 @@ def mxfp4_decode(base, unit, mask, table, PLANE: tl.constexpr):
 
 
 @triton.jit
-def nvfp4_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def nvfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     """Four UE4M3 scales a block, halved too: (1 + m / 8) 2^(e - 8), or m 2^-10 where e is 0; 0x7f is no number: zero."""
-    code = byte_at(base + unit // 8, mask)
+    code = byte_at(base + first // 8, mask)
     exponent, mantissa = (code >> 3) & 15, (code & 7).to(tl.float32)
     normal = (1.0 + mantissa * 0.125) * float_of_bits((exponent + 119) << 23)
     scale = tl.where(exponent == 0, mantissa * 0.0009765625, normal)

@@ -25,7 +25,7 @@ def even_sign(seven, PLACE):
 
 
 @triton.jit
-def iq2_xxs_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq2_xxs_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     group = base + 2 + unit // 4 * 8
     point = tl.load(table + byte_at(group + unit % 4, mask), mask, other=0)
     word = double_word_at(group + 4, mask)
@@ -41,7 +41,7 @@ def nibble_scale(address, group, mask):
 
 
 @triton.jit
-def iq2_xs_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq2_xs_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     code = word_at(base + 2 + 2 * unit, mask)
     point = tl.load(table + (code & 511), mask, other=0)
     scale = half_at(base, mask) * ((0.5 + nibble_scale(base + 66, unit // 2, mask)) * 0.25)
@@ -49,7 +49,7 @@ def iq2_xs_decode(base, unit, mask, table, PLANE: tl.constexpr):
 
 
 @triton.jit
-def iq2_s_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq2_s_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     high = (byte_at(base + 66 + unit // 4, mask) >> (unit % 4 * 2)) & 3
     point = tl.load(table + (byte_at(base + 2 + unit, mask) | (high << 8)), mask, other=0)
     sign = (byte_at(base + 34 + unit, mask) >> PLANE) & 1
@@ -58,7 +58,7 @@ def iq2_s_decode(base, unit, mask, table, PLANE: tl.constexpr):
 
 
 @triton.jit
-def iq3_xxs_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq3_xxs_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     point = tl.load(table + byte_at(base + 2 + unit, mask), mask, other=0)
     word = double_word_at(base + 66 + unit // 8 * 4, mask)
     seven = ((word >> (unit % 8 // 2 * 7).to(tl.uint32)) & 127).to(tl.int32)
@@ -67,7 +67,7 @@ def iq3_xxs_decode(base, unit, mask, table, PLANE: tl.constexpr):
 
 
 @triton.jit
-def iq3_s_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq3_s_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     high = (byte_at(base + 66 + unit // 8, mask) >> (unit % 8)) & 1
     point = tl.load(table + (byte_at(base + 2 + unit, mask) | (high << 8)), mask, other=0)
     sign = (byte_at(base + 74 + unit // 2, mask) >> (unit % 2 * 4 + PLANE)) & 1
@@ -82,7 +82,7 @@ def iq1_value(point, is_lowered, PLANE: tl.constexpr):
 
 
 @triton.jit
-def iq1_s_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq1_s_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     high = word_at(base + 34 + unit // 4 * 2, mask)
     index = byte_at(base + 2 + unit, mask) | (((high >> (unit % 4 * 3)) & 7) << 8)
     point = tl.load(table + index, mask, other=0).to(tl.int32)
@@ -99,7 +99,7 @@ def iq1_m_scale(base, mask):
 
 
 @triton.jit
-def iq1_m_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def iq1_m_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     nibble = byte_at(base + 32 + unit // 2, mask) >> (unit % 2 * 4)
     point = tl.load(table + (byte_at(base + unit, mask) | ((nibble & 7) << 8)), mask, other=0).to(tl.int32)
     three = (word_at(base + 48 + unit // 8 * 2, mask) >> (unit // 2 % 4 * 3)) & 7
@@ -113,8 +113,8 @@ def iq4_xs_column(unit, PLANE: tl.constexpr):
 
 
 @triton.jit
-def iq4_xs_decode(base, unit, mask, table, PLANE: tl.constexpr):
-    group = unit // 16
+def iq4_xs_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
+    group = first // 16
     low = (byte_at(base + 4 + group // 2, mask) >> (group % 2 * 4)) & 15
     high = (word_at(base + 2, mask) >> (2 * group)) & 3
     scale = half_at(base, mask) * ((low | (high << 4)) - 32).to(tl.float32)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def float_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def float_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     return tl.load(base + unit, mask, other=0.0).to(tl.float32)
 
 

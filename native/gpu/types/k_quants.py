@@ -7,19 +7,19 @@ from native.gpu.types.words import byte_at, half_at, signed_byte_at
 
 
 @triton.jit
-def q2_k_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def q2_k_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     code = (byte_at(base + 16 + unit, mask) >> (2 * PLANE)) & 3
-    scale = byte_at(base + unit // 32 * 8 + 2 * PLANE + unit % 32 // 16, mask)
+    scale = byte_at(base + first // 32 * 8 + 2 * PLANE + first % 32 // 16, mask)
     minimum = (scale >> 4).to(tl.float32) * half_at(base + 82, mask)
     return code.to(tl.float32) * ((scale & 15).to(tl.float32) * half_at(base + 80, mask)) - minimum
 
 
 @triton.jit
-def q3_k_decode(base, unit, mask, table, PLANE: tl.constexpr):
-    half, column = unit // 32, unit % 32
+def q3_k_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
+    half = first // 32
     code = (byte_at(base + 32 + unit, mask) >> (2 * PLANE)) & 3
-    high = (byte_at(base + column, mask) >> (4 * half + PLANE)) & 1
-    group = half * 8 + 2 * PLANE + column // 16  # 0..15
+    high = (byte_at(base + unit % 32, mask) >> (4 * half + PLANE)) & 1
+    group = half * 8 + 2 * PLANE + first % 32 // 16  # 0..15
     low = byte_at(base + 96 + group % 8, mask) >> (group // 8 * 4)
     upper = byte_at(base + 104 + group % 4, mask) >> (group // 4 * 2)
     scale = ((low & 15) | ((upper & 3) << 4)) - 32
@@ -44,15 +44,15 @@ def six_bit_scales(base, group, mask):
 
 
 @triton.jit
-def q4_k_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def q4_k_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     code = (byte_at(base + 16 + unit, mask) >> (4 * PLANE)) & 15
-    scale, minimum = six_bit_scales(base, unit // 32 * 2 + PLANE, mask)
+    scale, minimum = six_bit_scales(base, first // 32 * 2 + PLANE, mask)
     return code.to(tl.float32) * scale - minimum
 
 
 @triton.jit
-def q5_k_decode(base, unit, mask, table, PLANE: tl.constexpr):
-    group = unit // 32 * 2 + PLANE
+def q5_k_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
+    group = first // 32 * 2 + PLANE
     code = (byte_at(base + 48 + unit, mask) >> (4 * PLANE)) & 15
     high = (byte_at(base + 16 + unit % 32, mask) >> group) & 1
     scale, minimum = six_bit_scales(base, group, mask)
@@ -65,9 +65,9 @@ def q6_k_column(unit, PLANE: tl.constexpr):
 
 
 @triton.jit
-def q6_k_decode(base, unit, mask, table, PLANE: tl.constexpr):
-    half, place = unit // 64, unit % 64
+def q6_k_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
+    half, place = first // 64, first % 64
     low = (byte_at(base + unit, mask) >> (4 * PLANE)) & 15
-    high = byte_at(base + 128 + half * 32 + place % 32, mask) >> (4 * PLANE + place // 32 * 2)
+    high = byte_at(base + 128 + half * 32 + unit % 32, mask) >> (4 * PLANE + place // 32 * 2)
     scale = signed_byte_at(base + 192 + half * 8 + PLANE * 4 + place // 16, mask).to(tl.float32)
     return ((low | ((high & 3) << 4)) - 32).to(tl.float32) * (scale * half_at(base + 208, mask))

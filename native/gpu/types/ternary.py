@@ -15,7 +15,7 @@ def tq1_0_column(unit, PLANE: tl.constexpr):
 
 
 @triton.jit
-def tq1_0_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def tq1_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     """Digit by multiplication: the byte is the number of five digits as a fraction of 256, rounded up (ggml)."""
     POWER: tl.constexpr = 3**PLANE
     digit = ((((byte_at(base + unit, mask) * POWER) & 255) * 3) >> 8) - 1
@@ -29,7 +29,7 @@ def quarters_column(unit, PLANE: tl.constexpr):
 
 
 @triton.jit
-def tq2_0_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def tq2_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     code = (byte_at(base + unit, mask) >> (2 * PLANE)) & 3
     return (code - 1).to(tl.float32) * half_at(base + 64, mask)
 
@@ -47,13 +47,13 @@ def four_column(unit, PLANE: tl.constexpr):
 
 
 @triton.jit
-def q1_0_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def q1_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     """d where the bit is set, -d where it is not."""
     bit = (byte_at(base + 2 + unit, mask) >> PLANE) & 1
     return float_of_bits(half_at(base, mask).to(tl.int32, bitcast=True) ^ ((1 - bit) << 31))
 
 
 @triton.jit
-def q2_0_decode(base, unit, mask, table, PLANE: tl.constexpr):
+def q2_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
     code = (byte_at(base + 2 + unit, mask) >> (2 * PLANE)) & 3
     return (code - 1).to(tl.float32) * half_at(base, mask)

@@ -1,54 +1,52 @@
 """Compiles kernels for GPUs that this machine does not have: what a call would launch becomes PTX and machine code.
 
-`launches(call)` runs a public function of `native.gpu` on CPU tensors and records its launches instead of doing them. Each record
-is compiled by the compiler that a launch would use, with the same types, constants and alignments, for any compute capability
-(ptxas comes with triton). Works only where triton was imported without TRITON_INTERPRET.
+`launches(call)` runs a public function of `native.gpu` on CPU tensors and records its launches instead of doing them. A record is
+compiled on the very path that a launch takes (binding, specialization by type, value and alignment, compiler, ptxas, which comes
+with triton); only loading the code onto a GPU is left out, and the driver that would say which GPU is there is a stand-in. Works
+only where triton was imported without TRITON_INTERPRET.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-_TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8",
-    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages")
+
+@dataclass(frozen=True)
+class _StandIn:
+    """What a launch asks of a driver before it has code. Each capability is a device, as code is kept by device."""
+
+    capability: int
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
 
 
 class Launch(NamedTuple):
-    """A kernel, its arguments by name, and its options."""
+    """A kernel, and the arguments and options it was called with."""
 
     kernel: JITFunction
-    arguments: dict
-    options: dict
+    positional: tuple
+    named: dict
+    grid: tuple
+
+    def argument(self, name: str):
+        """None where the kernel has no such argument."""
+        return {**dict(zip(self.kernel.arg_names, self.positional, strict=False)), **self.named}.get(name)
 
     def compiled(self, capability: int):
         """Machine code for compute capability 89 (RTX 4090) or 90 (H100); `.asm` has its stages."""
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
-            if parameter.is_constexpr:
-                signature[parameter.name], constants[index,] = "constexpr", value
-                continue
-            signature[parameter.name] = _type_of(value)
-            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
-                attributes[index,] = [["tt.divisibility", 16]]
-            if isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
-                signature[parameter.name], constants[index,] = "constexpr", 1
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
-
-
-def _type_of(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return _TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+        driver.set_active(_StandIn(capability))
+        return self.kernel.run(*self.positional, grid=self.grid, warmup=True, **self.named)
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
@@ -56,10 +54,8 @@ def launches(call: Callable[[], object]) -> list[Launch]:
     found, run = [], JITFunction.run
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         assert all(size > 0 for size in grid), (kernel.__name__, grid)
-        found.append(Launch(kernel, arguments, options))
+        found.append(Launch(kernel, args, kwargs, grid))
 
     JITFunction.run = record
     try:

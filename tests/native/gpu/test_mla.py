@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from native import reference
+from native.gpu.latent import read_latents
 from native.gpu.mla import mla_decode, num_splits_for, write_latent
+from native.latent_rows import row_bytes
 from tests.native.gpu.tensors import back, on, seen
 
 RANK, ROPE = 64, 16
@@ -37,6 +39,18 @@ def test_decode(dtype, tolerance, device):
     assert (back(actual[3]) == 0).all()
 
 
+def test_sizes_need_not_be_powers_of_two(device):
+    """The demo model has 576 and 192."""
+    rng = np.random.default_rng(27)
+    storage = on(device, rng.standard_normal((1, 64, 72)).astype(np.float32))
+    q = rng.standard_normal((1, 3, 72)).astype(np.float32)
+    table, lengths = on(device, np.zeros((1, 1), np.int32)), on(device, np.array([40], np.int32))
+    actual = back(mla_decode(on(device, q)[:, :, :48], on(device, q)[:, :, 48:], storage, table, lengths, 0.2))
+    rows = seen(storage)[0, :40].astype(np.float64)
+    weights = reference.softmax(q[0].astype(np.float64) @ rows.T * 0.2)
+    np.testing.assert_allclose(actual[0], weights @ rows[:, :48], atol=2e-6)
+
+
 def test_splits_do_not_change_the_answer(device):
     rng = np.random.default_rng(18)
     storage = on(device, rng.standard_normal((5, 64, RANK + ROPE)).astype(np.float32))
@@ -59,8 +73,47 @@ def test_a_bad_latent_is_seen(device):
 
 
 def test_number_of_splits_follows_from_shapes():
-    assert num_splits_for(1, 64, 32768) == 64 and num_splits_for(64, 64, 32768) == 1
-    assert num_splits_for(1, 64, 64) == 1
+    assert num_splits_for(1, 64, 32768) == 32 and num_splits_for(64, 64, 32768) == 1
+    assert num_splits_for(1, 64, 64) == 1 and num_splits_for(1, 16, 1 << 18) == 64
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(64, 16), (96, 64)])
+def test_decode_of_eight_bits(rank, rope, device):
+    """Groups of 32 within the latent and within the key, and a key shorter than a group. float16 factors."""
+    rng = np.random.default_rng(25)
+    latents = rng.standard_normal((3 * 64, rank + rope)).astype(np.float32)
+    rows = reference.quantize_latents(latents).reshape(3, 64, -1)
+    q = rng.standard_normal((1, 5, rank + rope)).astype(np.float32)
+    table, lengths = on(device, np.array([[2, 0]], np.int32)), on(device, np.array([100], np.int32))
+    storage = on(device, rows)
+    actual = back(mla_decode(on(device, q)[:, :, :rank], on(device, q)[:, :, rank:], storage, table, lengths, 0.2))
+    seen_rows = reference.dequantize_latents(rows)[[2, 0]].reshape(-1, rank + rope)[:100].astype(np.float64)
+    weights = reference.softmax(q[0].astype(np.float64) @ seen_rows.T * 0.2)
+    np.testing.assert_allclose(actual[0], weights @ seen_rows[:, :rank], atol=2e-3)
+    slots = on(device, np.array([130, 5], np.int32))
+    values = reference.dequantize_latents(rows.reshape(192, -1)[[130, 5]])
+    np.testing.assert_array_equal(back(read_latents(storage, slots, rank + rope, torch.float32)), values)
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(64, 16), (96, 48)])
+def test_write_latent_in_eight_bits(rank, rope, device):
+    """The oracle's codes, but where the norm's last bit tips one over; a group with a NaN is a NaN, the others stay."""
+    rng = np.random.default_rng(26)
+    kv = rng.standard_normal((4, rank + rope)).astype(np.float32)
+    kv[1, rank + 3] = np.nan
+    kv[2, :32], kv[3] = 0, 0
+    weight, angles = rng.standard_normal(rank).astype(np.float32), rng.standard_normal((4, rope // 2)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    storage = torch.zeros((1, 64, row_bytes("q8", rank + rope)), dtype=torch.uint8, device=device)
+    slots = on(device, np.array([9, 63, 0, 1], np.int64))
+    write_latent(on(device, kv), on(device, weight), 1e-5, on(device, cos), on(device, sin), storage, slots)
+    keys = reference.rotate_pairs(kv[:, rank:], cos, sin)
+    exact = np.concatenate([reference.rms_norm(kv[:, :rank], weight, 1e-5), keys], axis=1).astype(np.float32)
+    expected = reference.quantize_latents(exact)
+    rows = storage[0].cpu().numpy()[[9, 63, 0, 1]]
+    values, expected_values = reference.dequantize_latents(rows), reference.dequantize_latents(expected)
+    np.testing.assert_allclose(values, expected_values, atol=0.03)
+    assert (rows == expected).mean() > 0.98 and np.isnan(values[1, rank:]).any() and not np.isnan(values[1, :rank]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,45 @@
+"""Where the program keeps what is the user's: conversations and history (state), and the configuration file.
+
+Both are for their owner's eyes only: folders get mode 0700 and files 0600. Used by `apps.sessions`, `apps.input` and `cli`.
+"""
+
+import os
+from pathlib import Path
+
+from platformdirs import user_config_path, user_state_path
+
+from kimi_lite.errors import KimiLiteError
+
+
+def state_folder() -> Path:
+    """$KIMI_LITE_STATE, or the platform's state folder for kimi-lite (XDG_STATE_HOME counts)."""
+    chosen = os.environ.get("KIMI_LITE_STATE")
+    return Path(chosen).expanduser() if chosen else user_state_path("kimi-lite")
+
+
+def config_path() -> Path:
+    """$KIMI_LITE_CONFIG, or config.toml in the platform's configuration folder (XDG_CONFIG_HOME counts)."""
+    chosen = os.environ.get("KIMI_LITE_CONFIG")
+    return Path(chosen).expanduser() if chosen else user_config_path("kimi-lite") / "config.toml"
+
+
+def make_private(folder: Path) -> Path:
+    """Create `folder` for this user alone; KimiLiteError where that is impossible."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KimiLiteError(
+            f"The folder {folder} cannot be made: {error.strerror}.", "Name another one in KIMI_LITE_STATE."
+        ) from error
+    return folder
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file whole: `.partial`, fsync, rename. Whoever kills us leaves the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,39 @@
+"""The plan of a model that is being loaded, refused before a weight is read where it cannot be; and the disk tier that follows
+from it. Called by `engine.loader`."""
+
+from dataclasses import replace
+
+from kimi_lite.engine.options import LoadOptions
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.hardware import Gpu, probe
+from kimi_lite.memory.heat import heat_path
+from kimi_lite.memory.plan import make_plan
+from kimi_lite.memory.plan_types import Plan, PlanLimits
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.sizes import store_sizes
+from kimi_lite.model.tier_options import TierOptions
+
+
+def plan_load(
+    store: GGUFStore, config: ModelConfig, options: LoadOptions, card: Gpu | None = None, cache_tokens: int | None = None
+) -> Plan:
+    """`card`: the one that will be used, None for the CPU road. `cache_tokens`: of all sequences together, where the cache is for
+    more than one. Raises KimiLiteError with need, have and what would do."""
+    hardware = replace(probe(store.path), gpu=card)
+    limits = PlanLimits(
+        context_length=options.context_length,
+        kv_dtype=options.kv_dtype,
+        device=None if card else "cpu",
+        vram_bytes=options.vram_bytes,
+        ram_bytes=options.ram_bytes,
+        num_threads=options.num_threads,
+        cache_tokens=cache_tokens,
+    )
+    return make_plan(store_sizes(store, config), hardware, limits).require()
+
+
+def choose_tier(store: GGUFStore, plan: Plan, options: LoadOptions) -> TierOptions | None:
+    """How routed experts that do not fit into RAM come from the disk; None where all fit."""
+    if not plan.disk_expert_bytes:
+        return None
+    return TierOptions(plan.ram_expert_bytes, options.cache_bias, heat_path=heat_path(store.path))

@@ -1,0 +1,163 @@
+"""Decoding in segments that CUDA graphs hold: what lies between two places where the host must act.
+
+    before 0 | beside 0 | before 1 | beside 1 | ... | last
+                 CPU experts of layer 0   of layer 1
+
+`before` adds the previous layer's experts, then attention and router, and ends with copies of what the CPU needs; `beside` is the
+shared expert and the experts in VRAM, and runs while the CPU computes the others. A segment runs as plain calls the first time
+(that compiles its kernels), is captured the second time, and is replayed from then on; on a device without graphs it always runs
+as plain calls. All that changes from step to step lies in buffers that never move. Called by `hybrid.transformer`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from kimi_lite.memory.accelerator import Accelerator
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.hybrid.cpu_experts import HostCopies
+from kimi_lite.model.hybrid.layer import Layer
+from kimi_lite.model.hybrid.routed import RoutedExperts
+from kimi_lite.model.hybrid.step import Step
+
+
+class Graphs:
+    """What the segments of one shape share: graph memory, as they run one after the other, and a stream to capture on."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._device = accelerator.device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self._device)
+
+    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """What `run` asks of the device, as a graph; nothing is done yet.
+
+        Not `torch.cuda.graph`, which stops the device and empties the memory pool for each of a hundred segments.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # promotions go on meanwhile
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        return graph
+
+
+class Segment:
+    """A piece of a step's work on the device."""
+
+    def __init__(self, run: Callable[[], None], graphs: Graphs | None) -> None:
+        """graphs: None where there are none."""
+        self._run, self._graphs = run, graphs
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_warm = False
+
+    def __call__(self) -> None:
+        if self._graph is None and self._graphs is not None and self._is_warm:
+            self._graph = self._graphs.capture(self._run)
+        if self._graph is None:
+            self._run()
+            self._is_warm = True
+        else:
+            self._graph.replay()
+
+
+class DecodeSegments:
+    """Segments and their buffers for steps of up to `num_rows` tokens that see up to `num_pages` pages."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        head: Callable[[torch.Tensor], torch.Tensor],
+        experts: RoutedExperts | None,
+        config: ModelConfig,
+        accelerator: Accelerator,
+        num_rows: int,
+        num_pages: int,
+    ) -> None:
+        """head: x (T, D) -> logits (T, vocabulary)."""
+        c, self.num_rows, self.num_pages = config, num_rows, num_pages
+        self._layers, self._head, self._experts, self._accelerator = layers, head, experts, accelerator
+        num_choices, zeros = num_rows * max(1, c.num_experts_used), accelerator.zeros
+        self.x = zeros((num_rows, c.hidden_size), torch.float32)
+        angles = [zeros((num_rows, c.qk_rope_head_dim // 2), torch.float32) for _ in range(2)]
+        tables = (zeros((num_rows, num_pages), torch.int32), zeros((num_rows,), torch.int32))
+        self._step = Step(*angles, zeros((num_rows,), torch.int64), *tables, absorbed=None)
+        self._normed = torch.zeros_like(self.x)
+        self._ids = zeros((num_rows, max(1, c.num_experts_used)), torch.int32)
+        self._weights = zeros(tuple(self._ids.shape), torch.float32)
+        self._slots = zeros((num_choices,), torch.int32)
+        self._hit_rows = zeros((num_choices if c.num_experts else 1, c.hidden_size), torch.float32)
+        self._miss_rows = torch.zeros_like(self._hit_rows)
+        self._aside = torch.zeros_like(self.x)
+        self._logits = accelerator.pinned((num_rows, c.vocab_size), torch.float32)
+        self._host = HostCopies(accelerator, num_rows, c.hidden_size, self._ids.shape[1])
+        graphs = Graphs(accelerator) if accelerator.is_cuda else None
+        self._before = [Segment(lambda i=i: self._run_before(i), graphs) for i in range(len(layers))]
+        self._beside = [Segment(lambda i=i: self._run_beside(i), graphs) for i in range(len(layers))]
+        self._last = Segment(self._run_last, graphs)
+
+    def forward(self, x: torch.Tensor, step: Step, num_tokens: int) -> np.ndarray:
+        """x (num_rows, D) of a step padded to this shape -> float32 (num_tokens, vocabulary) on the host."""
+        self._load(x, step)
+        for layer, before, beside in zip(self._layers, self._before, self._beside, strict=True):
+            before()
+            if layer.is_dense:
+                continue
+            copied = self._accelerator.event()
+            beside()
+            if self._experts.misses(layer.number, self._host, num_tokens, copied):
+                num_choices = num_tokens * self._ids.shape[1]
+                self._miss_rows[:num_choices].copy_(self._experts.cpu.rows[:num_choices], non_blocking=True)
+        self._last()
+        self._accelerator.event().synchronize()
+        return self._logits[:num_tokens].numpy().copy()
+
+    def _load(self, x: torch.Tensor, step: Step) -> None:
+        self.x.copy_(x)
+        for name in ("cos", "sin", "slots", "page_table", "lengths"):
+            getattr(self._step, name).copy_(getattr(step, name))
+
+    def _run_before(self, index: int) -> None:
+        self._add_previous(index)
+        layer = self._layers[index]
+        normed = layer.attend(self.x, self._step)
+        if layer.router is None:
+            return
+        ids, weights = layer.router.forward(normed)
+        self._normed.copy_(normed)
+        self._ids.copy_(ids)
+        self._weights.copy_(weights)
+        self._host.copy_x(self._normed)
+        self._host.copy_ids(self._ids)
+
+    def _run_beside(self, index: int) -> None:
+        layer = self._layers[index]
+        slots, _ = self._experts.hits(layer.number, self._normed, self._ids, self._hit_rows)
+        self._slots.copy_(slots)
+        aside = layer.aside(self._normed)
+        if aside is not None:
+            self._aside.copy_(aside)
+
+    def _add_previous(self, index: int) -> None:
+        """The experts of the layer before this one, and what ran beside them."""
+        if index == 0 or self._layers[index - 1].is_dense:
+            return
+        self.x += self._experts.join(self._slots, self._hit_rows, self._miss_rows, self._weights, self._aside)
+
+    def _run_last(self) -> None:
+        self._add_previous(len(self._layers))
+        self._logits.copy_(self._head(self.x), non_blocking=True)
+
+
+def rows_for(num_tokens: int) -> int:
+    """1, 2, 4, 8 or 16: few shapes, so that few graphs are captured."""
+    return 1 << max(0, num_tokens - 1).bit_length()
+
+
+def pages_for(num_pages: int) -> int:
+    """Powers of two from 16, 1,024 tokens: graphs are captured anew when the context has doubled."""
+    return max(16, 1 << max(0, num_pages - 1).bit_length())

@@ -1,0 +1,138 @@
+"""Puts the tiers of the routed experts together: how much VRAM is left for slots and for prompts, and who computes what.
+
+Called by `hybrid.transformer` when the dense weights and the cache have their place: what is free is known then, not guessed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.accelerator import Accelerator
+from kimi_lite.memory.calibration import ExpertCosts
+from kimi_lite.memory.expert_cache import ExpertCache
+from kimi_lite.memory.expert_places import find_places
+from kimi_lite.memory.expert_source import ExpertSource
+from kimi_lite.memory.experts import LayerExperts, layer_experts
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.heat import load_heat, save_heat
+from kimi_lite.memory.plan_room import PROMPT_CHUNKS, STREAM_EXPERTS, card_work_bytes
+from kimi_lite.memory.prompt_stream import PromptStream
+from kimi_lite.memory.vram_slots import VramSlots
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.hybrid.cpu_experts import CpuExperts
+from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.routed import ROW_TOKENS, RoutedExperts
+from kimi_lite.model.hybrid.streamed import StreamedExperts
+from kimi_lite.model.hybrid.weights import DenseType
+from kimi_lite.model.sizes import ModelSizes, store_sizes
+from kimi_lite.model.tier_options import TierOptions
+from kimi_lite.model.transformer import physical_cores
+from kimi_lite.units import gib_apart
+
+_RESERVE_BYTES = 512 * 1024**2  # graphs, libraries, what allocation leaves between pieces
+_WORK_SHARE = 0.35  # of what is free, for a prompt's chunk; the rest becomes slots
+_STAND_IN_CHUNK = 1024  # where no VRAM limits a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class HybridOptions:
+    """None: the program chooses."""
+
+    dense_type: DenseType = "q8_0"
+    num_threads: int | None = None  # of the CPU's experts; None: measured
+    num_gpu_experts: int | None = None  # slots in VRAM
+    chunk_tokens: int | None = None  # longest pass of a prompt
+    heat_file: Path | None = None  # read at the start, written at the end
+    tier: TierOptions | None = None  # how experts come from the disk; None: all are in RAM
+    cache_bias: float = 0.0  # what an expert in VRAM gains in the router's choice
+    group_size: int = STREAM_EXPERTS
+
+
+@dataclass(frozen=True, slots=True)
+class VramShares:
+    """What becomes of the VRAM that dense weights and cache leave."""
+
+    num_slots: int
+    chunk_tokens: int
+
+
+def divide_vram(sizes: ModelSizes, slot_bytes: int, free_bytes: int | None, options: HybridOptions) -> VramShares:
+    """free_bytes: None where nothing limits it. Raises KimiLiteError where not even a short prompt has room."""
+    if free_bytes is None:
+        return VramShares(options.num_gpu_experts or 0, options.chunk_tokens or _STAND_IN_CHUNK)
+    room = free_bytes - _RESERVE_BYTES
+    chunks = (options.chunk_tokens,) if options.chunk_tokens else PROMPT_CHUNKS
+    fitting = [chunk for chunk in chunks if card_work_bytes(sizes, chunk) <= room * _WORK_SHARE] or [chunks[-1]]
+    work_bytes = card_work_bytes(sizes, fitting[0])
+    if work_bytes > room:
+        need, have = gib_apart(work_bytes + _RESERVE_BYTES, free_bytes)
+        problem = f"A prompt's chunk of {fitting[0]:,} tokens needs {need} of VRAM beside weights and cache; {have} is left"
+        raise KimiLiteError(f"{problem}.", "Try a shorter context (-c), --kv-dtype f16, or --device cpu.")
+    most = min((room - work_bytes) // slot_bytes if slot_bytes else 0, sizes.num_experts)
+    wanted = options.num_gpu_experts
+    if wanted is not None and wanted > most:
+        raise KimiLiteError(f"--gpu-experts {wanted:,}: there is room in VRAM for {most:,}.", f"Try --gpu-experts {most}.")
+    return VramShares(most if wanted is None else wanted, fitting[0])
+
+
+def open_experts(
+    store: GGUFStore,
+    config: ModelConfig,
+    accelerator: Accelerator,
+    kernels: Kernels,
+    options: HybridOptions,
+    report: Callable[[str, int, int], None],
+) -> tuple[RoutedExperts | None, int]:
+    """The routed experts (None for a model without any) and the longest pass of a prompt in tokens."""
+    source = ExpertSource(store, config)
+    shares = divide_vram(store_sizes(store, config), source.slot_bytes, accelerator.free_bytes(), options)
+    if not config.num_moe_layers:
+        return None, shares.chunk_tokens
+    counts = thread_counts(options.num_threads)
+    layers = {layer: layer_experts(store, config, layer)[0] for layer in range(source.first_layer, source.num_layers)}
+    cache = _open_cache(store, config, layers, options.tier) if options.tier else None
+    cpu = CpuExperts(layers, config, accelerator, min(ROW_TOKENS, shares.chunk_tokens), counts, cache)
+    slots = VramSlots(accelerator, source, shares.num_slots)
+    stream = PromptStream(accelerator, source, min(options.group_size, config.num_experts))
+    costs = ExpertCosts()
+    streamed = StreamedExperts(accelerator, kernels, source, slots, cpu, stream, costs)
+    heat = load_heat(options.heat_file, slots.policy.export_heat().shape) if options.heat_file else None
+    if cache:
+        _fill_cache(cache, options.tier, heat, report)
+    if heat is not None:
+        slots.policy.import_heat(heat)
+        slots.fill(lambda done, total: report("bringing hot experts", done, total))
+    experts = RoutedExperts(accelerator, kernels, source, slots, cpu, streamed, costs, counts[-1])
+    if options.heat_file:
+        experts.on_close = lambda: save_heat(options.heat_file, slots.policy.export_heat())
+    return experts, shares.chunk_tokens
+
+
+def _open_cache(store: GGUFStore, config: ModelConfig, layers: dict[int, LayerExperts], tier: TierOptions) -> ExpertCache:
+    """The slots in RAM for experts that the disk brings."""
+    tables = {layer: experts.table for layer, experts in layers.items()}
+    reading = (tier.num_readers, tier.is_direct)
+    return ExpertCache(find_places(store, config), tables, tier.budget_bytes, config.num_experts_used, *reading)
+
+
+def _fill_cache(cache: ExpertCache, tier: TierOptions, heat: np.ndarray | None, report: Callable[[str, int, int], None]) -> None:
+    """What is in RAM before the first token: everything, or in the background what was hot the last time."""
+    if tier.is_locked:
+        cache.lock()
+    if heat is not None:
+        cache.import_heat(heat)
+    if tier.is_loading_all:
+        cache.load_all(lambda done, total: report("reading experts", done, total))
+    elif heat is not None:
+        cache.warm()
+
+
+def thread_counts(num_threads: int | None) -> list[int]:
+    """Ascending: what the user said, or all cores and a few fewer, because the GPU's driver needs one now and then."""
+    if num_threads is not None:
+        return [num_threads]
+    most = physical_cores()
+    return sorted({max(1, count) for count in (most, most - 1, most - 2, most * 3 // 4)})

@@ -1,0 +1,157 @@
+"""The operations that the GPU road is made of: one class on `native.gpu`'s Triton kernels, and the protocol it follows.
+
+Tests put another class in its place that computes the same on a CPU device. Float tensors are float32 unless a comment says
+otherwise; every operation allocates its result. Called by the other modules of this package.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kimi_lite.memory.expert_source import SlotForm
+from kimi_lite.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from kimi_lite.model.hybrid.weights import DenseMatrix
+
+
+MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here go through captured segments
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin of each token's position (T, P / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRule:
+    """How scores become a choice; see `native.cpu.router`."""
+
+    top_k: int
+    num_groups: int
+    num_groups_used: int
+    is_sigmoid: bool
+    is_normalized: bool
+    scale: float
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "RouterRule":
+        c = config
+        groups = (max(1, c.num_expert_groups), max(1, c.num_expert_groups_used))
+        gating = (c.expert_gating == "sigmoid", c.is_expert_weights_norm, c.expert_weights_scale)
+        return cls(c.num_experts_used, *groups, *gating)
+
+
+class Kernels(Protocol):
+    """T tokens, K inputs or choices, H heads, R latent, P rotary, D hidden size."""
+
+    def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
+        """uint8 (..., row_bytes) -> (..., K)."""
+
+    def linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+        """(T, K) -> (T, rows)."""
+
+    def head_linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+        """(T, H, K), a matrix of each head -> (T, H, rows)."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """(T, K) -> (T, K)."""
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """(T, F) twice -> (T, F)."""
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """(T, H, P) and (T, P / 2): neighbouring pairs turned in place; returns x."""
+
+    def write_latent(
+        self, kv: torch.Tensor, weight: torch.Tensor, eps: float, angles: Angles, storage: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """(T, R + P) -> storage (pages, 64, R + P) at `slots` int64 (T,): normed latent and rotated key; -1 is skipped."""
+
+    def mla_decode(
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        storage: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """(T, H, R), (T, H, P), int32 (T, pages), int32 (T,) -> (T, H, R): each token attends to its `lengths` positions."""
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, E) -> int32 (T, top_k) and weights (T, top_k)."""
+
+    def expert_choices(
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        form: SlotForm,
+        slot_of_choice: torch.Tensor,
+        token_of_choice: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(T, D), uint8 (slots, slot_bytes), int32 (n,) twice -> `out` (n, D) unweighted. Rows of slot -1 are nothing."""
+
+    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        """(T, K, D), (T, K) -> (T, D), choice after choice, then + base (T, D)."""
+
+
+class TritonKernels:
+    """`native.gpu`, imported when this is made: it needs Triton and a CUDA device, or Triton's interpreter."""
+
+    def __init__(self) -> None:
+        from native.gpu import dequant, elementwise, experts, linear, mla, router
+
+        self._dequant, self._elementwise, self._experts = dequant, elementwise, experts
+        self._linear, self._mla, self._router = linear, mla, router
+
+    def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
+        rows = self._dequant.dequantize(data.reshape(-1, data.shape[-1]), layout_name)
+        return rows.view(*data.shape[:-1], -1)
+
+    def linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+        return self._linear.linear(x, matrix.data, matrix.layout_name, matrix.k)
+
+    def head_linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+        return self._linear.heads_linear(x, matrix.data, matrix.layout_name)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._elementwise.rms_norm(x, weight, eps)
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self._elementwise.swiglu(gate, up)
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return self._elementwise.rope(x, cos, sin)
+
+    def write_latent(
+        self, kv: torch.Tensor, weight: torch.Tensor, eps: float, angles: Angles, storage: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self._mla.write_latent(kv, weight, eps, *angles, storage, slots)
+
+    def mla_decode(
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        storage: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        return self._mla.mla_decode(q_latent, q_rope, storage, page_table, lengths, scale)
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = (rule.num_groups, rule.num_groups_used)
+        return self._router.route(logits, bias, rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)
+
+    def expert_choices(
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        form: SlotForm,
+        slot_of_choice: torch.Tensor,
+        token_of_choice: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._experts.expert_choices(x, slots, form, slot_of_choice, token_of_choice, out)
+
+    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        return self._elementwise.weighted_sum(rows, weights, base)

@@ -1,0 +1,50 @@
+"""One transformer layer on the device: attention, then a dense feed-forward or router, shared expert and routed experts."""
+
+from functools import partial
+
+import torch
+
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.hybrid.attention import Attention
+from kimi_lite.model.hybrid.feed_forward import FeedForward, Router
+from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.routed import RoutedExperts
+from kimi_lite.model.hybrid.step import Step
+from kimi_lite.model.hybrid.weights import DenseWeights
+
+
+class Layer:
+    """`storage`: this layer's pages of the cache."""
+
+    def __init__(
+        self, store: GGUFStore, weights: DenseWeights, config: ModelConfig, number: int, storage: torch.Tensor, kernels: Kernels
+    ) -> None:
+        ffn = f"blk.{number}.ffn"
+        self.number, self._storage, self._kernels, self._eps = number, storage, kernels, config.rms_norm_eps
+        self.attention = Attention(weights, config, number, kernels)
+        self.ffn_norm = weights.vector(f"{ffn}_norm.weight")
+        self.is_dense = number < config.num_dense_layers
+        self.dense = FeedForward(weights, ffn + "_{}.weight", kernels) if self.is_dense else None
+        self.router = None if self.is_dense else Router(store, weights, config, number, kernels)
+        has_shared = not self.is_dense and config.num_shared_experts > 0
+        self.shared = FeedForward(weights, ffn + "_{}_shexp.weight", kernels) if has_shared else None
+
+    def forward(self, x: torch.Tensor, step: Step, experts: RoutedExperts | None) -> None:
+        """x (T, D) += attention, then += feed-forward, all of it."""
+        normed = self.attend(x, step)
+        if self.router is not None:
+            ids, weights = self.router.forward(normed)
+            x += experts.forward(self.number, normed, ids, weights, partial(self.aside, normed))
+
+    def attend(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """x += attention; of a dense layer += feed-forward too. Returns what router and experts read, (T, D)."""
+        self.attention.forward(x, self._storage, step)
+        normed = self._kernels.rms_norm(x, self.ffn_norm, self._eps)
+        if self.dense is not None:
+            x += self.dense.forward(normed)
+        return normed
+
+    def aside(self, normed: torch.Tensor) -> torch.Tensor | None:
+        """What every token takes beside its routed experts, (T, D)."""
+        return None if self.shared is None else self.shared.forward(normed)

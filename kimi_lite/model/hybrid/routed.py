@@ -1,0 +1,179 @@
+"""The routed experts of a layer behind one call, wherever they are: VRAM, RAM, disk, or passing through the GPU for a prompt.
+
+Up to ROW_TOKENS tokens: experts with a slot are computed by the GPU, the others by the CPU at the same time, and every choice's
+product has a row of its own, added up in the order of the choices, so that nothing depends on where an expert was. Where it is
+cheaper (`calibration.ExpertCosts`), and always beyond ROW_TOKENS, a batch goes through `hybrid.streamed`.
+
+    y = experts.forward(layer, normed, ids, weights, beside=shared_expert)
+
+Decoding calls the parts of `forward` one by one, because CUDA graphs hold those that run on the GPU.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kimi_lite.memory.accelerator import Accelerator, Event
+from kimi_lite.memory.calibration import ExpertCosts
+from kimi_lite.memory.expert_source import ExpertSource
+from kimi_lite.memory.vram_slots import VramSlots
+from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
+from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.streamed import StreamedExperts
+
+ROW_TOKENS = 512  # up to here every choice has a row: 117 MB for Kimi K2.5
+MIN_STREAM_TOKENS = 32  # below, an upload is never worth it; decoding never waits for one
+
+
+class _Unsettled(NamedTuple):
+    """A layer that ran: what was chosen, and how many experts and choices the CPU had in which time."""
+
+    layer: int
+    chosen: np.ndarray  # int32 (T, K)
+    num_missing: int
+    num_misses: int
+    elapsed_s: float
+
+
+class RoutedExperts:
+    """All layers' routed experts. Not reentrant: one layer at a time."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        kernels: Kernels,
+        source: ExpertSource,
+        slots: VramSlots,
+        cpu: CpuExperts,
+        streamed: StreamedExperts,
+        costs: ExpertCosts,
+        num_threads: int,
+    ) -> None:
+        self._accelerator, self._kernels, self._source = accelerator, kernels, source
+        self.slots, self.cpu, self.streamed, self.costs = slots, cpu, streamed, costs
+        self.num_threads = num_threads  # of the CPU's experts; may change between steps
+        self.on_chosen: Callable[[int, np.ndarray], None] | None = None  # layer, ids (T, K): for a record of routing
+        self.cpu_s = self.wait_s = 0.0  # computing on the CPU, waiting for the GPU's routers
+        self.on_close: Callable[[], object] | None = None  # while the policy still knows everything
+        self._host: HostCopies | None = None
+        self._unsettled: list[_Unsettled] = []
+
+    def begin_step(self, promotion_budget: int, num_tokens: int) -> int:
+        """Between steps: promotions arrive and begin. Returns how many began."""
+        self.settle()
+        if self.cpu.cache:
+            self.cpu.cache.begin(num_tokens)
+        return self.slots.begin_step(promotion_budget, num_tokens)
+
+    def forward(
+        self,
+        layer: int,
+        normed: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        beside: Callable[[], torch.Tensor | None],
+    ) -> torch.Tensor:
+        """(T, D), int32 (T, K), (T, K) -> (T, D): the weighted sum over the chosen experts, plus what `beside` computes."""
+        num_tokens = len(normed)
+        host = self._host_for(num_tokens, normed.shape[1], ids.shape[1])
+        host.copy_ids(ids)
+        chosen = self._chosen(layer, host, num_tokens, self._accelerator.event())
+        if num_tokens >= MIN_STREAM_TOKENS:
+            num_windows = -(-num_tokens // self.cpu.capacity)
+            division = self.streamed.divide(layer, chosen, self.slots.residents(layer), num_windows)
+            if division.streamed or num_tokens > ROW_TOKENS:
+                self._unsettled.append(_Unsettled(layer, chosen, 0, 0, 0.0))
+                return self.streamed.forward(layer, (normed, ids, weights), host, division, beside, self.num_threads)
+        host.copy_x(normed)
+        copied = self._accelerator.event()
+        slot_of_choice, hit_rows = self.hits(layer, normed, ids)
+        aside = beside()
+        copied.synchronize()
+        self._compute_misses(layer, host, chosen)
+        miss_rows = self.cpu.rows[: len(hit_rows)].to(normed.device, non_blocking=True)
+        return self.join(slot_of_choice, hit_rows, miss_rows, weights, aside)
+
+    def hits(
+        self, layer: int, normed: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot int32 (T * K,) of every choice, -1 for those on the CPU, and the rows (T * K, D) of those that have one."""
+        flat = ids.reshape(-1)
+        slot_of_choice = self.slots.table[layer].index_select(0, flat)
+        token_of_choice = torch.arange(len(flat), device=flat.device, dtype=torch.int32) // ids.shape[1]
+        choices = (slot_of_choice, token_of_choice)
+        return slot_of_choice, self._kernels.expert_choices(normed, self.slots.slots, self._source.form(layer), *choices, out)
+
+    def misses(self, layer: int, host: HostCopies, num_tokens: int, copied: Event) -> bool:
+        """Wait for the router, then compute what has no slot into `cpu.rows`. False when every choice has one."""
+        return self._compute_misses(layer, host, self._chosen(layer, host, num_tokens, copied))
+
+    def join(
+        self,
+        slot_of_choice: torch.Tensor,
+        hit_rows: torch.Tensor,
+        miss_rows: torch.Tensor,
+        weights: torch.Tensor,
+        aside: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(T * K,), (T * K, D) twice, (T, K), (T, D) -> (T, D): in the order of the choices, wherever each was computed."""
+        rows = torch.where((slot_of_choice >= 0)[:, None], hit_rows, miss_rows)
+        return self._kernels.weighted_sum(rows.view(*weights.shape, -1), weights, aside)
+
+    def settle(self) -> None:
+        """Book-keeping of the layers since the last call: heat, counts, costs. Done while the GPU computes."""
+        for layer, chosen, num_missing, num_misses, elapsed_s in self._unsettled:
+            self.slots.note(layer, chosen)
+            if self.on_chosen:
+                self.on_chosen(layer, chosen)
+            self.cpu_s += elapsed_s
+            self.costs.observe_cpu(num_missing, num_misses, elapsed_s)
+        self._unsettled.clear()
+
+    def cancel(self) -> None:
+        """A pass was given up half-way."""
+        self.settle()
+        self.streamed.cancel()
+
+    def counters(self) -> dict[str, float]:
+        self.settle()
+        times = {"cpu_experts_s": self.cpu_s, "gpu_wait_s": self.wait_s, "stream_s": self.streamed.stream_s}
+        disk = self.cpu.cache.counters() if self.cpu.cache else {}
+        return disk | self.slots.counters() | times | {"streamed_experts": self.streamed.num_streamed}
+
+    def close(self) -> None:
+        """Ends all threads."""
+        self.settle()
+        if self.on_close:
+            self.on_close()
+        self.streamed.close()
+        self.slots.close()
+        self.cpu.close()
+
+    def _chosen(self, layer: int, host: HostCopies, num_tokens: int, copied: Event) -> np.ndarray:
+        """int32 (T, K): what the router chose, once the copy is there. The CPU's threads stay awake meanwhile."""
+        self.settle()
+        start_s = time.perf_counter()
+        while not copied.query():
+            self.cpu.keep_awake(self.num_threads)
+        self.wait_s += time.perf_counter() - start_s
+        return host.ids.numpy()[:num_tokens].copy()
+
+    def _compute_misses(self, layer: int, host: HostCopies, chosen: np.ndarray) -> bool:
+        is_miss = self.slots.slots_of(layer, chosen) < 0
+        missing, elapsed_s = chosen[is_miss], 0.0
+        if len(missing):
+            absent = np.where(is_miss, chosen, -1)
+            start_s = time.perf_counter()
+            self.cpu.compute(layer, host.x.numpy()[: len(chosen)], absent, self.num_threads)
+            elapsed_s = time.perf_counter() - start_s
+        self._unsettled.append(_Unsettled(layer, chosen, len(set(missing.tolist())), len(missing), elapsed_s))
+        return len(missing) > 0
+
+    def _host_for(self, num_tokens: int, hidden_size: int, top_k: int) -> HostCopies:
+        """Grows to the longest batch seen."""
+        if self._host is None or len(self._host.x) < num_tokens:
+            self._host = HostCopies(self._accelerator, num_tokens, hidden_size, top_k)
+        return self._host

@@ -1,0 +1,109 @@
+"""One batch as the device sees it: rotations, cache slots, and which rows attend in which form.
+
+Absorbed rows (decoding, short slices) are described by tables of fixed shapes, so that a captured CUDA graph can be run again
+with other contents; expanded slices (prompts) are Python objects, as no graph runs them. Made by `HybridTransformer.forward`.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kimi_lite.memory.accelerator import Accelerator
+from kimi_lite.model.batch import PAGE_TOKENS, Batch, SequenceSlice
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.rope import rope_attention_factor, rope_inverse_frequencies
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpandedSlice:
+    """Rows start .. start + length, which see the positions 0 .. num_positions of their sequence."""
+
+    start: int
+    length: int
+    num_positions: int
+    pages: torch.Tensor  # int64 (ceil(num_positions / 64),)
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """T tokens on the device."""
+
+    cos: torch.Tensor  # (T, rope / 2)
+    sin: torch.Tensor
+    slots: torch.Tensor  # int64 (T,): page * 64 + offset; -1: padding, which is written nowhere
+    page_table: torch.Tensor  # int32 (rows that attend absorbed, pages)
+    lengths: torch.Tensor  # int32 (rows that attend absorbed,), positions that each sees
+    absorbed: torch.Tensor | None  # int64, which rows attend absorbed; None: all
+    expanded: list[ExpandedSlice] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.slots)
+
+
+class StepMaker:
+    """Turns batches into steps."""
+
+    def __init__(self, config: ModelConfig, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._frequencies = rope_inverse_frequencies(config)  # (rope / 2,)
+        self._factor = rope_attention_factor(config)
+
+    def make(self, batch: Batch, expanded: list[SequenceSlice], num_rows: int = 0, num_pages: int = 0) -> Step:
+        """`expanded`: slices that attend in the expanded form. num_rows, num_pages: at least so many, for a graph's shapes."""
+        num_tokens = max(len(batch.token_ids), num_rows)
+        slots = np.full(num_tokens, -1, np.int64)
+        slots[: len(batch.token_ids)] = cache_slots(batch)
+        angles = np.zeros((num_tokens, len(self._frequencies)))
+        angles[: len(batch.positions)] = batch.positions[:, None] * self._frequencies
+        expanded_starts = {piece.start for piece in expanded}
+        absorbed = [piece for piece in batch.sequences if piece.start not in expanded_starts]
+        rows = np.concatenate([np.arange(p.start, p.start + p.length) for p in absorbed] or [np.empty(0, np.int64)])
+        page_table, lengths = _absorbed_tables(batch, absorbed, num_rows or len(rows), num_pages)
+        to = self._to_device
+        return Step(
+            cos=to(np.cos(angles) * self._factor, torch.float32),
+            sin=to(np.sin(angles) * self._factor, torch.float32),
+            slots=to(slots, torch.int64),
+            page_table=to(page_table, torch.int32),
+            lengths=to(lengths, torch.int32),
+            absorbed=to(rows, torch.int64) if expanded else None,
+            expanded=[self._expanded(batch, piece) for piece in expanded],
+        )
+
+    def _expanded(self, batch: Batch, piece: SequenceSlice) -> ExpandedSlice:
+        num_positions = int(batch.positions[piece.start]) + piece.length
+        pages = self._to_device(piece.pages[: -(-num_positions // PAGE_TOKENS)], torch.int64)
+        return ExpandedSlice(piece.start, piece.length, num_positions, pages)
+
+    def _to_device(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(self._accelerator.device)
+
+
+def cache_slots(batch: Batch) -> np.ndarray:
+    """int64 (T,): page * 64 + offset of every token."""
+    slots = np.empty(len(batch.token_ids), np.int64)
+    for piece in batch.sequences:
+        positions = batch.positions[piece.start : piece.start + piece.length]
+        pages = piece.pages[positions // PAGE_TOKENS].astype(np.int64)
+        slots[piece.start : piece.start + piece.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
+    return slots
+
+
+def num_pages_seen(batch: Batch) -> int:
+    """Pages of the longest context in the batch."""
+    return int(batch.positions.max()) // PAGE_TOKENS + 1
+
+
+def _absorbed_tables(batch: Batch, pieces: list[SequenceSlice], num_rows: int, num_pages: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 (rows, pages) and (rows,); rows beyond the batch's see no position."""
+    num_pages = max(num_pages, num_pages_seen(batch))
+    page_table, lengths = np.zeros((num_rows, num_pages), np.int32), np.zeros(num_rows, np.int32)
+    row = 0
+    for piece in pieces:
+        count = min(num_pages, len(piece.pages))
+        page_table[row : row + piece.length, :count] = piece.pages[:count]
+        lengths[row : row + piece.length] = batch.positions[piece.start : piece.start + piece.length] + 1
+        row += piece.length
+    return page_table, lengths

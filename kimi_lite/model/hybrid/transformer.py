@@ -1,0 +1,182 @@
+"""The forward pass with a GPU: a batch of tokens in, logits out, like `kimi_lite.model.transformer.Transformer` on the CPU.
+
+Attention, routers, shared experts, norms and the head are on the device; routed experts are wherever `hybrid.routed` finds them.
+Batches of up to 16 tokens go through captured segments (`hybrid.decode`), longer ones layer by layer.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.accelerator import Accelerator
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.kv import KVCache
+from kimi_lite.memory.routing import RoutingRecorder
+from kimi_lite.model.batch import Batch, Cancelled
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.hybrid.adaptive import Adaptive
+from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
+from kimi_lite.model.hybrid.experts import HybridOptions, open_experts, thread_counts
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
+from kimi_lite.model.hybrid.layer import Layer
+from kimi_lite.model.hybrid.step import StepMaker, num_pages_seen
+from kimi_lite.model.hybrid.weights import DenseWeights
+from kimi_lite.model.transformer import check_sizes, choose_expanded
+from kimi_lite.model.weights import check_types, compile_kernels
+from native.cpu.matrix import dequantize
+
+MAX_LOGITS = 64  # rows of logits made at once
+_NUM_DECODE_SHAPES = 6  # whose graphs are kept
+
+
+class HybridTransformer:
+    """A loaded model. `forward` is not reentrant: one batch at a time."""
+
+    def __init__(
+        self,
+        store: GGUFStore,
+        config: ModelConfig,
+        kv: KVCache,
+        accelerator: Accelerator,
+        kernels: Kernels,
+        options: HybridOptions | None = None,
+        on_progress: Callable[[str, int, int], None] | None = None,
+        recorder: RoutingRecorder | None = None,
+    ) -> None:
+        """kv: its storage is a tensor of the device. Raises KimiLiteError for what the model lacks or the device has no room for.
+
+        on_progress(what is being done, units done, units in all): loading takes seconds. recorder: of what tokens choose.
+        """
+        report = on_progress or (lambda stage, done, total: None)
+        check_types(store)
+        check_sizes(config)
+        options = options or HybridOptions()
+        compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
+        self.config, self.kv = config, kv
+        self._accelerator, self._kernels = accelerator, kernels
+        self._load_dense(store, options, report)
+        self.experts, self.max_batch_tokens = open_experts(store, config, accelerator, kernels, options, report)
+        if options.cache_bias and self.experts:
+            for layer in self.layers[config.num_dense_layers :]:
+                layer.router.prefer_resident(self.experts.slots.table[layer.number], options.cache_bias)
+        self._recorder = recorder
+        if recorder and self.experts:
+            self.experts.on_chosen = recorder.add
+        self._adaptive = Adaptive(self.experts, thread_counts(options.num_threads))
+        self._maker = StepMaker(config, accelerator)
+        self._shape = (
+            *(config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim),
+            *(config.kv_lora_rank, config.v_head_dim),
+        )
+        self._segments: OrderedDict[tuple[int, int], DecodeSegments] = OrderedDict()
+        self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
+
+    def _load_dense(self, store: GGUFStore, options: HybridOptions, report: Callable[[str, int, int], None]) -> None:
+        c = self.config
+        weights = DenseWeights(store, self._accelerator, self._kernels, options.dense_type)
+        self.layers = []
+        for number in range(c.num_layers):
+            report("loading onto the GPU", number, c.num_layers)
+            self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels))
+        self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
+        self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix("output.weight")
+        self.dense_bytes = weights.num_bytes
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
+        """Runs the batch and fills its cache slots. Returns float32 (rows where wants_logits, vocabulary).
+
+        Raises `Cancelled` between layers of a long batch when `should_stop()` becomes true.
+        """
+        num_tokens = len(batch.token_ids)
+        assert num_tokens <= self.max_batch_tokens, (num_tokens, self.max_batch_tokens)
+        is_decoding = num_tokens <= MAX_DECODE_TOKENS
+        self._adaptive.begin(num_tokens, is_decoding)  # settles the step before
+        if self._recorder:
+            self._recorder.begin(num_tokens)
+        if not is_decoding:
+            return self._forward_prompt(batch, should_stop)
+        start_s = time.perf_counter()
+        logits = self._forward_decode(batch)[batch.wants_logits]
+        elapsed_s = time.perf_counter() - start_s
+        self._adaptive.end(num_tokens, int(batch.positions.max()) + 1, elapsed_s)
+        self.num_decode_steps += 1
+        self.decode_s += elapsed_s
+        return logits
+
+    def counters(self) -> dict[str, float]:
+        """What happened since the model was loaded, by name."""
+        own = {"dense_gpu_bytes": self.dense_bytes, "decode_steps": self.num_decode_steps, "decode_s": self.decode_s}
+        return own | self._adaptive.counters() | (self.experts.counters() if self.experts else {})
+
+    def heat(self) -> np.ndarray | None:
+        """(layers, experts): how much each routed expert was used lately."""
+        return self.experts.slots.policy.export_heat().sum(axis=0) if self.experts else None
+
+    def close(self) -> None:
+        """Saves the experts' heat and the record of routing, and ends the threads. A second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._accelerator.synchronize()
+        self._segments.clear()
+        if self.experts:
+            self.experts.close()
+        if self._recorder:
+            self._recorder.close()
+
+    def _forward_decode(self, batch: Batch) -> np.ndarray:
+        num_tokens = len(batch.token_ids)
+        shape = rows_for(num_tokens), pages_for(num_pages_seen(batch))
+        if shape not in self._segments:
+            if len(self._segments) == _NUM_DECODE_SHAPES:
+                self._segments.popitem(last=False)
+            parts = (self.layers, self._head, self.experts, self.config, self._accelerator)
+            self._segments[shape] = DecodeSegments(*parts, *shape)
+        self._segments.move_to_end(shape)
+        step = self._maker.make(batch, [], *shape)
+        x = self._embed(np.pad(batch.token_ids, (0, shape[0] - num_tokens)))
+        return self._segments[shape].forward(x, step, num_tokens)
+
+    def _forward_prompt(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
+        """A long batch; what ends it early leaves nothing behind that a later one would trip over."""
+        try:
+            return self._forward_long(batch, should_stop)
+        except torch.OutOfMemoryError as error:
+            self._give_up()
+            problem = f"The GPU ran out of memory in a pass over {len(batch.token_ids):,} tokens: {str(error).splitlines()[0]}"
+            raise KimiLiteError(problem, "Close what else uses the GPU, or allow fewer experts there: --gpu-experts.") from error
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
+        expanded = choose_expanded(batch.sequences, self._shape)
+        step, x = self._maker.make(batch, expanded), self._embed(batch.token_ids)
+        for layer in self.layers:
+            if should_stop and should_stop():
+                raise Cancelled
+            layer.forward(x, step, self.experts)
+        rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)
+        parts = [self._head(x[rows[i : i + MAX_LOGITS]]).cpu().numpy() for i in range(0, len(rows), MAX_LOGITS)]
+        return np.concatenate(parts or [np.empty((0, self.config.vocab_size), np.float32)])
+
+    def _give_up(self) -> None:
+        """A pass was cancelled half-way."""
+        if self.experts:
+            self.experts.cancel()
+        if self._recorder:
+            self._recorder.drop()
+
+    def _embed(self, token_ids: np.ndarray) -> torch.Tensor:
+        """float32 (T, D) on the device."""
+        rows = dequantize(self._token_embd.data[token_ids], self._token_embd.layout.name)
+        return torch.from_numpy(rows).to(self._accelerator.device)
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> logits (T, vocabulary)."""
+        return self._kernels.linear(self._kernels.rms_norm(x, self._output_norm, self.config.rms_norm_eps), self._output)

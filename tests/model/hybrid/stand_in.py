@@ -1,0 +1,135 @@
+"""The GPU's operations on a CPU device: plain torch, and experts by `native.cpu` from slots in host memory.
+
+With these in the place of Triton's kernels the whole road runs without a GPU, and an expert in a slot gives the same bits as one
+that the CPU computes, so that with a cache must equal without one exactly.
+"""
+
+import numpy as np
+import torch
+
+from kimi_lite.memory.expert_source import SlotForm
+from kimi_lite.model.hybrid.kernels import Angles, RouterRule
+from kimi_lite.model.hybrid.weights import DenseMatrix
+from native.cpu.activations import Activations
+from native.cpu.blocks import activation_kind
+from native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from native.cpu.linear import quantize_op
+from native.cpu.matrix import dequantize, describe_matrix
+from native.cpu.run import RunTable
+from native.cpu.threads import Program, Team
+from native.reference import route
+
+
+class StandInKernels:
+    """`kimi_lite.model.hybrid.kernels.Kernels` for the CPU."""
+
+    def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
+        rows = dequantize(data.reshape(-1, data.shape[-1]).numpy(), layout_name)
+        return torch.from_numpy(rows).view(*data.shape[:-1], -1)
+
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
+        return x @ self.dequantize(matrix.data, matrix.layout_name).T
+
+    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
+        return torch.einsum("thk,hrk->thr", x, self.dequantize(matrix.data, matrix.layout_name))
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(gate) * up
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        a, b, cos, sin = x[..., 0::2].clone(), x[..., 1::2].clone(), cos[:, None], sin[:, None]
+        x[..., 0::2], x[..., 1::2] = a * cos - b * sin, a * sin + b * cos
+        return x
+
+    def write_latent(
+        self, kv: torch.Tensor, weight: torch.Tensor, eps: float, angles: Angles, storage: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        rank, is_written = len(weight), slots >= 0
+        key = self.rotate(kv[:, None, rank:].clone(), *angles)[:, 0]
+        rows = torch.cat([self.rms_norm(kv[:, :rank], weight, eps), key], dim=1)
+        storage.view(-1, storage.shape[-1])[slots[is_written]] = rows[is_written].to(storage.dtype)
+
+    def mla_decode(
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        storage: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        out = torch.zeros_like(q_latent)
+        for t, length in enumerate(lengths.tolist()):
+            if length:
+                pages = page_table[t, : -(-length // 64)].long()
+                latents = storage[pages].reshape(-1, storage.shape[-1])[:length].float()  # (P, R + rope)
+                scores = torch.cat([q_latent[t], q_rope[t]], dim=-1) @ latents.T * scale  # (H, P)
+                out[t] = scores.softmax(dim=-1) @ latents[:, : q_latent.shape[-1]]
+        return out
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = (rule.num_groups, rule.num_groups_used)
+        bias_values = None if bias is None else bias.numpy()
+        options = (rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)
+        ids, weights = route(logits.numpy(), bias_values, *options)
+        return torch.from_numpy(ids), torch.from_numpy(weights.astype(np.float32))
+
+    def expert_choices(
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        form: SlotForm,
+        slot_of_choice: torch.Tensor,
+        token_of_choice: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """By the CPU's kernel, which groups tokens by expert as it does for the CPU's own."""
+        ids, tokens = slot_of_choice.numpy(), token_of_choice.numpy()
+        top_k = int(np.bincount(tokens).max()) if len(tokens) else 1
+        table = np.full((len(x), top_k), -1, np.int32)
+        place = np.zeros(len(x), int)
+        at = np.empty(len(ids), int)
+        for i, (slot, token) in enumerate(zip(ids, tokens, strict=True)):
+            table[token, place[token]] = slot
+            at[i] = token * top_k + place[token]
+            place[token] += 1
+        rows = run_experts(x.numpy(), _matrices(slots.numpy(), form), table, form)
+        chosen = torch.from_numpy(rows[at])
+        return chosen if out is None else out.copy_(chosen)
+
+    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        total = torch.zeros_like(rows[:, 0])
+        for k in range(rows.shape[1]):
+            total += rows[:, k] * weights[:, k, None]
+        return total if base is None else total + base
+
+
+def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: SlotForm) -> np.ndarray:
+    """x (T, D), ids int32 (T, K), -1 for absent -> unweighted rows (T * K, D)."""
+    num_tokens, top_k = ids.shape
+    kinds = [{activation_kind(part.layout_name)} - {0} for part in form.parts]
+    inputs = Activations(num_tokens, form.hidden_size, kinds[0] | kinds[1])
+    hidden = Activations(num_tokens * top_k, form.width, kinds[2])
+    run = RunTable(num_tokens, 1, experts_scratch_bytes(form.hidden_size, form.width, num_tokens), num_tokens * top_k)
+    rows = np.zeros((num_tokens * top_k, form.hidden_size), np.float32)
+    weights = np.zeros(ids.shape, np.float32)
+    op = ExpertsOp(run.address, inputs, rows, table, hidden, top_k, 0, ids, weights, per_choice=rows)
+    inputs.values[:] = x
+    run.set_tokens(np.zeros(num_tokens, np.int32))
+    team = Team(1)
+    team.run(Program([quantize_op(run.address, inputs), (op.kernel, op.arguments)]))
+    team.close()
+    return rows
+
+
+def _matrices(slots: np.ndarray, form: SlotForm) -> np.ndarray:
+    """int64 (slots, 3, 8): the kernel tables of the experts in the slots."""
+    return np.stack([np.stack([_table(slot, part) for part in form.parts]) for slot in slots])
+
+
+def _table(slot: np.ndarray, part: object) -> np.ndarray:
+    data = slot[part.offset : part.offset + part.num_bytes].reshape(part.num_rows, part.row_bytes)
+    return describe_matrix(data, part.layout_name, part.k)

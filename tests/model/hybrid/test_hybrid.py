@@ -1,0 +1,264 @@
+"""The GPU road against the CPU road, and against itself: where an expert is computed changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.routing import RoutingRecorder, read_trace
+from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.tier_options import TierOptions
+from tests.model.hybrid.runner import DEVICE, HybridRunner
+from tests.model.runner import Runner, relative_error, relative_errors
+from tests.tiny import write_tiny_gguf
+
+IS_CUDA = DEVICE != "cpu"
+F32_LIMIT = 2e-2 if IS_CUDA else 2e-5  # the same sums in another order; on a GPU many tokens are multiplied in bfloat16
+VARIANTS = {
+    "kimi": {},
+    "no query compression": {"q_lora_rank": 0, "expert_gating": "softmax", "is_expert_weights_norm": False},
+    "two shared": {"num_shared_experts": 2, "is_gate_up_fused": True},
+    "groups": {"num_expert_groups": 4, "num_expert_groups_used": 2, "num_shared_experts": 0},
+    "joint kv_b": {"is_kv_b_joined": True, "rope_scaling": "none"},
+    "all dense": {"num_dense_layers": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny_gguf(tmp_path_factory.mktemp("hybrid") / "tiny.gguf", np.random.default_rng(0))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices this small are slower on many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(1).integers(0, 290, 150)
+
+
+def same(have: np.ndarray, want: np.ndarray) -> bool:
+    """Bit for bit where one kernel computes hits and misses; a GPU's hits differ from the CPU's misses by rounding."""
+    return relative_error(have, want) < F32_LIMIT if IS_CUDA else np.array_equal(have, want)
+
+
+def only_rows(runner: HybridRunner) -> HybridRunner:
+    """No streaming: every batch keeps its experts where they are."""
+    runner.transformer.experts.costs.stream_s = 1e9
+    return runner
+
+
+def only_stream(runner: HybridRunner) -> HybridRunner:
+    runner.transformer.experts.costs.cpu_s = 1e9
+    return runner
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_cpu_road(variant, tmp_path, ids):
+    """Prompts in one pass and in chunks, and decoding, of every kind of model the family has."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(3), **VARIANTS[variant])
+    with Runner(path) as cpu:
+        want = cpu.prefill(ids)
+    with HybridRunner(path, num_gpu_experts=6) as runner:
+        assert relative_error(runner.prefill(ids), want) < F32_LIMIT
+        chunks = [runner.prefill(ids[:77]), runner.prefill(ids[77:], start=77)]
+        assert relative_error(np.concatenate(chunks), want) < F32_LIMIT
+        assert relative_error(runner.decode(ids[:12]), want[:12]) < F32_LIMIT
+
+
+ROUNDED = [({}, "bf16", 0.03), ({}, "q8_0", 0.03), ({"_exps": "TQ1_0"}, "q8_0", 0.06)]
+
+
+@pytest.mark.parametrize(("types", "dense", "limit"), ROUNDED)
+def test_rounded_weights(types, dense, limit, tmp_path, ids):
+    """Dense weights as bfloat16 and Q8_0, ternary experts: as far from the CPU road as their roundings."""
+    sizes = {"expert_feed_forward_size": 256} if types else {}
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(3), types=types, **sizes)
+    with Runner(path) as cpu:
+        want = cpu.prefill(ids)
+    with HybridRunner(path, dense_type=dense, num_gpu_experts=4) as runner:
+        assert 0 < np.median(relative_errors(runner.prefill(ids), want)) < limit
+
+
+@pytest.mark.parametrize("types", [{}, {"_exps": "TQ1_0"}, {"_exps": "Q4_K", "ffn_down_exps": "Q8_0"}])
+def test_with_cache_equals_without_exactly(types, tmp_path, ids):
+    """Bit for bit, while experts come and go: the very kernels compute a hit and a miss."""
+    path = write_tiny_gguf(tmp_path / "t.gguf", np.random.default_rng(4), types=types, expert_feed_forward_size=256)
+    with only_rows(HybridRunner(path)) as without:
+        want_prompt, want = without.prefill(ids[:40]), without.decode(ids[40:60], start=40)
+    with only_rows(HybridRunner(path, num_gpu_experts=5, num_threads=2)) as runner:
+        assert same(runner.prefill(ids[:40]), want_prompt)
+        assert same(runner.decode(ids[40:60], start=40), want)
+        counters = runner.transformer.counters()
+        assert counters["gpu_expert_hits"] > 0 and counters["gpu_expert_misses"] > 0 and counters["expert_promotions"] >= 5
+
+
+def test_whatever_happens_to_slots_changes_no_result(path, ids):
+    """Random budgets, cancelled promotions and fewer or more slots between the steps: the same bits."""
+    rng = np.random.default_rng(6)
+    with only_rows(HybridRunner(path)) as without:
+        want = without.decode(ids[:60])
+    with only_rows(HybridRunner(path, num_gpu_experts=6)) as runner:
+        slots, have = runner.transformer.experts.slots, []
+        for i in range(60):
+            have.append(runner.prefill(ids[i : i + 1], start=i))
+            runner.transformer._adaptive._budget.budget = int(rng.integers(0, 5))
+            if rng.random() < 0.2:
+                slots.cancel()
+            if rng.random() < 0.2:
+                slots.resize(int(rng.integers(0, 7)))
+        assert same(np.concatenate(have), want)
+        counters = runner.transformer.counters()
+        assert counters["gpu_expert_hits"] and counters["expert_promotions"] > 6 and counters["expert_promotions_cancelled"]
+
+
+def test_every_expert_resident(path, ids):
+    """A model that fits: the CPU has nothing to do."""
+    with only_rows(HybridRunner(path, num_gpu_experts=16)) as runner, only_rows(HybridRunner(path)) as without:
+        want = without.decode(ids[:10])
+        runner.prefill(ids)
+        runner.transformer.experts.settle()
+        runner.transformer.experts.slots.fill()
+        before = runner.transformer.counters()
+        assert same(runner.decode(ids[:10]), want)
+        after = runner.transformer.counters()
+        assert after["gpu_expert_misses"] == before["gpu_expert_misses"] and after["cpu_experts_s"] == before["cpu_experts_s"]
+        assert after["gpu_expert_hits"] == before["gpu_expert_hits"] + 10 * 2 * 2
+
+
+@pytest.mark.parametrize("force", [only_rows, only_stream, lambda runner: runner])
+def test_streamed_equals_cpu(force, path, ids):
+    """A prompt's experts over the bus in groups, on the CPU, or divided between them."""
+    with Runner(path) as cpu:
+        want = cpu.prefill(ids)
+    with force(HybridRunner(path, num_gpu_experts=3, group_size=3)) as runner:
+        runner.decode(ids[:8])  # some experts get slots: those need no copy
+        for _ in range(3):  # costs are learned: the division changes, the result does not
+            assert relative_error(runner.prefill(ids), want) < F32_LIMIT
+        streamed = runner.transformer.counters()["streamed_experts"]
+        assert streamed == 0 if force is only_rows else streamed > 0
+
+
+def test_prompt_longer_than_the_rows(tmp_path, ids, monkeypatch):
+    """Beyond ROW_TOKENS the CPU goes over its share a window of tokens at a time."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(5))
+    monkeypatch.setattr("kimi_lite.model.hybrid.experts.ROW_TOKENS", 64)
+    monkeypatch.setattr("kimi_lite.model.hybrid.routed.ROW_TOKENS", 64)
+    with Runner(path) as cpu:
+        want = cpu.prefill(ids)
+    with HybridRunner(path, group_size=2) as runner:
+        for stream_s in (1e9, 1e-9, None):
+            if stream_s:
+                runner.transformer.experts.costs.stream_s = stream_s
+            assert relative_error(runner.prefill(ids), want) < F32_LIMIT
+
+
+def test_batch_equals_one_by_one(path, ids):
+    """Sequences that share a step: decoding rows beside a prompt's chunk, padded rows, rows in both forms of attention."""
+    a, b, c = np.array([0, 1, 2], np.int32), np.array([3, 4, 5], np.int32), np.array([6, 7], np.int32)
+    with only_rows(HybridRunner(path)) as runner:
+        prompt = runner.forward((ids[:100], 0, a))
+        tail = runner.forward((ids[100:101], 100, a))
+        other = runner.forward((ids[20:90], 0, b))
+        third = runner.forward((ids[5:8], 0, c))
+        runner.forward((ids[:100], 0, a))
+        mixed = runner.forward((ids[100:101], 100, a), (ids[20:90], 0, b), (ids[5:8], 0, c))
+        assert relative_error(mixed, np.concatenate([tail, other, third])) < F32_LIMIT
+        runner.forward((ids[20:89], 0, b))
+        pair = runner.forward((ids[100:101], 100, a), (ids[89:90], 69, b), (ids[5:6], 0, c))
+        assert relative_error(pair, np.concatenate([tail, other[69:], third[:1]])) < F32_LIMIT
+        assert len(prompt) == 100
+
+
+def test_cancel_between_layers(path, ids):
+    with only_stream(HybridRunner(path, group_size=2)) as runner:
+        want = runner.prefill(ids)
+        slices = (SequenceSlice(0, len(ids), runner.pages),)
+        batch = Batch(ids.astype(np.int32), np.arange(len(ids), dtype=np.int32), np.ones(len(ids), bool), slices)
+        calls = iter([False, False, True])
+        with pytest.raises(Cancelled):
+            runner.transformer.forward(batch, lambda: next(calls))
+        assert same(runner.transformer.forward(batch, lambda: False), want)
+
+
+def test_cache_dtypes(path, ids):
+    with Runner(path) as cpu:
+        want = cpu.prefill(ids)
+    for dtype, limit in (("f16", 2e-3), ("bf16", 2e-2)):
+        with HybridRunner(path, kv_dtype=dtype) as runner:
+            assert 0 < np.median(relative_errors(runner.prefill(ids), want)) < limit
+            assert 0 < np.median(relative_errors(runner.decode(ids[:20]), want[:20])) < limit
+
+
+def test_heat_outlives_the_process(path, ids, tmp_path):
+    heat_file = tmp_path / "model.heat"
+    with only_rows(HybridRunner(path, num_gpu_experts=6, heat_file=heat_file)) as runner:
+        want = runner.decode(ids[:30])
+        slots = runner.transformer.experts.slots
+        slots.finish()
+        hot = [[slots.residents(layer).tolist()] for layer in range(3)]
+    assert heat_file.exists()
+    with only_rows(HybridRunner(path, num_gpu_experts=6, heat_file=heat_file)) as runner:
+        slots = runner.transformer.experts.slots
+        assert slots.policy.num_resident == 6, "filled before the first step"
+        assert sum(np.sum(np.array(hot[layer][0]) & slots.residents(layer)) for layer in range(3)) >= 4
+        assert same(runner.decode(ids[:30]), want)
+        assert runner.transformer.counters()["gpu_expert_hits"] > 0
+
+
+def test_heat_is_told(path, ids):
+    with only_rows(HybridRunner(path)) as runner:
+        runner.decode(ids[:10])
+        heat = runner.transformer.heat()
+        assert heat.shape == (3, 8) and not heat[0].any() and (heat[1:].sum(axis=1) > 0).all()
+
+
+def test_experts_from_the_disk(path, ids):
+    """With room for half of the experts in RAM and a few in VRAM: the same bits as with all of them."""
+    with only_rows(HybridRunner(path, num_gpu_experts=3)) as runner:
+        want = [runner.prefill(ids[:60]), runner.decode(ids[60:70], start=60)]
+        slot_bytes = runner.transformer.experts._source.slot_bytes
+    tier = TierOptions(budget_bytes=10 * slot_bytes, num_readers=2, is_direct=False)
+    with only_rows(HybridRunner(path, num_gpu_experts=3, tier=tier)) as runner:
+        assert same(runner.prefill(ids[:60]), want[0])
+        assert same(runner.decode(ids[60:70], start=60), want[1])
+        counters = runner.transformer.counters()
+        assert counters["disk_bytes"] > 0 and counters["expert_misses"] > 0
+    with only_stream(HybridRunner(path, tier=tier)) as runner:
+        assert relative_error(runner.prefill(ids[:60]), want[0]) < F32_LIMIT
+
+
+def test_routing_is_recorded(path, ids, tmp_path):
+    """The same record as the CPU road writes, for prompts, decoding and without what was cancelled."""
+    records = []
+    for runner_class in (Runner, HybridRunner):
+        config = ModelConfig.from_metadata(GGUFStore.open(path).metadata)
+        recorder = RoutingRecorder(tmp_path / f"{runner_class.__name__}.npz", config)
+        with runner_class(path, recorder=recorder) as runner:
+            runner.prefill(ids[:40])
+            runner.decode(ids[40:44], start=40)
+        records.append(read_trace(tmp_path / f"{runner_class.__name__}.npz"))
+    assert np.array_equal(records[0].starts, records[1].starts)
+    assert np.array_equal(np.sort(records[0].ids), np.sort(records[1].ids))
+
+
+def test_cache_bias_prefers_resident_experts(path, ids):
+    """The same six experts are resident; with the bias more tokens choose them."""
+    hits = []
+    for cache_bias in (0.0, 0.2):
+        with only_rows(HybridRunner(path, num_gpu_experts=6, cache_bias=cache_bias)) as runner:
+            runner.transformer._adaptive._budget.most = 0  # nobody comes or goes
+            runner.prefill(ids)
+            runner.transformer.experts.settle()
+            runner.transformer.experts.slots.fill()
+            before = runner.transformer.counters()["gpu_expert_hits"]
+            runner.decode(ids[:20])
+            hits.append(runner.transformer.counters()["gpu_expert_hits"] - before)
+    assert hits[1] > hits[0] > 0

@@ -1,0 +1,49 @@
+"""The whole way of a front end on the GPU road: the loader, the engine, its cache in a tensor, heat beside the model."""
+
+import numpy as np
+import pytest
+
+from kimi_lite.engine import loader
+from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.options import LoadOptions
+from kimi_lite.engine.types import Request, SamplingParams
+from kimi_lite.memory.heat import heat_path
+from kimi_lite.model.hybrid import load
+from kimi_lite.model.hybrid.transformer import HybridTransformer
+from tests.model.hybrid.runner import DEVICE
+from tests.model.hybrid.stand_in import StandInKernels
+from tests.tiny import write_tiny_gguf
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="test_hybrid.py covers CUDA")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A CPU device called by a name that is not the CPU road's."""
+    monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu:0")
+    monkeypatch.setattr(loader, "find_card", lambda device: None)
+    monkeypatch.setattr(load, "TritonKernels", StandInKernels)
+
+
+def answer(engine: Engine, prompt: tuple[int, ...], name: str) -> list[int]:
+    request = Request(name, prompt, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+    return [token.id for token in engine.generate([request]) if token.id is not None]
+
+
+def test_engine_on_the_gpu_road(tmp_path, stand_in, monkeypatch):
+    """The same tokens as on the CPU road; a second request finds the first one's pages; close saves the heat."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    options = LoadOptions(context_length=512, kv_dtype="f32", num_threads=1, num_gpu_experts=4, dense_type="file")
+    prompt = tuple(np.random.default_rng(1).integers(0, 250, 90).tolist())
+    stages = []
+    with Engine.open(path, options, lambda stage, done, total: stages.append(stage)) as engine:
+        assert isinstance(engine.model, HybridTransformer) and engine.scheduler.max_step_tokens == engine.model.max_batch_tokens
+        have = answer(engine, prompt, "a")
+        again = answer(engine, (*prompt, *have, 7), "b")
+        counters = engine.counters()
+        assert counters["gpu_expert_slots"] == 4 and counters["decode_steps"] >= 10
+    assert {"loading onto the GPU", "preparing kernels"} <= set(stages) and heat_path(path).exists()
+    monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu")
+    with Engine.open(path, options) as engine:
+        assert answer(engine, prompt, "a") == have
+        assert answer(engine, (*prompt, *have, 7), "b") == again

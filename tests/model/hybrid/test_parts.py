@@ -1,0 +1,173 @@
+"""The pieces of the GPU road: dense weights on the device, forms of slots, what becomes of the VRAM, steps, adaptation."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_lite.engine.device import choose_device
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.accelerator import Accelerator
+from kimi_lite.memory.expert_source import ExpertSource
+from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.model.batch import Batch, SequenceSlice
+from kimi_lite.model.config import ModelConfig
+from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
+from kimi_lite.model.hybrid.decode import Segment, pages_for, rows_for
+from kimi_lite.model.hybrid.experts import HybridOptions, divide_vram
+from kimi_lite.model.hybrid.load import make_device_cache
+from kimi_lite.model.hybrid.step import StepMaker
+from kimi_lite.model.hybrid.weights import DenseWeights, quantize_q8_0
+from kimi_lite.model.sizes import store_sizes
+from native.reference_types import dequantize
+from quantize.codecs import q8_0
+from tests.model.hybrid.stand_in import StandInKernels
+from tests.tiny import write_tiny_gguf
+
+GIB = 1024**3
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    types = {"_exps": "TQ1_0", "ffn_down_exps": "Q4_K", "attn_output": "Q4_0"}
+    path = tmp_path_factory.mktemp("parts") / "tiny.gguf"
+    return GGUFStore.open(write_tiny_gguf(path, np.random.default_rng(0), types=types, expert_feed_forward_size=256))
+
+
+@pytest.fixture(scope="module")
+def config(store):
+    return ModelConfig.from_metadata(store.metadata)
+
+
+def test_q8_0_on_the_device_is_llama_cpps():
+    """The quantizer's bytes, for weights of every size, zeros and halves that must be rounded away from zero."""
+    rng = np.random.default_rng(1)
+    rows = (rng.standard_normal((8, 96)) * 10.0 ** rng.integers(-6, 4, (8, 1))).astype(np.float32)
+    rows[3, :32], rows[4, :32] = 0, np.arange(-16, 16) + 0.5
+    rows[4, 0] = 127
+    have = quantize_q8_0(torch.from_numpy(rows), "w").numpy()
+    assert np.array_equal(have, q8_0.encode(rows))
+    with pytest.raises(KimiLiteError, match=r"Tensor w .* Q8_0 cannot hold"):
+        quantize_q8_0(torch.full((1, 32), 1e9), "w")
+
+
+@pytest.mark.parametrize("dense_type", ["q8_0", "bf16", "file"])
+def test_dense_weights(store, dense_type):
+    """Each type as it is or encoded anew; several matrices as one."""
+    weights = DenseWeights(store, Accelerator("cpu"), StandInKernels(), dense_type)
+    names = [f"blk.0.ffn_{part}.weight" for part in ("gate", "up")]
+    matrix = weights.matrix(*names)
+    assert matrix.layout_name == {"q8_0": "Q8_0", "bf16": "BF16", "file": "F32"}[dense_type]
+    want = np.concatenate([store.tensor(name).data.view(np.float32) for name in names])
+    assert np.abs(dequantize(matrix.data.numpy(), matrix.layout_name) - want).max() < 2e-2 * np.abs(want).max()
+    low = weights.matrix("blk.0.attn_output.weight")
+    assert low.layout_name == {"q8_0": "Q8_0", "bf16": "BF16", "file": "Q4_0"}[dense_type]
+    assert weights.num_bytes == matrix.data.nbytes + low.data.nbytes
+
+
+def test_a_router_is_never_rounded(store, tmp_path):
+    """Float32 stays, unless bfloat16 says exactly the same."""
+    accelerator, kernels = Accelerator("cpu"), StandInKernels()
+    matrix = DenseWeights(store, accelerator, kernels).exact_matrix("blk.1.ffn_gate_inp.weight")
+    assert matrix.layout_name == "F32"
+    path = write_tiny_gguf(tmp_path / "t.gguf", np.random.default_rng(2), types={"ffn_gate_inp": "BF16"})
+    assert (
+        DenseWeights(GGUFStore.open(path), accelerator, kernels).exact_matrix("blk.1.ffn_gate_inp.weight").layout_name == "BF16"
+    )
+
+
+def test_a_slot_holds_the_files_bytes(store, config):
+    source = ExpertSource(store, config)
+    form, slot = source.form(2), np.zeros(source.slot_bytes, np.uint8)
+    source.copy_into(2, 5, slot)
+    for part, name in zip(form.parts, ("gate", "up", "down"), strict=True):
+        data = store.tensor(f"blk.2.ffn_{name}_exps.weight").data[5]
+        assert part.offset % 256 == 0 and (part.num_rows, part.row_bytes) == data.shape
+        assert np.array_equal(slot[part.offset : part.offset + part.num_bytes].reshape(data.shape), data)
+    assert form.num_bytes == source.slot_bytes and (form.width, form.hidden_size) == (256, 256)
+    assert form.gate.layout_name == "TQ1_0" and form.down.layout_name == "Q4_K"
+
+
+def test_vram_is_divided(store, config):
+    """The longest chunk that leaves room, and slots in the rest; what cannot be is refused with numbers."""
+    sizes, slot_bytes = store_sizes(store, config), 9 * 1024**2
+    roomy = divide_vram(sizes, slot_bytes, 10 * GIB, HybridOptions())
+    assert roomy.chunk_tokens == 8192 and roomy.num_slots == sizes.num_experts, "never more than there are experts"
+    tight = divide_vram(sizes, slot_bytes, GIB // 2 + 64 * 1024**2, HybridOptions())
+    assert tight.chunk_tokens < 8192 and tight.num_slots < 7
+    assert divide_vram(sizes, slot_bytes, 10 * GIB, HybridOptions(num_gpu_experts=3, chunk_tokens=700)).num_slots == 3
+    with pytest.raises(KimiLiteError, match=r"chunk of 512 tokens needs .* of VRAM .* is left"):
+        divide_vram(sizes, slot_bytes, GIB // 2, HybridOptions())
+    with pytest.raises(KimiLiteError, match="--gpu-experts 16: there is room in VRAM for"):
+        divide_vram(sizes, slot_bytes, GIB // 2 + 64 * 1024**2, HybridOptions(num_gpu_experts=16))
+
+
+def test_heads_at_a_time_bounds_memory(config):
+    assert heads_at_a_time(config, 10, 2) == config.num_heads
+    assert heads_at_a_time(config, 10**9, 2) == 1
+
+
+def test_latents_in_eight_bits():
+    """Codes times the scale of their 32, the last group shorter."""
+    rng = np.random.default_rng(3)
+    codes, scales = rng.integers(-127, 128, (4, 80), np.int8), rng.random((4, 3)).astype(np.float16)
+    rows = torch.from_numpy(np.concatenate([codes.view(np.uint8), scales.view(np.uint8)], axis=1))
+    want = codes * np.repeat(scales.astype(np.float32), 32, axis=1)[:, :80]
+    assert np.array_equal(latent_values(rows, 80).numpy(), want)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16", "q8"])
+def test_cache_on_the_device(store, config, kv_dtype):
+    kv = make_device_cache(store, config, 200, kv_dtype, Accelerator("cpu"))
+    assert kv.num_pages == 4 and isinstance(kv.storage, torch.Tensor)
+
+
+def test_shapes_of_decode_steps():
+    assert [rows_for(n) for n in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 16]
+    assert [pages_for(n) for n in (1, 16, 17, 512)] == [16, 16, 32, 512]
+
+
+class FakeGraphs:
+    """Captures as CUDA does: nothing runs until the replay."""
+
+    def __init__(self) -> None:
+        self.num_captures = self.num_replays = 0
+
+    def capture(self, run: Callable[[], None]) -> "FakeGraphs":
+        self.num_captures += 1
+        self._run = run
+        return self
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self._run()
+
+
+def test_segments_run_once_are_captured_once_and_replayed():
+    ran, graphs = [], FakeGraphs()
+    segment = Segment(lambda: ran.append(1), graphs)
+    for _ in range(4):
+        segment()
+    assert (len(ran), graphs.num_captures, graphs.num_replays) == (4, 1, 3)
+    plain = Segment(lambda: ran.append(1), None)
+    plain()
+    plain()
+    assert len(ran) == 6
+
+
+def test_steps_are_padded_with_rows_that_do_nothing(config):
+    pages = np.array([4, 2], np.int32)
+    batch = Batch(np.array([7], np.int32), np.array([70], np.int32), np.ones(1, bool), (SequenceSlice(0, 1, pages),))
+    step = StepMaker(config, Accelerator("cpu")).make(batch, [], num_rows=4, num_pages=16)
+    assert step.slots.tolist() == [2 * 64 + 6, -1, -1, -1] and step.lengths.tolist() == [71, 0, 0, 0]
+    assert step.page_table.shape == (4, 16) and step.page_table[0, :2].tolist() == [4, 2] and step.absorbed is None
+
+
+def test_devices_that_cannot_be_had():
+    assert choose_device("cpu") == "cpu"
+    with pytest.raises(KimiLiteError, match="--device tpu"):
+        choose_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(KimiLiteError, match="--device cuda"):
+            Accelerator("cuda")
