@@ -83,9 +83,17 @@ def tile_for(each: Format, k: int, max_unroll: int) -> Tile:
     return next(tile for tile, size in zip(tiles, padded, strict=True) if size <= limit)
 
 
-def rows_for(num_rows: int, num_tokens: int) -> int:
-    """Rows of a program: several share the loads of activations, but there must be programs for the whole GPU."""
-    return 1 if num_tokens > 4 or num_rows < 4096 else 4 if num_tokens == 1 else 2
+def rows_for(num_rows: int, num_tokens: int, k: int) -> int:
+    """Rows of a program, of all heads' `num_rows`: several share loads of activations, but the whole GPU must have programs.
+
+    Rows as short as those of MLA's k_b and v_b would leave a program too little to do.
+    """
+    is_short = k <= 512
+    if num_tokens > 4:
+        return 2 if is_short and num_rows >= 8192 else 1
+    if num_rows < 4096:
+        return 1
+    return (8 if is_short else 4) if num_tokens == 1 else 2
 
 
 def matvec(
@@ -100,7 +108,7 @@ def matvec(
     assert data.data_ptr() % each.run == 0, (layout_name, data.data_ptr())
     num_rows, num_blocks = data.shape[1], k // layout.block_size
     tokens = triton.next_power_of_2(num_tokens)
-    rows = rows_per_program or rows_for(num_rows, tokens)
+    rows = rows_per_program or rows_for(num_rows * num_heads, tokens, k)
     tile = tile_for(each, k, max(1, 4 // (rows * tokens)))
     matvec_kernel[(triton.cdiv(num_rows, rows), num_heads)](
         x, weights_of(data, layout_name), out, table_for(each, data), num_tokens, num_rows, num_blocks,

@@ -39,7 +39,7 @@ def test_hostile_scales(name, regime, device):
     assert_close(back(linear(x, on(device, rows), name, k)), expected, size)
 
 
-@pytest.mark.parametrize("rows_per_program", [2, 4])
+@pytest.mark.parametrize("rows_per_program", [2, 8])
 def test_several_rows_a_program(rows_per_program, device):
     """As for matrices of 4096 rows and more; the last program has fewer."""
     rows, x, _, expected, size = _case("Q4_0", 7, 1, device, BFLOAT16)
