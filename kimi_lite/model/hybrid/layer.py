@@ -35,7 +35,8 @@ class Layer:
         normed = self.attend(x, step)
         if self.router is not None:
             ids, weights = self.router.forward(normed)
-            x += experts.forward(self.number, normed, ids, weights, partial(self.aside, normed))
+            aside = partial(self.aside, normed)
+            x += experts.forward(self.number, normed, ids, weights, aside, may_stream=not step.is_decoding)
 
     def attend(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x += attention; of a dense layer += feed-forward too. Returns what router and experts read, (T, D)."""

@@ -25,7 +25,7 @@ from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.streamed import StreamedExperts
 
 ROW_TOKENS = 512  # up to here every choice has a row: 117 MB for Kimi K2.5
-MIN_STREAM_TOKENS = 32  # below, an upload is never worth it; decoding never waits for one
+MIN_STREAM_TOKENS = 32  # below, an upload is never worth it
 
 
 class _Unsettled(NamedTuple):
@@ -75,13 +75,17 @@ class RoutedExperts:
         ids: torch.Tensor,
         weights: torch.Tensor,
         beside: Callable[[], torch.Tensor | None],
+        may_stream: bool = True,
     ) -> torch.Tensor:
-        """(T, D), int32 (T, K), (T, K) -> (T, D): the weighted sum over the chosen experts, plus what `beside` computes."""
+        """(T, D), int32 (T, K), (T, K) -> (T, D): the weighted sum over the chosen experts, plus what `beside` computes.
+
+        may_stream: not for decoding, which never waits for an upload however many sequences there are.
+        """
         num_tokens = len(normed)
         host = self._host_for(num_tokens, normed.shape[1], ids.shape[1])
         host.copy_ids(ids)
         chosen = self._chosen(layer, host, num_tokens, self._accelerator.event())
-        if num_tokens >= MIN_STREAM_TOKENS:
+        if num_tokens > ROW_TOKENS or (may_stream and num_tokens >= MIN_STREAM_TOKENS):
             num_windows = -(-num_tokens // self.cpu.capacity)
             division = self.streamed.divide(layer, chosen, self.slots.residents(layer), num_windows)
             if division.streamed or num_tokens > ROW_TOKENS:

@@ -36,6 +36,7 @@ class Step:
     lengths: torch.Tensor  # int32 (rows that attend absorbed,), positions that each sees
     absorbed: torch.Tensor | None  # int64, which rows attend absorbed; None: all
     expanded: list[ExpandedSlice] = field(default_factory=list)
+    is_decoding: bool = True  # every sequence has one token
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +71,7 @@ class StepMaker:
             lengths=to(lengths, torch.int32),
             absorbed=to(rows, torch.int64) if expanded else None,
             expanded=[self._expanded(batch, piece) for piece in expanded],
+            is_decoding=is_decoding(batch),
         )
 
     def _expanded(self, batch: Batch, piece: SequenceSlice) -> ExpandedSlice:
@@ -89,6 +91,11 @@ def cache_slots(batch: Batch) -> np.ndarray:
         pages = piece.pages[positions // PAGE_TOKENS].astype(np.int64)
         slots[piece.start : piece.start + piece.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
     return slots
+
+
+def is_decoding(batch: Batch) -> bool:
+    """Whether every sequence has one token."""
+    return len(batch.sequences) == len(batch.token_ids)
 
 
 def num_pages_seen(batch: Batch) -> int:

@@ -23,7 +23,7 @@ from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import HybridOptions, open_experts, thread_counts
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.layer import Layer
-from kimi_lite.model.hybrid.step import StepMaker, num_pages_seen
+from kimi_lite.model.hybrid.step import StepMaker, is_decoding, num_pages_seen
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.model.transformer import check_sizes, choose_expanded
 from kimi_lite.model.weights import check_types, compile_kernels
@@ -94,11 +94,11 @@ class HybridTransformer:
         """
         num_tokens = len(batch.token_ids)
         assert num_tokens <= self.max_batch_tokens, (num_tokens, self.max_batch_tokens)
-        is_decoding = num_tokens <= MAX_DECODE_TOKENS
-        self._adaptive.begin(num_tokens, is_decoding)  # settles the step before
+        is_short = num_tokens <= MAX_DECODE_TOKENS
+        self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # settles the step before
         if self._recorder:
             self._recorder.begin(num_tokens)
-        if not is_decoding:
+        if not is_short:
             return self._forward_prompt(batch, should_stop)
         start_s = time.perf_counter()
         logits = self._forward_decode(batch)[batch.wants_logits]

@@ -177,6 +177,17 @@ def test_batch_equals_one_by_one(path, ids):
         assert len(prompt) == 100
 
 
+def test_many_sequences_that_decode_wait_for_no_upload(path, ids):
+    """Forty sequences of one token each: more than a captured step takes, and still nothing streams."""
+    pages = [np.array([i], np.int32) for i in range(12)]
+    parts = [(ids[i % 12 : i % 12 + 1], 0, pages[i % 12]) for i in range(40)]  # those that share a page write the same row
+    with only_stream(HybridRunner(path)) as runner:
+        have = runner.forward(*parts)
+        assert runner.transformer.counters()["streamed_experts"] == 0
+        one_by_one = np.concatenate([runner.forward(part) for part in parts[:12]])
+        assert relative_error(have[:12], one_by_one) < F32_LIMIT
+
+
 def test_cancel_between_layers(path, ids):
     with only_stream(HybridRunner(path, group_size=2)) as runner:
         want = runner.prefill(ids)
