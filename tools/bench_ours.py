@@ -63,7 +63,7 @@ class Ours:
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, num_pages, kv_dtype)
         self.plan = plan_load(self.store, self.config, options, cache_tokens=num_pages * PAGE_TOKENS)
         recorder = RoutingRecorder(options.routing_trace, self.config) if options.routing_trace else None
-        tier = choose_tier(self.store, self.plan, options)
+        tier = choose_tier(self.store, self.config, self.plan, options)
         self.transformer = Transformer(self.store, self.config, self.kv, options.num_threads, tier=tier, recorder=recorder)
         template = ChatTemplate.from_metadata(self.store.metadata, self.tokenizer)
         info = describe(self.store, self.config)

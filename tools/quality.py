@@ -3,6 +3,7 @@
     python -m tools.quality -m q4.gguf --reference q8.gguf
     python -m tools.quality -m bf16.gguf --save bf16.safetensors; python -m tools.quality -m q2.gguf --reference bf16.safetensors
     python -m tools.quality -m model.gguf --compare llama.cpp
+    python -m tools.quality -m model.gguf --reference model.gguf --expert-share 0.5 --cache-bias 0.02 --chunks 2 --no-tasks
 
 The text is public-domain prose in the repository (tools/data/emma.txt); perplexity is computed as by llama.cpp's
 `llama-perplexity`: chunks of 512 tokens, the second half of each scored. A perplexity is comparable only between files with the
@@ -97,21 +98,27 @@ def main(
     chunks: Annotated[int, typer.Option(help="Chunks of 512 tokens; 0: the whole text.", min=0)] = _DEFAULT_CHUNKS,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)] = None,
     tasks: Annotated[bool, typer.Option("--tasks/--no-tasks", help="Multiple choice as well.")] = True,
+    expert_share: Annotated[
+        float | None, typer.Option(help="Of the routed experts in RAM; the others through the disk tier.", min=0.01, max=1)
+    ] = None,
+    cache_bias: Annotated[float, typer.Option(help="With --expert-share: prefer experts that are there.", min=0)] = 0.0,
 ) -> None:
     """Measure the quality of a model file."""
     try:
-        _measure(model, reference, compare_with is not None, save, text, chunks, threads, tasks)
+        if cache_bias and expert_share is None:
+            raise KimiLiteError("--cache-bias does nothing where all experts are in RAM.", "Add --expert-share 0.5.")
+        ours = OurLogits(model, threads, expert_share, cache_bias)
+        _measure(ours, reference, compare_with is not None, save, text, chunks, threads, tasks)
     except KimiLiteError as error:
         print(f"quality: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _measure(
-    model: Path, reference: Path | None, compares: bool, save: Path | None, text: Path, num_chunks: int, threads: int | None,
+    ours: OurLogits, reference: Path | None, compares: bool, save: Path | None, text: Path, num_chunks: int, threads: int | None,
     has_tasks: bool,
 ) -> None:  # fmt: skip
     with ExitStack() as stack:
-        ours = OurLogits(model, threads)
         stack.callback(ours.close)
         ids = ours.tokenizer.encode(text.read_text(encoding="utf-8"))
         chunks = list(chunks_of(ids, ours.bos_id, num_chunks))
@@ -128,6 +135,9 @@ def _measure(
         own, found = score_text(ours, references, chunks, lambda rows: kept.append(rows.astype(np.float16)) if save else None)
         named = [(each.name, *pair) for each, pair in zip(references, found, strict=True)]
         print_text(len(chunks), own, named)
+        if counters := ours.expert_counters():
+            found_share = counters["expert_hits"] / sum(counters[f"expert_{name}"] for name in ("hits", "late", "misses"))
+            print(f"\nexperts there     {found_share:.1%} of those asked for, {counters['expert_slots']:,.0f} slots")
         if save:
             save_rows(save, kept, ours.name, hash_ids(chunks))
         result = answer_all(ours.logits, ours.tokenizer, ours.bos_id, load_questions()) if has_tasks else None

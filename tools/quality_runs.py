@@ -10,11 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.memory.expert_places import find_places
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache
 from kimi_lite.model.batch import PAGE_TOKENS, Batch, SequenceSlice
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.tensors import check_tensors
+from kimi_lite.model.tier_options import TierOptions
 from kimi_lite.model.transformer import Transformer
 from kimi_lite.text.tokenizer import Tokenizer
 from tools.quality_score import CHUNK_TOKENS, FIRST_SCORED, log_softmax
@@ -36,7 +38,11 @@ class Source(Protocol):
 class OurLogits:
     """A model through our forward pass, with a cache for one chunk."""
 
-    def __init__(self, path: Path, num_threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, num_threads: int | None = None, expert_share: float | None = None, cache_bias: float = 0.0
+    ) -> None:
+        """expert_share: of the routed experts that RAM holds, the others come through the disk tier. With a cache_bias tokens
+        run one by one, because that is how it is meant: what is there changes from token to token."""
         self.store = GGUFStore.open(path)
         self.name = self.store.path.name
         self.config = ModelConfig.from_metadata(self.store.metadata, self.name)
@@ -44,7 +50,12 @@ class OurLogits:
         self.tokenizer = Tokenizer.from_metadata(self.store.metadata)
         self._pages = np.arange(CHUNK_TOKENS // PAGE_TOKENS, dtype=np.int32)
         kv = KVCache(self.config.num_layers, self.config.kv_latent_size, len(self._pages))
-        self._transformer = Transformer(self.store, self.config, kv, num_threads)
+        tier = None
+        if expert_share is not None:
+            routed_bytes = find_places(self.store, self.config).routed_bytes
+            tier = TierOptions(int(expert_share * routed_bytes), cache_bias)
+        self._is_one_by_one = cache_bias > 0
+        self._transformer = Transformer(self.store, self.config, kv, num_threads, tier=tier)
 
     @property
     def num_threads(self) -> int:
@@ -62,9 +73,18 @@ class OurLogits:
 
     def logits(self, ids: np.ndarray, first: int = 0) -> np.ndarray:
         """float32 (T - first, vocabulary): rows `first ..` of one prompt of at most 512 tokens."""
-        positions = np.arange(len(ids), dtype=np.int32)
+        if not self._is_one_by_one:
+            return self._forward(ids, 0, first)
+        return np.concatenate([self._forward(ids[i : i + 1], i, first) for i in range(len(ids))])
+
+    def _forward(self, ids: np.ndarray, start: int, first: int) -> np.ndarray:
+        positions = np.arange(start, start + len(ids), dtype=np.int32)
         whole = (SequenceSlice(0, len(ids), self._pages),)
         return self._transformer.forward(Batch(np.asarray(ids, np.int32), positions, positions >= first, whole))
+
+    def expert_counters(self) -> dict[str, float]:
+        """What the disk tier did; nothing without it."""
+        return self._transformer.counters()
 
     def scored_rows(self, index: int, chunk: np.ndarray) -> np.ndarray:
         return log_softmax(self.logits(chunk[:-1], FIRST_SCORED))

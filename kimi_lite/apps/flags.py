@@ -59,6 +59,10 @@ Dense = Annotated[
 Ram = Annotated[
     str | None, _setting("--ram", help="Memory it may take; experts beyond it stay on disk.", panel=MODEL, metavar="SIZE")
 ]
+Loading = Annotated[
+    Literal["map", "read", "lock"],
+    _setting("--load", help="Experts that fit: map the file, read it into memory at once, or also lock it there.", panel=MODEL),
+]
 RecordRouting = Annotated[
     Path | None,
     _setting("--record-routing", help="Write which experts every token chose (.npz), for tools.cache_sim.", panel=MODEL),

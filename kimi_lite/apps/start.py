@@ -59,6 +59,7 @@ class Settings:
             num_gpu_experts=flags["gpu_experts"],
             dense_type=flags["dense"],
             ram_bytes=parse_size(flags["ram"], "--ram") if flags["ram"] else None,
+            loading=flags["load"],
             routing_trace=flags["record_routing"],
             cache_bias=flags["cache_bias"],
             prefix_folder=folder,

@@ -60,7 +60,7 @@ def _open_model(
 ) -> tuple[Model, KVCache]:
     """On the CPU's road or the GPU's."""
     recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
-    tier = choose_tier(store, plan, options)
+    tier = choose_tier(store, config, plan, options)
     if device != "cpu":
         from kimi_lite.model.hybrid.load import load_hybrid
 
@@ -69,7 +69,8 @@ def _open_model(
 
     kv = make_cache(config, context_length, options.kv_dtype)
     on_compile = partial(report, "preparing kernels")
-    return Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder), kv
+    on_load = partial(report, "reading experts")
+    return Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder, on_load), kv
 
 
 def choose_context(config: ModelConfig, context_length: int | None) -> int:

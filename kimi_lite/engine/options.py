@@ -15,6 +15,7 @@ class LoadOptions:
     device: str | None = None  # a torch device; None: CUDA where there is one
     vram_bytes: int | None = None
     ram_bytes: int | None = None
+    loading: str = "map"  # of experts that fit into RAM: "map", "read" (into memory of our own), "lock" (and keep it there)
     routing_trace: Path | None = None  # where the chosen experts of every token are recorded
     prefix_folder: Path | None = None  # where cached prefixes outlive the process; None: they do not
     prefix_bytes: int | None = None  # how large the folder may become

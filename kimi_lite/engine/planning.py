@@ -4,6 +4,7 @@ from it. Called by `engine.loader`."""
 from dataclasses import replace
 
 from kimi_lite.engine.options import LoadOptions
+from kimi_lite.memory.expert_places import find_places
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.hardware import Gpu, probe
 from kimi_lite.memory.heat import heat_path
@@ -27,13 +28,19 @@ def plan_load(
         vram_bytes=options.vram_bytes,
         ram_bytes=options.ram_bytes,
         num_threads=options.num_threads,
+        num_gpu_experts=options.num_gpu_experts,
+        dense_type=options.dense_type,
         cache_tokens=cache_tokens,
     )
     return make_plan(store_sizes(store, config), hardware, limits).require()
 
 
-def choose_tier(store: GGUFStore, plan: Plan, options: LoadOptions) -> TierOptions | None:
-    """How routed experts that do not fit into RAM come from the disk; None where all fit."""
-    if not plan.disk_expert_bytes:
+def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: LoadOptions) -> TierOptions | None:
+    """How routed experts that do not fit into RAM come from the disk, or how all are loaded; None where they are mapped."""
+    is_locked = options.loading == "lock"
+    if plan.disk_expert_bytes:
+        return TierOptions(plan.ram_expert_bytes, options.cache_bias, heat_path=heat_path(store.path), is_locked=is_locked)
+    if options.loading == "map" or plan.is_on_card or not config.num_moe_layers:
         return None
-    return TierOptions(plan.ram_expert_bytes, options.cache_bias, heat_path=heat_path(store.path))
+    room_bytes = sum(size * len(layers) for size, layers in find_places(store, config).pools.items()) * config.num_experts
+    return TierOptions(room_bytes, is_loading_all=True, is_locked=is_locked)

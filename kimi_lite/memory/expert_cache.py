@@ -13,7 +13,7 @@ Which expert must leave is `policy.HeatPolicy`'s decision; an expert in use neve
 fill slots, and what they bring counts when that thread asks. A failed read is a KimiLiteError, and its slot is free again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,11 +22,13 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.expert_places import ExpertPlaces
 from kimi_lite.memory.expert_reader import ExpertReader, ReadJob, aligned_memory, release_memory
 from kimi_lite.memory.expert_request import ExpertRequest
+from kimi_lite.memory.lock import lock_memory
 from kimi_lite.memory.policy import HALF_LIVES, HeatPolicy
 from kimi_lite.units import gib_apart
 from native.cpu.matrix import DATA
 
 SLOTS_PER_CHOICE = 2  # at least: one token's experts of a layer are read while those before are computed
+_LOADED_AT_ONCE = 64  # experts, between two reports of progress
 _GUESS_WORTH = len(HALF_LIVES) / 2  # a guess evicts nobody whose score is higher: such an expert is chosen by every second token
 
 
@@ -124,6 +126,44 @@ class ExpertCache:
                 if pool.policy.is_absent(layer, expert):
                     count += self._begin_read(pool, layer, expert, is_urgent=False) >= 0
         return count
+
+    def load_all(self, on_progress: Callable[[int, int], None]) -> None:
+        """Bring in every expert that has room, layer by layer: on_progress(bytes done, bytes in all). Raises KimiLiteError."""
+        wanted = [(layer, expert) for layer in self.places.layers for expert in range(self.places.num_experts)]
+        wanted = [key for key in wanted if self._pool_of[key[0]].policy.is_absent(*key)]
+        num_bytes = {layer: each.expert_bytes for layer, each in self.places.layers.items()}
+        done, total = 0, sum(num_bytes[layer] for layer, _ in wanted)
+        for start in range(0, len(wanted), _LOADED_AT_ONCE):
+            part = wanted[start : start + _LOADED_AT_ONCE]
+            part = [(layer, e) for layer, e in part if self._pool_of[layer].policy.num_free and self.require(layer, e) >= 0]
+            self._wait_for(part)
+            done += sum(num_bytes[layer] for layer, _ in part)
+            on_progress(done, total)
+
+    def _wait_for(self, keys: Sequence[tuple[int, int]]) -> None:
+        """Until these reads have ended. Raises KimiLiteError for one that failed."""
+        slots = [(self._pool_of[layer], self._pool_of[layer].policy.loading_slot(layer, e), layer, e) for layer, e in keys]
+        for pool, slot, _, _ in slots:
+            pool.policy.pin([slot])
+        try:
+            while any(slot in pool.jobs for pool, slot, _, _ in slots):
+                self.collect(is_waiting=True)
+            for pool, slot, layer, expert in slots:
+                if slot in pool.broken:
+                    raise self.failure(layer, expert, pool.broken[slot])
+        finally:
+            for pool, slot, layer, _ in slots:
+                pool.policy.unpin([slot])
+                self.give_up(layer, slot)
+
+    def lock(self) -> None:
+        """Keep the slots in RAM whatever else needs memory. Raises KimiLiteError where the system does not allow it."""
+        lock_memory([pool.memory for pool in self._pools.values()])
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert is there, so that nothing ever needs to be read."""
+        return sum(pool.policy.num_resident for pool in self._pools.values()) == len(self.places.layers) * self.places.num_experts
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget, of at most the first one's slots: cold experts go, or slots come back. Slots in use stay."""

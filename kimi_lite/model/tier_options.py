@@ -15,3 +15,5 @@ class TierOptions:
     num_readers: int = DEFAULT_READERS
     is_direct: bool = True  # past the page cache, where that can be
     heat_path: Path | None = None  # where heat is kept between runs; None: nowhere
+    is_loading_all: bool = False  # every expert is read before the first token: `budget_bytes` has room for all
+    is_locked: bool = False  # slots are kept in RAM whatever else needs memory

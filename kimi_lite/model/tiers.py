@@ -54,8 +54,10 @@ class TieredLayers:
         team: Team,
         embedding: list[Op],
         layers: Sequence[tuple[list[Op], FeedForward]],
+        on_load: Callable[[int, int], None],
     ) -> None:
-        """run: address of the batch's table; layers: attention's operations and the rest. Raises KimiLiteError."""
+        """run: address of the batch's table; layers: attention's operations and the rest; on_load(bytes done, bytes in all):
+        where everything is loaded at once. Raises KimiLiteError."""
         self.config = config
         self._options, self._run, self._buffers, self._team = options, run, buffers, team
         self._feed_forward, self._is_closed = [rest for _, rest in layers], False
@@ -67,10 +69,29 @@ class TieredLayers:
         self._make_buffers()
         self._embed = self._program("embedding", embedding)
         self._steps = [self._lay_out(layer, attention) for layer, (attention, _) in enumerate(layers)]
+        try:
+            self._fill(on_load)
+        except BaseException:
+            self.cache.close()
+            raise
+
+    def _fill(self, on_load: Callable[[int, int], None]) -> None:
+        """What is brought in before the first token: everything, or in the background what was hot the last time."""
+        options = self._options
+        if options.is_locked:
+            self.cache.lock()
         heat = options.heat_path and load_heat(options.heat_path, self.cache.heat_shape)
         if heat is not None:
             self.cache.import_heat(heat)
+        if options.is_loading_all:
+            self.cache.load_all(on_load)
+        elif heat is not None:
             self.cache.warm()
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert is in its slot for good: then the layers need no steps."""
+        return self._options.is_loading_all and self.cache.holds_all
 
     # Running ------------------------------------------------------------------------------------------------------
 

@@ -49,11 +49,13 @@ class Transformer:
         on_compile: Callable[[int, int], None] | None = None,
         tier: TierOptions | None = None,
         recorder: RoutingRecorder | None = None,
+        on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         """Raises KimiLiteError for a missing tensor, a type without a kernel or sizes the kernels cannot take.
 
         num_threads: default, physical cores. on_compile(kernels done, kernels in all): the first run takes seconds.
-        tier: where the routed experts do not fit into RAM; None: all are read in place. recorder: of what tokens choose.
+        tier: where the routed experts do not fit into RAM, or are to be loaded; None: all are read in place. recorder: of what
+        tokens choose. on_load(bytes done, bytes in all): where the tier loads everything at once.
         """
         check_types(store)
         check_sizes(config)
@@ -81,9 +83,13 @@ class Transformer:
         self._buffers = Buffers(config, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds)
         self._layers = list(zip(attention, feed_forward, strict=True))  # keeps the weights mapped
         self._recorder, self._tiers = recorder, None
-        self._lay_out(store, tier)
+        try:
+            self._lay_out(store, tier, on_load or (lambda done, total: None))
+        except BaseException:
+            self.team.close()
+            raise
 
-    def _lay_out(self, store: GGUFStore, tier: TierOptions | None) -> None:
+    def _lay_out(self, store: GGUFStore, tier: TierOptions | None, on_load: Callable[[int, int], None]) -> None:
         """Makes the programs: one per layer, one of all layers, and the head; or the tiers' own for the layers."""
         run, buffers, c = self._run.address, self._buffers, self.config
         self._token_embd = matrix(store, "token_embd.weight")
@@ -94,7 +100,7 @@ class Transformer:
             halves.append((attention.ops(run, buffers, storage, self.kv.dtype), feed_forward))
             layers.append([*halves[-1][0], *feed_forward.ops(run, buffers)])
         if tier is not None:
-            self._tiers = TieredLayers(store, c, tier, run, buffers, self.team, layers[0], halves)
+            self._tiers = TieredLayers(store, c, tier, run, buffers, self.team, layers[0], halves, on_load)
         self._layer_programs = [_program(ops) for ops in layers]
         self._whole = _program([op for ops in layers for op in ops])
         self._output_norm, self._output = vector(store, "output_norm.weight"), matrix(store, "output.weight")
@@ -113,7 +119,7 @@ class Transformer:
         stages = [[(name, op.stage) for op in ops] for name, ops in zip(names, layers, strict=True)]
         whole = [*zip(self._layer_programs, stages, strict=True), (self._whole, [stage for part in stages for stage in part])]
         self.programs = [
-            *(self._tiers.programs if self._tiers else whole),
+            *(self._tiers.programs if self._tiers and not self._tiers.holds_all else whole),
             (self._head, [("head", op.stage) for op in head_ops]),
         ]  # with (part, stage) of every operation, for those who measure
 
@@ -151,7 +157,7 @@ class Transformer:
         self, num_tokens: int, should_stop: Callable[[], bool] | None, on_choice: Callable[[int, np.ndarray], None] | None
     ) -> None:
         """Embedding and all layers. on_choice(layer, expert ids (T, K)): after each layer that routes."""
-        if self._tiers:
+        if self._tiers and not self._tiers.holds_all:
             self._tiers.run(num_tokens, should_stop, on_choice)
         elif num_tokens <= _UNINTERRUPTED_TOKENS and on_choice is None:
             self.team.run(self._whole)

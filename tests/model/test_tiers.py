@@ -1,5 +1,9 @@
 """The disk tier against all experts in memory: the same bits, whatever came from where and in which order."""
 
+import ctypes
+import errno
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -110,6 +114,39 @@ def test_a_disk_error_is_a_sentence_and_the_model_lives_on(f32_path, monkeypatch
                 with pytest.raises(KimiLiteError, match=r"expert \d+ of layer \d could not be read: Input/output error"):
                     run(ids)
         assert np.array_equal(runner.decode(ids), want)
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_everything_loaded_at_once(path, is_locked):
+    """All experts in memory of our own: no steps, no reads, the same bits."""
+    with Runner(path) as runner:
+        want, seen = every_road(runner), []
+    options = TierOptions(24 * slot_bytes(path), is_loading_all=True, is_locked=is_locked)
+    with Runner(path, tier=options, on_load=lambda done, total: seen.append((done, total))) as runner:
+        read_bytes = runner.transformer.counters()["disk_bytes"]
+        have = every_road(runner)
+        assert runner.transformer._tiers.holds_all
+        assert runner.transformer.counters()["disk_bytes"] == read_bytes > 0
+    assert np.array_equal(have, want)
+    assert seen[-1][0] == seen[-1][1] > 0 and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_memory_that_may_not_be_locked_is_a_sentence(f32_path, monkeypatch):
+    library = SimpleNamespace(mlock=lambda address, num_bytes: -1)
+    types = {"c_void_p": ctypes.c_void_p, "c_size_t": ctypes.c_size_t}
+    fake = SimpleNamespace(CDLL=lambda *_, **__: library, get_errno=lambda: errno.ENOMEM, **types)
+    monkeypatch.setattr("kimi_lite.memory.lock.ctypes", fake)
+    with pytest.raises(KimiLiteError, match=r"MiB are to be locked in RAM; .*: Cannot allocate memory"):
+        Runner(f32_path, tier=TierOptions(24 * slot_bytes(f32_path), is_loading_all=True, is_locked=True))
+
+
+def test_an_error_while_loading_is_a_sentence(f32_path, monkeypatch):
+    def fail(self, place, offset):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("kimi_lite.memory.expert_reader._File.read_into", fail)
+    with pytest.raises(KimiLiteError, match="could not be read: Input/output error"):
+        Runner(f32_path, tier=TierOptions(24 * slot_bytes(f32_path), is_direct=False, is_loading_all=True))
 
 
 def test_what_tokens_choose_is_recorded(f32_path, tmp_path):
