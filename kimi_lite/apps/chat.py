@@ -17,7 +17,7 @@ from rich.text import Text
 from kimi_lite.apps.attachments import Attachment, compose, counted, dropped_images, read_image
 from kimi_lite.apps.commands import all_commands, is_command
 from kimi_lite.apps.folders import state_folder
-from kimi_lite.apps.interrupt import as_exit, on_interrupt, silent_keys
+from kimi_lite.apps.interrupt import Forced, as_exit, on_interrupt, silent_keys
 from kimi_lite.apps.markdown import CONTROLS
 from kimi_lite.apps.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_plain, stats_line
 from kimi_lite.apps.room import make_room, warn_when_nearly_full
@@ -187,7 +187,8 @@ class Chat:
         try:
             last = self.stream(answering, settings)
         finally:
-            self.autosave.save()
+            with on_interrupt(lambda: None):  # a Ctrl-C that comes too late for the answer
+                self.autosave.save()
         warn_when_nearly_full(self, last.stats.prompt_tokens + last.stats.generated_tokens)
 
     def stream(self, answering: Answering, settings: AnswerSettings | None = None) -> Token:
@@ -243,6 +244,10 @@ class Chat:
                 self.commands.run(self, line.strip())
             elif line.strip():
                 (self.replace if is_editing else self.ask)(line.strip())
+        except Forced:
+            raise
+        except KeyboardInterrupt:  # between the answer and the prompt: nothing is left to stop
+            self.say("")
         except KimiLiteError as error:
             self._say(error.message, "red")
             if error.hint:

@@ -1,10 +1,17 @@
-"""Ctrl-C while the model works: the first asks it to stop, the second ends the program. Used by `apps.chat` and `apps.run`."""
+"""Ctrl-C while the model works: the first asks it to stop, a later one ends the program. Used by `apps.chat` and `apps.run`."""
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+PATIENCE_S = 1.0  # a Ctrl-C sooner after the first is the same wish, typed twice
+
+
+class Forced(KeyboardInterrupt):
+    """Another Ctrl-C while something works that was asked to stop: the program is to end."""
 
 
 class Interrupt:
@@ -13,9 +20,14 @@ class Interrupt:
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
         self.has_come = False
+        self._came_s = 0.0
 
     def come(self) -> None:
-        self.has_come = True
+        """From the signal's handler."""
+        if self.has_come and time.monotonic() - self._came_s >= PATIENCE_S:
+            raise Forced
+        if not self.has_come:
+            self.has_come, self._came_s = True, time.monotonic()
         self._action()
 
     def again(self) -> None:
@@ -25,11 +37,10 @@ class Interrupt:
 
 @contextmanager
 def on_interrupt(action: Callable[[], None]) -> Iterator[Interrupt]:
-    """Inside the block the first Ctrl-C calls `action` and the next raises KeyboardInterrupt."""
+    """Inside the block Ctrl-C calls `action`; one that comes `PATIENCE_S` after the first raises Forced."""
     interrupt = Interrupt(action)
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         interrupt.come()
 
     previous = signal.signal(signal.SIGINT, handle)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from kimi_lite.apps.commands import all_commands
+from kimi_lite.apps.interrupt import PATIENCE_S
 from tests.apps.terminal import ROOT, Terminal
 
 FAKE = "tests.apps.fake_main"
@@ -86,12 +87,14 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_says_how_to_leave(terminal: Te
     assert terminal.wait() == 0
 
 
-def test_a_second_ctrl_c_ends_a_program_that_does_not_stop(terminal: Terminal) -> None:
+def test_a_later_ctrl_c_ends_a_program_that_does_not_stop(terminal: Terminal) -> None:
     terminal.wait_for("❯")
     terminal.type("deaf\r")  # the model never asks whether it should stop
     time.sleep(1.0)
     terminal.type("\x03")
-    time.sleep(0.5)
+    time.sleep(0.3)
+    terminal.type("\x03")  # typed twice: the same wish
+    time.sleep(PATIENCE_S)
     assert terminal.process.poll() is None
     terminal.type("\x03")
     assert terminal.wait() == 130

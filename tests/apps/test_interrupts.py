@@ -8,6 +8,8 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,28 @@ def answer(prompt: str) -> tuple[str, str]:
     """`number 7 it is, and so on` for a message that begins with 7."""
     said = prompt.rpartition("<|im_user|>user<|im_middle|>")[2].removesuffix("<|im_end|>")
     return "", f"number {said.split()[0]} it is, and so on"
+
+
+@pytest.fixture(autouse=True)
+def _late_signals_are_ignored() -> Iterator[None]:
+    """Those that come when the chat has handed back to the test."""
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: None)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_a_late_interrupt_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between the last token and the prompt, while the conversation is saved."""
+    talk = Talk(tmp_path, capsys)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    save = talk.chat.autosave.save
+    talk.chat.autosave.save = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05), save())
+    talk.say("hi")
+    talk.chat.commands.add(replace(talk.chat.commands.by_name["ctx"], names=("raise",), action=lambda *_: signal.raise_signal(2)))
+    talk.say("/raise", "there")
+    assert [turn.text for turn in talk.session.turns] == ["hi", "you said: hi", "there", "you said: there"]
+    assert talk.store.read(talk.chat.autosave.name)["turns"][-1]["content"] == "you said: there"
+    talk.chat.autosave.close()
 
 
 def test_fifty_interrupts_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
