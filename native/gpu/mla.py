@@ -33,15 +33,15 @@ def q8_values(row, is_visible, FIRST: tl.constexpr, COUNT: tl.constexpr, LATENT:
 
 
 @triton.jit
-def splits_of(length, NUM_SPLITS: tl.constexpr):
+def splits_of(length, num_splits):
     """How many of the splits have work: none less than 128 positions, or merging would cost more than it saves."""
-    return tl.maximum(1, tl.minimum(NUM_SPLITS, tl.cdiv(length, 128)))
+    return tl.maximum(1, tl.minimum(num_splits, tl.cdiv(length, 128)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "table_stride"])
 def decode_kernel(
     q_latent, q_rope, storage, page_table, lengths, partial, sums, scale, table_stride, ql_token, ql_head, qr_token, qr_head,
-    num_heads, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
+    num_heads, num_splits, RANK: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
     FACTOR: tl.constexpr, IS_Q8: tl.constexpr, RANK_TILE: tl.constexpr, ROPE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (token, group of heads, split). Writes the split's normed context and the logarithm of its sum of weights."""
@@ -49,7 +49,7 @@ def decode_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = (head < num_heads)[:, None]
     length = tl.load(lengths + token)
-    num_used = splits_of(length, NUM_SPLITS)
+    num_used = splits_of(length, num_splits)
     if split >= num_used:
         return
     num_blocks = tl.cdiv(length, POSITIONS)
@@ -88,21 +88,21 @@ def decode_kernel(
         context = context * factor[:, None] + tl.dot(weights.to(dtype).to(FACTOR), latent, input_precision="ieee")
         total = total * factor + tl.sum(weights, 1)
         peak = new_peak
-    at = (token * num_heads + head) * NUM_SPLITS + split  # (HEADS,)
+    at = (token * num_heads + head) * num_splits + split  # (HEADS,)
     divisor = tl.where(length > 0, total, 1.0)
     tl.store(partial + at[:, None] * RANK + rank[None, :], context / divisor[:, None], is_head & in_rank[None, :])
     tl.store(sums + at, tl.where(length > 0, peak + tl.log(total), float("-inf")), head < num_heads)
 
 
-@triton.jit
-def merge_kernel(partial, sums, lengths, out, num_heads, NUM_SPLITS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["num_splits"])
+def merge_kernel(partial, sums, lengths, out, num_heads, num_splits, RANK: tl.constexpr, TILE: tl.constexpr):
     """Program: one head of one token: its splits, each weighted by its share of the whole sum."""
     which = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, TILE)
     peak, total = float("-inf"), 0.0
     context = tl.zeros((TILE,), tl.float32)
-    for split in range(splits_of(tl.load(lengths + which // num_heads), NUM_SPLITS)):
-        at = which * NUM_SPLITS + split
+    for split in range(splits_of(tl.load(lengths + which // num_heads), num_splits)):
+        at = which * num_splits + split
         size = tl.load(sums + at)
         new_peak = tl.maximum(peak, size, propagate_nan=tl.PropagateNan.ALL)
         is_first = new_peak == float("-inf")  # nothing yet: the difference below would be NaN
@@ -156,12 +156,12 @@ def mla_decode(
     sums = partial.view(-1)[num_tokens * num_heads * num_splits * rank :]  # behind the contexts
     decode_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS), num_splits)](
         q_latent, q_rope, storage, page_table, lengths, partial, sums, scale, page_table.stride(0), q_latent.stride(0),
-        q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), num_heads, NUM_SPLITS=num_splits, RANK=rank, ROPE=rope,
+        q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), num_heads, num_splits, RANK=rank, ROPE=rope,
         HEADS=BLOCK_HEADS, POSITIONS=positions, FACTOR=factor_type(torch.float16 if is_q8 else storage.dtype), IS_Q8=is_q8,
         RANK_TILE=rank_tile, ROPE_TILE=rope_tile, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     merge_kernel[(num_tokens * num_heads,)](
-        partial, sums, lengths, out, num_heads, NUM_SPLITS=num_splits, RANK=rank, TILE=rank_tile, num_warps=4
+        partial, sums, lengths, out, num_heads, num_splits, RANK=rank, TILE=rank_tile, num_warps=4
     )
     return out
 

@@ -95,29 +95,31 @@ def _stack_bytes(machine_code: bytes) -> int:
     return int(re.search(r"STACK:(\d+)", usage.stdout).group(1))
 
 
-def _check(launch: Launch, capability: int) -> None:
-    """Compiles and prints; SystemExit where the GPU could not run the result, or only badly."""
+def _problem_of(launch: Launch, capability: int) -> str | None:
+    """Compiles and prints; says why the GPU could not run the result, or only badly."""
     compiled, name = launch.compiled(capability), launch.kernel.__name__
     decode = launch.argument("DECODE") or launch.argument("G_DECODE")
     what = f"sm_{capability} {name}{f' of {decode.__name__}' if decode else ''}"
     shared, stack = compiled.metadata.shared, _stack_bytes(compiled.asm["cubin"])
     assert f".target sm_{capability}" in compiled.asm["ptx"], what
-    print(f"{what}: {len(compiled.asm['cubin'])} bytes of code, {shared} of shared memory, {stack} of stack")
+    size = len(compiled.asm["cubin"])
+    print(f"{what}: {size} bytes of code, {shared} of shared memory, {stack} of stack", flush=True)
     if shared > SHARED_BYTES[capability]:
-        sys.exit(f"{what} wants {shared} bytes of shared memory; the GPU has {SHARED_BYTES[capability]}.")
+        return f"{what} wants {shared} bytes of shared memory; the GPU has {SHARED_BYTES[capability]}."
     if stack > STACK_BYTES.get(name, 0):
-        sys.exit(f"{what} spills registers: {stack} bytes of stack.")
+        return f"{what} spills registers: {stack} bytes of stack."
+    return None
 
 
 def main() -> None:
     is_all = "--all" in sys.argv
     found = [*_of_all(), *(launch for name in (BY_NAME if is_all else ["TQ1_0"]) for launch in _of_type(name))]
-    for launch in found:
-        for capability in SHARED_BYTES:
-            _check(launch, capability)
-    for launch in [] if is_all else (launch for name in MORE_TYPES for launch in _products(name)):
-        _check(launch, 89)
-    print(f"{len(found)} launches compiled for both")
+    jobs = [(launch, capability) for launch in found for capability in SHARED_BYTES]
+    if not is_all:
+        jobs += [(launch, 89) for name in MORE_TYPES for launch in _products(name)]
+    problems = [problem for job in jobs if (problem := _problem_of(*job))]
+    print(f"{len(found)} launches compiled for both GPUs")
+    sys.exit("\n".join(problems) or 0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_equals_the_oracle(name, device):
     actual = back(dequantize(apart(device, rows, 8), name))
     assert actual.shape == expected.shape
     size = np.abs(expected).max(axis=1, keepdims=True)  # a scale and a minimum may be fused into one rounding on a GPU
-    assert (np.abs(actual - expected) <= 2e-7 * size + 1e-44).all()
+    assert (np.abs(actual - expected) <= 5e-7 * size + 1e-44).all()
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "TQ1_0", "IQ1_M", "Q4_K"])

@@ -50,7 +50,9 @@ def test_swiglu(device):
     gate, up = 40 * _normal(2, 1030), _normal(2, 1030, seed=10)
     gate[0, :3] = [-200, 200, np.nan]
     expected = reference.silu(gate) * up
-    np.testing.assert_allclose(back(swiglu(on(device, gate), on(device, up))), expected, rtol=2e-6, atol=1e-30)
+    np.testing.assert_allclose(
+        back(swiglu(on(device, gate), on(device, up))), expected, rtol=2e-5, atol=1e-30
+    )  # a GPU's e^x is off by x * 2^-24
 
 
 @pytest.mark.parametrize("has_base", [True, False])

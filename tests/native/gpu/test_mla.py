@@ -19,7 +19,7 @@ def _attend(q: np.ndarray, rows: np.ndarray, scale: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [
-    (torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2),
+    (torch.float32, 5e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2),
 ])  # fmt: skip
 def test_decode(dtype, tolerance, device):
     """Pages out of order, lengths that end anywhere (within a page, at its end, after one position, nowhere), 20 heads."""
