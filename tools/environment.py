@@ -16,6 +16,7 @@ from kimi_lite import __version__
 from kimi_lite.memory.gguf_header import read_header
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.hardware_gpu import probe_gpu
+from kimi_lite.memory.host import cpu_name
 from kimi_lite.model.config import ModelConfig
 from native.isa import isa
 
@@ -62,12 +63,6 @@ def describe_model(store: GGUFStore, config: ModelConfig) -> dict:
         "active_parameters": config.active_parameters,
         "bytes_by_type": dict(types.most_common()),
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def drop_page_cache(paths: tuple[Path, ...]) -> bool:

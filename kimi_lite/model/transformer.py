@@ -4,14 +4,13 @@ All layers are laid out once, when the model is loaded, as one program of native
 through; a decode step is then a single call. Prompts run layer by layer so that they can be cancelled in between.
 """
 
-import os
 from collections.abc import Callable
 
 import numpy as np
-import psutil
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.memory.host import physical_cores
 from kimi_lite.memory.kv import KVCache
 from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.attention import Attention, Op
@@ -230,12 +229,6 @@ def check_sizes(config: ModelConfig) -> None:
 
 def _program(ops: list[Op]) -> Program:
     return Program([(op.kernel, op.arguments) for op in ops])
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, without their second hardware threads."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def choose_expanded(sequences: tuple[SequenceSlice, ...], shape: tuple[int, int, int, int, int]) -> list[SequenceSlice]:
