@@ -136,6 +136,12 @@ class RoutedExperts:
             self.costs.observe_cpu(num_missing, num_misses, elapsed_s)
         self._unsettled.clear()
 
+    def forget_counts(self) -> None:
+        """Counters begin at zero again."""
+        self.settle()
+        self.slots.num_hits = self.slots.num_misses = 0
+        self.cpu_s = self.wait_s = 0.0
+
     def cancel(self) -> None:
         """A pass was given up half-way."""
         self.settle()

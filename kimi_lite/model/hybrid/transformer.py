@@ -16,7 +16,7 @@ from kimi_lite.memory.accelerator import Accelerator
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KVCache
 from kimi_lite.memory.routing import RoutingRecorder
-from kimi_lite.model.batch import Batch, Cancelled
+from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled, SequenceSlice
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
@@ -63,9 +63,6 @@ class HybridTransformer:
         if options.cache_bias and self.experts:
             for layer in self.layers[config.num_dense_layers :]:
                 layer.router.prefer_resident(self.experts.slots.table[layer.number], options.cache_bias)
-        self._recorder = recorder
-        if recorder and self.experts:
-            self.experts.on_chosen = recorder.add
         self._adaptive = Adaptive(self.experts, thread_counts(options.num_threads))
         self._maker = StepMaker(config, accelerator)
         self._shape = (
@@ -74,6 +71,11 @@ class HybridTransformer:
         )
         self._segments: OrderedDict[tuple[int, int], DecodeSegments] = OrderedDict()
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
+        if accelerator.is_cuda:
+            self.warm_up(report)
+        self._recorder = recorder
+        if recorder and self.experts:
+            self.experts.on_chosen = recorder.add
 
     def _load_dense(self, store: GGUFStore, options: HybridOptions, report: Callable[[str, int, int], None]) -> None:
         c = self.config
@@ -85,6 +87,24 @@ class HybridTransformer:
         self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
         self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix("output.weight")
         self.dense_bytes = weights.num_bytes
+
+    @torch.inference_mode()
+    def warm_up(self, report: Callable[[str, int, int], None]) -> None:
+        """Before the first prompt: compile the GPU's kernels and capture a decode step's graphs. Page 0 holds nothing yet."""
+        page = np.zeros(1, np.int32)
+        one = Batch(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, bool), (SequenceSlice(0, 1, page),))
+        for done in range(2):  # the first compiles, the second captures
+            report("preparing the GPU's kernels", done, 3)
+            self._forward_decode(one)
+        report("preparing the GPU's kernels", 2, 3)
+        positions = np.arange(PAGE_TOKENS, dtype=np.int32)
+        pieces = (SequenceSlice(0, PAGE_TOKENS, page),)
+        many = Batch(np.zeros(PAGE_TOKENS, np.int32), positions, np.ones(PAGE_TOKENS, bool), pieces)
+        step, x = self._maker.make(many, list(pieces)), self._embed(many.token_ids)
+        for layer in self.layers[: self.config.num_dense_layers + 1]:  # not the experts: they would stream
+            layer.aside(layer.attend(x, step))
+        if self.experts:
+            self.experts.forget_counts()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:

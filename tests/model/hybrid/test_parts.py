@@ -123,6 +123,26 @@ def test_cache_on_the_device(store, config, kv_dtype):
     assert kv.num_pages == 4 and isinstance(kv.storage, torch.Tensor)
 
 
+class SmallCard(Accelerator):
+    """As if a card had this much room."""
+
+    def __init__(self, room_bytes: int) -> None:
+        super().__init__("cpu")
+        self._room_bytes = room_bytes
+
+    def free_bytes(self) -> int:
+        return self._room_bytes
+
+
+def test_a_cache_that_does_not_fit_is_refused(store, config):
+    with pytest.raises(KimiLiteError, match=r"context of 4,096 tokens need 1.*GiB of VRAM; 0.*GiB is free") as caught:
+        make_device_cache(store, config, 4096, "f16", SmallCard(GIB // 2))
+    assert "--device cpu" in caught.value.hint
+    assert make_device_cache(store, config, 4096, "f16", SmallCard(2 * GIB)).num_pages == 64
+    with pytest.raises(KimiLiteError, match="no cache type 'q3'"):
+        make_device_cache(store, config, 4096, "q3", SmallCard(2 * GIB))
+
+
 def test_shapes_of_decode_steps():
     assert [rows_for(n) for n in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 16]
     assert [pages_for(n) for n in (1, 16, 17, 512)] == [16, 16, 32, 512]
