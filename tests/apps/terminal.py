@@ -34,6 +34,7 @@ class Terminal:
         os.close(slave)
         self.raw = ""
         self._mark = 0
+        self.timeout_s = TIMEOUT_S
         self._screen = pyte.Screen(num_columns, num_rows)
         self._stream = pyte.Stream(self._screen)
         self._num_drawn = 0
@@ -48,7 +49,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> str:
         """What was shown since the last call up to `text`; fails with all of it when it does not come."""
-        deadline_s = time.monotonic() + TIMEOUT_S
+        deadline_s = time.monotonic() + self.timeout_s
         while (at := self.seen.find(text, self._mark)) < 0:
             left_s = deadline_s - time.monotonic()
             assert left_s > 0, f"no {text!r} in:\n{self.seen[self._mark :]}"
@@ -70,14 +71,14 @@ class Terminal:
 
     def wait_until(self, is_right: Callable[[list[str]], bool]) -> list[str]:
         """The screen once it is as wanted."""
-        deadline_s = time.monotonic() + TIMEOUT_S
+        deadline_s = time.monotonic() + self.timeout_s
         while not (self.screen and is_right(self.screen)):
             assert self._read(0.1) and time.monotonic() < deadline_s, "not as wanted:\n" + "\n".join(self.screen)
         return self.screen
 
     def wait_for_prompt(self) -> list[str]:
         """The screen once its last row is an empty prompt and stays so."""
-        deadline_s = time.monotonic() + TIMEOUT_S
+        deadline_s = time.monotonic() + self.timeout_s
         while True:
             before = len(self.raw)
             is_alive = self._read(0.15)
@@ -95,10 +96,10 @@ class Terminal:
 
     def wait(self) -> int:
         """Read to the end; the exit code."""
-        deadline_s = time.monotonic() + TIMEOUT_S
+        deadline_s = time.monotonic() + self.timeout_s
         while self._read(0.2):
             assert time.monotonic() < deadline_s, f"does not end:\n{self.seen[self._mark :]}"
-        return self.process.wait(TIMEOUT_S)
+        return self.process.wait(self.timeout_s)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -18,6 +18,7 @@ from tests.apps.terminal import Terminal
 
 NAME = "SmolLM2-135M-Instruct in the Kimi K2.5 architecture"
 TRANSCRIPT = Path(__file__).with_name("demo_conversation.txt")
+COMPILING_S = 200.0  # where the kernels are not in the cache yet
 _WILD = {"#": r"[\d.,]+", "…": ".*", "⋮": r"[\s\S]*"}
 
 
@@ -74,6 +75,7 @@ def last_answer(folder: Path) -> str:
 
 def test_every_command_on_the_demo_model(folder: Path) -> None:
     terminal = Terminal("kimi_lite", "chat", "--temp", "0", "-n", "16", num_rows=60, num_columns=80)
+    terminal.timeout_s = COMPILING_S
     start = terminal.wait_for_prompt()
     assert start[0].startswith(f"kimi-lite 0.1.0 · {NAME}")
     assert len(start) <= 10
@@ -100,6 +102,7 @@ def test_every_command_on_the_demo_model(folder: Path) -> None:
 def test_a_long_conversation_goes_on_after_a_restart_with_nothing_read_twice(folder: Path) -> None:
     flags = ("chat", "--temp", "0", "-n", "8", "--session", "long")
     terminal = Terminal("kimi_lite", *flags)
+    terminal.timeout_s = COMPILING_S
     terminal.wait_for_prompt()
     terminal.enter("Remember these numbers: " + " ".join(map(str, range(100, 220))))
     terminal.type("\x04")
