@@ -12,6 +12,8 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import cycle
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -24,7 +26,7 @@ from native.gpu.support import is_interpreted, why_unusable
 from native.layouts import BY_NAME
 from tools.random_blocks import random_rows
 
-ROW_WEIGHTS, HEADS, RANK, ROPE = 7168, 64, 512, 64  # Kimi K2.5
+ROW_WEIGHTS, WIDTH, HEADS, RANK, ROPE = 7168, 2048, 64, 512, 64  # Kimi K2.5
 _MATRIX_BYTES = 512 << 20  # far more than any cache holds
 _TILE_BYTES = 4 << 20
 
@@ -92,10 +94,14 @@ def _bench(names: list[str], num_tokens: int, repeats: int) -> None:
     report["types"] = {name: asdict(result) for name, result in results.items()}
     report["attention"] = _measure_attention(repeats)
     report["prompt_tflop_s"] = _measure_prompt(repeats)
+    report["experts"] = _measure_experts(names[0] if len(names) == 1 else "TQ1_0", repeats)
     for name, gb_s in report["attention"].items():
         console.print(f"latent attention, 32,768 positions, {name}: {gb_s:.0f} GB/s, {gb_s / read_gb_s:.0%} of reading")
     for name, tflop_s in report["prompt_tflop_s"].items():
         console.print(f"2,048 tokens, {name}: {tflop_s:.1f} TFLOP/s")
+    experts = report["experts"]
+    console.print(f"8 experts of {experts['type']}, a token: {experts['few_gb_s']:.0f} GB/s")
+    console.print(f"8 experts, 85 tokens each: {experts['many_tflop_s']:.1f} TFLOP/s")
     print(json.dumps(report))
 
 
@@ -194,6 +200,29 @@ def _measure_prompt(repeats: int) -> dict[str, float]:
         out = torch.empty((num_tokens, num_rows), device="cuda")
         run = median_s(lambda d=data, n=name, x=x, out=out: linear(x, d, n, ROW_WEIGHTS, out=out), repeats)
         found[name] = 2 * num_tokens * num_rows * ROW_WEIGHTS / run / 1e12
+    return found
+
+
+def _measure_experts(name: str, repeats: int) -> dict[str, object]:
+    """Eight of Kimi K2.5's experts: GB/s for one token, which reads all their bytes, and TFLOP/s for 85 tokens each."""
+    import torch
+
+    from native.gpu.experts import ExpertMatrix, expert_choices
+
+    layout, shapes = BY_NAME[name], ((WIDTH, ROW_WEIGHTS), (WIDTH, ROW_WEIGHTS), (ROW_WEIGHTS, WIDTH))
+    sizes = [num_rows * layout.row_bytes(k) for num_rows, k in shapes]
+    matrices = [ExpertMatrix(name, sum(sizes[:i]), *shapes[i], layout.row_bytes(shapes[i][1])) for i in range(3)]
+    form = SimpleNamespace(gate=matrices[0], up=matrices[1], down=matrices[2])
+    one = random_rows(layout, 1, sum(sizes) // layout.block_bytes * layout.block_size, 0.02, np.random.default_rng(0))
+    slots, found = torch.from_numpy(one).cuda().repeat(16, 1), {"type": name}
+    for key, tokens_each in (("few_gb_s", 1), ("many_tflop_s", 85)):
+        choices = torch.arange(8, dtype=torch.int32, device="cuda").repeat_interleave(tokens_each)
+        tokens = torch.arange(tokens_each, dtype=torch.int32, device="cuda").repeat(8)
+        x = torch.randn((tokens_each, ROW_WEIGHTS), device="cuda")
+        turns = cycle((choices, choices + 8))  # so that no run finds its experts in the L2 cache
+        run = median_s(lambda x=x, turns=turns, t=tokens: expert_choices(x, slots, form, next(turns), t), repeats)
+        num_flop = 2 * len(choices) * 3 * WIDTH * ROW_WEIGHTS
+        found[key] = 8 * sum(sizes) / run / 1e9 if tokens_each == 1 else num_flop / run / 1e12
     return found
 
 
