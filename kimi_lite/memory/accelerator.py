@@ -94,6 +94,11 @@ class Accelerator:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def give_back(self) -> None:
+        """What torch holds and nobody uses goes back to the driver, so that what is free is in one piece."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
     def free_bytes(self) -> int | None:
         """What may still be allocated; None for a device that is no GPU."""
         if not self.is_cuda:

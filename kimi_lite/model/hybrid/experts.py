@@ -88,6 +88,7 @@ def open_experts(
 ) -> tuple[RoutedExperts | None, int]:
     """The routed experts (None for a model without any) and the longest pass of a prompt in tokens."""
     source = ExpertSource(store, config)
+    accelerator.give_back()  # loading left pieces; the slots want one
     shares = divide_vram(store_sizes(store, config), source.slot_bytes, accelerator.free_bytes(), options)
     if not config.num_moe_layers:
         return None, shares.chunk_tokens

@@ -101,9 +101,13 @@ class StreamedExperts:
             host_weights = weights.cpu().numpy()  # waits for both copies
         y = torch.zeros_like(normed)
         launched = self._launcher.submit(self._add_on_device, layer, y, inputs, division)
-        aside = beside()
-        if host_weights is not None:
-            y_cpu = self._sum_on_cpu(layer, host.x.numpy(), host_weights, division, num_threads)
+        try:
+            aside = beside()
+            if host_weights is not None:
+                y_cpu = self._sum_on_cpu(layer, host.x.numpy(), host_weights, division, num_threads)
+        except BaseException:
+            launched.exception()  # it takes from the stream until its layer ends; then the stream can be cancelled
+            raise
         self._finish(launched, len(division.streamed))
         if host_weights is not None:
             y += torch.from_numpy(y_cpu).to(y.device)
