@@ -16,6 +16,7 @@ from kimi_lite.units import GIB, gib
 
 _WIDTH, _LABEL = 80, 10
 _NAMES = {"ram": "RAM", "vram": "VRAM", "pcie": "PCIe", "disk": "disk"}
+_NAMED_SHARE = 0.02  # of a place: parts of the panel that are smaller go together
 _PANEL_PARTS = {"dense weights": "dense", "KV cache": "KV", "pinned buffers": "pinned", "expert slots": "experts"}
 
 
@@ -188,10 +189,14 @@ def short_folder(path: Path) -> str:
 
 
 def _parts(plan: Plan, place: Place) -> str:
+    """The rows of a place in one line, small ones together."""
     rows = [row for row in plan.rows if row.place == place and row.part != MARGIN]
-    text = " + ".join(f"{_PANEL_PARTS.get(row.part, row.part)} {gib(row.num_bytes).removesuffix(' GiB')}" for row in rows)
+    large = [row for row in rows if row.num_bytes >= _NAMED_SHARE * sum(row.num_bytes for row in rows)]
+    small_bytes = sum(row.num_bytes for row in rows if row not in large)
+    parts = [(_PANEL_PARTS.get(row.part, row.part), row.num_bytes) for row in large]
+    parts += [("other", small_bytes)] if small_bytes else []
     slots = f" ({plan.num_vram_slots:,} slots)" if place == "VRAM" and plan.num_vram_slots else ""
-    return f"{text} GiB{slots}"
+    return f"{' + '.join(f'{name} {num_bytes / GIB:,.1f}' for name, num_bytes in parts)} GiB{slots}"
 
 
 def _flag(plan: Plan, place: Place) -> str:

@@ -160,6 +160,18 @@ def test_one_line_for_other_commands():
     assert "would come from disk" in verdict_line(make_plan(subject.sizes_in("q4_0"), large))
 
 
+def test_what_to_do_next_and_what_would_run_instead(tmp_path):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    assert (
+        f"kimi-lite chat -m {path} -c 2048 --kv-dtype q8 --ram 4G"
+        in run("-m", path, "-c", "2K", "--kv-dtype", "q8", "--ram", "4G").stdout
+    )
+    text = run("--recipe", "q4_0", "--ram", "15G", "--vram", "0").stdout
+    assert "kimi-lite plan -m moonlight --recipe q4_0" in text
+    assert not run("-m", "moonlight", "--recipe", "kimi").stdout
+    assert "experts at least" in run("--recipe", "tq1_0", "--ram", "20G", "--vram", "0").exception.message
+
+
 def test_a_disk_too_small_is_said():
     plan = make_plan(find_subject("kimi-k2.5").sizes_in("tq1_0"), HERE)
     assert "of disk, and 100.0 GiB are free" in disk_warning(plan)
