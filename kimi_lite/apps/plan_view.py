@@ -48,8 +48,9 @@ def start_panel(plan: Plan, *more: str) -> list[str]:
     if plan.disk_expert_bytes:
         disk = plan.rates.disk
         lines += _wrap("  disk", f"{gib(plan.disk_expert_bytes)} of experts stay there: {_gb_s(disk)} {disk.origin}", 7)
-    ram = plan.rates.ram
-    ceiling = f"ceiling {_rate(plan.decode.tok_s)} tok/s at {_gb_s(ram)} RAM ({ram.origin})"
+    place = {"VRAM bandwidth": "vram", "disk": "disk"}.get(plan.decode.limit, "ram")
+    rate: Rate = getattr(plan.rates, place)
+    ceiling = f"ceiling {_rate(plan.decode.tok_s)} tok/s at {_gb_s(rate)} {_NAMES[place]} ({rate.origin})"
     return [*lines, *_wrap("  ", " · ".join([f"context {plan.context_length:,}", *more, ceiling]), 2)]
 
 

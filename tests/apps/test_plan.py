@@ -152,6 +152,13 @@ def test_the_panel_above_a_chat_is_short():
         assert any(line.strip().startswith(place) for line in lines)
 
 
+def test_the_panel_names_the_place_that_sets_the_ceiling():
+    desk = described(HERE, 256 * GIB, 24 * GIB)
+    for model, recipe, place in (("moonlight", "q4_0", "VRAM"), ("kimi-k2.5", "tq1_0", "RAM"), ("kimi-k2.5", "q4_0", "disk")):
+        text = " ".join(start_panel(make_plan(find_subject(model).sizes_in(recipe), desk)))
+        assert f" GB/s {place} (assumed)" in " ".join(text.split())
+
+
 def test_one_line_for_other_commands():
     subject = find_subject("kimi-k2.5")
     large = described(HERE, 512 * GIB, 24 * GIB)
