@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kimi_lite.apps.attachments import counted
@@ -9,6 +10,7 @@ from kimi_lite.apps.commands import Registry
 from kimi_lite.apps.pictures import bar, heat_rows
 from kimi_lite.apps.room import drop_oldest, summarise_oldest
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import gib
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat import Chat
@@ -120,10 +122,7 @@ def _tokens(chat: Chat, argument: str) -> None:
 def _experts(chat: Chat, argument: str) -> None:
     """where experts were found (GPU, RAM, disk) and how often each was used lately, as a picture"""
     counters, heat = chat.session.counters(), chat.session.heat()
-    rows = [
-        (name.replace("_", " "), f"{value:,.0f}" if value == int(value) else f"{value:,.3f}") for name, value in counters.items()
-    ]
-    chat.say_table(rows + _hit_rates(counters))
+    chat.say_table([_counter(name, value) for name, value in counters.items()] + _hit_rates(counters))
     if heat is None and not counters:
         chat.say("the endpoint does not say where its experts lie")
     elif heat is None:
@@ -133,12 +132,24 @@ def _experts(chat: Chat, argument: str) -> None:
             chat.say(line)
 
 
-def _hit_rates(counters: dict[str, float]) -> list[tuple[str, str]]:
-    """`x_hits` and `x_misses` together say how often x had it."""
+def _counter(name: str, value: float) -> tuple[str, str]:
+    """By the unit at the end of its name."""
+    words = name.replace("_", " ")
+    if name.endswith("_bytes"):
+        return words.removesuffix(" bytes"), gib(value)
+    if name.endswith("_s"):
+        return words.removesuffix(" s"), f"{value:,.2f} s"
+    return words, f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"
+
+
+def _hit_rates(counters: Mapping[str, float]) -> list[tuple[str, str]]:
+    """`x_hits` beside `x_late` and `x_misses` say how often x had it in time."""
     rates = []
     for name, hits in counters.items():
-        misses = counters.get(name.replace("hits", "misses"))
-        if name.endswith("hits") and misses is not None and hits + misses > 0:
+        if not name.endswith("hits") or name.replace("hits", "misses") not in counters:
+            continue
+        misses = counters[name.replace("hits", "misses")] + counters.get(name.replace("hits", "late"), 0)
+        if hits + misses > 0:
             what = name.removesuffix("hits").strip("_").replace("_", " ")
             rates.append((f"{what} hit rate".strip(), f"{100 * hits / (hits + misses):.1f} %"))
     return rates

@@ -207,10 +207,14 @@ def test_stats_and_tokens_and_experts_tell_what_happened(talk: Talk) -> None:
 
 def test_experts_shows_hit_rates_and_heat_where_there_are_some(talk: Talk) -> None:
     model = talk.session.engine.model
-    model.counters = lambda: {"expert_hits": 30, "expert_misses": 10}
+    model.counters = lambda: {"expert_hits": 30, "expert_late": 4, "expert_misses": 6, "disk_bytes": 3 << 30, "disk_busy_s": 1.5}
     model.heat = lambda: np.outer(np.ones(4), [100.0, 1, 0, 0])
     shown = talk.say("/experts")
-    assert "75.0 %" in shown
+    assert [line.split() for line in shown.splitlines() if line.split()[0] in ("disk", "expert")][-3:] == [
+        ["disk", "3.0", "GiB"],
+        ["disk", "busy", "1.50", "s"],
+        ["expert", "hit", "rate", "75.0", "%"],
+    ]
     assert "█" in shown
     assert "hottest … coldest of 4 experts a layer" in shown
 
