@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kimi_lite.apps.commands import all_commands
 from kimi_lite.apps.interrupt import PATIENCE_S
+from tests.apps.fake_openai import Answer, FakeOpenAI, sse
 from tests.apps.terminal import ROOT, Terminal
 
 FAKE = "tests.apps.fake_main"
@@ -158,3 +160,31 @@ def test_no_command_has_two_meanings() -> None:
     assert len(set(names)) == len(names)
     with pytest.raises(AssertionError, match="help"):
         registry.add(replace(registry.commands[0], names=("help",)))
+
+
+def test_an_endpoint_answers_in_the_same_chat(tmp_path: Path) -> None:
+    """Every command that does not need the model's insides works, an image goes through, and the conversation is saved."""
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    answers = [sse({"reasoning_content": "hm"}, {"content": f"answer {i}"}) for i in range(5)]
+    lines = f"one\n/regen\n/think off\n/image {tmp_path}/a.png\ntwo\n/edit three\n"
+    lines += "/ctx\n/tokens\n/stats\n/ctx summarise 1\n/save far\n"
+    command = [sys.executable, "-m", "kimi_lite", "chat"]
+    with FakeOpenAI(*answers) as server:
+        flags = ["--endpoint", server.url, "--api-key", "k"]
+        done = subprocess.run([*command, *flags], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "answer 0\nanswer 1\nanswer 2\nanswer 3\nanswer 4\n"
+        assert "kimi-k2.5" in done.stderr
+        assert "ids of the last answer are not known here" in done.stderr
+        assert "replaced by this summary" in done.stderr
+        assert "saved as far" in done.stderr
+        contents = [body["messages"][-1]["content"] for body in server.bodies]
+        assert contents[:2] == ["one", "one"]
+        assert [part["type"] for part in contents[2]] == ["image_url", "text"]
+        assert contents[3] == "three"
+        server.answers.append(Answer([sse({"content": "again"})]))
+        more = subprocess.run(
+            [*command, *flags, "--continue"], cwd=ROOT, input="four\n", capture_output=True, text=True, timeout=60
+        )
+        assert more.stdout == "again\n"
+        assert "answer 4" in server.bodies[-1]["messages"][0]["content"]  # the summary
