@@ -59,8 +59,8 @@ def every_road(runner):
     return np.concatenate(logits)
 
 
-@pytest.mark.parametrize("slots_per_layer", [6, 11])
-def test_the_same_bits(path, slots_per_layer):
+def test_the_same_bits(path):
+    slots_per_layer = 7  # not much more than a token's: a prompt needs all 24
     with Runner(path) as runner:
         want = every_road(runner)
     with Runner(path, tier=TierOptions(slots_per_layer * slot_bytes(path), num_readers=3)) as runner:
@@ -116,12 +116,11 @@ def test_a_disk_error_is_a_sentence_and_the_model_lives_on(f32_path, monkeypatch
         assert np.array_equal(runner.decode(ids), want)
 
 
-@pytest.mark.parametrize("is_locked", [False, True])
-def test_everything_loaded_at_once(path, is_locked):
+def test_everything_loaded_at_once(path):
     """All experts in memory of our own: no steps, no reads, the same bits."""
     with Runner(path) as runner:
         want, seen = every_road(runner), []
-    options = TierOptions(24 * slot_bytes(path), is_loading_all=True, is_locked=is_locked)
+    options = TierOptions(24 * slot_bytes(path), is_loading_all=True, is_locked=True)
     with Runner(path, tier=options, on_load=lambda done, total: seen.append((done, total))) as runner:
         read_bytes = runner.transformer.counters()["disk_bytes"]
         have = every_road(runner)
