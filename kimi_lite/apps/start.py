@@ -34,7 +34,7 @@ class Settings:
 
     model: Path | None = None
     endpoint: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     load: LoadOptions = field(default_factory=LoadOptions)
     system: str = ""
     is_thinking: bool | None = None

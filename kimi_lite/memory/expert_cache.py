@@ -227,6 +227,7 @@ class ExpertCache:
             "expert_resident_bytes": sum(pool.policy.num_resident * pool.slot_bytes for pool in pools),
             "disk_bytes": stats.num_bytes,
             "disk_busy_s": stats.busy_s,
+            "disk_is_direct": float(self.reader.is_direct),  # 0: through the page cache, as the file system wants
         }
 
     # What requests use --------------------------------------------------------------------------------------------

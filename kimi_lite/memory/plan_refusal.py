@@ -55,13 +55,13 @@ def find_remedies(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, str]]:
 
 
 def _smaller_wishes(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, PlanLimits]]:
-    """The longest context that fits, an 8-bit cache, no card: alone and together."""
+    """The longest context that fits, an 8-bit cache (with less context where it must be), no card."""
     limits = plan.limits
     small = replace(limits, kv_dtype="q8")
     for flags, base in (("", limits), (" --kv-dtype q8", small)):
-        if flags:
+        if flags and not find_problem(lay_out(plan.sizes, plan.hardware, base)):
             yield flags.strip(), base
-        if length := _longest_context(plan, base, lay_out):
+        elif length := _longest_context(plan, base, lay_out):
             yield f"-c {length // 1024}K{flags}", replace(base, context_length=length)
     if plan.is_on_card or plan.limits.device not in (None, "cpu"):
         yield "--device cpu", replace(limits, device="cpu")
