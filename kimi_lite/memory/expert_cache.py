@@ -14,20 +14,19 @@ fill slots, and what they bring counts when that thread asks. A failed read is a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.expert_places import ExpertPlaces
-from kimi_lite.memory.expert_reader import ExpertReader, ReadJob, aligned_memory, release_memory
+from kimi_lite.memory.expert_pools import Pool, make_pools
+from kimi_lite.memory.expert_reader import ExpertReader, release_memory
 from kimi_lite.memory.expert_request import ExpertRequest
 from kimi_lite.memory.lock import lock_memory
-from kimi_lite.memory.policy import HALF_LIVES, HeatPolicy
-from kimi_lite.units import gib_apart
+from kimi_lite.memory.policy import HALF_LIVES
 from native.cpu.matrix import DATA
 
-SLOTS_PER_CHOICE = 2  # at least: one token's experts of a layer are read while those before are computed
 _LOADED_AT_ONCE = 64  # experts, between two reports of progress
 _GUESS_WORTH = len(HALF_LIVES) / 2  # a guess evicts nobody whose score is higher: such an expert is chosen by every second token
 
@@ -42,23 +41,6 @@ class Counts:
     guesses: int = 0  # reads that began before anybody asked
     right_guesses: int = 0
     wait_s: float = 0.0  # there was nothing to compute until the disk delivered
-
-
-@dataclass(slots=True, eq=False)
-class Pool:
-    """Slots of one size. By slot: `jobs`, reads on their way; `broken`, what failed to come while somebody waits for it;
-    `owners`, the (layer, expert) whose table names the slot."""
-
-    policy: HeatPolicy
-    slot_bytes: int
-    memory: np.ndarray
-    jobs: dict[int, ReadJob] = field(default_factory=dict)
-    broken: dict[int, OSError] = field(default_factory=dict)
-    owners: dict[int, tuple[int, int]] = field(default_factory=dict)
-    unproved: set[int] = field(default_factory=set)  # slots filled by a guess that nobody has asked for yet
-
-    def slot(self, number: int) -> np.ndarray:
-        return self.memory[number * self.slot_bytes : (number + 1) * self.slot_bytes]
 
 
 class ExpertCache:
@@ -80,7 +62,7 @@ class ExpertCache:
         self.places, self.counts = places, Counts()
         self._tables = {layer: table[: places.num_experts, :, DATA // 8] for layer, table in tables.items()}
         self._mapped = {layer: addresses.copy() for layer, addresses in self._tables.items()}
-        self._pools = _make_pools(places, budget_bytes, num_choices)
+        self._pools = make_pools(places, budget_bytes, num_choices)
         self._pool_of = {layer: self._pools[each.slot_bytes] for layer, each in places.layers.items()}
         self._guesses: dict[int, list[int]] = {}  # by layer: slots that the last guess is being read into
         self._step = 0
@@ -339,24 +321,3 @@ class ExpertCache:
         if max(slot, late) in pool.unproved:
             pool.unproved.discard(max(slot, late))
             self.counts.right_guesses += 1
-
-
-def _make_pools(places: ExpertPlaces, budget_bytes: int, num_choices: int) -> dict[int, Pool]:
-    """The budget, shared out by the bytes of each size's layers."""
-    num_layers, whole_bytes = max(places.layers) + 1, sum(size * len(layers) for size, layers in places.pools.items())
-    counts = {
-        size: min(len(layers) * places.num_experts, budget_bytes * len(layers) // whole_bytes)
-        for size, layers in places.pools.items()
-    }
-    least = SLOTS_PER_CHOICE * num_choices
-    if min(counts.values()) < least:
-        need_bytes = max(-(-least * whole_bytes // len(layers)) for layers in places.pools.values())
-        need, have = gib_apart(need_bytes, budget_bytes)
-        raise KimiLiteError(
-            f"The expert cache needs at least {need} to hold {least} experts of a layer; the budget leaves {have}.",
-            f"Give {need} more than now with --ram, or a shorter context with -c.",
-        )
-    return {
-        size: Pool(HeatPolicy(num_layers, places.num_experts, count), size, aligned_memory(count * size))
-        for size, count in counts.items()
-    }
