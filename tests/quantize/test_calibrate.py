@@ -1,6 +1,8 @@
 """`--calibrate`: the text through the source model, one layer ahead of the encoder; and the whole command around it."""
 
 import json
+import re
+import resource
 
 import numpy as np
 import pytest
@@ -147,7 +149,8 @@ def test_what_cannot_be_run_is_refused(source, tmp_path):
 
 def test_memory_is_limited_or_refused(source, tmp_path):
     lines = run(settings(source, tmp_path / "a.gguf", max_ram="2G", calibrate_chunks=1), quiet, False, False)
-    assert any(line.startswith("peak memory 0.") for line in lines)
+    (peak,) = (float(match[1]) for line in lines if (match := re.match(r"peak memory ([\d.]+) GB", line)))
+    assert 0.02 < peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     with pytest.raises(KimiLiteError, match=r"--max-ram is 0.10 GB; this conversion needs 0\.\d\d GB") as caught:
         run(settings(source, tmp_path / "b.gguf", max_ram="100M"), quiet, False, False)
     assert "--chunks" in caught.value.hint
