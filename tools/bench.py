@@ -13,7 +13,7 @@ is shown apart: it finds code, page tables or the page cache cold. The last line
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.plan import make_plan
 from kimi_lite.memory.plan_types import Plan
 from kimi_lite.units import parse_size
+from native.cpu.threads import Team
 from tools.bench_ours import Ours, Runner
 from tools.bench_plan import BenchTest, Passages, context_needed, load_tokens, plan_tests
 from tools.bench_report import Report, write_csv
@@ -89,10 +90,14 @@ def bench(options: Options, report: Report) -> Measured:
         tests = [*options.tests, *[options.traced] * bool(options.trace)]
         ours = Ours(options.model, tests, options.load)
         stack.callback(ours.close)
-        num_threads = ours.transformer.team.num_threads
+        if options.trace and ours.is_on_gpu:
+            problem = "--trace shows the CPU's road, and this model runs on a GPU."
+            raise KimiLiteError(problem, "Try python -m tools.trace_gpu, or --device cpu.")
+        num_threads = ours.num_threads
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
         report.print_machine(environment, model)
-        bandwidth = measure_bandwidth(ours.transformer.team)
+        with closing(Team(num_threads)) as team:
+            bandwidth = measure_bandwidth(team)
         hardware = hardware_speed.measured(ours.plan.hardware, ram=1e9 * bandwidth.gb_s)
         plan = make_plan(ours.plan.sizes, hardware, ours.plan.limits)
         report.print_plan(plan)
@@ -235,6 +240,8 @@ def main(
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)] = None,
     kv_dtype: Annotated[Literal["f16", "bf16", "q8", "f32"], typer.Option("--kv-dtype", help="Numbers in the cache.")] = "f16",
     ram: Annotated[str | None, typer.Option("--ram", help="Memory it may take; experts beyond it stay on disk.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda or cpu. Default: the GPU where one can be used.")] = None,
+    vram: Annotated[str | None, typer.Option("--vram", help="VRAM it may take, never exceeded.")] = None,
     record_routing: Annotated[Path | None, typer.Option("--record-routing", help="Write which experts were chosen.")] = None,
     cache_bias: Annotated[float, typer.Option("--cache-bias", help="Prefer experts in RAM among near-equals.", min=0)] = 0.0,
     output: Annotated[
@@ -269,6 +276,8 @@ def main(
         num_threads=threads,
         kv_dtype=kv_dtype,
         ram_bytes=parse_size(ram, "--ram") if ram else None,
+        device=device,
+        vram_bytes=parse_size(vram, "--vram") if vram else None,
         routing_trace=record_routing,
         cache_bias=cache_bias,
     )

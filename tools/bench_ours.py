@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from kimi_lite.engine.device import choose_device, find_card
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import describe
 from kimi_lite.engine.options import LoadOptions
@@ -60,15 +61,30 @@ class Ours:
         self.sizes = store_sizes(self.store, self.config)
         self.kv_value_bytes = value_bytes(self.config, kv_dtype)
         num_pages = self._num_pages(tests)
-        self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, num_pages, kv_dtype)
-        self.plan = plan_load(self.store, self.config, options, cache_tokens=num_pages * PAGE_TOKENS)
-        recorder = RoutingRecorder(options.routing_trace, self.config) if options.routing_trace else None
-        tier = choose_tier(self.store, self.config, self.plan, options)
-        self.transformer = Transformer(self.store, self.config, self.kv, options.num_threads, tier=tier, recorder=recorder)
+        device = choose_device(options.device)
+        self.plan = plan_load(self.store, self.config, options, card=find_card(device), cache_tokens=num_pages * PAGE_TOKENS)
+        self.is_on_gpu = device != "cpu"
+        self._open_model(options, num_pages, device)
         template = ChatTemplate.from_metadata(self.store.metadata, self.tokenizer)
         info = describe(self.store, self.config)
         self.engine = Engine(self.transformer, self.kv, self.tokenizer, template, context_needed(tests), info)
         self._num_requests = 0
+
+    def _open_model(self, options: LoadOptions, num_pages: int, device: str) -> None:
+        recorder = RoutingRecorder(options.routing_trace, self.config) if options.routing_trace else None
+        tier = choose_tier(self.store, self.config, self.plan, options)
+        if self.is_on_gpu:
+            from kimi_lite.model.hybrid import load
+
+            parts = (self.store, self.config, options, num_pages * PAGE_TOKENS, device, lambda stage, done, total: None)
+            self.transformer, self.kv = load.load_hybrid(*parts, tier, recorder)
+            return
+        self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, num_pages, options.kv_dtype)
+        self.transformer = Transformer(self.store, self.config, self.kv, options.num_threads, tier=tier, recorder=recorder)
+
+    @property
+    def num_threads(self) -> int:
+        return self.plan.num_threads if self.is_on_gpu else self.transformer.team.num_threads
 
     def close(self) -> None:
         self.transformer.close()
@@ -87,7 +103,7 @@ class Ours:
         steps_s = [max(step) for step in zip(*arrivals, strict=True)]
         seconds = steps_s[0] - start_s if is_prompt else steps_s[-1] - steps_s[0]
         gaps_s = tuple(b - a for a, b in pairwise(steps_s))
-        counters = {name: value - before[name] for name, value in self.transformer.counters().items()}
+        counters = {name: value - before.get(name, 0) for name, value in self.transformer.counters().items()}
         return Run(seconds, test.total_tokens - too_much, steps_s[0] - start_s, gaps_s, counters)
 
     def _generate(self, prompts: Sequence[tuple[int, ...]], num_tokens: int) -> tuple[list[list[float]], int]:
@@ -112,7 +128,7 @@ class Ours:
             )
         num_pages = 2 * max(test.num_sequences * -(-test.context_tokens // PAGE_TOKENS) for test in tests)
         need_bytes = num_pages * PAGE_TOKENS * self.config.kv_bytes_per_token(self.kv_value_bytes)
-        have_bytes = psutil.virtual_memory().available
+        have_bytes = psutil.virtual_memory().available  # a card's room is the plan's business
         if need_bytes > have_bytes:
             need, have = f"{need_bytes / GIB:.2f}", f"{have_bytes / GIB:.2f}"
             raise KimiLiteError(f"The caches of the tests need {need} GiB of memory; {have} is free.", "Use a smaller -d or -b.")

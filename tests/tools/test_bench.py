@@ -153,6 +153,32 @@ def test_bars_are_as_long_as_their_share():
     assert [bar(share, 4) for share in (-1, 0, 1 / 32, 0.5, 0.99, 1, 7)] == ["", "", "▏", "██", "████", "████", "████"]
 
 
+def test_the_gpu_road_is_measured(tiny, quick, monkeypatch):
+    """With a CPU device standing in as the GPU."""
+    from kimi_lite.memory.accelerator import Accelerator
+    from kimi_lite.memory.hardware import Gpu
+    from kimi_lite.model.hybrid import load
+    from kimi_lite.model.hybrid.experts import HybridOptions
+    from kimi_lite.model.hybrid.transformer import HybridTransformer
+    from tests.model.hybrid.stand_in import StandInKernels
+
+    def load_stand_in(store, config, options, context_length, device, report, tier, recorder):
+        accelerator = Accelerator("cpu")
+        kv = load.make_device_cache(store, config, context_length, options.kv_dtype, accelerator)
+        return HybridTransformer(store, config, kv, accelerator, StandInKernels(), HybridOptions(num_threads=1), report), kv
+
+    monkeypatch.setattr("tools.bench_ours.choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr("tools.bench_ours.find_card", lambda device: Gpu("a stand-in", 24 << 30, 23 << 30, 900e9, 23e9))
+    monkeypatch.setattr(load, "load_hybrid", load_stand_in)
+    done = run_bench("-m", tiny, "-p", "16", "-n", "4", "-r", "1", "-t", "1")
+    assert done.exit_code == 0, done.output
+    document = last_document(done.stdout)
+    assert {"VRAM", "RAM"} <= set(document["ceilings"][0]["bytes_by_place"])
+    assert document["results"][1]["tok_s"]["mean"] > 0
+    refused = run_bench("-m", tiny, "-p", "0", "-n", "4", "-r", "1", "-t", "1", "--trace", "x.json")
+    assert isinstance(refused.exception, KimiLiteError) and "trace_gpu" in refused.exception.hint
+
+
 def test_the_command_line_has_it(tiny, quick):
     done = CliRunner().invoke(cli.app, ["bench", "-m", str(tiny), "-p", "0", "-n", "4", "-r", "1", "-t", "1", "--random"])
     assert done.exit_code == 0, done.output
