@@ -17,9 +17,10 @@ _KEPT = 4  # states of the sources
 
 def kernel_cache() -> Path:
     """The folder for the sources as they are now; KIMI_LITE_CACHE moves it."""
-    digest = blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    digest, here = blake2b(digest_size=8), Path(__file__).parent
+    for path in sorted(here.rglob("*.py")):
+        if (here / "gpu") not in path.parents:  # Triton has a cache of its own
+            digest.update(path.read_bytes())
     base = os.environ.get("KIMI_LITE_CACHE") or platformdirs.user_cache_path("kimi-lite")
     return Path(base) / "kernels" / digest.hexdigest()
 
