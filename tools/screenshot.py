@@ -16,6 +16,8 @@ from typing import Annotated
 
 import typer
 
+from kimi_lite.files import whole_file
+
 WIDTH, HEIGHT = 90, 44
 LINES = (
     "Write a Python function that adds two numbers.",
@@ -49,9 +51,8 @@ def main(
             _read_to_prompt(program, stream, screen)
         program.sendeof()
         program.close()
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(_draw(screen), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(_draw(screen))
 
 
 def _read_to_prompt(program, stream, screen) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import whole_file
 from kimi_lite.model.transformer import Transformer
 from native.calls import call3
 from native.cpu.compiler import kernel
@@ -116,10 +117,8 @@ def write_chrome_trace(path: Path, spans: Sequence[Span]) -> None:
         {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}}
         for tid, name in enumerate(("layers", "stages"))
     ]
-    text = json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"})
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, file)
 
 
 def _event(name: str, category: str, start_ns: int, duration_ns: int, row: int) -> dict:

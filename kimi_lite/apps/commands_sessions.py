@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from kimi_lite.apps.attachments import counted
 from kimi_lite.apps.commands import Registry
 from kimi_lite.apps.export import FORMATS, export
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import whole_file
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat import Chat
@@ -88,12 +88,8 @@ def _export(chat: Chat, argument: str) -> None:
 
 def _write(path: Path, text: str) -> None:
     """The file appears only when it is complete."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise KimiLiteError(f"The conversation cannot be written to {path}: {error.strerror}.") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from platformdirs import user_config_path, user_state_path
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import whole_file
 
 
 def state_folder() -> Path:
@@ -35,11 +36,6 @@ def make_private(folder: Path) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file whole: `.partial`, fsync, rename. Whoever kills us leaves the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
+    """Write a file whole, readable by this user alone. Whoever kills us leaves the old file or the new one."""
+    with whole_file(path, permissions=0o600) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

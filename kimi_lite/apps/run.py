@@ -19,6 +19,7 @@ from kimi_lite.apps.tools.start import open_tools, require_place
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import whole_file
 
 if TYPE_CHECKING:
     from kimi_lite.apps.tool_loop import ToolLoop
@@ -147,12 +148,8 @@ def _write(text: str, path: Path | None, out: TextIO) -> None:
         out.write(text)
         out.flush()
         return
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise KimiLiteError(f"The answer cannot be written to {path}: {error}.") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
+from kimi_lite.files import whole_file
 from kimi_lite.memory.hardware import Hardware
 
 _FILE_NAME = "speeds.json"
@@ -56,12 +57,8 @@ def remember(hardware: Hardware, **bytes_s: float) -> None:
     }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{_FILE_NAME}.{os.getpid()}.partial")
-        with partial.open("w", encoding="utf-8") as stream:
+        with whole_file(file) as stream:
             json.dump(known | entries, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
     except OSError:
         return
 

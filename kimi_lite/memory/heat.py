@@ -8,12 +8,13 @@ and by the slots of a GPU.
 import os
 import re
 import zipfile
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import platformdirs
+
+from kimi_lite.files import whole_file
 
 _SHARD_END = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -41,16 +42,10 @@ def load_heat(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
 
 def save_heat(path: Path, heat: np.ndarray) -> bool:
     """Writes it, whole or not at all; False where that is impossible."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path, "wb") as file:
             np.savez_compressed(file, heat=heat)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError:
-        with suppress(OSError):
-            partial.unlink()
         return False
     return True

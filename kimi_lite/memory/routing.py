@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import whole_file
 from kimi_lite.model.config import ModelConfig
 
 _FORMAT = 1
@@ -96,14 +97,10 @@ class RoutingRecorder:
 
 def write_trace(path: Path, trace: RoutingTrace) -> None:
     """Writes a trace; an interrupted write leaves no file. Raises KimiLiteError."""
-    partial = path.with_name(path.name + ".partial")
     shape = np.array([trace.num_layers, trace.num_experts, trace.ids.shape[2], _FORMAT], np.int64)
     try:
-        with partial.open("wb") as file:
+        with whole_file(path, "wb") as file:
             np.savez_compressed(file, ids=trace.ids, starts=trace.starts, shape=shape, name=np.array(trace.name))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise KimiLiteError(f"{path} cannot be written: {error.strerror}.", "Free some space or name another file.") from error
 
