@@ -19,12 +19,24 @@ def check(path: Path, context: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def make_model(folder: Path, num_experts: int) -> Path:
+    shape = {"hidden_size": 512, "expert_feed_forward_size": 512, "num_layers": 5, "kv_lora_rank": 512}
+    types = {"_exps": "Q8_0"}
+    path = folder / f"{num_experts}.gguf"
+    return write_tiny_gguf(path, np.random.default_rng(0), types=types, num_experts=num_experts, **shape)
+
+
 def test_memory_is_what_was_planned_and_no_ceiling_is_exceeded(tmp_path):
-    """75 MB of experts in Q8_0 and a cache of 5 MB, in processes of their own; one that compiles holds more than planned."""
-    shape = {"hidden_size": 512, "expert_feed_forward_size": 512, "num_experts": 24, "num_layers": 5, "kv_lora_rank": 512}
-    path = write_tiny_gguf(tmp_path / "model.gguf", np.random.default_rng(0), types={"_exps": "Q8_0"}, **shape)
-    runs = [check(path, "1K") for _ in range(3)]
-    found = min(runs, key=lambda run: run["resident_bytes"])
-    assert abs(found["memory_error"]) <= 0.05, found
-    assert found["decode_tok_s"] <= found["decode_ceiling_tok_s"], found
-    assert found["prompt_tok_s"] <= found["prompt_ceiling_tok_s"], found
+    """What 240 MB more of experts take. The rest is the program: 0.3 GB here, and up to 50 MB more where it compiles or where
+    the system maps its libraries in larger pieces, which no plan foresees; a real model hides that, this one would not."""
+    runs = []
+    for num_experts in (24, 96):
+        path = make_model(tmp_path, num_experts)
+        runs.append(min((check(path, "1K") for _ in range(2)), key=lambda run: run["resident_bytes"]))
+    small, large = runs
+    planned, resident = (large[name] - small[name] for name in ("planned_bytes", "resident_bytes"))
+    assert abs(planned / resident - 1) <= 0.05, runs
+    for found in runs:
+        assert -0.2 <= found["memory_error"] <= 0.05, found
+        assert found["decode_tok_s"] <= found["decode_ceiling_tok_s"], found
+        assert found["prompt_tok_s"] <= found["prompt_ceiling_tok_s"], found
