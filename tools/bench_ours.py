@@ -25,9 +25,9 @@ from kimi_lite.model.tensors import check_tensors
 from kimi_lite.model.transformer import Transformer
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
+from kimi_lite.units import GIB
 from tools.bench_plan import BenchTest, Prompt, context_needed
 
-GIB = 1024**3
 _MAX_LUCK = 8  # tokens with which two passages may begin alike
 
 

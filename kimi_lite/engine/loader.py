@@ -20,15 +20,15 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.memory.gguf_store import GGUFStore
 from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token
 from kimi_lite.memory.kv_pages import HostPages
+from kimi_lite.memory.plan import DEFAULT_CONTEXT
 from kimi_lite.memory.plan_types import Plan
 from kimi_lite.memory.prefix_store import DEFAULT_MAX_BYTES, PrefixStore, model_key
 from kimi_lite.memory.routing import RoutingRecorder
 from kimi_lite.model.batch import PAGE_TOKENS
 from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.tensors import check_tensors
+from kimi_lite.units import GIB
 
-DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cache for Kimi K2.5
-GIB = 1024**3
 _SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no room for
 
 
