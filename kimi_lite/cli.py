@@ -1,4 +1,5 @@
-"""The command line: `kimi-lite chat | run | quantize | bench`. Parses flags; a command's code is imported only when it runs.
+"""The command line: `kimi-lite chat | run | quantize | bench`. Parses flags; a command's code is imported only when it
+runs.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can mend, 130 interrupted.
 """
@@ -10,12 +11,12 @@ import typer
 
 from kimi_lite import __version__
 from kimi_lite.apps import flags
-from kimi_lite.apps.doctor import main as doctor
+from kimi_lite.apps.doctor.command import main as doctor
 from kimi_lite.apps.flags import parse_token_count as parse_token_count
 from kimi_lite.apps.imatrix import main as imatrix
 from kimi_lite.apps.plan import main as plan
 from kimi_lite.errors import KimiLiteError
-from quantize.__main__ import main as quantize
+from kimi_lite.quantize.__main__ import main as quantize
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +35,9 @@ def _show_version(is_wanted: bool) -> None:
 @app.callback()
 def _root(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Kimi K2.5, a trillion-parameter mixture of experts, on one desk."""
     if ctx.invoked_subcommand in ("chat", "run"):
@@ -46,7 +49,9 @@ def _configured(command: typer.core.TyperCommand) -> dict[str, object]:
     from kimi_lite.apps.config_file import read_defaults
     from kimi_lite.apps.folders import config_path
 
-    flags = {flag[2:]: parameter.name for parameter in command.params for flag in parameter.opts if flag.startswith("--")}
+    flags = {
+        flag[2:]: parameter.name for parameter in command.params for flag in parameter.opts if flag.startswith("--")
+    }
     return read_defaults(config_path(), flags)
 
 
@@ -92,7 +97,7 @@ def chat(
     quiet: flags.Quiet = False,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
-    from kimi_lite.apps.chat_start import start_chat
+    from kimi_lite.apps.chat.start import start_chat
 
     start_chat(ctx.params)
 
@@ -155,7 +160,7 @@ app.command("imatrix")(imatrix)
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def bench(context: typer.Context) -> None:
     """Measure tokens per second, with the machine's bound beside it."""
-    from tools.bench import app as bench_app
+    from kimi_lite.tools.bench.bench import app as bench_app
 
     raise typer.Exit(bench_app(context.args, prog_name="kimi-lite bench", standalone_mode=False) or 0)
 

@@ -1,4 +1,5 @@
-"""The one error a user can cause: what failed with need and have in numbers, and what to try. Only `cli.py` catches it."""
+"""The one error a user can cause: what failed with need and have in numbers, and what to try. Only `cli.py` catches
+it."""
 
 
 class KimiLiteError(Exception):

@@ -1,7 +1,5 @@
-"""Sizes as people write and read them. Memory is sold and printed in GiB (1024^3 bytes); speeds are GB/s (10^9 bytes).
-
-Used by every flag that takes memory (`--vram 24G --ram 256G`) and by every table that shows some.
-"""
+"""Sizes as people write and read them. Memory is sold and printed in GiB (1024^3 bytes); speeds are GB/s (10^9
+bytes)."""
 
 import re
 

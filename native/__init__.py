@@ -1,1 +1,2 @@
-"""Kernels and nothing else: GGUF block layouts, SIMD vectors, CPU (Numba) and GPU (Triton) products. No policy, no I/O."""
+"""Kernels and nothing else: GGUF block layouts, SIMD vectors, CPU (Numba) and GPU (Triton) products. No policy, no
+I/O."""

@@ -1,11 +1,12 @@
-"""What kernels need besides vectors: calls through an address, atomics, prefetching, a pause for spinning threads, memory."""
+"""What kernels need besides vectors: calls through an address, atomics, prefetching, a pause for spinning threads,
+memory."""
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.isa import PORTABLE, isa
+from kimi_lite.native.isa import PORTABLE, isa
 
 _I32 = ir.IntType(32)
 
@@ -136,7 +137,9 @@ def copy_bytes(typingctx, target, source, num_bytes):
 
     def codegen(context, builder, sig, args):
         target, source, count = args
-        cgutils.raw_memcpy(builder, pointer(builder, target, ir.IntType(8)), pointer(builder, source, ir.IntType(8)), count, 1)
+        cgutils.raw_memcpy(
+            builder, pointer(builder, target, ir.IntType(8)), pointer(builder, source, ir.IntType(8)), count, 1
+        )
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen

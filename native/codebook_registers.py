@@ -1,4 +1,5 @@
-"""Codebooks as registers: on CPUs with AVX-512 VBMI a point is found by permuting bytes, without any load that depends on data.
+"""Codebooks as registers: on CPUs with AVX-512 VBMI a point is found by permuting bytes, without any load that depends
+on data.
 
 A point's values are 2 or 3-bit codes packed into 16 bits. The whole list fills 8 to 32 registers' worth of constants; a
 look-up permutes two at a time and keeps, by masks of the index bits, the half that holds the point. Then 8 weights at a
@@ -11,9 +12,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.codebooks import codebook
-from native.isa import AVX512_VNNI, isa, target_features
-from native.vectors import call_llvm, constant, i8x32, i8x64, i16x32
+from kimi_lite.native.codebooks import codebook
+from kimi_lite.native.isa import AVX512_VNNI, isa, target_features
+from kimi_lite.native.vectors import call_llvm, constant, i8x32, i8x64, i16x32
 
 HAS_BYTE_PERMUTES = isa().name == AVX512_VNNI and {"avx512vbmi", "gfni"} <= target_features()
 _I32 = ir.IntType(32)
@@ -50,7 +51,9 @@ def find_words(name: str):
             llvm_name = "llvm.x86.avx512.vpermi2var.hi.512"
             bits = range(6, len(words).bit_length() - 1)
             is_set = [_bit_is_set(builder, i16x32, args[0], bit) for bit in bits]
-            return _tree(builder, lambda a, b: call_llvm(builder, llvm_name, i16x32.llvm, [a, args[0], b]), tables, is_set)
+            return _tree(
+                builder, lambda a, b: call_llvm(builder, llvm_name, i16x32.llvm, [a, args[0], b]), tables, is_set
+            )
 
         return i16x32(i16x32), codegen
 
@@ -58,7 +61,8 @@ def find_words(name: str):
 
 
 def find_bytes(name: str, shift: int):
-    """Makes `f(indices i8x64, ninth uint64)`: bits shift .. shift + 7 of the packed points. Bit i of `ninth` extends index i."""
+    """Makes `f(indices i8x64, ninth uint64)`: bits shift .. shift + 7 of the packed points. Bit i of `ninth` extends
+    index i."""
 
     @intrinsic
     def find(typingctx, indices, ninth):
@@ -69,7 +73,9 @@ def find_bytes(name: str, shift: int):
             is_set = [_bit_is_set(builder, i8x64, args[0], 7)]
             if len(part) > 256:
                 is_set.append(builder.bitcast(args[1], ir.VectorType(ir.IntType(1), 64)))
-            return _tree(builder, lambda a, b: call_llvm(builder, llvm_name, i8x64.llvm, [a, args[0], b]), tables, is_set)
+            return _tree(
+                builder, lambda a, b: call_llvm(builder, llvm_name, i8x64.llvm, [a, args[0], b]), tables, is_set
+            )
 
         return i8x64(i8x64, types.uint64), codegen
 
@@ -77,7 +83,8 @@ def find_bytes(name: str, shift: int):
 
 
 def _values(builder, name: str, qwords, shifts: list[int]):
-    """Codes at the bit positions `shifts` of every 8 bytes, replaced by their values. Higher bits in a byte do not matter."""
+    """Codes at the bit positions `shifts` of every 8 bytes, replaced by their values. Higher bits in a byte do not
+    matter."""
     spread = call_llvm(builder, "llvm.x86.avx512.pmultishift.qb.512", i8x64.llvm, [constant(i8x64, shifts * 8), qwords])
     values = np.unique(codebook(name)).tolist()
     values += [0] * (4 - len(values) if len(values) < 4 else 0)
@@ -95,7 +102,9 @@ def expand_words(name: str):
         lanes = [lane for i in range(8) for lane in (8 * chunk.literal_value + i, 0, 0, 0)]
 
         def codegen(context, builder, sig, args):
-            picked = call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.llvm, [args[0], constant(i16x32, lanes)])
+            picked = call_llvm(
+                builder, "llvm.x86.avx512.permvar.hi.512", i16x32.llvm, [args[0], constant(i16x32, lanes)]
+            )
             return _values(builder, name, builder.bitcast(picked, i8x64.llvm), list(range(0, 16, 2)))
 
         return i8x64(i16x32, chunk), codegen
@@ -124,7 +133,8 @@ def expand_bytes(name: str):
 
 
 def sign_fields(vec, positions: tuple[int, ...]):
-    """Makes `f(bits)`: the 7 bits from each of 8 positions in every 8 bytes, with an 8th that makes their number even."""
+    """Makes `f(bits)`: the 7 bits from each of 8 positions in every 8 bytes, with an 8th that makes their number
+    even."""
     # A bit matrix, its first byte for the highest result bit: each byte masks the bits whose sum a result bit is.
     rows = [0x7F] + [1 << bit for bit in range(6, -1, -1)]
     width = 8 * vec.lanes

@@ -1,8 +1,8 @@
 """The codebooks of the IQ1, IQ2 and IQ3 types, compiled into the kernels that use them.
 
-A weight group (8 weights, or 4 for IQ3) is stored as an index into a fixed list of points. The lists come from the `gguf`
-package and become constants of the LLVM module, so a kernel from Numba's disk cache carries its own and `gguf` is imported
-only while a kernel compiles.
+A weight group (8 weights, or 4 for IQ3) is stored as an index into a fixed list of points. The lists come from the
+`gguf` package and become constants of the LLVM module, so a kernel from Numba's disk cache carries its own and `gguf`
+is imported only while a kernel compiles.
 """
 
 from functools import cache
@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from native.isa import isa, target_features
-from native.vectors import call_llvm, i8x64, pointer
+from kimi_lite.native.isa import isa, target_features
+from kimi_lite.native.vectors import call_llvm, i8x64, pointer
 
 _BYTE, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -128,20 +128,26 @@ def _split_by_deposit(builder, low, high, num_indices: int, index_bits: int, ste
     indices, lanes = [], 0x0001_0001_0001_0001
 
     def deposit(value, mask: int):
-        return call_llvm(builder, "llvm.x86.bmi.pdep.64", _I64, [builder.zext(value, _I64), ir.Constant(_I64, mask * lanes)])
+        return call_llvm(
+            builder, "llvm.x86.bmi.pdep.64", _I64, [builder.zext(value, _I64), ir.Constant(_I64, mask * lanes)]
+        )
 
     for first in range(0, num_indices, 4):
         bits = builder.lshr(high, ir.Constant(_I32, first * step))
-        upper = builder.and_(deposit(bits, ((1 << step) - 1) << 8), ir.Constant(_I64, ((1 << index_bits) - 256) * lanes))
+        upper = builder.and_(
+            deposit(bits, ((1 << step) - 1) << 8), ir.Constant(_I64, ((1 << index_bits) - 256) * lanes)
+        )
         four = builder.or_(deposit(_load(builder, low, first, _I32), 255), upper)
         indices += [builder.trunc(builder.lshr(four, ir.Constant(_I64, 16 * i)), ir.IntType(16)) for i in range(4)]
     return indices
 
 
 def points_split(name: str, high_bits: int, num_half: int, step: int, index_bits: int):
-    """Makes `f(low, high)`: the codes of 2 * num_half points whose indices are bytes at `low`, extended by bits at `high`.
+    """Makes `f(low, high)`: the codes of 2 * num_half points whose indices are bytes at `low`, extended by bits at
+    `high`.
 
-    There, two words of `high_bits` serve half of the points each, `step` bits a point; an index has `index_bits` in all.
+    There, two words of `high_bits` serve half of the points each, `step` bits a point; an index has `index_bits` in
+    all.
     """
 
     @intrinsic

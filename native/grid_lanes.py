@@ -1,6 +1,8 @@
-"""The lane operations that only the grid types need: signs as bits, scales as bytes, both spread over a chunk of weights.
+"""The lane operations that only the grid types need: signs as bits, scales as bytes, both spread over a chunk of
+weights.
 
-Chunk 0..3 of a super-block is its weights 64 chunk .. 64 chunk + 63. Functions that take a `chunk` want it to be a constant.
+Chunk 0..3 of a super-block is its weights 64 chunk .. 64 chunk + 63. Functions that take a `chunk` want it to be a
+constant.
 """
 
 from collections.abc import Callable
@@ -9,8 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from native.half import widen_half
-from native.vectors import (
+from kimi_lite.native.half import widen_half
+from kimi_lite.native.vectors import (
     Vec,
     bitcaster,
     constant,
@@ -45,7 +47,9 @@ odd_i32x16 = shuffler(i32x16, i32x8, range(1, 16, 2))
 four_times_upper_i16x8 = shuffler(i16x8, i16x16, [4 + i // 4 for i in range(16)])  # lanes 4 4 4 4 5 ...
 twice_i8x8 = shuffler(i8x16, i8x16, [i // 2 for i in range(16)])  # bytes 0 0 1 1 ...
 twice_lowest_bytes = shuffler(i8x32, i8x16, [4 * (i // 2) for i in range(16)])  # of 32-bit lanes: bytes 0 0 4 4 ...
-twice_indices = shuffler(i8x64, i8x64, [8 * (i // 8) + i // 2 % 4 for i in range(64)])  # bytes 0 0 1 1 2 2 3 3 of every 8
+twice_indices = shuffler(
+    i8x64, i8x64, [8 * (i // 8) + i // 2 % 4 for i in range(64)]
+)  # bytes 0 0 1 1 2 2 3 3 of every 8
 shifts_0_3_6_9 = maker(i16x16, [0, 3, 6, 9] * 4)
 
 
@@ -61,7 +65,8 @@ def twice_i8x16(typingctx, a):
 
 
 def _chunk_shuffler(source: Vec, result: Vec, lane_of: Callable[[int, int], int]):
-    """Makes `f(a, chunk)`: lane i of the result is lane_of(chunk, i) of `a`, or zero from the number of its lanes on."""
+    """Makes `f(a, chunk)`: lane i of the result is lane_of(chunk, i) of `a`, or zero from the number of its lanes
+    on."""
 
     @intrinsic(prefer_literal=True)
     def shuffle(typingctx, a, chunk):

@@ -1,17 +1,18 @@
 """How one position of the latent cache lies in memory, for every dtype: drawn once for kernels, cache, planner and GPU.
 
-A row is the position's `latent` values: the normed latent and the rotated key. f32, f16 and bf16 store them as they are; q8
-stores an int8 code for each, then a float16 scale per 32 values (the last group may be shorter):
+A row is the position's `latent` values: the normed latent and the rotated key. f32, f16 and bf16 store them as they
+are; q8 stores an int8 code for each, then a float16 scale per 32 values (the last group may be shorter):
 
     | latent int8 codes | ceil(latent / 32) float16 scales |        value = code * scale of its 32
 
-Kimi K2.5's 576 values take 612 bytes, 1.0625 a value. Used by `native.cpu.latent` and `kimi_lite.memory.kv`; imports no kernels.
+Kimi K2.5's 576 values take 612 bytes, 1.0625 a value.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
+PAGE_TOKENS = 64  # positions in one page
 GROUP_VALUES = 32  # values that share a scale
 
 

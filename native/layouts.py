@@ -61,8 +61,12 @@ LAYOUTS: dict[int, Layout] = {
         Layout("IQ3_XXS", 18, QK_K, (("d", _F16), ("qs", _U8, 64), ("sas", "<u4", 8))),
         Layout("IQ1_S", 19, QK_K, (("d", _F16), ("qs", _U8, 32), ("qh", "<u2", 8))),
         Layout("IQ4_NL", 20, 32, (("d", _F16), ("qs", _U8, 16))),
-        Layout("IQ3_S", 21, QK_K, (("d", _F16), ("qs", _U8, 64), ("qh", _U8, 8), ("signs", _U8, 32), ("scales", _U8, 4))),
-        Layout("IQ2_S", 22, QK_K, (("d", _F16), ("qs", _U8, 32), ("signs", _U8, 32), ("qh", _U8, 8), ("scales", _U8, 8))),
+        Layout(
+            "IQ3_S", 21, QK_K, (("d", _F16), ("qs", _U8, 64), ("qh", _U8, 8), ("signs", _U8, 32), ("scales", _U8, 4))
+        ),
+        Layout(
+            "IQ2_S", 22, QK_K, (("d", _F16), ("qs", _U8, 32), ("signs", _U8, 32), ("qh", _U8, 8), ("scales", _U8, 8))
+        ),
         Layout("IQ4_XS", 23, QK_K, (("d", _F16), ("scales_h", "<u2"), ("scales_l", _U8, 4), ("qs", _U8, 128))),
         Layout("IQ1_M", 29, QK_K, (("qs", _U8, 32), ("qh", _U8, 16), ("scales", "<u2", 4))),
         Layout("TQ1_0", 34, QK_K, (("qs", _U8, 48), ("qh", _U8, 4), ("d", _F16))),

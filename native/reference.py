@@ -1,9 +1,8 @@
 """The numpy oracle of every kernel: slow, obvious, always kept.
 
 Sums are float64, so what differs from a kernel is the kernel's float32 rounding. Weights come as plain matrices
-(`reference_types.dequantize`); what kernels do to activations on purpose (int8 codes) is done here too, by `kind`: 0 for
-float32, 32 or 256 for int8 with a scale per so many values (`native.cpu.activations`). Used by tests/native; whoever
-writes a kernel starts here.
+(`reference_types.dequantize`); what kernels do to activations on purpose (int8 codes) is done here too, by `kind`: 0
+for float32, 32 or 256 for int8 with a scale per so many values (`native.cpu.activations`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from native.latent_rows import GROUP_VALUES, row_bytes
+from kimi_lite.native.latent_rows import GROUP_VALUES, row_bytes
 
 SMALLEST_PEAK = np.float32(1e-36)  # a group of activations below that counts as zeros
 
@@ -26,8 +25,8 @@ class QuantizedActivations(NamedTuple):
 def quantize_activations(x: np.ndarray, kind: int) -> QuantizedActivations:
     """float32 (T, K) -> int8 with one scale per `kind` (32 or 256) values: code = round to even of x * 127 / max|x|.
 
-    ggml's Q8_0 and Q8_K (ggml-quants.c), but: a group whose largest value is below SMALLEST_PEAK is zeros, and one with an
-    infinity or a NaN has the scale NaN, so that every product with it is NaN.
+    ggml's Q8_0 and Q8_K (ggml-quants.c), but: a group whose largest value is below SMALLEST_PEAK is zeros, and one with
+    an infinity or a NaN has the scale NaN, so that every product with it is NaN.
     """
     assert x.dtype == np.float32 and x.shape[1] % kind == 0, (x.dtype, x.shape, kind)
     groups = x.reshape(len(x), -1, kind)
@@ -48,15 +47,17 @@ def seen_activations(x: np.ndarray, kind: int) -> np.ndarray:
 
 
 def linear(weights: np.ndarray, x: np.ndarray, kind: int) -> np.ndarray:
-    """weights float32 (N, K), x float32 (T, K) -> float64 (T, N): the oracle of `rows`, `panel` with `gemm`, `linear_op`."""
+    """weights float32 (N, K), x float32 (T, K) -> float64 (T, N): the oracle of `rows`, `panel` with `gemm`,
+    `linear_op`."""
     return seen_activations(x, kind) @ weights.astype(np.float64).T
 
 
 def quantize_latents(x: np.ndarray) -> np.ndarray:
-    """float32 (..., latent) -> uint8 rows of the q8 cache (`native.latent_rows`): int8 codes, then a float16 scale per 32.
+    """float32 (..., latent) -> uint8 rows of the q8 cache (`native.latent_rows`): int8 codes, then a float16 scale per
+    32.
 
-    scale = max|x| / 127 of its group, rounded to float16; code = x / scale, rounded to even. A group with an infinity or a NaN
-    has the scale NaN and no codes; one too small for float16 has the scale 0.
+    scale = max|x| / 127 of its group, rounded to float16; code = x / scale, rounded to even. A group with an infinity
+    or a NaN has the scale NaN and no codes; one too small for float16 has the scale 0.
     """
     latent = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -latent % GROUP_VALUES)])
@@ -100,7 +101,8 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def rotate_pairs(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """x (..., R), cos and sin (..., R / 2): pair (x[2i], x[2i + 1]) turned by angle i (RoFormer; GGUF's "normal" order)."""
+    """x (..., R), cos and sin (..., R / 2): pair (x[2i], x[2i + 1]) turned by angle i (RoFormer; GGUF's "normal"
+    order)."""
     a, b = x[..., 0::2].astype(np.float64), x[..., 1::2].astype(np.float64)
     return np.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
 
@@ -140,11 +142,13 @@ def route(
     is_normalized: bool = True,
     scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """logits float32 (T, E) -> ids int (T, top_k), best first, and float32 weights. groups: (number, how many are kept).
+    """logits float32 (T, E) -> ids int (T, top_k), best first, and float32 weights. groups: (number, how many are
+    kept).
 
     DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and DeepSeek-V2 (arXiv 2405.04434, section 2.2.2). The bias steers the
     choice and not the weights; a group counts by its two best experts with a bias, by its best without. Of equals the
-    lower number wins; NaN and infinity come first with the weight NaN, so that they are seen (a bias of -infinity is no error).
+    lower number wins; NaN and infinity come first with the weight NaN, so that they are seen (a bias of -infinity is no
+    error).
     """
     logits = np.where(np.isfinite(logits), logits.astype(np.float32), np.float32(np.nan))
     with np.errstate(over="ignore"):
@@ -174,8 +178,8 @@ class LatentAttention(NamedTuple):
     """One sequence's inputs of multi-head latent attention.
 
     q float32 (T, H, nope + rope), the rope part rotated; latents (P, kv_lora + rope), as the cache holds them: normed
-    latent and rotated shared key; positions int (T,): token t sees latents 0..positions[t]. k_b float32 (H, kv_lora, nope),
-    v_b float32 (H, V, kv_lora). `scale` multiplies the scores.
+    latent and rotated shared key; positions int (T,): token t sees latents 0..positions[t]. k_b float32 (H, kv_lora,
+    nope), v_b float32 (H, V, kv_lora). `scale` multiplies the scores.
     """
 
     q: np.ndarray

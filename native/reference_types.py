@@ -1,15 +1,15 @@
 """The decode formula of every GGUF type in numpy: slow, obvious, and independent of the kernels and of other packages.
 
-`dequantize` is what `native.reference` multiplies with and what tests compare the kernels' `values` and `unpack` to. Byte
-layouts are drawn in `native.layouts`; the formulas are ggml's (ggml-quants.c, dequantize_row_*). Only the code books of
-the IQ types come from the `gguf` package.
+`dequantize` is what `native.reference` multiplies with and what tests compare the kernels' `values` and `unpack` to.
+Byte layouts are drawn in `native.layouts`; the formulas are ggml's (ggml-quants.c, dequantize_row_*). Only the code
+books of the IQ types come from the `gguf` package.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from native.layouts import BY_NAME
+from kimi_lite.native.layouts import BY_NAME
 
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice the E2M1 values

@@ -1,4 +1,5 @@
-"""SIMD operations that Python operators cannot spell: loads, stores, conversions, shuffles, sums; for every ISA from one source.
+"""SIMD operations that Python operators cannot spell: loads, stores, conversions, shuffles, sums; for every ISA from
+one source.
 
 Loads and stores need no alignment and check no bounds. Integers are bits: `>>` is logical.
 """
@@ -7,8 +8,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from native.half import narrow_to_half, widen_half, widen_half_bits
-from native.vectors import (
+from kimi_lite.native.half import narrow_to_half, widen_half, widen_half_bits
+from kimi_lite.native.vectors import (
     Vec,
     binary,
     bitcaster,
@@ -59,7 +60,8 @@ load_u16 = loader(types.uint16, ir.IntType(16))
 
 
 def _to_bf16(builder, value):
-    """float32 lanes as bfloat16 bits, rounded to nearest even; NaN, which rounding could carry into the sign, stays NaN."""
+    """float32 lanes as bfloat16 bits, rounded to nearest even; NaN, which rounding could carry into the sign, stays
+    NaN."""
     bits = builder.bitcast(value, i32x16.llvm)
     odd = builder.and_(builder.lshr(bits, constant(i32x16, 16)), constant(i32x16, 1))
     rounded = builder.add(builder.add(bits, constant(i32x16, 0x7FFF)), odd)
@@ -162,7 +164,8 @@ extend_f32x8, extend_i32x8 = extender(f32x8, f32x16), extender(i32x8, i32x16)
 
 
 def _spreaders(lanes_per_group: int):
-    """Four functions: lanes of chunk k = 0..3 of a super-block, each of its groups' values repeated (4 products a lane)."""
+    """Four functions: lanes of chunk k = 0..3 of a super-block, each of its groups' values repeated (4 products a
+    lane)."""
     groups = 16 // lanes_per_group
     return [shuffler(f32x16, f32x16, [groups * k + i // lanes_per_group for i in range(16)]) for k in range(4)]
 
@@ -172,7 +175,8 @@ spread32_0, spread32_1, spread32_2, spread32_3 = _spreaders(8)  # groups of 32
 
 
 def _transposer(num_out: int, bias: int):
-    """Makes `f(source, stride, target)`: 16 rows of 16 words, `stride` bytes apart, become columns: `num_out` x 64 bytes.
+    """Makes `f(source, stride, target)`: 16 rows of 16 words, `stride` bytes apart, become columns: `num_out` x 64
+    bytes.
 
     `bias` is xored into every byte first (128 turns signed codes into unsigned ones). Four rounds of perfect shuffles.
     """

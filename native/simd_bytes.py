@@ -7,8 +7,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.isa import AVX512_VNNI, PORTABLE, isa, target_features
-from native.vectors import (
+from kimi_lite.native.isa import AVX512_VNNI, PORTABLE, isa, target_features
+from kimi_lite.native.vectors import (
     Vec,
     call_llvm,
     constant,
@@ -33,9 +33,15 @@ _BYTE, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 widen16_i8x16, widen16_signed_i8x16 = converter(i8x16, i16x16, "zext"), converter(i8x16, i16x16, "sext")
 twice_each_i8x16 = shuffler_of_two(i8x16, i8x64, [*range(16)] * 2 + [*range(16, 32)] * 2)  # (a, b) -> a a b b
-four_times_each_word = shuffler(i8x16, i8x64, [4 * (i // 16) + i % 4 for i in range(64)])  # 4 bytes 4 times, the next 4 ...
-by_fours_i8x64 = shuffler(i8x64, i8x64, [16 * (i // 16) + 4 * (i % 4) + i // 4 % 4 for i in range(64)])  # 0 4 8 12 1 5 ...
-twice_each_quad = shuffler(i8x32, i8x64, [16 * (i // 32) + 8 * (i // 16 % 2) + i % 8 for i in range(64)])  # 8 bytes twice
+four_times_each_word = shuffler(
+    i8x16, i8x64, [4 * (i // 16) + i % 4 for i in range(64)]
+)  # 4 bytes 4 times, the next 4 ...
+by_fours_i8x64 = shuffler(
+    i8x64, i8x64, [16 * (i // 16) + 4 * (i % 4) + i // 4 % 4 for i in range(64)]
+)  # 0 4 8 12 1 5 ...
+twice_each_quad = shuffler(
+    i8x32, i8x64, [16 * (i // 32) + 8 * (i // 16 % 2) + i % 8 for i in range(64)]
+)  # 8 bytes twice
 _LANES = [[*range(16 * k, 16 * k + 16)] for k in range(8)]  # of two vectors of 64 bytes
 third_parts = shuffler_of_two(i8x64, i8x64, _LANES[4] + _LANES[5] + _LANES[2] + _LANES[2])  # used by TQ1_0: see there
 fourth_parts = shuffler_of_two(i8x64, i8x64, _LANES[2] + _LANES[2] + _LANES[6] + [48, 49, 50, 51] * 4)
@@ -47,10 +53,11 @@ _HAS_BIT_MATRICES = "gfni" in target_features() and isa().name != PORTABLE
 
 
 def bit_fields(mask: int, *shifts: int):
-    """Makes `f(codes)`: i8x64 of (byte >> shift) & mask, a shift for each equal run of lanes; left where it is negative.
+    """Makes `f(codes)`: i8x64 of (byte >> shift) & mask, a shift for each equal run of lanes; left where it is
+    negative.
 
-    With GFNI one instruction multiplies each byte by a matrix of bits, one matrix for 8 bytes. Else words of 32 bits are
-    shifted: what crosses from byte to byte is masked out.
+    With GFNI one instruction multiplies each byte by a matrix of bits, one matrix for 8 bytes. Else words of 32 bits
+    are shifted: what crosses from byte to byte is masked out.
     """
     assert all(shift >= 0 for shift in shifts) or all(shift <= 0 for shift in shifts), shifts
     run = 64 // len(shifts)
@@ -89,7 +96,9 @@ def _by_matrix(builder, codes, matrices: list[list[int]]):
 def opaque(builder, value):
     """The same vector, through no instruction, where the optimizer cannot see."""
     kind = ir.FunctionType(value.type, [value.type])
-    return builder.asm(kind, "", "=x,0" if value.type.count * value.type.element.width < 512 else "=v,0", [value], False)
+    return builder.asm(
+        kind, "", "=x,0" if value.type.count * value.type.element.width < 512 else "=v,0", [value], False
+    )
 
 
 def in_order(builder, value):
@@ -104,7 +113,8 @@ def opaque_mask(builder, mask):
     return builder.bitcast(same, mask.type)
 
 
-# Tables and masks ------------------------------------------------------------------------------------------------------
+# Tables and masks
+# ------------------------------------------------------------------------------------------------------
 
 
 def _select_from(builder, table: Sequence[int], codes):
@@ -143,7 +153,8 @@ HAS_BYTE_PERMUTES = isa().name == AVX512_VNNI and "avx512vbmi" in target_feature
 
 
 def byte_table_256(values: Sequence[int]):
-    """Makes `f(codes)`: i8x64 of any bytes to i8x64 of `values`, two look-ups of 128 (vpermi2b). Needs HAS_BYTE_PERMUTES."""
+    """Makes `f(codes)`: i8x64 of any bytes to i8x64 of `values`, two look-ups of 128 (vpermi2b). Needs
+    HAS_BYTE_PERMUTES."""
     assert len(values) == 256, len(values)
 
     @intrinsic
@@ -152,7 +163,9 @@ def byte_table_256(values: Sequence[int]):
             quarters = [ir.Constant(i8x64.llvm, [*values[i : i + 64]]) for i in range(0, 256, 64)]
             name = "llvm.x86.avx512.vpermi2var.qi.512"
             is_high = builder.icmp_signed("<", args[0], constant(i8x64, 0))
-            is_low = opaque_mask(builder, builder.not_(is_high))  # apart, so that each select becomes a permutation's mask
+            is_low = opaque_mask(
+                builder, builder.not_(is_high)
+            )  # apart, so that each select becomes a permutation's mask
             high = call_llvm(builder, name, i8x64.llvm, [quarters[2], args[0], quarters[3]])
             half_done = builder.select(is_high, high, args[0])
             low = call_llvm(builder, name, i8x64.llvm, [quarters[0], half_done, quarters[1]])
@@ -219,7 +232,9 @@ def hidden(builder, value):
     if isa().name == AVX512_VNNI or bits <= 256:
         return opaque(builder, value)
     halves = [opaque(builder, half) for half in in_halves(builder, value, value.type.count)]
-    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, value.type.count), list(range(value.type.count))))
+    return builder.shuffle_vector(
+        *halves, ir.Constant(ir.VectorType(_I32, value.type.count), list(range(value.type.count)))
+    )
 
 
 @intrinsic

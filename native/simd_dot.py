@@ -1,16 +1,31 @@
 """Products of quantized weights and activations: int8 dot products, with integer scales too, and the sums of a row.
 
-The only operations that choose an instruction per ISA (`native.isa`): vpdpbusd, vpmaddubsw, or what LLVM makes of the sum.
+The only operations that choose an instruction per ISA (`native.isa`): vpdpbusd, vpmaddubsw, or what LLVM makes of the
+sum.
 """
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
-from native.simd import sum_f32x8, sum_f32x16, zero_f32x8, zero_f32x16
-from native.simd_bytes import in_order
-from native.vectors import Vec, call_llvm, constant, f32x16, i8x32, i8x64, i16x16, i16x32, i32x8, i32x16, in_halves, maker, splat
+from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
+from kimi_lite.native.simd import sum_f32x8, sum_f32x16, zero_f32x8, zero_f32x16
+from kimi_lite.native.simd_bytes import in_order
+from kimi_lite.native.vectors import (
+    Vec,
+    call_llvm,
+    constant,
+    f32x16,
+    i8x32,
+    i8x64,
+    i16x16,
+    i16x32,
+    i32x8,
+    i32x16,
+    in_halves,
+    maker,
+    splat,
+)
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
@@ -85,7 +100,8 @@ HAS_FULL_UNSIGNED_DOT = "vnni" in isa().name  # unsigned codes may use all 8 bit
 dot_i8x64 = _dot(i32x16, i8x64, _dot_signed)
 
 
-# Products with integer scales ------------------------------------------------------------------------------------------
+# Products with integer scales
+# ------------------------------------------------------------------------------------------
 
 
 def _pair_products(builder, wide, narrow: ir.VectorType):
@@ -121,7 +137,8 @@ def _scaled_generic(builder, acc, codes, x, scales):
 
 @intrinsic
 def scaled_dot_u8x64(typingctx, acc, codes, x, scales):
-    """acc + 4 products a lane, each pair of them times its int16 scale. codes unsigned, at most 128; sums stay in int32."""
+    """acc + 4 products a lane, each pair of them times its int16 scale. codes unsigned, at most 128; sums stay in
+    int32."""
 
     def codegen(context, builder, sig, args):
         if isa().name == AVX512_VNNI:
@@ -148,8 +165,9 @@ def pair_dot_i16x16(typingctx, a, b):
     return i32x8(i16x16, i16x16), codegen
 
 
-# Products of small codes -----------------------------------------------------------------------------------------------
-# Without a dot-product instruction vpmaddubsw leaves int16 pairs; while they are small they are added as such.
+# Products of small codes
+# ----------------------------------------------------------------------------------------------- Without a dot-product
+# instruction vpmaddubsw leaves int16 pairs; while they are small they are added as such.
 
 _SMALL = i16x32 if isa().name == AVX2 else i32x16
 zero_small = maker(_SMALL, 0)
@@ -180,15 +198,17 @@ def sum_small(typingctx, acc):
             return args[0]
         ones = constant(i16x16, 1)
         sums = [
-            call_llvm(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, [part, ones]) for part in in_halves(builder, args[0], 32)
+            call_llvm(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, [part, ones])
+            for part in in_halves(builder, args[0], 32)
         ]
         return builder.shuffle_vector(*sums, ir.Constant(ir.VectorType(_I32, 16), list(range(16))))
 
     return i32x16(_SMALL), codegen
 
 
-# Sums of a row ----------------------------------------------------------------------------------------------------------
-# Where registers are few and hold 32 bytes, a row's sum takes one of them, not two.
+# Sums of a row
+# ---------------------------------------------------------------------------------------------------------- Where
+# registers are few and hold 32 bytes, a row's sum takes one of them, not two.
 
 _IS_NARROW = isa().name in (AVX2, AVX_VNNI)
 zero_row, sum_row = (zero_f32x8, sum_f32x8) if _IS_NARROW else (zero_f32x16, sum_f32x16)
@@ -202,6 +222,8 @@ def add_scaled(typingctx, acc, values, scale):
         acc, values, scale = args
         if _IS_NARROW:
             values = builder.fadd(*in_halves(builder, values, 16))
-        return call_llvm(builder, f"llvm.fma.v{acc.type.count}f32", acc.type, [values, splat(builder, sig.args[0], scale), acc])
+        return call_llvm(
+            builder, f"llvm.fma.v{acc.type.count}f32", acc.type, [values, splat(builder, sig.args[0], scale), acc]
+        )
 
     return acc(acc, f32x16, types.float32), codegen

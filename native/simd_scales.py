@@ -6,10 +6,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from native.half import widen_half
-from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
-from native.simd_bytes import opaque
-from native.vectors import (
+from kimi_lite.native.half import widen_half
+from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
+from kimi_lite.native.simd_bytes import opaque
+from kimi_lite.native.vectors import (
     Vec,
     binary,
     constant,
@@ -30,15 +30,20 @@ _BYTE, _I32 = ir.IntType(8), ir.IntType(32)
 
 @intrinsic
 def spreadable(typingctx, words):
-    """16 scales, ready for the functions below. LLVM would merge their shuffles with what made the scales, to worse code."""
+    """16 scales, ready for the functions below. LLVM would merge their shuffles with what made the scales, to worse
+    code."""
 
     def codegen(context, builder, sig, args):
-        lanes = [*range(8), *range(8), *range(8, 16), *range(8, 16)] if isa().name in (AVX2, AVX_VNNI) else [*range(16)] * 2
+        lanes = (
+            [*range(8), *range(8), *range(8, 16), *range(8, 16)] if isa().name in (AVX2, AVX_VNNI) else [*range(16)] * 2
+        )
         mask = ir.Constant(ir.VectorType(_I32, 32), lanes)
         ready = builder.shuffle_vector(args[0], ir.Constant(i16x16.llvm, ir.Undefined), mask)
         if isa().name == PORTABLE:
             return ready
-        halves = [opaque(builder, half) for half in in_halves(builder, ready, 32)] if isa().name != AVX512_VNNI else None
+        halves = (
+            [opaque(builder, half) for half in in_halves(builder, ready, 32)] if isa().name != AVX512_VNNI else None
+        )
         if halves:
             return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, 32), list(range(32))))
         return opaque(builder, ready)
@@ -47,7 +52,8 @@ def spreadable(typingctx, words):
 
 
 def _word_spreaders(words_per_group: int):
-    """Four functions: word lanes of chunk k = 0..3 of a super-block, each of its groups' scales repeated (2 products a lane).
+    """Four functions: word lanes of chunk k = 0..3 of a super-block, each of its groups' scales repeated (2 products a
+    lane).
 
     AVX2 shuffles within 16 bytes only: there a lane takes a scale from its own copy of 8.
     """
@@ -64,7 +70,8 @@ words16_0, words16_1, words16_2, words16_3 = _word_spreaders(8)  # groups of 16 
 words32_0, words32_1, words32_2, words32_3 = _word_spreaders(16)  # groups of 32
 
 
-# Scales of blocks that lie apart ---------------------------------------------------------------------------------------
+# Scales of blocks that lie apart
+# ---------------------------------------------------------------------------------------
 
 
 def _gather(builder, address, element, offsets: Sequence[int]):
@@ -92,7 +99,9 @@ def gather_f16(*offsets: int):
     @intrinsic
     def gather(typingctx, address):
         def codegen(context, builder, sig, args):
-            bits = _gather(builder, args[0], ir.IntType(16), offsets)  # as floats each load would wait for its register's past
+            bits = _gather(
+                builder, args[0], ir.IntType(16), offsets
+            )  # as floats each load would wait for its register's past
             return widen_half(builder, builder.bitcast(bits, Vec("f16", 8).llvm))
 
         return f32x8(types.uintp), codegen
@@ -131,7 +140,9 @@ def small_floats_f32x16(typingctx, codes):
     """16 bytes of unsigned E4M3 as float32 / 256: bits 3..6 and 0..2 are a float16's; its bias is 8 more."""
 
     def codegen(context, builder, sig, args):
-        bits = builder.shl(builder.and_(builder.zext(args[0], i16x16.llvm), constant(i16x16, 0x7F)), constant(i16x16, 7))
+        bits = builder.shl(
+            builder.and_(builder.zext(args[0], i16x16.llvm), constant(i16x16, 0x7F)), constant(i16x16, 7)
+        )
         return widen_half(builder, builder.bitcast(bits, Vec("f16", 16).llvm))
 
     return f32x16(i8x16), codegen

@@ -1,9 +1,9 @@
 """Vectors as Numba values, and makers of the operations on them.
 
-A `Vec` is an LLVM vector (`<64 x i8>`, `<16 x float>`, ...). LLVM legalises it to the registers the CPU has, so a 64-byte
-vector is one register on AVX-512 and two on AVX2. Python operators work lane by lane, a Python scalar on the right is
-broadcast. Integers are bits: `>>` is logical. Addresses are Numba `uintp` / `intp` numbers. The operations themselves are in
-`simd`, `simd_bytes`, `simd_scales` and `simd_dot`.
+A `Vec` is an LLVM vector (`<64 x i8>`, `<16 x float>`, ...). LLVM legalises it to the registers the CPU has, so a
+64-byte vector is one register on AVX-512 and two on AVX2. Python operators work lane by lane, a Python scalar on the
+right is broadcast. Integers are bits: `>>` is logical. Addresses are Numba `uintp` / `intp` numbers. The operations
+themselves are in `simd`, `simd_bytes`, `simd_scales` and `simd_dot`.
 """
 
 import operator
@@ -15,7 +15,13 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-_ELEMENTS = {"i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "f16": ir.HalfType(), "f32": ir.FloatType()}
+_ELEMENTS = {
+    "i8": ir.IntType(8),
+    "i16": ir.IntType(16),
+    "i32": ir.IntType(32),
+    "f16": ir.HalfType(),
+    "f32": ir.FloatType(),
+}
 _I32 = ir.IntType(32)
 
 
@@ -245,7 +251,9 @@ def first_lane(builder, word):
 def in_halves(builder, value, lanes: int):
     undefined = ir.Constant(value.type, ir.Undefined)
     parts = (range(lanes // 2), range(lanes // 2, lanes))
-    return [builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I32, lanes // 2), list(p))) for p in parts]
+    return [
+        builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I32, lanes // 2), list(p))) for p in parts
+    ]
 
 
 def fuser(vec: Vec, llvm_name: str):
@@ -262,6 +270,8 @@ def extender(source: Vec, result: Vec):
 
     @intrinsic
     def extend(typingctx, a):
-        return result(source), lambda context, builder, sig, args: builder.shuffle_vector(args[0], constant(source, 0), mask)
+        return result(source), lambda context, builder, sig, args: builder.shuffle_vector(
+            args[0], constant(source, 0), mask
+        )
 
     return extend

@@ -12,27 +12,38 @@ import typer
 from kimi_lite.errors import KimiLiteError
 
 Src = Annotated[Path, typer.Argument(help="A Hugging Face folder (config.json, safetensors, tokenizer), or GGUF.")]
-Dst = Annotated[Path, typer.Argument(help="The GGUF file to write: NAME.gguf, or NAME-00001-of-0000N.gguf where it is large.")]
-RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="Type of the routed experts (tq1_0, iq1_m, q2_k, ...), rest Q8_0; q4_0-lossless.")
+Dst = Annotated[
+    Path, typer.Argument(help="The GGUF file to write: NAME.gguf, or NAME-00001-of-0000N.gguf where it is large.")
 ]
-TypeName = Annotated[str | None, typer.Option("--type", help="One type for every matrix. K, IQ types need the ggml extra.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Type of the routed experts (tq1_0, iq1_m, q2_k, ...), rest Q8_0; q4_0-lossless."),
+]
+TypeName = Annotated[
+    str | None, typer.Option("--type", help="One type for every matrix. K, IQ types need the ggml extra.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Exception by tensor name; repeatable.")
 ]
 Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix of kimi-lite or llama.cpp.")]
 Calibrate = Annotated[
-    Path | None, typer.Option("--calibrate", help="Run the source (GGUF) on this text; TQ1_0, TQ2_0, Q2_0 lose far less by it.")
+    Path | None,
+    typer.Option("--calibrate", help="Run the source (GGUF) on this text; TQ1_0, TQ2_0, Q2_0 lose far less by it."),
 ]
 CalibrateChunks = Annotated[int, typer.Option("--chunks", help="Of 512 tokens of that text; 0: up to 64.", min=0)]
 MaxRam = Annotated[str | None, typer.Option("--max-ram", metavar="SIZE", help="Most memory to use, e.g. 6G.")]
 Mmproj = Annotated[
-    str | None, typer.Option("--mmproj", metavar="TYPE", help="Vision tower to mmproj-NAME.gguf as well: bf16, f16, q8_0, f32.")
+    str | None,
+    typer.Option("--mmproj", metavar="TYPE", help="Vision tower to mmproj-NAME.gguf as well: bf16, f16, q8_0, f32."),
 ]
-CheckSource = Annotated[bool, typer.Option("--check-source", help="First compare the source with its repository's checksums.")]
+CheckSource = Annotated[
+    bool, typer.Option("--check-source", help="First compare the source with its repository's checksums.")
+]
 SplitSize = Annotated[str, typer.Option("--split-max-size", help="Largest file, e.g. 45G or 500M.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity beside the source.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity beside the source.")
+]
 FitInto = Annotated[
     str | None, typer.Option("--fit", metavar="CARD+MEMORY", help="Best types for e.g. 24G+256G, or `this` machine.")
 ]
@@ -57,16 +68,23 @@ def main(
     verify: Verify = False,
     force: Force = False,
 ) -> None:
-    """Convert a model of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to GGUF. Killed, it goes on when repeated."""
+    """Convert a model of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to GGUF. Killed, it goes on when
+    repeated."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from quantize.app import Settings, run
+    from kimi_lite.quantize.app import Settings, run
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     more = (calibrate, chunks, max_ram, mmproj, check_source)
     settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit, *more)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("checking")
 

@@ -1,4 +1,4 @@
-"""The quantize command behind its flags: settings in, lines to print out. Called by `quantize.__main__`."""
+"""The quantize command behind its flags: settings in, lines to print out."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kimi_lite.errors import KimiLiteError
-from quantize.budget import fit_recipe, parse_budget
-from quantize.checksums import check_source
-from quantize.codecs import EXACT_TYPES
-from quantize.codecs.feedback import FEEDBACK_TYPES
-from quantize.convert import ConvertReport, convert, make_job, open_model
-from quantize.imatrix import read_imatrix
-from quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
-from quantize.plan import describe_plan, make_plan
-from quantize.recipe import Recipe, find_recipe, uniform_recipe, with_overrides
-from quantize.sharding import parse_size
-from quantize.verify import verify_lines
-from quantize.writer import OnProgress, existing_output
+from kimi_lite.quantize.calibrate.imatrix import read_imatrix
+from kimi_lite.quantize.check.verify import verify_lines
+from kimi_lite.quantize.codecs import EXACT_TYPES
+from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
+from kimi_lite.quantize.convert import ConvertReport, convert, make_job, open_model
+from kimi_lite.quantize.recipe.budget import fit_recipe, parse_budget
+from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
+from kimi_lite.quantize.recipe.recipe import Recipe, find_recipe, uniform_recipe, with_overrides
+from kimi_lite.quantize.source.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
+from kimi_lite.quantize.write.checksums import check_source
+from kimi_lite.quantize.write.sharding import parse_size
+from kimi_lite.quantize.write.writer import OnProgress, existing_output
 
 if TYPE_CHECKING:
-    from quantize.calibration import CalibrationText
+    from kimi_lite.quantize.calibrate.calibration import CalibrationText
 
 _DEFAULT_TYPE = "q8_0"
 _NUM_WORST = 3
@@ -75,7 +75,9 @@ def _run(
     fit_lines = [fit.summary] if fit else []
     if is_dry:
         plan = make_plan(model, recipe)
-        job = make_job(model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance)
+        job = make_job(
+            model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance
+        )
         return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(plan.notes)]
     max_ram_bytes = parse_size(settings.max_ram) if settings.max_ram else None
     options = (on_progress, settings.is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
@@ -99,7 +101,7 @@ def _check_mmproj(settings: Settings) -> None:
 def _open_calibration(settings: Settings, on_progress: OnProgress) -> "CalibrationText | None":
     if settings.calibrate is None:
         return None
-    from quantize.calibration import DEFAULT_CHUNKS, CalibrationText
+    from kimi_lite.quantize.calibrate.calibration import DEFAULT_CHUNKS, CalibrationText
 
     num_chunks = settings.calibrate_chunks or DEFAULT_CHUNKS
     return CalibrationText.open(settings.src.expanduser(), settings.calibrate.expanduser(), num_chunks, on_progress)
@@ -115,7 +117,9 @@ def _is_fitting(settings: Settings) -> bool:
     named = {"--recipe": settings.recipe, "--type": settings.type_name, "--fit": settings.fit}
     given = [flag for flag, value in named.items() if value]
     if len(given) > 1:
-        raise KimiLiteError(f"{' and '.join(given)} exclude each other.", "Name one; --tensor-type makes exceptions from it.")
+        raise KimiLiteError(
+            f"{' and '.join(given)} exclude each other.", "Name one; --tensor-type makes exceptions from it."
+        )
     return settings.fit is not None
 
 

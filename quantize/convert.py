@@ -1,8 +1,8 @@
 """A checkpoint folder or existing GGUF files to GGUF, streamed: a few megabytes of weights are in memory at a time.
 
-    report = convert(Path("Kimi-K2.5"), Path("kimi-k2.5-tq1_0.gguf"), find_recipe("tq1_0"))
-
-Called by `python -m quantize` and `kimi-lite quantize`. Everything that can be wrong is found before the first byte is written.
+    report = convert(Path("Kimi-K2.5"), Path("kimi-k2.5-tq1_0.gguf"), find_recipe("tq1_0")) Everything that can be wrong
+    is found before the first byte is
+written.
 """
 
 import time
@@ -13,29 +13,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kimi_lite.errors import KimiLiteError
-from quantize.codecs import find_layout
-from quantize.codecs.feedback import FEEDBACK_TYPES
-from quantize.gguf_model import open_gguf_model
-from quantize.hf_model import open_hf_model
-from quantize.imatrix import Importance
-from quantize.job import Job, run_job
-from quantize.memory import PeakMemory, pieces_ahead
-from quantize.model import SourceModel
-from quantize.names import file_order
-from quantize.plan import Plan, PlannedTensor, make_plan
-from quantize.recipe import Recipe, uniform_recipe
-from quantize.sharding import plan_shards
-from quantize.writer import OnProgress, Tensor
+from kimi_lite.quantize.calibrate.imatrix import Importance
+from kimi_lite.quantize.codecs import find_layout
+from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
+from kimi_lite.quantize.recipe.plan import Plan, PlannedTensor, make_plan
+from kimi_lite.quantize.recipe.recipe import Recipe, uniform_recipe
+from kimi_lite.quantize.source.gguf_model import open_gguf_model
+from kimi_lite.quantize.source.hf_model import open_hf_model
+from kimi_lite.quantize.source.model import SourceModel
+from kimi_lite.quantize.source.names import file_order
+from kimi_lite.quantize.write.job import Job, run_job
+from kimi_lite.quantize.write.memory import PeakMemory, pieces_ahead
+from kimi_lite.quantize.write.sharding import plan_shards
+from kimi_lite.quantize.write.writer import OnProgress, Tensor
 
 if TYPE_CHECKING:  # they run the model, which most conversions do not
-    from quantize.calibration import Calibration, CalibrationText
+    from kimi_lite.quantize.calibrate.calibration import Calibration, CalibrationText
 
 DEFAULT_SPLIT_BYTES = 45_000_000_000  # model hosts take files up to 50 GB
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What was written: `paths`, the one file or the shards. `errors` are relative RMS errors by tensor, on sampled rows."""
+    """What was written: `paths`, the one file or the shards. `errors` are relative RMS errors by tensor, on sampled
+    rows."""
 
     paths: tuple[Path, ...]
     num_bytes: int
@@ -75,9 +76,9 @@ def convert(
     calibration: "CalibrationText | None" = None,
     max_ram_bytes: int | None = None,
 ) -> ConvertReport:
-    """Writes the model `src`, opened or its place, as the GGUF file `dst`, or as shards of up to `split_bytes` named after it.
-    A recipe given as text is one type for every matrix. `calibration` is of the same model. `on_progress(tensor, bytes done,
-    bytes in all)`. Raises KimiLiteError."""
+    """Writes the model `src`, opened or its place, as the GGUF file `dst`, or as shards of up to `split_bytes` named
+    after it. A recipe given as text is one type for every matrix. `calibration` is of the same model.
+    `on_progress(tensor, bytes done, bytes in all)`. Raises KimiLiteError."""
     start_s = time.perf_counter()
     dst = Path(dst).expanduser()
     recipe = uniform_recipe(recipe, importance is not None) if isinstance(recipe, str) else recipe
@@ -137,7 +138,9 @@ def _make_tensor(planned: PlannedTensor, importance: Importance | None, statisti
     source = planned.source
     curvature = partial(statistics.curvature, source.name) if statistics and _takes_feedback(planned) else None
     vectors = importance.find(source.name, source.shape) if importance else None
-    return Tensor(source.name, source.shape, planned.layout, partial(source.open_rows, planned.layout), vectors, curvature)
+    return Tensor(
+        source.name, source.shape, planned.layout, partial(source.open_rows, planned.layout), vectors, curvature
+    )
 
 
 def _check_encoder(tensor: Tensor, will_have_importance: bool) -> None:

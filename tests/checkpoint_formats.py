@@ -1,4 +1,5 @@
-"""How `tests.checkpoints` puts a model on disk: as transformers saves it, as K2.5's INT4 experts, as DeepSeek's block FP8.
+"""How `tests.checkpoints` puts a model on disk: as transformers saves it, as K2.5's INT4 experts, as DeepSeek's block
+FP8.
 
 The two quantized writers round the model's own weights to what the files hold, so the model stays the exact reference.
 """
@@ -24,7 +25,8 @@ def write_plain(path: Path, model, dtype: str) -> None:
 
 
 def write_int4(path: Path, model) -> None:
-    """K2.5's folder: text model under `language_model.`, routed experts pack-quantized in groups of 32, all else bf16."""
+    """K2.5's folder: text model under `language_model.`, routed experts pack-quantized in groups of 32, all else
+    bf16."""
     import torch
 
     tensors = {"vision_tower.patch_embed.proj.bias": torch.ones(8, dtype=torch.bfloat16)}
@@ -34,7 +36,14 @@ def write_int4(path: Path, model) -> None:
             tensors |= _pack_int4(stored.removesuffix(".weight"), weight)
         else:
             tensors[stored] = weight if name.endswith("e_score_correction_bias") else weight.to(torch.bfloat16)
-    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _GROUP, "symmetric": True, "dynamic": False}
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": _GROUP,
+        "symmetric": True,
+        "dynamic": False,
+    }
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -109,7 +118,8 @@ def _pack_int4(stem: str, weight) -> dict:
 
 
 def _to_fp8(weight):
-    """Rounds `weight` (N, M) in place to FP8 blocks; returns the codes (N, M) and the factors (ceil(N/128), ceil(M/128))."""
+    """Rounds `weight` (N, M) in place to FP8 blocks; returns the codes (N, M) and the factors (ceil(N/128),
+    ceil(M/128))."""
     import torch
 
     factors = torch.empty(-(-weight.shape[0] // _FP8_BLOCK), -(-weight.shape[1] // _FP8_BLOCK))

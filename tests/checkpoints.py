@@ -56,14 +56,26 @@ def _yarn(theta: float, factor: float, mscale: float, beta_fast: float = 32.0) -
 
 
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 50000.0}
-_DEEPSEEK = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 1280}
+_DEEPSEEK = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1280,
+}
 _KINDS: dict[str, dict] = {
     # Kimi K2: low-rank queries, YaRN, sigmoid router with a selection bias, one group
     "kimi": {"rope_parameters": _yarn(50000.0, 64.0, 1.0)},
-    # Kimi K2.5: the same inside `text_config`, tensors under `language_model.`, routed experts INT4, a vision tensor to skip
+    # Kimi K2.5: the same inside `text_config`, tensors under `language_model.`, routed experts INT4, a vision tensor to
+    # skip
     "kimi_int4": {"rope_parameters": _yarn(50000.0, 64.0, 1.0)},
     # Moonlight: one plain query projection, no YaRN, two shared experts
-    "moonlight": {"q_lora_rank": None, "rope_parameters": _PLAIN_ROPE, "n_shared_experts": 2, "routed_scaling_factor": 2.446},
+    "moonlight": {
+        "q_lora_rank": None,
+        "rope_parameters": _PLAIN_ROPE,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 2.446,
+    },
     # DeepSeek-V3: four groups of experts of which two are used, two dense layers
     "deepseek_v3": {
         "rope_parameters": _yarn(10000.0, 40.0, 1.0),
@@ -97,12 +109,15 @@ _KINDS: dict[str, dict] = {
 KINDS = tuple(_KINDS)
 
 
-def make_checkpoint(path: Path, kind: str, *, num_layers: int | None = None, dtype: str = "bfloat16", seed: int = 0, **sizes):
+def make_checkpoint(
+    path: Path, kind: str, *, num_layers: int | None = None, dtype: str = "bfloat16", seed: int = 0, **sizes
+):
     """Writes a checkpoint of `kind` (one of KINDS) into the folder `path`; returns the transformers model in float32.
 
-    The returned model's weights are exactly what the files decode to: rounded to `dtype` ("float32", "bfloat16", "float16"),
-    to INT4 groups of 32 or to FP8 blocks. llama.cpp takes a model without low-rank queries only with 27 layers: pass
-    num_layers=27 for those. `sizes` overrides fields of config.json. All norms use rms_norm_eps, as llama.cpp and vLLM do.
+    The returned model's weights are exactly what the files decode to: rounded to `dtype` ("float32", "bfloat16",
+    "float16"), to INT4 groups of 32 or to FP8 blocks. llama.cpp takes a model without low-rank queries only with 27
+    layers: pass num_layers=27 for those. `sizes` overrides fields of config.json. All norms use rms_norm_eps, as
+    llama.cpp and vLLM do.
     """
     config = _make_config(kind, num_layers, sizes)
     model = _make_model(config, dtype, seed)

@@ -3,9 +3,9 @@
     from tests.tiny import write_tiny_gguf
     write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), types={"_exps": "TQ2_0"}, hidden_size=512)
 
-It is a Kimi K2.5 in everything but size: MLA with `attn_k_b`/`attn_v_b`, one dense layer, then sigmoid-routed experts with a
-selection bias and a shared expert, YaRN, a byte-level tokenizer with Kimi's control tokens and a chat template. The defaults
-are about 6 MB of F32. Written by the `gguf` package's writer, which knows nothing of our reader.
+It is a Kimi K2.5 in everything but size: MLA with `attn_k_b`/`attn_v_b`, one dense layer, then sigmoid-routed experts
+with a selection bias and a shared expert, YaRN, a byte-level tokenizer with Kimi's control tokens and a chat template.
+The defaults are about 6 MB of F32. Written by the `gguf` package's writer, which knows nothing of our reader.
 """
 
 import math
@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from native.layouts import BY_NAME, Layout
+from kimi_lite.native.layouts import BY_NAME, Layout
 from tests.tiny_blocks import encode_rows
 from tests.tiny_tokenizer import tokenizer_metadata
 
@@ -25,7 +25,8 @@ _GATING_IDS = {"softmax": 1, "sigmoid": 2}
 
 @dataclass(frozen=True, slots=True)
 class TinyConfig:
-    """Names as in ModelConfig; `types` maps ends of tensor names (".weight" may be left out) to layouts, the longest wins."""
+    """Names as in ModelConfig; `types` maps ends of tensor names (".weight" may be left out) to layouts, the longest
+    wins."""
 
     name: str = "tiny"
     num_layers: int = 3
@@ -67,7 +68,8 @@ class TinyConfig:
 
 
 def write_tiny_gguf(path: str | Path, rng: np.random.Generator, **config_overrides) -> Path:
-    """Write a valid random model and return the file to open: `path`, or shard 1 of it if `max_tensors_per_shard` splits it."""
+    """Write a valid random model and return the file to open: `path`, or shard 1 of it if `max_tensors_per_shard`
+    splits it."""
     config = TinyConfig(**config_overrides)
     path = Path(path)
     writer = gguf.GGUFWriter(path, "deepseek2", split_max_tensors=config.max_tensors_per_shard)
@@ -125,7 +127,9 @@ def model_metadata(config: TinyConfig) -> dict[str, object]:
         "expert_group_used_count": c.num_expert_groups_used,
         **_rope_metadata(c),
     }
-    return {"general.type": "model", "general.name": c.name} | {f"deepseek2.{key}": value for key, value in keys.items()}
+    return {"general.type": "model", "general.name": c.name} | {
+        f"deepseek2.{key}": value for key, value in keys.items()
+    }
 
 
 def _rope_metadata(c: TinyConfig) -> dict[str, object]:

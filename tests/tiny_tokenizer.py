@@ -1,17 +1,19 @@
-"""A byte-level tokenizer of 300 tokens with Kimi's control tokens, as GGUF metadata: 256 bytes, 18 merges, 26 control tokens.
+"""A byte-level tokenizer of 300 tokens with Kimi's control tokens, as GGUF metadata: 256 bytes, 18 merges, 26 control
+tokens.
 
-The control tokens keep the distances of the real vocabulary ([BOS] + 2 = <|im_end|>, + 22 = <think>), so the same code finds
-them. Used by `tests.tiny`.
+The control tokens keep the distances of the real vocabulary ([BOS] + 2 = <|im_end|>, + 22 = <think>), so the same code
+finds them. Used by `tests.tiny`.
 """
 
 _MERGES = (
-    "h e", "Ġ t", "Ġ a", "i n", "o n", "e r", "l l", "r e", "Ġt he", "Ġ s", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d",
-    "Ġwor ld", "in g",
+    "h e", "Ġ t", "Ġ a", "i n", "o n", "e r", "l l", "r e", "Ġt he", "Ġ s", "he ll", "hell o", "Ġ w", "o r", "Ġw or",
+    "l d", "Ġwor ld", "in g",
 )  # fmt: skip
 _SPECIALS = {
     0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 6: "<|start_header_id|>",
     7: "<|end_header_id|>", 9: "[EOT]", 10: "<|im_system|>", 11: "<|tool_calls_section_begin|>",
-    12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>", 14: "<|tool_call_argument_begin|>", 15: "<|tool_call_end|>",
+    12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>", 14: "<|tool_call_argument_begin|>",
+    15: "<|tool_call_end|>",
     17: "<|im_middle|>", 18: "<|media_begin|>", 19: "<|media_content|>", 20: "<|media_end|>", 21: "<|media_pad|>",
     22: "<think>", 23: "</think>", 24: "[UNK]", 25: "[PAD]",
 }  # fmt: skip
@@ -65,7 +67,8 @@ def byte_tokens() -> list[str]:
 
 
 def tokenizer_metadata(vocab_size: int) -> dict[str, object]:
-    """The `tokenizer.*` keys; ids past the control tokens are unused `[PAD...]` entries, as llama.cpp's converter writes them."""
+    """The `tokenizer.*` keys; ids past the control tokens are unused `[PAD...]` entries, as llama.cpp's converter
+    writes them."""
     first = FIRST_SPECIAL_ID
     assert vocab_size >= first + NUM_SPECIALS, (vocab_size, first + NUM_SPECIALS)
     tokens = byte_tokens() + [merge.replace(" ", "") for merge in _MERGES]

@@ -3,9 +3,9 @@
     python -m tools.plan_check -m model.gguf          # default: the demo model
     python -m tools.plan_check -m kimi-k2.5-00001-of-00006.gguf -c 8K
 
-Loads the model, reads a prompt that fills the context but for the answer (so that every expert and every page of the cache is
-used), generates, and compares. Run it twice: compiling kernels takes memory that a plan does not count. The last line is JSON;
-the exit code is 1 where memory is off by more than 5 % or a ceiling was exceeded.
+Loads the model, reads a prompt that fills the context but for the answer (so that every expert and every page of the
+cache is used), generates, and compares. Run it twice: compiling kernels takes memory that a plan does not count. The
+last line is JSON; the exit code is 1 where memory is off by more than 5 % or a ceiling was exceeded.
 """
 
 import json
@@ -20,11 +20,12 @@ import typer
 
 from kimi_lite.apps.flags import parse_token_count
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory import bandwidth, hardware_speed
-from kimi_lite.memory.plan import make_plan
+from kimi_lite.hardware import bandwidth
+from kimi_lite.hardware import speed as hardware_speed
+from kimi_lite.options import LoadOptions
+from kimi_lite.plan.plan import make_plan
 from kimi_lite.units import MIB
 
 MAX_MEMORY_ERROR = 0.05
@@ -51,14 +52,18 @@ class Comparison:
     @property
     def is_good(self) -> bool:
         within = abs(self.memory_error) <= MAX_MEMORY_ERROR
-        return within and self.decode_tok_s <= self.decode_ceiling_tok_s and self.prompt_tok_s <= self.prompt_ceiling_tok_s
+        return (
+            within and self.decode_tok_s <= self.decode_ceiling_tok_s and self.prompt_tok_s <= self.prompt_ceiling_tok_s
+        )
 
 
 def compare(path: Path, context_length: int, num_threads: int | None) -> Comparison:
     """Loads and runs the model in this process, which must have loaded nothing else."""
     with Engine.open(path, LoadOptions(context_length=context_length, num_threads=num_threads, device="cpu")) as engine:
         plan = engine.plan
-        prompt = np.random.default_rng(0).integers(0, engine.tokenizer.vocab_size, engine.context_length - _ANSWER_TOKENS - 1)
+        prompt = np.random.default_rng(0).integers(
+            0, engine.tokenizer.vocab_size, engine.context_length - _ANSWER_TOKENS - 1
+        )
         sampling = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS, ignore_eos=True)
         request = Request("check", tuple(prompt.tolist()), sampling)
         *_, last = engine.generate([request])
@@ -77,9 +82,13 @@ def compare(path: Path, context_length: int, num_threads: int | None) -> Compari
 
 
 def main(
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file, first shard or folder. Default: demo.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="GGUF file, first shard or folder. Default: demo.")
+    ] = None,
     context: Annotated[str, typer.Option("-c", "--ctx", help="Context in tokens.")] = "2K",
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)
+    ] = None,
 ) -> None:
     """Compare the plan with what a model really takes and does."""
     found = compare(model or _demo_path(), parse_token_count(context), threads)
@@ -90,7 +99,11 @@ def main(
         ("prompt", found.prompt_tok_s, found.prompt_ceiling_tok_s),
     ):
         print(f"{name}   {tok_s:,.1f} tokens/s, {tok_s / ceiling:.0%} of the ceiling of {ceiling:,.1f}")
-    print(json.dumps({"tool": "plan_check", **asdict(found), "memory_error": found.memory_error, "is_good": found.is_good}))
+    print(
+        json.dumps(
+            {"tool": "plan_check", **asdict(found), "memory_error": found.memory_error, "is_good": found.is_good}
+        )
+    )
     if not found.is_good:
         raise typer.Exit(_OFF)
 

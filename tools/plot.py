@@ -5,7 +5,8 @@
     python -m tools.plot quality.svg q8.txt q4.txt tq1.txt     file size against divergence from the reference
     python -m tools.plot timeline.svg trace.json               one token, stage by stage
 
-The background is transparent and everything drawn is of middle brightness. Needs matplotlib: pip install "kimi-lite[tools]".
+The background is transparent and everything drawn is of middle brightness. Needs matplotlib: pip install
+"kimi-lite[tools]".
 """
 
 import json
@@ -65,7 +66,9 @@ def read_any(path: Path) -> dict:
     try:
         document = json.loads(path.read_text(encoding="utf-8").strip().rpartition("\n")[2])
     except (OSError, ValueError) as error:
-        raise KimiLiteError(f"{path}: {error}.", "Give what bench, kernel_bench or quality printed, or a trace.") from error
+        raise KimiLiteError(
+            f"{path}: {error}.", "Give what bench, kernel_bench or quality printed, or a trace."
+        ) from error
     if not isinstance(document, dict) or _kind(document) not in _DRAWERS:
         raise KimiLiteError(f"{path} is of no kind that can be drawn.", f"There are: {', '.join(_DRAWERS)}.")
     return document
@@ -93,7 +96,9 @@ def _draw_speed(figure, documents: Sequence[Mapping]) -> None:
             axes.errorbar(depths, rates, errors, color=colour, marker=marker, markersize=4, capsize=2, label=label)
             if program == "kimi-lite" and line[0]["ceiling_share"]:
                 bounds = [result["tok_s"]["mean"] / result["ceiling_share"] for result in line]
-                axes.plot(depths, bounds, "--", color=_BOUND, marker="_", label="memory's bound" if batch == 1 else None)
+                axes.plot(
+                    depths, bounds, "--", color=_BOUND, marker="_", label="memory's bound" if batch == 1 else None
+                )
         axes.set(title=titles[kind], xlabel="tokens of context", ylabel="tokens/s")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, labelcolor=_INK)
@@ -108,7 +113,11 @@ def _draw_kernels(figure, documents: Sequence[Mapping]) -> None:
     names, rates = [name for name, _ in types], [result["gb_s"] for _, result in types]
     bars = axes.barh(names, rates, color=_OURS, height=0.7)
     axes.bar_label(
-        bars, [f"{result['bandwidth_share']:.0%}" for _, result in types], label_type="center", color="white", fontsize=8
+        bars,
+        [f"{result['bandwidth_share']:.0%}" for _, result in types],
+        label_type="center",
+        color="white",
+        fontsize=8,
     )
     axes.axvline(report["read_gb_s"], color=_BOUND, linestyle="--", label=f"plain read, {report['read_gb_s']:.1f} GB/s")
     theirs = [(name, r["gb_s"] * r["ggml_gweights_s"] / r["gweights_s"]) for name, r in types if r["ggml_gweights_s"]]
@@ -125,11 +134,15 @@ def _draw_quality(figure, documents: Sequence[Mapping]) -> None:
     axes = figure.subplots()
     for document in documents:
         if not document["references"]:
-            raise KimiLiteError(f"{document['model']['file']} was measured without a reference.", "Use quality --reference.")
+            raise KimiLiteError(
+                f"{document['model']['file']} was measured without a reference.", "Use quality --reference."
+            )
         kl, gigabytes = document["references"][0]["kl_nats"], document["model"]["file_bytes"] / 1e9
         axes.errorbar(gigabytes, kl["mean"], kl["error"], color=_OURS, marker="o", markersize=5, capsize=2)
         place = (gigabytes, kl["mean"])
-        axes.annotate(document["model"]["file"].removesuffix(".gguf"), place, (6, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            document["model"]["file"].removesuffix(".gguf"), place, (6, 4), textcoords="offset points", fontsize=8
+        )
     axes.set(xlabel="file, GB", ylabel="KL divergence, nats", yscale="log")
     axes.margins(x=0.15, y=0.15)
 
@@ -162,7 +175,9 @@ _DRAWERS: Mapping[str, Callable] = {
     "trace": _draw_timeline,
 }
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    pretty_exceptions_enable=False, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 @app.command()

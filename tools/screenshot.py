@@ -2,10 +2,11 @@
 
     python -m tools.screenshot tools/data/chat.svg -- --temp 0
 
-What stands in the picture is what the program showed: a terminal emulator (pyte, of the test dependencies) keeps the screen, rich
-draws it. The README shows the file; make it again on a quiet machine when the screen changes.
+What stands in the picture is what the program showed: a terminal emulator (pyte, of the test dependencies) keeps the
+screen, rich draws it. The README shows the file; make it again on a quiet machine when the screen changes.
 """
 
+import io
 import os
 import re
 import sys
@@ -74,14 +75,19 @@ def _read_to_prompt(program, stream, screen) -> None:
 def _without_dim(match: re.Match) -> str:
     parts = match[1].split(";")
     is_colour = any(part in ("38", "48") for part in parts)
-    return match[0] if is_colour or "2" not in parts else f"\x1b[{';'.join(_GREY if part == '2' else part for part in parts)}m"
+    return (
+        match[0]
+        if is_colour or "2" not in parts
+        else f"\x1b[{';'.join(_GREY if part == '2' else part for part in parts)}m"
+    )
 
 
 def _draw(screen) -> str:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor")  # noqa: SIM115
+    nowhere = io.StringIO()
+    console = Console(record=True, width=WIDTH, file=nowhere, force_terminal=True, color_system="truecolor")
     rows = [screen.buffer[y] for y in range(HEIGHT)]
     while rows and not "".join(rows[-1][x].data for x in range(WIDTH)).strip():
         rows.pop()

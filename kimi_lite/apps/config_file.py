@@ -23,7 +23,9 @@ def read_defaults(path: Path, flags: Mapping[str, str]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KimiLiteError(f"The configuration file {path} cannot be read: {error}.", "Mend it or move it away.") from error
+        raise KimiLiteError(
+            f"The configuration file {path} cannot be read: {error}.", "Mend it or move it away."
+        ) from error
     return {_parameter(name, flags, path): _value(name, value, path) for name, value in settings.items()}
 
 
@@ -44,7 +46,9 @@ def _value(name: str, value: object, path: Path) -> object:
         return value
     if isinstance(value, (int, float)):
         return str(value)  # parsed as on the command line
-    raise KimiLiteError(f"{path} sets {name!r} to a {type(value).__name__}; it must be a text, a number or true or false.")
+    raise KimiLiteError(
+        f"{path} sets {name!r} to a {type(value).__name__}; it must be a text, a number or true or false."
+    )
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

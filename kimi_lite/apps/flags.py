@@ -1,4 +1,5 @@
-"""The flags of `chat` and `run`, most with a twin in the environment. Read by `cli`, so nothing heavy is imported here."""
+"""The flags of `chat` and `run`, most with a twin in the environment. Read by `cli`, so nothing heavy is imported
+here."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,16 +32,22 @@ _context = _setting(
     parser=parse_token_count,
     metavar="TOKENS",
 )
-Model = Annotated[Path | None, _setting("-m", "--model", help="GGUF file, first shard or folder. Default: a demo.", panel=MODEL)]
+Model = Annotated[
+    Path | None, _setting("-m", "--model", help="GGUF file, first shard or folder. Default: a demo.", panel=MODEL)
+]
 Context = Annotated[int | None, _context]
-Threads = Annotated[int | None, _setting("-t", "--threads", help="CPU threads. Default: all cores.", panel=MODEL, min=1)]
+Threads = Annotated[
+    int | None, _setting("-t", "--threads", help="CPU threads. Default: all cores.", panel=MODEL, min=1)
+]
 KvDtype = Annotated[
     Literal["f16", "bf16", "q8", "f32"],
     _setting("--kv-dtype", help="Numbers in the context's cache; q8 halves its memory.", panel=MODEL),
 ]
 PrefixCache = Annotated[
     bool,
-    _setting("--prefix-cache/--no-prefix-cache", help="Save what long prompts cost to read.", panel=MODEL, show_default=True),
+    _setting(
+        "--prefix-cache/--no-prefix-cache", help="Save what long prompts cost to read.", panel=MODEL, show_default=True
+    ),
 ]
 PrefixCacheSize = Annotated[
     str, _setting("--prefix-cache-size", help="How much of them is kept on disk.", panel=MODEL, metavar="SIZE")
@@ -57,43 +64,75 @@ Dense = Annotated[
     _setting("--dense", help="On a GPU: the weights that every token uses; file: as they are.", panel=MODEL),
 ]
 Ram = Annotated[
-    str | None, _setting("--ram", help="Memory it may take; experts beyond it stay on disk.", panel=MODEL, metavar="SIZE")
+    str | None,
+    _setting("--ram", help="Memory it may take; experts beyond it stay on disk.", panel=MODEL, metavar="SIZE"),
 ]
 Loading = Annotated[
     Literal["map", "read", "lock"],
-    _setting("--load", help="Experts that fit: map the file, read it into memory at once, or also lock it there.", panel=MODEL),
+    _setting(
+        "--load",
+        help="Experts that fit: map the file, read it into memory at once, or also lock it there.",
+        panel=MODEL,
+    ),
 ]
 RecordRouting = Annotated[
     Path | None,
-    _setting("--record-routing", help="Write which experts every token chose (.npz), for tools.cache_sim.", panel=MODEL),
+    _setting(
+        "--record-routing", help="Write which experts every token chose (.npz), for tools.cache.sim.", panel=MODEL
+    ),
 ]
 CacheBias = Annotated[
     float,
-    _setting("--cache-bias", help="Prefer experts in fast memory among near-equals: by so much of a score.", panel=MODEL, min=0),
+    _setting(
+        "--cache-bias",
+        help="Prefer experts in fast memory among near-equals: by so much of a score.",
+        panel=MODEL,
+        min=0,
+    ),
 ]
 System = Annotated[str, _setting("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, show_default=False)]
-Think = Annotated[bool | None, _setting("--think/--no-think", help="Reason first. Default: if the model can.", panel=PROMPT)]
+Think = Annotated[
+    bool | None, _setting("--think/--no-think", help="Reason first. Default: if the model can.", panel=PROMPT)
+]
 MaxTokens = Annotated[
-    int, _setting("-n", "--max-tokens", help="Longest answer; -1: no limit but the context.", panel=PROMPT, show_default=True)
+    int,
+    _setting(
+        "-n", "--max-tokens", help="Longest answer; -1: no limit but the context.", panel=PROMPT, show_default=True
+    ),
 ]
 Temperature = Annotated[
-    float | None, _setting("--temp", help="Temperature; 0: greedy. Default: 1.0 with thinking, else 0.6.", panel=SAMPLING)
+    float | None,
+    _setting("--temp", help="Temperature; 0: greedy. Default: 1.0 with thinking, else 0.6.", panel=SAMPLING),
 ]
 TopK = Annotated[int, _setting("--top-k", help="Keep the k likeliest tokens; 0: off.", panel=SAMPLING)]
 TopP = Annotated[float, _setting("--top-p", help="Keep the likeliest tokens that sum to p; 1: off.", panel=SAMPLING)]
-MinP = Annotated[float, _setting("--min-p", help="Keep tokens p times as likely as the likeliest; 0: off.", panel=SAMPLING)]
-RepeatPenalty = Annotated[float, _setting("--repeat-penalty", help="Make seen tokens less likely; 1: off.", panel=SAMPLING)]
-Seed = Annotated[int | None, _setting("--seed", help="The same seed gives the same answer. Default: random.", panel=SAMPLING)]
-Quiet = Annotated[bool, _setting("-q", "--quiet", help="No progress, remarks or statistics.", panel=OUTPUT)]
-PromptText = Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt, as an option.", rich_help_panel=PROMPT)]
-PromptFile = Annotated[
-    Path | None, typer.Option("-f", "--file", help="Read the prompt, or its end, from FILE; -: stdin.", rich_help_panel=PROMPT)
+MinP = Annotated[
+    float, _setting("--min-p", help="Keep tokens p times as likely as the likeliest; 0: off.", panel=SAMPLING)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document: text, ids, statistics.", rich_help_panel=OUTPUT)]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write the answer to FILE.", rich_help_panel=OUTPUT)]
+RepeatPenalty = Annotated[
+    float, _setting("--repeat-penalty", help="Make seen tokens less likely; 1: off.", panel=SAMPLING)
+]
+Seed = Annotated[
+    int | None, _setting("--seed", help="The same seed gives the same answer. Default: random.", panel=SAMPLING)
+]
+Quiet = Annotated[bool, _setting("-q", "--quiet", help="No progress, remarks or statistics.", panel=OUTPUT)]
+PromptText = Annotated[
+    str | None, typer.Option("-p", "--prompt", help="The prompt, as an option.", rich_help_panel=PROMPT)
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("-f", "--file", help="Read the prompt, or its end, from FILE; -: stdin.", rich_help_panel=PROMPT),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON document: text, ids, statistics.", rich_help_panel=OUTPUT)
+]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Write the answer to FILE.", rich_help_panel=OUTPUT)
+]
 
 ThinkBudget = Annotated[
-    int | None, _setting("--think-budget", help="Most tokens of reasoning; -1: no limit.", panel=PROMPT, metavar="TOKENS")
+    int | None,
+    _setting("--think-budget", help="Most tokens of reasoning; -1: no limit.", panel=PROMPT, metavar="TOKENS"),
 ]
 PreserveThinking = Annotated[
     bool, _setting("--preserve-thinking", help="Past reasoning stays in the prompt, where the model can.", panel=PROMPT)
@@ -106,10 +145,14 @@ Endpoint = Annotated[
 ]
 ApiKey = Annotated[str | None, _setting("--api-key", help="For --endpoint.", panel=MODEL, metavar="KEY")]
 Warm = Annotated[
-    bool, _setting("--warm/--no-warm", help="Read the model into memory first, where it fits.", panel=MODEL, show_default=True)
+    bool,
+    _setting(
+        "--warm/--no-warm", help="Read the model into memory first, where it fits.", panel=MODEL, show_default=True
+    ),
 ]
 Images = Annotated[
-    list[str] | None, typer.Option("--image", help="An image for the first message.", rich_help_panel=PROMPT, metavar="FILE")
+    list[str] | None,
+    typer.Option("--image", help="An image for the first message.", rich_help_panel=PROMPT, metavar="FILE"),
 ]
 Continue = Annotated[bool, typer.Option("--continue", help="Go on with the last conversation.", rich_help_panel=CHAT)]
 SessionName = Annotated[
@@ -121,6 +164,10 @@ Tools = Annotated[
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option("--allow", help="A tool that need not ask; *: all. May be repeated.", rich_help_panel=CHAT, metavar="NAME"),
+    typer.Option(
+        "--allow", help="A tool that need not ask; *: all. May be repeated.", rich_help_panel=CHAT, metavar="NAME"
+    ),
 ]
-McpConfig = Annotated[Path | None, _setting("--mcp-config", help="MCP servers with more tools.", panel=CHAT, metavar="FILE")]
+McpConfig = Annotated[
+    Path | None, _setting("--mcp-config", help="MCP servers with more tools.", panel=CHAT, metavar="FILE")
+]

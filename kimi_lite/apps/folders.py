@@ -1,6 +1,6 @@
 """Where the program keeps what is the user's: conversations and history (state), and the configuration file.
 
-Both are for their owner's eyes only: folders get mode 0700 and files 0600. Used by `apps.sessions`, `apps.input` and `cli`.
+Both are for their owner's eyes only: folders get mode 0700 and files 0600.
 """
 
 import os

@@ -1,5 +1,5 @@
 """`kimi-lite imatrix`: measures which columns of each weight matter over a text. Flags and progress; the work is in
-`quantize.statistics`, imported when it begins.
+`quantize.calibrate.statistics`, imported when it begins.
 """
 
 from pathlib import Path
@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
-ModelFile = Annotated[Path, typer.Option("-m", "--model", help="GGUF file, first shard or folder; best unquantized or Q8_0.")]
+ModelFile = Annotated[
+    Path, typer.Option("-m", "--model", help="GGUF file, first shard or folder; best unquantized or Q8_0.")
+]
 TextFile = Annotated[Path, typer.Option("-f", "--file", help="A text like what the model will be used for.")]
-OutputFile = Annotated[Path, typer.Option("-o", "--output", help="The importance matrix to write (GGUF, as llama.cpp's).")]
+OutputFile = Annotated[
+    Path, typer.Option("-o", "--output", help="The importance matrix to write (GGUF, as llama.cpp's).")
+]
 Chunks = Annotated[int, typer.Option("--chunks", help="Chunks of the text to use; 0: all.", min=0)]
 ChunkTokens = Annotated[int, typer.Option("-c", "--ctx", help="Tokens in a chunk, up to 512.")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)]
@@ -25,11 +29,12 @@ def main(
     threads: Threads = None,
     force: Force = False,
 ) -> None:
-    """Measure importance over a text, for quantize --imatrix and for llama.cpp. Layer by layer: also models beyond memory."""
+    """Measure importance over a text, for quantize --imatrix and for llama.cpp. Layer by layer: also models beyond
+    memory."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from quantize.statistics import collect_importance
+    from kimi_lite.quantize.calibrate.statistics import collect_importance
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,4 +1,5 @@
-"""`kimi-lite plan`: what would lie where and how fast it could be, before anything is downloaded or loaded. Only flags live here.
+"""`kimi-lite plan`: what would lie where and how fast it could be, before anything is downloaded or loaded. Only flags
+live here.
 
     kimi-lite plan --model kimi-k2.5 --recipe tq1_0 --vram 24G --ram 256G -c 32K
     kimi-lite plan -m models/kimi-k2.5-tq1_0 --json
@@ -15,9 +16,9 @@ from kimi_lite.apps.flags import parse_token_count
 from kimi_lite.units import SIZE_HELP, parse_size
 
 if TYPE_CHECKING:
-    from kimi_lite.apps.plan_model import Choice, Subject
-    from kimi_lite.memory.hardware import Hardware
-    from kimi_lite.memory.plan import Plan, PlanLimits
+    from kimi_lite.hardware.probe import Hardware
+    from kimi_lite.plan.plan import Plan, PlanLimits
+    from kimi_lite.plan.subject import Choice, Subject
 
 _WHAT, _MACHINE, _OUTPUT = "What to plan", "The machine", "Output"
 
@@ -35,23 +36,45 @@ Recipe = Annotated[
 Context = Annotated[
     int | None,
     _option(
-        "-c", "--ctx", help="Context in tokens, as 32K; 0: the model's.", panel=_WHAT, parser=parse_token_count, metavar="TOKENS"
+        "-c",
+        "--ctx",
+        help="Context in tokens, as 32K; 0: the model's.",
+        panel=_WHAT,
+        parser=parse_token_count,
+        metavar="TOKENS",
     ),
 ]
 KvDtype = Annotated[Literal["f32", "f16", "bf16", "q8"], _option("--kv-dtype", help="Type of the cache.", panel=_WHAT)]
 Vision = Annotated[bool, _option("--vision/--no-vision", help="Count the model's eyes, if it has some.", panel=_WHAT)]
-Vram = Annotated[str | None, _option("--vram", help=f"The card's memory, or a limit: {SIZE_HELP}. 0: no card.", panel=_MACHINE)]
-Ram = Annotated[
-    str | None, _option("--ram", help="Memory, or a limit; more than this machine has: another machine.", panel=_MACHINE)
+Vram = Annotated[
+    str | None, _option("--vram", help=f"The card's memory, or a limit: {SIZE_HELP}. 0: no card.", panel=_MACHINE)
 ]
-GpuExperts = Annotated[int | None, _option("--gpu-experts", help="Experts kept in VRAM, no more.", panel=_MACHINE, min=0)]
-Dense = Annotated[Literal["q8_0", "bf16", "file"], _option("--dense", help="What is dense, on the card.", panel=_MACHINE)]
+Ram = Annotated[
+    str | None,
+    _option("--ram", help="Memory, or a limit; more than this machine has: another machine.", panel=_MACHINE),
+]
+GpuExperts = Annotated[
+    int | None, _option("--gpu-experts", help="Experts kept in VRAM, no more.", panel=_MACHINE, min=0)
+]
+Dense = Annotated[
+    Literal["q8_0", "bf16", "file"], _option("--dense", help="What is dense, on the card.", panel=_MACHINE)
+]
 Device = Annotated[str | None, _option("--device", help="cpu: leave the card out.", panel=_MACHINE)]
-Threads = Annotated[int | None, _option("-t", "--threads", help="CPU threads. Default: all cores.", panel=_MACHINE, min=1)]
-RamSpeed = Annotated[float | None, _option("--ram-speed", help="GB/s that memory really delivers.", panel=_MACHINE, min=0.1)]
-DiskSpeed = Annotated[float | None, _option("--disk-speed", help="GB/s that the disk really delivers.", panel=_MACHINE, min=0.01)]
-PcieSpeed = Annotated[float | None, _option("--pcie-speed", help="GB/s from memory to the card.", panel=_MACHINE, min=0.1)]
-Measure = Annotated[bool, _option("--measure", help="Measure memory and disk: two seconds, then remembered.", panel=_MACHINE)]
+Threads = Annotated[
+    int | None, _option("-t", "--threads", help="CPU threads. Default: all cores.", panel=_MACHINE, min=1)
+]
+RamSpeed = Annotated[
+    float | None, _option("--ram-speed", help="GB/s that memory really delivers.", panel=_MACHINE, min=0.1)
+]
+DiskSpeed = Annotated[
+    float | None, _option("--disk-speed", help="GB/s that the disk really delivers.", panel=_MACHINE, min=0.01)
+]
+PcieSpeed = Annotated[
+    float | None, _option("--pcie-speed", help="GB/s from memory to the card.", panel=_MACHINE, min=0.1)
+]
+Measure = Annotated[
+    bool, _option("--measure", help="Measure memory and disk: two seconds, then remembered.", panel=_MACHINE)
+]
 AsJson = Annotated[bool, _option("--json", help="One JSON document.", panel=_OUTPUT)]
 
 
@@ -74,9 +97,9 @@ def main(
     as_json: AsJson = False,
 ) -> None:
     """What would lie where, what is the first limit, and how fast it could be: before any download."""
-    from kimi_lite.apps.plan_model import check_recipe, find_subject
-    from kimi_lite.memory.hardware import described, probe
-    from kimi_lite.memory.plan import PlanLimits
+    from kimi_lite.hardware.probe import described, probe
+    from kimi_lite.plan.plan import PlanLimits
+    from kimi_lite.plan.subject import check_recipe, find_subject
 
     vram_bytes = 0 if vram == "0" else parse_size(vram, "--vram") if vram else None
     ram_bytes = parse_size(ram, "--ram") if ram else None
@@ -99,8 +122,8 @@ def _decide(
     subject: "Subject", hardware: "Hardware", limits: "PlanLimits", recipe: str | None
 ) -> "tuple[Plan, list[Choice], str | None]":
     """The plan, and those of all recipes where there is a choice; the chosen recipe's name."""
-    from kimi_lite.apps.plan_model import best_choice, choices
-    from kimi_lite.memory.plan import make_plan
+    from kimi_lite.plan.plan import make_plan
+    from kimi_lite.plan.subject import best_choice, choices
 
     if subject.sizes:
         return make_plan(subject.sizes, hardware, limits), [], None
@@ -113,8 +136,8 @@ def _decide(
 
 
 def _print(plan: "Plan", choices: "list[Choice]", chosen: str | None, subject: "Subject") -> None:
-    from kimi_lite.apps.plan_model import smaller_model
-    from kimi_lite.apps.plan_view import disk_warning, next_line, plan_lines, recipe_lines
+    from kimi_lite.plan.subject import smaller_model
+    from kimi_lite.plan.view import disk_warning, next_line, plan_lines, recipe_lines
 
     lines = plan_lines(plan)
     if not subject.sizes and (warning := disk_warning(plan)):

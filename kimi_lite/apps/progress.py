@@ -1,4 +1,4 @@
-"""Progress of loading: bytes with GB/s and the time left, or a count of stages; gone when it is done. Used by `apps.start`."""
+"""Progress of loading: bytes with GB/s and the time left, or a count of stages; gone when it is done."""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn

@@ -1,4 +1,5 @@
-"""`kimi-lite run`: one prompt, one answer. Only the answer (or one JSON document) goes to stdout, all else to stderr."""
+"""`kimi-lite run`: one prompt, one answer. Only the answer (or one JSON document) goes to stdout, all else to
+stderr."""
 
 import json
 import os
@@ -11,9 +12,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
-from kimi_lite.apps.attachments import compose, read_image
-from kimi_lite.apps.interrupt import on_interrupt
-from kimi_lite.apps.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_plain, stats_document, stats_line
+from kimi_lite.apps.chat.attachments import compose, read_image
+from kimi_lite.apps.chat.interrupt import on_interrupt
+from kimi_lite.apps.chat.render import (
+    LEAST_PREFILL_TOKENS,
+    AnswerView,
+    WorkProgress,
+    show_plain,
+    stats_document,
+    stats_line,
+)
 from kimi_lite.apps.start import Settings, open_session, say_demo
 from kimi_lite.apps.tools.start import open_tools, require_place
 from kimi_lite.engine.conversation import Conversation
@@ -22,7 +30,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import whole_file
 
 if TYPE_CHECKING:
-    from kimi_lite.apps.tool_loop import ToolLoop
+    from kimi_lite.apps.chat.tool_loop import ToolLoop
     from kimi_lite.apps.tools.box import ToolBox
 
 INTERRUPTED = 130
@@ -46,7 +54,9 @@ def read_prompt(argument: str | None, option: str | None, path: Path | None, std
     text = argument if argument is not None else option
     if text is None and path is None:
         if stdin.isatty():
-            raise KimiLiteError("There is no prompt.", 'Try kimi-lite run "why is the sky blue?", -f FILE, or a pipe into stdin.')
+            raise KimiLiteError(
+                "There is no prompt.", 'Try kimi-lite run "why is the sky blue?", -f FILE, or a pipe into stdin.'
+            )
         path = Path("-")
     parts = [text] if text is not None else []
     if path is not None:
@@ -101,14 +111,18 @@ def run(session: Conversation, prompt: Content, output: RunOutput, tools: "ToolB
         view.close()
     assert view.last is not None, prompt
     if is_whole:
-        _write(_document(session, view, ids) if output.is_json else _ended(view.texts["content"].lstrip("\n")), output.path, out)
+        _write(
+            _document(session, view, ids) if output.is_json else _ended(view.texts["content"].lstrip("\n")),
+            output.path,
+            out,
+        )
     if not output.is_quiet:
         show_plain(aside, stats_line(view.last), style="dim")
     return INTERRUPTED if view.last.finish_reason == "cancelled" else 0
 
 
 def _tool_loop(session: Conversation, tools: "ToolBox", view: AnswerView, aside: Console, is_quiet: bool) -> "ToolLoop":
-    from kimi_lite.apps.tool_loop import ToolLoop
+    from kimi_lite.apps.chat.tool_loop import ToolLoop
     from kimi_lite.apps.tools.confirm import asker
 
     def say(text: str) -> None:

@@ -1,4 +1,5 @@
-"""From the command line's flags to a conversation: find the model or build the demo, load it with progress, say what it is."""
+"""From the command line's flags to a conversation: find the model or build the demo, load it with progress, say what it
+is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,16 +10,16 @@ import psutil
 from rich.console import Console
 
 from kimi_lite import __version__
-from kimi_lite.apps.interrupt import on_interrupt, silent_keys
+from kimi_lite.apps.chat.interrupt import on_interrupt, silent_keys
+from kimi_lite.apps.chat.render import describe_model, show_plain
 from kimi_lite.apps.progress import LoadProgress
-from kimi_lite.apps.render import describe_model, show_plain
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import SamplingParams
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.options import LoadOptions
 from kimi_lite.units import parse_size
 
 DEMO_REMARKS = (
@@ -108,14 +109,14 @@ def greeting(session: Conversation, settings: Settings) -> list[str]:
         place = f"  {settings.endpoint}" if settings.endpoint else f"  {describe_model(session.info)}"
         lines = [f"kimi-lite {__version__} · {session.info.name}", f"{place}{context}", f"  {mode} · /help for help"]
     else:
-        from kimi_lite.apps.plan_view import start_panel
+        from kimi_lite.plan.view import start_panel
 
         lines = start_panel(plan, mode, "/help for help")
     return [*lines, *(f"  {line}" for line in DEMO_REMARKS if settings.is_demo)]
 
 
 def _open_remote(settings: Settings) -> Conversation:
-    from kimi_lite.apps.remote import RemoteSession
+    from kimi_lite.apps.remote.session import RemoteSession
 
     model = None if settings.model is None else str(settings.model)  # the endpoint's name for it
     return RemoteSession.open(settings.endpoint, settings.api_key, model, settings.system, settings.answer)
@@ -136,8 +137,8 @@ def _open_local(settings: Settings, aside: Console) -> Session:
 
 def _warm(engine: Engine, load: LoadOptions, progress: LoadProgress) -> None:
     """Read the model into memory where it fits; Ctrl-C leaves the rest for later."""
-    from kimi_lite.memory.gguf_shards import find_shards
-    from kimi_lite.memory.warm import warm
+    from kimi_lite.experts.warm import warm
+    from kimi_lite.gguf.shards import find_shards
 
     path = engine.info.path
     if load.ram_bytes is not None or not path.is_file():
@@ -145,7 +146,9 @@ def _warm(engine: Engine, load: LoadOptions, progress: LoadProgress) -> None:
     if engine.info.total_bytes > _RAM_SHARE * psutil.virtual_memory().available:
         return
     with on_interrupt(lambda: None) as interrupt:
-        warm(find_shards(path), lambda done, total: progress("reading weights", done, total), lambda: interrupt.has_come)
+        warm(
+            find_shards(path), lambda done, total: progress("reading weights", done, total), lambda: interrupt.has_come
+        )
 
 
 def _demo_path(progress: LoadProgress) -> Path:

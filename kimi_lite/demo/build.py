@@ -20,12 +20,12 @@ from platformdirs import user_cache_path
 from kimi_lite.demo import rehouse
 from kimi_lite.demo.fetch import OnProgress, fetch_source_gguf
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.gguf_store import GGUFStore
-from native.layouts import Layout
-from quantize.codecs import find_layout
-from quantize.metadata import array, guess_value, model_metadata, text, u32
-from quantize.recipe import choose
-from quantize.writer import RowReader, Tensor, Value, write_gguf
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.native.layouts import Layout
+from kimi_lite.quantize.codecs import find_layout
+from kimi_lite.quantize.recipe.recipe import choose
+from kimi_lite.quantize.source.metadata import array, guess_value, model_metadata, text, u32
+from kimi_lite.quantize.write.writer import RowReader, Tensor, Value, write_gguf
 
 _REVISION = 1  # in the file's name: a change of the re-housing builds a new file
 _NAME = "SmolLM2-135M-Instruct in the Kimi K2.5 architecture"
@@ -47,7 +47,8 @@ def demo_model_path(type_name: str = "q8_0") -> Path:
 
 
 def ensure_demo_model(on_progress: OnProgress | None = None, type_name: str = "q8_0") -> Path:
-    """The demo model's path; builds it first where it is missing. `on_progress(what, bytes done, bytes in all)` follows.
+    """The demo model's path; builds it first where it is missing. `on_progress(what, bytes done, bytes in all)`
+    follows.
 
     Two processes may build at the same time: each works in its own folder, and the last rename wins with an equal file.
     """
@@ -60,7 +61,8 @@ def ensure_demo_model(on_progress: OnProgress | None = None, type_name: str = "q
     except OSError as error:
         raise KimiLiteError(
             f"Building the demo model in {path.parent} failed: {error.strerror or error}.",
-            f"It needs {_WORK_BYTES / 1e6:,.0f} MB while it is built: name another folder in KIMI_LITE_CACHE, or a model by -m.",
+            f"It needs {_WORK_BYTES / 1e6:,.0f} MB while it is built: name another folder in KIMI_LITE_CACHE, "
+            f"or a model by -m.",
         ) from error
     return path
 
@@ -72,7 +74,9 @@ def _build(path: Path, layout: Layout, report: OnProgress) -> None:
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as folder:
         source = GGUFStore.open(fetch_source_gguf(Path(folder), path.parent, report))
         try:
-            write_gguf(path, _make_metadata(source, layout), list(_plan_tensors(source, layout)), report, is_overwriting=True)
+            write_gguf(
+                path, _make_metadata(source, layout), list(_plan_tensors(source, layout)), report, is_overwriting=True
+            )
         finally:
             source.close()
 
@@ -119,7 +123,8 @@ def _row_reader(tensor: np.ndarray) -> RowReader:
 
 
 def _make_metadata(source: GGUFStore, layout: Layout) -> dict[str, Value]:
-    """The architecture's keys, where the weights come from and under which licence, the card, and the source's tokenizer."""
+    """The architecture's keys, where the weights come from and under which licence, the card, and the source's
+    tokenizer."""
     keys = model_metadata(rehouse.CONFIG, _NAME, layout)
     keys |= {
         "general.license": text("apache-2.0"),

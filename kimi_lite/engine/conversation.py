@@ -1,7 +1,7 @@
 """A conversation, whoever answers: its turns; asking, undoing, asking again, answering tool calls, dropping old turns.
 
-`engine.session.Session` answers with a loaded model, `apps.remote.RemoteSession` with an OpenAI-compatible endpoint; both say
-only how a prompt becomes tokens. `chat` and `run` see nothing else.
+`engine.session.Session` answers with a loaded model, `apps.remote.RemoteSession` with an OpenAI-compatible endpoint;
+both say only how a prompt becomes tokens. `chat` and `run` see nothing else.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,8 @@ from kimi_lite.text.tool_calls import ToolCall
 OnPrefill = Callable[[str, int, int], None]  # request id, prompt tokens done, prompt tokens in all
 SUMMARY_TOKENS = 400  # longest summary
 _SUMMARY_REQUEST = (
-    "Summarise our conversation so far in at most 200 words, for yourself: what I asked for, what was found or decided, names, "
+    "Summarise our conversation so far in at most 200 words, for yourself: what I asked for, what was found or "
+    "decided, names, "
     "numbers and open questions. Write the summary only."
 )
 _SUMMARY_HEADING = "Summary of the earlier conversation:\n"
@@ -57,7 +58,8 @@ class Conversation(ABC):
         """Stop the answer; from a signal handler or another thread. What it said so far is kept."""
 
     def count_tokens(self, content: Content | None = None, num_dropped: int | None = None) -> int | None:
-        """Tokens of the next prompt, with a message `content` and without the first turns; None where nobody can say."""
+        """Tokens of the next prompt, with a message `content` and without the first turns; None where nobody can
+        say."""
         return None
 
     def pieces(self, ids: Sequence[int]) -> list[str] | None:
@@ -93,8 +95,8 @@ class Conversation(ABC):
     ) -> Generator[Token, None, None]:
         """Send a message and stream the answer. However it ends, what was said stays in the conversation.
 
-        `content` is text or OpenAI content parts; `tools` are OpenAI declarations, None: as before; `settings` are for this
-        answer only. After finish reason "tool_calls" `pending_calls` wait for `answer_calls`.
+        `content` is text or OpenAI content parts; `tools` are OpenAI declarations, None: as before; `settings` are for
+        this answer only. After finish reason "tool_calls" `pending_calls` wait for `answer_calls`.
         """
         require_utf8(text_of(content))
         if tools and not self.can_call:
@@ -107,7 +109,10 @@ class Conversation(ABC):
         yield from self._answer(before, settings, on_prefill)
 
     def answer_calls(
-        self, results: Sequence[tuple[str, str]], on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
+        self,
+        results: Sequence[tuple[str, str]],
+        on_prefill: OnPrefill | None = None,
+        settings: AnswerSettings | None = None,
     ) -> Generator[Token, None, None]:
         """Give the results of pending calls, (call id, text) each, and stream how the model goes on."""
         names = {call.id: call.name for call in self.pending_calls}
@@ -187,7 +192,8 @@ class Conversation(ABC):
         self.summary = summary or self.summary
 
     def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Generator[Token, None, None]:
-        """Have the model sum the oldest exchanges up (the tokens are the summary), then send the summary in their place."""
+        """Have the model sum the oldest exchanges up (the tokens are the summary), then send the summary in their
+        place."""
         turns = self.turns[self.num_dropped : self.start_after(num_exchanges)]
         messages = [turn.to_message() for turn in turns if turn.says_something]
         messages = [*self._system_messages(), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
@@ -207,7 +213,8 @@ class Conversation(ABC):
     def _answer(
         self, before: list[Turn], settings: AnswerSettings | None, on_prefill: OnPrefill | None
     ) -> Generator[Token, None, None]:
-        """Stream the answer to `turns` and write it down. A refusal before its first token leaves the turns as they were."""
+        """Stream the answer to `turns` and write it down. A refusal before its first token leaves the turns as they
+        were."""
         settings, record = settings or self.settings, AnswerRecord()
         tokens = self._stream([*self._system_messages(), *self.messages], settings, on_prefill, False)
         try:
@@ -240,6 +247,8 @@ class Conversation(ABC):
         num_seen = sum(num_images(turn.content) for turn in self.turns[self.num_dropped :])
         if num_seen and not self.can_see:
             raise KimiLiteError(
-                f"The conversation has {num_seen} image(s); they need a vision tower, and {self.info.name} has none here.",
-                "Leave images out (/undo takes the last message back), or use --endpoint URL of a server whose model sees.",
+                f"The conversation has {num_seen} image(s); they need a vision tower, and {self.info.name} has "
+                f"none here.",
+                "Leave images out (/undo takes the last message back), or use --endpoint URL of a server whose "
+                "model sees.",
             )

@@ -1,6 +1,6 @@
 """Which road a model takes: the GPU's where there is one that can, else the CPU's.
 
-Imports torch only where a GPU's driver is found. Called by `engine.loader`.
+Imports torch only where a GPU's driver is found.
 """
 
 import ctypes
@@ -8,8 +8,8 @@ import sys
 import warnings
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.hardware import Gpu
-from kimi_lite.memory.hardware_gpu import probe_gpu
+from kimi_lite.hardware.gpu import probe_gpu
+from kimi_lite.hardware.probe import Gpu
 
 
 def choose_device(wanted: str | None) -> str:
@@ -21,7 +21,7 @@ def choose_device(wanted: str | None) -> str:
         raise KimiLiteError(f"--device {wanted}: kimi-lite runs on cuda and cpu.", "Try --device cpu.")
     if wanted == "cpu" or (wanted is None and not has_nvidia_driver()):
         return "cpu"
-    from native.gpu.support import why_unusable
+    from kimi_lite.native.gpu.support import why_unusable
 
     reason = why_unusable()
     if reason is None:

@@ -33,11 +33,14 @@ def to_document(conversation: Conversation) -> dict[str, Any]:
 
 
 def load_document(conversation: Conversation, document: Mapping[str, Any], name: str) -> None:
-    """Make `conversation` the one in the document; KimiLiteError naming `name`, and nothing changed, when it is no such one."""
+    """Make `conversation` the one in the document; KimiLiteError naming `name`, and nothing changed, when it is no such
+    one."""
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise KimiLiteError(f"{name} is not a conversation that kimi-lite saved.", "/sessions lists those that are.")
     if document.get("version") != VERSION:
-        raise KimiLiteError(f"{name} has version {document.get('version')!r}; this program reads {VERSION}.", "Update kimi-lite.")
+        raise KimiLiteError(
+            f"{name} has version {document.get('version')!r}; this program reads {VERSION}.", "Update kimi-lite."
+        )
     try:
         turns = [Turn.from_json(turn) for turn in document["turns"]]
         settings = AnswerSettings.from_json(document["settings"])
@@ -45,12 +48,20 @@ def load_document(conversation: Conversation, document: Mapping[str, Any], name:
         num_dropped, known_ids = int(document["num_dropped"]), [int(i) for i in document["known_ids"]]
         is_sound = 0 <= num_dropped <= len(turns) and all(isinstance(text, str) for text in texts.values())
     except (KeyError, TypeError, ValueError, AttributeError, KimiLiteError) as error:
-        raise KimiLiteError(f"{name} is damaged: {type(error).__name__}: {error}.", "Delete it or mend it by hand.") from error
+        raise KimiLiteError(
+            f"{name} is damaged: {type(error).__name__}: {error}.", "Delete it or mend it by hand."
+        ) from error
     if not is_sound:
-        raise KimiLiteError(f"{name} is damaged: it drops {num_dropped} of {len(turns)} turns.", "Delete it or mend it by hand.")
+        raise KimiLiteError(
+            f"{name} is damaged: it drops {num_dropped} of {len(turns)} turns.", "Delete it or mend it by hand."
+        )
     if document.get("model_key") != conversation.model_key():
         turns, known_ids = [turn.without_ids() for turn in turns], []
     conversation.turns, conversation.known_ids, conversation.num_dropped = turns, known_ids, num_dropped
-    conversation.system, conversation.summary, conversation.created = texts["system"], texts["summary"], texts["created"]
+    conversation.system, conversation.summary, conversation.created = (
+        texts["system"],
+        texts["summary"],
+        texts["created"],
+    )
     is_thinking = settings.is_thinking and conversation.can_think
     conversation.settings = settings.with_thinking(is_thinking)

@@ -16,16 +16,17 @@ from typing import Protocol
 
 import numpy as np
 
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.sampler import Sampler
 from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
 from kimi_lite.engine.sequence import Sequence
 from kimi_lite.engine.types import FinishReason, ModelInfo, Request, Stats, Token
 from kimi_lite.engine.watch import OnPrefill, StepWatch
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.kv import KVCache
-from kimi_lite.memory.plan_types import Plan
-from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled
+from kimi_lite.kv.pages import KVCache
+from kimi_lite.model.batch import Batch, Cancelled
+from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.options import LoadOptions
+from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK, Piece, StreamParser
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ OnProgress = Callable[[str, int, int], None]  # what is being loaded, units done
 
 
 class Model(Protocol):
-    """What the engine needs of `model.transformer.Transformer`. One that keeps account also has `counters()`."""
+    """What the engine needs of `model.cpu.transformer.Transformer`. One that keeps account also has `counters()`."""
 
     max_batch_tokens: int  # rows of one forward pass
 
@@ -103,7 +104,9 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def counters(self) -> Mapping[str, float]:
@@ -112,7 +115,8 @@ class Engine:
         return {**self.kv.counters(), **model_counters()}
 
     def generate(self, requests: Many[Request], on_prefill: OnPrefill | None = None) -> Iterator[Token]:
-        """Run requests to their ends, together. Whatever ends the iteration ends them; what they computed stays cached."""
+        """Run requests to their ends, together. Whatever ends the iteration ends them; what they computed stays
+        cached."""
         try:
             for request in requests:
                 self.add(request)
@@ -165,7 +169,9 @@ class Engine:
         sampled = [item.sequence for item in work if item.is_last]
         assert len(logits) == len(sampled), (logits.shape, len(sampled))
         self.scheduler.advance(work)
-        return ended + [token for sequence, row in zip(sampled, logits, strict=True) for token in self._sample(sequence, row)]
+        return ended + [
+            token for sequence, row in zip(sampled, logits, strict=True) for token in self._sample(sequence, row)
+        ]
 
     def _sample(self, sequence: Sequence, logits: np.ndarray) -> list[Token]:
         """Choose the next token and say what it adds to the output."""
@@ -194,7 +200,9 @@ class Engine:
         is_at_limit = sequence.num_generated == sequence.request.sampling.max_tokens
         return "length" if is_at_limit or len(sequence.token_ids) >= self.context_length else None
 
-    def _tokens(self, sequence: Sequence, token_id: int | None, pieces: list[Piece], reason: FinishReason | None) -> list[Token]:
+    def _tokens(
+        self, sequence: Sequence, token_id: int | None, pieces: list[Piece], reason: FinishReason | None
+    ) -> list[Token]:
         """One `Token` per piece, at least one; the id goes with the first and the finish reason with the last."""
         stats, name = sequence.stats(self.clock_s()), sequence.request.id
         pieces = pieces or [Piece(sequence.parser.kind)]

@@ -1,4 +1,4 @@
-"""Builds an engine from a model file: store, configuration, tokenizer, cache, model. Called by `Engine.open`.
+"""Builds an engine from a model file: store, configuration, tokenizer, cache, model.
 
 The heavy parts (Numba through the model) are imported here, when a model is really loaded.
 """
@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.tensors import check_tensors
 from kimi_lite.engine.device import choose_device, find_card
 from kimi_lite.engine.engine import Engine, Model, OnProgress
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.kv import KV_DTYPES, KVCache, bytes_per_token
-from kimi_lite.memory.kv_pages import HostPages
-from kimi_lite.memory.plan import DEFAULT_CONTEXT
-from kimi_lite.memory.plan_types import Plan
-from kimi_lite.memory.prefix_store import DEFAULT_MAX_BYTES, PrefixStore, model_key
-from kimi_lite.memory.routing import RoutingRecorder
-from kimi_lite.model.batch import PAGE_TOKENS
-from kimi_lite.model.config import ModelConfig
-from kimi_lite.model.tensors import check_tensors
+from kimi_lite.experts.recorder import RoutingRecorder
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.disk import DEFAULT_MAX_BYTES, PrefixStore, model_key
+from kimi_lite.kv.host import HostPages
+from kimi_lite.kv.pages import KV_DTYPES, KVCache, bytes_per_token
+from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.options import LoadOptions
+from kimi_lite.plan.plan import DEFAULT_CONTEXT
+from kimi_lite.plan.types import Plan
 from kimi_lite.units import GIB
 
 _SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no room for
@@ -56,7 +56,13 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
 
 
 def _open_model(
-    store: GGUFStore, config: ModelConfig, options: LoadOptions, context_length: int, device: str, plan: Plan, report: OnProgress
+    store: GGUFStore,
+    config: ModelConfig,
+    options: LoadOptions,
+    context_length: int,
+    device: str,
+    plan: Plan,
+    report: OnProgress,
 ) -> tuple[Model, KVCache]:
     """On the CPU's road or the GPU's."""
     recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
@@ -65,7 +71,7 @@ def _open_model(
         from kimi_lite.model.hybrid.load import load_hybrid
 
         return load_hybrid(store, config, options, context_length, device, report, tier, recorder)
-    from kimi_lite.model.transformer import Transformer
+    from kimi_lite.model.cpu.transformer import Transformer
 
     kv = make_cache(config, context_length, options.kv_dtype)
     on_compile = partial(report, "preparing kernels")
@@ -95,14 +101,18 @@ def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCac
     if need_bytes > have_bytes:
         fitting = int(have_bytes * 0.8 / per_token_bytes) // 1024
         raise KimiLiteError(
-            f"A context of {context_length:,} tokens needs {need_bytes / GIB:.2f} GiB of memory; {have_bytes / GIB:.2f} is free.",
-            f"Try -c {fitting}K{'' if kv_dtype == 'q8' else ' or --kv-dtype q8'}." if fitting else "Close other programs.",
+            f"A context of {context_length:,} tokens needs {need_bytes / GIB:.2f} GiB of memory; "
+            f"{have_bytes / GIB:.2f} is free.",
+            f"Try -c {fitting}K{'' if kv_dtype == 'q8' else ' or --kv-dtype q8'}."
+            if fitting
+            else "Close other programs.",
         )
     return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype)
 
 
 def attach_tiers(kv: KVCache, store: GGUFStore, options: LoadOptions) -> list[PrefixStore]:
-    """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be closed."""
+    """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be
+    closed."""
     is_on_cpu = isinstance(kv.storage, np.ndarray)
     if not is_on_cpu:
         page_bytes = math.prod(kv.page_shape)

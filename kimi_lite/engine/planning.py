@@ -1,25 +1,29 @@
-"""The plan of a model that is being loaded, refused before a weight is read where it cannot be; and the disk tier that follows
-from it. Called by `engine.loader`."""
+"""The plan of a model that is being loaded, refused before a weight is read where it cannot be; and the disk tier that
+follows from it."""
 
 from dataclasses import replace
 
-from kimi_lite.engine.options import LoadOptions
-from kimi_lite.memory.expert_places import find_places
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.hardware import Gpu, probe
-from kimi_lite.memory.heat import heat_path
-from kimi_lite.memory.plan import make_plan
-from kimi_lite.memory.plan_types import Plan, PlanLimits
-from kimi_lite.model.config import ModelConfig
-from kimi_lite.model.sizes import store_sizes
-from kimi_lite.model.tier_options import TierOptions
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.sizes import store_sizes
+from kimi_lite.experts.heat import heat_path
+from kimi_lite.experts.options import TierOptions
+from kimi_lite.experts.places import find_places
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.hardware.probe import Gpu, probe
+from kimi_lite.options import LoadOptions
+from kimi_lite.plan.plan import make_plan
+from kimi_lite.plan.types import Plan, PlanLimits
 
 
 def plan_load(
-    store: GGUFStore, config: ModelConfig, options: LoadOptions, card: Gpu | None = None, cache_tokens: int | None = None
+    store: GGUFStore,
+    config: ModelConfig,
+    options: LoadOptions,
+    card: Gpu | None = None,
+    cache_tokens: int | None = None,
 ) -> Plan:
-    """`card`: the one that will be used, None for the CPU road. `cache_tokens`: of all sequences together, where the cache is for
-    more than one. Raises KimiLiteError with need, have and what would do."""
+    """`card`: the one that will be used, None for the CPU road. `cache_tokens`: of all sequences together, where the
+    cache is for more than one. Raises KimiLiteError with need, have and what would do."""
     hardware = replace(probe(store.path), gpu=card)
     limits = PlanLimits(
         context_length=options.context_length,
@@ -36,11 +40,16 @@ def plan_load(
 
 
 def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: LoadOptions) -> TierOptions | None:
-    """How routed experts that do not fit into RAM come from the disk, or how all are loaded; None where they are mapped."""
+    """How routed experts that do not fit into RAM come from the disk, or how all are loaded; None where they are
+    mapped."""
     is_locked = options.loading == "lock"
     if plan.disk_expert_bytes:
-        return TierOptions(plan.ram_expert_bytes, options.cache_bias, heat_path=heat_path(store.path), is_locked=is_locked)
+        return TierOptions(
+            plan.ram_expert_bytes, options.cache_bias, heat_path=heat_path(store.path), is_locked=is_locked
+        )
     if options.loading == "map" or plan.is_on_card or not config.num_moe_layers:
         return None
-    room_bytes = sum(size * len(layers) for size, layers in find_places(store, config).pools.items()) * config.num_experts
+    room_bytes = (
+        sum(size * len(layers) for size, layers in find_places(store, config).pools.items()) * config.num_experts
+    )
     return TierOptions(room_bytes, is_loading_all=True, is_locked=is_locked)

@@ -1,8 +1,9 @@
 """Chooses the next token from a row of logits.
 
-Order, as in Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p; each filter sees what the one before
-left. Over 163,840 logits a sort would cost more than everything else, so the filters find their cut with a histogram and sort one
-bin of it. One `Sampler` per request: its random numbers depend on the request's seed and on nothing else.
+Order, as in Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p; each filter sees what the
+one before left. Over 163,840 logits a sort would cost more than everything else, so the filters find their cut with a
+histogram and sort one bin of it. One `Sampler` per request: its random numbers depend on the request's seed and on
+nothing else.
 """
 
 from collections.abc import Iterable
@@ -34,8 +35,12 @@ class Sampler:
             logits = self._penalize(logits)
         best = int(logits.argmax())  # finds NaN and +inf too, if there are any
         if not np.isfinite(logits[best]):
-            problem = f"The model's output is no number: the best logit is {logits[best]} (token {best}). A weight is broken."
-            raise KimiLiteError(problem, "Fetch the file again, or check one of your own with kimi-lite quantize --verify.")
+            problem = (
+                f"The model's output is no number: the best logit is {logits[best]} (token {best}). A weight is broken."
+            )
+            raise KimiLiteError(
+                problem, "Fetch the file again, or check one of your own with kimi-lite quantize --verify."
+            )
         chosen = best if self.params.temperature == 0 else self._draw(logits, logits[best])
         if self.is_seen is not None:
             self.is_seen[chosen] = True
@@ -46,7 +51,9 @@ class Sampler:
         seen = np.flatnonzero(self.is_seen)
         values = logits[seen]
         penalized = logits.copy()
-        penalized[seen] = np.where(values > 0, values / self.params.repetition_penalty, values * self.params.repetition_penalty)
+        penalized[seen] = np.where(
+            values > 0, values / self.params.repetition_penalty, values * self.params.repetition_penalty
+        )
         return penalized
 
     def _draw(self, logits: np.ndarray, best_logit: np.float32) -> int:
@@ -59,7 +66,8 @@ class Sampler:
 
 
 def candidates(depths: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
-    """The tokens that the filters leave: ids (N,), or None for all, and their weights (N,), proportional to the probabilities.
+    """The tokens that the filters leave: ids (N,), or None for all, and their weights (N,), proportional to the
+    probabilities.
 
     `depths` (vocab,) float32 is how far below the best token each is, in units of the temperature.
     """
@@ -77,9 +85,12 @@ def candidates(depths: np.ndarray, params: SamplingParams) -> tuple[np.ndarray |
 
 
 def _topmost(depths: np.ndarray, amounts: np.ndarray, target: float) -> np.ndarray:
-    """Indices of the least deep tokens, no more than it takes for their `amounts` to sum to `target`; ties go by index."""
+    """Indices of the least deep tokens, no more than it takes for their `amounts` to sum to `target`; ties go by
+    index."""
     near = np.flatnonzero(depths < NEAR_NATS)
-    if len(near) < len(depths) // 8 and amounts[near].sum(dtype=np.float64) >= target:  # usual, and the rest is six times faster
+    if (
+        len(near) < len(depths) // 8 and amounts[near].sum(dtype=np.float64) >= target
+    ):  # usual, and the rest is six times faster
         return near[_topmost(depths[near], amounts[near], target)]
     bins = np.minimum(depths * BINS_PER_NAT, NUM_BINS - 1).astype(np.int32)
     cumulative = np.cumsum(np.bincount(bins, weights=amounts, minlength=NUM_BINS))

@@ -1,8 +1,8 @@
 """Decides which tokens of which sequences run in the next step.
 
-Every running sequence that decodes gets its one token; what is left of `max_step_tokens` goes to prompts, oldest first, in
-chunks. A sequence waits while its prompt does not fit, and, when a sequence that runs begins like it, until that one has
-computed their common pages. When decoding runs out of pages the youngest sequence goes back to waiting.
+Every running sequence that decodes gets its one token; what is left of `max_step_tokens` goes to prompts, oldest first,
+in chunks. A sequence waits while its prompt does not fit, and, when a sequence that runs begins like it, until that one
+has computed their common pages. When decoding runs out of pages the youngest sequence goes back to waiting.
 """
 
 from collections import deque
@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kimi_lite.engine.sequence import Sequence
-from kimi_lite.memory.kv import KVCache
-from kimi_lite.model.batch import PAGE_TOKENS, Batch, SequenceSlice
+from kimi_lite.kv.pages import KVCache
+from kimi_lite.model.batch import Batch, SequenceSlice
+from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 
 class Work(NamedTuple):
@@ -110,7 +111,9 @@ def make_batch(work: list[Work]) -> Batch:
         token_ids += item.sequence.token_ids[first:last]
         positions += range(first, last)
         wants_logits += [False] * (item.num_tokens - 1) + [item.is_last]
-    return Batch(np.array(token_ids, np.int32), np.array(positions, np.int32), np.array(wants_logits, np.bool_), tuple(slices))
+    return Batch(
+        np.array(token_ids, np.int32), np.array(positions, np.int32), np.array(wants_logits, np.bool_), tuple(slices)
+    )
 
 
 def _has_pages_to_come_for(running: Sequence, waiting: Sequence) -> bool:

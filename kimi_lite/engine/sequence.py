@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from kimi_lite.engine.sampler import Sampler
 from kimi_lite.engine.types import Request, Stats
-from kimi_lite.memory.kv import SequencePages
+from kimi_lite.kv.pages import SequencePages
 from kimi_lite.text.stream import StreamParser
 
 

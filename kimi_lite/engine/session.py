@@ -1,7 +1,7 @@
 """A conversation with a loaded model: its prompts, and the token ids that the cache already knows.
 
-The ids of the last prompt and its answer are kept, and those sampled for every answer. The next prompt takes from them as much as
-reads the same, so that only what is new is prefilled; see `engine.splice`.
+The ids of the last prompt and its answer are kept, and those sampled for every answer. The next prompt takes from them
+as much as reads the same, so that only what is new is prefilled; see `engine.splice`.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -45,7 +45,10 @@ class Session(Conversation):
 
     @property
     def can_call(self) -> bool:
-        messages, tool = [{"role": "user", "content": "?"}], {"type": "function", "function": {"name": "f", "parameters": {}}}
+        messages, tool = (
+            [{"role": "user", "content": "?"}],
+            {"type": "function", "function": {"name": "f", "parameters": {}}},
+        )
         encode = self.engine.template.encode
         return encode(messages, [tool]).ids != encode(messages).ids
 
@@ -110,5 +113,9 @@ class Session(Conversation):
         finally:
             tokens.close()
 
-    def _encode(self, messages: Sequence[dict[str, Any]], settings: AnswerSettings, is_asking: bool = True) -> EncodedPrompt:
-        return self.engine.template.encode(messages, self.tools, settings.is_thinking, is_asking, settings.preserve_thinking)
+    def _encode(
+        self, messages: Sequence[dict[str, Any]], settings: AnswerSettings, is_asking: bool = True
+    ) -> EncodedPrompt:
+        return self.engine.template.encode(
+            messages, self.tools, settings.is_thinking, is_asking, settings.preserve_thinking
+        )

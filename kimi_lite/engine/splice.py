@@ -1,7 +1,8 @@
-"""Keeps the ids that were sampled where a template renders the same text again, so that the cache still knows the prompt.
+"""Keeps the ids that were sampled where a template renders the same text again, so that the cache still knows the
+prompt.
 
-The text of a past answer may be tokenized otherwise than it was sampled, and then nothing after it would be found in the cache.
-Used by `engine.session` for every prompt.
+The text of a past answer may be tokenized otherwise than it was sampled, and then nothing after it would be found in
+the cache.
 """
 
 from collections.abc import Iterable, Sequence
@@ -55,7 +56,8 @@ def _runs(turn: Turn, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
 
 
 def _spellings(ids: Iterable[int], tokenizer: Tokenizer) -> list[bytes]:
-    """Each token's bytes; control tokens get ones that no text has, so that text which spells them is not taken for them."""
+    """Each token's bytes; control tokens get ones that no text has, so that text which spells them is not taken for
+    them."""
     special = frozenset(tokenizer.special.values())
     return [b"\xff\xfe%d\xff" % i if i in special else tokenizer.decode_bytes(i) for i in ids]
 

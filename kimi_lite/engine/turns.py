@@ -1,7 +1,7 @@
 """What was said, as records: a `Turn` is one message with, for an answer, the ids that were sampled and how it went.
 
-Turns are the truth of a conversation. `engine.conversation` keeps them, `to_message` makes what a chat template or an OpenAI
-endpoint reads, `to_json` what a session file holds.
+Turns are the truth of a conversation. `engine.conversation` keeps them, `to_message` makes what a chat template or an
+OpenAI endpoint reads, `to_json` what a session file holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,11 @@ class Turn:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but what is empty anyway."""
-        return {name: value for name, value in asdict(self).items() if value not in ("", (), None, False) or name == "content"}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value not in ("", (), None, False) or name == "content"
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Turn":
@@ -138,5 +142,6 @@ def require_utf8(text: str) -> None:
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) & 0xFF
         raise KimiLiteError(
-            f"The message is not UTF-8 text: byte 0x{byte:02X} after {error.start:,} characters.", "Try iconv -f LATIN1 -t UTF-8."
+            f"The message is not UTF-8 text: byte 0x{byte:02X} after {error.start:,} characters.",
+            "Try iconv -f LATIN1 -t UTF-8.",
         ) from error

@@ -1,4 +1,5 @@
-"""The engine's vocabulary: what is asked (`Request`), how (`SamplingParams`), and what comes back (`Token` with its `Stats`).
+"""The engine's vocabulary: what is asked (`Request`), how (`SamplingParams`), and what comes back (`Token` with its
+`Stats`).
 
 Apps, server and benchmark all consume the same stream of `Token`, so they cannot disagree about what happened.
 """
@@ -20,7 +21,8 @@ THINKING_TEMPERATURE, INSTANT_TEMPERATURE, TOP_P = 1.0, 0.6, 0.95  # the vendor'
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen and when generation ends. Temperature 0 is greedy; the filters' defaults of 0, 0 and 1 are off."""
+    """How tokens are chosen and when generation ends. Temperature 0 is greedy; the filters' defaults of 0, 0 and 1 are
+    off."""
 
     temperature: float = THINKING_TEMPERATURE
     top_k: int = 0
@@ -50,14 +52,17 @@ def _require(name: str, value: object, allowed: str, is_allowed: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue. `id` is the caller's name for it, never used again: a late `cancel` would hit its namesake."""
+    """One prompt to continue. `id` is the caller's name for it, never used again: a late `cancel` would hit its
+    namesake."""
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     starts_in_reasoning: bool = False  # the prompt ends inside <think>
     tools: tuple[Mapping, ...] = ()  # as declared to the model; they name a call whose id is a bare number
-    max_reasoning_tokens: int | None = None  # then the model's </think> is put in its mouth; None: it thinks as long as it likes
+    max_reasoning_tokens: int | None = (
+        None  # then the model's </think> is put in its mouth; None: it thinks as long as it likes
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Looks after one step while the model runs it: whether it is still wanted, and how far the prompts in it are.
 
-The model asks `should_stop()` before every layer, so the questions tell the progress inside a chunk. Called by `engine.step`.
+The model asks `should_stop()` before every layer, so the questions tell the progress inside a chunk.
 """
 
 from collections.abc import Callable, Set
@@ -33,7 +33,10 @@ class StepWatch:
             return
         num_layers_done = min(self._num_asked, self._num_layers)
         for sequence, num_tokens in self._work:
-            name, done = sequence.request.id, sequence.pages.num_computed + num_tokens * num_layers_done // self._num_layers
+            name, done = (
+                sequence.request.id,
+                sequence.pages.num_computed + num_tokens * num_layers_done // self._num_layers,
+            )
             if sequence.num_generated == 0 and done > self._reported.get(name, -1):
                 self._reported[name] = done
                 self._on_prefill(name, done, len(sequence.token_ids))

@@ -1,18 +1,19 @@
 """The work of one forward pass: tokens of several sequences, flattened, with the pages their cache lies in.
 
-Made by `engine.scheduler`, consumed by `model.transformer`. A decode step is a batch whose slices have length 1; a prefill
-chunk is one long slice; both may share a batch.
+Made by `engine.scheduler`, consumed by `model.cpu.transformer`. A decode step is a batch whose slices have length 1; a
+prefill chunk is one long slice; both may share a batch.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-PAGE_TOKENS = 64  # tokens in one page of the latent cache
+from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 
 class Cancelled(Exception):
-    """`Transformer.forward` stopped between layers because `should_stop()` said so; the batch's cache rows are undefined."""
+    """`Transformer.forward` stopped between layers because `should_stop()` said so; the batch's cache rows are
+    undefined."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

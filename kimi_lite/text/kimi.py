@@ -1,8 +1,9 @@
 """Kimi K2.5's chat layout as a jinja template of our own, for files that carry none (`tokenizer.chat_template`).
 
-A turn is a header, a body and `<|im_end|>`, with nothing between turns. Tools come first, as TypeScript. Assistant messages up
-to the last one without tool calls are history, whose reasoning is dropped unless `preserve_thinking`; later ones belong to an
-unfinished tool loop and keep theirs. Rendered by `text.template` with the same variables as a file's own template.
+A turn is a header, a body and `<|im_end|>`, with nothing between turns. Tools come first, as TypeScript. Assistant
+messages up to the last one without tool calls are history, whose reasoning is dropped unless `preserve_thinking`; later
+ones belong to an unfinished tool loop and keep theirs. Rendered by `text.template` with the same variables as a file's
+own template.
 """
 
 KIMI_TEMPLATE = """\
@@ -41,7 +42,9 @@ KIMI_TEMPLATE = """\
 
 {%- set turn = namespace(last_answer=-1) -%}
 {%- for message in messages -%}
-  {%- if message.role == 'assistant' and not message.tool_calls -%}{%- set turn.last_answer = loop.index0 -%}{%- endif -%}
+  {%- if message.role == 'assistant' and not message.tool_calls -%}
+    {%- set turn.last_answer = loop.index0 -%}
+  {%- endif -%}
 {%- endfor -%}
 {%- if preserve_thinking -%}{%- set turn.last_answer = -1 -%}{%- endif -%}
 

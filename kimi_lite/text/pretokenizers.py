@@ -1,8 +1,8 @@
 """The regular expressions that cut text into pieces before byte-pair merging, by the file's `tokenizer.ggml.pre` name.
 
-tiktoken takes one expression, in the syntax of Rust's `regex`, and drops what it does not match; so every pattern here matches
-every character. Where the reference applies several splits in a row (`smollm`, `deepseek-v3`), later splits cannot look across
-the cuts of earlier ones: the single expression says so in its classes and look-aheads. Called by `text.tokenizer`.
+tiktoken takes one expression, in the syntax of Rust's `regex`, and drops what it does not match; so every pattern here
+matches every character. Where the reference applies several splits in a row (`smollm`, `deepseek-v3`), later splits
+cannot look across the cuts of earlier ones: the single expression says so in its classes and look-aheads.
 """
 
 import re
@@ -47,7 +47,8 @@ def _deepseek_v3() -> str:
     """Numbers by threes, then runs of kana and common Han, then words; the last split also cuts inside those runs."""
     cjk = r"\u{4E00}-\u{9FA5}\u{3040}-\u{30FF}"
     letter, symbol = r"\p{L}\p{M}", r"\p{P}\p{S}"
-    other = rf"^\s\p{{N}}{letter}{symbol}"  # controls, format characters, unassigned: pieces of their own unless a word follows
+    # controls, format characters, unassigned: pieces of their own unless a word follows
+    other = rf"^\s\p{{N}}{letter}{symbol}"
     word, word_cjk = rf"[{letter}&&[^{cjk}]]", rf"[{letter}&&[{cjk}]]"
     return "|".join(
         (
@@ -70,7 +71,8 @@ _PATTERNS = {"kimi-k2": _kimi_k2, "gpt-2": _gpt2, "smollm": _smollm, "deepseek-v
 
 
 def pattern_of(pre: str) -> str:
-    """The expression for the pre-tokenizer named `pre`; a guess would give wrong ids, so an unknown name is an error."""
+    """The expression for the pre-tokenizer named `pre`; a guess would give wrong ids, so an unknown name is an
+    error."""
     if pre not in _PATTERNS:
         raise KimiLiteError(
             f"The file asks for the pre-tokenizer {pre[:80]!r} (tokenizer.ggml.pre); known are {', '.join(_PATTERNS)}.",
@@ -80,7 +82,8 @@ def pattern_of(pre: str) -> str:
 
 
 def chunks(text: str) -> Iterator[str]:
-    """`text` in parts that may be encoded one by one: at most BLOCK_CHARS long, no run of spaces or words above RUN_CHARS."""
+    """`text` in parts that may be encoded one by one: at most BLOCK_CHARS long, no run of spaces or words above
+    RUN_CHARS."""
     for start in range(0, len(text), BLOCK_CHARS):
         block = text[start : start + BLOCK_CHARS]
         done = 0

@@ -1,12 +1,12 @@
 """A chat template rendered so that only its own words can become control tokens.
 
-Templates come with model files, messages from anywhere; both may be hostile. Before compiling, every control token that the
-template's own text or string constants spell is replaced by a mark with a secret number; after rendering, only these marks are
-control tokens. Message text goes through untouched, so every filter, test, slice and split of the template sees the real text,
-and nothing in it, nor two messages side by side, nor a message beside the template's text, can spell a mark. Constants that are
-only looked for (`'</think>' in content`, `content.split('</think>')`) stay as they are: they must match message text. A template
-that assembles a control token from pieces (`'<|' ~ role ~ '|>'`) gets plain text. The sandbox has no files, no imports and no
-attributes with underscores; loops and output are bounded. Called by `text.template`.
+Templates come with model files, messages from anywhere; both may be hostile. Before compiling, every control token that
+the template's own text or string constants spell is replaced by a mark with a secret number; after rendering, only
+these marks are control tokens. Message text goes through untouched, so every filter, test, slice and split of the
+template sees the real text, and nothing in it, nor two messages side by side, nor a message beside the template's text,
+can spell a mark. Constants that are only looked for (`'</think>' in content`, `content.split('</think>')`) stay as they
+are: they must match message text. A template that assembles a control token from pieces (`'<|' ~ role ~ '|>'`) gets
+plain text. The sandbox has no files, no imports and no attributes with underscores; loops and output are bounded.
 """
 
 import json
@@ -26,9 +26,28 @@ MAX_SOURCE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 1 << 26  # a 256 K token prompt is about 1 M characters
 MAX_LOOP_STEPS = 1_000_000
 MAX_PRODUCT = 1 << 24  # of two numbers, or characters of `text * number`
-_SEARCH_METHODS = {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "strip", "lstrip", "rstrip", "get"}
+_SEARCH_METHODS = {
+    "split",
+    "rsplit",
+    "partition",
+    "rpartition",
+    "startswith",
+    "endswith",
+    "strip",
+    "lstrip",
+    "rstrip",
+    "get",
+}
 _SEARCH_METHODS |= {"find", "rfind", "index", "rindex", "count", "replace", "removeprefix", "removesuffix"}
-_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+_RENDER_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)
 
 
 class Segment(NamedTuple):
@@ -100,7 +119,9 @@ class SandboxedTemplate:
             raise KimiLiteError(f"The chat template does not accept these messages: {reason}") from None
         parts = self._marks.split(text)
         if any(self._torn_marks.search(part) for part in parts[::2]):
-            raise KimiLiteError("The chat template alters the text of its own control tokens, which cannot be followed.")
+            raise KimiLiteError(
+                "The chat template alters the text of its own control tokens, which cannot be followed."
+            )
         segments = [Segment(self._controls[int(p)], True) if i % 2 else Segment(p, False) for i, p in enumerate(parts)]
         return [segment for segment in segments if segment.text]
 
@@ -117,7 +138,8 @@ class SandboxedTemplate:
         return self._marks.sub(lambda match: self._controls[int(match.group(1))], text)
 
     def _rewrite(self, node: nodes.Node, is_written: bool) -> None:
-        """Mark the template's own texts below `node`, unless they are only looked for, and put a counter into every loop."""
+        """Mark the template's own texts below `node`, unless they are only looked for, and put a counter into every
+        loop."""
         if isinstance(node, nodes.TemplateData):
             node.data = self.mark(node.data)
         elif isinstance(node, nodes.Const) and isinstance(node.value, str) and is_written:

@@ -1,9 +1,9 @@
 """Generated tokens to reasoning, content and tool calls, piece by piece as they come.
 
-Markers (`</think>`, `<|tool_call_begin|>`, ...) arrive as one control token, or spelled out in ordinary tokens, cut anywhere:
-text that may be the start of a marker or a stop string is held back until it is known. Nothing the model writes raises: a
-malformed call is a piece with `error`. However the same text is cut into tokens, the pieces join to the same result. Called by
-`engine.engine` for every token of a request.
+Markers (`</think>`, `<|tool_call_begin|>`, ...) arrive as one control token, or spelled out in ordinary tokens, cut
+anywhere: text that may be the start of a marker or a stop string is held back until it is known. Nothing the model
+writes raises: a malformed call is a piece with `error`. However the same text is cut into tokens, the pieces join to
+the same result.
 """
 
 import codecs
@@ -27,7 +27,8 @@ TOOL_MARKERS = (*SECTION_BEGIN, *SECTION_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A step of the answer. Of a tool call the first piece has `call` (id and name), the next ones its argument text."""
+    """A step of the answer. Of a tool call the first piece has `call` (id and name), the next ones its argument
+    text."""
 
     kind: Kind
     text: str = ""
@@ -104,11 +105,14 @@ class StreamParser:
         self._on_text(self._decoder.decode(b"", final=True), is_final=True)
 
     def _on_text(self, text: str, is_final: bool = False) -> None:
-        """Show text up to the first marker or stop string in it, act on that, go on behind it; hold back what is undecided."""
+        """Show text up to the first marker or stop string in it, act on that, go on behind it; hold back what is
+        undecided."""
         self._held += text
         while self._held and not self.is_stopped:
             if self._is_start and self._has_think:
-                if not is_final and any(marker.startswith(self._held) for marker in (THINK, END_THINK) if marker != self._held):
+                if not is_final and any(
+                    marker.startswith(self._held) for marker in (THINK, END_THINK) if marker != self._held
+                ):
                     return
                 self._is_start = False
                 literal = next((marker for marker in (THINK, END_THINK) if self._held.startswith(marker)), "")
@@ -233,7 +237,9 @@ def _first_complete(text: str, literals: Sequence[str]) -> tuple[int, str]:
     """The literal that is complete first, whichever way the text arrived, and where it starts; (0, "") if none is."""
     found = [(text.find(literal), literal) for literal in literals]
     return min(
-        ((at, literal) for at, literal in found if at >= 0), key=lambda hit: (hit[0] + len(hit[1]), hit[0]), default=(0, "")
+        ((at, literal) for at, literal in found if at >= 0),
+        key=lambda hit: (hit[0] + len(hit[1]), hit[0]),
+        default=(0, ""),
     )
 
 

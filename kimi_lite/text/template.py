@@ -1,7 +1,7 @@
 """Chat messages to prompt ids, through the chat template the model file carries, or Kimi's where it carries none.
 
-Control tokens come only from the template's own words (`text.sandbox`); whatever users, tools or tool descriptions say is encoded
-as plain text. Called by `engine.session` for every turn, and by the server to render without running.
+Control tokens come only from the template's own words (`text.sandbox`); whatever users, tools or tool descriptions say
+is encoded as plain text.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,8 @@ _KIMI_TURN = "<|im_middle|>"
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt ready to run. `starts_in_reasoning`: it ends inside an open `<think>`, so the answer starts with reasoning."""
+    """A prompt ready to run. `starts_in_reasoning`: it ends inside an open `<think>`, so the answer starts with
+    reasoning."""
 
     ids: list[int]
     starts_in_reasoning: bool
@@ -37,7 +38,8 @@ class ChatTemplate:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object], tokenizer: Tokenizer) -> "ChatTemplate":
-        """The file's `tokenizer.chat_template`; Kimi's own layout for a Kimi vocabulary without one; else KimiLiteError."""
+        """The file's `tokenizer.chat_template`; Kimi's own layout for a Kimi vocabulary without one; else
+        KimiLiteError."""
         source = metadata.get("tokenizer.chat_template")
         if source is None and _KIMI_TURN in tokenizer.special:
             source = KIMI_TEMPLATE
@@ -60,7 +62,9 @@ class ChatTemplate:
         ids: list[int] = []
         segments = self._segments(messages, tools, thinking, add_generation_prompt, preserve_thinking)
         for segment in segments:
-            ids += [self._tokenizer.special[segment.text]] if segment.is_control else self._tokenizer.encode(segment.text)
+            ids += (
+                [self._tokenizer.special[segment.text]] if segment.is_control else self._tokenizer.encode(segment.text)
+            )
         return EncodedPrompt(ids, add_generation_prompt and _ends_in_think(segments))
 
     def _segments(
@@ -86,16 +90,21 @@ class ChatTemplate:
         return self._template.render(variables)
 
     def _messages(self, messages: Sequence[Mapping]) -> list[Mapping]:
-        """Plain copies; a null reasoning is an absent one (templates would write "None"), foreign call ids become Kimi's."""
+        """Plain copies; a null reasoning is an absent one (templates would write "None"), foreign call ids become
+        Kimi's."""
         plain = _plain(list(messages))
         for i, message in enumerate(plain):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise KimiLiteError(f"Message {i} of {len(plain)} has no role.", "Each message needs a role and content.")
+                raise KimiLiteError(
+                    f"Message {i} of {len(plain)} has no role.", "Each message needs a role and content."
+                )
             if message.get("reasoning_content", "") is None:
                 del message["reasoning_content"]
             calls = message.get("tool_calls") or []
             if not isinstance(calls, list) or not all(isinstance(call, dict) and _has_function(call) for call in calls):
-                raise KimiLiteError(f"Message {i} of {len(plain)} has a tool call without function.", "See the OpenAI API.")
+                raise KimiLiteError(
+                    f"Message {i} of {len(plain)} has a tool call without function.", "See the OpenAI API."
+                )
         return with_native_ids(plain) if self._is_kimi else plain
 
     def _token_text(self, token_id: int | None) -> str:
@@ -108,7 +117,8 @@ def _has_function(call: Mapping) -> bool:
 
 
 def _kimi_tools(tools: object) -> dict[str, object]:
-    """Tools as Kimi's template wants them: key-sorted, and as TypeScript unless a schema has no such form (then JSON)."""
+    """Tools as Kimi's template wants them: key-sorted, and as TypeScript unless a schema has no such form (then
+    JSON)."""
     tools = sort_keys(tools)
     try:
         return {"tools": tools, "tools_ts_str": declare_tools(tools)}

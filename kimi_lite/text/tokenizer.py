@@ -1,8 +1,8 @@
 """Text to token ids and back: tiktoken over the vocabulary that the GGUF file itself carries.
 
-tiktoken merges the pair with the lowest rank first, which is what the vocabularies were trained with, so the ids are exact and no
-merge list is needed. Encoding never yields a control token: the ids of those come from `special`, where a template wrote them.
-Built at start-up by the engine; used by `text.template` and `text.stream`.
+tiktoken merges the pair with the lowest rank first, which is what the vocabularies were trained with, so the ids are
+exact and no merge list is needed. Encoding never yields a control token: the ids of those come from `special`, where a
+template wrote them. Built at start-up by the engine; used by `text.template` and `text.stream`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,8 @@ class Tokenizer:
         self.special: Mapping[str, int] = MappingProxyType(vocabulary.special)
         self.eos_ids, self.bos_id, self.eos_id = vocabulary.eos_ids, vocabulary.bos_id, vocabulary.eos_id
         ranks = dict(vocabulary.ranks)
-        # tiktoken panics at a byte without a token; SmolLM2 has 21 of them. They get ids past the vocabulary, left out below.
+        # tiktoken panics at a byte without a token; SmolLM2 has 21 of them. They get ids past the vocabulary, left out
+        # below.
         self._first_absent = max(self.vocab_size, len(ranks))
         absent = [data for data in (bytes([byte]) for byte in range(256)) if data not in ranks]
         ranks |= {data: self._first_absent + i for i, data in enumerate(absent)}
@@ -33,11 +34,13 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> "Tokenizer":
-        """From the `tokenizer.ggml.*` keys of a GGUF file; KimiLiteError where they are missing, malformed or unknown."""
+        """From the `tokenizer.ggml.*` keys of a GGUF file; KimiLiteError where they are missing, malformed or
+        unknown."""
         return cls(Vocabulary.from_metadata(metadata), pattern_of(str(metadata.get("tokenizer.ggml.pre"))))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as plain text: never a control token, whatever it spells. A byte that no token stands for is left out."""
+        """Ids of `text` as plain text: never a control token, whatever it spells. A byte that no token stands for is
+        left out."""
         ids: list[int] = []
         for chunk in chunks(text):
             ids += self._encoding.encode_ordinary(chunk)
@@ -49,7 +52,9 @@ class Tokenizer:
     def decode_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, possibly a part of a character; a control token gives its own text."""
         if not 0 <= token_id < self.vocab_size:
-            raise KimiLiteError(f"Token id {token_id} does not exist; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
+            raise KimiLiteError(
+                f"Token id {token_id} does not exist; the vocabulary has the ids 0 to {self.vocab_size - 1}."
+            )
         return self._vocabulary.token_bytes[token_id]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,7 +1,7 @@
 """Tool calls and their ids: Kimi names the called tool only inside the id, `functions.{name}:{index}`.
 
-The index counts the calls of a whole conversation. Ids are handed out as the model wrote them, and ids that a client invented are
-turned back before the model sees them. Used by `text.stream` (reading the model's calls) and `text.template` (writing them).
+The index counts the calls of a whole conversation. Ids are handed out as the model wrote them, and ids that a client
+invented are turned back before the model sees them.
 """
 
 import json
@@ -78,7 +78,8 @@ def is_json_object(text: str) -> bool:
 
 
 def with_native_ids(messages: Sequence[Mapping]) -> list[Mapping]:
-    """`messages` with foreign call ids (`call_x9`) rewritten to the model's form in calls and results; its own stay verbatim."""
+    """`messages` with foreign call ids (`call_x9`) rewritten to the model's form in calls and results; its own stay
+    verbatim."""
     native: dict[str, str] = {}
     result, num_calls = [], 0
     for message in messages:

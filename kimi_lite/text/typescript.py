@@ -1,7 +1,7 @@
 """Tools declared to the model as TypeScript, the form Kimi K2.5 was trained on (JSON in its place costs accuracy).
 
-One function type per tool; JSON-schema fields become members with their descriptions as comments. A schema that the notation
-cannot express raises UnsupportedSchema, and the caller declares all tools as JSON instead. Called by `text.template`.
+One function type per tool; JSON-schema fields become members with their descriptions as comments. A schema that the
+notation cannot express raises UnsupportedSchema, and the caller declares all tools as JSON instead.
 """
 
 import json
@@ -17,7 +17,14 @@ _UNION = {
     "object": "{}",
     "array": "Array<any>",
 }
-_ENUM_TYPES = {"string": str, "number": (int, float), "integer": int, "boolean": bool, "object": object, "array": object}
+_ENUM_TYPES = {
+    "string": str,
+    "number": (int, float),
+    "integer": int,
+    "boolean": bool,
+    "object": object,
+    "array": object,
+}
 _CONSTRAINTS = {
     "string": ("maxLength", "minLength", "pattern"),
     "number": ("maximum", "minimum"),
@@ -39,7 +46,9 @@ def sort_keys(value: object) -> object:
 
 def declare_tools(tools: Sequence[Mapping]) -> str:
     """The declaration of key-sorted OpenAI-style `tools`; "" when none is a function. Raises UnsupportedSchema."""
-    functions = [_function(_mapping(tool.get("function"))) for tool in map(_mapping, tools) if tool.get("type") == "function"]
+    functions = [
+        _function(_mapping(tool.get("function"))) for tool in map(_mapping, tools) if tool.get("type") == "function"
+    ]
     if not functions:
         return ""
     return "\n".join(("# Tools", "", "## functions", "namespace functions {", *functions, "}", ""))
@@ -158,7 +167,9 @@ def _known(kind: object) -> str:
 def _enum(schema: Mapping) -> str:
     """Values as literals; they must be of the declared type (or null), else the schema contradicts itself."""
     kinds, values = schema.get("type", []), _list(schema["enum"])
-    allowed = tuple(_ENUM_TYPES[_known(kind)] for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "null")
+    allowed = tuple(
+        _ENUM_TYPES[_known(kind)] for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "null"
+    )
     if len(allowed) > 1 or (allowed and not all(value is None or isinstance(value, allowed[0]) for value in values)):
         raise UnsupportedSchema(f"enum {values!r} of type {kinds!r}")
     return " | ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in values)

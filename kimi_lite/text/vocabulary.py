@@ -1,7 +1,9 @@
-"""The vocabulary a GGUF file declares, checked before anything trusts it: token bytes, merge ranks, control tokens, stop ids.
+"""The vocabulary a GGUF file declares, checked before anything trusts it: token bytes, merge ranks, control tokens,
+stop ids.
 
-Tokens of the normal kind are written in GPT-2's byte-to-unicode alphabet; control tokens are written as they read. A file may
-come from anywhere, so each fault is a sentence, not a wrong id. Called by `text.tokenizer`. Keys: reference GGUF specification.
+Tokens of the normal kind are written in GPT-2's byte-to-unicode alphabet; control tokens are written as they read. A
+file may come from anywhere, so each fault is a sentence, not a wrong id. Keys: reference
+GGUF specification.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,8 @@ _REMEDY = "The file is damaged or was converted by a faulty tool: fetch it again
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vocabulary:
-    """V tokens. `ranks` maps the bytes of every mergeable token to its rank; `id_of_rank` is None where rank and id are one."""
+    """V tokens. `ranks` maps the bytes of every mergeable token to its rank; `id_of_rank` is None where rank and id are
+    one."""
 
     token_bytes: list[bytes]  # (V,) what each id stands for
     is_control: np.ndarray  # (V,) bool; control or unused: never shown
@@ -68,7 +71,9 @@ def _kinds(metadata: Mapping[str, object]) -> np.ndarray:
         raise KimiLiteError("The file has no list of token types (tokenizer.ggml.token_type).", _REMEDY)
     wrong = np.flatnonzero((kinds < KINDS.start) | (kinds >= KINDS.stop))
     if wrong.size:
-        raise KimiLiteError(f"Token {wrong[0]} has type {kinds[wrong[0]]}; types are {KINDS.start} to {KINDS.stop - 1}.", _REMEDY)
+        raise KimiLiteError(
+            f"Token {wrong[0]} has type {kinds[wrong[0]]}; types are {KINDS.start} to {KINDS.stop - 1}.", _REMEDY
+        )
     return kinds
 
 
@@ -83,7 +88,8 @@ def byte_alphabet() -> np.ndarray:
 
 
 def _byte_tokens(tokens: list[str], kinds: np.ndarray) -> tuple[list[bytes], dict[bytes, int]]:
-    """All tokens as bytes, and the normal ones with their ids. One table look-up for the whole vocabulary: start-up time."""
+    """All tokens as bytes, and the normal ones with their ids. One table look-up for the whole vocabulary: start-up
+    time."""
     ids = np.flatnonzero(kinds == NORMAL)
     texts = [tokens[i] for i in ids]
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)  # (characters,)
@@ -100,7 +106,9 @@ def _byte_tokens(tokens: list[str], kinds: np.ndarray) -> tuple[list[bytes], dic
     ranks = dict(zip(normal, ids.tolist(), strict=True))
     _check_distinct(normal, ids, ranks)
     try:
-        token_bytes = [b"" if kind == NORMAL else token.encode() for token, kind in zip(tokens, kinds.tolist(), strict=True)]
+        token_bytes = [
+            b"" if kind == NORMAL else token.encode() for token, kind in zip(tokens, kinds.tolist(), strict=True)
+        ]
     except UnicodeEncodeError as error:
         raise KimiLiteError(f"A control token's text is not Unicode: {error.object[:40]!r}.", _REMEDY) from None
     for data, i in ranks.items():
@@ -138,7 +146,9 @@ def _ranks_of_merges(
         left, _, right = merge.partition(" ")
         result = id_of_text.get(left + right, -1)
         if result < 0 or id_of_text.get(left) not in reachable or id_of_text.get(right) not in reachable:
-            raise KimiLiteError(f"Merge {number} {merge[:80]!r} uses or makes a token that is not there (yet).", _REMEDY)
+            raise KimiLiteError(
+                f"Merge {number} {merge[:80]!r} uses or makes a token that is not there (yet).", _REMEDY
+            )
         if result == last:
             continue  # the same token from another pair: converters list every pair, one after another
         if result in reachable:
@@ -157,12 +167,15 @@ def _id(metadata: Mapping[str, object], name: str, vocab_size: int) -> int | Non
     if value is None:
         return None
     if type(value) is not int or not 0 <= value < vocab_size:
-        raise KimiLiteError(f"tokenizer.ggml.{name} is {value!r}; the vocabulary has the ids 0 to {vocab_size - 1}.", _REMEDY)
+        raise KimiLiteError(
+            f"tokenizer.ggml.{name} is {value!r}; the vocabulary has the ids 0 to {vocab_size - 1}.", _REMEDY
+        )
     return value
 
 
 def _stop_ids(metadata: Mapping[str, object], kinds: np.ndarray, special: Mapping[str, int]) -> frozenset[int]:
-    """Where generation ends: what the keys say, the well-known end-of-turn tokens, and for Kimi its three whatever they say."""
+    """Where generation ends: what the keys say, the well-known end-of-turn tokens, and for Kimi its three whatever they
+    say."""
     named: Sequence[int | None] = [_id(metadata, key, len(kinds)) for key in _STOP_KEYS]
     known = [special[text] for text in _STOP_TEXTS if text in special]
     if metadata.get("tokenizer.ggml.pre") == KIMI_PRE:

@@ -1,5 +1,5 @@
 """Numba kernels for the CPU. Everything here runs on a `threads.Team`; no policy, no I/O, no Python objects inside."""
 
-from native.cache import use_kernel_cache
+from kimi_lite.native.cache import use_kernel_cache
 
 use_kernel_cache()  # before the first kernel is declared

@@ -5,13 +5,13 @@ what kernels receive. Layout of the table, in bytes:
 
     K_SLOT  K                    X_F32  float32 (T, K)
     KIND32 / KIND256 +  X_CODES  int8 (T, K)            value = code * scale
-                        X_SCALES float32 (T, K / 32)    KIND256 repeats a scale 8 times, so both read alike
-                        X_SUMS16 float32 (T, K / 16)    sums of 16 codes, for types with minima or offsets
-                        X_SUMS32 float32 (T, K / 32)
-                        X_MINUS16 int16 (T, K / 16)     minus the sums of 16 codes, for sums of products that stay integers
+                        X_SCALES float32 (T, K / 32)    KIND256 repeats a scale 8 times, so both read alike X_SUMS16
+                        float32 (T, K / 16)    sums of 16 codes, for types with minima or offsets X_SUMS32 float32 (T, K
+                        / 32) X_MINUS16 int16 (T, K / 16)     minus the sums of 16 codes, for sums of products that stay
+                        integers
 
-Codes are round(x * 127 / max|x|) of their group; a group of zeros has scale 0, as one whose largest value is too small to
-divide 127. ggml's Q8_0 and Q8_K do the same. A group with an infinity or a NaN gets a NaN scale and sums, so that no
+Codes are round(x * 127 / max|x|) of their group; a group of zeros has scale 0, as one whose largest value is too small
+to divide 127. ggml's Q8_0 and Q8_K do the same. A group with an infinity or a NaN gets a NaN scale and sums, so that no
 product hides it.
 """
 
@@ -20,7 +20,7 @@ import math
 import numpy as np
 from numba import njit, types
 
-from native.simd import (
+from kimi_lite.native.simd import (
     f32_bits,
     f32_to_i32x16,
     largest_i32x16,
@@ -47,7 +47,8 @@ _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # of a float32's bits
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: type, padding_bytes: int = 0) -> np.ndarray:
-    """Zeros on a cache line, so that vectors of 64 bytes do not straddle two; `padding_bytes` may be read behind them."""
+    """Zeros on a cache line, so that vectors of 64 bytes do not straddle two; `padding_bytes` may be read behind
+    them."""
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.zeros(num_bytes + padding_bytes + 63, np.uint8)
     first = -room.ctypes.data % 64
@@ -83,7 +84,8 @@ class Activations:
 
 @njit
 def _refuse_group(length, codes, scales, sums16, sums32, minus16):
-    """Marks a group that holds an infinity or a NaN: whatever is multiplied with it becomes NaN, and the logits tell."""
+    """Marks a group that holds an infinity or a NaN: whatever is multiplied with it becomes NaN, and the logits
+    tell."""
     for i in range(0, length, 16):
         store_i8x16(codes + i, zero_i8x16())
         store_f32(sums16 + i // 4, types.float32(np.nan))
@@ -98,7 +100,9 @@ def quantize_group(x, length, codes, scales, sums16, sums32, minus16):
     """Quantizes `length` (32 or 256) float32 at address `x`; fills the scale of every 32 and the sums."""
     largest = zero_i32x16()
     for i in range(0, length, 16):
-        largest = max_i32x16(largest, f32_bits(load_f32x16(x + 4 * i)) & _MAGNITUDE)  # ordered as the floats are, NaN on top
+        largest = max_i32x16(
+            largest, f32_bits(load_f32x16(x + 4 * i)) & _MAGNITUDE
+        )  # ordered as the floats are, NaN on top
     peak_bits = largest_i32x16(largest)
     if peak_bits >= _INFINITY:
         _refuse_group(length, codes, scales, sums16, sums32, minus16)
@@ -134,7 +138,9 @@ def _quantize_span(activations, kind, length, token, first, last):
     scales, sums16 = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + X_SUMS16)
     sums32, minus16 = load_i64(activations + kind + X_SUMS32), load_i64(activations + kind + X_MINUS16)
     for i in range(at, at + last - first, length):
-        quantize_group(x + 4 * i, length, codes + i, scales + i // 8, sums16 + i // 4, sums32 + i // 8, minus16 + i // 8)
+        quantize_group(
+            x + 4 * i, length, codes + i, scales + i // 8, sums16 + i // 4, sums32 + i // 8, minus16 + i // 8
+        )
 
 
 @njit

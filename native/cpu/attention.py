@@ -15,12 +15,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
-from native.cpu.compiler import kernel
-from native.cpu.latent import PAGE_POSITIONS
-from native.cpu.linear import arguments, float_bits, thread_scratch
-from native.cpu.matrix import matrix_rows
-from native.cpu.run import (
+from kimi_lite.native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.latent import PAGE_POSITIONS
+from kimi_lite.native.cpu.linear import arguments, float_bits, thread_scratch
+from kimi_lite.native.cpu.matrix import matrix_rows
+from kimi_lite.native.cpu.run import (
     ABSORBED,
     COS,
     NUM_ABSORBED,
@@ -31,11 +31,11 @@ from native.cpu.run import (
     RECORD_TOKEN,
     SIN,
 )
-from native.cpu.threads import next_task
-from native.cpu.tiles import MAX_HEADS, SCORE_STRIDE, score_tile, value_tile
-from native.cpu.vector_math import exp_f32x16, rotate_pairs
-from native.latent_rows import GROUP_VALUES, ROW_FORMS
-from native.simd import (
+from kimi_lite.native.cpu.threads import next_task
+from kimi_lite.native.cpu.tiles import MAX_HEADS, SCORE_STRIDE, score_tile, value_tile
+from kimi_lite.native.cpu.vector_math import exp_f32x16, rotate_pairs
+from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
+from kimi_lite.native.simd import (
     fma_f32x16,
     largest_f32x16,
     load_f32,
@@ -81,7 +81,9 @@ def _absorb_kernel(args, thread, team):
         out = load_i64(args + _LATENT_Q) + 4 * task * (kv_lora + rope)
         matrix_rows(load_i64(args + _K_B), head * kv_lora, kv_lora, act, task, out)
         angles = 2 * rope * token
-        rotate_pairs(q + 4 * nope, out + 4 * kv_lora, load_i64(run + COS) + angles, load_i64(run + SIN) + angles, rope // 2)
+        rotate_pairs(
+            q + 4 * nope, out + 4 * kv_lora, load_i64(run + COS) + angles, load_i64(run + SIN) + angles, rope // 2
+        )
         for i in range(0, 4 * (kv_lora + rope), 64):
             store_f32x16(out + i, load_f32x16(out + i) * scale)
         task = next_task(team)
@@ -89,7 +91,8 @@ def _absorb_kernel(args, thread, team):
 
 @njit(fastmath={"nsz", "contract"}, error_model="numpy")
 def softmax_block(scores, peak, total):
-    """64 scores at `scores` become weights e^(s - new peak); returns (new peak, new total, factor for what came before)."""
+    """64 scores at `scores` become weights e^(s - new peak); returns (new peak, new total, factor for what came
+    before)."""
     s0, s1 = load_f32x16(scores), load_f32x16(scores + 64)
     s2, s3 = load_f32x16(scores + 128), load_f32x16(scores + 192)
     new_peak = max(peak, largest_f32x16(max_f32x16(max_f32x16(s0, s1), max_f32x16(s2, s3))))

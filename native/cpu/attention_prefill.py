@@ -10,13 +10,13 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from native.cpu.activations import K_SLOT, X_F32, Activations
-from native.cpu.attention import softmax_block
-from native.cpu.compiler import kernel
-from native.cpu.latent import PAGE_POSITIONS, load_latent
-from native.cpu.linear import arguments, float_bits, thread_scratch
-from native.cpu.matrix import VALUES_PADDING, matrix_values
-from native.cpu.run import (
+from kimi_lite.native.cpu.activations import K_SLOT, X_F32, Activations
+from kimi_lite.native.cpu.attention import softmax_block
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.latent import PAGE_POSITIONS, load_latent
+from kimi_lite.native.cpu.linear import arguments, float_bits, thread_scratch
+from kimi_lite.native.cpu.matrix import VALUES_PADDING, matrix_values
+from kimi_lite.native.cpu.run import (
     COS,
     EXPANDED,
     NUM_EXPANDED,
@@ -27,11 +27,11 @@ from native.cpu.run import (
     RECORD_TOKEN,
     SIN,
 )
-from native.cpu.specialize import for_literals
-from native.cpu.threads import next_task
-from native.cpu.vector_math import rotate_pairs
-from native.latent_rows import GROUP_VALUES, ROW_FORMS
-from native.simd import (
+from kimi_lite.native.cpu.specialize import for_literals
+from kimi_lite.native.cpu.threads import next_task
+from kimi_lite.native.cpu.vector_math import rotate_pairs
+from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
+from kimi_lite.native.simd import (
     broadcast_f32,
     fma_f32x16,
     load_f32,
@@ -46,12 +46,15 @@ from native.simd import (
 )
 
 _FAST = {"fastmath": {"nsz", "contract"}, "error_model": "numpy"}
-_RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE, _STORAGE, _OUT = (8 * i for i in range(13))
+_RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE, _STORAGE, _OUT = (
+    8 * i for i in range(13)
+)
 _SCORES_BYTES = 4 * 4 * PAGE_POSITIONS  # a tile of 4 queries
 
 
 def expanded_is_cheaper(length: int, shape: tuple[int, int, int, int, int]) -> bool:
-    """Whether `length` new tokens of a sequence repay making keys and values: multiply-adds per cached position and head."""
+    """Whether `length` new tokens of a sequence repay making keys and values: multiply-adds per cached position and
+    head."""
     _, nope, rope, kv_lora, value = shape
     saved = (2 * kv_lora + rope) - (nope + rope + value)
     return length * saved > kv_lora * (nope + value)
@@ -168,11 +171,23 @@ def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
                 for panel in range(4):
                     c = columns + 64 * panel * latent
                     for j in range(0, nope, 4):
-                        _tile(w_uk + 4 * j * kv_lora, 4 * kv_lora, 4, c, 64, kv_lora, keys + 64 * (panel * nope + j), 64, False)
+                        _tile(
+                            w_uk + 4 * j * kv_lora,
+                            4 * kv_lora,
+                            4,
+                            c,
+                            64,
+                            kv_lora,
+                            keys + 64 * (panel * nope + j),
+                            64,
+                            False,
+                        )
                 for p in range(0, PAGE_POSITIONS, 4):
                     for j in range(0, value, 16):
                         at = values + 4 * (p * value + j)
-                        _tile(rows + 4 * p * latent, 4 * latent, 4, w_uv + 4 * j, 4 * value, kv_lora, at, 4 * value, False)
+                        _tile(
+                            rows + 4 * p * latent, 4 * latent, 4, w_uv + 4 * j, 4 * value, kv_lora, at, 4 * value, False
+                        )
                 for t in range(max(0, position - start) // 4 * 4, length, 4):
                     queries = min(4, length - t)
                     query = q + t * q_stride

@@ -17,7 +17,8 @@ from numba.extending import overload
 
 
 class Format(NamedTuple):
-    """How kernels treat a type: its family; `group`, the weights that share a scale (1 for floats); signed codes or not."""
+    """How kernels treat a type: its family; `group`, the weights that share a scale (1 for floats); signed codes or
+    not."""
 
     family: str
     group: int
@@ -114,6 +115,6 @@ def dot256(name, block, x, sums16, sums32, minus16):
 def unpack(name, block, codes, scales, minima):
     """Writes one block in the common form, weight = code * scale - minimum.
 
-    codes: address for the int8 codes in natural order, 0..127, or -128..127 for a signed type; scales, minima: addresses
-    for one float32 a group.
+    codes: address for the int8 codes in natural order, 0..127, or -128..127 for a signed type; scales, minima:
+    addresses for one float32 a group.
     """

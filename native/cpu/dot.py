@@ -14,8 +14,8 @@ from functools import cache
 
 from numba import types
 
-from native.calls import clear_bytes, copy_bytes, prefetch_far, prefetch_near, stack_512
-from native.cpu.activations import (
+from kimi_lite.native.calls import clear_bytes, copy_bytes, prefetch_far, prefetch_near, stack_512
+from kimi_lite.native.cpu.activations import (
     K_SLOT,
     KIND32,
     KIND256,
@@ -26,13 +26,14 @@ from native.cpu.activations import (
     X_SUMS16,
     X_SUMS32,
 )
-from native.cpu.blocks import FORMATS, dot8x32, dot256, load16
-from native.cpu.compiler import Kernel
-from native.layouts import BY_NAME
-from native.simd import fma_f32x16, load_f32, load_f32x16, load_i64, store_f32, sum_f32x16, zero_f32x16
-from native.simd_dot import add_scaled, sum_row, zero_row
+from kimi_lite.native.cpu.blocks import FORMATS, dot8x32, dot256, load16
+from kimi_lite.native.cpu.compiler import Kernel
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.simd import fma_f32x16, load_f32, load_f32x16, load_i64, store_f32, sum_f32x16, zero_f32x16
+from kimi_lite.native.simd_dot import add_scaled, sum_row, zero_row
 
-# 256 weights in about a cache line make rows too short for the hardware to find their pace; for others it needs no help.
+# 256 weights in about a cache line make rows too short for the hardware to find their pace; for others it needs no
+# help.
 _SHORT_BYTES, _AHEAD_BYTES = 72, 2048
 ROWS_SIGNATURE = types.void(*[types.int64] * 6)
 
@@ -75,7 +76,8 @@ def _block32_rows(name: str, block_size: int, block_bytes: int):
         scales = load_i64(activations + KIND32 + X_SCALES) + k // 8 * token
         sums16 = load_i64(activations + KIND32 + X_SUMS16) + k // 4 * token
         sums32 = load_i64(activations + KIND32 + X_SUMS32) + k // 8 * token
-        # Blocks that do not fill a span are followed by blocks of the next rows, times zero; behind the last rows by a copy.
+        # Blocks that do not fill a span are followed by blocks of the next rows, times zero; behind the last rows by a
+        # copy.
         stage, rest, num_direct, num_spans = stack_512(), (k - 256 * spans) // 32, 0, -(-k // 256)
         if rest > 0:
             clear_bytes(stage, 512)
@@ -129,6 +131,7 @@ _FAMILIES = {"float": _float_rows, "block32": _block32_rows, "block256": _block2
 
 @cache
 def rows_kernel(name: str):
-    """The compiled `rows` function of type `name` (its `.address` goes into programs); compiled once, cached on disk."""
+    """The compiled `rows` function of type `name` (its `.address` goes into programs); compiled once, cached on
+    disk."""
     rows = _FAMILIES[FORMATS[name].family](name, BY_NAME[name].block_size, BY_NAME[name].block_bytes)
     return Kernel(rows, ROWS_SIGNATURE)

@@ -5,25 +5,45 @@ chose it, and the work is handed out as (expert, block of rows) tasks so that co
 experts runs in expert order whatever the threads do, so results do not depend on timing. A dense feed-forward layer is
 the case of one expert that everybody chooses; shared experts are experts of that kind.
 
-Where experts lie in several places, a choice whose id is -1 is left out, and with `per_choice` the product of each choice
-goes to a row of its own: `native.cpu.join` adds such rows exactly as this kernel would have done.
+Where experts lie in several places, a choice whose id is -1 is left out, and with `per_choice` the product of each
+choice goes to a row of its own: `native.cpu.join` adds such rows exactly as this kernel would have done.
 """
 
 import numpy as np
 from numba import njit, types
 
-from native.cpu.activations import X_F32, Activations, quantize_token
-from native.cpu.compiler import kernel
-from native.cpu.linear import arguments, thread_scratch
-from native.cpu.matrix import GEMV_MAX_TOKENS, MATRIX_BYTES, NUM_ROWS, K, matrix_panel, matrix_rows, panel_product
-from native.cpu.panel import panel_bytes
-from native.cpu.run import EVERY_TOKEN, NUM_TOKENS
-from native.cpu.threads import barrier, next_task
-from native.cpu.vector_math import silu_f32x16
-from native.simd import fma_f32x16, load_f32, load_f32x16, load_i32, load_i64, splat_f32x16, store_f32, store_f32x16, store_i32
+from kimi_lite.native.cpu.activations import X_F32, Activations, quantize_token
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.linear import arguments, thread_scratch
+from kimi_lite.native.cpu.matrix import (
+    GEMV_MAX_TOKENS,
+    MATRIX_BYTES,
+    NUM_ROWS,
+    K,
+    matrix_panel,
+    matrix_rows,
+    panel_product,
+)
+from kimi_lite.native.cpu.panel import panel_bytes
+from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS
+from kimi_lite.native.cpu.threads import barrier, next_task
+from kimi_lite.native.cpu.vector_math import silu_f32x16
+from kimi_lite.native.simd import (
+    fma_f32x16,
+    load_f32,
+    load_f32x16,
+    load_i32,
+    load_i64,
+    splat_f32x16,
+    store_f32,
+    store_f32x16,
+    store_i32,
+)
 
 # int64 slots of the arguments, by byte offset
-_RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _MATRICES, _HIDDEN = (8 * i for i in range(11))
+_RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _MATRICES, _HIDDEN = (
+    8 * i for i in range(11)
+)
 _STARTS, _SLOT_TOKEN, _SLOT_WEIGHT, _SLOT_ROW, _ACTIVE, _PER_CHOICE = (8 * i for i in range(11, 17))
 _EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
 _GEMV_ROWS, _DOWN_ROWS = 64, 32
@@ -36,11 +56,16 @@ def experts_scratch_bytes(hidden_size: int, feed_forward_size: int, max_tokens: 
 
 @njit
 def _group_by_expert(args):
-    """Sorts (token, choice) pairs by expert: starts (E + 1), the tokens and weights of the slots, the active experts."""
+    """Sorts (token, choice) pairs by expert: starts (E + 1), the tokens and weights of the slots, the active
+    experts."""
     num_tokens, top_k = load_i64(load_i64(args + _RUN) + NUM_TOKENS), load_i64(args + _TOP_K)
     routed, always = load_i64(args + _NUM_ROUTED), load_i64(args + _NUM_ALWAYS)
     ids, weights, starts = load_i64(args + _IDS), load_i64(args + _WEIGHTS), load_i64(args + _STARTS)
-    slot_token, slot_weight, active = load_i64(args + _SLOT_TOKEN), load_i64(args + _SLOT_WEIGHT), load_i64(args + _ACTIVE)
+    slot_token, slot_weight, active = (
+        load_i64(args + _SLOT_TOKEN),
+        load_i64(args + _SLOT_WEIGHT),
+        load_i64(args + _ACTIVE),
+    )
     slot_row, num_experts = load_i64(args + _SLOT_ROW), routed + always
     for e in range(num_experts + 1):
         store_i32(starts + 4 * e, types.int32(0))
@@ -126,7 +151,9 @@ def add_scaled(source, weight, out, count):
     """out += weight * source; count floats."""
     i = 0
     while i + 16 <= count:
-        store_f32x16(out + 4 * i, fma_f32x16(load_f32x16(source + 4 * i), splat_f32x16(weight), load_f32x16(out + 4 * i)))
+        store_f32x16(
+            out + 4 * i, fma_f32x16(load_f32x16(source + 4 * i), splat_f32x16(weight), load_f32x16(out + 4 * i))
+        )
         i += 16
     while i < count:
         store_f32(out + 4 * i, load_f32(out + 4 * i) + weight * load_f32(source + 4 * i))
@@ -141,8 +168,13 @@ def _copy(source, out, count):
 
 @njit
 def _down_task(args, hidden, first, num_rows, scratch):
-    """Rows first.. of every active expert's down product, added to the output in expert order, or each to its own row."""
-    starts, slot_token, slot_weight = load_i64(args + _STARTS), load_i64(args + _SLOT_TOKEN), load_i64(args + _SLOT_WEIGHT)
+    """Rows first.. of every active expert's down product, added to the output in expert order, or each to its own
+    row."""
+    starts, slot_token, slot_weight = (
+        load_i64(args + _STARTS),
+        load_i64(args + _SLOT_TOKEN),
+        load_i64(args + _SLOT_WEIGHT),
+    )
     out, stride, active = load_i64(args + _OUT) + 4 * first, load_i64(args + _OUT_STRIDE), load_i64(args + _ACTIVE)
     every, slot_row = load_i64(load_i64(args + _RUN) + EVERY_TOKEN), load_i64(args + _SLOT_ROW)
     is_per_choice = load_i64(args + _PER_CHOICE) != 0
@@ -216,9 +248,9 @@ class ExpertsOp:
     ) -> None:
         """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x). Choices with id -1 are left out.
 
-        per_choice: float32 (capacity * (top_k + num_always), N). Where it is given, `out` and weights are left alone, and
-        the product of choice i of token t goes, without its weight, to row t * (top_k + num_always) + i; those of the
-        experts that everybody takes come behind the chosen ones, and the rows of absent choices are not touched.
+        per_choice: float32 (capacity * (top_k + num_always), N). Where it is given, `out` and weights are left alone,
+        and the product of choice i of token t goes, without its weight, to row t * (top_k + num_always) + i; those of
+        the experts that everybody takes come behind the chosen ones, and the rows of absent choices are not touched.
         matrices: int64 (experts, 3, 8) tables of gate, up, down (`describe_matrix`), the `num_always` experts that
         every token takes (weight 1) last. ids int32, weights float32 (capacity, top_k). hidden: Activations for
         capacity * (top_k + num_always) slots of the experts' width. Buffers may be shared by layers.

@@ -1,26 +1,27 @@
 """Adds the products of single choices to the output, in the order in which `native.cpu.experts` would have added them.
 
-Experts that lie in several places are computed when and where they can be; each leaves its product in the row of its choice
-(`ExpertsOp(per_choice=...)`). The sum over a token's rows runs in expert order, so the result has the same bits as if all
-experts had lain in one place, however they came. Used by the disk tier and by the road with a GPU.
+Experts that lie in several places are computed when and where they can be; each leaves its product in the row of its
+choice (`ExpertsOp(per_choice=...)`). The sum over a token's rows runs in expert order, so the result has the same bits
+as if all experts had lain in one place, however they came.
 """
 
 import numpy as np
 from numba import njit, types
 
-from native.cpu.compiler import kernel
-from native.cpu.experts import add_scaled
-from native.cpu.linear import arguments
-from native.cpu.run import NUM_TOKENS
-from native.cpu.threads import next_task
-from native.simd import load_f32, load_i32, load_i64
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.experts import add_scaled
+from kimi_lite.native.cpu.linear import arguments
+from kimi_lite.native.cpu.run import NUM_TOKENS
+from kimi_lite.native.cpu.threads import next_task
+from kimi_lite.native.simd import load_f32, load_i32, load_i64
 
 _TASK_COLUMNS = 1024  # a multiple of 16, so that the last columns are added as in the experts' kernel
 
 
 @njit
 def _next_choice(ids, top_k, expert, choice):
-    """The choice after (expert, choice) in order of experts, -1 behind the last one. Absent choices (id < 0) never come."""
+    """The choice after (expert, choice) in order of experts, -1 behind the last one. Absent choices (id < 0) never
+    come."""
     best, best_expert = -1, 0
     for i in range(top_k):
         candidate = load_i32(ids + 4 * i)
@@ -58,8 +59,13 @@ def join_op(
 
     per_choice: float32 (capacity * (top_k + num_always), N), filled by `ExpertsOp`; out: float32 (capacity, >= N).
     """
-    assert ids.shape == weights.shape and ids.dtype == np.int32 and weights.dtype == np.float32, (ids.shape, weights.shape)
-    assert per_choice.dtype == out.dtype == np.float32 and per_choice.strides[1] == out.strides[1] == 4, per_choice.strides
+    assert ids.shape == weights.shape and ids.dtype == np.int32 and weights.dtype == np.float32, (
+        ids.shape,
+        weights.shape,
+    )
+    assert per_choice.dtype == out.dtype == np.float32 and per_choice.strides[1] == out.strides[1] == 4, (
+        per_choice.strides
+    )
     return _join_kernel.address, arguments(
         *(run, per_choice.ctypes.data, per_choice.strides[0], ids.ctypes.data, weights.ctypes.data),
         *(ids.shape[1], num_always, out.ctypes.data, out.strides[0], per_choice.shape[1]),

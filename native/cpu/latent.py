@@ -10,13 +10,13 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from native.cpu.compiler import kernel
-from native.cpu.linear import arguments, float_bits, rms_norm, thread_scratch
-from native.cpu.run import COS, NUM_TOKENS, SIN, SLOTS
-from native.cpu.threads import next_task
-from native.cpu.vector_math import rotate_pairs
-from native.latent_rows import GROUP_VALUES, ROW_FORMS
-from native.simd import (
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.linear import arguments, float_bits, rms_norm, thread_scratch
+from kimi_lite.native.cpu.run import COS, NUM_TOKENS, SIN, SLOTS
+from kimi_lite.native.cpu.threads import next_task
+from kimi_lite.native.cpu.vector_math import rotate_pairs
+from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
+from kimi_lite.native.simd import (
     clamp_f32x16,
     divide_f32x16,
     f32_bits,
@@ -97,10 +97,13 @@ def _store_row_q8(dtype, row, values, latent):
 
 @njit(**_OPTIONS)
 def _store_group(values, length, codes, scale_address):
-    """`length` (16 or 32) float32 as codes = round(x / scale) and a float16 scale = max|x| / 127; NaN where not finite."""
+    """`length` (16 or 32) float32 as codes = round(x / scale) and a float16 scale = max|x| / 127; NaN where not
+    finite."""
     largest = zero_i32x16()
     for i in range(0, length, 16):
-        largest = max_i32x16(largest, f32_bits(load_f32x16(values + 4 * i)) & _MAGNITUDE)  # ordered as the floats are, NaN on top
+        largest = max_i32x16(
+            largest, f32_bits(load_f32x16(values + 4 * i)) & _MAGNITUDE
+        )  # ordered as the floats are, NaN on top
     peak_bits = largest_i32x16(largest)
     is_finite = peak_bits < _INFINITY
     store_f16(scale_address, scalar_from_bits(peak_bits) / types.float32(127) if is_finite else types.float32(np.nan))

@@ -9,13 +9,21 @@ import struct
 import numpy as np
 from numba import njit, types
 
-from native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
-from native.cpu.compiler import kernel
-from native.cpu.matrix import GEMV_MAX_TOKENS, NUM_ROWS, K, matrix_panel, matrix_rows, matrix_values, panel_product
-from native.cpu.panel import ADD
-from native.cpu.run import EVERY_TOKEN, NUM_TOKENS, SCRATCH, SCRATCH_STRIDE, TOKEN_IDS
-from native.cpu.threads import next_task, team_size
-from native.simd import (
+from kimi_lite.native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.matrix import (
+    GEMV_MAX_TOKENS,
+    NUM_ROWS,
+    K,
+    matrix_panel,
+    matrix_rows,
+    matrix_values,
+    panel_product,
+)
+from kimi_lite.native.cpu.panel import ADD
+from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS, SCRATCH, SCRATCH_STRIDE, TOKEN_IDS
+from kimi_lite.native.cpu.threads import next_task, team_size
+from kimi_lite.native.simd import (
     fma_f32x16,
     load_f32,
     load_f32x16,
@@ -57,7 +65,9 @@ def rms_norm(x, weight, out, k, eps):
         value = load_f32x16(x + i)
         squares = fma_f32x16(value, value, squares)
     mean = sum_f32x16(squares) / types.float32(k)
-    factor = splat_f32x16(types.float32(1) / np.sqrt(mean + eps) + (mean - mean))  # an infinite mean makes NaN, not zeros
+    factor = splat_f32x16(
+        types.float32(1) / np.sqrt(mean + eps) + (mean - mean)
+    )  # an infinite mean makes NaN, not zeros
     for i in range(0, 4 * k, 64):
         store_f32x16(out + i, load_f32x16(x + i) * factor * load_f32x16(weight + i))
 
@@ -78,7 +88,9 @@ def rms_norm_op(run: int, x: np.ndarray, weight: np.ndarray, out: Activations, e
     """out[t] = RMSNorm(x[t, :K]), quantized. x: float32 (capacity, >= K); weight: float32 (K,)."""
     assert weight.dtype == np.float32 and weight.shape == (out.k,), (weight.dtype, weight.shape, out.k)
     assert x.dtype == np.float32 and x.strides[1] == 4, (x.dtype, x.strides)
-    return _rms_norm_kernel.address, arguments(run, x.ctypes.data, x.strides[0], weight.ctypes.data, out.address, float_bits(eps))
+    return _rms_norm_kernel.address, arguments(
+        run, x.ctypes.data, x.strides[0], weight.ctypes.data, out.address, float_bits(eps)
+    )
 
 
 # Linear layers --------------------------------------------------------------------------------------------------------
@@ -167,7 +179,8 @@ def embed_op(run: int, matrix: np.ndarray, out: np.ndarray) -> tuple[int, np.nda
     return _embed_kernel.address, arguments(run, matrix.ctypes.data, out.ctypes.data, out.strides[0])
 
 
-# Quantizing what an operation left as float32 --------------------------------------------------------------------------
+# Quantizing what an operation left as float32
+# --------------------------------------------------------------------------
 
 
 @kernel

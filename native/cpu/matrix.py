@@ -5,14 +5,23 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from native.calls import call3, call5, call6, call7
-from native.cpu import types as _types  # noqa: F401  registers every type's functions
-from native.cpu.blocks import FORMATS, load16, unpack
-from native.cpu.compiler import Kernel
-from native.cpu.dot import rows_kernel
-from native.cpu.panel import gemm_kernel, panel_kernel
-from native.layouts import BY_NAME
-from native.simd import int_to_f32x16, load_f32, load_i8x16, load_i64, splat_f32x16, store_f32x16, widen_i8x16, widen_signed_i8x16
+from kimi_lite.native.calls import call3, call5, call6, call7
+from kimi_lite.native.cpu import types as _types  # noqa: F401  registers every type's functions
+from kimi_lite.native.cpu.blocks import FORMATS, load16, unpack
+from kimi_lite.native.cpu.compiler import Kernel
+from kimi_lite.native.cpu.dot import rows_kernel
+from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.simd import (
+    int_to_f32x16,
+    load_f32,
+    load_i8x16,
+    load_i64,
+    splat_f32x16,
+    store_f32x16,
+    widen_i8x16,
+    widen_signed_i8x16,
+)
 
 DATA, ROW_BYTES, NUM_ROWS, K, ROWS_FN, PANEL_FN, GEMM_FN, VALUES_FN = (8 * i for i in range(8))
 MATRIX_BYTES = 64

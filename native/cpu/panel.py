@@ -21,11 +21,11 @@ from functools import cache
 from numba import njit, types
 from numba.extending import overload
 
-from native.cpu.activations import K_SLOT, KINDS, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
-from native.cpu.blocks import FORMATS, activation_kind, load16, unpack
-from native.cpu.compiler import FASTMATH, Kernel
-from native.layouts import BY_NAME
-from native.simd import (
+from kimi_lite.native.cpu.activations import K_SLOT, KINDS, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
+from kimi_lite.native.cpu.blocks import FORMATS, activation_kind, load16, unpack
+from kimi_lite.native.cpu.compiler import FASTMATH, Kernel
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.simd import (
     broadcast_f32,
     broadcast_i8x4,
     fma_f32x16,
@@ -45,7 +45,7 @@ from native.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
+from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
 
 PANEL_SIGNATURE, GEMM_SIGNATURE = types.void(*[types.int64] * 5), types.void(*[types.int64] * 7)
 PANEL_ROWS, ADD = 16, 32
@@ -53,7 +53,8 @@ _STAGE_BYTES = 8192  # 16 rows x 256 codes, then 16 x 16 scales and minima; or 1
 
 
 def panel_bytes(k: int) -> int:
-    """Bytes of scratch that a panel of K columns takes, whatever its type: staging area, codes or floats, scales, minima."""
+    """Bytes of scratch that a panel of K columns takes, whatever its type: staging area, codes or floats, scales,
+    minima."""
     columns = -(-k // 256) * 256
     return _STAGE_BYTES + 64 * columns + 2 * 64 * (columns // 16)
 
@@ -104,7 +105,10 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int, is_bi
                     unpack(name, block + b * block_bytes, panel + 256 * row + at, to_scale + first, to_minimum + first)
                 if is_biased:
                     for g in range(groups):
-                        store_f32(stage_minima + 64 * row + 4 * g, load_f32(stage_scales + 64 * row + 4 * g) * types.float32(128))
+                        store_f32(
+                            stage_minima + 64 * row + 4 * g,
+                            load_f32(stage_scales + 64 * row + 4 * g) * types.float32(128),
+                        )
             for chunk in range(4):
                 if is_biased:
                     transpose_signed(panel + 64 * chunk, 256, codes + 16 * column + 1024 * chunk)

@@ -7,11 +7,11 @@ weights, and optionally only the best groups of experts. DeepSeek-V2: softmax sc
 import numpy as np
 from numba import njit, types
 
-from native.cpu.compiler import kernel
-from native.cpu.linear import arguments, float_bits
-from native.cpu.run import NUM_TOKENS
-from native.cpu.threads import next_task
-from native.simd import load_f32, load_i64, store_f32, store_i32
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.linear import arguments, float_bits
+from kimi_lite.native.cpu.run import NUM_TOKENS
+from kimi_lite.native.cpu.threads import next_task
+from kimi_lite.native.simd import load_f32, load_i64, store_f32, store_i32
 
 _INFINITY, _MINUS_INFINITY, _NAN = types.float32(np.inf), types.float32(-np.inf), types.float32(np.nan)
 _LOWEST, _HIGHEST = types.float32(np.finfo(np.float32).min), types.float32(np.finfo(np.float32).max)
@@ -41,7 +41,8 @@ def _scores(logits, num_experts, is_sigmoid):
 
 @njit
 def _keep_best_groups(choice, num_experts, num_groups, num_kept, has_bias):
-    """Masks the experts outside the best groups; a group's score is the sum of its two best (its best, without bias)."""
+    """Masks the experts outside the best groups; a group's score is the sum of its two best (its best, without
+    bias)."""
     size = num_experts // num_groups
     for rank in range(num_groups):  # drop the worst group until num_kept are left
         if rank >= num_groups - num_kept:
@@ -75,7 +76,12 @@ def _rank(score):
 @kernel
 def _route_kernel(args, thread, team):
     run, logits, choice, bias = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
-    ids, weights, num_experts, top_k = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48), load_i64(args + 56)
+    ids, weights, num_experts, top_k = (
+        load_i64(args + 32),
+        load_i64(args + 40),
+        load_i64(args + 48),
+        load_i64(args + 56),
+    )
     num_groups, num_kept, is_sigmoid = load_i64(args + 64), load_i64(args + 72), load_i64(args + 80) != 0
     is_normalized, scale, nudge = load_i64(args + 88) != 0, load_f32(args + 96), load_i64(args + 104)
     token = next_task(team)
@@ -125,8 +131,8 @@ def route_op(
 ) -> tuple[int, np.ndarray]:
     """logits, choice float32 (capacity, E) -> ids int32, weights float32 (capacity, top_k). groups: (number, kept).
 
-    logits become scores; choice is working space. bias: float32 (E,) or None, for the choice alone. nudge: a second bias, whose
-    content may change between runs: what an expert gains by lying in fast memory (arXiv 2412.00099).
+    logits become scores; choice is working space. bias: float32 (E,) or None, for the choice alone. nudge: a second
+    bias, whose content may change between runs: what an expert gains by lying in fast memory (arXiv 2412.00099).
     """
     assert logits.shape == choice.shape and ids.shape == weights.shape, (logits.shape, choice.shape, ids.shape)
     assert nudge is None or (nudge.dtype, nudge.shape) == (np.float32, logits.shape[1:]), (nudge.dtype, nudge.shape)

@@ -18,7 +18,8 @@ class RunTable:
     """The table and the arrays it points to, for batches of up to `capacity` tokens on `num_threads` threads."""
 
     def __init__(self, capacity: int, num_threads: int, scratch_bytes: int, num_slots: int = 0) -> None:
-        """`scratch_bytes`: what any kernel needs per thread; `num_slots`: (token, expert) pairs, where there are experts."""
+        """`scratch_bytes`: what any kernel needs per thread; `num_slots`: (token, expert) pairs, where there are
+        experts."""
         self.capacity = capacity
         stride = -(-scratch_bytes // 4096) * 4096 + 4096
         self._scratch = np.zeros(num_threads * stride + 4096, np.uint8)
@@ -49,7 +50,9 @@ class RunTable:
         for slot, array in ((SLOTS, slots), (COS, cos), (SIN, sin)):
             self._set(slot, array.ctypes.data)
 
-    def set_attention(self, absorbed: np.ndarray, expanded: np.ndarray, num_splits: int, keep: Sequence[np.ndarray]) -> None:
+    def set_attention(
+        self, absorbed: np.ndarray, expanded: np.ndarray, num_splits: int, keep: Sequence[np.ndarray]
+    ) -> None:
         """absorbed, expanded: int64 (n, 6) records; `keep`: the page tables they point to."""
         self._kept = (absorbed, expanded, *keep)
         self._set(NUM_ABSORBED, len(absorbed))

@@ -6,8 +6,8 @@ with `barrier`. One call from Python thus runs a whole transformer: no per-opera
 under a microsecond. Threads spin for a short while after a program, then sleep in Python until the next one, so an
 idle team costs nothing.
 
-Kernels are C functions (`compiler.kernel`): their addresses are plain numbers, so operations and tensor types combine at run
-time and each is compiled (and cached on disk) once.
+Kernels are C functions (`compiler.kernel`): their addresses are plain numbers, so operations and tensor types combine
+at run time and each is compiled (and cached on disk) once.
 """
 
 import atexit
@@ -21,13 +21,15 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from native.calls import atomic_add, atomic_load, atomic_store, call3, pause
-from native.cpu.placement import keep_to_cores
-from native.simd import load_i64, store_i64
+from kimi_lite.native.calls import atomic_add, atomic_load, atomic_store, call3, pause
+from kimi_lite.native.cpu.placement import keep_to_cores
+from kimi_lite.native.simd import load_i64, store_i64
 
 # The team's shared memory, int64 slots each on a cache line of its own.
 _LINE = 64
-_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _STOP, _STOPPED, _QUIT, _SIZE, _YIELD = (_LINE * i for i in range(11))
+_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _STOP, _STOPPED, _QUIT, _SIZE, _YIELD = (
+    _LINE * i for i in range(11)
+)
 _NUM_LINES = 11
 
 _SPINS_BEFORE_YIELD = 4_000  # about 100 us: past that, another thread needs this core
@@ -80,7 +82,9 @@ def _run_ops(team, thread):
     """Runs the published program; False when it was stopped between two operations."""
     program, num_ops = load_i64(team + _PROGRAM), load_i64(team + _NUM_OPS)
     for op in range(num_ops):
-        stopped = team + _STOPPED + 8 * (op % 2)  # two places: thread 0 may be at the next operation before others have looked
+        stopped = (
+            team + _STOPPED + 8 * (op % 2)
+        )  # two places: thread 0 may be at the next operation before others have looked
         if thread == 0:
             store_i64(stopped, atomic_load(team + _STOP))
         barrier(team)

@@ -1,7 +1,7 @@
 """Register tiles of absorbed attention, generated for any number of heads: one reading of the cache serves them all.
 
-    score_tile(heads)   scores[g] = q_g . row             for one cached position
-    value_tile(heads)   context_g = context_g * factor_g + sum_p weight[g][p] * page[p], 32 values (a cache line) at a time
+    score_tile(heads)   scores[g] = q_g . row             for one cached position value_tile(heads)   context_g =
+    context_g * factor_g + sum_p weight[g][p] * page[p], 32 values (a cache line) at a time
 
 Both are written against LLVM directly because the number of accumulators is a parameter.
 """
@@ -14,10 +14,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from native.half import widen_half, widen_half_bits
-from native.isa import AVX512_VNNI, isa
-from native.latent_rows import GROUP_VALUES, ROW_FORMS
-from native.vectors import Vec, f32x16, i8x16, i16x16, i32x16
+from kimi_lite.native.half import widen_half, widen_half_bits
+from kimi_lite.native.isa import AVX512_VNNI, isa
+from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
+from kimi_lite.native.vectors import Vec, f32x16, i8x16, i16x16, i32x16
 
 MAX_HEADS = 8 if isa().name == AVX512_VNNI else 4  # twice as many accumulators as heads must fit the registers
 SCORE_STRIDE = 256  # bytes between the 64 scores of one head and the next
@@ -114,10 +114,11 @@ def score_tile(num_heads: int, dtype: str) -> Callable:
 
 @cache
 def value_tile(num_heads: int, dtype: str) -> Callable:
-    """`tile(page, scales, row_bytes, count, weights, factors, context, context_stride)`: 32 values of every head's context.
+    """`tile(page, scales, row_bytes, count, weights, factors, context, context_stride)`: 32 values of every head's
+    context.
 
-    page: address of these values in the first row; scales: of their scale there, for q8. weights: float32 (heads, 64); factors:
-    float32 (heads,); context: float32, `context_stride` bytes from head to head.
+    page: address of these values in the first row; scales: of their scale there, for q8. weights: float32 (heads, 64);
+    factors: float32 (heads,); context: float32, `context_stride` bytes from head to head.
     """
     value_bytes = ROW_FORMS[dtype].value_bytes
 

@@ -2,7 +2,7 @@
 
 from numba import njit, types
 
-from native.simd import (
+from kimi_lite.native.simd import (
     clamp_f32x16,
     divide_f32x16,
     f32_from_bits,
@@ -48,7 +48,8 @@ def silu_f32x16(x):
 
 @njit(**_OPTIONS)
 def rotate_pairs(x, out, cos, sin, num_pairs):
-    """out = the pairs (x[2i], x[2i+1]) turned by the angle of pair i (RoFormer; GGUF's "normal" order). May be in place."""
+    """out = the pairs (x[2i], x[2i+1]) turned by the angle of pair i (RoFormer; GGUF's "normal" order). May be in
+    place."""
     for i in range(num_pairs):
         a, b = load_f32(x + 8 * i), load_f32(x + 8 * i + 4)
         c, s = load_f32(cos + 4 * i), load_f32(sin + 4 * i)

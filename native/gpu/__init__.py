@@ -3,6 +3,7 @@
 Weights are the bytes of the GGUF file, uint8 (rows, row_bytes). Kernels run on a CUDA device, or anywhere under
 TRITON_INTERPRET=1, which must be set before `triton` is imported. `support.why_unusable` says what a machine lacks.
 
-No function waits for the GPU, and launches follow from shapes alone, so that CUDA graphs can hold them; results go to `out` where
-one is given. Before a capture each function must have run once with the same shapes: then it is compiled, its code book there.
+No function waits for the GPU, and launches follow from shapes alone, so that CUDA graphs can hold them; results go to
+`out` where one is given. Before a capture each function must have run once with the same shapes: then it is compiled,
+its code book there.
 """

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from native.gpu.formats import FLOATS, formats, table_for, weights_of
-from native.layouts import BY_NAME
+from kimi_lite.native.gpu.formats import FLOATS, formats, table_for, weights_of
+from kimi_lite.native.layouts import BY_NAME
 
 _NUM_WARPS = 4
 
@@ -34,14 +34,19 @@ def dequantize_kernel(
 def dequantize(
     data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """uint8 (rows, row_bytes) -> (rows, k) of `dtype`. Rows may be further apart than row_bytes; `out` has any row stride."""
+    """uint8 (rows, row_bytes) -> (rows, k) of `dtype`. Rows may be further apart than row_bytes; `out` has any row
+    stride."""
     num_rows, row_bytes = data.shape
     layout, each = BY_NAME[layout_name], formats()[layout_name]
     assert row_bytes % layout.block_bytes == 0, (layout_name, data.shape)
     k = row_bytes // layout.block_bytes * layout.block_size
     if out is None:
         out = torch.empty((num_rows, k), dtype=dtype, device=data.device)
-    assert out.shape == (num_rows, k) and out.dtype == dtype and out.stride(1) == 1, (out.shape, out.dtype, out.stride())
+    assert out.shape == (num_rows, k) and out.dtype == dtype and out.stride(1) == 1, (
+        out.shape,
+        out.dtype,
+        out.stride(),
+    )
     weights = weights_of(data, layout_name)
     if layout_name in FLOATS:
         out.copy_(weights)

@@ -1,4 +1,5 @@
-"""The small steps between products: norms, rotation, SwiGLU, sums of expert outputs. One launch each, `out` anywhere."""
+"""The small steps between products: norms, rotation, SwiGLU, sums of expert outputs. One launch each, `out`
+anywhere."""
 
 import torch
 import triton
@@ -7,7 +8,17 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(
-    x, delta, weight, out, eps, x_stride, delta_stride, out_stride, HAS_DELTA: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
+    x,
+    delta,
+    weight,
+    out,
+    eps,
+    x_stride,
+    delta_stride,
+    out_stride,
+    HAS_DELTA: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Program: one row, in registers from the load to the store."""
     row = tl.program_id(0).to(tl.int64)
@@ -38,7 +49,10 @@ def rms_norm(
     if out is None:
         out = torch.empty((num_rows, k), dtype=dtype, device=x.device)
     assert x.stride(1) == out.stride(1) == 1 and (delta is None or delta.stride(1) == 1), (x.stride(), out.stride())
-    assert weight.shape == (k,) and out.shape == x.shape and (delta is None or delta.shape == x.shape), (weight.shape, k)
+    assert weight.shape == (k,) and out.shape == x.shape and (delta is None or delta.shape == x.shape), (
+        weight.shape,
+        k,
+    )
     other = x if delta is None else delta
     if num_rows > 0:
         rms_norm_kernel[(num_rows,)](
@@ -49,7 +63,9 @@ def rms_norm(
 
 
 @triton.jit
-def rope_kernel(x, cos, sin, token_stride, head_stride, num_heads, ROPE: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
+def rope_kernel(
+    x, cos, sin, token_stride, head_stride, num_heads, ROPE: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr
+):
     """Program (token, group of heads): pairs (2i, 2i + 1) of each head turned in place."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -109,7 +125,8 @@ def weighted_sum_kernel(
     choices, weights, base, out, num_columns, base_stride, out_stride, HAS_BASE: tl.constexpr, TOP_K: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, span of columns): choice after choice, so that the sum never depends on where each was computed."""
+    """Program (token, span of columns): choice after choice, so that the sum never depends on where each was
+    computed."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < num_columns
@@ -130,7 +147,9 @@ def weighted_sum(
     if out is None:
         out = torch.empty((num_tokens, width), dtype=torch.float32, device=choices.device)
     assert choices.is_contiguous() and weights.is_contiguous() and weights.shape == (num_tokens, top_k), weights.shape
-    assert out.shape == (num_tokens, width) and out.stride(1) == 1 and (base is None or base.shape == out.shape), out.shape
+    assert out.shape == (num_tokens, width) and out.stride(1) == 1 and (base is None or base.shape == out.shape), (
+        out.shape
+    )
     other = out if base is None else base
     assert other.stride(1) == 1, other.stride()
     if num_tokens > 0:

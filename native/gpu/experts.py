@@ -1,8 +1,10 @@
-"""Routed experts that lie in slots on the GPU: every choice's down(silu(gate x) * up x), unweighted, in a row of its own.
+"""Routed experts that lie in slots on the GPU: every choice's down(silu(gate x) * up x), unweighted, in a row of its
+own.
 
-Few choices: two launches that read each chosen expert's bytes once, decoding where they multiply; gate, up and SwiGLU are one.
-Many: choices are sorted by expert and multiplied in groups on tensor cores (`native.gpu.grouped`). Which way follows from shapes;
-there is no wait for the GPU and CUDA graphs can hold both. (DeepSeekMoE, arXiv 2401.06066; SwiGLU, arXiv 2002.05202.)
+Few choices: two launches that read each chosen expert's bytes once, decoding where they multiply; gate, up and SwiGLU
+are one. Many: choices are sorted by expert and multiplied in groups on tensor cores (`native.gpu.grouped`). Which way
+follows from shapes; there is no wait for the GPU and CUDA graphs can hold both. (DeepSeekMoE, arXiv 2401.06066; SwiGLU,
+arXiv 2002.05202.)
 """
 
 from typing import NamedTuple, Protocol
@@ -11,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from native.gpu.elementwise import swiglu
-from native.gpu.formats import formats, table_for, weights_of
-from native.gpu.grouped import Groups, grouped_product
-from native.gpu.matvec import row_products, tile_for
+from kimi_lite.native.gpu.elementwise import swiglu
+from kimi_lite.native.gpu.formats import formats, table_for, weights_of
+from kimi_lite.native.gpu.grouped import Groups, grouped_product
+from kimi_lite.native.gpu.matvec import row_products, tile_for
 
 GROUPED_CHOICES = 33  # from so many on in groups: below, most experts are chosen once
 _ROWS = 2  # of a program: they share the loads of activations
@@ -42,10 +44,12 @@ class ExpertForm(Protocol):
 def gate_up_kernel(
     x, gate_data, up_data, hidden, gate_table, up_table, slot_of_choice, token_of_choice, num_rows, x_stride,
     gate_offset, up_offset, gate_slot, up_slot, gate_stride, up_stride, gate_blocks, up_blocks,
-    G_DECODE: tl.constexpr, G_COLUMN: tl.constexpr, G_LANES: tl.constexpr, G_PLANES: tl.constexpr, G_BLOCK_SIZE: tl.constexpr,
+    G_DECODE: tl.constexpr, G_COLUMN: tl.constexpr, G_LANES: tl.constexpr, G_PLANES: tl.constexpr,
+    G_BLOCK_SIZE: tl.constexpr,
     G_BLOCK_BYTES: tl.constexpr, G_RUN: tl.constexpr, G_IS_PADDED: tl.constexpr, G_ALIGN: tl.constexpr,
     G_TILE: tl.constexpr,
-    U_DECODE: tl.constexpr, U_COLUMN: tl.constexpr, U_LANES: tl.constexpr, U_PLANES: tl.constexpr, U_BLOCK_SIZE: tl.constexpr,
+    U_DECODE: tl.constexpr, U_COLUMN: tl.constexpr, U_LANES: tl.constexpr, U_PLANES: tl.constexpr,
+    U_BLOCK_SIZE: tl.constexpr,
     U_BLOCK_BYTES: tl.constexpr, U_RUN: tl.constexpr, U_IS_PADDED: tl.constexpr, U_ALIGN: tl.constexpr,
     U_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +89,8 @@ def down_kernel(
         row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None, None].to(tl.int64)
         which = choice.to(tl.int64)[None, None, None, None]
         total = row_products(
-            hidden, data + (slot * slot_stride + offset + row * row_stride) * ALIGN, table, num_blocks, which * width, 1, ROWS,
+            hidden, data + (slot * slot_stride + offset + row * row_stride) * ALIGN, table, num_blocks, which * width,
+            1, ROWS,
             DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, RUN, IS_PADDED, TILE,
         )  # fmt: skip
         at = first + tl.arange(0, ROWS)[None, :]
@@ -103,15 +108,17 @@ def expert_choices(
 ) -> torch.Tensor:
     """x (T, D), slots uint8 (num_slots, slot_bytes), int32 (n,) twice -> float32 (n, D), unweighted.
 
-    A choice of slot -1 is skipped and its row left as it is. Below GROUPED_CHOICES choices the arithmetic is float32 on the
-    decoded weights; from there on activations, weights and hidden values are rounded to bfloat16 and summed in float32.
-    `out`: where to write; `hidden`: float32 working space of n * width values for few choices.
+    A choice of slot -1 is skipped and its row left as it is. Below GROUPED_CHOICES choices the arithmetic is float32 on
+    the decoded weights; from there on activations, weights and hidden values are rounded to bfloat16 and summed in
+    float32. `out`: where to write; `hidden`: float32 working space of n * width values for few choices.
     """
     num_choices = len(slot_of_choice)
     _check(x, slots, form, slot_of_choice, token_of_choice)
     if out is None:
         out = torch.empty((num_choices, form.down.num_rows), dtype=torch.float32, device=x.device)
-    assert out.shape == (num_choices, form.down.num_rows) and out.dtype == torch.float32 and out.stride(1) == 1, out.shape
+    assert out.shape == (num_choices, form.down.num_rows) and out.dtype == torch.float32 and out.stride(1) == 1, (
+        out.shape
+    )
     if num_choices == 0:
         return out
     if num_choices >= GROUPED_CHOICES:
@@ -126,8 +133,17 @@ def expert_choices(
 
 def _check(x, slots, form, slot_of_choice, token_of_choice) -> None:
     gate, up, down = form.gate, form.up, form.down
-    assert x.shape[1] == gate.k == up.k == down.num_rows and gate.num_rows == up.num_rows == down.k, (x.shape, gate, up, down)
-    assert x.stride(1) == 1 and slots.dtype == torch.uint8 and slots.stride(1) == 1, (x.stride(), slots.dtype, slots.stride())
+    assert x.shape[1] == gate.k == up.k == down.num_rows and gate.num_rows == up.num_rows == down.k, (
+        x.shape,
+        gate,
+        up,
+        down,
+    )
+    assert x.stride(1) == 1 and slots.dtype == torch.uint8 and slots.stride(1) == 1, (
+        x.stride(),
+        slots.dtype,
+        slots.stride(),
+    )
     assert slot_of_choice.dtype == token_of_choice.dtype == torch.int32, (slot_of_choice.dtype, token_of_choice.dtype)
     assert slot_of_choice.shape == token_of_choice.shape, (slot_of_choice.shape, token_of_choice.shape)
     assert slot_of_choice.is_contiguous() and token_of_choice.is_contiguous(), "choices must be contiguous"
@@ -152,7 +168,8 @@ def _launch_down(hidden, slots, down, slot_of_choice, out) -> None:
     each = formats()[down.layout_name]
     tile = tile_for(each, down.k, 4 // _ROWS)
     down_kernel[(triton.cdiv(down.num_rows, _ROWS), len(slot_of_choice))](
-        hidden, weights_of(slots, each.name), out, table_for(each, slots), slot_of_choice, down.num_rows, down.k, out.stride(0),
+        hidden, weights_of(slots, each.name), out, table_for(each, slots), slot_of_choice, down.num_rows, down.k,
+        out.stride(0),
         each.units(down.offset), each.units(slots.stride(0)), each.units(down.row_bytes), down.k // each.block_size,
         **each.constants(), ALIGN=each.align, TILE=tile.num_lanes, ROWS=_ROWS, num_warps=tile.num_warps,
     )  # fmt: skip

@@ -5,11 +5,11 @@ from functools import cache
 
 import torch
 
-from native.gpu.tables import table
-from native.gpu.types import blocks_of_32 as b32
-from native.gpu.types import code_books as cb
-from native.gpu.types import floats, k_quants, ternary
-from native.layouts import BY_NAME
+from kimi_lite.native.gpu.tables import table
+from kimi_lite.native.gpu.types import blocks_of_32 as b32
+from kimi_lite.native.gpu.types import code_books as cb
+from kimi_lite.native.gpu.types import floats, k_quants, ternary
+from kimi_lite.native.layouts import BY_NAME
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -39,7 +39,8 @@ class Format:
         return BY_NAME[self.name].block_bytes
 
     def constants(self, prefix: str = "") -> dict:
-        """The compile-time arguments that every kernel over this type takes; kernels over two types tell them by prefix."""
+        """The compile-time arguments that every kernel over this type takes; kernels over two types tell them by
+        prefix."""
         found = {
             "DECODE": self.decode,
             "COLUMN": self.column,
@@ -59,7 +60,8 @@ class Format:
 
     @property
     def align(self) -> int:
-        """The unit, in what pointers count, that row strides and offsets are given in: tells the compiler that they are even."""
+        """The unit, in what pointers count, that row strides and offsets are given in: tells the compiler that they are
+        even."""
         return 1 if self.name in FLOATS else self.run
 
     def units(self, num_bytes: int) -> int:

@@ -1,16 +1,16 @@
 """Grouped products: many choices, sorted by expert, times that expert's quantized matrix on tensor cores.
 
-A tile of weights is decoded to bfloat16 in registers and multiplied at once, plane by plane: no expert is ever written out, which
-would cost 88 MB of traffic each way for one of Kimi K2.5's. Groups are found on the GPU with shapes that depend on nothing but
-the number of choices and slots, so that the host never waits.
+A tile of weights is decoded to bfloat16 in registers and multiplied at once, plane by plane: no expert is ever written
+out, which would cost 88 MB of traffic each way for one of Kimi K2.5's. Groups are found on the GPU with shapes that
+depend on nothing but the number of choices and slots, so that the host never waits.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from native.gpu.formats import formats, table_for, weights_of
-from native.gpu.support import factor_type
+from kimi_lite.native.gpu.formats import formats, table_for, weights_of
+from kimi_lite.native.gpu.support import factor_type
 
 _BLOCK_ROWS, _LANE_TILE = 64, 32
 
@@ -18,8 +18,9 @@ _BLOCK_ROWS, _LANE_TILE = 64, 32
 class Groups:
     """Choices in the order of their slots, cut into blocks of `block_choices` that have one slot each.
 
-    `order` int32 (n,): choice at each sorted place. Block b: `slot_of_block[b]` (-1: nothing), places from `first_of_block[b]`
-    to `end_of_block[b]`. There are as many blocks as could be needed: n / block_choices + the number of slots that n can touch.
+    `order` int32 (n,): choice at each sorted place. Block b: `slot_of_block[b]` (-1: nothing), places from
+    `first_of_block[b]` to `end_of_block[b]`. There are as many blocks as could be needed: n / block_choices + the
+    number of slots that n can touch.
     """
 
     def __init__(self, slot_of_choice: torch.Tensor, num_slots: int, block_choices: int | None = None) -> None:
@@ -28,7 +29,9 @@ class Groups:
         self.num_blocks = triton.cdiv(num_choices, self.block_choices) + min(num_slots, num_choices)
         sorted_slots, order = torch.sort(slot_of_choice, stable=True)
         self.order = order.to(torch.int32)
-        borders = torch.searchsorted(sorted_slots, torch.arange(num_slots + 1, dtype=torch.int32, device=device))  # (slots + 1,)
+        borders = torch.searchsorted(
+            sorted_slots, torch.arange(num_slots + 1, dtype=torch.int32, device=device)
+        )  # (slots + 1,)
         starts, counts = borders[:-1], borders[1:] - borders[:-1]
         ends = torch.cumsum((counts + self.block_choices - 1) // self.block_choices, 0)  # blocks up to each slot's last
         block = torch.arange(self.num_blocks, device=device)
@@ -44,7 +47,8 @@ class Groups:
 
 @triton.jit
 def grouped_kernel(
-    x, data, out, table, order, token_of_choice, slot_of_block, first_of_block, end_of_block, num_rows, num_blocks, x_stride,
+    x, data, out, table, order, token_of_choice, slot_of_block, first_of_block, end_of_block, num_rows, num_blocks,
+    x_stride,
     out_stride, offset, slot_stride, row_stride,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, FACTOR: tl.constexpr,
@@ -83,11 +87,17 @@ def grouped_kernel(
 
 
 def grouped_product(
-    x: torch.Tensor, slots: torch.Tensor, matrix, groups: Groups, token_of_choice: torch.Tensor | None, out: torch.Tensor
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    matrix,
+    groups: Groups,
+    token_of_choice: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """x bfloat16 (T, k), rows by token_of_choice int32 (n,), or (n, k) by choice when None -> out float32 (n, rows).
 
-    `matrix`: which one of the slots', as `native.gpu.experts.ExpertMatrix`. Rows of choices without a slot are left as they are.
+    `matrix`: which one of the slots', as `native.gpu.experts.ExpertMatrix`. Rows of choices without a slot are left as
+    they are.
     """
     each = formats()[matrix.layout_name]
     assert x.dtype == torch.bfloat16 and x.shape[1] == matrix.k and x.stride(1) == 1, (x.dtype, x.shape, matrix)
@@ -97,7 +107,8 @@ def grouped_product(
         groups.order if token_of_choice is None else token_of_choice, groups.slot_of_block, groups.first_of_block,
         groups.end_of_block, matrix.num_rows, matrix.k // each.block_size, x.stride(0), out.stride(0),
         each.units(matrix.offset), each.units(slots.stride(0)), each.units(matrix.row_bytes),
-        **each.constants(), ALIGN=each.align, FACTOR=factor_type(torch.bfloat16), IS_GATHERED=token_of_choice is not None,
+        **each.constants(), ALIGN=each.align, FACTOR=factor_type(torch.bfloat16),
+        IS_GATHERED=token_of_choice is not None,
         CHOICES=groups.block_choices, ROWS=_BLOCK_ROWS, TILE=_LANE_TILE, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

@@ -1,14 +1,15 @@
-"""The latent cache on the GPU: rows written as a step computes them, and read back for expanded attention over a prompt.
+"""The latent cache on the GPU: rows written as a step computes them, and read back for expanded attention over a
+prompt.
 
-Rows are those of `native.latent_rows`: float32, float16 or bfloat16 values, or int8 codes with a float16 scale per 32 (storage of
-uint8). `native.reference.quantize_latents` says how codes are made; here the same.
+Rows are those of `native.latent_rows`: float32, float16 or bfloat16 values, or int8 codes with a float16 scale per 32
+(storage of uint8). `native.reference.quantize_latents` says how codes are made; here the same.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from native.latent_rows import row_bytes
+from kimi_lite.native.latent_rows import row_bytes
 
 PAGE_POSITIONS = 64
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 plus this has no fraction; ties go to even
@@ -68,7 +69,12 @@ def check_storage(storage: torch.Tensor, rank: int, rope: int) -> None:
     """Whether these are pages of such rows."""
     is_q8 = storage.dtype == torch.uint8
     row = row_bytes("q8", rank + rope) if is_q8 else rank + rope
-    assert storage.shape[1:] == (PAGE_POSITIONS, row) and storage.is_contiguous(), (storage.shape, storage.dtype, rank, rope)
+    assert storage.shape[1:] == (PAGE_POSITIONS, row) and storage.is_contiguous(), (
+        storage.shape,
+        storage.dtype,
+        rank,
+        rope,
+    )
     assert not is_q8 or rank % 32 == 0, rank  # the key's groups begin with the key
 
 
@@ -83,8 +89,8 @@ def write_latent(
 ) -> None:
     """kv (T, R + P) as `attn_kv_a_mqa` gives it -> rows of storage (num_pages, 64, row): latent normed, key rotated.
 
-    weight float32 (R,) of the norm; cos and sin float32 (T, P / 2) of each token's position; slots int (T,): page * 64 + the
-    place in the page, below zero for tokens that are padding.
+    weight float32 (R,) of the norm; cos and sin float32 (T, P / 2) of each token's position; slots int (T,): page * 64
+    + the place in the page, below zero for tokens that are padding.
     """
     num_tokens, width = kv.shape
     rank, rope = len(weight), 2 * cos.shape[1]
@@ -94,7 +100,8 @@ def write_latent(
     if num_tokens > 0:
         write_latent_kernel[(num_tokens,)](
             kv, weight, cos, sin, storage, slots, eps, kv.stride(0), RANK=rank, ROPE=rope,
-            GROUPS=triton.next_power_of_2(triton.cdiv(rank, 32)), KEY_GROUPS=triton.next_power_of_2(triton.cdiv(rope, 32)),
+            GROUPS=triton.next_power_of_2(triton.cdiv(rank, 32)), KEY_GROUPS=triton.next_power_of_2(triton.cdiv(rope,
+            32)),
             ROW=storage.shape[2], IS_Q8=storage.dtype == torch.uint8, num_warps=4,
         )  # fmt: skip
 
@@ -113,7 +120,8 @@ def read_kernel(storage, slots, out, out_stride, LATENT: tl.constexpr, TILE: tl.
 def read_latents(
     storage: torch.Tensor, slots: torch.Tensor, latent: int, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows of storage (num_pages, 64, row) at slots int (n,) -> (n, latent) of `dtype`: what expanded attention works on."""
+    """Rows of storage (num_pages, 64, row) at slots int (n,) -> (n, latent) of `dtype`: what expanded attention works
+    on."""
     if out is None:
         out = torch.empty((len(slots), latent), dtype=dtype, device=storage.device)
     assert out.shape == (len(slots), latent) and out.dtype == dtype and out.stride(1) == 1, (out.shape, out.dtype)

@@ -7,11 +7,11 @@ more, others      dequantized to bfloat16 once, then torch's product with float3
 
 import torch
 
-from native.gpu.dequant import dequantize
-from native.gpu.formats import weights_of
-from native.gpu.matvec import MAX_TOKENS, matvec
-from native.gpu.product import q8_0_product
-from native.layouts import BY_NAME
+from kimi_lite.native.gpu.dequant import dequantize
+from kimi_lite.native.gpu.formats import weights_of
+from kimi_lite.native.gpu.matvec import MAX_TOKENS, matvec
+from kimi_lite.native.gpu.product import q8_0_product
+from kimi_lite.native.layouts import BY_NAME
 
 
 def linear(
@@ -24,8 +24,8 @@ def linear(
 ) -> torch.Tensor:
     """x (T, k) bfloat16 or float32, data uint8 (rows, row_bytes) -> float32 (T, rows).
 
-    `out`: float32 (T, rows) to write to. `workspace`: bfloat16, rows * k values, for the weights of a large product. With both
-    nothing is allocated.
+    `out`: float32 (T, rows) to write to. `workspace`: bfloat16, rows * k values, for the weights of a large product.
+    With both nothing is allocated.
     """
     num_tokens, num_rows = len(x), len(data)
     assert x.shape == (num_tokens, k) and x.device == data.device, (x.shape, k, x.device, data.device)
@@ -50,11 +50,16 @@ def product_bf16(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> t
     x = x.to(torch.bfloat16)
     if x.is_cuda:
         return torch.mm(x, weights.T, out_dtype=torch.float32, out=out)
-    return torch.mm(x.float(), weights.float().T, out=out)  # torch has mixed products for CUDA alone; products are exact here
+    return torch.mm(
+        x.float(), weights.float().T, out=out
+    )  # torch has mixed products for CUDA alone; products are exact here
 
 
-def heads_linear(x: torch.Tensor, data: torch.Tensor, layout_name: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x (T, H, k), data uint8 (H, rows, row_bytes) -> float32 (T, H, rows): each head with its own matrix (MLA's k_b and v_b).
+def heads_linear(
+    x: torch.Tensor, data: torch.Tensor, layout_name: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (T, H, k), data uint8 (H, rows, row_bytes) -> float32 (T, H, rows): each head with its own matrix (MLA's k_b
+    and v_b).
 
     Any strides between tokens and heads. More than 16 tokens go 16 at a time: meant for decoding.
     """

@@ -1,8 +1,9 @@
 """Few tokens times a quantized matrix: each weight is decoded where it is multiplied, and bytes are read once.
 
-A program takes ROWS rows. Its threads lie along the row, so that a warp reads neighbouring bytes, and each has the same lanes of
-all rows and all tokens: an activation loaded once serves ROWS rows, a decoded weight serves all tokens. The tiles are (tokens,
-rows, runs of lanes, RUN) with all threads along the runs, so that no exchange is needed until the one sum at the end.
+A program takes ROWS rows. Its threads lie along the row, so that a warp reads neighbouring bytes, and each has the same
+lanes of all rows and all tokens: an activation loaded once serves ROWS rows, a decoded weight serves all tokens. The
+tiles are (tokens, rows, runs of lanes, RUN) with all threads along the runs, so that no exchange is needed until the
+one sum at the end.
 """
 
 from typing import NamedTuple
@@ -11,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from native.gpu.formats import Format, formats, table_for, weights_of
-from native.layouts import BY_NAME
+from kimi_lite.native.gpu.formats import Format, formats, table_for, weights_of
+from kimi_lite.native.layouts import BY_NAME
 
 MAX_TOKENS = 16  # beyond that a tiled product is faster (native.gpu.linear)
 
@@ -23,7 +24,8 @@ def row_products(
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x rows at `token_offset` (TOKENS, 1, 1, 1) times the rows at `base_of_row` (1, ROWS, 1, 1) -> float32 (TOKENS, ROWS)."""
+    """x rows at `token_offset` (TOKENS, 1, 1, 1) times the rows at `base_of_row` (1, ROWS, 1, 1) -> float32 (TOKENS,
+    ROWS)."""
     total = tl.zeros((TOKENS, ROWS, TILE // RUN, RUN), tl.float32)
     for start in range(0, num_blocks * LANES, TILE):
         lane = start + tl.arange(0, TILE // RUN)[None, None, :, None] * RUN  # the first of each run
@@ -42,7 +44,8 @@ def row_products(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def matvec_kernel(
-    x, data, out, table, num_tokens, num_rows, num_blocks, row_stride, x_stride, out_stride, x_head, data_head, out_head,
+    x, data, out, table, num_tokens, num_rows, num_blocks, row_stride, x_stride, out_stride, x_head, data_head,
+    out_head,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
@@ -55,7 +58,8 @@ def matvec_kernel(
     row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None, None].to(tl.int64)
     token = tl.minimum(tl.arange(0, TOKENS), num_tokens - 1)[:, None, None, None].to(tl.int64)
     total = row_products(
-        x, data + (head * data_head + row * row_stride) * ALIGN, table, num_blocks, head * x_head + token * x_stride, TOKENS,
+        x, data + (head * data_head + row * row_stride) * ALIGN, table, num_blocks, head * x_head + token * x_stride,
+        TOKENS,
         ROWS, DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, RUN, IS_PADDED, TILE,
     )  # fmt: skip
     token, row = tl.arange(0, TOKENS)[:, None], first + tl.arange(0, ROWS)[None, :]
@@ -72,8 +76,8 @@ class Tile(NamedTuple):
 def tile_for(each: Format, k: int, max_unroll: int) -> Tile:
     """As many loads in flight as may be, then as many warps, where a row's last round wastes no more than a tenth.
 
-    A multiprocessor of an RTX 4090 must have about 6 KB under way to draw its share of the bandwidth; a run of two bytes from
-    each of its 1,536 threads is half of that, so that a thread takes up to `max_unroll` runs a round.
+    A multiprocessor of an RTX 4090 must have about 6 KB under way to draw its share of the bandwidth; a run of two
+    bytes from each of its 1,536 threads is half of that, so that a thread takes up to `max_unroll` runs a round.
     """
     row_lanes = k // each.block_size * each.num_lanes
     tiles = [(unroll, Tile(32 * warps * each.run * unroll, warps)) for unroll in (4, 2, 1) for warps in (4, 2, 1)]
@@ -84,7 +88,8 @@ def tile_for(each: Format, k: int, max_unroll: int) -> Tile:
 
 
 def rows_for(num_rows: int, num_tokens: int, k: int) -> int:
-    """Rows of a program, of all heads' `num_rows`: several share loads of activations, but the whole GPU must have programs.
+    """Rows of a program, of all heads' `num_rows`: several share loads of activations, but the whole GPU must have
+    programs.
 
     Rows as short as those of MLA's k_b and v_b would leave a program too little to do.
     """
@@ -99,12 +104,15 @@ def rows_for(num_rows: int, num_tokens: int, k: int) -> int:
 def matvec(
     x: torch.Tensor, data: torch.Tensor, layout_name: str, out: torch.Tensor, rows_per_program: int | None = None
 ) -> torch.Tensor:
-    """x (H, T, k), data uint8 (H, rows, row_bytes) -> out float32 (H, T, rows): T at most 16. One head is a plain product."""
+    """x (H, T, k), data uint8 (H, rows, row_bytes) -> out float32 (H, T, rows): T at most 16. One head is a plain
+    product."""
     num_heads, num_tokens, k = x.shape
     each, layout = formats()[layout_name], BY_NAME[layout_name]
     assert data.shape[2] == layout.row_bytes(k) and data.shape[0] == num_heads, (layout_name, x.shape, data.shape)
     assert x.stride(2) == 1 and 0 < num_tokens <= MAX_TOKENS, (x.shape, x.stride())
-    assert out.shape == (num_heads, num_tokens, data.shape[1]) and out.dtype == torch.float32 and out.stride(2) == 1, out.shape
+    assert out.shape == (num_heads, num_tokens, data.shape[1]) and out.dtype == torch.float32 and out.stride(2) == 1, (
+        out.shape
+    )
     assert data.data_ptr() % each.run == 0, (layout_name, data.data_ptr())
     num_rows, num_blocks = data.shape[1], k // layout.block_size
     tokens = triton.next_power_of_2(num_tokens)

@@ -1,17 +1,20 @@
-"""Multi-head latent attention over the paged cache, in the absorbed form for decoding (`native.gpu.latent` writes the cache).
+"""Multi-head latent attention over the paged cache, in the absorbed form for decoding (`native.gpu.latent` writes the
+cache).
 
-A layer's storage is (num_pages, 64, row): the normed latent, then the rotated shared key, of each position (DeepSeek-V2, arXiv
-2405.04434, section 2.1; rows as in `native.latent_rows`). Keys are the whole row, values its first R entries, so that a row is
-loaded once for both and for 16 heads. Long contexts are cut into splits that run side by side and are merged afterwards
-(flash decoding). How many splits follows from shapes, never from lengths: no wait for the GPU, and CUDA graphs can hold it.
+A layer's storage is (num_pages, 64, row): the normed latent, then the rotated shared key, of each position
+(DeepSeek-V2, arXiv
+2405.04434, section 2.1; rows as in `native.latent_rows`). Keys are the whole row, values its first R entries, so that a
+row is loaded once for both and for 16 heads. Long contexts are cut into splits that run side by side and are merged
+afterwards (flash decoding). How many splits follows from shapes, never from lengths: no wait for the GPU, and CUDA
+graphs can hold it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from native.gpu.latent import PAGE_POSITIONS, check_storage, write_latent
-from native.gpu.support import factor_type
+from kimi_lite.native.gpu.latent import PAGE_POSITIONS, check_storage, write_latent
+from kimi_lite.native.gpu.support import factor_type
 
 __all__ = ["mla_decode", "num_splits_for", "partial_size", "write_latent"]
 
@@ -21,7 +24,8 @@ _PROGRAMS = 128  # one for each multiprocessor of an RTX 4090 (128) or H100 (132
 
 @triton.jit
 def q8_values(row, is_visible, FIRST: tl.constexpr, COUNT: tl.constexpr, LATENT: tl.constexpr, TILE: tl.constexpr):
-    """float16 (positions, TILE): COUNT values from FIRST on of rows of int8 codes with a scale per 32, read once a group."""
+    """float16 (positions, TILE): COUNT values from FIRST on of rows of int8 codes with a scale per 32, read once a
+    group."""
     group, place = tl.arange(0, TILE // 32)[None, :, None], tl.arange(0, 32)[None, None, :]
     row, is_visible = row[:, None, None], is_visible[:, None, None]
     codes_at = (row + FIRST + group * 32 + place).to(tl.pointer_type(tl.int8))
@@ -40,11 +44,13 @@ def splits_of(length, num_splits):
 
 @triton.jit(do_not_specialize=["num_splits", "table_stride"])
 def decode_kernel(
-    q_latent, q_rope, storage, page_table, lengths, partial, sums, scale, table_stride, ql_token, ql_head, qr_token, qr_head,
+    q_latent, q_rope, storage, page_table, lengths, partial, sums, scale, table_stride, ql_token, ql_head, qr_token,
+    qr_head,
     num_heads, num_splits, RANK: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
     FACTOR: tl.constexpr, IS_Q8: tl.constexpr, RANK_TILE: tl.constexpr, ROPE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, group of heads, split). Writes the split's normed context and the logarithm of its sum of weights."""
+    """Program (token, group of heads, split). Writes the split's normed context and the logarithm of its sum of
+    weights."""
     token, split = tl.program_id(0), tl.program_id(2)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = (head < num_heads)[:, None]
@@ -130,11 +136,12 @@ def mla_decode(
     partial: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:
-    """q_latent (T, H, R), q_rope (T, H, P) rotated, storage (num_pages, 64, row) -> float32 (T, H, R): context in latent space.
+    """q_latent (T, H, R), q_rope (T, H, P) rotated, storage (num_pages, 64, row) -> float32 (T, H, R): context in
+    latent space.
 
-    page_table int32 (T, pages): a token's pages in order; lengths int32 (T,): how many positions it sees, its own included; 0
-    gives zeros (padding). `scale` multiplies the scores. Products have the storage's type as factors (float32: exact; 8
-    bits: float16) and float32 sums. `partial`: float32 working space of partial_size(...) values.
+    page_table int32 (T, pages): a token's pages in order; lengths int32 (T,): how many positions it sees, its own
+    included; 0 gives zeros (padding). `scale` multiplies the scores. Products have the storage's type as factors
+    (float32: exact; 8 bits: float16) and float32 sums. `partial`: float32 working space of partial_size(...) values.
     """
     num_tokens, num_heads, rank = q_latent.shape
     rope, max_pages = q_rope.shape[2], page_table.shape[1]
@@ -157,7 +164,8 @@ def mla_decode(
     decode_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS), num_splits)](
         q_latent, q_rope, storage, page_table, lengths, partial, sums, scale, page_table.stride(0), q_latent.stride(0),
         q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), num_heads, num_splits, RANK=rank, ROPE=rope,
-        HEADS=BLOCK_HEADS, POSITIONS=positions, FACTOR=factor_type(torch.float16 if is_q8 else storage.dtype), IS_Q8=is_q8,
+        HEADS=BLOCK_HEADS, POSITIONS=positions, FACTOR=factor_type(torch.float16 if is_q8 else storage.dtype),
+        IS_Q8=is_q8,
         RANK_TILE=rank_tile, ROPE_TILE=rope_tile, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     merge_kernel[(num_tokens * num_heads,)](

@@ -1,15 +1,16 @@
 """Many tokens times a Q8_0 matrix on tensor cores: the weights stay as they are, no copy of the matrix is made.
 
-An int8 code is exact in bfloat16, and the block's scale multiplies the float32 product of 32 codes: the weights lose nothing.
-Activations of bfloat16 are taken as they are; float32 ones as the sum of two bfloat16 (16 bits of 24), for twice the work.
+An int8 code is exact in bfloat16, and the block's scale multiplies the float32 product of 32 codes: the weights lose
+nothing. Activations of bfloat16 are taken as they are; float32 ones as the sum of two bfloat16 (16 bits of 24), for
+twice the work.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from native.gpu.support import factor_type
-from native.layouts import BY_NAME
+from kimi_lite.native.gpu.support import factor_type
+from kimi_lite.native.layouts import BY_NAME
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -17,7 +18,8 @@ def q8_0_product_kernel(
     x, data, out, num_tokens, num_rows, num_blocks, row_stride, x_stride, out_stride, IS_SPLIT: tl.constexpr,
     FACTOR: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): rows i * BLOCK_ROWS and on for tokens j * BLOCK_TOKENS and on. `row_stride` counts 16-bit words."""
+    """Program (i, j): rows i * BLOCK_ROWS and on for tokens j * BLOCK_TOKENS and on. `row_stride` counts 16-bit
+    words."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.arange(0, 32)
@@ -47,7 +49,10 @@ def q8_0_product(x: torch.Tensor, data: torch.Tensor, out: torch.Tensor) -> torc
     assert x.dtype in (torch.bfloat16, torch.float32) and x.stride(1) == 1, (x.dtype, x.stride())
     assert data.shape[1] == BY_NAME["Q8_0"].row_bytes(k) and data.stride(1) == 1, (data.shape, k)
     assert data.data_ptr() % 2 == 0 and data.stride(0) % 2 == 0, data.stride()
-    assert out.shape == (num_tokens, num_rows) and out.dtype == torch.float32 and out.stride(1) == 1, (out.shape, out.dtype)
+    assert out.shape == (num_tokens, num_rows) and out.dtype == torch.float32 and out.stride(1) == 1, (
+        out.shape,
+        out.dtype,
+    )
     block_tokens = 32 if num_tokens <= 32 else 64 if num_tokens <= 64 else 128
     grid = (triton.cdiv(num_rows, 64), triton.cdiv(num_tokens, block_tokens))
     q8_0_product_kernel[grid](

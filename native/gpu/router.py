@@ -1,6 +1,7 @@
 """Expert choice in one launch: scores, selection bias, groups, top-k and weights, as `native.reference.route`.
 
-DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and Kimi K2: sigmoid scores, a bias that steers the choice and not the weights.
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and Kimi K2: sigmoid scores, a bias that steers the choice and not the
+weights.
 """
 
 import torch
@@ -40,8 +41,10 @@ def keep_best_groups(choice, expert, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.c
 
 @triton.jit
 def route_kernel(
-    logits, bias, ids, weights, scale, logits_stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr,
-    NUM_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SIGMOID: tl.constexpr, IS_NORMALIZED: tl.constexpr, TILE: tl.constexpr,
+    logits, bias, ids, weights, scale, logits_stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    NUM_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SIGMOID: tl.constexpr, IS_NORMALIZED: tl.constexpr,
+    TILE: tl.constexpr,
     CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Program: one token."""
@@ -87,9 +90,11 @@ def route(
     scale: float = 1.0,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (T, E) -> ids int32 (T, top_k), best first, and weights float32 (T, top_k). groups: (number, how many are kept).
+    """logits (T, E) -> ids int32 (T, top_k), best first, and weights float32 (T, top_k). groups: (number, how many are
+    kept).
 
-    bias: float32 (E,) for the choice alone. Of equals the lower number wins. NaN and infinity come first with the weight NaN.
+    bias: float32 (E,) for the choice alone. Of equals the lower number wins. NaN and infinity come first with the
+    weight NaN.
     """
     num_tokens, num_experts = logits.shape
     assert num_experts % groups[0] == 0 and top_k <= num_experts // groups[0] * groups[1], (num_experts, groups, top_k)
@@ -101,9 +106,11 @@ def route(
     assert ids.is_contiguous() and weights.is_contiguous() and ids.dtype == torch.int32, (ids.dtype, ids.stride())
     if num_tokens > 0:
         route_kernel[(num_tokens,)](
-            logits, logits if bias is None else bias, ids, weights, scale, logits.stride(0), NUM_EXPERTS=num_experts, TOP_K=top_k,
+            logits, logits if bias is None else bias, ids, weights, scale, logits.stride(0), NUM_EXPERTS=num_experts,
+            TOP_K=top_k,
             NUM_GROUPS=groups[0], NUM_KEPT=groups[1], HAS_BIAS=bias is not None, IS_SIGMOID=is_sigmoid,
-            IS_NORMALIZED=is_normalized, TILE=triton.next_power_of_2(num_experts), CHOICES=triton.next_power_of_2(top_k),
+            IS_NORMALIZED=is_normalized, TILE=triton.next_power_of_2(num_experts),
+            CHOICES=triton.next_power_of_2(top_k),
             num_warps=4,
         )  # fmt: skip
     return ids, weights

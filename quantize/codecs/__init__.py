@@ -1,14 +1,12 @@
-"""Encoders: float32 rows to the bytes of a GGUF type. One small file for each family of types; ggml's own C encoders, from
-the `ggml` extra, serve the K and IQ types and others that have no file here.
-
-Called by `quantize.writer` from several threads at once, so encoders keep no state.
+"""Encoders: float32 rows to the bytes of a GGUF type. One small file for each family of types; ggml's own C encoders,
+from the `ggml` extra, serve the K and IQ types and others that have no file here.
 """
 
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
-from native.layouts import BY_NAME, Layout
-from quantize.codecs import floats, ggml, q8_0, ternary, two_bits
+from kimi_lite.native.layouts import BY_NAME, Layout
+from kimi_lite.quantize.codecs import floats, ggml, q8_0, ternary, two_bits
 
 _EXACT_ENCODERS = {"F32": floats.encode_f32, "F16": floats.encode_f16, "BF16": floats.encode_bf16, "Q8_0": q8_0.encode}
 _FITTED_ENCODERS = {"TQ1_0": ternary.encode, "TQ2_0": two_bits.encode_tq2_0, "Q2_0": two_bits.encode_q2_0}
@@ -17,8 +15,9 @@ OWN_TYPES = frozenset(_EXACT_ENCODERS | _FITTED_ENCODERS)  # need no other packa
 
 
 def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """Float32 rows (R, n) to uint8 rows (R, row_bytes); n is a multiple of the block. `importance` (n,) float32 weighs the
-    squared errors of the columns. Raises KimiLiteError where the type cannot hold a value: not finite, or too large a scale."""
+    """Float32 rows (R, n) to uint8 rows (R, row_bytes); n is a multiple of the block. `importance` (n,) float32 weighs
+    the squared errors of the columns. Raises KimiLiteError where the type cannot hold a value: not finite, or too large
+    a scale."""
     assert rows.dtype == np.float32, rows.dtype
     assert rows.ndim == 2, rows.shape
     assert rows.shape[1] % layout.block_size == 0, (layout.name, rows.shape)

@@ -1,13 +1,15 @@
-"""Codes chosen for the layer's output and not for its weights: error feedback and descent, where inputs X of a matrix are known.
+"""Codes chosen for the layer's output and not for its weights: error feedback and descent, where inputs X of a matrix
+are known.
 
 The squared error of a row's products is r H r with r the error of its weights and H = X^T X. Two steps for each row:
-- Feedback (GPTQ, arXiv 2210.17323; LDLQ, arXiv 2307.13304): columns are coded in order, and what coding one loses is made good
-  by those after it, by the Cholesky factor of H's inverse. A block's scale is the best of five after a trial of its codes.
-- Descent (as QuantEase, arXiv 2309.01885): each code is set anew to the best one given all others, each scale to its optimum,
-  for two rounds; every step lowers r H r.
+- Feedback (GPTQ, arXiv 2210.17323; LDLQ, arXiv 2307.13304): columns are coded in order, and what coding one loses is
+  made good by those after it, by the Cholesky factor of H's inverse. A block's scale is the best of five after a trial
+  of its codes.
+- Descent (as QuantEase, arXiv 2309.01885): each code is set anew to the best one given all others, each scale to its
+  optimum, for two rounds; every step lowers r H r.
 
-On the demo model's experts in TQ1_0 the relative error on other text falls from 0.11 to 0.04 for gate and up, from 0.22 to 0.15
-for down (tools/LOG.md). The bytes are of the same format. Called by `quantize.writer` with curvatures of `quantize.calibration`.
+On the demo model's experts in TQ1_0 the relative error on other text falls from 0.11 to 0.04 for gate and up, from 0.22
+to 0.15 for down (tools/LOG.md). The bytes are of the same format.
 """
 
 from dataclasses import dataclass
@@ -15,18 +17,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
-from native.layouts import Layout
-from quantize.codecs.fit import fit_scales
-from quantize.codecs.lanes import LANES, descent_kernel, feed_kernel
-from quantize.codecs.ternary import pack_tq1_0
-from quantize.codecs.two_bits import pack_q2_0, pack_tq2_0
+from kimi_lite.native.layouts import Layout
+from kimi_lite.quantize.codecs.fit import fit_scales
+from kimi_lite.quantize.codecs.lanes import LANES, descent_kernel, feed_kernel
+from kimi_lite.quantize.codecs.ternary import pack_tq1_0
+from kimi_lite.quantize.codecs.two_bits import pack_q2_0, pack_tq2_0
 
 _LARGEST_CODE = {"TQ1_0": 1, "TQ2_0": 2, "Q2_0": 2}  # codes run from -1
 _PACK = {"TQ1_0": pack_tq1_0, "TQ2_0": pack_tq2_0, "Q2_0": pack_q2_0}
 FEEDBACK_TYPES = frozenset(_LARGEST_CODE)
 _TRIED_SCALES = (1.0, 0.85, 0.92, 1.08, 1.16)  # times the best without feedback, which comes first
 _NUM_ROUNDS = 2
-_DAMPING, _DAMPING_BY_RANK = 0.1, 0.5  # of the diagonal; the second times columns / inputs: few inputs say little of pairs
+_DAMPING, _DAMPING_BY_RANK = (
+    0.1,
+    0.5,
+)  # of the diagonal; the second times columns / inputs: few inputs say little of pairs
 _FLOOR = 0.01  # of the mean of the diagonal: columns without inputs
 
 
@@ -44,7 +49,9 @@ class Curvature:
         if not num_inputs or mean <= 0:
             return None
         if not np.isfinite(mean):
-            raise KimiLiteError("The calibration text makes this layer's inputs infinite.", "Is the source model sound?")
+            raise KimiLiteError(
+                "The calibration text makes this layer's inputs infinite.", "Is the source model sound?"
+            )
         hessian = gram.astype(np.float64) / mean
         diagonal = np.diag(hessian).copy()
         damping = _DAMPING + _DAMPING_BY_RANK * len(gram) / num_inputs
@@ -87,8 +94,8 @@ def _feed_errors(layout: Layout, columns: np.ndarray, factor: np.ndarray) -> tup
 def _try_scales(
     layout: Layout, block: np.ndarray, factor: np.ndarray, first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row of the block (size, R) the scale near `first` (R,) whose codes leave the least error: codes, scales, and the
-    errors over the factor's diagonal."""
+    """Of each row of the block (size, R) the scale near `first` (R,) whose codes leave the least error: codes, scales,
+    and the errors over the factor's diagonal."""
     size, num_rows = block.shape
     coefficients = np.ascontiguousarray(-factor.T)
     inverse_diagonal = np.ascontiguousarray(1 / np.diag(factor))

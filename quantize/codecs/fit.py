@@ -1,12 +1,11 @@
 """The scale of a block that minimises the importance-weighted squared error, for codes {-1, 0, 1} and {-1, 0, 1, 2}.
 
-For given codes q the best scale is A / B with A = sum w x q and B = sum w q^2, and it lowers the error by A^2 / B. For a given
-scale the best code is the nearest one. So a block's error depends on one number only: it is scanned at a few sizes between
-those that can be best (a block's weighted mean and its largest weight), and the best is polished by taking the two rules in
-turns (Lloyd 1982). Tests compare the result with the exact optimum over all thresholds.
+For given codes q the best scale is A / B with A = sum w x q and B = sum w q^2, and it lowers the error by A^2 / B. For
+a given scale the best code is the nearest one. So a block's error depends on one number only: it is scanned at a few
+sizes between those that can be best (a block's weighted mean and its largest weight), and the best is polished by
+taking the two rules in turns (Lloyd 1982). Tests compare the result with the exact optimum over all thresholds.
 
-Stock encoders scale by the largest weight, which throws away half of a Gaussian block's energy. Called by
-`quantize.codecs.ternary` and `quantize.codecs.two_bits`, from many threads at once: kernels release Python's lock.
+Stock encoders scale by the largest weight, which throws away half of a Gaussian block's energy.
 """
 
 from functools import cache
@@ -25,23 +24,27 @@ _SCALES = types.Array(types.float32, 1, "C")  # (B,)
 
 
 def fit_scales(blocks: np.ndarray, weights: np.ndarray, max_code: int) -> np.ndarray:
-    """Float32 (B, block) and weights of the squared errors (blocks of a row, block) to the float32 scales (B,), rounded to
-    float16: for codes -1 to `max_code`, 1 or 2. A scale for 2 may be negative. Raises KimiLiteError."""
+    """Float32 (B, block) and weights of the squared errors (blocks of a row, block) to the float32 scales (B,), rounded
+    to float16: for codes -1 to `max_code`, 1 or 2. A scale for 2 may be negative. Raises KimiLiteError."""
     assert max_code in (1, 2), max_code
     assert len(blocks) % len(weights) == 0, (blocks.shape, weights.shape)
     if not np.isfinite(blocks).all():
-        raise KimiLiteError("A weight is not finite and cannot be stored in this type.", "Convert to F32 and look at it.")
+        raise KimiLiteError(
+            "A weight is not finite and cannot be stored in this type.", "Convert to F32 and look at it."
+        )
     scales = np.empty(len(blocks), np.float32)
     _kernel(max_code)(blocks, weights, scales)
     largest = np.abs(scales).max(initial=0)
     if largest >= 65520:  # rounds to infinity
-        raise KimiLiteError(f"A scale of {largest:.6g} does not fit F16, whose largest is 65504.", "Choose BF16 or F32.")
+        raise KimiLiteError(
+            f"A scale of {largest:.6g} does not fit F16, whose largest is 65504.", "Choose BF16 or F32."
+        )
     return scales.astype("<f2").astype(np.float32)
 
 
 def spread_importance(importance: np.ndarray | None, row: int, block: int) -> np.ndarray:
-    """Weights of the squared errors, float32 (row / block, block), of mean 1. A column that no token used still counts a
-    little, so that its weights are not arbitrary."""
+    """Weights of the squared errors, float32 (row / block, block), of mean 1. A column that no token used still counts
+    a little, so that its weights are not arbitrary."""
     if importance is None or not importance.any():
         return np.ones((row // block, block), np.float32)
     assert importance.shape == (row,), (importance.shape, row)

@@ -1,4 +1,4 @@
-"""F32, F16 and BF16: the types without blocks. Called by `quantize.codecs.encode`."""
+"""F32, F16 and BF16: the types without blocks."""
 
 import numpy as np
 
@@ -13,7 +13,8 @@ def encode_f32(rows: np.ndarray) -> np.ndarray:
 
 
 def encode_f16(rows: np.ndarray) -> np.ndarray:
-    """(R, n) float32 to (R, 2 n) uint8, rounded to nearest even; a weight beyond F16 is refused, not turned into infinity."""
+    """(R, n) float32 to (R, 2 n) uint8, rounded to nearest even; a weight beyond F16 is refused, not turned into
+    infinity."""
     with np.errstate(over="ignore"):
         halves = rows.astype("<f2")
     if not np.isfinite(halves).all():
@@ -27,8 +28,8 @@ def encode_f16(rows: np.ndarray) -> np.ndarray:
 def encode_bf16(rows: np.ndarray) -> np.ndarray:
     """(R, n) float32 to (R, 2 n) uint8, rounded to nearest even. Exact when the weights came from bfloat16.
 
-    Adding 0x7FFF plus the lowest kept bit carries exactly where round-half-to-even goes up. A NaN keeps its top bits and
-    becomes quiet, so that no carry turns it into infinity.
+    Adding 0x7FFF plus the lowest kept bit carries exactly where round-half-to-even goes up. A NaN keeps its top bits
+    and becomes quiet, so that no carry turns it into infinity.
     """
     bits = np.ascontiguousarray(rows, dtype="<f4").view("<u4")
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16

@@ -1,8 +1,8 @@
 """ggml's own encoders, called in the shared library that the `ggml` extra (llama-cpp-python) installs.
 
-They stand in for the types this package does not encode itself, and are the reference its own encoders are tested against.
-Only `libggml-base` is opened: no model code, no import of `llama_cpp`. ctypes gives up Python's lock during a call, so
-threads encode at the same time. C signature: ggml.h `ggml_quantize_chunk`.
+They stand in for the types this package does not encode itself, and are the reference its own encoders are tested
+against. Only `libggml-base` is opened: no model code, no import of `llama_cpp`. ctypes gives up Python's lock during a
+call, so threads encode at the same time. C signature: ggml.h `ggml_quantize_chunk`.
 """
 
 import ctypes
@@ -14,29 +14,35 @@ from pathlib import Path
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
-from native.layouts import Layout
+from kimi_lite.native.layouts import Layout
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _NOT_ENCODED = frozenset({"F32", "F16", "BF16", "Q2_0"})  # floats have no blocks; the packaged ggml is older than Q2_0
 
 
 def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """Float32 rows (R, n) to uint8 rows (R, row_bytes), as `llama-quantize` would with this row of its importance matrix."""
+    """Float32 rows (R, n) to uint8 rows (R, row_bytes), as `llama-quantize` would with this row of its importance
+    matrix."""
     check(layout, importance is not None)
     if not np.isfinite(rows).all():
-        raise KimiLiteError(f"A weight is not finite and cannot be stored as {layout.name}.", "Convert to F32 and look at it.")
+        raise KimiLiteError(
+            f"A weight is not finite and cannot be stored as {layout.name}.", "Convert to F32 and look at it."
+        )
     source = np.ascontiguousarray(rows, dtype=np.float32)
     encoded = np.empty((len(rows), layout.row_bytes(rows.shape[1])), np.uint8)
     column_importance = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     assert column_importance is None or column_importance.shape == rows.shape[1:], (column_importance.shape, rows.shape)
     weights = None if column_importance is None else column_importance.ctypes.data
-    num_bytes = _library().ggml_quantize_chunk(layout.ggml_id, source.ctypes.data, encoded.ctypes.data, 0, *rows.shape, weights)
+    num_bytes = _library().ggml_quantize_chunk(
+        layout.ggml_id, source.ctypes.data, encoded.ctypes.data, 0, *rows.shape, weights
+    )
     assert num_bytes == encoded.nbytes, (layout.name, rows.shape, num_bytes)
     return encoded
 
 
 def check(layout: Layout, has_importance: bool) -> None:
-    """Raises KimiLiteError where the library is missing or would end the process: some types need an importance matrix."""
+    """Raises KimiLiteError where the library is missing or would end the process: some types need an importance
+    matrix."""
     if layout.name in _NOT_ENCODED:
         raise KimiLiteError(f"ggml does not encode {layout.name}.", "Choose another type.")
     if not has_importance and _library().ggml_quantize_requires_imatrix(layout.ggml_id):

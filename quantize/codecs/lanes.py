@@ -1,8 +1,9 @@
-"""The two inner loops of error feedback: columns coded one after another, 16 rows at a time, each in a lane of a vector.
+"""The two inner loops of error feedback: columns coded one after another, 16 rows at a time, each in a lane of a
+vector.
 
-Column j of a block needs what all columns before it gave: carry[0..j) times a row of coefficients. That sum, half a block long on
-average, is all the work; four sums run side by side. Arrays come as addresses, float32 (size, R) with R a multiple of 16.
-Used by `quantize.codecs.feedback`; any number of threads may run them.
+Column j of a block needs what all columns before it gave: carry[0..j) times a row of coefficients. That sum, half a
+block long on average, is all the work; four sums run side by side. Arrays come as addresses, float32 (size, R) with R a
+multiple of 16.
 """
 
 from functools import cache
@@ -10,7 +11,7 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from native.simd import (
+from kimi_lite.native.simd import (
     broadcast_f32,
     clamp_f32x16,
     fma_f32x16,
@@ -46,8 +47,8 @@ def _add_carried(start, carry, coefficients, count):
 
 @cache
 def feed_kernel():
-    """(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, size, num_rows, largest_code): codes[j] is the
-    nearest to block[j] + what was carried, lost[j] what it misses, times inverse_diagonal[j]."""
+    """(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, size, num_rows, largest_code): codes[j] is
+    the nearest to block[j] + what was carried, lost[j] what it misses, times inverse_diagonal[j]."""
     signature = types.void(*[_ADDRESS] * 7, types.int64, types.int64, types.int64)
     return njit(signature, cache=True, nogil=True, **_OPTIONS)(_feed)
 
@@ -72,8 +73,8 @@ def _feed(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, 
 
 @cache
 def descent_kernel():
-    """(gradient, hessian, inverse_diagonal, scales, inverses, codes, size, num_rows, largest_code): each code in turn becomes
-    the best one given the others; gradient is what it was before the first of them moved."""
+    """(gradient, hessian, inverse_diagonal, scales, inverses, codes, size, num_rows, largest_code): each code in turn
+    becomes the best one given the others; gradient is what it was before the first of them moved."""
     signature = types.void(*[_ADDRESS] * 6, types.int64, types.int64, types.int64)
     return njit(signature, cache=True, nogil=True, **_OPTIONS)(_descend)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
-from native.layouts import BY_NAME
+from kimi_lite.native.layouts import BY_NAME
 
 _LAYOUT = BY_NAME["Q8_0"]
 

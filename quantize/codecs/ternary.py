@@ -1,7 +1,7 @@
 """TQ1_0: 256 codes -1, 0, 1 and one float16 scale in 54 bytes, five codes to a byte (1.6875 bits a weight).
 
-The scale is the one of least weighted squared error (`quantize.codecs.fit`): a relative error of 0.435 on Gaussian weights,
-where the stock encoder has 0.81 and IQ1_M, which is larger, 0.454. Called by `quantize.codecs.encode`.
+The scale is the one of least weighted squared error (`quantize.codecs.fit`): a relative error of 0.435 on Gaussian
+weights, where the stock encoder has 0.81 and IQ1_M, which is larger, 0.454.
 """
 
 from functools import cache
@@ -9,8 +9,8 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from native.layouts import BY_NAME
-from quantize.codecs.fit import fit_scales, spread_importance
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.quantize.codecs.fit import fit_scales, spread_importance
 
 _LAYOUT = BY_NAME["TQ1_0"]
 _SIGNATURE = types.void(
@@ -54,8 +54,9 @@ def _digit(value, threshold):
 
 
 def _pack(blocks, scales, out):
-    """Digits base 3, the first one highest; a byte holds the number as a fraction of 243, so that decoding is multiplying.
-    Bytes 0..31 take weights 0..159, bytes 32..47 the next 80 and bytes 48..51 the last 16, four to a byte."""
+    """Digits base 3, the first one highest; a byte holds the number as a fraction of 243, so that decoding is
+    multiplying. Bytes 0..31 take weights 0..159, bytes 32..47 the next 80 and bytes 48..51 the last 16, four to a
+    byte."""
     for b in range(len(blocks)):
         x, threshold = blocks[b], scales[b] * np.float32(0.5)
         for first, width, start in ((0, 32, 0), (32, 16, 160)):

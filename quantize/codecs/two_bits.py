@@ -1,8 +1,9 @@
-"""TQ2_0 (blocks of 256) and Q2_0 (blocks of 64): two bits a weight that decode to -1, 0, 1 and 2 times one float16 scale.
+"""TQ2_0 (blocks of 256) and Q2_0 (blocks of 64): two bits a weight that decode to -1, 0, 1 and 2 times one float16
+scale.
 
-Stock encoders never write the fourth code. Ours does, with the sign of the scale chosen for each block, so that the long side
-of the values is on the longer side of the codes: relative errors of 0.371 and 0.352 on Gaussian weights where the stock ones
-have 0.81 and 0.72. Every known decoder reads the fourth code and a negative scale. Called by `quantize.codecs.encode`.
+Stock encoders never write the fourth code. Ours does, with the sign of the scale chosen for each block, so that the
+long side of the values is on the longer side of the codes: relative errors of 0.371 and 0.352 on Gaussian weights where
+the stock ones have 0.81 and 0.72. Every known decoder reads the fourth code and a negative scale.
 """
 
 from functools import cache
@@ -10,8 +11,8 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from native.layouts import BY_NAME, Layout
-from quantize.codecs.fit import fit_scales, spread_importance
+from kimi_lite.native.layouts import BY_NAME, Layout
+from kimi_lite.quantize.codecs.fit import fit_scales, spread_importance
 
 _SIGNATURE = types.void(
     types.Array(types.float32, 2, "C", readonly=True),  # blocks (B, 256 or 64)
@@ -40,7 +41,8 @@ def encode_q2_0(rows: np.ndarray, importance: np.ndarray | None = None) -> np.nd
 
 
 def pack_q2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
-    """Codes 0..3 (B, 64) uint8 and scales (B,), both of whole rows, to uint8 (num_rows, row_bytes): four codes to a byte."""
+    """Codes 0..3 (B, 64) uint8 and scales (B,), both of whole rows, to uint8 (num_rows, row_bytes): four codes to a
+    byte."""
     words = codes.view("<u4")  # (B, 16): four codes each, a byte apart
     quads = (words | words >> 6 | words >> 12 | words >> 18).astype(np.uint8)
     return _join(BY_NAME["Q2_0"], quads, scales, num_rows)

@@ -1,7 +1,7 @@
 """`python -m tests.apps.fake_main ARGS`: kimi-lite with a scripted model in place of a real one.
 
-It thinks "about it", then repeats what it was told. Told "slow" it talks for long, told "long prompt" it takes its time to read,
-told "deaf" it cannot be stopped gently. It touches the file $FAKE_BEGUN when it begins to work.
+It thinks "about it", then repeats what it was told. Told "slow" it talks for long, told "long prompt" it takes its time
+to read, told "deaf" it cannot be stopped gently. It touches the file $FAKE_BEGUN when it begins to work.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kimi_lite import cli
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.options import LoadOptions
+from kimi_lite.options import LoadOptions
 from tests.engine.fakes import fake_engine, scripted_logits
 
 SECONDS_PER_STEP = 0.03

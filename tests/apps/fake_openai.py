@@ -11,7 +11,8 @@ from typing import Any
 
 @dataclass
 class Answer:
-    """One response. `pieces` are written one after the other, each with a pause before it; `is_cut`: then the line drops."""
+    """One response. `pieces` are written one after the other, each with a pause before it; `is_cut`: then the line
+    drops."""
 
     pieces: list[bytes]
     status: int = 200
@@ -35,7 +36,11 @@ def sse(*deltas: dict[str, Any], reason: str | None = "stop", usage: dict | None
 
 def call_delta(index: int, arguments: str, name: str | None = None, call_id: str | None = None) -> dict[str, Any]:
     function = {"arguments": arguments} | ({"name": name} if name else {})
-    return {"tool_calls": [{"index": index, "function": function} | ({"id": call_id, "type": "function"} if call_id else {})]}
+    return {
+        "tool_calls": [
+            {"index": index, "function": function} | ({"id": call_id, "type": "function"} if call_id else {})
+        ]
+    }
 
 
 class FakeOpenAI:

@@ -1,4 +1,5 @@
-"""What a terminal would show, scrollback included, after everything a rich console wrote to it. For tests of rendering."""
+"""What a terminal would show, scrollback included, after everything a rich console wrote to it. For tests of
+rendering."""
 
 import io
 
@@ -12,7 +13,12 @@ class Screen:
     def __init__(self, width: int = 60, height: int = 12) -> None:
         self.raw = io.StringIO()
         self.console = Console(
-            file=self.raw, width=width, height=height, force_terminal=True, color_system="truecolor", legacy_windows=False
+            file=self.raw,
+            width=width,
+            height=height,
+            force_terminal=True,
+            color_system="truecolor",
+            legacy_windows=False,
         )
         self._screen = pyte.HistoryScreen(width, height, history=100_000, ratio=0.5)
         self._screen.set_mode(pyte.modes.LNM)  # a line feed also returns, as through a terminal's driver

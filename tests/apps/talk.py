@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kimi_lite.apps.chat import Chat, ChatOptions
-from kimi_lite.apps.sessions import Autosave, SessionStore
+from kimi_lite.apps.chat.chat import Chat, ChatOptions
+from kimi_lite.apps.chat.sessions import Autosave, SessionStore
 from kimi_lite.engine.session import Session
 from tests.apps.fake_main import repeat
 from tests.engine.fakes import fake_engine, scripted_logits
@@ -40,7 +40,9 @@ class ScriptedInput:
 class Talk:
     """`say(*lines)` types them and returns what the program remarked; answers are in `answers`."""
 
-    def __init__(self, folder: Path, capture: pytest.CaptureFixture[str], context_length: int = 2048, **options: object) -> None:
+    def __init__(
+        self, folder: Path, capture: pytest.CaptureFixture[str], context_length: int = 2048, **options: object
+    ) -> None:
         engine = fake_engine(context_length=context_length)
         engine.model.next_logits = scripted_logits(engine.tokenizer, repeat)
         self.session, self._aside, self._capture = Session(engine), io.StringIO(), capture

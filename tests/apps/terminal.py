@@ -30,7 +30,9 @@ class Terminal:
         env = os.environ | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment
         streams = {"stdin": slave, "stdout": slave, "stderr": slave}
         command = [sys.executable, "-m", *arguments]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=env, **streams, start_new_session=True, preexec_fn=_own_terminal)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, **streams, start_new_session=True, preexec_fn=_own_terminal
+        )
         os.close(slave)
         self.raw = ""
         self._mark = 0

@@ -1,4 +1,5 @@
-"""The configuration file: defaults for flags, behind the command line and the environment; mistakes in it are sentences."""
+"""The configuration file: defaults for flags, behind the command line and the environment; mistakes in it are
+sentences."""
 
 import os
 from pathlib import Path

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kimi_lite.apps.plan_model import RECIPES, best_choice, choices, find_subject
-from kimi_lite.apps.plan_view import disk_warning, plan_lines, start_panel, verdict_line
 from kimi_lite.cli import app
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory import hardware
-from kimi_lite.memory.hardware import Disk, Hardware, described, free_of
-from kimi_lite.memory.plan import make_plan
-from kimi_lite.memory.plan_types import PlanLimits
+from kimi_lite.hardware import probe as hardware
+from kimi_lite.hardware.probe import Disk, Hardware, described, free_of
+from kimi_lite.plan.plan import make_plan
+from kimi_lite.plan.subject import RECIPES, best_choice, choices, find_subject
+from kimi_lite.plan.types import PlanLimits
+from kimi_lite.plan.view import disk_warning, plan_lines, start_panel, verdict_line
 from kimi_lite.units import GIB
 from tests.tiny import write_tiny_gguf
 
@@ -154,7 +154,11 @@ def test_the_panel_above_a_chat_is_short():
 
 def test_the_panel_names_the_place_that_sets_the_ceiling():
     desk = described(HERE, 256 * GIB, 24 * GIB)
-    for model, recipe, place in (("moonlight", "q4_0", "VRAM"), ("kimi-k2.5", "tq1_0", "RAM"), ("kimi-k2.5", "q4_0", "disk")):
+    for model, recipe, place in (
+        ("moonlight", "q4_0", "VRAM"),
+        ("kimi-k2.5", "tq1_0", "RAM"),
+        ("kimi-k2.5", "q4_0", "disk"),
+    ):
         text = " ".join(start_panel(make_plan(find_subject(model).sizes_in(recipe), desk)))
         assert f" GB/s {place} (assumed)" in " ".join(text.split())
 

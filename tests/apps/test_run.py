@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from kimi_lite import __version__
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.options import LoadOptions
+from kimi_lite.options import LoadOptions
 from tests.apps.fake_main import open_fake
 from tests.apps.terminal import Terminal
 
@@ -149,7 +149,9 @@ def test_bytes_that_are_no_text_are_refused(source: str, tmp_path: Path) -> None
     latin1 = "caf\u00e9".encode("latin-1")
     (tmp_path / "prompt").write_bytes(latin1)
     arguments = {"argument": [latin1], "pipe": [], "file": ["-f", str(tmp_path / "prompt")]}[source]
-    done = subprocess.run([*FAKE, "run", "-m", "x", *arguments], cwd=ROOT, input=latin1, capture_output=True, timeout=30)
+    done = subprocess.run(
+        [*FAKE, "run", "-m", "x", *arguments], cwd=ROOT, input=latin1, capture_output=True, timeout=30
+    )
     assert done.returncode == 2, done.stderr
     assert b"not UTF-8 text: byte 0xE9 after 3 characters" in done.stderr
 
@@ -211,7 +213,8 @@ def cpu_of_children_s() -> float:
 
 
 def test_help_is_quick_and_heavy_libraries_stay_out() -> None:
-    """`--help` under 0.3 s, of the processor's time so that other programs do not count; two thirds more for slow machines."""
+    """`--help` under 0.3 s, of the processor's time so that other programs do not count; two thirds more for slow
+    machines."""
     times_s = []
     for _ in range(3):
         begun_s = cpu_of_children_s()

@@ -12,10 +12,10 @@ import gguf
 import numpy as np
 import pytest
 
+from kimi_lite.arch.config import ModelConfig
 from kimi_lite.demo import build, rehouse
 from kimi_lite.demo.build import demo_model_path, ensure_demo_model
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.model.config import ModelConfig
 from tests.demo.test_rehouse import VOCAB, random_source
 
 TOKENS = [f"t{i}" for i in range(VOCAB)]
@@ -42,7 +42,9 @@ def source(tmp_path, monkeypatch) -> dict[str, np.ndarray]:
     writer.close()
     monkeypatch.setattr(rehouse, "NUM_LAYERS", 2)
     monkeypatch.setattr(rehouse, "CONFIG", dict(rehouse.CONFIG) | {"vocab_size": VOCAB, "num_hidden_layers": 2})
-    monkeypatch.setattr(build, "fetch_source_gguf", lambda folder, cache, report: shutil.copy(file, folder / "source.gguf"))
+    monkeypatch.setattr(
+        build, "fetch_source_gguf", lambda folder, cache, report: shutil.copy(file, folder / "source.gguf")
+    )
     monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "cache"))
     return weights
 
@@ -51,7 +53,9 @@ def expected_tensors(source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tensors = rehouse.rehouse_globals(source["token_embd.weight"], source["output_norm.weight"])
     for layer in range(2):
         prefix = f"blk.{layer}."
-        tensors |= rehouse.rehouse_layer(layer, {n.removeprefix(prefix): w for n, w in source.items() if n.startswith(prefix)})
+        tensors |= rehouse.rehouse_layer(
+            layer, {n.removeprefix(prefix): w for n, w in source.items() if n.startswith(prefix)}
+        )
     return tensors
 
 
@@ -148,7 +152,10 @@ def test_the_cache_is_the_users(monkeypatch):
 
 
 def test_neither_the_demo_nor_quantize_imports_torch():
-    code = "import sys, quantize.convert, kimi_lite.demo.build; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, quantize.convert, kimi_lite.demo.build; sys.exit('torch' in sys.modules or "
+        "'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 

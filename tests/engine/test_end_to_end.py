@@ -9,15 +9,15 @@ import numpy as np
 import psutil
 import pytest
 
+from kimi_lite.arch.config import ModelConfig
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import choose_context, make_cache
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.options import LoadOptions
 from tests.tiny import write_tiny_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +86,24 @@ def test_a_conversation_reuses_its_cache(model_path: Path) -> None:
 
 
 def test_run_on_a_real_file(model_path: Path) -> None:
-    command = [sys.executable, "-m", "kimi_lite", "run", "-m", str(model_path), "-c", "512", "-n", "20", "--seed", "3", "--json"]
-    runs = [subprocess.run([*command, "hello"], cwd=ROOT, capture_output=True, text=True, timeout=120) for _ in range(2)]
+    command = [
+        sys.executable,
+        "-m",
+        "kimi_lite",
+        "run",
+        "-m",
+        str(model_path),
+        "-c",
+        "512",
+        "-n",
+        "20",
+        "--seed",
+        "3",
+        "--json",
+    ]
+    runs = [
+        subprocess.run([*command, "hello"], cwd=ROOT, capture_output=True, text=True, timeout=120) for _ in range(2)
+    ]
     first, second = (json.loads(done.stdout) for done in runs)
     assert first["ids"] == second["ids"]
     assert len(first["ids"]) <= 20
@@ -98,7 +114,7 @@ def test_run_on_a_real_file(model_path: Path) -> None:
 def test_runtime_needs_no_torch(model_path: Path) -> None:
     code = (
         "import sys; from kimi_lite.engine.engine import Engine; from kimi_lite.engine.session import Session;"
-        "from kimi_lite.engine.options import LoadOptions;"
+        "from kimi_lite.options import LoadOptions;"
         f"list(Session(Engine.open({str(model_path)!r}, LoadOptions(context_length=128))).ask('hi'));"
         "print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
     )

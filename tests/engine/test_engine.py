@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import Request, SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.kv_pages import HostPages
+from kimi_lite.kv.host import HostPages
 from kimi_lite.model.batch import Cancelled
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, hashed_logits, scripted_logits
 
@@ -279,7 +279,9 @@ def test_the_model_ends_its_turn() -> None:
     assert tokens[-1].finish_reason == "stop"
     assert ids_of(tokens)[-1] == engine.tokenizer.special["<|im_end|>"]
     ignoring = request("b", tuple(prompt.ids), 30, ignore_eos=True)
-    engine.model.next_logits = lambda context: np.eye(VOCAB_SIZE, dtype=np.float32)[engine.tokenizer.special["<|im_end|>"]] * 99
+    engine.model.next_logits = lambda context: (
+        np.eye(VOCAB_SIZE, dtype=np.float32)[engine.tokenizer.special["<|im_end|>"]] * 99
+    )
     assert len(ids_of(run(engine, ignoring))) == 30
 
 
@@ -298,12 +300,15 @@ def test_tool_calls_are_named_and_end_with_their_own_reason() -> None:
     engine = fake_engine()
     special = engine.tokenizer.special
     ids = [
-        special["<|tool_calls_section_begin|>"], special["<|tool_call_begin|>"], *engine.tokenizer.encode("functions.add:0"),
+        special["<|tool_calls_section_begin|>"], special["<|tool_call_begin|>"],
+        *engine.tokenizer.encode("functions.add:0"),
         special["<|tool_call_argument_begin|>"], *engine.tokenizer.encode('{"a": 1}'), special["<|tool_call_end|>"],
         special["<|tool_calls_section_end|>"], special["<|im_end|>"],
     ]  # fmt: skip
     prompt = engine.template.encode([{"role": "user", "content": "hi"}], thinking=False)
-    engine.model.next_logits = lambda context: np.eye(VOCAB_SIZE, dtype=np.float32)[ids[len(context) - len(prompt.ids)]] * 99
+    engine.model.next_logits = lambda context: (
+        np.eye(VOCAB_SIZE, dtype=np.float32)[ids[len(context) - len(prompt.ids)]] * 99
+    )
     tokens = run(engine, Request("a", tuple(prompt.ids)))
     assert ids_of(tokens) == ids
     assert [token.call.name for token in tokens if token.call] == ["add"]
@@ -321,18 +326,24 @@ def answer_of(engine: Engine, *texts: str, tools: tuple = ()) -> list[Token]:
         for i in ([engine.tokenizer.special[text]] if n % 2 == 0 else engine.tokenizer.encode(text))
     ]
     prompt = engine.template.encode([{"role": "user", "content": "hi"}], thinking=False)
-    engine.model.next_logits = lambda context: np.eye(VOCAB_SIZE, dtype=np.float32)[ids[len(context) - len(prompt.ids)]] * 99
+    engine.model.next_logits = lambda context: (
+        np.eye(VOCAB_SIZE, dtype=np.float32)[ids[len(context) - len(prompt.ids)]] * 99
+    )
     return run(engine, Request("a", tuple(prompt.ids), tools=tools))
 
 
 def test_malformed_tool_calls_say_so() -> None:
     begin, arguments, end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
     tokens = answer_of(
-        fake_engine(), begin, "functions.add:0", arguments, '{"a": 1', end, "", begin, "functions.add:1", arguments, "{}", end,
+        fake_engine(), begin, "functions.add:0", arguments, '{"a": '
+                                                            '1', end, "", begin, "functions.add:1", arguments, "{}",
+                                                            end,
         "", "<|im_end|>",
     )  # fmt: skip
     errors = [(token.call_index, token.error) for token in tokens if token.error]
-    assert errors == [(0, "Tool call functions.add:0 has arguments that are not a JSON object (malformed, or cut off).")]
+    assert errors == [
+        (0, "Tool call functions.add:0 has arguments that are not a JSON object (malformed, or cut off).")
+    ]
     assert [token.call_index for token in tokens if token.call] == [0, 1]
     assert all(token.call_index is None for token in tokens if token.kind != "tool_call")
 
@@ -386,7 +397,11 @@ def test_statistics_count_tokens_and_time() -> None:
         now_s += 1.0 if layer == 0 else 0.0
 
     engine.model.before_layer = tick
-    stats = [token.stats for token in engine.generate([request("a", prompt_of(150), 5, ignore_eos=True)]) if token.id is not None]
+    stats = [
+        token.stats
+        for token in engine.generate([request("a", prompt_of(150), 5, ignore_eos=True)])
+        if token.id is not None
+    ]
     assert [s.generated_tokens for s in stats] == [1, 2, 3, 4, 5]
     last = stats[-1]
     assert (last.prompt_tokens, last.cached_tokens, last.prompt_s, last.time_to_first_token_s) == (150, 0, 3.0, 3.0)
@@ -400,7 +415,9 @@ def test_prefill_reports_its_progress() -> None:
     prompt = prompt_of(100) + prompt_of(150, seed=1)
     list(engine.generate([request("b", prompt, 3)], lambda *report: reports.append(report)))
     assert reports[0] == ("b", 100, 250)
-    assert [done for _, done, _ in reports] == [100, 133, 166, 200, 216, 233], "three layers a chunk: of 100, then of 50 tokens"
+    assert [done for _, done, _ in reports] == [100, 133, 166, 200, 216, 233], (
+        "three layers a chunk: of 100, then of 50 tokens"
+    )
 
 
 def test_padding_rows_of_the_output_are_never_sampled() -> None:

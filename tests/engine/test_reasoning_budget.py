@@ -1,4 +1,5 @@
-"""Reasoning that is not to go on for ever: after its tokens are used up the engine writes the model's </think> itself."""
+"""Reasoning that is not to go on for ever: after its tokens are used up the engine writes the model's </think>
+itself."""
 
 import pytest
 
@@ -13,7 +14,9 @@ def answer(engine: Engine, limit: int | None) -> list[Token]:
     prompt = engine.template.encode([{"role": "user", "content": "hi"}], thinking=True)
     greedy = SamplingParams(temperature=0.0, max_tokens=40)
     return list(
-        engine.generate([Request("a", tuple(prompt.ids), greedy, prompt.starts_in_reasoning, max_reasoning_tokens=limit)])
+        engine.generate(
+            [Request("a", tuple(prompt.ids), greedy, prompt.starts_in_reasoning, max_reasoning_tokens=limit)]
+        )
     )
 
 

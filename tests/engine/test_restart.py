@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import attach_tiers
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.types import Request, SamplingParams
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.kv import KVCache
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.pages import KVCache
+from kimi_lite.options import LoadOptions
 from tests.tiny import write_tiny_gguf
 
 SYSTEM = np.random.default_rng(1).integers(0, 256, 400).tolist()  # six whole pages and a tail of 16

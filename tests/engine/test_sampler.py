@@ -45,7 +45,9 @@ def test_greedy_is_the_maximum() -> None:
         SamplingParams(temperature=1.0, top_p=1.0, min_p=0.1),
         SamplingParams(temperature=1.3, top_p=0.9, top_k=20, min_p=0.02, repetition_penalty=1.5),
     ],
-    ids=lambda params: f"T{params.temperature}-k{params.top_k}-p{params.top_p}-m{params.min_p}-r{params.repetition_penalty}",
+    ids=lambda params: (
+        f"T{params.temperature}-k{params.top_k}-p{params.top_p}-m{params.min_p}-r{params.repetition_penalty}"
+    ),
 )
 def test_draws_follow_the_exact_distribution(params: SamplingParams) -> None:
     """Chi-square over 8,000 draws: the bound is crossed by chance once in a million, and the seed is fixed."""

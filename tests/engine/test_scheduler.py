@@ -64,7 +64,9 @@ def test_the_youngest_makes_room_and_goes_first_in_the_queue() -> None:
 
 
 def test_a_sequence_that_was_sent_back_goes_on_where_it_was() -> None:
-    requests = [request(str(i), prompt_of(100, seed=i), 100, ignore_eos=True, temperature=1.0, seed=i) for i in range(3)]
+    requests = [
+        request(str(i), prompt_of(100, seed=i), 100, ignore_eos=True, temperature=1.0, seed=i) for i in range(3)
+    ]
     engine = fake_engine(context_length=256, num_pages=6)
     together = run(engine, *requests)
     prefills = [piece.length for batch in engine.model.batches for piece in batch.sequences if piece.length > 1]

@@ -13,7 +13,9 @@ from kimi_lite.errors import KimiLiteError
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, scripted_logits
 
 
-def scripted_session(is_thinking: bool, reply: tuple[str, str] = ("let me see", "hello world"), **engine_options) -> Session:
+def scripted_session(
+    is_thinking: bool, reply: tuple[str, str] = ("let me see", "hello world"), **engine_options
+) -> Session:
     engine = fake_engine(**engine_options)
     engine.model.next_logits = scripted_logits(engine.tokenizer, lambda prompt: reply)
     return Session(engine, settings=AnswerSettings(is_thinking=is_thinking))
@@ -49,7 +51,9 @@ def test_sampled_ids_are_kept_where_the_text_would_be_tokenized_otherwise() -> N
     assert tokenizer.encode("hello") != letters
     prompt = session.engine.template.encode([{"role": "user", "content": "hi"}], thinking=False).ids
     said = [*letters, tokenizer.special["<|im_end|>"]]
-    session.engine.model.next_logits = lambda context: np.eye(VOCAB_SIZE, dtype=np.float32)[said[len(context) - len(prompt)]] * 99
+    session.engine.model.next_logits = lambda context: (
+        np.eye(VOCAB_SIZE, dtype=np.float32)[said[len(context) - len(prompt)]] * 99
+    )
     first = talk(session, "hi")
     assert session.known_ids == prompt + said
     session.engine.model.next_logits = scripted_logits(tokenizer, lambda prompt: ("", "fine"))
@@ -117,7 +121,9 @@ def test_the_system_prompt_comes_first_and_survives_clear() -> None:
     session = scripted_session(is_thinking=False)
     session.system = "be brief"
     seen = []
-    session.engine.model.next_logits = scripted_logits(session.engine.tokenizer, lambda prompt: seen.append(prompt) or ("", "ok"))
+    session.engine.model.next_logits = scripted_logits(
+        session.engine.tokenizer, lambda prompt: seen.append(prompt) or ("", "ok")
+    )
     talk(session, "hi")
     session.clear()
     talk(session, "there")
@@ -135,7 +141,9 @@ def test_the_mode_sets_the_temperature_unless_the_user_did() -> None:
 def test_a_model_without_thinking_says_so() -> None:
     session = scripted_session(is_thinking=False)
     encode = session.engine.template.encode
-    session.engine.template.encode = lambda messages, tools=None, thinking=True, *more: encode(messages, tools, False, *more)
+    session.engine.template.encode = lambda messages, tools=None, thinking=True, *more: encode(
+        messages, tools, False, *more
+    )
     assert not session.can_think
     with pytest.raises(KimiLiteError, match="no thinking mode"):
         session.set_thinking(True)

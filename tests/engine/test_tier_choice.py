@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kimi_lite.arch.config import ModelConfig
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.planning import choose_tier, plan_load
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.options import LoadOptions
 from tests.tiny import write_tiny_gguf
 
 
@@ -34,7 +34,9 @@ def test_the_plan_decides(path):
 
 def test_experts_are_loaded_with_progress(path):
     seen = []
-    with Engine.open(path, LoadOptions(loading="read", num_threads=1), lambda *progress: seen.append(progress)) as engine:
+    with Engine.open(
+        path, LoadOptions(loading="read", num_threads=1), lambda *progress: seen.append(progress)
+    ) as engine:
         counters = engine.counters()
     assert counters["expert_slots"] == 16 and counters["disk_bytes"] > 0 and "disk_is_direct" in counters
     stages = [(done, total) for stage, done, total in seen if stage == "reading experts"]

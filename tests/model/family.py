@@ -1,4 +1,5 @@
-"""GGUF metadata of the real models of the family, as llama.cpp's converter writes it from their published config.json."""
+"""GGUF metadata of the real models of the family, as llama.cpp's converter writes it from their published
+config.json."""
 
 _KIMI = {
     "general.architecture": "deepseek2", "general.type": "model",
@@ -6,7 +7,8 @@ _KIMI = {
     "deepseek2.embedding_length": 7168, "deepseek2.feed_forward_length": 18432,
     "deepseek2.attention.head_count": 64, "deepseek2.attention.head_count_kv": 1,
     "deepseek2.attention.layer_norm_rms_epsilon": 1e-5, "deepseek2.attention.q_lora_rank": 1536,
-    "deepseek2.attention.kv_lora_rank": 512, "deepseek2.attention.key_length": 576, "deepseek2.attention.value_length": 512,
+    "deepseek2.attention.kv_lora_rank": 512, "deepseek2.attention.key_length": 576,
+    "deepseek2.attention.value_length": 512,
     "deepseek2.attention.key_length_mla": 192, "deepseek2.attention.value_length_mla": 128,
     "deepseek2.rope.dimension_count": 64, "deepseek2.rope.freq_base": 50000.0, "deepseek2.rope.scaling.type": "yarn",
     "deepseek2.rope.scaling.factor": 64.0, "deepseek2.rope.scaling.original_context_length": 4096,
@@ -25,9 +27,14 @@ _UNCOMPRESSED = {  # Moonlight's size: 27 layers, one query matrix
     "deepseek2.rope.scaling.original_context_length": None, "deepseek2.rope.scaling.yarn_log_multiplier": None,
     "deepseek2.rope.scaling.yarn_beta_fast": None, "deepseek2.rope.scaling.yarn_beta_slow": None,
 }  # fmt: skip
-_DEEPSEEK_ROPE = {"deepseek2.rope.freq_base": 10000.0, "deepseek2.rope.scaling.factor": 40.0, "deepseek2.context_length": 163840}
+_DEEPSEEK_ROPE = {
+    "deepseek2.rope.freq_base": 10000.0,
+    "deepseek2.rope.scaling.factor": 40.0,
+    "deepseek2.context_length": 163840,
+}
 _BEFORE_MLA = {  # llama.cpp before the absorbed tensors (pull request 12801)
-    "deepseek2.attention.head_count_kv": 64, "deepseek2.attention.key_length": 192, "deepseek2.attention.value_length": 128,
+    "deepseek2.attention.head_count_kv": 64, "deepseek2.attention.key_length": 192,
+    "deepseek2.attention.value_length": 128,
     "deepseek2.attention.key_length_mla": None, "deepseek2.attention.value_length_mla": None,
 }  # fmt: skip
 _CHANGES: dict[str, dict] = {

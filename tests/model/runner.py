@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.kv import KVCache
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, SequenceSlice
-from kimi_lite.model.config import ModelConfig
-from kimi_lite.model.transformer import Transformer
+from kimi_lite.model.cpu.transformer import Transformer
 
 NUM_PAGES = 12
 
@@ -56,7 +56,8 @@ def relative_error(have: np.ndarray, want: np.ndarray) -> float:
 
 
 def mean_divergence(have: np.ndarray, want: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence D(want || have) in nats of next-token distributions from logits (T, vocabulary)."""
+    """Mean Kullback-Leibler divergence D(want || have) in nats of next-token distributions from logits (T,
+    vocabulary)."""
     p, q = _log_softmax(want), _log_softmax(have)
     return float((np.exp(p) * (p - q)).sum(1).mean())
 

@@ -1,4 +1,5 @@
-"""Our forward pass against llama.cpp on the very same GGUF files: the demo model, and a random Kimi with low-rank queries."""
+"""Our forward pass against llama.cpp on the very same GGUF files: the demo model, and a random Kimi with low-rank
+queries."""
 
 import ctypes
 from dataclasses import replace
@@ -7,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.model.transformer import Transformer
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.model.cpu.transformer import Transformer
+from kimi_lite.native.cpu.matrix import dequantize
+from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.text.tokenizer import Tokenizer
-from native.cpu.matrix import dequantize
-from native.layouts import BY_NAME
 from tests.model.runner import Runner, mean_divergence, perplexity
 
-llama = pytest.importorskip("llama_cpp.llama_cpp", reason="pip install 'kimi-lite[ggml]' brings llama.cpp", exc_type=ImportError)
+llama = pytest.importorskip(
+    "llama_cpp.llama_cpp", reason="pip install 'kimi-lite[ggml]' brings llama.cpp", exc_type=ImportError
+)
 
 TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. \
 However little known the feelings or views of such a man may be on his first entering a neighbourhood, this truth is so well \
@@ -23,7 +26,7 @@ daughters. My dear Mr. Bennet, said his lady to him one day, have you heard that
 replied that he had not. But it is, returned she; for Mrs. Long has just been here, and she told me all about it. Mr. Bennet \
 made no answer. Do you not want to know who has taken it? cried his wife impatiently. You want to tell me, and I have no \
 objection to hearing it. This was invitation enough. Why, my dear, you must know, Mrs. Long says that Netherfield is taken by \
-a young man of large fortune from the north of England; that he came down on Monday in a chaise and four to see the place."""
+a young man of large fortune from the north of England; that he came down on Monday in a chaise and four to see the place."""  # noqa: E501
 
 
 @llama.llama_log_callback
@@ -76,8 +79,8 @@ def exact_logits(runner: Runner, ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("type_name", ["q8_0", "q4_k"])
 def test_demo_model(type_name):
-    """Same text, same file. Both programs round activations to 8 bits, each in its own way, and this small model amplifies
-    that: llama.cpp is 7e-3 nats from float32 activations in Q8_0. Ours must be no further from them."""
+    """Same text, same file. Both programs round activations to 8 bits, each in its own way, and this small model
+    amplifies that: llama.cpp is 7e-3 nats from float32 activations in Q8_0. Ours must be no further from them."""
     path = demo_file(type_name)
     ids = np.array(Tokenizer.from_metadata(GGUFStore.open(path).metadata).encode(TEXT)[:192])
     with Runner(path, kv_dtype="f16") as runner:
@@ -91,8 +94,10 @@ def test_demo_model(type_name):
 @pytest.mark.parametrize(("type_name", "limit"), [("f32", 1e-5), ("q8_0", 2e-3)])
 def test_random_model(type_name, limit, tmp_path):
     """K2.5's structure with random weights."""
-    checkpoints = pytest.importorskip("tests.checkpoints", reason="the test extra brings transformers", exc_type=ImportError)
-    from quantize.convert import convert
+    checkpoints = pytest.importorskip(
+        "tests.checkpoints", reason="the test extra brings transformers", exc_type=ImportError
+    )
+    from kimi_lite.quantize.convert import convert
 
     checkpoints.make_checkpoint(tmp_path / "source", "kimi")
     convert(tmp_path / "source", tmp_path / "model.gguf", type_name)

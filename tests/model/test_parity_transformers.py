@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from quantize.convert import convert
+from kimi_lite.quantize.convert import convert
 from tests.model.runner import Runner, relative_error
 
 torch = pytest.importorskip("torch")

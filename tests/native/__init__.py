@@ -1,3 +1,4 @@
-"""Tests of the kernels. Importing `native.cpu` first puts the tests' own kernels into the cache that notices every edit."""
+"""Tests of the kernels. Importing `native.cpu` first puts the tests' own kernels into the cache that notices every
+edit."""
 
-import native.cpu  # noqa: F401
+import kimi_lite.native.cpu  # noqa: F401

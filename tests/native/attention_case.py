@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from native import reference
-from native.cpu.activations import Activations
-from native.cpu.attention import AttentionBuffers, attention_ops
-from native.cpu.attention_prefill import prefill_attention_op, prefill_scratch_bytes
-from native.cpu.blocks import activation_kind
-from native.cpu.latent import PAGE_POSITIONS
-from native.cpu.matrix import describe_matrix
-from native.cpu.run import RECORD_BYTES, RunTable
-from native.reference_types import dequantize
+from kimi_lite.native import reference
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.attention import AttentionBuffers, attention_ops
+from kimi_lite.native.cpu.attention_prefill import prefill_attention_op, prefill_scratch_bytes
+from kimi_lite.native.cpu.blocks import activation_kind
+from kimi_lite.native.cpu.latent import PAGE_POSITIONS
+from kimi_lite.native.cpu.matrix import describe_matrix
+from kimi_lite.native.cpu.run import RECORD_BYTES, RunTable
+from kimi_lite.native.reference_types import dequantize
 from tests.native.harness import run_ops
 from tests.native.random_rows import random_rows
 
@@ -21,7 +21,8 @@ _NAN = {"f32": np.nan, "f16": np.nan, "bf16": 0x7FC0, "q8": 0x7F}  # 0x7F7F is a
 
 
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 -> the stored form of a cache dtype: float32, float16, bfloat16 bits (uint16), to nearest even, or rows of q8."""
+    """float32 -> the stored form of a cache dtype: float32, float16, bfloat16 bits (uint16), to nearest even, or rows
+    of q8."""
     if dtype == "bf16":
         bits = values.astype(np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -57,7 +58,9 @@ class Sequences:
         order = rng.permutation(sum(num_pages) + 2).astype(np.int32)
         self.pages = [order[sum(num_pages[:i]) :][:n].copy() for i, n in enumerate(num_pages)]
         self.storage = round_to(rng.standard_normal((len(order), PAGE_POSITIONS, kv_lora + rope)), dtype)
-        for pages, (first, length) in zip(self.pages, spans, strict=True):  # what lies behind the last position is never read
+        for pages, (first, length) in zip(
+            self.pages, spans, strict=True
+        ):  # what lies behind the last position is never read
             self.storage[pages[-1], (first + length - 1) % PAGE_POSITIONS + 1 :] = _NAN[dtype]
         self.num_tokens = sum(length for _, length in spans)
         self.q = (rng.standard_normal((self.num_tokens, heads * (nope + rope))) / np.sqrt(nope)).astype(np.float32)

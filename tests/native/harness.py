@@ -1,16 +1,17 @@
-"""Calls native kernels from tests: operations on a team, and the products of one matrix, with canaries around results."""
+"""Calls native kernels from tests: operations on a team, and the products of one matrix, with canaries around
+results."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from native.cpu.activations import Activations
-from native.cpu.blocks import activation_kind
-from native.cpu.dot import rows_kernel
-from native.cpu.linear import quantize_op
-from native.cpu.panel import ADD, PANEL_ROWS, gemm_kernel, panel_bytes, panel_kernel
-from native.cpu.run import RunTable
-from native.cpu.threads import Program, Team
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.blocks import activation_kind
+from kimi_lite.native.cpu.dot import rows_kernel
+from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.panel import ADD, PANEL_ROWS, gemm_kernel, panel_bytes, panel_kernel
+from kimi_lite.native.cpu.run import RunTable
+from kimi_lite.native.cpu.threads import Program, Team
 
 CANARY = np.float32(-12345.5)
 
@@ -49,13 +50,18 @@ def rows_product(name: str, data: np.ndarray, x: Activations) -> np.ndarray:
     num_rows = len(data)
     out = np.full((x.capacity, num_rows + 16), CANARY, np.float32)
     for token in range(x.capacity):
-        rows_kernel(name).compiled.ctypes(data.ctypes.data, data.strides[0], num_rows, x.address, token, out[token].ctypes.data)
+        rows_kernel(name).compiled.ctypes(
+            data.ctypes.data, data.strides[0], num_rows, x.address, token, out[token].ctypes.data
+        )
     assert (out[:, num_rows:] == CANARY).all(), "rows wrote behind its result"
     return out[:, :num_rows]
 
 
-def panel_product(name: str, data: np.ndarray, x: Activations, tokens: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
-    """The same by panels of up to 16 rows, for the activation rows `tokens` (int32) -> float32 (tokens, N), + `start`."""
+def panel_product(
+    name: str, data: np.ndarray, x: Activations, tokens: np.ndarray, start: np.ndarray | None = None
+) -> np.ndarray:
+    """The same by panels of up to 16 rows, for the activation rows `tokens` (int32) -> float32 (tokens, N), +
+    `start`."""
     num_rows, num_tokens = len(data), len(tokens)
     out = np.full((num_tokens + 1, num_rows + 16), CANARY, np.float32)
     if start is not None:
@@ -69,5 +75,7 @@ def panel_product(name: str, data: np.ndarray, x: Activations, tokens: np.ndarra
         gemm_kernel(name).compiled.ctypes(
             panel.ctypes.data, x.address, tokens.ctypes.data, num_tokens, target, out.strides[0], mode
         )
-    assert (out[:num_tokens, num_rows:] == CANARY).all() and (out[num_tokens] == CANARY).all(), "gemm wrote beside its result"
+    assert (out[:num_tokens, num_rows:] == CANARY).all() and (out[num_tokens] == CANARY).all(), (
+        "gemm wrote beside its result"
+    )
     return out[:num_tokens, :num_rows]

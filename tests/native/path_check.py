@@ -10,16 +10,16 @@ from unittest import mock
 
 import numpy as np
 
-from native.cpu.activations import Activations
-from native.cpu.blocks import FORMATS, activation_kind
-from native.cpu.dot import rows_kernel
-from native.cpu.linear import quantize_op
-from native.cpu.matrix import VALUES_PADDING, values_kernel
-from native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
-from native.isa import isa
-from native.layouts import BY_NAME
-from native.reference import linear, seen_activations
-from native.reference_types import dequantize
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.cpu.dot import rows_kernel
+from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.matrix import VALUES_PADDING, values_kernel
+from kimi_lite.native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
+from kimi_lite.native.isa import isa
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.reference import linear, seen_activations
+from kimi_lite.native.reference_types import dequantize
 from tests.native.guard import at_page_end, at_page_start
 from tests.native.harness import run_ops, run_table
 from tests.native.random_rows import assert_close, product_size, random_rows, sizes
@@ -40,12 +40,17 @@ def guarded_activations(x: np.ndarray, kind: int) -> Activations:
 def check_rows(name: str, data: np.ndarray, x: Activations, expected: np.ndarray, size: np.ndarray) -> None:
     out = at_page_end(np.empty((NUM_TOKENS, len(data)), np.float32))
     for token in range(NUM_TOKENS):
-        rows_kernel(name).compiled.ctypes(data.ctypes.data, data.shape[1], len(data), x.address, token, out[token].ctypes.data)
+        rows_kernel(name).compiled.ctypes(
+            data.ctypes.data, data.shape[1], len(data), x.address, token, out[token].ctypes.data
+        )
     assert_close(out, expected, size)
 
 
 def check_panel(name: str, data: np.ndarray, x: Activations, expected: np.ndarray, size: np.ndarray) -> None:
-    out, panel = at_page_end(np.empty((NUM_TOKENS, len(data)), np.float32)), at_page_end(np.empty(panel_bytes(x.k), np.uint8))
+    out, panel = (
+        at_page_end(np.empty((NUM_TOKENS, len(data)), np.float32)),
+        at_page_end(np.empty(panel_bytes(x.k), np.uint8)),
+    )
     tokens = at_page_end(np.arange(NUM_TOKENS, dtype=np.int32))
     panel_kernel(name).compiled.ctypes(data.ctypes.data, data.shape[1], len(data), x.k, panel.ctypes.data)
     target = (out.ctypes.data, out.strides[0], len(data))
@@ -57,7 +62,9 @@ def check_values(name: str, data: np.ndarray, weights: np.ndarray) -> None:
     out = at_page_end(np.empty(weights.size + VALUES_PADDING // 4, np.float32))
     values_kernel(name).compiled.ctypes(data.ctypes.data, weights.size, out.ctypes.data)
     expected = weights.astype(np.float64)
-    assert_close(out[: weights.size].reshape(weights.shape), expected, np.abs(expected).max(axis=1, keepdims=True), 5e-7)
+    assert_close(
+        out[: weights.size].reshape(weights.shape), expected, np.abs(expected).max(axis=1, keepdims=True), 5e-7
+    )
 
 
 def check_products(name: str, rng: np.random.Generator) -> None:

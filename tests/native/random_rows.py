@@ -1,14 +1,21 @@
-"""Rows of any GGUF type for kernel tests: random codes, scales from ordinary to hostile, and how close a product must be."""
+"""Rows of any GGUF type for kernel tests: random codes, scales from ordinary to hostile, and how close a product must
+be."""
 
 import numpy as np
 
-from native.cpu.blocks import activation_kind
-from native.layouts import BY_NAME
+from kimi_lite.native.cpu.blocks import activation_kind
+from kimi_lite.native.layouts import BY_NAME
 
 REGIMES = ("normal", "negative", "denormal", "huge", "zero")
 _FLOATS = {"normal": 1.0, "negative": 1.0, "denormal": 1e-40, "huge": 1e15, "zero": 0.0}
 _FLOATS16 = {"normal": 1.0, "negative": 1.0, "denormal": 1e-6, "huge": 1.5e4, "zero": 0.0}
-_MXFP4_EXPONENTS = {"normal": (118, 134), "negative": (118, 134), "denormal": (0, 3), "huge": (170, 180), "zero": (100, 101)}
+_MXFP4_EXPONENTS = {
+    "normal": (118, 134),
+    "negative": (118, 134),
+    "denormal": (0, 3),
+    "huge": (170, 180),
+    "zero": (100, 101),
+}
 _NVFP4_SCALES = {"normal": (1, 0x7F), "negative": (1, 0x80), "denormal": (1, 8), "huge": (0x78, 0x7F), "zero": (0, 1)}
 
 
@@ -54,11 +61,13 @@ def _float_rows(name: str, num_rows: int, k: int, rng: np.random.Generator, regi
     if name == "F16":
         return values.astype(np.float16).view(np.uint8)
     single = values.astype(np.float32)
-    return single.view(np.uint8) if name == "F32" else np.ascontiguousarray(single.view(np.uint16)[:, 1::2]).view(np.uint8)
+    return (
+        single.view(np.uint8) if name == "F32" else np.ascontiguousarray(single.view(np.uint16)[:, 1::2]).view(np.uint8)
+    )
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, size: np.ndarray | float, tolerance: float = 2e-6) -> None:
-    """|actual - expected| <= tolerance * size, where `size` is the sum of what was added; float32's own limits aside."""
+    """|actual - expected| <= tolerance * size, where `size` is the sum of what was added; but for float32's limits."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     error = np.abs(actual.astype(np.float64) - expected)
     bound = tolerance * np.broadcast_to(size, expected.shape) + 1e-42
@@ -71,9 +80,11 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, size: np.ndarray | fl
 
 
 def product_size(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """weights (N, K), x (T, K) -> (T, N): the largest weight of a row times the sum of |x|, a scale for rounding errors.
+    """weights (N, K), x (T, K) -> (T, N): the largest weight of a row times the sum of |x|, a scale for rounding
+    errors.
 
-    Codes with an offset cancel in sums of products, so even a row of zeros may leave the rounding of small weights behind.
+    Codes with an offset cancel in sums of products, so even a row of zeros may leave the rounding of small weights
+    behind.
     """
     largest = np.abs(weights).astype(np.float64).max(axis=1)
     return np.abs(x).astype(np.float64).sum(axis=1)[:, None] * np.where(largest == 0, 1e-7, largest)

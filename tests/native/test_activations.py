@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from native.cpu.activations import SMALLEST_PEAK, Activations
-from native.reference import SMALLEST_PEAK as REFERENCE_SMALLEST_PEAK
-from native.reference import quantize_activations, seen_activations
+from kimi_lite.native.cpu.activations import SMALLEST_PEAK, Activations
+from kimi_lite.native.reference import SMALLEST_PEAK as REFERENCE_SMALLEST_PEAK
+from kimi_lite.native.reference import quantize_activations, seen_activations
 from tests.native.harness import activations
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from native import reference
-from native.cpu.attention import AttentionBuffers, num_splits
-from native.cpu.latent import write_latent_op
-from native.latent_rows import row_length
+from kimi_lite.native import reference
+from kimi_lite.native.cpu.attention import AttentionBuffers, num_splits
+from kimi_lite.native.cpu.latent import write_latent_op
+from kimi_lite.native.latent_rows import row_length
 from tests.native.attention_case import Sequences, round_to, stored_values
 from tests.native.harness import run_ops, run_table
 from tests.native.random_rows import assert_close
@@ -40,7 +40,8 @@ def test_expanded(dtype, spans):
 
 
 def test_the_error_of_8_bits():
-    """Against latents that were never rounded; with scores that vary, over 1,000 positions it is 1 %; bfloat16 makes 0.4 %."""
+    """Against latents that were never rounded; with scores that vary, over 1,000 positions it is 1 %; bfloat16 makes
+    0.4 %."""
     errors = {}
     for dtype in ("bf16", "q8"):
         exact = Sequences([(999, 1)], np.random.default_rng(14), (2, 32, 64, 512, 32))

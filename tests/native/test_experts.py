@@ -1,14 +1,15 @@
-"""The fused experts step against the numpy oracle: who chose whom, how many tokens, every type, any number of threads."""
+"""The fused experts step against the numpy oracle: who chose whom, how many tokens, every type, any number of
+threads."""
 
 import numpy as np
 import pytest
 
-from native.cpu.activations import Activations
-from native.cpu.blocks import FORMATS, activation_kind
-from native.cpu.experts import ExpertsOp, experts_scratch_bytes
-from native.cpu.matrix import GEMV_MAX_TOKENS, describe_matrix
-from native.reference import Expert, experts
-from native.reference_types import dequantize
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, describe_matrix
+from kimi_lite.native.reference import Expert, experts
+from kimi_lite.native.reference_types import dequantize
 from tests.native.harness import activations, run_ops, run_table
 from tests.native.random_rows import assert_close, random_rows, sizes
 
@@ -27,9 +28,14 @@ class Layer:
         shapes = [(names[0], self.width, self.k)] * 2 + [(names[1], num_out, self.width)]
         self.data = [[random_rows(name, rows, k, rng) for name, rows, k in shapes] for _ in range(num_experts)]
         self.matrices = np.array(
-            [[describe_matrix(d, name, k) for d, (name, _, k) in zip(three, shapes, strict=True)] for three in self.data]
+            [
+                [describe_matrix(d, name, k) for d, (name, _, k) in zip(three, shapes, strict=True)]
+                for three in self.data
+            ]
         )
-        self.weights = [Expert(*(dequantize(d, s[0]) for d, s in zip(three, shapes, strict=True))) for three in self.data]
+        self.weights = [
+            Expert(*(dequantize(d, s[0]) for d, s in zip(three, shapes, strict=True))) for three in self.data
+        ]
 
     def run(self, x, ids, weights, num_always=0, num_threads=1, start=None):
         """ids int32, weights float32 (T, K); the last `num_always` experts are everybody's."""
@@ -66,7 +72,9 @@ def tokens_of(layer, num_tokens, rng):
 
 
 def distinct_ids(num_tokens, num_experts, top_k, rng):
-    return np.array([rng.permutation(num_experts)[:top_k] for _ in range(num_tokens)], np.int32).reshape(num_tokens, top_k)
+    return np.array([rng.permutation(num_experts)[:top_k] for _ in range(num_tokens)], np.int32).reshape(
+        num_tokens, top_k
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -79,7 +87,9 @@ def test_every_type(name, num_tokens):
     layer.check(tokens_of(layer, num_tokens, rng), ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32))
 
 
-@pytest.mark.parametrize("names", [("Q4_K", "Q6_K"), ("Q8_0", "TQ2_0"), ("TQ1_0", "Q4_0"), ("F32", "Q8_0"), ("Q4_K", "BF16")])
+@pytest.mark.parametrize(
+    "names", [("Q4_K", "Q6_K"), ("Q8_0", "TQ2_0"), ("TQ1_0", "Q4_0"), ("F32", "Q8_0"), ("Q4_K", "BF16")]
+)
 def test_types_may_differ(names):
     rng = np.random.default_rng(2)
     layer = Layer(names, rng)

@@ -6,9 +6,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from native import half
-from native.simd import load_f16x16, load_f32x16, store_f16x16, store_f32x16
-from native.vectors import f32x16
+from kimi_lite.native import half
+from kimi_lite.native.simd import load_f16x16, load_f32x16, store_f16x16, store_f32x16
+from kimi_lite.native.vectors import f32x16
 
 
 @njit("void(int64, int64, int64)", cache=True)
@@ -73,7 +73,9 @@ def test_narrowing_rounds_to_nearest_even(kernel):
     """Every half, the ties between neighbours and what lies just beside them, and random bits, NaN among them."""
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     ties = (halves[:-1] + halves[1:]) / 2
-    special = np.array([65504, 65519.99, 65520, 65535, 65536, 1e10, np.inf, np.nan, 2**-25, 2**-24, 1e-40, 0], np.float32)
+    special = np.array(
+        [65504, 65519.99, 65520, 65535, 65536, 1e10, np.inf, np.nan, 2**-25, 2**-24, 1e-40, 0], np.float32
+    )
     anything = np.random.default_rng(1).integers(0, 2**32, 100_000, np.uint32).view(np.float32)
     x = np.concatenate(
         [halves, ties, np.nextafter(ties, 0), np.nextafter(ties, np.float32(1e9)), special, -ties, -special, anything]

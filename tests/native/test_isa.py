@@ -5,9 +5,9 @@ import pytest
 from numba import njit
 from numba.core import config
 
-from native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, target_features
-from native.simd import load_i8x64, load_i32x16, store_i32x16
-from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
+from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, target_features
+from kimi_lite.native.simd import load_i8x64, load_i32x16, store_i32x16
+from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
 
 PATHS = [
     ("+avx512vnni,+avx512bw,+avx512vl,+avx2", AVX512_VNNI),
@@ -78,7 +78,12 @@ def test_signed_dot_is_exact():
     """Weights may be -128."""
     rng = np.random.default_rng(2)
     start = rng.integers(-1000, 1000, 16, np.int32)
-    weights = (np.full(64, -128, np.int8), np.full(64, 127, np.int8), np.zeros(64, np.int8), rng.integers(-128, 128, 64, np.int8))
+    weights = (
+        np.full(64, -128, np.int8),
+        np.full(64, 127, np.int8),
+        np.zeros(64, np.int8),
+        rng.integers(-128, 128, 64, np.int8),
+    )
     for a in weights:
         for b in (np.full(64, 127, np.int8), np.full(64, -127, np.int8), rng.integers(-127, 128, 64, np.int8)):
             assert np.array_equal(dot(_signed, a, b, start), expected_dot(a, b, start))

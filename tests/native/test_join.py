@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from native.cpu.activations import Activations
-from native.cpu.experts import ExpertsOp, experts_scratch_bytes
-from native.cpu.join import join_op
-from native.cpu.matrix import GEMV_MAX_TOKENS
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from kimi_lite.native.cpu.join import join_op
+from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS
 from tests.native.harness import activations, run_ops, run_table
 from tests.native.test_experts import NUM_ROUTED, TOP_K, Layer, distinct_ids, tokens_of
 
@@ -14,7 +14,8 @@ CANARY = np.float32(-5)
 
 
 def per_choice(layer, x, parts, weights, num_always, num_threads=1):
-    """Runs each of `parts` (ids with -1 where another part has the choice); the experts of everybody go with every part."""
+    """Runs each of `parts` (ids with -1 where another part has the choice); the experts of everybody go with every
+    part."""
     num_tokens, top_k = weights.shape
     num_slots = num_tokens * (top_k + num_always)
     rows = np.full((num_slots + 1, layer.num_out), CANARY, np.float32)
@@ -23,7 +24,9 @@ def per_choice(layer, x, parts, weights, num_always, num_threads=1):
     prepared = activations(x, layer.kinds[0])
     out = np.zeros((num_tokens, layer.num_out), np.float32)
     ops = [
-        ExpertsOp(run.address, prepared, out, layer.matrices, hidden, top_k, num_always, ids, weights, per_choice=rows[:-1])
+        ExpertsOp(
+            run.address, prepared, out, layer.matrices, hidden, top_k, num_always, ids, weights, per_choice=rows[:-1]
+        )
         for ids in parts
     ]
     run_ops([(op.kernel, op.arguments) for op in ops], num_threads)

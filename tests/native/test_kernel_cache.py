@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROBE = "from native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0'); print(k.compiled.cache_hits, k.address != 0)"
+PROBE = (
+    "from native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0'); print(k.compiled.cache_hits, k.address != 0)"
+)
 
 
 def cache_hits(package: Path, cache: Path) -> int:
     environment = {**os.environ, "KIMI_LITE_CACHE": str(cache), "PYTHONPATH": str(package)}
     environment.pop("NUMBA_CACHE_DIR", None)
-    run = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True, cwd=package)
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True, cwd=package
+    )
     return int(run.stdout.split()[0])
 
 

@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 
-from native.layouts import BY_NAME, LAYOUTS
-from native.reference_types import dequantize
+from kimi_lite.native.layouts import BY_NAME, LAYOUTS
+from kimi_lite.native.reference_types import dequantize
 from tests.native.random_rows import REGIMES, random_rows
 
 WITHOUT_GGUF_DECODER = {"Q1_0", "Q2_0"}
@@ -65,7 +65,9 @@ class _Traits(ctypes.Structure):
 def ggml_traits(name):
     package = importlib.util.find_spec("llama_cpp")
     files = [
-        f for place in (package.submodule_search_locations if package else []) for f in Path(place, "lib").glob("*ggml-base.so")
+        f
+        for place in (package.submodule_search_locations if package else [])
+        for f in Path(place, "lib").glob("*ggml-base.so")
     ]
     if not files:
         pytest.skip("needs the ggml extra on Linux")

@@ -1,13 +1,14 @@
-"""The operations around matrices against the oracle: linear layers in both forms, embedding rows; any number of threads."""
+"""The operations around matrices against the oracle: linear layers in both forms, embedding rows; any number of
+threads."""
 
 import numpy as np
 import pytest
 
-from native.cpu.blocks import activation_kind
-from native.cpu.linear import embed_op, linear_op
-from native.cpu.matrix import GEMV_MAX_TOKENS, describe_matrix
-from native.reference import linear, seen_activations
-from native.reference_types import dequantize
+from kimi_lite.native.cpu.blocks import activation_kind
+from kimi_lite.native.cpu.linear import embed_op, linear_op
+from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, describe_matrix
+from kimi_lite.native.reference import linear, seen_activations
+from kimi_lite.native.reference_types import dequantize
 from tests.native.harness import activations, run_ops, run_table
 from tests.native.random_rows import assert_close, product_size, random_rows
 
@@ -16,7 +17,8 @@ TOKENS = (1, GEMV_MAX_TOKENS, GEMV_MAX_TOKENS + 1, 9)
 
 
 def run_linear(x, tensors, starts, num_threads=1):
-    """tensors: (name, data); one operation for all, added to `starts` where there is one. Returns the outputs (T, N)."""
+    """tensors: (name, data); one operation for all, added to `starts` where there is one. Returns the outputs (T,
+    N)."""
     kinds = [activation_kind(name) for name, _ in tensors]
     run, prepared = run_table(len(x), num_threads), activations(x, *kinds)
     matrices = [describe_matrix(data, name, x.shape[1]) for name, data in tensors]
@@ -49,7 +51,9 @@ def test_linear(num_tokens, num_rows, is_added):
 def test_several_matrices_of_different_types_share_an_input(num_tokens):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((num_tokens, K)).astype(np.float32)
-    tensors = [(name, random_rows(name, rows, K, rng)) for name, rows in (("Q4_0", 40), ("F16", 3), ("Q6_K", 130), ("Q4_0", 1))]
+    tensors = [
+        (name, random_rows(name, rows, K, rng)) for name, rows in (("Q4_0", 40), ("F16", 3), ("Q6_K", 130), ("Q4_0", 1))
+    ]
     starts = [None, np.ones((num_tokens, 3), np.float32), None, None]
     outs = run_linear(x, tensors, starts, num_threads=2)
     for (name, data), start, out in zip(tensors, starts, outs, strict=True):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from native.cpu.attention import num_splits
+from kimi_lite.native.cpu.attention import num_splits
 from tests.native.attention_case import Sequences
 from tests.native.random_rows import assert_close
 

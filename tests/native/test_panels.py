@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from native.cpu.blocks import FORMATS, activation_kind
-from native.reference import linear, seen_activations
-from native.reference_types import dequantize
+from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.reference import linear, seen_activations
+from kimi_lite.native.reference_types import dequantize
 from tests.native.harness import activations_for, panel_product
 from tests.native.random_rows import REGIMES, assert_close, product_size, random_rows, sizes
 from tests.native.test_rows import hostile_tokens

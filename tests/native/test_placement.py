@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from native.cpu import placement
-from native.cpu.placement import keep_to_cores, one_thread_per_core
+from kimi_lite.native.cpu import placement
+from kimi_lite.native.cpu.placement import keep_to_cores, one_thread_per_core
 
 
 def make_topology(folder: Path, siblings: dict[int, str]) -> Path:
@@ -25,7 +25,9 @@ def test_one_of_each_core(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_threads", "expected"), [(2, {0, 2}), (3, None), (4, None)])
-def test_only_while_there_are_cores_enough(monkeypatch: pytest.MonkeyPatch, num_threads: int, expected: set[int] | None) -> None:
+def test_only_while_there_are_cores_enough(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, expected: set[int] | None
+) -> None:
     set_to = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: set_to.append(cpus), raising=False)

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from native import reference
-from native.cpu.router import route_op
+from kimi_lite.native import reference
+from kimi_lite.native.cpu.router import route_op
 from tests.native.harness import run_ops, run_table
 
 
-def route(logits, bias, top_k, groups=(1, 1), is_sigmoid=True, is_normalized=True, scale=1.0, num_threads=1, nudge=None):
+def route(
+    logits, bias, top_k, groups=(1, 1), is_sigmoid=True, is_normalized=True, scale=1.0, num_threads=1, nudge=None
+):
     num_tokens, _ = logits.shape
     scores, choice = logits.astype(np.float32), np.empty(logits.shape, np.float32)
     ids, weights = np.full((num_tokens, top_k), -1, np.int32), np.empty((num_tokens, top_k), np.float32)

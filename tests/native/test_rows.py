@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from native.cpu.blocks import FORMATS, activation_kind
-from native.cpu.matrix import dequantize
-from native.reference import linear, seen_activations
-from native.reference_types import dequantize as dequantize_reference
+from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.cpu.matrix import dequantize
+from kimi_lite.native.reference import linear, seen_activations
+from kimi_lite.native.reference_types import dequantize as dequantize_reference
 from tests.native.harness import activations_for, rows_product
 from tests.native.random_rows import REGIMES, assert_close, product_size, random_rows, sizes
 

@@ -1,7 +1,7 @@
 """Every type on the paths that this machine would not choose, each in a process of its own, in guarded memory.
 
-A first run compiles all kernels for each path (about 40 seconds of a core each, side by side); later ones find them in the
-cache.
+A first run compiles all kernels for each path (about 40 seconds of a core each, side by side); later ones find them in
+the cache.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from native.isa import AVX2, PORTABLE, isa, target_features
+from kimi_lite.native.isa import AVX2, PORTABLE, isa, target_features
 
 ROOT = Path(__file__).parents[2]
 IS_X86 = isa().name != PORTABLE

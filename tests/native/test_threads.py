@@ -1,4 +1,5 @@
-"""The thread team: programs of hundreds of operations, stopping, sleeping, two teams at once, more threads than cores."""
+"""The thread team: programs of hundreds of operations, stopping, sleeping, two teams at once, more threads than
+cores."""
 
 import threading
 import time
@@ -7,12 +8,12 @@ import numpy as np
 import pytest
 from numba import cfunc, types
 
-from native.calls import pause
-from native.cpu.compiler import KERNEL
-from native.cpu.linear import arguments, linear_op
-from native.cpu.matrix import describe_matrix
-from native.cpu.threads import Program, Team, barrier, next_task, team_size
-from native.simd import load_i64, store_i64
+from kimi_lite.native.calls import pause
+from kimi_lite.native.cpu.compiler import KERNEL
+from kimi_lite.native.cpu.linear import arguments, linear_op
+from kimi_lite.native.cpu.matrix import describe_matrix
+from kimi_lite.native.cpu.threads import Program, Team, barrier, next_task, team_size
+from kimi_lite.native.simd import load_i64, store_i64
 from tests.native.harness import activations, run_table
 from tests.native.random_rows import random_rows
 
@@ -33,7 +34,8 @@ def _fold(args, thread, team):
 
 @cfunc(KERNEL, cache=True)
 def _mirror(args, thread, team):
-    """Two phases: doubles every value, then every value becomes its mirror image's, which another thread may have made."""
+    """Two phases: doubles every value, then every value becomes its mirror image's, which another thread may have
+    made."""
     values, doubled = load_i64(args), load_i64(args + 8)
     task = next_task(team)
     while task < NUM_TASKS:
@@ -172,7 +174,9 @@ def test_two_teams_alive():
     values = [np.arange(NUM_TASKS), np.arange(NUM_TASKS) + 7]
     programs = [fold_program(300, v) for v in values]
     expected = [folded(300, v) for v in values]
-    runners = [threading.Thread(target=team.run, args=(program,)) for team, program in zip(teams, programs, strict=True)]
+    runners = [
+        threading.Thread(target=team.run, args=(program,)) for team, program in zip(teams, programs, strict=True)
+    ]
     for runner in runners:
         runner.start()
     for runner in runners:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from numba import njit
 
-from native import reference
-from native.cpu.activations import Activations
-from native.cpu.linear import float_bits, rms_norm_op
-from native.cpu.vector_math import exp_f32x16, rotate_pairs, silu_f32x16
-from native.simd import load_f32x16, store_f32x16
+from kimi_lite.native import reference
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.linear import float_bits, rms_norm_op
+from kimi_lite.native.cpu.vector_math import exp_f32x16, rotate_pairs, silu_f32x16
+from kimi_lite.native.simd import load_f32x16, store_f32x16
 from tests.native.harness import run_ops, run_table
 
 

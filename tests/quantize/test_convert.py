@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from kimi_lite.errors import KimiLiteError
-from quantize.convert import convert
+from kimi_lite.quantize.convert import convert
 from tests.checkpoints import KINDS, make_checkpoint
 
 _F32_ENDS = ("_norm.weight", "ffn_gate_inp.weight", "exp_probs_b.bias")
@@ -23,14 +23,16 @@ _DIRECT = {
     "attn_kv_a_norm.weight": "self_attn.kv_a_layernorm.weight", "attn_output.weight": "self_attn.o_proj.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight", "ffn_gate.weight": "mlp.gate_proj.weight",
     "ffn_up.weight": "mlp.up_proj.weight", "ffn_down.weight": "mlp.down_proj.weight",
-    "ffn_gate_shexp.weight": "mlp.shared_experts.gate_proj.weight", "ffn_up_shexp.weight": "mlp.shared_experts.up_proj.weight",
+    "ffn_gate_shexp.weight": "mlp.shared_experts.gate_proj.weight",
+    "ffn_up_shexp.weight": "mlp.shared_experts.up_proj.weight",
     "ffn_down_shexp.weight": "mlp.shared_experts.down_proj.weight", "ffn_gate_inp.weight": "mlp.gate.weight",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
 }  # fmt: skip
 
 
 def expected_tensors(model) -> dict[str, np.ndarray]:
-    """The GGUF tensors as the format's description says, written here a second time and from transformers' own weights."""
+    """The GGUF tensors as the format's description says, written here a second time and from transformers' own
+    weights."""
     state, config, tensors = model.state_dict(), model.config, {}
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     tensors |= {f"{ours}.weight": state[f"{theirs}.weight"] for ours, theirs in names.items()}
@@ -107,7 +109,9 @@ def test_int4_experts_stay_exact_in_q4_0(checkpoints, tmp_path):
     for tensor in GGUFReader(tmp_path / "out.gguf").tensors:
         if "_exps" in tensor.name:
             assert tensor.tensor_type.name == "Q4_0"
-            assert np.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), expected_tensors(model)[tensor.name])
+            assert np.array_equal(
+                gguf.quants.dequantize(tensor.data, tensor.tensor_type), expected_tensors(model)[tensor.name]
+            )
 
 
 def test_rows_that_are_not_whole_blocks_fall_back_and_say_so(checkpoints, tmp_path):
@@ -128,7 +132,13 @@ def test_stacked_experts_are_read_too(checkpoints, tmp_path):
     stacked = tmp_path / "stacked"
     stacked.mkdir()
     save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, stacked / "model.safetensors")
-    for file in ("config.json", "tiktoken.model", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+    for file in (
+        "config.json",
+        "tiktoken.model",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ):
         (stacked / file).write_bytes((folder / file).read_bytes())
     for source, out in ((folder, "a.gguf"), (stacked, "b.gguf")):
         convert(source, tmp_path / out, "f32")
@@ -205,7 +215,10 @@ def test_vision_and_prediction_layers_are_left_out_and_named(checkpoints, tmp_pa
             lambda weights: weights.update({"model.layers.0.self_attn.sinks": torch.ones(4)}),
             "1 weights that this architecture lacks",
         ),
-        (lambda weights: weights.update({"model.norm.weight": torch.ones(255)}), r"model\.norm\.weight: need rows of 256"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(255)}),
+            r"model\.norm\.weight: need rows of 256",
+        ),
         (lambda weights: weights.update({"lm_head.weight": torch.ones(511, 256)}), "need 512 rows by config.json"),
     ],
 )
@@ -240,7 +253,9 @@ def test_llama_cpp_runs_the_file_as_transformers_runs_the_folder(tmp_path, kind)
     from llama_cpp import Llama
 
     small = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
-    lite = {"num_layers": 27, **small} if kind in ("moonlight", "deepseek_v2") else {}  # llama.cpp knows these by 27 layers
+    lite = (
+        {"num_layers": 27, **small} if kind in ("moonlight", "deepseek_v2") else {}
+    )  # llama.cpp knows these by 27 layers
     model = make_checkpoint(tmp_path / "hf", kind, **lite)
     convert(tmp_path / "hf", tmp_path / "out.gguf", "f32")
     ids = np.random.default_rng(0).integers(3, 480, 40).tolist()

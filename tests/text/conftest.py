@@ -1,4 +1,5 @@
-"""Fixtures of the text tests: GGUF metadata made from the vendor's real tokenizer files, and a vocabulary of bytes only."""
+"""Fixtures of the text tests: GGUF metadata made from the vendor's real tokenizer files, and a vocabulary of bytes
+only."""
 
 import base64
 import json
@@ -27,7 +28,9 @@ def encode_markers(tokenizer: Tokenizer, text: str, markers: list[str]) -> list[
     return [i for part in parts for i in ([tokenizer.special[part]] if part in markers else tokenizer.encode(part))]
 
 
-def rendered(template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, thinking: bool = True) -> str:
+def rendered(
+    template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, thinking: bool = True
+) -> str:
     """The prompt as the template writes it, before it becomes ids."""
     return "".join(segment.text for segment in template._segments(messages, tools, thinking, True, False))
 
@@ -53,7 +56,9 @@ def kimi_metadata() -> dict[str, object]:
     lines = (KIMI_FILES / "tiktoken.model").read_bytes().splitlines()
     tokens = [base64.b64decode(line.split()[0]) for line in lines]
     added = json.loads((KIMI_FILES / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    special = [added[str(i)]["content"] if str(i) in added else f"<|reserved_token_{i}|>" for i in range(len(tokens), 163840)]
+    special = [
+        added[str(i)]["content"] if str(i) in added else f"<|reserved_token_{i}|>" for i in range(len(tokens), 163840)
+    ]
     return make_metadata(tokens, special, "kimi-k2", bos_token_id=163584, eos_token_id=163585, padding_token_id=163839)
 
 

@@ -14,10 +14,14 @@ DEEPSEEK_WORDS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-SPLITS = {"gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "deepseek-v3": [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_WORDS]}
+SPLITS = {
+    "gpt-2": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
+    "deepseek-v3": [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_WORDS],
+}
 TEXT = st.text(
     alphabet=st.sampled_from(
-        " \t\n\r\u3000\u00a0\u2028'sStTlLvVeEdmr019٣Ⅷ½aZéñßΩжक्षि가一世界〇々㐀𠀀カナー・゠゛\u3099\u3097\u3040ひ!#$%&()[]`{}~.,;:"
+        " \t\n\r\u3000\u00a0\u2028'sStTlLvVeEdmr019٣Ⅷ½aZéñßΩжक्षि가一世界〇々㐀𠀀カナー・゠゛\u3099\u3097\u3040ひ!#$%&()[]`{}~.,;:"  # noqa: E501
         "  —“😀\u200d\u0301\x00\x01\u200b\ufeff\ue000\u0378ǅʰªـ\x85\x1c"
     ),
     max_size=20,

@@ -95,7 +95,9 @@ def test_think_spelled_inside_content_is_a_word(tokenizer: Tokenizer) -> None:
 @BOTH
 def test_a_tool_call_streams_id_and_name_first(tokenizer: Tokenizer, parse) -> None:
     answer = parse(
-        tokenizer, f'hm</think>Look.{SECTION}{call("functions.get_weather:0", """ {"city": "北京"} """)}{END_SECTION}', True
+        tokenizer,
+        f'hm</think>Look.{SECTION}{call("functions.get_weather:0", """ {"city": "北京"} """)}{END_SECTION}',
+        True,
     )
     assert (answer.reasoning, answer.content, answer.errors) == ("hm", "Look.", [])
     assert answer.calls == (ToolCall("functions.get_weather:0", "get_weather", '{"city": "北京"}'),)
@@ -112,10 +114,19 @@ def test_a_tool_call_streams_id_and_name_first(tokenizer: Tokenizer, parse) -> N
         SECTION + call("functions.a:0", "{}") + call("functions.b-c.d:12", '{"x": 1}') + END_SECTION,
         SECTION + " \n" + call(" functions.a:0\n", "\n{}\n") + "\n" + call("b-c.d:12", '{"x": 1}') + " " + END_SECTION,
         call("functions.a:0", "{}") + call("functions.b-c.d:12", '{"x": 1}'),
-        "<|tool_call_section_begin|>" + call("a:0", "") + call("functions.b-c.d:12", '{"x": 1}') + "<|tool_call_section_end|>",
-        SECTION + "<|tool_call_begin|>" + call("a:0", "{}") + call("b-c.d:12", '{"x": 1}').removesuffix("<|tool_call_end|>"),
+        "<|tool_call_section_begin|>"
+        + call("a:0", "")
+        + call("functions.b-c.d:12", '{"x": 1}')
+        + "<|tool_call_section_end|>",
+        SECTION
+        + "<|tool_call_begin|>"
+        + call("a:0", "{}")
+        + call("b-c.d:12", '{"x": 1}').removesuffix("<|tool_call_end|>"),
         SECTION + call("a:0", "{}").removesuffix("<|tool_call_end|>") + call("b-c.d:12", '{"x": 1}') + END_SECTION,
-        "<|tool_call_end|><|tool_call_argument_begin|>" + END_SECTION + call("a:0", "{}") + call("b-c.d:12", '{"x": 1}'),
+        "<|tool_call_end|><|tool_call_argument_begin|>"
+        + END_SECTION
+        + call("a:0", "{}")
+        + call("b-c.d:12", '{"x": 1}'),
     ],
 )
 def test_variants_of_tool_sections(tokenizer: Tokenizer, parse, text: str) -> None:
@@ -241,9 +252,9 @@ SNIPPETS = [
     "\n",
 ]
 SNIPPETS += ["é", "😀", "<|tool_call_", "stop", "st", "op", "x"]
-TEXTS = st.lists(st.sampled_from(SNIPPETS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=3), max_size=14).map(
-    "".join
-)
+TEXTS = st.lists(
+    st.sampled_from(SNIPPETS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=3), max_size=14
+).map("".join)
 
 
 def outcome(answer: Answer) -> tuple:
@@ -263,7 +274,12 @@ class CutTokenizer:
 
 
 @settings(max_examples=400, deadline=None)
-@given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=12), starts_in_reasoning=st.booleans(), has_stop=st.booleans())
+@given(
+    text=TEXTS,
+    cuts=st.lists(st.integers(0, 200), max_size=12),
+    starts_in_reasoning=st.booleans(),
+    has_stop=st.booleans(),
+)
 def test_every_cut_gives_the_same_answer(text: str, cuts: list[int], starts_in_reasoning: bool, has_stop: bool) -> None:
     """The text cut at random bytes, each part one token, against one token a byte."""
     data = text.encode()
@@ -282,7 +298,9 @@ def test_every_cut_gives_the_same_answer(text: str, cuts: list[int], starts_in_r
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS, starts_in_reasoning=st.booleans())
-def test_control_tokens_in_any_order_never_raise_nor_show(tokenizer: Tokenizer, text: str, starts_in_reasoning: bool) -> None:
+def test_control_tokens_in_any_order_never_raise_nor_show(
+    tokenizer: Tokenizer, text: str, starts_in_reasoning: bool
+) -> None:
     answer = marked(tokenizer, text, starts_in_reasoning, tools=TOOLS)
     assert answer.streamed_calls() == list(answer.calls)
     for marker in MARKERS:

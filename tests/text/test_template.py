@@ -79,7 +79,7 @@ def test_vector_e_tool_loop(template: ChatTemplate) -> None:
     assert declaration.startswith(f"<|im_system|>tool_declare<|im_middle|>{HEAD}// Get weather information.\n")
     assert declaration.endswith("}) => any;\n}\n")
     assert rest == (
-        "<|im_user|>user<|im_middle|>Weather in Beijing?<|im_end|><|im_assistant|>assistant<|im_middle|><think>need tool</think>"
+        "<|im_user|>user<|im_middle|>Weather in Beijing?<|im_end|><|im_assistant|>assistant<|im_middle|><think>need tool</think>"  # noqa: E501
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
         '{"city":"Beijing"}<|tool_call_end|><|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>'
         '## Return of functions.get_weather:0\n{"t": 20}<|im_end|><|im_assistant|>assistant<|im_middle|><think>'
@@ -97,9 +97,68 @@ def e2_messages(first_id: str, second_id: str) -> list[dict]:
 
 
 E2 = [
-    *(163587, 2482, 163601, 54, 30, 163586, 163588, 69702, 163601, 163606, 163607, 163595, 163597, 41937, 1150, 21055, 2800, 25),
-    *(15, 163598, 8264, 37666, 1289, 414, 3372, 16934, 163599, 163597, 41937, 30525, 3992, 25, 16, 163598, 13071, 163599, 163596),
-    *(163586, 163594, 20960, 163601, 798, 6014, 318, 8271, 1150, 21055, 2800, 25, 15, 198, 32, 163586, 163594, 20960, 163601),
+    *(
+        163587,
+        2482,
+        163601,
+        54,
+        30,
+        163586,
+        163588,
+        69702,
+        163601,
+        163606,
+        163607,
+        163595,
+        163597,
+        41937,
+        1150,
+        21055,
+        2800,
+        25,
+    ),
+    *(
+        15,
+        163598,
+        8264,
+        37666,
+        1289,
+        414,
+        3372,
+        16934,
+        163599,
+        163597,
+        41937,
+        30525,
+        3992,
+        25,
+        16,
+        163598,
+        13071,
+        163599,
+        163596,
+    ),
+    *(
+        163586,
+        163594,
+        20960,
+        163601,
+        798,
+        6014,
+        318,
+        8271,
+        1150,
+        21055,
+        2800,
+        25,
+        15,
+        198,
+        32,
+        163586,
+        163594,
+        20960,
+        163601,
+    ),
     *(798, 6014, 318, 8271, 30525, 3992, 25, 16, 198, 33, 163586, 163588, 69702, 163601, 163606, 163607),
 ]
 
@@ -117,7 +176,10 @@ def test_foreign_call_ids_become_the_models(template: ChatTemplate) -> None:
 
 
 def test_vector_f_image(template: ChatTemplate) -> None:
-    parts = [{"type": "text", "text": "Describe"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
+    parts = [
+        {"type": "text", "text": "Describe"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+    ]
     f = [163587, 2482, 163601, 48848, 163602, 4017, 163603, 163605, 163604, 198, 163586, 163588, 69702, 163601, 163606]
     assert template.encode([user(parts)]).ids == f
 
@@ -138,7 +200,9 @@ def test_tools_without_typescript_form_are_compact_sorted_json(template: ChatTem
     assert '{"function":{"name":"f","parameters":' in head
 
 
-def test_starts_in_reasoning_only_after_an_open_think(template: ChatTemplate, make: Callable[[str], ChatTemplate]) -> None:
+def test_starts_in_reasoning_only_after_an_open_think(
+    template: ChatTemplate, make: Callable[[str], ChatTemplate]
+) -> None:
     assert template.encode([user("Hi")]).starts_in_reasoning
     assert not template.encode([user("Hi")], thinking=False).starts_in_reasoning
     assert not template.encode([user("<think>")], add_generation_prompt=False).starts_in_reasoning
@@ -159,15 +223,16 @@ LITERALS = [
     "<",
     "|>",
 ]
-NASTY = st.lists(st.sampled_from(LITERALS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=4), max_size=5).map(
-    "".join
-)
+NASTY = st.lists(
+    st.sampled_from(LITERALS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=4), max_size=5
+).map("".join)
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(NASTY, min_size=9, max_size=9))
 def test_no_user_text_becomes_a_control_token(template: ChatTemplate, kimi: Tokenizer, texts: list[str]) -> None:
-    """Every string a client can set, all at once: the same control tokens as with harmless text, and the text unchanged."""
+    """Every string a client can set, all at once: the same control tokens as with harmless text, and the text
+    unchanged."""
 
     def conversation(t: list[str]) -> tuple[list[dict], list[dict]]:
         call = {"id": t[3], "type": "function", "function": {"name": t[4], "arguments": t[5]}}
@@ -188,17 +253,20 @@ def test_no_user_text_becomes_a_control_token(template: ChatTemplate, kimi: Toke
 
 @settings(max_examples=60, deadline=None)
 @given(role=NASTY, content=NASTY)
-def test_a_files_own_template_is_as_safe(make: Callable[[str], ChatTemplate], small: Tokenizer, role: str, content: str) -> None:
+def test_a_files_own_template_is_as_safe(
+    make: Callable[[str], ChatTemplate], small: Tokenizer, role: str, content: str
+) -> None:
     prompt = make(CHATML).encode([{"role": role, "content": content}])
     assert [i for i in prompt.ids if i >= 256] == [256, 257, 256, 257, 256]
-    expected = f"<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>{role}\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    expected = f"<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>{role}\n{content}<|im_end|>\n<|im_start|>assistant\n"  # noqa: E501
     assert small.decode(prompt.ids) == expected
 
 
 def test_templates_that_search_message_text_find_it(make: Callable[[str], ChatTemplate], small: Tokenizer) -> None:
     """As DeepSeek-R1's and Qwen3's templates cut the reasoning off; what remains is still text."""
     source = (
-        "{% for m in messages %}{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] | trim %}"
+        "{% for m in messages %}{% set c = m.content %}{% if '</think>' in c %}{% set c = "
+        "c.split('</think>')[-1] | trim %}"
         "{% endif %}{{ c | replace('<s>', '') }}<|im_end|>{{ c | length }}{% endfor %}"
     )
     prompt = make(source).encode([answer("hm</think> 4<|im_end|><s>")])
@@ -208,8 +276,10 @@ def test_templates_that_search_message_text_find_it(make: Callable[[str], ChatTe
 
 def test_template_text_becomes_control_wherever_it_is_written(make: Callable[[str], ChatTemplate]) -> None:
     source = (
-        "{% macro turn(end) %}x{{ end }}{% endmacro %}{% set tags = {'e': '<|im_end|>'} %}{{ bos_token }}{{ turn('<|im_end|>') }}"
-        "{{ tags['e'] }}{{ ['a', 'b'] | join('<think>') }}{{ none | default('</think>', true) }}{{ '<s>' if 1 }}{{ eos_token }}"
+        "{% macro turn(end) %}x{{ end }}{% endmacro %}{% set tags = {'e': '<|im_end|>'} %}{{ bos_token }}{{ "
+        "turn('<|im_end|>') }}"
+        "{{ tags['e'] }}{{ ['a', 'b'] | join('<think>') }}{{ none | default('</think>', true) }}{{ '<s>' if 1 "
+        "}}{{ eos_token }}"
     )
     ids = make(source).encode([user("")]).ids
     assert ids == [260, ord("x"), 257, 257, ord("a"), 258, ord("b"), 259, 260, 257]
@@ -218,7 +288,8 @@ def test_template_text_becomes_control_wherever_it_is_written(make: Callable[[st
 def test_jinja_as_chat_templates_expect_it(make: Callable[[str], ChatTemplate]) -> None:
     source = (
         "{%- for m in messages %}\n    {% if m.content == 'stop' %}{% break %}{% endif %}\n{{ m | tojson }}{% endfor %}"
-        "{{ tools | tojson(separators=(',', ':')) }}{{ {'é': '<&>'} | tojson(indent=1) }}{{ strftime_now('%Y') | length }}"
+        "{{ tools | tojson(separators=(',', ':')) }}{{ {'é': '<&>'} | tojson(indent=1) }}{{ strftime_now('%Y') "
+        "| length }}"
         "{{ thinking }}{{ enable_thinking }}{{ preserve_thinking }}"
     )
     text = rendered(make(source), [user("é<"), user("stop")], tools=[{"b": 1, "a": 2}], thinking=False)
@@ -249,7 +320,9 @@ def test_jinja_as_chat_templates_expect_it(make: Callable[[str], ChatTemplate]) 
         ("x" * (1 << 21), "2097152 characters"),
     ],
 )
-def test_hostile_and_failing_templates_are_sentences(make: Callable[[str], ChatTemplate], source: str, message: str) -> None:
+def test_hostile_and_failing_templates_are_sentences(
+    make: Callable[[str], ChatTemplate], source: str, message: str
+) -> None:
     with pytest.raises(KimiLiteError, match=message):
         make(source).encode([user("Hi")])
 

@@ -55,7 +55,7 @@ KIMI_VECTORS = [
 ]
 MIXED = st.text(
     alphabet=st.sampled_from(
-        "  \t\n\r\u3000\u00a0'sSdtTlLvemMrR019٣½aZéñßΩжक्षि가一世界〇々㐀カナー・ひ!#%&()[]{}|<>,.;:_—“”😀\u200d\u0301\x00ǅʰ"
+        "  \t\n\r\u3000\u00a0'sSdtTlLvemMrR019٣½aZéñßΩжक्षि가一世界〇々㐀カナー・ひ!#%&()[]{}|<>,.;:_—“”😀\u200d\u0301\x00ǅʰ"  # noqa: E501
     )
     | st.characters(exclude_categories=("Cs",)),
     max_size=60,
@@ -69,7 +69,13 @@ def test_kimi_ids_are_the_vendors(kimi: Tokenizer, text: str, ids: list[int]) ->
 
 
 def test_kimi_control_tokens_are_where_the_vendor_has_them(kimi: Tokenizer) -> None:
-    expected = {"[BOS]": 163584, "<|im_end|>": 163586, "<|im_middle|>": 163601, "<|media_pad|>": 163605, "</think>": 163607}
+    expected = {
+        "[BOS]": 163584,
+        "<|im_end|>": 163586,
+        "<|im_middle|>": 163601,
+        "<|media_pad|>": 163605,
+        "</think>": 163607,
+    }
     assert {text: kimi.special[text] for text in expected} == expected
     assert (kimi.vocab_size, len(kimi.special)) == (163840, 256)
     assert kimi.eos_ids == {163585, 163586, 163593}
@@ -105,7 +111,9 @@ def test_kimi_equals_regex_and_naive_bpe(kimi: Tokenizer, kimi_ranks: dict[bytes
 
 @settings(max_examples=100, deadline=None)
 @given(
-    parts=st.lists(st.sampled_from(["<|im_end|>", "[EOS]", "</think>", "<|im_", "end|>", "<", "a", " "]) | st.text(max_size=5))
+    parts=st.lists(
+        st.sampled_from(["<|im_end|>", "[EOS]", "</think>", "<|im_", "end|>", "<", "a", " "]) | st.text(max_size=5)
+    )
 )
 def test_plain_text_never_becomes_a_control_token(kimi: Tokenizer, parts: list[str]) -> None:
     text = "".join(parts)
@@ -166,7 +174,9 @@ def test_a_token_no_merge_makes_is_never_made() -> None:
 
 
 def test_stop_ids_by_key_and_by_name() -> None:
-    metadata = make_metadata(BYTES, ["<|endoftext|>", "<|im_end|>", "<other>"], "gpt-2", eos_token_id=65, eot_token_id=66)
+    metadata = make_metadata(
+        BYTES, ["<|endoftext|>", "<|im_end|>", "<other>"], "gpt-2", eos_token_id=65, eot_token_id=66
+    )
     assert Tokenizer.from_metadata(metadata).eos_ids == {65, 66, 256, 257}
 
 
@@ -190,7 +200,10 @@ HOSTILE = {
     "float types": ({"tokenizer.ggml.token_type": np.ones(258)}, "no list of token types"),
     "type count": ({"tokenizer.ggml.token_type": np.ones(3, np.int32)}, "258 tokens but 3 token types"),
     "type value": ({"tokenizer.ggml.token_type": np.full(258, 9, np.int32)}, "has type 9"),
-    "all control": ({"tokenizer.ggml.tokens": [""] * 258, "tokenizer.ggml.token_type": np.full(258, CONTROL)}, "is empty"),
+    "all control": (
+        {"tokenizer.ggml.tokens": [""] * 258, "tokenizer.ggml.token_type": np.full(258, CONTROL)},
+        "is empty",
+    ),
     "eos": ({"tokenizer.ggml.eos_token_id": 258}, "the ids 0 to 257"),
     "negative": ({"tokenizer.ggml.bos_token_id": -1}, "the ids 0 to 257"),
     "no id": ({"tokenizer.ggml.eos_token_id": "2"}, "the ids 0 to 257"),

@@ -77,9 +77,14 @@ def test_vector_definitions() -> None:
 
 
 def test_vector_self_reference() -> None:
-    schema = {"type": "object", "properties": {"name": {"type": "string"}, "child": {"$ref": "#"}}, "required": ["name"]}
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "child": {"$ref": "#"}},
+        "required": ["name"],
+    }
     assert declare(tool("selfref", schema)) == (
-        HEAD + "interface parameters {\n  child?: parameters,\n  name: string\n}\ntype selfref = (_: parameters) => any;\n}\n"
+        HEAD + "interface parameters {\n  child?: parameters,\n  name: string\n}\ntype selfref = (_: parameters) => "
+        "any;\n}\n"
     )
 
 
@@ -87,7 +92,9 @@ def test_vector_swarm_tools() -> None:
     def strings(*names: str) -> dict:
         return {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": list(names)}
 
-    text = declare(tool("create_subagent", strings("name", "system_prompt")), tool("assign_task", strings("agent", "prompt")))
+    text = declare(
+        tool("create_subagent", strings("name", "system_prompt")), tool("assign_task", strings("agent", "prompt"))
+    )
     assert "type create_subagent = (_: {\n  name: string,\n  system_prompt: string\n}) => any;\n" in text
     assert "type assign_task = (_: {\n  agent: string,\n  prompt: string\n}) => any;\n" in text
 

@@ -27,8 +27,9 @@ def make_model(folder: Path, num_experts: int) -> Path:
 
 
 def test_memory_is_what_was_planned_and_no_ceiling_is_exceeded(tmp_path):
-    """What 240 MB more of experts take. The rest is the program: 0.3 GB here, and up to 50 MB more where it compiles or where
-    the system maps its libraries in larger pieces, which no plan foresees; a real model hides that, this one would not."""
+    """What 240 MB more of experts take. The rest is the program: 0.3 GB here, and up to 50 MB more where it compiles or
+    where the system maps its libraries in larger pieces, which no plan foresees; a real model hides that, this one
+    would not."""
     runs = []
     for num_experts in (24, 96):
         path = make_model(tmp_path, num_experts)

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from kimi_lite.errors import KimiLiteError
-from tools.plot import check_plotting, draw, read_any
+from kimi_lite.tools.plot import check_plotting, draw, read_any
 
 pytest.importorskip("matplotlib", reason="pip install 'kimi-lite[tools]' brings matplotlib")
 

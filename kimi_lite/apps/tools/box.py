@@ -1,10 +1,8 @@
 """All tools of a conversation: what is declared to the model, and calls with everything that can be wrong with them.
 
-    with ToolBox.open(Path("."), Path("mcp.json"), allow=["read_file"]) as box:
-        session.ask("...", tools=box.declarations)
-        text = box.call(call, ask)
-
-Used by `apps.tool_loop`.
+with ToolBox.open(Path("."), Path("mcp.json"), allow=["read_file"]) as box:
+    session.ask("...", tools=box.declarations)
+    text = box.call(call, ask)
 """
 
 import json
@@ -40,7 +38,8 @@ class ToolBox:
 
     @classmethod
     def open(cls, folder: Path | None = None, mcp_config: Path | None = None, allow: Iterable[str] = ()) -> "ToolBox":
-        """The built-in tools if there is a folder for them, and those of MCP servers. `allow` ("*": all) are not asked for."""
+        """The built-in tools if there is a folder for them, and those of MCP servers. `allow` ("*": all) are not asked
+        for."""
         tools, notes, servers = [], [], None
         if folder is not None:
             from kimi_lite.apps.tools.files import file_tools
@@ -131,7 +130,9 @@ class ToolBox:
         name = tool.name
         if name in self.tools:
             name = f"{tool.origin or 'other'}__{tool.name}"
-            self.notes.append(f"There are two tools {tool.name}; that of {tool.origin or 'another server'} is called {name}.")
+            self.notes.append(
+                f"There are two tools {tool.name}; that of {tool.origin or 'another server'} is called {name}."
+            )
         while name in self.tools:
             name += "_"
         self.tools[name] = Tool(name, tool.description, tool.parameters, tool.run, tool.origin)
@@ -140,4 +141,6 @@ class ToolBox:
         unknown = [name for name in names if name != "*" and name not in self.tools]
         if unknown:
             known = ", ".join(self.tools) or "none"
-            raise KimiLiteError(f"There is no tool {', '.join(sorted(unknown))} to allow.", f"There are: {known}; * means all.")
+            raise KimiLiteError(
+                f"There is no tool {', '.join(sorted(unknown))} to allow.", f"There are: {known}; * means all."
+            )

@@ -1,11 +1,11 @@
-"""Asking about a call where there is no chat's prompt: at a plain terminal, or nowhere. Used by `apps.run`."""
+"""Asking about a call where there is no chat's prompt: at a plain terminal, or nowhere."""
 
 import json
 import signal
 import sys
 from collections.abc import Callable
 
-from kimi_lite.apps.markdown import CONTROLS
+from kimi_lite.apps.markdown.stream import CONTROLS
 from kimi_lite.apps.tools.box import Ask, Permission
 from kimi_lite.text.tool_calls import ToolCall
 
@@ -31,7 +31,12 @@ def ask_at_terminal(call: ToolCall, say: Callable[[str], None]) -> Permission:
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while True:
-            print(f"run {CONTROLS.sub('�', call.name)}? [y]es, [a]lways, [n]o, [s]top: ", end="", file=sys.stderr, flush=True)
+            print(
+                f"run {CONTROLS.sub('�', call.name)}? [y]es, [a]lways, [n]o, [s]top: ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
             line = sys.stdin.readline()
             if not line:
                 return "stop"

@@ -1,4 +1,5 @@
-"""Tools to list, read and search the files of one folder: read-only, text only, every answer of bounded size and time."""
+"""Tools to list, read and search the files of one folder: read-only, text only, every answer of bounded size and
+time."""
 
 import codecs
 import time
@@ -24,7 +25,9 @@ def file_tools(folder: Folder) -> list[Tool]:
         Tool(
             "list_files",
             "List files and folders, with sizes in bytes.",
-            parameters(path=path, depth={"type": "integer", "description": "Levels of folders. Default: 1.", "minimum": 1}),
+            parameters(
+                path=path, depth={"type": "integer", "description": "Levels of folders. Default: 1.", "minimum": 1}
+            ),
             lambda arguments, _: list_files(folder, **arguments),
         ),
         Tool(
@@ -133,7 +136,8 @@ def _matches(folder: Folder, path: Path, wanted: str) -> list[str]:
 
 
 def _require_text(beginning: bytes, path: str) -> None:
-    """ToolError unless a file's first bytes are UTF-8 without NUL; a character cut where the probe ends does not count."""
+    """ToolError unless a file's first bytes are UTF-8 without NUL; a character cut where the probe ends does not
+    count."""
     is_whole = len(beginning) < PROBE_BYTES
     try:
         codecs.getincrementaldecoder("utf-8")().decode(beginning, final=is_whole)

@@ -1,7 +1,5 @@
-"""One folder that tools may look into, and nothing outside it: paths, symbolic links and special files cannot lead out.
-
-Used by `apps.tools.files`.
-"""
+"""One folder that tools may look into, and nothing outside it: paths, symbolic links and special files cannot lead
+out."""
 
 import os
 import stat
@@ -52,7 +50,8 @@ class Folder:
         return os.fdopen(file, "rb")
 
     def walk(self, start: Path, depth: int) -> Iterator[os.DirEntry]:
-        """Files and folders below `start`, sorted by name, folders before what they hold. Links are named, not followed."""
+        """Files and folders below `start`, sorted by name, folders before what they hold. Links are named, not
+        followed."""
         try:
             with os.scandir(start) as found:
                 entries = sorted(found, key=lambda entry: entry.name)

@@ -1,7 +1,7 @@
-"""MCP servers, through the official `mcp` package: start or reach them, list their tools, call them. Used by `apps.tools.box`.
+"""MCP servers, through the official `mcp` package: start or reach them, list their tools, call them.
 
-The package is asynchronous and the rest of the program is not, so its event loop runs in a thread. Each server has one task that
-opens it, keeps it and closes it: the package's contexts must be left where they were entered.
+The package is asynchronous and the rest of the program is not, so its event loop runs in a thread. Each server has one
+task that opens it, keeps it and closes it: the package's contexts must be left where they were entered.
 """
 
 import asyncio
@@ -32,7 +32,9 @@ class McpServers:
         try:
             import mcp  # noqa: F401
         except ImportError as error:
-            raise KimiLiteError("MCP servers need the package mcp, which is not installed.", "pip install 'mcp>=2'") from error
+            raise KimiLiteError(
+                "MCP servers need the package mcp, which is not installed.", "pip install 'mcp>=2'"
+            ) from error
         self._start_s, self._call_s = start_s, call_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)

@@ -1,4 +1,5 @@
-"""`mcp.json` as other programs have it: `{"mcpServers": {name: {command, args, env} | {url, headers}}}`. For `apps.tools.box`."""
+"""`mcp.json` as other programs have it: `{"mcpServers": {name: {command, args, env} | {url, headers}}}`. For
+`apps.tools.box`."""
 
 import json
 import os

@@ -1,7 +1,9 @@
-"""A tool that runs Python in a process of its own: bounded time, memory, files and output, and an empty folder to work in.
+"""A tool that runs Python in a process of its own: bounded time, memory, files and output, and an empty folder to work
+in.
 
-On Linux it has no network and sees no files but Python's, where the system allows programs to give both up (user namespaces,
-Landlock). `isolation` finds that out by trying, and `warnings` say what is missing. `python_child` is the process.
+On Linux it has no network and sees no files but Python's, where the system allows programs to give both up (user
+namespaces, Landlock). `isolation` finds that out by trying, and `warnings` say what is missing. `python_child` is the
+process.
 """
 
 import os
@@ -46,7 +48,9 @@ class Isolation:
         if not self.is_separate:
             missing.append("run_python: this system does not let scripts give up the network; they have it.")
         if not self.is_confined:
-            missing.append("run_python: this system does not let scripts give up files; they can read and write what you can.")
+            missing.append(
+                "run_python: this system does not let scripts give up files; they can read and write what you can."
+            )
         return missing
 
 
@@ -59,8 +63,10 @@ def python_tool(how: Isolation, limits: Limits | None = None) -> Tool:
     """The tool `run_python`; its description says what there is."""
     limits = limits or Limits()
     description = (
-        f"Run a Python {sys.version_info.major}.{sys.version_info.minor} script and return what it prints (stdout, then stderr). "
-        f"At most {limits.time_s:g} s and {limits.memory_bytes // MIB} MiB; an empty working folder that is deleted afterwards; "
+        f"Run a Python {sys.version_info.major}.{sys.version_info.minor} script and return what it prints "
+        f"(stdout, then stderr). "
+        f"At most {limits.time_s:g} s and {limits.memory_bytes // MIB} MiB; an empty working folder that is "
+        f"deleted afterwards; "
         f"nothing is kept between runs.{' No network.' if how.is_separate else ''}"
         f"{' No access to other files: put data into the script.' if how.is_confined else ''}"
     )
@@ -96,7 +102,13 @@ def run_python(arguments: dict[str, Any], should_stop: ShouldStop, limits: Limit
 
 
 def _command(script: Path, limits: Limits, how: Isolation) -> list[str]:
-    numbers = (limits.memory_bytes, max(int(limits.time_s) + 1, 1), limits.file_bytes, int(how.is_separate), int(how.is_confined))
+    numbers = (
+        limits.memory_bytes,
+        max(int(limits.time_s) + 1, 1),
+        limits.file_bytes,
+        int(how.is_separate),
+        int(how.is_confined),
+    )
     return [sys.executable, "-I", str(_CHILD), str(script), *map(str, numbers)]
 
 
@@ -136,7 +148,9 @@ def _text(file: Any) -> str:
 
 
 def _report(out: str, err: str, code: int, ending: str, folder: str) -> str:
-    parts = [part.rstrip("\n") for part in (shortened(out, LONGEST_RESULT * 2 // 3), _tidy(err, folder)) if part.strip()]
+    parts = [
+        part.rstrip("\n") for part in (shortened(out, LONGEST_RESULT * 2 // 3), _tidy(err, folder)) if part.strip()
+    ]
     if ending:
         parts.append(f"[{ending}]")
     elif code == NOT_ALLOWED_EXIT:

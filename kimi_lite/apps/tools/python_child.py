@@ -1,8 +1,10 @@
-"""The process that runs a model's Python: `python -I python_child.py SCRIPT MEMORY_BYTES CPU_S FILE_BYTES SEPARATE CONFINE`.
+"""The process that runs a model's Python: `python -I python_child.py SCRIPT MEMORY_BYTES CPU_S FILE_BYTES SEPARATE
+CONFINE`.
 
-Limits itself, for good, then becomes the script. Started by `apps.tools.python`, which also ends it; imports nothing of ours.
-SEPARATE "1": without a network, and nothing that the script starts lives on. CONFINE "1": it reads Python and the system's
-libraries, and writes in its own folder, nothing else. Ends with code 97 where the system does not allow what is asked for.
+Limits itself, for good, then becomes the script. Started by `apps.tools.python`, which also ends it; imports nothing of
+ours. SEPARATE "1": without a network, and nothing that the script starts lives on. CONFINE "1": it reads Python and the
+system's libraries, and writes in its own folder, nothing else. Ends with code 97 where the system does not allow what
+is asked for.
 """
 
 import ctypes
@@ -18,16 +20,28 @@ _NEW_USER, _NEW_PIDS, _NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000  # CLONE
 _PARENT_DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38  # prctl
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # Landlock's system calls, the same on every architecture
 _EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
-_ON_FILES = _EXECUTE | 1 << 1 | _READ_FILE | 1 << 14  # rights that a rule for a file may give: 1 is writing, 14 truncating
+_ON_FILES = (
+    _EXECUTE | 1 << 1 | _READ_FILE | 1 << 14
+)  # rights that a rule for a file may give: 1 is writing, 14 truncating
 _READABLE = (
     *("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types"),
-    *("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat"),
+    *(
+        "/dev/null",
+        "/dev/zero",
+        "/dev/random",
+        "/dev/urandom",
+        "/proc/self",
+        "/proc/cpuinfo",
+        "/proc/meminfo",
+        "/proc/stat",
+    ),
     "/sys/devices/system/cpu",
 )
 
 
 def separate() -> bool:
-    """Go where there is no network, and be the first process there: the others end with it, and it ends with the outer one."""
+    """Go where there is no network, and be the first process there: the others end with it, and it ends with the outer
+    one."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.unshare(_NEW_USER | _NEW_PIDS | _NEW_NETWORK) != 0:
@@ -45,13 +59,16 @@ def separate() -> bool:
 
 
 def confine(folder: str) -> bool:
-    """Give up all files but Python, the system's libraries, and those in `folder`: docs.kernel.org, userspace-api/landlock."""
+    """Give up all files but Python, the system's libraries, and those in `folder`: docs.kernel.org,
+    userspace-api/landlock."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         version = libc.syscall(_CREATE_RULESET, None, 0, 1)
         if version < 1:
             return False
-        rights = (1 << min(12 + version, 15)) - 1 if version > 1 else (1 << 13) - 1  # version 2 adds moving, 3 truncating
+        rights = (
+            (1 << min(12 + version, 15)) - 1 if version > 1 else (1 << 13) - 1
+        )  # version 2 adds moving, 3 truncating
         ruleset = libc.syscall(_CREATE_RULESET, struct.pack("Q", rights), 8, 0)
         reading = _EXECUTE | _READ_FILE | _READ_DIR
         places = dict.fromkeys((*_READABLE, sys.prefix, sys.base_prefix, *sys.path), reading)

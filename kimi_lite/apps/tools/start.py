@@ -1,4 +1,4 @@
-"""From the flags `--tools`, `--mcp-config` and `--allow` to a box of tools. Used by `apps.run` and `apps.chat_start`."""
+"""From the flags `--tools`, `--mcp-config` and `--allow` to a box of tools."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,7 +19,9 @@ def open_tools(flags: Mapping[str, Any]) -> "ToolBox | None":
     folder, config = (None if flags[name] is None else Path(flags[name]) for name in ("tools", "mcp_config"))
     if folder is None and config is None:
         if flags["allow"]:
-            raise KimiLiteError("--allow names tools, and there are none.", "Say --tools FOLDER or --mcp-config FILE, too.")
+            raise KimiLiteError(
+                "--allow names tools, and there are none.", "Say --tools FOLDER or --mcp-config FILE, too."
+            )
         return None
     from kimi_lite.apps.tools.box import ToolBox
 

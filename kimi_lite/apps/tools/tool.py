@@ -27,7 +27,8 @@ class ToolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """`parameters` is a JSON schema; `run` takes arguments that were checked against it, and a question to ask now and then."""
+    """`parameters` is a JSON schema; `run` takes arguments that were checked against it, and a question to ask now and
+    then."""
 
     name: str
     description: str
@@ -48,7 +49,8 @@ def parameters(required: tuple[str, ...] = (), **properties: Mapping[str, Any]) 
 
 
 def check_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
-    """ToolError where required arguments are missing, unknown ones given, or simple types wrong; deeper ones are the tool's."""
+    """ToolError where required arguments are missing, unknown ones given, or simple types wrong; deeper ones are the
+    tool's."""
     properties = schema.get("properties") or {}
     missing = [name for name in schema.get("required") or () if name not in arguments]
     if missing:

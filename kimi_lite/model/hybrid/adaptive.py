@@ -1,9 +1,9 @@
 """What changes between steps of its own accord: threads of the CPU's experts, promotions, where the two sides meet.
 
-Every decode step is a measurement (`memory.calibration`). Called by `hybrid.transformer` before and after each step.
+Every decode step is a measurement (`experts.costs`).
 """
 
-from kimi_lite.memory.calibration import Growth, PromotionBudget, Tuner
+from kimi_lite.experts.costs import Growth, PromotionBudget, Tuner
 from kimi_lite.model.hybrid.routed import RoutedExperts
 
 MAX_PROMOTIONS = 4  # a step: 37 MB of Kimi K2.5's experts, 2 ms of the bus
@@ -12,7 +12,9 @@ MAX_PROMOTIONS = 4  # a step: 37 MB of Kimi K2.5's experts, 2 ms of the bus
 class Adaptive:
     """`experts` may be None: a model without any has nothing to adapt."""
 
-    def __init__(self, experts: RoutedExperts | None, thread_counts: list[int], max_promotions: int = MAX_PROMOTIONS) -> None:
+    def __init__(
+        self, experts: RoutedExperts | None, thread_counts: list[int], max_promotions: int = MAX_PROMOTIONS
+    ) -> None:
         """thread_counts: ascending, what may be tried; the last is where it begins."""
         self._experts = experts
         self._threads = Tuner(thread_counts, start=thread_counts[-1])
@@ -21,7 +23,8 @@ class Adaptive:
         self._num_promoted = 0
 
     def begin(self, num_tokens: int, is_decoding: bool) -> None:
-        """Before a step. Long prompts promote nothing: the bus has other work, and what they want is no guide to decoding."""
+        """Before a step. Long prompts promote nothing: the bus has other work, and what they want is no guide to
+        decoding."""
         if self._experts is None:
             return
         budget = self._budget.next() if is_decoding else 0

@@ -1,18 +1,19 @@
 """Multi-head latent attention on the device: absorbed over the paged cache, expanded through torch's fused attention.
 
 Absorbed (decoding): W_UK is moved to the query and W_UV behind the sum, so that all heads read the one latent. Expanded
-(prompts): keys and values of some heads at a time are made from the latents. DeepSeek-V2, arXiv 2405.04434, section 2.1.
+(prompts): keys and values of some heads at a time are made from the latents. DeepSeek-V2, arXiv 2405.04434, section
+2.1.
 """
 
 import torch
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.arch.config import ModelConfig
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.step import ExpandedSlice, Step
 from kimi_lite.model.hybrid.weights import DenseMatrix, DenseWeights
-from native.latent_rows import GROUP_VALUES
+from kimi_lite.native.latent_rows import GROUP_VALUES
 
 EXPANDED_BYTES = 512 * 1024**2  # keys and values that exist at a time
 

@@ -1,21 +1,21 @@
 """The experts that are not in VRAM, computed by the CPU where they lie, while the GPU does its part.
 
-`compute`: each choice's product goes to a row of its own in pinned memory, so that the sum over a token's experts does not
-depend on which of them were in VRAM. `sum_into`: the weighted sum, for prompts. Called by `hybrid.routed` and `hybrid.streamed`.
+`compute`: each choice's product goes to a row of its own in pinned memory, so that the sum over a token's experts does
+not depend on which of them were in VRAM. `sum_into`: the weighted sum, for prompts.
 """
 
 import numpy as np
 import torch
 
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.expert_cache import ExpertCache
-from kimi_lite.memory.experts import LayerExperts
-from kimi_lite.model.config import ModelConfig
-from native.cpu.activations import Activations
-from native.cpu.experts import ExpertsOp, experts_scratch_bytes
-from native.cpu.linear import quantize_op
-from native.cpu.run import RunTable
-from native.cpu.threads import Program, Team
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.ram import ExpertCache
+from kimi_lite.model.cpu.experts import LayerExperts
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.run import RunTable
+from kimi_lite.native.cpu.threads import Program, Team
 
 
 class HostCopies:
@@ -80,7 +80,8 @@ class CpuExperts:
     def sum_into(
         self, out: np.ndarray, layer: int, x: np.ndarray, expert_ids: np.ndarray, weights: np.ndarray, num_threads: int
     ) -> None:
-        """out float32 (t, D) = sum over a token's choices that are not -1 of weight * product; the rest as `compute`."""
+        """out float32 (t, D) = sum over a token's choices that are not -1 of weight * product; the rest as
+        `compute`."""
         self._set_inputs(x, expert_ids)
         self._weights[: len(x)], self._sums[: len(x)] = weights, 0
         self._run_program(layer, self._sum_programs[layer], expert_ids, num_threads)
@@ -104,7 +105,8 @@ class CpuExperts:
         self._run.set_tokens(self._tokens[:count])
 
     def keep_awake(self, num_threads: int) -> None:
-        """A moment of nothing on all threads, so that they are there when the GPU has chosen: waking them takes long."""
+        """A moment of nothing on all threads, so that they are there when the GPU has chosen: waking them takes
+        long."""
         self._teams[num_threads].run(self._nothing)
 
     def close(self) -> None:

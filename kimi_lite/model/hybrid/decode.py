@@ -3,10 +3,10 @@
     before 0 | beside 0 | before 1 | beside 1 | ... | last
                  CPU experts of layer 0   of layer 1
 
-`before` adds the previous layer's experts, then attention and router, and ends with copies of what the CPU needs; `beside` is the
-shared expert and the experts in VRAM, and runs while the CPU computes the others. A segment runs as plain calls the first time
-(that compiles its kernels), is captured the second time, and is replayed from then on; on a device without graphs it always runs
-as plain calls. All that changes from step to step lies in buffers that never move. Called by `hybrid.transformer`.
+`before` adds the previous layer's experts, then attention and router, and ends with copies of what the CPU needs;
+`beside` is the shared expert and the experts in VRAM, and runs while the CPU computes the others. A segment runs as
+plain calls the first time (that compiles its kernels), is captured the second time, and is replayed from then on; on a
+device without graphs it always runs as plain calls. All that changes from step to step lies in buffers that never move.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.gpu_device import Accelerator
 from kimi_lite.model.hybrid.cpu_experts import HostCopies
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.routed import RoutedExperts
@@ -23,7 +23,8 @@ from kimi_lite.model.hybrid.step import Step
 
 
 class Graphs:
-    """What the segments of one shape share: graph memory, as they run one after the other, and a stream to capture on."""
+    """What the segments of one shape share: graph memory, as they run one after the other, and a stream to capture
+    on."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._device = accelerator.device

@@ -1,6 +1,5 @@
-"""Puts the tiers of the routed experts together: how much VRAM is left for slots and for prompts, and who computes what.
-
-Called by `hybrid.transformer` when the dense weights and the cache have their place: what is free is known then, not guessed.
+"""Puts the tiers of the routed experts together: how much VRAM is left for slots and for prompts, and who computes
+what.
 """
 
 from collections.abc import Callable
@@ -9,27 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.sizes import ModelSizes, store_sizes
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.calibration import ExpertCosts
-from kimi_lite.memory.expert_cache import ExpertCache
-from kimi_lite.memory.expert_places import find_places
-from kimi_lite.memory.expert_source import ExpertSource
-from kimi_lite.memory.experts import LayerExperts, layer_experts
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.heat import load_heat, save_heat
-from kimi_lite.memory.plan_room import PROMPT_CHUNKS, STREAM_EXPERTS, card_work_bytes
-from kimi_lite.memory.prompt_stream import PromptStream
-from kimi_lite.memory.vram_slots import VramSlots
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.experts.costs import ExpertCosts
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.heat import load_heat, save_heat
+from kimi_lite.experts.options import TierOptions
+from kimi_lite.experts.places import find_places
+from kimi_lite.experts.ram import ExpertCache
+from kimi_lite.experts.source import ExpertSource
+from kimi_lite.experts.stream import PromptStream
+from kimi_lite.experts.vram import VramSlots
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.model.cpu.experts import LayerExperts, layer_experts
+from kimi_lite.model.cpu.transformer import physical_cores
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.routed import ROW_TOKENS, RoutedExperts
 from kimi_lite.model.hybrid.streamed import StreamedExperts
 from kimi_lite.model.hybrid.weights import DenseType
-from kimi_lite.model.sizes import ModelSizes, store_sizes
-from kimi_lite.model.tier_options import TierOptions
-from kimi_lite.model.transformer import physical_cores
+from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS, card_work_bytes
 from kimi_lite.units import gib_apart
 
 _RESERVE_BYTES = 512 * 1024**2  # graphs, libraries, what allocation leaves between pieces
@@ -69,12 +68,16 @@ def divide_vram(sizes: ModelSizes, slot_bytes: int, free_bytes: int | None, opti
     work_bytes = card_work_bytes(sizes, fitting[0])
     if work_bytes > room:
         need, have = gib_apart(work_bytes + _RESERVE_BYTES, free_bytes)
-        problem = f"A prompt's chunk of {fitting[0]:,} tokens needs {need} of VRAM beside weights and cache; {have} is left"
+        problem = (
+            f"A prompt's chunk of {fitting[0]:,} tokens needs {need} of VRAM beside weights and cache; {have} is left"
+        )
         raise KimiLiteError(f"{problem}.", "Try a shorter context (-c), --kv-dtype f16, or --device cpu.")
     most = min((room - work_bytes) // slot_bytes if slot_bytes else 0, sizes.num_experts)
     wanted = options.num_gpu_experts
     if wanted is not None and wanted > most:
-        raise KimiLiteError(f"--gpu-experts {wanted:,}: there is room in VRAM for {most:,}.", f"Try --gpu-experts {most}.")
+        raise KimiLiteError(
+            f"--gpu-experts {wanted:,}: there is room in VRAM for {most:,}.", f"Try --gpu-experts {most}."
+        )
     return VramShares(most if wanted is None else wanted, fitting[0])
 
 
@@ -112,14 +115,18 @@ def open_experts(
     return experts, shares.chunk_tokens
 
 
-def _open_cache(store: GGUFStore, config: ModelConfig, layers: dict[int, LayerExperts], tier: TierOptions) -> ExpertCache:
+def _open_cache(
+    store: GGUFStore, config: ModelConfig, layers: dict[int, LayerExperts], tier: TierOptions
+) -> ExpertCache:
     """The slots in RAM for experts that the disk brings."""
     tables = {layer: experts.table for layer, experts in layers.items()}
     reading = (tier.num_readers, tier.is_direct)
     return ExpertCache(find_places(store, config), tables, tier.budget_bytes, config.num_experts_used, *reading)
 
 
-def _fill_cache(cache: ExpertCache, tier: TierOptions, heat: np.ndarray | None, report: Callable[[str, int, int], None]) -> None:
+def _fill_cache(
+    cache: ExpertCache, tier: TierOptions, heat: np.ndarray | None, report: Callable[[str, int, int], None]
+) -> None:
     """What is in RAM before the first token: everything, or in the background what was hot the last time."""
     if tier.is_locked:
         cache.lock()

@@ -1,9 +1,10 @@
-"""The dense half of feed-forward on the device: dense layers, router, shared expert. Routed experts are in `hybrid.routed`."""
+"""The dense half of feed-forward on the device: dense layers, router, shared expert. Routed experts are in
+`hybrid.routed`."""
 
 import torch
 
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, RouterRule
 from kimi_lite.model.hybrid.weights import DenseWeights
 
@@ -26,16 +27,21 @@ class FeedForward:
 class Router:
     """Scores, selection bias, top-k, in float32."""
 
-    def __init__(self, store: GGUFStore, weights: DenseWeights, config: ModelConfig, layer: int, kernels: Kernels) -> None:
+    def __init__(
+        self, store: GGUFStore, weights: DenseWeights, config: ModelConfig, layer: int, kernels: Kernels
+    ) -> None:
         block = f"blk.{layer}"
         self._kernels, self._rule = kernels, RouterRule.of(config)
         self.ffn_gate_inp = weights.exact_matrix(f"{block}.ffn_gate_inp.weight")
-        self.exp_probs_b = weights.vector(f"{block}.exp_probs_b.bias") if f"{block}.exp_probs_b.bias" in store.tensors else None
+        self.exp_probs_b = (
+            weights.vector(f"{block}.exp_probs_b.bias") if f"{block}.exp_probs_b.bias" in store.tensors else None
+        )
         self._slot_of: torch.Tensor | None = None
         self._cache_bias = 0.0
 
     def prefer_resident(self, slot_of: torch.Tensor, cache_bias: float) -> None:
-        """From now on experts with a slot gain `cache_bias` in the choice (arXiv 2412.00099). slot_of: int32 (E,), live."""
+        """From now on experts with a slot gain `cache_bias` in the choice (arXiv 2412.00099). slot_of: int32 (E,),
+        live."""
         self._slot_of, self._cache_bias = slot_of, cache_bias
 
     def forward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

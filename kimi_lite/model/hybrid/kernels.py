@@ -1,7 +1,7 @@
 """The operations that the GPU road is made of: one class on `native.gpu`'s Triton kernels, and the protocol it follows.
 
-Tests put another class in its place that computes the same on a CPU device. Float tensors are float32 unless a comment says
-otherwise; every operation allocates its result. Called by the other modules of this package.
+Tests put another class in its place that computes the same on a CPU device. Float tensors are float32 unless a comment
+says otherwise; every operation allocates its result.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from kimi_lite.memory.expert_source import SlotForm
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.source import SlotForm
 
 if TYPE_CHECKING:
     from kimi_lite.model.hybrid.weights import DenseMatrix
 
 
-MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here go through captured segments
+MAX_DECODE_TOKENS = (
+    16  # rows that the matrix-vector kernels take, in float32; steps up to here go through captured segments
+)
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin of each token's position (T, P / 2)
 
 
@@ -61,9 +63,16 @@ class Kernels(Protocol):
         """(T, H, P) and (T, P / 2): neighbouring pairs turned in place; returns x."""
 
     def write_latent(
-        self, kv: torch.Tensor, weight: torch.Tensor, eps: float, angles: Angles, storage: torch.Tensor, slots: torch.Tensor
+        self,
+        kv: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        angles: Angles,
+        storage: torch.Tensor,
+        slots: torch.Tensor,
     ) -> None:
-        """(T, R + P) -> storage (pages, 64, R + P) at `slots` int64 (T,): normed latent and rotated key; -1 is skipped."""
+        """(T, R + P) -> storage (pages, 64, R + P) at `slots` int64 (T,): normed latent and rotated key; -1 is
+        skipped."""
 
     def mla_decode(
         self,
@@ -74,9 +83,12 @@ class Kernels(Protocol):
         lengths: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """(T, H, R), (T, H, P), int32 (T, pages), int32 (T,) -> (T, H, R): each token attends to its `lengths` positions."""
+        """(T, H, R), (T, H, P), int32 (T, pages), int32 (T,) -> (T, H, R): each token attends to its `lengths`
+        positions."""
 
-    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, E) -> int32 (T, top_k) and weights (T, top_k)."""
 
     def expert_choices(
@@ -88,7 +100,8 @@ class Kernels(Protocol):
         token_of_choice: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D), uint8 (slots, slot_bytes), int32 (n,) twice -> `out` (n, D) unweighted. Rows of slot -1 are nothing."""
+        """(T, D), uint8 (slots, slot_bytes), int32 (n,) twice -> `out` (n, D) unweighted. Rows of slot -1 are
+        nothing."""
 
     def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
         """(T, K, D), (T, K) -> (T, D), choice after choice, then + base (T, D)."""
@@ -98,7 +111,7 @@ class TritonKernels:
     """`native.gpu`, imported when this is made: it needs Triton and a CUDA device, or Triton's interpreter."""
 
     def __init__(self) -> None:
-        from native.gpu import dequant, elementwise, experts, linear, mla, router
+        from kimi_lite.native.gpu import dequant, elementwise, experts, linear, mla, router
 
         self._dequant, self._elementwise, self._experts = dequant, elementwise, experts
         self._linear, self._mla, self._router = linear, mla, router
@@ -123,7 +136,13 @@ class TritonKernels:
         return self._elementwise.rope(x, cos, sin)
 
     def write_latent(
-        self, kv: torch.Tensor, weight: torch.Tensor, eps: float, angles: Angles, storage: torch.Tensor, slots: torch.Tensor
+        self,
+        kv: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        angles: Angles,
+        storage: torch.Tensor,
+        slots: torch.Tensor,
     ) -> None:
         self._mla.write_latent(kv, weight, eps, *angles, storage, slots)
 
@@ -138,7 +157,9 @@ class TritonKernels:
     ) -> torch.Tensor:
         return self._mla.mla_decode(q_latent, q_rope, storage, page_table, lengths, scale)
 
-    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = (rule.num_groups, rule.num_groups_used)
         return self._router.route(logits, bias, rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)
 

@@ -1,11 +1,12 @@
-"""One transformer layer on the device: attention, then a dense feed-forward or router, shared expert and routed experts."""
+"""One transformer layer on the device: attention, then a dense feed-forward or router, shared expert and routed
+experts."""
 
 from functools import partial
 
 import torch
 
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.hybrid.attention import Attention
 from kimi_lite.model.hybrid.feed_forward import FeedForward, Router
 from kimi_lite.model.hybrid.kernels import Kernels
@@ -18,7 +19,13 @@ class Layer:
     """`storage`: this layer's pages of the cache."""
 
     def __init__(
-        self, store: GGUFStore, weights: DenseWeights, config: ModelConfig, number: int, storage: torch.Tensor, kernels: Kernels
+        self,
+        store: GGUFStore,
+        weights: DenseWeights,
+        config: ModelConfig,
+        number: int,
+        storage: torch.Tensor,
+        kernels: Kernels,
     ) -> None:
         ffn = f"blk.{number}.ffn"
         self.number, self._storage, self._kernels, self._eps = number, storage, kernels, config.rms_norm_eps

@@ -1,28 +1,26 @@
-"""Builds the GPU road from a model file: the cache on the device first, then the dense weights, then experts in what is left.
-
-Called by `engine.loader` when a CUDA device is to be used.
+"""Builds the GPU road from a model file: the cache on the device first, then the dense weights, then experts in what is
+left.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from kimi_lite.engine.options import LoadOptions
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.heat import heat_path
-from kimi_lite.memory.kv import KVCache, bytes_per_token
-from kimi_lite.memory.routing import RoutingRecorder
-from kimi_lite.model.batch import PAGE_TOKENS
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.heat import heat_path
+from kimi_lite.experts.options import TierOptions
+from kimi_lite.experts.recorder import RoutingRecorder
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.pages import KVCache, bytes_per_token
 from kimi_lite.model.hybrid.experts import HybridOptions
 from kimi_lite.model.hybrid.kernels import TritonKernels
 from kimi_lite.model.hybrid.transformer import HybridTransformer
-from kimi_lite.model.sizes import store_sizes
-from kimi_lite.model.tier_options import TierOptions
+from kimi_lite.native.latent_rows import PAGE_TOKENS, row_length
+from kimi_lite.options import LoadOptions
 from kimi_lite.units import gib_apart
-from native.latent_rows import row_length
 
 KV_STORAGE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8": torch.uint8}
 _WORK_BYTES = 1024**3  # the least that a prompt and libraries need beside weights and cache
@@ -38,7 +36,8 @@ def load_hybrid(
     tier: TierOptions | None = None,
     recorder: RoutingRecorder | None = None,
 ) -> tuple[HybridTransformer, KVCache]:
-    """Raises KimiLiteError, with need and have, where weights and cache do not fit into the VRAM that is free or allowed."""
+    """Raises KimiLiteError, with need and have, where weights and cache do not fit into the VRAM that is free or
+    allowed."""
     accelerator = Accelerator(device, options.vram_bytes)
     kv = make_device_cache(store, config, context_length, options.kv_dtype, accelerator)
     chosen = HybridOptions(
@@ -53,7 +52,9 @@ def load_hybrid(
         return HybridTransformer(store, config, kv, accelerator, TritonKernels(), chosen, report, recorder), kv
     except torch.OutOfMemoryError as error:
         problem = f"The GPU ran out of memory while the model was loaded: {str(error).splitlines()[0]}"
-        raise KimiLiteError(problem, "Close what else uses the GPU, or try a shorter context (-c) or --device cpu.") from error
+        raise KimiLiteError(
+            problem, "Close what else uses the GPU, or try a shorter context (-c) or --device cpu."
+        ) from error
 
 
 def make_device_cache(
@@ -69,7 +70,9 @@ def make_device_cache(
         need, have = gib_apart(need_bytes, have_bytes)
         fitting = int((have_bytes - dense_bytes - _WORK_BYTES) / token_bytes) // 1024
         hint = f"Try -c {fitting}K, --kv-dtype q8 or --device cpu." if fitting > 0 else "Try --device cpu."
-        raise KimiLiteError(f"Weights and a context of {context_length:,} tokens need {need} of VRAM; {have} is free.", hint)
+        raise KimiLiteError(
+            f"Weights and a context of {context_length:,} tokens need {need} of VRAM; {have} is free.", hint
+        )
     shape = (config.num_layers, num_pages, PAGE_TOKENS, row_length(kv_dtype, config.kv_latent_size))
     storage = accelerator.zeros(shape, KV_STORAGE[kv_dtype])
     return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype, storage=storage)

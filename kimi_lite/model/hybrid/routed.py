@@ -1,8 +1,10 @@
-"""The routed experts of a layer behind one call, wherever they are: VRAM, RAM, disk, or passing through the GPU for a prompt.
+"""The routed experts of a layer behind one call, wherever they are: VRAM, RAM, disk, or passing through the GPU for a
+prompt.
 
-Up to ROW_TOKENS tokens: experts with a slot are computed by the GPU, the others by the CPU at the same time, and every choice's
-product has a row of its own, added up in the order of the choices, so that nothing depends on where an expert was. Where it is
-cheaper (`calibration.ExpertCosts`), and always beyond ROW_TOKENS, a batch goes through `hybrid.streamed`.
+Up to ROW_TOKENS tokens: experts with a slot are computed by the GPU, the others by the CPU at the same time, and every
+choice's product has a row of its own, added up in the order of the choices, so that nothing depends on where an expert
+was. Where it is cheaper (`calibration.ExpertCosts`), and always beyond ROW_TOKENS, a batch goes through
+`hybrid.streamed`.
 
     y = experts.forward(layer, normed, ids, weights, beside=shared_expert)
 
@@ -16,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kimi_lite.memory.accelerator import Accelerator, Event
-from kimi_lite.memory.calibration import ExpertCosts
-from kimi_lite.memory.expert_source import ExpertSource
-from kimi_lite.memory.vram_slots import VramSlots
+from kimi_lite.experts.costs import ExpertCosts
+from kimi_lite.experts.gpu_device import Accelerator, Event
+from kimi_lite.experts.source import ExpertSource
+from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.streamed import StreamedExperts
@@ -77,7 +79,8 @@ class RoutedExperts:
         beside: Callable[[], torch.Tensor | None],
         may_stream: bool = True,
     ) -> torch.Tensor:
-        """(T, D), int32 (T, K), (T, K) -> (T, D): the weighted sum over the chosen experts, plus what `beside` computes.
+        """(T, D), int32 (T, K), (T, K) -> (T, D): the weighted sum over the chosen experts, plus what `beside`
+        computes.
 
         may_stream: not for decoding, which never waits for an upload however many sequences there are.
         """
@@ -103,12 +106,15 @@ class RoutedExperts:
     def hits(
         self, layer: int, normed: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot int32 (T * K,) of every choice, -1 for those on the CPU, and the rows (T * K, D) of those that have one."""
+        """Slot int32 (T * K,) of every choice, -1 for those on the CPU, and the rows (T * K, D) of those that have
+        one."""
         flat = ids.reshape(-1)
         slot_of_choice = self.slots.table[layer].index_select(0, flat)
         token_of_choice = torch.arange(len(flat), device=flat.device, dtype=torch.int32) // ids.shape[1]
         choices = (slot_of_choice, token_of_choice)
-        return slot_of_choice, self._kernels.expert_choices(normed, self.slots.slots, self._source.form(layer), *choices, out)
+        return slot_of_choice, self._kernels.expert_choices(
+            normed, self.slots.slots, self._source.form(layer), *choices, out
+        )
 
     def misses(self, layer: int, host: HostCopies, num_tokens: int, copied: Event) -> bool:
         """Wait for the router, then compute what has no slot into `cpu.rows`. False when every choice has one."""
@@ -122,7 +128,8 @@ class RoutedExperts:
         weights: torch.Tensor,
         aside: torch.Tensor | None,
     ) -> torch.Tensor:
-        """(T * K,), (T * K, D) twice, (T, K), (T, D) -> (T, D): in the order of the choices, wherever each was computed."""
+        """(T * K,), (T * K, D) twice, (T, K), (T, D) -> (T, D): in the order of the choices, wherever each was
+        computed."""
         rows = torch.where((slot_of_choice >= 0)[:, None], hit_rows, miss_rows)
         return self._kernels.weighted_sum(rows.view(*weights.shape, -1), weights, aside)
 

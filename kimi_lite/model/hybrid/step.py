@@ -1,7 +1,8 @@
 """One batch as the device sees it: rotations, cache slots, and which rows attend in which form.
 
-Absorbed rows (decoding, short slices) are described by tables of fixed shapes, so that a captured CUDA graph can be run again
-with other contents; expanded slices (prompts) are Python objects, as no graph runs them. Made by `HybridTransformer.forward`.
+Absorbed rows (decoding, short slices) are described by tables of fixed shapes, so that a captured CUDA graph can be run
+again with other contents; expanded slices (prompts) are Python objects, as no graph runs them. Made by
+`HybridTransformer.forward`.
 """
 
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.model.batch import PAGE_TOKENS, Batch, SequenceSlice
-from kimi_lite.model.config import ModelConfig
-from kimi_lite.model.rope import rope_attention_factor, rope_inverse_frequencies
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.rope import rope_attention_factor, rope_inverse_frequencies
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.model.batch import Batch, SequenceSlice
+from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +54,8 @@ class StepMaker:
         self._factor = rope_attention_factor(config)
 
     def make(self, batch: Batch, expanded: list[SequenceSlice], num_rows: int = 0, num_pages: int = 0) -> Step:
-        """`expanded`: slices that attend in the expanded form. num_rows, num_pages: at least so many, for a graph's shapes."""
+        """`expanded`: slices that attend in the expanded form. num_rows, num_pages: at least so many, for a graph's
+        shapes."""
         num_tokens = max(len(batch.token_ids), num_rows)
         slots = np.full(num_tokens, -1, np.int64)
         slots[: len(batch.token_ids)] = cache_slots(batch)
@@ -103,7 +106,9 @@ def num_pages_seen(batch: Batch) -> int:
     return int(batch.positions.max()) // PAGE_TOKENS + 1
 
 
-def _absorbed_tables(batch: Batch, pieces: list[SequenceSlice], num_rows: int, num_pages: int) -> tuple[np.ndarray, np.ndarray]:
+def _absorbed_tables(
+    batch: Batch, pieces: list[SequenceSlice], num_rows: int, num_pages: int
+) -> tuple[np.ndarray, np.ndarray]:
     """int32 (rows, pages) and (rows,); rows beyond the batch's see no position."""
     num_pages = max(num_pages, num_pages_seen(batch))
     page_table, lengths = np.zeros((num_rows, num_pages), np.int32), np.zeros(num_rows, np.int32)

@@ -1,8 +1,9 @@
-"""Routed experts of a prompt: the most wanted ones stream through the GPU while the CPU computes those that few tokens want.
+"""Routed experts of a prompt: the most wanted ones stream through the GPU while the CPU computes those that few tokens
+want.
 
-`divide` decides which is which; experts with a slot in VRAM need no copy. On the GPU the choices are sorted by expert, each
-group's products are computed at once and added expert by expert, so that the result does not depend on timing. The CPU sums its
-share apart, and both sums meet at the end of the layer. Called by `hybrid.routed`.
+`divide` decides which is which; experts with a slot in VRAM need no copy. On the GPU the choices are sorted by expert,
+each group's products are computed at once and added expert by expert, so that the result does not depend on timing. The
+CPU sums its share apart, and both sums meet at the end of the layer.
 """
 
 import time
@@ -14,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.calibration import ExpertCosts
-from kimi_lite.memory.expert_source import ExpertSource, SlotForm
-from kimi_lite.memory.prompt_stream import PromptStream
-from kimi_lite.memory.vram_slots import VramSlots
+from kimi_lite.experts.costs import ExpertCosts
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.source import ExpertSource, SlotForm
+from kimi_lite.experts.stream import PromptStream
+from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
 
@@ -78,7 +79,9 @@ class StreamedExperts:
             self._costs.doubt_stream()
         if len(absent) - num_streamed < _SMALL_SHARE * len(absent):
             num_streamed = len(absent)
-        return Division(chosen, resident, sorted(absent[:num_streamed].tolist()), sorted(absent[num_streamed:].tolist()))
+        return Division(
+            chosen, resident, sorted(absent[:num_streamed].tolist()), sorted(absent[num_streamed:].tolist())
+        )
 
     def forward(
         self,
@@ -89,7 +92,8 @@ class StreamedExperts:
         beside: Callable[[], torch.Tensor | None],
         num_threads: int,
     ) -> torch.Tensor:
-        """inputs: normed (T, D), ids int32 (T, K), weights (T, K) -> (T, D). `host` is for the copies that the CPU needs."""
+        """inputs: normed (T, D), ids int32 (T, K), weights (T, K) -> (T, D). `host` is for the copies that the CPU
+        needs."""
         normed, _, weights = inputs
         if not self._stream.has_requested(layer):
             self._stream.request(layer, division.streamed)
@@ -123,7 +127,8 @@ class StreamedExperts:
         self._stream.close()
 
     def _request_ahead(self, layer: int) -> None:
-        """Everything streams, so the next layer will want nearly every expert too: begin before its router has spoken."""
+        """Everything streams, so the next layer will want nearly every expert too: begin before its router has
+        spoken."""
         if layer < self._source.num_layers:
             self._stream.request(layer, np.flatnonzero(~self._slots.residents(layer)).tolist())
 
@@ -184,7 +189,9 @@ class StreamedExperts:
         for first in range(0, len(chosen), self._cpu.capacity):
             rows = slice(first, first + self._cpu.capacity)
             num_read += len(np.setdiff1d(chosen[rows], [-1]))
-            self._cpu.sum_into(total[rows], layer, host_x[: len(chosen)][rows], chosen[rows], host_weights[rows], num_threads)
+            self._cpu.sum_into(
+                total[rows], layer, host_x[: len(chosen)][rows], chosen[rows], host_weights[rows], num_threads
+            )
         elapsed_s = time.perf_counter() - start_s
         self.cpu_s += elapsed_s
         self._costs.observe_cpu(num_read, int((chosen >= 0).sum()), elapsed_s)

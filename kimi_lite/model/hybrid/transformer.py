@@ -1,7 +1,8 @@
-"""The forward pass with a GPU: a batch of tokens in, logits out, like `kimi_lite.model.transformer.Transformer` on the CPU.
+"""The forward pass with a GPU: a batch of tokens in, logits out, like `kimi_lite.model.cpu.transformer.Transformer` on
+the CPU.
 
-Attention, routers, shared experts, norms and the head are on the device; routed experts are wherever `hybrid.routed` finds them.
-Batches of up to 16 tokens go through captured segments (`hybrid.decode`), longer ones layer by layer.
+Attention, routers, shared experts, norms and the head are on the device; routed experts are wherever `hybrid.routed`
+finds them. Batches of up to 16 tokens go through captured segments (`hybrid.decode`), longer ones layer by layer.
 """
 
 import time
@@ -11,13 +12,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.kv import KVCache
-from kimi_lite.memory.routing import RoutingRecorder
-from kimi_lite.model.batch import PAGE_TOKENS, Batch, Cancelled, SequenceSlice
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.recorder import RoutingRecorder
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.pages import KVCache
+from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
+from kimi_lite.model.cpu.transformer import check_sizes, choose_expanded
+from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import HybridOptions, open_experts, thread_counts
@@ -25,9 +28,8 @@ from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.step import StepMaker, is_decoding, num_pages_seen
 from kimi_lite.model.hybrid.weights import DenseWeights
-from kimi_lite.model.transformer import check_sizes, choose_expanded
-from kimi_lite.model.weights import check_types, compile_kernels
-from native.cpu.matrix import dequantize
+from kimi_lite.native.cpu.matrix import dequantize
+from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 MAX_LOGITS = 64  # rows of logits made at once
 _NUM_DECODE_SHAPES = 6  # whose graphs are kept
@@ -47,9 +49,11 @@ class HybridTransformer:
         on_progress: Callable[[str, int, int], None] | None = None,
         recorder: RoutingRecorder | None = None,
     ) -> None:
-        """kv: its storage is a tensor of the device. Raises KimiLiteError for what the model lacks or the device has no room for.
+        """kv: its storage is a tensor of the device. Raises KimiLiteError for what the model lacks or the device has no
+        room for.
 
-        on_progress(what is being done, units done, units in all): loading takes seconds. recorder: of what tokens choose.
+        on_progress(what is being done, units done, units in all): loading takes seconds. recorder: of what tokens
+        choose.
         """
         report = on_progress or (lambda stage, done, total: None)
         check_types(store)
@@ -90,7 +94,8 @@ class HybridTransformer:
 
     @torch.inference_mode()
     def warm_up(self, report: Callable[[str, int, int], None]) -> None:
-        """Before the first prompt: compile the GPU's kernels and capture a decode step's graphs. Page 0 holds nothing yet."""
+        """Before the first prompt: compile the GPU's kernels and capture a decode step's graphs. Page 0 holds nothing
+        yet."""
         page = np.zeros(1, np.int32)
         one = Batch(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, bool), (SequenceSlice(0, 1, page),))
         for done in range(2):  # the first compiles, the second captures
@@ -168,8 +173,13 @@ class HybridTransformer:
             return self._forward_long(batch, should_stop)
         except torch.OutOfMemoryError as error:
             self._give_up()
-            problem = f"The GPU ran out of memory in a pass over {len(batch.token_ids):,} tokens: {str(error).splitlines()[0]}"
-            raise KimiLiteError(problem, "Close what else uses the GPU, or allow fewer experts there: --gpu-experts.") from error
+            problem = (
+                f"The GPU ran out of memory in a pass over {len(batch.token_ids):,} tokens: "
+                f"{str(error).splitlines()[0]}"
+            )
+            raise KimiLiteError(
+                problem, "Close what else uses the GPU, or allow fewer experts there: --gpu-experts."
+            ) from error
         except BaseException:
             self._give_up()
             raise
@@ -199,4 +209,6 @@ class HybridTransformer:
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) -> logits (T, vocabulary)."""
-        return self._kernels.linear(self._kernels.rms_norm(x, self._output_norm, self.config.rms_norm_eps), self._output)
+        return self._kernels.linear(
+            self._kernels.rms_norm(x, self._output_norm, self.config.rms_norm_eps), self._output
+        )

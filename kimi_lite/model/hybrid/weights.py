@@ -1,7 +1,7 @@
 """Dense weights on the device: as Q8_0 whatever the file holds, as bfloat16, or exactly as in the file.
 
-Bytes go through pinned memory; what has another type is expanded and encoded again on the device itself, so that loading takes as
-long as reading the file. Called by `hybrid.attention`, `hybrid.feed_forward` and `hybrid.transformer`.
+Bytes go through pinned memory; what has another type is expanded and encoded again on the device itself, so that
+loading takes as long as reading the file.
 """
 
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.gguf_store import GGUFStore, TensorView
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.gguf.store import GGUFStore, TensorView
+from kimi_lite.model.cpu.weights import vector
 from kimi_lite.model.hybrid.kernels import Kernels
-from kimi_lite.model.weights import vector
-from native.layouts import BY_NAME
+from kimi_lite.native.layouts import BY_NAME
 
 DenseType = Literal["q8_0", "bf16", "file"]
 _STAGING_BYTES = 64 * 1024**2
@@ -40,7 +40,9 @@ class DenseMatrix:
 class DenseWeights:
     """Reads a store's tensors onto the device. `num_bytes`: what they take there."""
 
-    def __init__(self, store: GGUFStore, accelerator: Accelerator, kernels: Kernels, dense_type: DenseType = "q8_0") -> None:
+    def __init__(
+        self, store: GGUFStore, accelerator: Accelerator, kernels: Kernels, dense_type: DenseType = "q8_0"
+    ) -> None:
         self._store, self._accelerator, self._kernels, self.dense_type = store, accelerator, kernels, dense_type
         self._staging = accelerator.pinned((_STAGING_BYTES,), torch.uint8)
         self.num_bytes = 0
@@ -68,7 +70,8 @@ class DenseWeights:
         return torch.from_numpy(vector(self._store, name)).to(self._accelerator.device)
 
     def heads(self, config: ModelConfig, layer: int) -> tuple[DenseMatrix, DenseMatrix]:
-        """W_UK (H, kv_lora, nope) and W_UV (H, v, kv_lora), multiplied head by head; older files join them in `attn_kv_b`."""
+        """W_UK (H, kv_lora, nope) and W_UV (H, v, kv_lora), multiplied head by head; older files join them in
+        `attn_kv_b`."""
         block, c = f"blk.{layer}", config
         if f"{block}.attn_k_b.weight" in self._store.tensors:
             k_b, v_b = self.matrix(f"{block}.attn_k_b.weight"), self.matrix(f"{block}.attn_v_b.weight")
@@ -122,7 +125,8 @@ def _encode(values: torch.Tensor, target: str, name: str) -> torch.Tensor:
 
 
 def quantize_q8_0(values: torch.Tensor, name: str) -> torch.Tensor:
-    """(rows, k) float32 -> uint8 (rows, k / 32 * 34), the bytes of llama.cpp's reference quantizer. Raises KimiLiteError."""
+    """(rows, k) float32 -> uint8 (rows, k / 32 * 34), the bytes of llama.cpp's reference quantizer. Raises
+    KimiLiteError."""
     blocks = values.reshape(-1, _Q8_0.block_size)  # (B, 32)
     scale = blocks.abs().amax(dim=1) / 127
     stored = scale.to(torch.float16)

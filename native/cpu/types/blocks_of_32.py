@@ -1,13 +1,13 @@
 """Types with blocks of 32 weights, float16 scales and codes that are integers: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
 
-Eight blocks are multiplied at a time: their scales are gathered into one vector and multiplied by the activations'. What
-is the same for a whole block, minima and the codes' offset, then costs one multiplication with the sums of x.
+Eight blocks are multiplied at a time: their scales are gathered into one vector and multiplied by the activations'.
+What is the same for a whole block, minima and the codes' offset, then costs one multiplication with the sums of x.
 """
 
 from numba import njit, uint64
 
-from native.cpu.blocks import dot8x32, implements, unpack
-from native.simd import (
+from kimi_lite.native.cpu.blocks import dot8x32, implements, unpack
+from kimi_lite.native.simd import (
     extend_f32x8,
     fma_f32x16,
     int_to_f32x16,
@@ -28,9 +28,9 @@ from native.simd import (
     store_i8x32,
     zero_i32x16,
 )
-from native.simd_bytes import bit_fields, twice_each_i8x16, where_bits
-from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
-from native.simd_scales import gather_f16
+from kimi_lite.native.simd_bytes import bit_fields, twice_each_i8x16, where_bits
+from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
+from kimi_lite.native.simd_scales import gather_f16
 
 
 @njit
@@ -85,7 +85,8 @@ def _q8_0_unpack(name, block, codes, scales, minima):
     store_block(codes, scales, minima, load_i8x32(block + 2), load_f16(block), 0.0)
 
 
-# Q4_0: d:2 | qs:16, element j in the low nibble of byte j, j + 16 in the high one; codes - 8 ---------------------------
+# Q4_0: d:2 | qs:16, element j in the low nibble of byte j, j + 16 in the high one; codes - 8
+# ---------------------------
 
 _q4_0_scales = gather_f16(*range(0, 8 * 18, 18))
 _nibbles = bit_fields(15, 0, 4, 0, 4)
@@ -123,7 +124,8 @@ def _q4_0_unpack(name, block, codes, scales, minima):
     store_block(codes, scales, minima, nibbles_of_one(block + 2), scale, 8 * scale)
 
 
-# Q4_1: d:2 | m:2 | qs:16 as Q4_0; weight = d * code + m ----------------------------------------------------------------
+# Q4_1: d:2 | m:2 | qs:16 as Q4_0; weight = d * code + m
+# ----------------------------------------------------------------
 
 _q4_1_scales = gather_f16(*range(0, 8 * 20, 20))
 
@@ -142,7 +144,8 @@ def _q4_1_unpack(name, block, codes, scales, minima):
     store_block(codes, scales, minima, nibbles_of_one(block + 4), load_f16(block), -load_f16(block + 2))
 
 
-# Q5_0: d:2 | qh:4 (bit j is bit 4 of code j) | qs:16 as Q4_0; codes - 16 -----------------------------------------------
+# Q5_0: d:2 | qh:4 (bit j is bit 4 of code j) | qs:16 as Q4_0; codes - 16
+# -----------------------------------------------
 
 _q5_0_scales = gather_f16(*range(0, 8 * 22, 22))
 
@@ -173,7 +176,8 @@ def _q5_0_unpack(name, block, codes, scales, minima):
     store_block(codes, scales, minima, _five_bits_of_one(block + 2), scale, 16 * scale)
 
 
-# Q5_1: d:2 | m:2 | qh:4 | qs:16; weight = d * code + m -----------------------------------------------------------------
+# Q5_1: d:2 | m:2 | qh:4 | qs:16; weight = d * code + m
+# -----------------------------------------------------------------
 
 _q5_1_scales = gather_f16(*range(0, 8 * 24, 24))
 

@@ -2,12 +2,22 @@
 
 from numba import njit
 
-from native.cpu.blocks import dot8x32, implements, unpack
-from native.cpu.types.blocks_of_32 import scaled_chunks
-from native.simd import extend_f32x8, load_f16, load_f32x8, load_i8x16, load_i8x64, load_u64, store_f32, store_i8x64, zero_i32x16
-from native.simd_bytes import bit_fields, by_fours_i8x64, four_times_each_word, where_bits
-from native.simd_dot import dot_u8x64
-from native.simd_scales import gather_f16
+from kimi_lite.native.cpu.blocks import dot8x32, implements, unpack
+from kimi_lite.native.cpu.types.blocks_of_32 import scaled_chunks
+from kimi_lite.native.simd import (
+    extend_f32x8,
+    load_f16,
+    load_f32x8,
+    load_i8x16,
+    load_i8x64,
+    load_u64,
+    store_f32,
+    store_i8x64,
+    zero_i32x16,
+)
+from kimi_lite.native.simd_bytes import bit_fields, by_fours_i8x64, four_times_each_word, where_bits
+from kimi_lite.native.simd_dot import dot_u8x64
+from kimi_lite.native.simd_scales import gather_f16
 
 # Q1_0: d:2 | bits:16; weight = d or -d --------------------------------------------------------------------------------
 
@@ -38,9 +48,9 @@ def _q1_0_unpack(name, block, codes, scales, minima):
         store_f32(minima + 4 * group, scale)
 
 
-# Q2_0: d:2 | qs:16, byte j holds elements 4 j .. 4 j + 3; codes - 1 ----------------------------------------------------
-# The product takes one pair of bits of 4 bytes at a time: elements 0, 4, 8, 12, then 1, 5, 9, 13, ... of each 16, and x
-# is brought into that order, too.
+# Q2_0: d:2 | qs:16, byte j holds elements 4 j .. 4 j + 3; codes - 1
+# ---------------------------------------------------- The product takes one pair of bits of 4 bytes at a time: elements
+# 0, 4, 8, 12, then 1, 5, 9, 13, ... of each 16, and x is brought into that order, too.
 
 _q2_0_scales = gather_f16(0, 0, 18, 18, 36, 36, 54, 54)
 _pairs_of_bits = bit_fields(3, *[0, 2, 4, 6] * 4)

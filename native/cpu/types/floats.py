@@ -1,7 +1,7 @@
 """F32, F16, BF16: 16 weights as float32 lanes."""
 
-from native.cpu.blocks import implements, load16
-from native.simd import load_bf16x16, load_f16x16, load_f32x16
+from kimi_lite.native.cpu.blocks import implements, load16
+from kimi_lite.native.simd import load_bf16x16, load_f16x16, load_f32x16
 
 
 @implements(load16, "F32")

@@ -1,16 +1,17 @@
-"""What the grid types IQ1, IQ2 and IQ3 share: super-blocks of 256 whose weights are points of a codebook, with small scales.
+"""What the grid types IQ1, IQ2 and IQ3 share: super-blocks of 256 whose weights are points of a codebook, with small
+scales.
 
-A type (iq1.py, iq2.py, iq3.py) gives a few short answers, and the products here are made of them: weight = code * sign *
-scale * unit for IQ2 and IQ3, (code - excess) * scale * unit for IQ1. Scales are small integers that ride in the addition of
-the byte products, and signs go to the activations, because the products want unsigned codes. All is done by chunks of 64
-weights, so that a chunk's registers are free before the next one's are needed.
+A type (iq1.py, iq2.py, iq3.py) gives a few short answers, and the products here are made of them: weight = code * sign
+* scale * unit for IQ2 and IQ3, (code - excess) * scale * unit for IQ1. Scales are small integers that ride in the
+addition of the byte products, and signs go to the activations, because the products want unsigned codes. All is done by
+chunks of 64 weights, so that a chunk's registers are free before the next one's are needed.
 """
 
 from numba import njit
 
-from native.cpu.blocks import chosen_by_name, dot256, implements, unpack
-from native.grid_lanes import bit_counts, bytes_of_i32x8, even_f32x16, spread_scales
-from native.simd import (
+from kimi_lite.native.cpu.blocks import chosen_by_name, dot256, implements, unpack
+from kimi_lite.native.grid_lanes import bit_counts, bytes_of_i32x8, even_f32x16, spread_scales
+from kimi_lite.native.simd import (
     int_to_f32x16,
     load_f32x16,
     load_i8x64,
@@ -21,7 +22,7 @@ from native.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from native.simd_dot import scaled_dot_u8x64
+from kimi_lite.native.simd_dot import scaled_dot_u8x64
 
 _IQ1, _SIGNED = ("IQ1_S", "IQ1_M"), ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
@@ -125,7 +126,8 @@ def _signed_unpack(name, block, codes, scales_out, minima):
     store_groups(name, minima, zero_f32x16())
 
 
-# IQ1: {-1, 0, 1} plus or minus 1/8, so codes are kept in 8ths, and unsigned; sums of activations take the excess back ----
+# IQ1: {-1, 0, 1} plus or minus 1/8, so codes are kept in 8ths, and unsigned; sums of activations take the excess back
+# ----
 
 
 @implements(dot256, *_IQ1)

@@ -2,10 +2,10 @@
 
 from numba import njit, types
 
-from native.codebooks import iq1_m_points, iq1_m_signed_points, iq1_s_points
-from native.cpu.blocks import implements
-from native.cpu.types.grids import as_floats, magnitudes, points, scaled_excess, scales, unit
-from native.grid_lanes import (
+from kimi_lite.native.codebooks import iq1_m_points, iq1_m_signed_points, iq1_s_points
+from kimi_lite.native.cpu.blocks import implements
+from kimi_lite.native.cpu.types.grids import as_floats, magnitudes, points, scaled_excess, scales, unit
+from kimi_lite.native.grid_lanes import (
     add_eighths,
     bytes_of_i16x8,
     f16_from_bits,
@@ -15,10 +15,11 @@ from native.grid_lanes import (
     shifts_0_3_6_9,
     twice_i8x16,
 )
-from native.isa import AVX512_VNNI, isa
-from native.simd import load_f16, load_i8x16, load_u64
+from kimi_lite.native.isa import AVX512_VNNI, isa
+from kimi_lite.native.simd import load_f16, load_i8x16, load_u64
 
-# IQ1_S: d:2 | low index bytes:32 | 8 x (4 x 3 high index bits, 3-bit scale, sign of the 1/8) -------------------------------
+# IQ1_S: d:2 | low index bytes:32 | 8 x (4 x 3 high index bits, 3-bit scale, sign of the 1/8)
+# -------------------------------
 
 
 @implements(points, "IQ1_S")
@@ -53,7 +54,8 @@ def _iq1_s_unit(name, block):
     return load_f16(block) * types.float32(0.125)
 
 
-# IQ1_M: low index bytes:32 | 32 x (3 high index bits, sign of the 1/8) | 4 x (4 x 3-bit scale, a nibble of d) --------------
+# IQ1_M: low index bytes:32 | 32 x (3 high index bits, sign of the 1/8) | 4 x (4 x 3-bit scale, a nibble of d)
+# --------------
 
 
 if isa().name == AVX512_VNNI:

@@ -2,11 +2,26 @@
 
 from numba import njit, types
 
-from native.codebook_registers import HAS_BYTE_PERMUTES, expand_iq2, find_iq2_xxs, iq2_xs_sign_fields, iq2_xxs_sign_fields
-from native.codebooks import iq2_s_points, iq2_xs_points, iq2_xxs_points
-from native.cpu.blocks import implements
-from native.cpu.types.grids import magnitudes, packed_signs, points, scales, sign_bits, signed, unit, with_parity
-from native.grid_lanes import (
+from kimi_lite.native.codebook_registers import (
+    HAS_BYTE_PERMUTES,
+    expand_iq2,
+    find_iq2_xxs,
+    iq2_xs_sign_fields,
+    iq2_xxs_sign_fields,
+)
+from kimi_lite.native.codebooks import iq2_s_points, iq2_xs_points, iq2_xxs_points
+from kimi_lite.native.cpu.blocks import implements
+from kimi_lite.native.cpu.types.grids import (
+    magnitudes,
+    packed_signs,
+    points,
+    scales,
+    sign_bits,
+    signed,
+    unit,
+    with_parity,
+)
+from kimi_lite.native.grid_lanes import (
     bytes_of_i16x8,
     bytes_of_i32x8,
     eight_times,
@@ -20,7 +35,7 @@ from native.grid_lanes import (
     twice_indices,
     twice_lowest_bytes,
 )
-from native.simd import load_f16, load_i8x64, load_i32x16, load_u64, words_of
+from kimi_lite.native.simd import load_f16, load_i8x64, load_i32x16, load_u64, words_of
 
 
 @implements(unit, "IQ2_XXS", "IQ2_XS", "IQ2_S")
@@ -35,7 +50,8 @@ def _nibble_scales(address):
     return bytes_of_i16x8(((words | words << 4) & 0x0F0F) << 1 | 0x0101)
 
 
-# IQ2_XXS: d:2 | 8 x (4 indices | 4 x 7 sign bits and a 4-bit scale) -------------------------------------------------------
+# IQ2_XXS: d:2 | 8 x (4 indices | 4 x 7 sign bits and a 4-bit scale)
+# -------------------------------------------------------
 
 
 @implements(scales, "IQ2_XXS")
@@ -71,7 +87,8 @@ else:
         return packed_signs(odd_i32x16(load_i32x16(block + 2)))
 
 
-# IQ2_XS: d:2 | qs: 32 x (9-bit index, 7 sign bits) | scales: 16 nibbles ---------------------------------------------------
+# IQ2_XS: d:2 | qs: 32 x (9-bit index, 7 sign bits) | scales: 16 nibbles
+# ---------------------------------------------------
 
 
 @implements(points, "IQ2_XS", "IQ2_S")
@@ -109,7 +126,8 @@ def _iq2_xs_scales(name, block):
     return _nibble_scales(block + 66)
 
 
-# IQ2_S: d:2 | low index bytes:32 | signs:32 | qh: 32 x 2 high index bits | scales: 16 nibbles -----------------------------
+# IQ2_S: d:2 | low index bytes:32 | signs:32 | qh: 32 x 2 high index bits | scales: 16 nibbles
+# -----------------------------
 
 
 @implements(magnitudes, "IQ2_S")

@@ -2,7 +2,7 @@
 
 from numba import types, uint64
 
-from native.codebook_registers import (
+from kimi_lite.native.codebook_registers import (
     HAS_BYTE_PERMUTES,
     expand_iq3_s,
     expand_iq3_xxs,
@@ -12,10 +12,10 @@ from native.codebook_registers import (
     find_iq3_xxs_low,
     iq3_xxs_sign_fields,
 )
-from native.codebooks import iq3_s_points, iq3_xxs_points
-from native.cpu.blocks import implements
-from native.cpu.types.grids import magnitudes, packed_signs, points, scales, sign_bits, signed, unit
-from native.grid_lanes import (
+from kimi_lite.native.codebooks import iq3_s_points, iq3_xxs_points
+from kimi_lite.native.cpu.blocks import implements
+from kimi_lite.native.cpu.types.grids import magnitudes, packed_signs, points, scales, sign_bits, signed, unit
+from kimi_lite.native.grid_lanes import (
     bytes_of_i32x8,
     eight_times,
     load_i32x8,
@@ -24,9 +24,10 @@ from native.grid_lanes import (
     twice_i8x8,
     twice_lowest_bytes,
 )
-from native.simd import load_f16, load_i8x32, load_i8x64, load_u32, load_u64, pack_u64
+from kimi_lite.native.simd import load_f16, load_i8x32, load_i8x64, load_u32, load_u64, pack_u64
 
-# IQ3_XXS: d:2 | 64 indices | 8 x (4 x 7 sign bits and a 4-bit scale); magnitudes 4, 12, .. 52, 62, unit d / 4 ---------------
+# IQ3_XXS: d:2 | 64 indices | 8 x (4 x 7 sign bits and a 4-bit scale); magnitudes 4, 12, .. 52, 62, unit d / 4
+# ---------------
 
 
 @implements(scales, "IQ3_XXS")
@@ -73,7 +74,8 @@ else:
         return packed_signs(load_i32x8(block + 66))
 
 
-# IQ3_S: d:2 | low index bytes:64 | qh: 64 high index bits | signs:32 | scales: 8 nibbles; odd magnitudes up to 15, unit d ---
+# IQ3_S: d:2 | low index bytes:64 | qh: 64 high index bits | signs:32 | scales: 8 nibbles; odd magnitudes up to 15, unit
+# d ---
 
 
 if HAS_BYTE_PERMUTES:

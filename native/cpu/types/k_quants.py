@@ -1,12 +1,13 @@
 """Q4_K, Q5_K, Q6_K: super-blocks of 256 with integer scales (and minima) for groups of 16 or 32 weights.
 
-Products are scaled as integers (`scaled_dot_u8x64`), so that a block needs one conversion to float32. Codes fit in 7 bits.
+Products are scaled as integers (`scaled_dot_u8x64`), so that a block needs one conversion to float32. Codes fit in 7
+bits.
 """
 
 from numba import njit, uint64
 
-from native.cpu.blocks import dot256, implements, unpack
-from native.simd import (
+from kimi_lite.native.cpu.blocks import dot256, implements, unpack
+from kimi_lite.native.simd import (
     extend_f32x8,
     extend_i32x8,
     high_f32x16,
@@ -28,9 +29,19 @@ from native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
-from native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
-from native.simd_scales import spreadable, words16_0, words16_1, words16_2, words16_3, words32_0, words32_1, words32_2, words32_3
+from kimi_lite.native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
+from kimi_lite.native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
+from kimi_lite.native.simd_scales import (
+    spreadable,
+    words16_0,
+    words16_1,
+    words16_2,
+    words16_3,
+    words32_0,
+    words32_1,
+    words32_2,
+    words32_3,
+)
 
 # The first and the last half of 64 bytes: bits 0..3 and 4..7; bits 2 k and 2 k + 1, brought to bit 4; and so on.
 _nibbles, _high_nibbles = bit_fields(15, 0, 4), bit_fields(15, 4)
@@ -45,7 +56,8 @@ def load_twice(address):
     return twice_i8x32(load_i8x32(address))
 
 
-# Q4_K: d:2 | dmin:2 | scales:12 (8 six-bit scales, 8 six-bit minima) | qs:128 ------------------------------------------
+# Q4_K: d:2 | dmin:2 | scales:12 (8 six-bit scales, 8 six-bit minima) | qs:128
+# ------------------------------------------
 
 
 @njit
@@ -93,7 +105,8 @@ def _q4_k_unpack(name, block, codes, scales, minima):
     _store_six_bits(block, scales, minima)
 
 
-# Q5_K: d:2 | dmin:2 | scales:12 as Q4_K | qh:32 (bit k of byte l belongs to code l of group k) | qs:128 ------------------
+# Q5_K: d:2 | dmin:2 | scales:12 as Q4_K | qh:32 (bit k of byte l belongs to code l of group k) | qs:128
+# ------------------
 
 
 @njit
@@ -128,7 +141,8 @@ def _q5_k_unpack(name, block, codes, scales, minima):
     _store_six_bits(block, scales, minima)
 
 
-# Q6_K: ql:128 | qh:64 | scales:16 (int8, one per 16) | d:2; codes - 32 -------------------------------------------------
+# Q6_K: ql:128 | qh:64 | scales:16 (int8, one per 16) | d:2; codes - 32
+# -------------------------------------------------
 
 
 @njit

@@ -2,9 +2,9 @@
 
 from numba import njit, uint64
 
-from native.cpu.blocks import dot256, implements, unpack
-from native.cpu.types.k_quants import load_twice
-from native.simd import (
+from kimi_lite.native.cpu.blocks import dot256, implements, unpack
+from kimi_lite.native.cpu.types.k_quants import load_twice
+from kimi_lite.native.simd import (
     extend_f32x8,
     extend_i32x8,
     int_to_f32x8,
@@ -22,9 +22,9 @@ from native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
-from native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
-from native.simd_scales import spreadable, words16_0, words16_1, words16_2, words16_3
+from kimi_lite.native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
+from kimi_lite.native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
+from kimi_lite.native.simd_scales import spreadable, words16_0, words16_1, words16_2, words16_3
 
 _fields_0_1, _fields_2_3 = bit_fields(3, 0, 2), bit_fields(3, 4, 6)
 _bits_0_1, _bits_2_3 = bit_fields(4, -2, -1), bit_fields(4, 0, 1)  # brought to bit 2
@@ -57,7 +57,8 @@ def _store_codes(codes, values):
     store_i8x64(codes + 192, c3)
 
 
-# Q2_K: scales:16 (low nibble: scale, high: minimum) | qs:64 | d:2 | dmin:2 ---------------------------------------------
+# Q2_K: scales:16 (low nibble: scale, high: minimum) | qs:64 | d:2 | dmin:2
+# ---------------------------------------------
 
 
 @implements(dot256, "Q2_K")
@@ -76,7 +77,8 @@ def _q2_k_unpack(name, block, codes, scales, minima):
     store_f32x16(minima, int_to_f32x16(packed >> 4) * load_f16(block + 82))
 
 
-# Q3_K: hmask:32 (bit 2 of the codes, one bit a group of 32) | qs:64 | scales:12 (16 of six bits, - 32) | d:2; codes - 4 ----
+# Q3_K: hmask:32 (bit 2 of the codes, one bit a group of 32) | qs:64 | scales:12 (16 of six bits, - 32) | d:2; codes - 4
+# ----
 
 
 @njit

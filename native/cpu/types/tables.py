@@ -1,14 +1,14 @@
 """Types whose 4-bit codes are looked up in a table of 16 bytes: IQ4_NL, IQ4_XS, MXFP4, NVFP4.
 
-Table entries are signed; where the product takes full unsigned bytes they are stored 128 higher (16 for the float4 types,
-everywhere), which costs one multiplication with the sums of x for 256 weights.
+Table entries are signed; where the product takes full unsigned bytes they are stored 128 higher (16 for the float4
+types, everywhere), which costs one multiplication with the sums of x for 256 weights.
 """
 
 from numba import njit, uint64
 
-from native.cpu.blocks import dot8x32, dot256, implements, unpack
-from native.cpu.types.blocks_of_32 import nibbles_of_two, scaled_chunks, store_block
-from native.simd import (
+from kimi_lite.native.cpu.blocks import dot8x32, dot256, implements, unpack
+from kimi_lite.native.cpu.types.blocks_of_32 import nibbles_of_two, scaled_chunks, store_block
+from kimi_lite.native.simd import (
     extend_f32x8,
     f32_from_bits,
     fma_f32x16,
@@ -37,16 +37,17 @@ from native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from native.simd_bytes import bit_fields, byte_table, twice_each_f32x8, twice_each_quad
-from native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
-from native.simd_scales import gather_f16, gather_u8, gather_u32, min_i32x16, small_floats_f32x16, zero_where
+from kimi_lite.native.simd_bytes import bit_fields, byte_table, twice_each_f32x8, twice_each_quad
+from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
+from kimi_lite.native.simd_scales import gather_f16, gather_u8, gather_u32, min_i32x16, small_floats_f32x16, zero_where
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # E2M1, doubled
 _iq4_values, _iq4_values_128 = byte_table(_IQ4), byte_table([v + 128 if v < 0 else v - 128 for v in _IQ4])
 _float4_values, _float4_values_16 = byte_table(_FLOAT4), byte_table([v + 16 for v in _FLOAT4])
 
-# IQ4_NL: d:2 | qs:16 in the order of Q4_0 ------------------------------------------------------------------------------
+# IQ4_NL: d:2 | qs:16 in the order of Q4_0
+# ------------------------------------------------------------------------------
 
 _iq4_nl_scales = gather_f16(*range(0, 8 * 18, 18))
 
@@ -76,10 +77,13 @@ def _iq4_nl_dot(name, blocks, x, x_scales, sums16, sums32):
 
 @implements(unpack, "IQ4_NL")
 def _iq4_nl_unpack(name, block, codes, scales, minima):
-    store_block(codes, scales, minima, low_i8x64(_iq4_values(nibbles_of_two(block + 2, block + 2))), load_f16(block), 0.0)
+    store_block(
+        codes, scales, minima, low_i8x64(_iq4_values(nibbles_of_two(block + 2, block + 2))), load_f16(block), 0.0
+    )
 
 
-# IQ4_XS: d:2 | scales_h:2 | scales_l:4 (8 six-bit scales, minus 32) | qs:128, 8 x 16 bytes in the order of IQ4_NL -----------
+# IQ4_XS: d:2 | scales_h:2 | scales_l:4 (8 six-bit scales, minus 32) | qs:128, 8 x 16 bytes in the order of IQ4_NL
+# -----------
 
 
 @njit
@@ -125,7 +129,8 @@ def _iq4_xs_unpack(name, block, codes, scales, minima):
     store_f32x8(minima, factors * 0.0)
 
 
-# MXFP4: e:1 (E8M0) | qs:16 in the order of Q4_0 ------------------------------------------------------------------------
+# MXFP4: e:1 (E8M0) | qs:16 in the order of Q4_0
+# ------------------------------------------------------------------------
 
 _mxfp4_exponents, _mxfp4_exponent = gather_u8(*range(0, 8 * 17, 17)), gather_u8(0)
 
@@ -157,7 +162,8 @@ def _mxfp4_unpack(name, block, codes, scales, minima):
     store_block(codes, scales, minima, values, lane_f32x16(extend_f32x8(_half_e8m0(_mxfp4_exponent(block))), 0), 0.0)
 
 
-# NVFP4: d:4 (UE4M3, one per 16) | qs:32, byte j of 8 holds elements j and j + 8 ----------------------------------------
+# NVFP4: d:4 (UE4M3, one per 16) | qs:32, byte j of 8 holds elements j and j + 8
+# ----------------------------------------
 
 _nvfp4_bytes, _nvfp4_byte = gather_u32(0, 36, 72, 108), gather_u8(0, 1, 2, 3)
 _nibbles_of_quads = bit_fields(15, 0, 4, 0, 4, 0, 4, 0, 4)

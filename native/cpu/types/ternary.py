@@ -2,8 +2,8 @@
 
 from numba import njit
 
-from native.cpu.blocks import dot256, implements, unpack
-from native.simd import (
+from kimi_lite.native.cpu.blocks import dot256, implements, unpack
+from kimi_lite.native.simd import (
     int_to_f32x16,
     join_i8x16,
     join_i8x32,
@@ -18,7 +18,7 @@ from native.simd import (
     store_i8x64,
     twice_i8x32,
 )
-from native.simd_bytes import (
+from kimi_lite.native.simd_bytes import (
     HAS_BYTE_PERMUTES,
     bit_fields,
     byte_table_256,
@@ -30,11 +30,12 @@ from native.simd_bytes import (
     third_parts,
     times_3,
 )
-from native.simd_dot import small_dot, sum_small, zero_small
+from kimi_lite.native.simd_dot import small_dot, sum_small, zero_small
 
 _low_fields, _high_fields = bit_fields(3, 0, 2), bit_fields(3, 4, 6)
 
-# TQ2_0: qs:64 (two groups of 32 bytes, 4 x 32 two-bit codes each) | d:2; codes - 1 -------------------------------------
+# TQ2_0: qs:64 (two groups of 32 bytes, 4 x 32 two-bit codes each) | d:2; codes - 1
+# -------------------------------------
 
 
 @njit
@@ -94,7 +95,9 @@ if HAS_BYTE_PERMUTES:
     def _digit(code: int, n: int) -> int:
         return code * 3**n % 256 * 3 >> 8
 
-    _first_four = byte_table_256([sum(_digit(code, n) << 2 * n for n in range(4)) for code in range(256)])  # 2 bits each
+    _first_four = byte_table_256(
+        [sum(_digit(code, n) << 2 * n for n in range(4)) for code in range(256)]
+    )  # 2 bits each
     _fifth = byte_table_256([_digit(code, 4) for code in range(256)])
     _load_52, _third_fields = load_first_bytes(52), bit_fields(3, 0, 0, 0, 2)
     _fourth_fields = bit_fields(3, 4, 4, 4, 4, 6, 6, 6, 6, 0, 0, 0, 0, 0, 2, 4, 6)

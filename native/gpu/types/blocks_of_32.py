@@ -1,9 +1,10 @@
-"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, NVFP4: blocks of 32 (64) weights; a byte holds two of them, 16 (8) apart."""
+"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, NVFP4: blocks of 32 (64) weights; a byte holds two of them, 16 (8)
+apart."""
 
 import triton
 import triton.language as tl
 
-from native.gpu.types.words import byte_at, float_of_bits, half_at, signed_byte_at
+from kimi_lite.native.gpu.types.words import byte_at, float_of_bits, half_at, signed_byte_at
 
 
 @triton.jit
@@ -80,7 +81,8 @@ def fp4_value(code):
 
 @triton.jit
 def mxfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
-    """Blocks of 17 bytes. The E8M0 scale is halved, as the values are doubled: 2^(e - 128), below 2^-126 a subnormal."""
+    """Blocks of 17 bytes. The E8M0 scale is halved, as the values are doubled: 2^(e - 128), below 2^-126 a
+    subnormal."""
     exponent = byte_at(base, mask)
     scale = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
     return fp4_value(nibble_at(base + 1 + unit, mask, PLANE)) * float_of_bits(scale)
@@ -88,7 +90,8 @@ def mxfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
 
 @triton.jit
 def nvfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
-    """Four UE4M3 scales a block, halved too: (1 + m / 8) 2^(e - 8), or m 2^-10 where e is 0; 0x7f is no number: zero."""
+    """Four UE4M3 scales a block, halved too: (1 + m / 8) 2^(e - 8), or m 2^-10 where e is 0; 0x7f is no number:
+    zero."""
     code = byte_at(base + first // 8, mask)
     exponent, mantissa = (code >> 3) & 15, (code & 7).to(tl.float32)
     normal = (1.0 + mantissa * 0.125) * float_of_bits((exponent + 119) << 23)

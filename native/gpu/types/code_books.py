@@ -1,13 +1,13 @@
 """IQ1, IQ2, IQ3, IQ4_XS: a lane is an index into a list of points of 8 (IQ3: 4) weights, read from `table`.
 
-Tables (`native.gpu.tables`): IQ2 int64 points of eight bytes, IQ3 int32 points of four, IQ1 int16 points of eight times two bits
-(the value plus 1), IQ4 int8 values. The largest has 8 KiB: they stay in the L1 cache.
+Tables (`native.gpu.tables`): IQ2 int64 points of eight bytes, IQ3 int32 points of four, IQ1 int16 points of eight times
+two bits (the value plus 1), IQ4 int8 values. The largest has 8 KiB: they stay in the L1 cache.
 """
 
 import triton
 import triton.language as tl
 
-from native.gpu.types.words import byte_at, double_word_at, half_at, turn_sign, word_at
+from kimi_lite.native.gpu.types.words import byte_at, double_word_at, half_at, turn_sign, word_at
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from native.gpu.types.words import byte_at, half_at, signed_byte_at
+from kimi_lite.native.gpu.types.words import byte_at, half_at, signed_byte_at
 
 
 @triton.jit

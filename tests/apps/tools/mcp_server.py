@@ -1,4 +1,5 @@
-"""A small MCP server over stdio (or, with a port, streamable HTTP), made with the official package. Started by the tests."""
+"""A small MCP server over stdio (or, with a port, streamable HTTP), made with the official package. Started by the
+tests."""
 
 import os
 import sys

@@ -31,7 +31,10 @@ def long(arguments: dict, should_stop) -> str:
     return "begin" + "x" * 100_000 + "\ud800end"
 
 
-TOOLS = [Tool("add_one", "Adds.", SCHEMA, add_one), *(Tool(f.__name__, "", parameters(), f) for f in (fail, crash, long))]
+TOOLS = [
+    Tool("add_one", "Adds.", SCHEMA, add_one),
+    *(Tool(f.__name__, "", parameters(), f) for f in (fail, crash, long)),
+]
 
 
 def call(box: ToolBox, name: str, arguments: str = "{}", answer: str = "once") -> str:
@@ -124,7 +127,9 @@ def test_everything_together(tmp_path: Path) -> None:
     script = Path(__file__).with_name("mcp_server.py")
     config = tmp_path / "mcp.json"
     config.write_text(
-        json.dumps({"mcpServers": {"t": {"command": sys.executable, "args": [str(script)]}, "gone": {"command": "no-such"}}})
+        json.dumps(
+            {"mcpServers": {"t": {"command": sys.executable, "args": [str(script)]}, "gone": {"command": "no-such"}}}
+        )
     )
     with ToolBox.open(tmp_path, config, ["add", "read_file"]) as box:
         assert list(box.tools)[:5] == ["list_files", "read_file", "search_files", "run_python", "add"]

@@ -91,7 +91,9 @@ def test_over_http() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, SCRIPT, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(300):
             with socket.socket() as probe:
@@ -118,7 +120,12 @@ def test_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "off": {"command": "x", "disabled": true}}}"""
     )
     files, web, old = read_mcp_config(path)
-    assert (files.name, files.command, files.args, files.env) == ("files", "npx", ("-y", "server", "/tmp"), {"A": "t0ken"})
+    assert (files.name, files.command, files.args, files.env) == (
+        "files",
+        "npx",
+        ("-y", "server", "/tmp"),
+        {"A": "t0ken"},
+    )
     assert (web.url, web.headers, web.is_sse) == ("https://x/mcp", {"Authorization": "Bearer t0ken"}, False)
     assert "t0ken" not in repr(web)
     assert old.is_sse

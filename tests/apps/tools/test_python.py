@@ -43,7 +43,10 @@ def test_time_memory_and_output_have_limits() -> None:
 
 def test_it_can_be_stopped() -> None:
     began_s = time.monotonic()
-    assert run("import time; time.sleep(60)", should_stop=lambda: time.monotonic() > began_s + 0.3) == "[stopped by the user]"
+    assert (
+        run("import time; time.sleep(60)", should_stop=lambda: time.monotonic() > began_s + 0.3)
+        == "[stopped by the user]"
+    )
     assert time.monotonic() - began_s < 5.0
 
 
@@ -70,11 +73,16 @@ def test_other_files_are_out_of_reach(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s3cret")
     for code in (f"print(open({str(tmp_path / 'secret')!r}).read())", f"open({str(tmp_path / 'new')!r}, 'w')"):
         assert "Permission denied" in run(code)
-        assert "Permission denied" in run(f"import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', {code!r}]))")
+        assert "Permission denied" in run(
+            f"import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', {code!r}]))"
+        )
     assert not (tmp_path / "new").exists()
     code = "import os\nos.mkdir('d')\nopen('f', 'w').write('x')\nos.rename('f', 'd/f')\nos.truncate('d/f', 0)"
     assert run(code + "\nprint(os.listdir('d'))") == "['f']"
-    assert run("import numpy, sqlite3, multiprocessing\nprint(numpy.ones(3).sum())\nopen('/dev/null', 'w').write('x')") == "3.0"
+    assert (
+        run("import numpy, sqlite3, multiprocessing\nprint(numpy.ones(3).sum())\nopen('/dev/null', 'w').write('x')")
+        == "3.0"
+    )
 
 
 def test_the_users_environment_and_folder_are_not_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:

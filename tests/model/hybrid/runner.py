@@ -5,17 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.kv import KVCache
-from kimi_lite.memory.routing import RoutingRecorder
-from kimi_lite.model.batch import PAGE_TOKENS
-from kimi_lite.model.config import ModelConfig
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.recorder import RoutingRecorder
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.hybrid.experts import HybridOptions
 from kimi_lite.model.hybrid.kernels import Kernels, TritonKernels
 from kimi_lite.model.hybrid.load import KV_STORAGE
 from kimi_lite.model.hybrid.transformer import HybridTransformer
-from native.latent_rows import row_length
+from kimi_lite.native.latent_rows import PAGE_TOKENS, row_length
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.model.runner import NUM_PAGES, Runner
 

@@ -1,23 +1,23 @@
 """The GPU's operations on a CPU device: plain torch, and experts by `native.cpu` from slots in host memory.
 
-With these in the place of Triton's kernels the whole road runs without a GPU, and an expert in a slot gives the same bits as one
-that the CPU computes, so that with a cache must equal without one exactly.
+With these in the place of Triton's kernels the whole road runs without a GPU, and an expert in a slot gives the same
+bits as one that the CPU computes, so that with a cache must equal without one exactly.
 """
 
 import numpy as np
 import torch
 
-from kimi_lite.memory.expert_source import SlotForm
+from kimi_lite.experts.source import SlotForm
 from kimi_lite.model.hybrid.kernels import Angles, RouterRule
 from kimi_lite.model.hybrid.weights import DenseMatrix
-from native.cpu.activations import Activations
-from native.cpu.blocks import activation_kind
-from native.cpu.experts import ExpertsOp, experts_scratch_bytes
-from native.cpu.linear import quantize_op
-from native.cpu.matrix import dequantize, describe_matrix
-from native.cpu.run import RunTable
-from native.cpu.threads import Program, Team
-from native.reference import route
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.blocks import activation_kind
+from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.matrix import dequantize, describe_matrix
+from kimi_lite.native.cpu.run import RunTable
+from kimi_lite.native.cpu.threads import Program, Team
+from kimi_lite.native.reference import route
 
 
 class StandInKernels:
@@ -45,7 +45,13 @@ class StandInKernels:
         return x
 
     def write_latent(
-        self, kv: torch.Tensor, weight: torch.Tensor, eps: float, angles: Angles, storage: torch.Tensor, slots: torch.Tensor
+        self,
+        kv: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        angles: Angles,
+        storage: torch.Tensor,
+        slots: torch.Tensor,
     ) -> None:
         rank, is_written = len(weight), slots >= 0
         key = self.rotate(kv[:, None, rank:].clone(), *angles)[:, 0]
@@ -70,7 +76,9 @@ class StandInKernels:
                 out[t] = scores.softmax(dim=-1) @ latents[:, : q_latent.shape[-1]]
         return out
 
-    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = (rule.num_groups, rule.num_groups_used)
         bias_values = None if bias is None else bias.numpy()
         options = (rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)

@@ -19,5 +19,7 @@ def test_same_cases_on_cuda():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["KIMI_LITE_TEST_DEVICE"] = "cuda"
     command = [sys.executable, "-m", "pytest", "-x", str(folder / "test_hybrid.py")]
-    result = subprocess.run(command, cwd=folder.parents[2], env=environment, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(
+        command, cwd=folder.parents[2], env=environment, capture_output=True, text=True, timeout=280
+    )
     assert result.returncode == 0, result.stdout[-5000:]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kimi_lite.memory.gguf_store import GGUFStore
-from kimi_lite.memory.routing import RoutingRecorder, read_trace
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.options import TierOptions
+from kimi_lite.experts.recorder import RoutingRecorder, read_trace
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
-from kimi_lite.model.config import ModelConfig
-from kimi_lite.model.tier_options import TierOptions
 from tests.model.hybrid.runner import DEVICE, HybridRunner
 from tests.model.runner import Runner, relative_error, relative_errors
 from tests.tiny import write_tiny_gguf
@@ -97,7 +97,9 @@ def test_with_cache_equals_without_exactly(types, tmp_path, ids):
         assert same(runner.prefill(ids[:40]), want_prompt)
         assert same(runner.decode(ids[40:60], start=40), want)
         counters = runner.transformer.counters()
-        assert counters["gpu_expert_hits"] > 0 and counters["gpu_expert_misses"] > 0 and counters["expert_promotions"] >= 5
+        assert (
+            counters["gpu_expert_hits"] > 0 and counters["gpu_expert_misses"] > 0 and counters["expert_promotions"] >= 5
+        )
 
 
 def test_whatever_happens_to_slots_changes_no_result(path, ids):
@@ -116,7 +118,11 @@ def test_whatever_happens_to_slots_changes_no_result(path, ids):
                 slots.resize(int(rng.integers(0, 7)))
         assert same(np.concatenate(have), want)
         counters = runner.transformer.counters()
-        assert counters["gpu_expert_hits"] and counters["expert_promotions"] > 6 and counters["expert_promotions_cancelled"]
+        assert (
+            counters["gpu_expert_hits"]
+            and counters["expert_promotions"] > 6
+            and counters["expert_promotions_cancelled"]
+        )
 
 
 def test_every_expert_resident(path, ids):
@@ -129,7 +135,10 @@ def test_every_expert_resident(path, ids):
         before = runner.transformer.counters()
         assert same(runner.decode(ids[:10]), want)
         after = runner.transformer.counters()
-        assert after["gpu_expert_misses"] == before["gpu_expert_misses"] and after["cpu_experts_s"] == before["cpu_experts_s"]
+        assert (
+            after["gpu_expert_misses"] == before["gpu_expert_misses"]
+            and after["cpu_experts_s"] == before["cpu_experts_s"]
+        )
         assert after["gpu_expert_hits"] == before["gpu_expert_hits"] + 10 * 2 * 2
 
 
@@ -161,7 +170,8 @@ def test_prompt_longer_than_the_rows(tmp_path, ids, monkeypatch):
 
 
 def test_batch_equals_one_by_one(path, ids):
-    """Sequences that share a step: decoding rows beside a prompt's chunk, padded rows, rows in both forms of attention."""
+    """Sequences that share a step: decoding rows beside a prompt's chunk, padded rows, rows in both forms of
+    attention."""
     a, b, c = np.array([0, 1, 2], np.int32), np.array([3, 4, 5], np.int32), np.array([6, 7], np.int32)
     with only_rows(HybridRunner(path)) as runner:
         prompt = runner.forward((ids[:100], 0, a))
@@ -190,7 +200,9 @@ def test_warm_up_leaves_nothing_behind(path, ids):
 def test_many_sequences_that_decode_wait_for_no_upload(path, ids):
     """Forty sequences of one token each: more than a captured step takes, and still nothing streams."""
     pages = [np.array([i], np.int32) for i in range(12)]
-    parts = [(ids[i % 12 : i % 12 + 1], 0, pages[i % 12]) for i in range(40)]  # those that share a page write the same row
+    parts = [
+        (ids[i % 12 : i % 12 + 1], 0, pages[i % 12]) for i in range(40)
+    ]  # those that share a page write the same row
     with only_stream(HybridRunner(path)) as runner:
         have = runner.forward(*parts)
         assert runner.transformer.counters()["streamed_experts"] == 0

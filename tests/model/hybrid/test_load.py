@@ -1,15 +1,16 @@
-"""The whole way of a front end on the GPU road: the loader, the engine, its cache in a tensor, heat beside the model."""
+"""The whole way of a front end on the GPU road: the loader, the engine, its cache in a tensor, heat beside the
+model."""
 
 import numpy as np
 import pytest
 
 from kimi_lite.engine import loader
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.options import LoadOptions
 from kimi_lite.engine.types import Request, SamplingParams
-from kimi_lite.memory.heat import heat_path
+from kimi_lite.experts.heat import heat_path
 from kimi_lite.model.hybrid import load
 from kimi_lite.model.hybrid.transformer import HybridTransformer
+from kimi_lite.options import LoadOptions
 from tests.model.hybrid.runner import DEVICE
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.tiny import write_tiny_gguf
@@ -37,7 +38,10 @@ def test_engine_on_the_gpu_road(tmp_path, stand_in, monkeypatch):
     prompt = tuple(np.random.default_rng(1).integers(0, 250, 90).tolist())
     stages = []
     with Engine.open(path, options, lambda stage, done, total: stages.append(stage)) as engine:
-        assert isinstance(engine.model, HybridTransformer) and engine.scheduler.max_step_tokens == engine.model.max_batch_tokens
+        assert (
+            isinstance(engine.model, HybridTransformer)
+            and engine.scheduler.max_step_tokens == engine.model.max_batch_tokens
+        )
         have = answer(engine, prompt, "a")
         again = answer(engine, (*prompt, *have, 7), "b")
         counters = engine.counters()

@@ -1,4 +1,5 @@
-"""The pieces of the GPU road: dense weights on the device, forms of slots, what becomes of the VRAM, steps, adaptation."""
+"""The pieces of the GPU road: dense weights on the device, forms of slots, what becomes of the VRAM, steps,
+adaptation."""
 
 from collections.abc import Callable
 
@@ -6,22 +7,22 @@ import numpy as np
 import pytest
 import torch
 
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.engine.device import choose_device
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.memory.accelerator import Accelerator
-from kimi_lite.memory.expert_source import ExpertSource
-from kimi_lite.memory.gguf_store import GGUFStore
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.source import ExpertSource
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
-from kimi_lite.model.config import ModelConfig
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
 from kimi_lite.model.hybrid.decode import Segment, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import HybridOptions, divide_vram
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
 from kimi_lite.model.hybrid.weights import DenseWeights, quantize_q8_0
-from kimi_lite.model.sizes import store_sizes
-from native.reference_types import dequantize
-from quantize.codecs import q8_0
+from kimi_lite.native.reference_types import dequantize
+from kimi_lite.quantize.codecs import q8_0
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.tiny import write_tiny_gguf
 
@@ -73,7 +74,8 @@ def test_a_router_is_never_rounded(store, tmp_path):
     assert matrix.layout_name == "F32"
     path = write_tiny_gguf(tmp_path / "t.gguf", np.random.default_rng(2), types={"ffn_gate_inp": "BF16"})
     assert (
-        DenseWeights(GGUFStore.open(path), accelerator, kernels).exact_matrix("blk.1.ffn_gate_inp.weight").layout_name == "BF16"
+        DenseWeights(GGUFStore.open(path), accelerator, kernels).exact_matrix("blk.1.ffn_gate_inp.weight").layout_name
+        == "BF16"
     )
 
 

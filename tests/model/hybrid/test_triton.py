@@ -50,4 +50,6 @@ def test_equals_the_cpu_road(dense_type, num_tokens, limit, tmp_path):
         have = runner.prefill(ids)
         assert relative_error(have, want) < limit
         counters = runner.transformer.counters()
-        assert counters["gpu_expert_hits"] + counters["gpu_expert_misses"] == 4 + 2 * num_tokens  # the four of open_runner
+        assert (
+            counters["gpu_expert_hits"] + counters["gpu_expert_misses"] == 4 + 2 * num_tokens
+        )  # the four of open_runner

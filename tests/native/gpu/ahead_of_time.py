@@ -1,9 +1,9 @@
 """Compiles kernels for GPUs that this machine does not have: what a call would launch becomes PTX and machine code.
 
-`launches(call)` runs a public function of `native.gpu` on CPU tensors and records its launches instead of doing them. A record is
-compiled on the very path that a launch takes (binding, specialization by type, value and alignment, compiler, ptxas, which comes
-with triton); only loading the code onto a GPU is left out, and the driver that would say which GPU is there is a stand-in. Works
-only where triton was imported without TRITON_INTERPRET.
+`launches(call)` runs a public function of `native.gpu` on CPU tensors and records its launches instead of doing them. A
+record is compiled on the very path that a launch takes (binding, specialization by type, value and alignment, compiler,
+ptxas, which comes with triton); only loading the code onto a GPU is left out, and the driver that would say which GPU
+is there is a stand-in. Works only where triton was imported without TRITON_INTERPRET.
 """
 
 from collections.abc import Callable

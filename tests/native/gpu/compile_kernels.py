@@ -1,10 +1,11 @@
-"""Compiles the kernels, as Kimi K2.5's sizes launch them, for GPUs that this machine need not have. Prints a line for each.
+"""Compiles the kernels, as Kimi K2.5's sizes launch them, for GPUs that this machine need not have. Prints a line for
+each.
 
     python -m tests.native.gpu.compile_kernels            # every kernel, some types, in seconds
     python -m tests.native.gpu.compile_kernels --all      # every kernel of every type for both GPUs, in minutes
 
-A kernel that the compiler refuses, that spills registers, or that wants more shared memory than the GPU has, ends it with an
-error. Run in a process of its own, because Triton must not be interpreting (tests/native/gpu/test_compile.py).
+A kernel that the compiler refuses, that spills registers, or that wants more shared memory than the GPU has, ends it
+with an error. Run in a process of its own, because Triton must not be interpreting (tests/native/gpu/test_compile.py).
 """
 
 import re
@@ -16,21 +17,25 @@ from collections.abc import Iterator
 import torch
 from triton import knobs
 
-from native.gpu.dequant import dequantize
-from native.gpu.elementwise import rms_norm, rope, swiglu, weighted_sum
-from native.gpu.experts import GROUPED_CHOICES, ExpertMatrix, expert_choices
-from native.gpu.latent import read_latents, write_latent
-from native.gpu.linear import heads_linear, linear
-from native.gpu.mla import mla_decode
-from native.gpu.router import route
-from native.latent_rows import row_bytes
-from native.layouts import BY_NAME
+from kimi_lite.native.gpu.dequant import dequantize
+from kimi_lite.native.gpu.elementwise import rms_norm, rope, swiglu, weighted_sum
+from kimi_lite.native.gpu.experts import GROUPED_CHOICES, ExpertMatrix, expert_choices
+from kimi_lite.native.gpu.latent import read_latents, write_latent
+from kimi_lite.native.gpu.linear import heads_linear, linear
+from kimi_lite.native.gpu.mla import mla_decode
+from kimi_lite.native.gpu.router import route
+from kimi_lite.native.latent_rows import row_bytes
+from kimi_lite.native.layouts import BY_NAME
 from tests.native.gpu.ahead_of_time import Launch, launches
 
 SHARED_BYTES = {89: 101376, 90: 232448}  # what one program may have: RTX 4090, H100
 HIDDEN, WIDTH, HEADS, RANK, ROPE = 7168, 2048, 64, 512, 64
 MORE_TYPES = ("IQ1_M", "Q4_K")
-STACK_BYTES = {"grouped_kernel": 128, "decode_kernel": 64, "matvec_kernel": 16}  # most that a kernel may spill; others nothing
+STACK_BYTES = {
+    "grouped_kernel": 128,
+    "decode_kernel": 64,
+    "matvec_kernel": 16,
+}  # most that a kernel may spill; others nothing
 
 
 class _Form:
@@ -79,9 +84,15 @@ def _of_all() -> Iterator[Launch]:
     for dtype in (torch.bfloat16, torch.uint8):
         row = row_bytes("q8", RANK + ROPE) if dtype == torch.uint8 else RANK + ROPE
         storage = torch.empty((2, 64, row), dtype=dtype)
-        slots, table, kv = torch.zeros(3, dtype=torch.int64), torch.zeros((3, 9), dtype=torch.int32), torch.empty(3, RANK + ROPE)
+        slots, table, kv = (
+            torch.zeros(3, dtype=torch.int64),
+            torch.zeros((3, 9), dtype=torch.int32),
+            torch.empty(3, RANK + ROPE),
+        )
         q = (torch.empty(3, HEADS, RANK), torch.empty(3, HEADS, ROPE))
-        yield from launches(lambda kv=kv, s=storage, i=slots: write_latent(kv, torch.empty(RANK), 1e-5, angle, angle, s, i))
+        yield from launches(
+            lambda kv=kv, s=storage, i=slots: write_latent(kv, torch.empty(RANK), 1e-5, angle, angle, s, i)
+        )
         yield from launches(lambda q=q, s=storage, t=table: mla_decode(*q, s, t, t[:, 0].contiguous(), 0.1))
         yield from launches(lambda s=storage, i=slots: read_latents(s, i, RANK + ROPE, torch.bfloat16))
 
@@ -91,7 +102,9 @@ def _stack_bytes(machine_code: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()
-        usage = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     return int(re.search(r"STACK:(\d+)", usage.stdout).group(1))
 
 

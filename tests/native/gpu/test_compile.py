@@ -1,6 +1,7 @@
 """The kernels as real GPU code: every one compiles to PTX and machine code for an RTX 4090 and an H100, without a GPU.
 
-The interpreter accepts what the compiler may not. Nothing may spill registers or want more shared memory than the GPU has.
+The interpreter accepts what the compiler may not. Nothing may spill registers or want more shared memory than the GPU
+has.
 """
 
 import os

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from native.gpu.dequant import dequantize
-from native.gpu.formats import formats
-from native.layouts import BY_NAME
-from native.reference_types import dequantize as oracle
+from kimi_lite.native.gpu.dequant import dequantize
+from kimi_lite.native.gpu.formats import formats
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.reference_types import dequantize as oracle
 from tests.native.gpu.tensors import apart, back, on
 from tests.native.random_rows import REGIMES, random_rows
 
@@ -50,5 +50,7 @@ def test_writes_to_a_view_in_bfloat16(device):
     whole = torch.full((3, 200), 7.0, dtype=torch.bfloat16, device=device)
     result = dequantize(on(device, rows), "Q8_0", torch.bfloat16, out=whole[:, :96])
     assert result.data_ptr() == whole.data_ptr()
-    np.testing.assert_allclose(back(result), oracle(rows, "Q8_0"), rtol=2**-7)  # the interpreter cuts bits off, a GPU rounds
+    np.testing.assert_allclose(
+        back(result), oracle(rows, "Q8_0"), rtol=2**-7
+    )  # the interpreter cuts bits off, a GPU rounds
     assert (whole[:, 96:] == 7).all()

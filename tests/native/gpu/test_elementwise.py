@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from native import reference
-from native.gpu.elementwise import rms_norm, rope, swiglu, weighted_sum
+from kimi_lite.native import reference
+from kimi_lite.native.gpu.elementwise import rms_norm, rope, swiglu, weighted_sum
 from tests.native.gpu.tensors import back, on, seen
 
 _RNG = np.random.default_rng

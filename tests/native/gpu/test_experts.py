@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from native.gpu.experts import GROUPED_CHOICES, ExpertMatrix, expert_choices
-from native.gpu.grouped import Groups
-from native.layouts import BY_NAME
-from native.reference import Expert, experts
-from native.reference_types import dequantize
+from kimi_lite.native.gpu.experts import GROUPED_CHOICES, ExpertMatrix, expert_choices
+from kimi_lite.native.gpu.grouped import Groups
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.reference import Expert, experts
+from kimi_lite.native.reference_types import dequantize
+from kimi_lite.tools.kernels.random_blocks import random_rows
 from tests.native.gpu.tensors import back, on
-from tools.random_blocks import random_rows
 
 
 class Form(NamedTuple):
@@ -49,7 +49,9 @@ def _check(slots: Slots, x: np.ndarray, chosen: np.ndarray, tokens: np.ndarray, 
     """Rows of absent choices must stay as they were."""
     out = torch.full((len(chosen), x.shape[1]), 7.0, device=device)
     slot_of_choice, token_of_choice = on(device, chosen.astype(np.int32)), on(device, tokens.astype(np.int32))
-    actual = back(expert_choices(on(device, x), on(device, slots.data), slots.form, slot_of_choice, token_of_choice, out=out))
+    actual = back(
+        expert_choices(on(device, x), on(device, slots.data), slots.form, slot_of_choice, token_of_choice, out=out)
+    )
     is_present = chosen >= 0
     assert (actual[~is_present] == 7).all()
     ids, present = chosen[is_present][:, None], x[tokens[is_present]]
@@ -75,7 +77,8 @@ def test_types_may_differ(device):
 
 
 @pytest.mark.parametrize(("types", "size"), [
-    (("Q8_0", "Q8_0", "Q8_0"), (64, 96)), (("TQ1_0", "TQ1_0", "Q4_0"), (256, 64)), (("IQ4_NL", "Q1_0", "BF16"), (128, 32)),
+    (("Q8_0", "Q8_0", "Q8_0"), (64, 96)), (("TQ1_0", "TQ1_0", "Q4_0"), (256, 64)), (("IQ4_NL", "Q1_0", "BF16"), (128,
+    32)),
 ])  # fmt: skip
 def test_many_choices(types, size, device):
     """Grouped: some experts in several blocks, some in none, some choices absent. Three roundings to bfloat16."""
@@ -90,7 +93,10 @@ def test_many_choices(types, size, device):
 def test_no_choices(device):
     slots = _slots(("Q8_0", "Q8_0", "Q8_0"), 1, 32, 32)
     none = torch.empty(0, dtype=torch.int32, device=device)
-    assert expert_choices(torch.ones((1, 32), device=device), on(device, slots.data), slots.form, none, none).shape == (0, 32)
+    assert expert_choices(torch.ones((1, 32), device=device), on(device, slots.data), slots.form, none, none).shape == (
+        0,
+        32,
+    )
 
 
 def test_groups_cover_every_choice_once(device):

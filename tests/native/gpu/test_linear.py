@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from native.gpu.linear import heads_linear, linear
-from native.gpu.matvec import matvec
-from native.layouts import BY_NAME
-from native.reference import linear as oracle
-from native.reference_types import dequantize
+from kimi_lite.native.gpu.linear import heads_linear, linear
+from kimi_lite.native.gpu.matvec import matvec
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.reference import linear as oracle
+from kimi_lite.native.reference_types import dequantize
 from tests.native.gpu.tensors import apart, back, on, seen
 from tests.native.random_rows import assert_close, product_size, random_rows
 
@@ -27,7 +27,8 @@ def _case(name, num_rows, num_tokens, device, dtype, regime="normal"):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_few_tokens(name, device):
-    """Float32 arithmetic: as near to the oracle as rounding allows. Rows apart, not a multiple of what a program takes."""
+    """Float32 arithmetic: as near to the oracle as rounding allows. Rows apart, not a multiple of what a program
+    takes."""
     rows, x, k, expected, size = _case(name, 2, 3, device, FLOAT32)
     assert_close(back(linear(x, apart(device, rows, 4), name, k)), expected, size)
 
@@ -52,7 +53,8 @@ def test_several_rows_a_program(rows_per_program, device):
     ("Q4_K", BFLOAT16, 4e-3), ("TQ1_0", FLOAT32, 8e-3),
 ])  # fmt: skip
 def test_many_tokens(name, dtype, tolerance, device):
-    """Q8_0 loses nothing of bfloat16 activations and 2^-17 of float32 ones; others round weights and activations to bfloat16."""
+    """Q8_0 loses nothing of bfloat16 activations and 2^-17 of float32 ones; others round weights and activations to
+    bfloat16."""
     rows, x, k, expected, size = _case(name, 5, 33, device, dtype)
     assert_close(back(linear(x, apart(device, rows, 4), name, k)), expected, size, tolerance)
 

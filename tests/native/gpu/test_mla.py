@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from native import reference
-from native.gpu.latent import read_latents
-from native.gpu.mla import mla_decode, num_splits_for, write_latent
-from native.latent_rows import row_bytes
+from kimi_lite.native import reference
+from kimi_lite.native.gpu.latent import read_latents
+from kimi_lite.native.gpu.mla import mla_decode, num_splits_for, write_latent
+from kimi_lite.native.latent_rows import row_bytes
 from tests.native.gpu.tensors import back, on, seen
 
 RANK, ROPE = 64, 16
@@ -22,7 +22,8 @@ def _attend(q: np.ndarray, rows: np.ndarray, scale: float) -> np.ndarray:
     (torch.float32, 5e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2),
 ])  # fmt: skip
 def test_decode(dtype, tolerance, device):
-    """Pages out of order, lengths that end anywhere (within a page, at its end, after one position, nowhere), 20 heads."""
+    """Pages out of order, lengths that end anywhere (within a page, at its end, after one position, nowhere), 20
+    heads."""
     rng = np.random.default_rng(17)
     lengths = np.array([150, 64, 1, 0], np.int32)
     storage = on(device, rng.standard_normal((9, 64, RANK + ROPE)).astype(np.float32), dtype)
@@ -30,7 +31,13 @@ def test_decode(dtype, tolerance, device):
     q = rng.standard_normal((4, 20, RANK + ROPE)).astype(np.float32)
     storage[table[2, 0], 1:] = float("nan")  # what lies beyond a sequence must not matter
     actual = mla_decode(
-        on(device, q[:, :, :RANK]), on(device, q)[:, :, RANK:], storage, on(device, table), on(device, lengths), 0.2, num_splits=4
+        on(device, q[:, :, :RANK]),
+        on(device, q)[:, :, RANK:],
+        storage,
+        on(device, table),
+        on(device, lengths),
+        0.2,
+        num_splits=4,
     )
     values = seen(storage).astype(np.float64)
     for token, length in enumerate(lengths[:3]):
@@ -102,7 +109,10 @@ def test_write_latent_in_eight_bits(rank, rope, device):
     kv = rng.standard_normal((4, rank + rope)).astype(np.float32)
     kv[1, rank + 3] = np.nan
     kv[2, :32], kv[3] = 0, 0
-    weight, angles = rng.standard_normal(rank).astype(np.float32), rng.standard_normal((4, rope // 2)).astype(np.float32)
+    weight, angles = (
+        rng.standard_normal(rank).astype(np.float32),
+        rng.standard_normal((4, rope // 2)).astype(np.float32),
+    )
     cos, sin = np.cos(angles), np.sin(angles)
     storage = torch.zeros((1, 64, row_bytes("q8", rank + rope)), dtype=torch.uint8, device=device)
     slots = on(device, np.array([9, 63, 0, 1], np.int64))
@@ -113,14 +123,19 @@ def test_write_latent_in_eight_bits(rank, rope, device):
     rows = storage[0].cpu().numpy()[[9, 63, 0, 1]]
     values, expected_values = reference.dequantize_latents(rows), reference.dequantize_latents(expected)
     np.testing.assert_allclose(values, expected_values, atol=0.03)
-    assert (rows == expected).mean() > 0.98 and np.isnan(values[1, rank:]).any() and not np.isnan(values[1, :rank]).any()
+    assert (
+        (rows == expected).mean() > 0.98 and np.isnan(values[1, rank:]).any() and not np.isnan(values[1, :rank]).any()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_write_latent(dtype, device):
     rng = np.random.default_rng(19)
     kv = rng.standard_normal((3, RANK + ROPE)).astype(np.float32)
-    weight, angles = rng.standard_normal(RANK).astype(np.float32), rng.standard_normal((3, ROPE // 2)).astype(np.float32)
+    weight, angles = (
+        rng.standard_normal(RANK).astype(np.float32),
+        rng.standard_normal((3, ROPE // 2)).astype(np.float32),
+    )
     storage = torch.full((2, 64, RANK + ROPE), 7.0, dtype=dtype, device=device)
     slots = on(device, np.array([70, -1, 3], np.int32))
     cos, sin = on(device, np.cos(angles)), on(device, np.sin(angles))
@@ -128,5 +143,7 @@ def test_write_latent(dtype, device):
     latent = reference.rms_norm(kv[:, :RANK], weight, 1e-5)
     expected = np.concatenate([latent, reference.rotate_pairs(kv[:, RANK:], np.cos(angles), np.sin(angles))], axis=1)
     rows = back(storage).reshape(-1, RANK + ROPE)
-    np.testing.assert_allclose(rows[[70, 3]], expected[[0, 2]], rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        rows[[70, 3]], expected[[0, 2]], rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6
+    )
     assert (np.delete(rows, [70, 3], axis=0) == 7).all(), "padding was written"

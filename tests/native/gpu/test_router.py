@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from native.gpu.router import route
-from native.reference import route as oracle
+from kimi_lite.native.gpu.router import route
+from kimi_lite.native.reference import route as oracle
 from tests.native.gpu.tensors import back, on
 
 CASES = [

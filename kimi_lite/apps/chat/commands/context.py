@@ -1,0 +1,159 @@
+"""/ctx, /stats, /tokens, /experts: what the conversation holds, what it cost and what the model did for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from kimi_lite.apps.chat.attachments import counted
+from kimi_lite.apps.chat.commands.registry import Registry
+from kimi_lite.apps.chat.context import drop_oldest, summarise_oldest
+from kimi_lite.apps.chat.pictures import bar, heat_rows
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import gib
+
+if TYPE_CHECKING:
+    from kimi_lite.apps.chat.chat import Chat
+
+COMMANDS = Registry()
+_SHOWN_TOKENS = 200
+
+
+@COMMANDS.command("ctx", usage="[drop [N] | summarise [N]]", arguments=("drop", "summarise"))
+def _ctx(chat: Chat, argument: str) -> None:
+    """how full the context is; no longer send the N oldest exchanges, or a summary in their place"""
+    word, _, rest = argument.partition(" ")
+    if word:
+        if word not in ("drop", "summarise", "summarize"):
+            raise KimiLiteError(f"/ctx {argument} is not known.", "It is /ctx, /ctx drop [N] or /ctx summarise [N].")
+        num_exchanges = _num_exchanges(chat, rest.strip())
+        if word == "drop":
+            drop_oldest(chat, num_exchanges)
+        else:
+            summarise_oldest(chat, num_exchanges)
+    _show_context(chat)
+
+
+def _num_exchanges(chat: Chat, text: str) -> int:
+    """As typed, or half of them."""
+    have = len(chat.session.exchanges)
+    if have == 0:
+        raise KimiLiteError("There is nothing in the context yet.")
+    if text and not (text.isdecimal() and 0 < int(text) <= have):
+        raise KimiLiteError(f"{text!r} is no number of exchanges from 1 to {have}.", "/ctx shows how many there are.")
+    return int(text) if text else max(have // 2, 1)
+
+
+def _show_context(chat: Chat) -> None:
+    session = chat.session
+    used, total = _num_used(chat), session.context_length
+    num_hidden = sum(turn.role == "user" for turn in session.turns[: session.num_dropped])
+    parts = [counted(len(session.exchanges), "exchange")]
+    if num_hidden:
+        parts.append(f"{num_hidden} older {'summarised' if session.summary else 'dropped'}")
+    if total is None:
+        chat.say(" · ".join([f"{used:,} tokens of a context whose length the endpoint does not say", *parts]))
+        return
+    width = max(min(chat.aside.width - 60, 32), 8)
+    parts = [f"{used:,} of {total:,} tokens ({100 * used / total:.0f} %)", *parts]
+    chat.say(f"{bar(used / total, width)} " + " · ".join(parts))
+
+
+def _num_used(chat: Chat) -> int:
+    """Counted here, or what the endpoint said with its last answer."""
+    used = chat.session.count_tokens()
+    last = next((turn.stats for turn in reversed(chat.session.turns) if turn.stats is not None), None)
+    if used is None:
+        used = 0 if last is None else last.prompt_tokens + last.generated_tokens
+    return used
+
+
+@COMMANDS.command("stats")
+def _stats(chat: Chat, argument: str) -> None:
+    """what the conversation took: tokens, how many came from the cache, speeds, memory"""
+    all_stats = [turn.stats for turn in chat.session.turns if turn.stats is not None]
+    if not all_stats:
+        raise KimiLiteError("There is no answer yet.", "Ask something.")
+    prompt, cached, generated = (
+        sum(getattr(stats, name) for stats in all_stats)
+        for name in ("prompt_tokens", "cached_tokens", "generated_tokens")
+    )
+    rows = [
+        ("answers", f"{len(all_stats)}"),
+        (
+            "prompt",
+            f"{prompt:,} tokens, {cached:,} of them cached{_speed(prompt - cached, [s.prompt_s for s in all_stats])}",
+        ),
+        ("generated", f"{generated:,} tokens{_speed(generated - len(all_stats), [s.generation_s for s in all_stats])}"),
+        ("first token", _times([s.time_to_first_token_s for s in all_stats])),
+        ("settings", chat.session.mode),
+        ("conversation", chat.autosave.name),
+    ]
+    chat.say_table([*rows, ("memory", _memory())])
+
+
+def _speed(num_tokens: int, times_s: list[float]) -> str:
+    return f", {num_tokens / sum(times_s):,.1f} a second" if sum(times_s) > 0 and num_tokens > 0 else ""
+
+
+def _times(times_s: list[float]) -> str:
+    ordered = sorted(times_s)
+    return f"median {ordered[len(ordered) // 2]:.2f} s, longest {ordered[-1]:.2f} s"
+
+
+def _memory() -> str:
+    import psutil
+
+    return f"{psutil.Process().memory_info().rss / 1024**3:.2f} GiB in this process, mapped files included"
+
+
+@COMMANDS.command("tokens", usage="[all]", arguments=("all",))
+def _tokens(chat: Chat, argument: str) -> None:
+    """ids and pieces of the last answer, as sampled"""
+    turn = next((turn for turn in reversed(chat.session.turns) if turn.role == "assistant"), None)
+    if turn is None:
+        raise KimiLiteError("There is no answer yet.", "Ask something.")
+    ids = turn.ids if argument == "all" else turn.ids[-_SHOWN_TOKENS:]
+    pieces = chat.session.pieces(ids)
+    if not ids or pieces is None:
+        raise KimiLiteError("The ids of the last answer are not known here.", "An endpoint or another model made it.")
+    if len(ids) < len(turn.ids):
+        chat.say(f"the last {len(ids)} of {len(turn.ids):,} tokens (/tokens all)")
+    chat.say_flow([f"{i} {piece!r}" for i, piece in zip(ids, pieces, strict=True)])
+
+
+@COMMANDS.command("experts")
+def _experts(chat: Chat, argument: str) -> None:
+    """where experts were found (GPU, RAM, disk) and how often each was used lately, as a picture"""
+    counters, heat = chat.session.counters(), chat.session.heat()
+    chat.say_table([_counter(name, value) for name, value in counters.items()] + _hit_rates(counters))
+    if heat is None and not counters:
+        chat.say("the endpoint does not say where its experts lie")
+    elif heat is None:
+        chat.say("this road computes experts where they lie and counts no choices: there is no picture of their use")
+    else:
+        for line in heat_rows(heat, max(chat.aside.width - 8, 16), is_ascii="utf" not in chat.aside.encoding.lower()):
+            chat.say(line)
+
+
+def _counter(name: str, value: float) -> tuple[str, str]:
+    """By the unit at the end of its name."""
+    words = name.replace("_", " ")
+    if name.endswith("_bytes"):
+        return words.removesuffix(" bytes"), gib(value)
+    if name.endswith("_s"):
+        return words.removesuffix(" s"), f"{value:,.2f} s"
+    return words, f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"
+
+
+def _hit_rates(counters: Mapping[str, float]) -> list[tuple[str, str]]:
+    """`x_hits` beside `x_late` and `x_misses` say how often x had it in time."""
+    rates = []
+    for name, hits in counters.items():
+        if not name.endswith("hits") or name.replace("hits", "misses") not in counters:
+            continue
+        misses = counters[name.replace("hits", "misses")] + counters.get(name.replace("hits", "late"), 0)
+        if hits + misses > 0:
+            what = name.removesuffix("hits").strip("_").replace("_", " ")
+            rates.append((f"{what} hit rate".strip(), f"{100 * hits / (hits + misses):.1f} %"))
+    return rates

@@ -1,0 +1,63 @@
+"""/read, /image and /tools: what the model is given beside words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kimi_lite.apps.chat.attachments import read_image, read_text
+from kimi_lite.apps.chat.commands.registry import Registry
+from kimi_lite.errors import KimiLiteError
+
+if TYPE_CHECKING:
+    from kimi_lite.apps.chat.chat import Chat
+
+COMMANDS = Registry()
+
+
+@COMMANDS.command("read", usage="[FILE | off]", arguments="file")
+def _read(chat: Chat, argument: str) -> None:
+    """put a text file into the next message; off takes all files out again"""
+    if argument == "off":
+        chat.attachments.clear()
+    elif argument:
+        one = read_text(argument)
+        num_tokens = chat.session.count_tokens(one.text, num_dropped=len(chat.session.turns))
+        chat.attachments.append(one)
+        size = "" if num_tokens is None else f", about {num_tokens:,} tokens,"
+        chat.say(f"{one.describe()}{size} goes with your next message")
+        return
+    names = ", ".join(one.describe() for one in chat.attachments)
+    chat.say(f"with the next message: {names}" if names else "no files go with the next message")
+
+
+@COMMANDS.command("tools", usage="[NAME on | NAME ask]")
+def _tools(chat: Chat, argument: str) -> None:
+    """list the tools that the model may use; let one run without asking, or ask again"""
+    if chat.tools is None:
+        raise KimiLiteError("The model has no tools here.", "Start with --tools FOLDER or --mcp-config FILE.")
+    name, _, word = argument.partition(" ")
+    if name and (name not in chat.tools.tools or word.strip() not in ("on", "ask")):
+        raise KimiLiteError(f"/tools {argument} is not known.", "It is /tools, /tools NAME on or /tools NAME ask.")
+    if name:
+        (chat.tools.allowed.add if word.strip() == "on" else chat.tools.allowed.discard)(name)
+    free = chat.tools.allowed
+    rows = [
+        (one.name, f"{'runs' if {'*', one.name} & free else 'asks'} · {one.description}")
+        for one in chat.tools.tools.values()
+    ]
+    chat.say_table(rows)
+
+
+@COMMANDS.command("image", usage="FILE", arguments="file")
+def _image(chat: Chat, argument: str) -> None:
+    """put an image into the next message; a path dropped into the prompt does the same"""
+    if not chat.session.can_see:
+        raise KimiLiteError(
+            f"An image needs a model with a vision tower; {chat.session.info.name} has none here.",
+            "Describe it in words, or use --endpoint URL of a server whose model sees.",
+        )
+    if not argument:
+        raise KimiLiteError("There is no image.", "Say /image FILE.")
+    one = read_image(argument)
+    chat.attachments.append(one)
+    chat.say(f"{one.describe()} goes with your next message")

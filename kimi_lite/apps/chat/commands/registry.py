@@ -1,0 +1,97 @@
+"""The table of slash commands: one registry feeds the dispatch, /help, completion and the tests.
+
+A command is a function of the chat and the text after its name; its docstring is its help. They are defined in
+`apps.commands_*`; `all_commands` brings them together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal
+
+from kimi_lite.errors import KimiLiteError
+
+if TYPE_CHECKING:
+    from kimi_lite.apps.chat.chat import Chat
+
+Action = Callable[["Chat", str], None]
+Arguments = Literal["file", "session", "setting", "pairs"]  # what completion looks up; else words
+_COMMAND = re.compile(r"/[A-Za-z?][\w?-]*(\s|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """`names[0]` is the one shown; `usage` is what may follow it, `arguments` how that is completed."""
+
+    names: tuple[str, ...]
+    usage: str
+    help: str
+    arguments: tuple[str, ...] | Arguments
+    action: Action
+
+
+class Registry:
+    """Commands by name, in the order of their definition."""
+
+    def __init__(self) -> None:
+        self.commands: list[Command] = []
+
+    def command(
+        self, *names: str, usage: str = "", arguments: Sequence[str] | Arguments = ()
+    ) -> Callable[[Action], Action]:
+        """Decorator: enter a function under these names."""
+
+        def enter(action: Action) -> Action:
+            assert action.__doc__, names
+            self.add(
+                Command(
+                    names, usage, action.__doc__, arguments if isinstance(arguments, str) else tuple(arguments), action
+                )
+            )
+            return action
+
+        return enter
+
+    def add(self, command: Command) -> None:
+        """No name may mean two things."""
+        assert not set(self.by_name) & set(command.names), command.names
+        self.commands.append(command)
+
+    @property
+    def by_name(self) -> dict[str, Command]:
+        return {name: command for command in self.commands for name in command.names}
+
+    def run(self, chat: Chat, line: str) -> None:
+        """Run `/name argument`; KimiLiteError with the nearest name when there is no such command."""
+        name, *rest = line.removeprefix("/").split(maxsplit=1)
+        known = self.by_name
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            raise KimiLiteError(
+                f"unknown command /{name}" + (f" - did you mean /{near[0]}?" if near else ""),
+                "/help lists them. To send the line as it is, begin it with a blank.",
+            )
+        known[name].action(chat, rest[0].strip() if rest else "")
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is a command: `/* a comment */` and `/home/me/picture.png` are messages."""
+    return _COMMAND.match(line) is not None
+
+
+def all_commands() -> Registry:
+    """Every command of the chat, in the order of /help."""
+    from kimi_lite.apps.chat.chat.commands import answer as commands_answer
+    from kimi_lite.apps.chat.chat.commands import context as commands_context
+    from kimi_lite.apps.chat.chat.commands import files as commands_files
+    from kimi_lite.apps.chat.chat.commands import general as commands_general
+    from kimi_lite.apps.chat.chat.commands import sessions as commands_sessions
+
+    registry = Registry()
+    for module in (commands_general, commands_answer, commands_context, commands_files, commands_sessions):
+        for command in module.COMMANDS.commands:
+            registry.add(command)
+    return registry

@@ -1,0 +1,118 @@
+"""What `/set` and `/retry-with` change: the settings of answers by the names of their flags."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+
+from kimi_lite.engine.answer_settings import AnswerSettings
+from kimi_lite.engine.conversation import Conversation
+from kimi_lite.engine.types import SamplingParams
+from kimi_lite.errors import KimiLiteError
+
+DEFAULT = "default"
+_SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A setting: its name, the field it is, what it takes, and what it does."""
+
+    name: str
+    field: str
+    parse: Callable[[str], object]
+    help: str
+
+    def value(self, settings: AnswerSettings) -> object:
+        is_sampling = self.field in _SAMPLING_FIELDS and self.field != "temperature"
+        return getattr(settings.sampling if is_sampling else settings, self.field)
+
+    def show(self, settings: AnswerSettings) -> str:
+        """The value as it is typed; None is what the default does."""
+        value = self.value(settings)
+        if self.field == "temperature" and value is None:
+            return f"{settings.sampling_temperature:g} (by the mode)"
+        if value is None:
+            return {"seed": "random", "max_tokens": "no limit", "thinking_budget": "no limit"}[self.field]
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return " ".join(map(repr, value)) or "none" if isinstance(value, tuple) else f"{value:g}"
+
+    def change(self, settings: AnswerSettings, value: object) -> AnswerSettings:
+        if self.field in _SAMPLING_FIELDS and self.field != "temperature":
+            return replace(settings, sampling=replace(settings.sampling, **{self.field: value}))
+        if self.field == "temperature":
+            SamplingParams(temperature=0.0 if value is None else value)  # refuses what is no temperature
+        return replace(settings, **{self.field: value})
+
+
+def _switch(text: str) -> bool:
+    return {"on": True, "off": False, "true": True, "false": False, "1": True, "0": False}[text.lower()]
+
+
+def _limit(text: str) -> int | None:
+    return None if text in ("-1", "none", "no") else int(text)
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return () if text == "none" else (text.encode().decode("unicode_escape") if "\\" in text else text,)
+
+
+PARAMETERS = (
+    Parameter("temp", "temperature", float, "temperature; 0 is greedy"),
+    Parameter("top-p", "top_p", float, "keep the likeliest tokens that sum to p; 1: off"),
+    Parameter("top-k", "top_k", int, "keep the k likeliest tokens; 0: off"),
+    Parameter("min-p", "min_p", float, "keep tokens p times as likely as the likeliest; 0: off"),
+    Parameter("repeat-penalty", "repetition_penalty", float, "make seen tokens less likely; 1: off"),
+    Parameter("seed", "seed", _limit, "the same seed gives the same answer; -1: random"),
+    Parameter("max-tokens", "max_tokens", _limit, "longest answer; -1: no limit but the context"),
+    Parameter("stop", "stop", _texts, "a text that ends the answer; none"),
+    Parameter("think", "is_thinking", _switch, "reason first: on, off"),
+    Parameter("think-budget", "thinking_budget", _limit, "most tokens of reasoning; -1: no limit"),
+    Parameter("preserve-thinking", "preserve_thinking", _switch, "past reasoning stays in the prompt: on, off"),
+)
+
+
+def find(name: str) -> Parameter:
+    """By name, underscores or dashes; KimiLiteError with the nearest where there is none."""
+    by_name = {parameter.name: parameter for parameter in PARAMETERS} | {
+        "temperature": PARAMETERS[0],
+        "thinking": PARAMETERS[8],
+    }
+    wanted = name.lower().replace("_", "-")
+    if wanted not in by_name:
+        near = get_close_matches(wanted, by_name, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else "/set lists them."
+        raise KimiLiteError(f"There is no setting {name!r}.", hint)
+    return by_name[wanted]
+
+
+def changed(conversation: Conversation, settings: AnswerSettings, name: str, text: str) -> AnswerSettings:
+    """`settings` with one of them as typed; KimiLiteError where the text is no such value or the model cannot do it."""
+    parameter = find(name)
+    if text == DEFAULT:
+        return parameter.change(settings, parameter.value(AnswerSettings(is_thinking=conversation.can_think)))
+    try:
+        value = parameter.parse(text)
+    except (ValueError, KeyError):
+        raise KimiLiteError(
+            f"{parameter.name} cannot be {text!r}.", f"It is: {parameter.help}; or {DEFAULT}."
+        ) from None
+    if parameter.field == "is_thinking" and value and not conversation.can_think:
+        raise KimiLiteError(f"{conversation.info.name} has no thinking mode.", "Leave think off.")
+    if parameter.field == "thinking_budget" and value is not None:
+        if value < 0:
+            raise KimiLiteError(f"think-budget is {value}; it must be 0 or more.", "-1 takes the limit away.")
+        conversation.require_budget()
+    if parameter.field == "preserve_thinking" and value and not conversation.can_preserve:
+        raise KimiLiteError(
+            f"The chat template of {conversation.info.name} always drops past reasoning.", "Leave it off."
+        )
+    return parameter.change(settings, value)
+
+
+def parse_pairs(argument: str) -> list[tuple[str, str]]:
+    """`temp=0.7 top-p=0.9` as pairs; KimiLiteError for what is no pair."""
+    pairs = [word.partition("=") for word in argument.split()]
+    if not pairs or not all(name and sign and value for name, sign, value in pairs):
+        raise KimiLiteError(f"{argument!r} is not name=value.", "For example /retry-with temp=0.7 top-p=0.9")
+    return [(name, value) for name, _, value in pairs]

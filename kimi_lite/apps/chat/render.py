@@ -1,0 +1,263 @@
+"""What a terminal shows: the answer as it comes, reasoning dim, progress, the statistics line, errors.
+
+Two streams: `out` carries the answer and nothing else, `aside` (a rich console, often stderr) everything about it.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from kimi_lite.apps.markdown.live import LiveRows
+from kimi_lite.apps.markdown.rows import Row
+from kimi_lite.apps.markdown.stream import CONTROLS, MarkdownStream
+from kimi_lite.engine.types import ModelInfo, Stats, Token
+from kimi_lite.errors import KimiLiteError
+
+LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
+REASONING_ROWS = 12  # of the screen, while the model thinks
+MIB, GIB = 1024**2, 1024**3
+
+
+class AnswerView:
+    """Shows one answer's tokens as they come, and keeps its texts.
+
+    On a terminal the answer is rendered as markdown and the reasoning collapses to one line when it is over; into a
+    pipe, to a terminal that cannot move its cursor, or with `is_plain` both are written as they come. `think_hint` says
+    how to see it again.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        aside: Console,
+        shows_reasoning: bool,
+        is_plain: bool = False,
+        shows_calls: bool = True,
+        think_hint: str = "",
+    ) -> None:
+        self.out, self.aside = out, aside
+        self.texts = {"reasoning": "", "content": "", "tool_call": ""}
+        self.calls: list[dict[str, str]] = []
+        self.last: Token | None = None
+        is_counted = shows_calls and not is_plain and can_redraw(aside)  # hidden, but one sees that something goes on
+        shows_any = shows_reasoning or is_counted
+        self._thinking = (
+            ReasoningView(aside, is_plain, think_hint, is_hidden=not shows_reasoning) if shows_any else None
+        )
+        self._shows_calls = shows_calls
+        screen = Console(file=out)
+        self._markdown = MarkdownStream(screen) if can_redraw(screen) and out.isatty() and not is_plain else None
+        self._part = ""  # what is being shown: reasoning, content or a call
+        self._has_content = self._is_line_open = False
+
+    def show(self, token: Token) -> None:
+        self.last = token
+        self.texts[token.kind] += token.text
+        if token.call:
+            self.calls.append({"id": token.call.id, "name": token.call.name, "arguments": ""})
+        elif token.kind == "tool_call" and self.calls:
+            self.calls[-1]["arguments"] += token.text
+        if token.kind == "reasoning":
+            self._show_reasoning(token)
+        elif token.kind == "content":
+            self._show_content(token.text)
+        else:
+            self._show_call(token)
+
+    def close(self) -> None:
+        """End the last line."""
+        self._begin("")
+
+    def _begin(self, part: str) -> None:
+        """End what was shown before `part`, if it was something else."""
+        if part == self._part:
+            return
+        if self._part == "reasoning" and self._thinking:
+            self._thinking.collapse()
+        elif self._part == "content":
+            self._end_content()
+        elif self._part == "call":
+            self._dim("\n")
+        self._part = part
+
+    def _show_reasoning(self, token: Token) -> None:
+        if self._thinking and (token.text.strip("\n") or self._part == "reasoning"):
+            self._begin("reasoning")
+            self._thinking.add(token)
+
+    def _show_content(self, text: str) -> None:
+        text = text if self._has_content else text.lstrip("\n")  # models begin with empty lines
+        if not text:
+            return
+        self._begin("content")
+        self._has_content = True
+        if self._markdown:
+            self._markdown.feed(text)
+        else:
+            self.out.write(CONTROLS.sub("�", text) if self.out.isatty() else text)
+            self.out.flush()
+            self._is_line_open = not text.endswith("\n")
+
+    def _end_content(self) -> None:
+        if self._markdown:
+            self._markdown.finish()
+        elif self._is_line_open:
+            self.out.write("\n")
+            self.out.flush()
+
+    def _show_call(self, token: Token) -> None:
+        if not self._shows_calls:
+            return
+        if token.call:
+            self._begin("")
+            self._begin("call")
+            self._dim(f"→ {token.call.name} ")
+        if token.text:
+            self._begin("call")
+            self._dim(token.text)
+        if token.error:
+            self._begin("")
+            self._dim(f"{token.error}\n")
+
+    def _dim(self, text: str) -> None:
+        show_plain(self.aside, CONTROLS.sub("�", text), end="", style="dim")
+
+
+class ReasoningView:
+    """What the model thinks: its last rows while it does, then one line. Plain: all of it, and the line. Hidden: how
+    much."""
+
+    def __init__(self, console: Console, is_plain: bool = False, hint: str = "", is_hidden: bool = False) -> None:
+        self._console, self._hint, self._is_hidden = console, f" ({hint})" if hint else "", is_hidden
+        self._live = LiveRows(console, REASONING_ROWS) if can_redraw(console) and not is_plain else None
+        self._text, self._num_tokens, self._began_s = "", 0, 0.0
+
+    def add(self, token: Token) -> None:
+        """The next token of it."""
+        if not self._text:
+            self._began_s = time.perf_counter()
+        text = CONTROLS.sub("�", token.text)
+        text = text if self._text else text.lstrip("\n")
+        self._text += text
+        self._num_tokens += token.id is not None
+        if self._live:
+            self._live.draw(self._rows)
+        elif text:
+            show_plain(self._console, text, end="", style="dim")
+
+    def collapse(self) -> None:
+        """It is over: `▸ thought for 9 s · 58 tokens`."""
+        if self._live:
+            self._live.erase()
+        elif self._text and not self._text.endswith("\n"):
+            show_plain(self._console, "")
+        show_plain(self._console, f"▸ thought for {self._amount}{self._hint}", style="dim")
+        self._text, self._num_tokens = "", 0
+
+    @property
+    def _amount(self) -> str:
+        tokens = f" · {self._num_tokens:,} tokens" if self._num_tokens else ""
+        return f"{time.perf_counter() - self._began_s:.0f} s{tokens}"
+
+    def _rows(self) -> list[Row]:
+        if self._is_hidden:
+            return self._console.render_lines(Text(f"thinking… {self._amount}", "dim"), pad=False)
+        limit = self._live.limit
+        last = self._text.rsplit("\n", limit)[-limit:]
+        return self._console.render_lines(Text("\n".join(last), "dim", overflow="fold"), pad=False)
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether what is shown can be changed again."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def show_reasoning(console: Console, text: str) -> None:
+    """All of a past answer's reasoning, dim: `/think show`."""
+    show_plain(console, CONTROLS.sub("�", text.strip("\n")), style="dim")
+
+
+class WorkProgress:
+    """A bar for work of known length that goes away when done; nothing where `console` is no terminal."""
+
+    def __init__(self, console: Console, unit: Callable[[int], str] = "{:,}".format, least: int = 1) -> None:
+        amount = TextColumn("[dim]{task.fields[amount]}")
+        columns = (TextColumn("[dim]{task.description}"), BarColumn(28), amount, TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._unit, self._least = unit, least
+        self._task: TaskID | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` units of `what` are done. The bar appears when there is enough to do."""
+        if self._task is None and total - done < self._least:
+            return
+        amount = f"{self._unit(done)} / {self._unit(total)}"
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task(what, total=total, amount=amount)
+        self._progress.update(self._task, description=what, completed=done, total=total, amount=amount)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._task is not None:
+            self._progress.stop()
+            self._task = None
+
+    def __enter__(self) -> "WorkProgress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def show_plain(console: Console, text: str, end: str = "\n", style: str | None = None) -> None:
+    """Print text as it is: no markup, no highlighting, no wrapping of our own."""
+    console.print(text, end=end, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def stats_line(token: Token) -> str:
+    """`prompt 24 tok 38.2 t/s (12 cached) · gen 212 tok 6.2 t/s · TTFT 0.7 s`, and why it ended if not by itself."""
+    s = token.stats
+    cached = f" ({s.cached_tokens:,} cached)" if s.cached_tokens else ""
+    parts = (
+        [f"prompt {s.prompt_tokens:,} tok{_rate(s.prompt_tok_s)}{cached}"] if s.prompt_tokens else []
+    )  # 0: not known
+    parts.append(f"gen {s.generated_tokens:,} tok{_rate(s.generation_tok_s)}")
+    if s.generated_tokens:
+        parts.append(f"TTFT {s.time_to_first_token_s:.1f} s")
+    endings = {"cancelled": "stopped", "length": "cut: token limit or full context"}
+    return " · ".join([*parts, *filter(None, [endings.get(token.finish_reason)])])
+
+
+def _rate(tok_s: float | None) -> str:
+    return "" if tok_s is None else f" {tok_s:,.1f} t/s"
+
+
+def stats_document(stats: Stats) -> dict[str, float | int | None]:
+    """The statistics for `--json`."""
+    return {name: getattr(stats, name) for name in Stats.__dataclass_fields__} | {
+        "prompt_tok_s": stats.prompt_tok_s,
+        "generation_tok_s": stats.generation_tok_s,
+    }
+
+
+def describe_model(info: ModelInfo) -> str:
+    """`IQ2_XXS 87 %, Q8_0 12 % · 255.6 GiB`: the types that hold at least a hundredth of the bytes."""
+    total = sum(num_bytes for _, num_bytes in info.bytes_by_type)
+    shares = [(name, round(100 * num_bytes / total)) for name, num_bytes in info.bytes_by_type]
+    types = ", ".join(f"{name} {share} %" for name, share in shares if share >= 1)
+    size = (
+        f"{info.total_bytes / GIB:,.1f} GiB" if info.total_bytes >= GIB / 10 else f"{info.total_bytes / MIB:,.1f} MiB"
+    )
+    return f"{types} · {size}"
+
+
+def show_error(console: Console, error: KimiLiteError) -> None:
+    """What failed, then what to do."""
+    show_plain(console, error.message, style="red")
+    if error.hint:
+        show_plain(console, error.hint)

@@ -1,0 +1,90 @@
+"""The doctor's checks of the graphics card: driver, generation, free memory and who holds it, torch and Triton for it.
+
+torch is imported only where there is a card that it could use.
+"""
+
+from collections.abc import Iterator
+
+from kimi_lite.apps.doctor.system import Check, Facts
+from kimi_lite.hardware.probe import Gpu
+from kimi_lite.units import GIB, gib
+
+_OLDEST_GENERATION = 8.0  # as native.gpu.support asks
+_BUSY_BYTES = 1.5 * GIB  # more than a desktop's windows
+
+
+def gpu_checks(facts: Facts) -> Iterator[Check]:
+    """One line where there is no card, else one for each thing that it needs."""
+    gpu = facts.hardware.gpu
+    if gpu is None:
+        yield _no_card(facts)
+        return
+    yield check_card(gpu)
+    yield check_free_memory(gpu)
+    yield check_torch(facts, gpu)
+    yield check_triton(facts)
+
+
+def _no_card(facts: Facts) -> Check:
+    found = f"none that can be used: {facts.gpu_reason}"
+    if facts.packages.get("nvidia-ml-py") is None:
+        return Check("gpu", "warn", found, "pip install nvidia-ml-py, if there is an NVIDIA card")
+    if facts.has_nvidia_device:
+        return Check(
+            "gpu",
+            "fail",
+            found,
+            "a card of NVIDIA's is on the bus: install its driver (or pass the card into the container)",
+        )
+    return Check("gpu", "warn", found, "everything runs on the CPU; a card of 24 GiB reads prompts many times faster")
+
+
+def check_card(gpu: Gpu) -> Check:
+    speeds = [
+        f"{gpu.vram_bytes_s / 1e9:.0f} GB/s" if gpu.vram_bytes_s else "",
+        f"driver {gpu.driver}" if gpu.driver else "",
+    ]
+    pcie = f"PCIe {gpu.pcie_bytes_s / 1e9:.0f} GB/s" if gpu.pcie_bytes_s else ""
+    generation = f"sm_{gpu.compute_capability.replace('.', '')}" if gpu.compute_capability else ""
+    found = ", ".join(part for part in (f"{gpu.name}, {gib(gpu.vram_total_bytes)}", generation, *speeds, pcie) if part)
+    if gpu.compute_capability and float(gpu.compute_capability) < _OLDEST_GENERATION:
+        return Check("gpu", "fail", found, "kernels need sm_80 or newer (bfloat16 tensor cores): --device cpu")
+    return Check("gpu", "ok", found)
+
+
+def check_free_memory(gpu: Gpu) -> Check:
+    used_bytes = gpu.vram_total_bytes - gpu.vram_free_bytes
+    found = f"{gib(gpu.vram_free_bytes)} of {gib(gpu.vram_total_bytes)} free"
+    if used_bytes < _BUSY_BYTES:
+        return Check("vram", "ok", found)
+    holders = ", ".join(f"{p.name} (pid {p.pid}) {gib(p.vram_bytes)}" for p in gpu.processes[:3])
+    fix = f"end what holds it: {holders}" if holders else "another program holds the rest; nvidia-smi shows it"
+    return Check("vram", "warn", found, fix)
+
+
+def check_torch(facts: Facts, gpu: Gpu) -> Check:
+    """Whether torch can use the card, and if not, why."""
+    found = facts.packages.get("torch")
+    if found is None:
+        return Check("torch", "fail", "not installed", "pip install torch")
+    if "+cpu" in found:
+        return Check(
+            "torch",
+            "fail",
+            f"{found} is a build without CUDA",
+            "pip install --force-reinstall torch, without the CPU index",
+        )
+    import torch
+
+    built_for = torch.version.cuda or "no CUDA"
+    if torch.cuda.is_available():
+        return Check("torch", "ok", f"{found} for CUDA {built_for}, sees {torch.cuda.device_count()} card(s)")
+    fix = f"the driver serves CUDA {gpu.cuda_version or '?'}: update it, or install a torch for that version"
+    return Check("torch", "fail", f"{found} for CUDA {built_for} cannot use the card", fix)
+
+
+def check_triton(facts: Facts) -> Check:
+    found = facts.packages.get("triton")
+    if found is None:
+        return Check("triton", "fail", "not installed: the card's kernels are written in it", "pip install triton")
+    return Check("triton", "ok", found)

@@ -1,0 +1,219 @@
+"""A conversation with a model behind an OpenAI-compatible endpoint: vLLM, SGLang, llama-server, kimi-lite serve, the
+vendor.
+
+`kimi-lite chat --endpoint URL` is the same program as without; only this class differs from `engine.session.Session`.
+The server has template, tokenizer and cache, so token ids, their number before the answer, and a budget for thinking
+are not ours.
+"""
+
+import json
+import os
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from kimi_lite.apps.remote.deltas import DeltaReader
+from kimi_lite.apps.remote.http import Refused, Server
+from kimi_lite.apps.remote.sse import EventReader
+from kimi_lite.engine.answer_settings import AnswerSettings
+from kimi_lite.engine.conversation import Conversation, OnPrefill
+from kimi_lite.engine.types import ModelInfo, Token
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.tool_calls import is_json_object
+
+KEY_VARIABLES = ("KIMI_LITE_API_KEY", "OPENAI_API_KEY")
+VENDOR_HOSTS = ("moonshot.ai", "moonshot.cn", "kimi.com")
+CONTEXT_KEYS = ("max_model_len", "context_length", "context_window", "n_ctx")
+DONE = "[DONE]"
+
+
+class RemoteSession(Conversation):
+    """One user's conversation with a model elsewhere."""
+
+    can_think = can_see = can_call = can_preserve = (
+        True  # as far as anyone can say from here; the server refuses what it has not
+    )
+
+    def __init__(
+        self, server: Server, model: str, context_length: int | None, system: str, settings: AnswerSettings | None
+    ) -> None:
+        self.server, self.context_length = server, context_length
+        self.info = ModelInfo(model, Path(server.url), 0, ())
+        self._is_cancelled = False
+        self._refused: set[str] = set()  # optional fields that the server does not know
+        super().__init__(system, settings)
+
+    @classmethod
+    def open(
+        cls,
+        endpoint: str,
+        api_key: str | None = None,
+        model: str | None = None,
+        system: str = "",
+        settings: AnswerSettings | None = None,
+    ) -> "RemoteSession":
+        """Reach the server and choose the model: the one named, or the only one there is."""
+        key = api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+        server = Server(endpoint, key)
+        try:
+            models = _models(server, is_needed=model is None)
+            name = model or _only_model(server, models)
+        except BaseException:
+            server.close()
+            raise
+        return cls(server, name, _context_length(models.get(name, {})), system, settings)
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+
+    def close(self) -> None:
+        self.server.close()
+
+    def model_key(self) -> str:
+        return f"{self.server.url} {self.info.name}"
+
+    def require_budget(self) -> None:
+        raise KimiLiteError(
+            "A budget for thinking cannot be kept from here: the endpoint decides.",
+            "Leave it out; -n limits an answer.",
+        )
+
+    def _stream(
+        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_aside: bool
+    ) -> Generator[Token, None, None]:
+        self._is_cancelled = False
+        num_calls = sum(len(turn.calls) for turn in self.turns)
+        while True:
+            reader = DeltaReader(uuid4().hex, num_calls)
+            try:
+                yield from self._answer_once(reader, self._body(messages, settings))
+                return
+            except Refused as error:
+                self._do_without(error, settings)
+
+    def _answer_once(self, reader: DeltaReader, body: dict[str, Any]) -> Generator[Token, None, None]:
+        events, content_type, is_done, whole = EventReader(), "", False, b""
+        pieces = self.server.post("/chat/completions", body, lambda: self._is_cancelled)
+        try:
+            for content_type, data in pieces:
+                if "json" in content_type:  # a server that does not stream
+                    whole += data
+                    continue
+                for event in events.feed(data):
+                    is_done = is_done or event.strip() == DONE
+                    yield from self._read(reader, event)
+        finally:
+            pieces.close()
+        if self._is_cancelled:
+            yield from reader.finish("cancelled")
+            return
+        for event in [whole.decode("utf-8", "replace")] if whole else events.finish():
+            is_done = is_done or event.strip() == DONE
+            yield from self._read(reader, event)
+        if not is_done and reader.reason is None:
+            if content_type and "json" not in content_type and "event-stream" not in content_type:
+                raise self.server.no_stream(content_type)
+            message = f"{self.server.url} ended the answer in the middle: no finish reason, no [DONE]."
+            raise KimiLiteError(message, "What came is kept; /regen asks again.")
+        yield from reader.finish()
+
+    def _read(self, reader: DeltaReader, event: str) -> list[Token]:
+        if event.strip() == DONE:
+            return []
+        try:
+            document = json.loads(event)
+        except ValueError as error:
+            raise KimiLiteError(
+                f"{self.server.url} sent an event that is no JSON: {event[:80]!r}.", "Is it OpenAI's API?"
+            ) from error
+        return reader.feed(document) if isinstance(document, Mapping) else []
+
+    def _body(self, messages: Sequence[Mapping[str, Any]], settings: AnswerSettings) -> dict[str, Any]:
+        """The request. What is as OpenAI's default is not sent: not every server knows every field."""
+        params = settings.params
+        body: dict[str, Any] = {
+            "model": self.info.name,
+            "messages": [_portable(message) for message in messages],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            **self._thinking(settings),
+        }
+        optional = {
+            "max_tokens": params.max_tokens,
+            "seed": params.seed,
+            "stop": list(params.stop) or None,
+            "top_k": params.top_k or None,
+            "min_p": params.min_p or None,
+            "repetition_penalty": None if params.repetition_penalty == 1.0 else params.repetition_penalty,
+            "tools": list(self.tools) or None,
+        }
+        body |= {name: value for name, value in optional.items() if value is not None}
+        return {name: value for name, value in body.items() if name not in self._refused}
+
+    def _thinking(self, settings: AnswerSettings) -> dict[str, Any]:
+        """The switch: the vendor has a field of its own, servers pass arguments to the template."""
+        host = urlsplit(self.server.url).hostname or ""
+        if any(host == vendor or host.endswith("." + vendor) for vendor in VENDOR_HOSTS):
+            return {"thinking": {"type": "enabled" if settings.is_thinking else "disabled"}}
+        kept = {"preserve_thinking": True} if settings.preserve_thinking else {}
+        return {"chat_template_kwargs": {"thinking": settings.is_thinking, **kept}}
+
+    def _do_without(self, error: Refused, settings: AnswerSettings) -> None:
+        """Leave a field out that the server refused by name and that changes nothing; else the refusal stands."""
+        fields = ["stream_options", *(["chat_template_kwargs", "thinking"] if settings.is_thinking else [])]
+        named = [name for name in fields if name in error.said and name not in self._refused]
+        if error.status not in (400, 422) or not named:
+            raise error
+        self._refused.add(named[0])
+
+
+def _portable(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as any server takes it: no empty reasoning, and arguments that are JSON, for servers parse those of the
+    past."""
+    result = {key: value for key, value in message.items() if key != "reasoning_content" or value}
+    if result.get("tool_calls"):
+        result["tool_calls"] = [
+            {**call, "function": _portable_function(call["function"])} for call in result["tool_calls"]
+        ]
+    return result
+
+
+def _portable_function(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    return {**function, "arguments": arguments if is_json_object(arguments) else json.dumps({"malformed": arguments})}
+
+
+def _models(server: Server, is_needed: bool) -> dict[str, Mapping[str, Any]]:
+    """What the server says about its models, by name. Not every server has the list, and not every one is asked for
+    it."""
+    try:
+        document = server.get("/models")
+    except Refused as error:
+        if is_needed or error.status != 404:
+            raise
+        return {}
+    entries = document.get("data") if isinstance(document, Mapping) else None
+    entries = entries if isinstance(entries, list) else []
+    return {str(entry["id"]): entry for entry in entries if isinstance(entry, Mapping) and entry.get("id")}
+
+
+def _only_model(server: Server, models: Mapping[str, Any]) -> str:
+    """The one model, or the one Kimi K2 among several."""
+    kimis = [name for name in models if "kimi-k2" in name.lower()]
+    if len(models) == 1 or len(kimis) == 1:
+        return kimis[0] if len(kimis) == 1 else next(iter(models))
+    if not models:
+        raise KimiLiteError(f"{server.url} lists no models.", "Name one with -m.")
+    names = ", ".join(list(models)[:12]) + (", ..." if len(models) > 12 else "")
+    raise KimiLiteError(f"{server.url} has {len(models)} models: {names}.", "Name one with -m.")
+
+
+def _context_length(entry: Mapping[str, Any]) -> int | None:
+    """As vLLM, OpenRouter or llama-server say it."""
+    places = (entry, entry.get("meta") if isinstance(entry.get("meta"), Mapping) else {})
+    values = [place.get(key) for place in places for key in CONTEXT_KEYS]
+    return next((int(value) for value in values if isinstance(value, int) and value > 0), None)

@@ -1,0 +1,139 @@
+"""A model as the planner sees it: how many bytes lie in which group of tensors, and nothing about where they are
+stored.
+
+Made from the tensors of a file, or from a configuration and a choice of types before there is any file:
+
+    sizes = store_sizes(store, config)
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.native.layouts import BY_NAME, Layout
+
+if TYPE_CHECKING:
+    from kimi_lite.gguf.store import GGUFStore
+
+ROUTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
+DENSE_TYPES = ("q8_0", "bf16", "file")  # of what is dense, on a card
+EMBEDDING = "token_embd.weight"
+_EXACT = "ffn_gate_inp.weight"
+_BY_HEAD = ("attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight")
+_SLOT_ALIGNMENT = 256  # bytes
+_NAMED_SHARE = 0.1
+Tensor = tuple[str, tuple[int, ...], Layout]  # name, shape (the last axis is the row), type
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Bytes by group. `label` names the types for a reader, as "TQ1_0 experts, Q8_0 rest"."""
+
+    config: ModelConfig
+    label: str
+    embedding_bytes: int  # looked up, one row a token
+    dense_bytes: int  # read for every token: attention, dense layers, shared experts, routers, norms, head
+    card_dense_bytes: int  # the same on a graphics card: Q8_0 whatever the file holds, head-wise products in bfloat16
+    card_bf16_bytes: int  # all of it there in bfloat16
+    card_file_bytes: int  # as in the file, head-wise products in float32
+    expert_bytes: int  # all routed experts of all layers
+    slot_bytes: int  # of the largest routed expert, its matrices aligned: what a place for one takes
+    converted_bytes: int = 0  # copies that loading makes: keys and values of files with a joint attn_kv_b
+    vision_bytes: int = 0
+    bytes_by_type: tuple[tuple[str, int], ...] = ()  # largest first, without vision
+
+    @property
+    def total_bytes(self) -> int:
+        return self.embedding_bytes + self.dense_bytes + self.expert_bytes + self.vision_bytes
+
+    def with_dense_type(self, kind: str) -> "ModelSizes":
+        """Where the user asks for another type on the card than Q8_0."""
+        sizes = dict(zip(DENSE_TYPES, (self.card_dense_bytes, self.card_bf16_bytes, self.card_file_bytes), strict=True))
+        return replace(self, card_dense_bytes=sizes[kind])
+
+    @property
+    def num_experts(self) -> int:
+        """Of all layers."""
+        return self.config.num_moe_layers * self.config.num_experts
+
+    @property
+    def embedding_row_bytes(self) -> float:
+        return self.embedding_bytes / self.config.vocab_size
+
+    @property
+    def token_expert_bytes(self) -> float:
+        """Routed experts that one token reads, in all layers."""
+        return (
+            self.expert_bytes * self.config.num_experts_used / self.config.num_experts
+            if self.config.num_experts
+            else 0.0
+        )
+
+    @property
+    def shared_expert_bytes(self) -> float:
+        """The part of `card_dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
+        config = self.config
+        weights = config.num_moe_layers * config.num_shared_experts * config.expert_parameters
+        return self.card_dense_bytes * weights / (config.other_parameters - config.vocab_size * config.hidden_size)
+
+
+def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
+    """Sums the tensors of a file, or of a file to be."""
+    embedding, dense, routed, converted, on_card = 0, 0, 0, 0, Counter[str]()
+    slot, by_type, experts_by_type = Counter[str](), Counter[str](), Counter[str]()
+    for name, shape, layout in tensors:
+        num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
+        by_type[layout.name] += num_bytes
+        if name == EMBEDDING:
+            embedding += num_bytes
+        elif name.endswith(ROUTED):
+            routed += num_bytes
+            experts_by_type[layout.name] += num_bytes
+            slot[name.split(".ffn_")[0]] += -(-num_bytes // shape[0] // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        else:
+            dense += num_bytes
+            on_card += {kind: _card_bytes(kind, name, shape, num_bytes) for kind in DENSE_TYPES}
+            converted += _converted_bytes(config, name, layout)
+    label = _label(by_type, experts_by_type)
+    largest = max(slot.values(), default=0)
+    types = tuple(by_type.most_common())
+    cards = (on_card[kind] for kind in DENSE_TYPES)
+    return ModelSizes(config, label, embedding, dense, *cards, routed, largest, converted, vision_bytes, types)
+
+
+def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) -> ModelSizes:
+    """Of an open file."""
+    tensors = ((tensor.name, tensor.shape, tensor.layout) for tensor in store.tensors.values())
+    return sizes_of(config, tensors, vision_bytes)
+
+
+def _card_bytes(kind: str, name: str, shape: tuple[int, ...], file_bytes: int) -> int:
+    """As `model.hybrid.weights` puts a dense tensor on the card."""
+    if len(shape) < 2 or name.endswith(_EXACT):
+        return file_bytes
+    if name.endswith(_BY_HEAD):
+        return prod(shape) * (4 if kind == "file" else 2)
+    if kind == "file":
+        return file_bytes
+    is_q8_0 = kind == "q8_0" and shape[-1] % BY_NAME["Q8_0"].block_size == 0
+    return prod(shape[:-1]) * BY_NAME["Q8_0" if is_q8_0 else "BF16"].row_bytes(shape[-1])
+
+
+def _converted_bytes(config: ModelConfig, name: str, layout: Layout) -> int:
+    """A joint `attn_kv_b` is cut when it is loaded: keys transposed into F16, values as they are."""
+    if not name.endswith("attn_kv_b.weight"):
+        return 0
+    keys = config.num_heads * config.kv_lora_rank * config.qk_nope_head_dim * (4 if layout.name == "F32" else 2)
+    return keys + config.num_heads * config.v_head_dim * layout.row_bytes(config.kv_lora_rank)
+
+
+def _label(by_type: Counter[str], experts_by_type: Counter[str]) -> str:
+    """The types of the experts and of the rest, by bytes; types of less than a tenth are left out."""
+    names = []
+    for types, what in ((experts_by_type, "experts"), (by_type - experts_by_type, "rest")):
+        main = [name for name, size in types.most_common() if size > _NAMED_SHARE * types.total()]
+        names += [f"{'+'.join(main)} {what}"] if main else []
+    return ", ".join(names)

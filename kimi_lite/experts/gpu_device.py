@@ -1,0 +1,135 @@
+"""A torch device with what the GPU road needs of one: pinned host memory, a stream for copies, events, free memory.
+
+The same code runs with a CPU device standing in as the GPU: there a copy is done when it is asked for, so streams and
+events have nothing to do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import gib_apart
+
+_DRIVER_BYTES = 512 * 1024**2  # CUDA's context and libraries, which torch does not count
+
+
+class Event(Protocol):
+    """A point in a stream's work: `torch.cuda.Event`, or `Done` where work is done when it is asked for."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Done:
+    """The event of a device without streams: everything before it has happened."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+
+class Accelerator:
+    """One device; its `copy` stream is for uploads that run beside the computing on the current stream."""
+
+    def __init__(self, name: str, limit_bytes: int | None = None) -> None:
+        """name: "cuda", "cuda:1", or "cpu" to stand in as one. limit_bytes: of VRAM, the driver's own part included.
+
+        Raises KimiLiteError where there is no such device, or where the limit is below what the driver needs.
+        """
+        self.device = torch.device(name)
+        self.is_cuda = self.device.type == "cuda"
+        self._limit_bytes: int | None = None
+        if self.is_cuda:
+            require_cuda(name)
+            self.device = torch.device("cuda", self.device.index or 0)
+            torch.cuda.set_device(self.device)
+            self._set_limit(limit_bytes)
+        self._copy_stream = torch.cuda.Stream(self.device) if self.is_cuda else None
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that copies to and from the device go through at full speed, without a stop."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=self.is_cuda)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def event(self) -> Event:
+        """Now, in the current stream."""
+        if not self.is_cuda:
+            return Done()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self, event: Event) -> None:
+        """What the current stream is given from now on waits for `event`; the host does not."""
+        if self.is_cuda:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """target = source, behind all that the current stream was given; the host goes on where one of them is
+        pinned."""
+        target.copy_(source, non_blocking=True)
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Inside, the current stream of this thread is the copy stream."""
+        if self._copy_stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
+            yield
+
+    def enter_thread(self) -> None:
+        """What a new thread does first: CUDA's current device is a thread's own."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def give_back(self) -> None:
+        """What torch holds and nobody uses goes back to the driver, so that what is free is in one piece."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    def free_bytes(self) -> int | None:
+        """What may still be allocated; None for a device that is no GPU."""
+        if not self.is_cuda:
+            return None
+        allocated = torch.cuda.memory_allocated(self.device)
+        driver_bytes = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - allocated
+        return driver_bytes if self._limit_bytes is None else min(driver_bytes, self._limit_bytes - allocated)
+
+    def _set_limit(self, limit_bytes: int | None) -> None:
+        """torch refuses to allocate beyond it."""
+        if limit_bytes is None:
+            return
+        total_bytes = torch.cuda.get_device_properties(self.device).total_memory
+        if limit_bytes <= _DRIVER_BYTES:
+            need, have = gib_apart(_DRIVER_BYTES, limit_bytes)
+            raise KimiLiteError(
+                f"--vram allows {have}; CUDA itself takes about {need}.", "Allow more, or try --device cpu."
+            )
+        self._limit_bytes = min(limit_bytes, total_bytes) - _DRIVER_BYTES
+        torch.cuda.set_per_process_memory_fraction(self._limit_bytes / total_bytes, self.device)
+
+
+def require_cuda(name: str) -> None:
+    """Raise KimiLiteError unless torch can use the CUDA device `name`."""
+    index = torch.device(name).index or 0
+    if torch.version.cuda is None:
+        hint = "Install it from https://pytorch.org/get-started/locally, or say --device cpu."
+        raise KimiLiteError(f"--device {name}: this PyTorch ({torch.__version__}) is built without CUDA.", hint)
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise KimiLiteError(
+            f"--device {name}: {count} CUDA devices are here.", "nvidia-smi lists them; --device cpu needs none."
+        )

@@ -1,0 +1,52 @@
+"""How hot every expert was, kept beside the model between runs, so that the next start knows what to bring first.
+
+`kimi-k2.5-00001-of-00006.gguf` has its heat in `kimi-k2.5.heat.npz` beside it; where that folder cannot be written, in
+the cache folder. Heat is a help and never a need: a file that is missing, damaged or of another model is passed over.
+"""
+
+import os
+import re
+import zipfile
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+
+from kimi_lite.files import whole_file
+
+_SHARD_END = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def heat_path(model: Path) -> Path:
+    """Where the heat of the model with this first shard is kept."""
+    name = _SHARD_END.sub("", model.stem) + ".heat.npz"
+    beside = model.with_name(name)
+    if os.access(beside if beside.exists() else model.parent, os.W_OK):
+        return beside
+    base = Path(os.environ.get("KIMI_LITE_CACHE") or platformdirs.user_cache_path("kimi-lite"))
+    return base / "heat" / f"{blake2b(str(model.resolve()).encode(), digest_size=8).hexdigest()}-{name}"
+
+
+def load_heat(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """float32 (averages, layers, experts) as `save_heat` wrote it; None where there is none of this shape."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            heat = file["heat"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    is_sound = (
+        heat.shape == shape and heat.dtype == np.float32 and bool(np.isfinite(heat).all()) and bool((heat >= 0).all())
+    )
+    return heat if is_sound else None
+
+
+def save_heat(path: Path, heat: np.ndarray) -> bool:
+    """Writes it, whole or not at all; False where that is impossible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, "wb") as file:
+            np.savez_compressed(file, heat=heat)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,269 @@
+"""Which experts deserve a slot: recency and frequency, both with decay. Pure bookkeeping: no memory, no files, no
+threads.
+
+One instance rules over the slots of one place: rows of a GPU tensor, or of the expert cache in RAM; `tools.cache`
+replays routing traces through the very same class. An expert's score estimates how likely the next token wants it:
+
+    score = a(2 tokens) + a(32) + a(512),   a(h) = moving average of "was chosen", half of it forgotten every h tokens
+
+The short averages follow the topic almost as LRU does, the long one knows favourites and keeps a cache that is too
+small for LRU from turning over for nothing (`tools.cache` compares; tools/LOG.md has the numbers). A slot is free,
+loading (given to an expert whose bytes are on their way) or resident, and a resident or loading slot may be pinned,
+which protects it from eviction while a kernel or a copy uses it.
+
+    slots = policy.find(layer, ids)            # -1 where the expert is not resident
+    slot = policy.admit(layer, [17])[0]        # may evict the coldest; -1 when every slot is pinned or loading
+    policy.commit(slot)                        # the bytes have come; `abort` when they have not
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+HALF_LIVES = (2.0, 32.0, 512.0)  # tokens
+_REBASE_EXPONENT = 200.0  # gains grow as 2^(step / half-life); past this they start over
+_FREE, _LOADING, _RESIDENT, _RETIRED = range(4)
+
+
+class Promotion(NamedTuple):
+    """An expert that deserves `slot` more than who is in it (or it is free). Nothing has happened yet: see `begin`."""
+
+    layer: int
+    expert: int
+    slot: int
+
+
+class HeatPolicy:
+    """Slots 0 .. num_slots - 1 over the experts of layers 0 .. num_layers - 1 (dense layers are simply never
+    touched)."""
+
+    def __init__(
+        self, num_layers: int, num_experts: int, num_slots: int, half_lives: tuple[float, ...] = HALF_LIVES
+    ) -> None:
+        """half_lives: tokens after which a use counts half; one moving average for each."""
+        assert min(num_layers, num_experts) > 0 and num_slots >= 0, (num_layers, num_experts, num_slots)
+        self.num_experts, self.half_lives = num_experts, half_lives
+        self._rates = [1 - 2 ** (-1 / half_life) for half_life in half_lives]
+        self._bases = [0.0] * len(half_lives)  # the step at which a gain is 1
+        self._heat = np.zeros(
+            (len(half_lives), num_layers * num_experts)
+        )  # (H, L * E), inflated by 2^((step - base) / h)
+        self._step = 0.0
+        self._slot_of = np.full(num_layers * num_experts, -1, np.int32)  # resident or loading
+        self._key_of = np.full(num_slots, -1, np.int64)
+        self._state = np.full(num_slots, _FREE, np.int8)
+        self._pins = np.zeros(num_slots, np.int32)
+        self._free = list(range(num_slots - 1, -1, -1))  # low numbers go first
+
+    # Heat ---------------------------------------------------------------------------------------------------------
+
+    def touch(self, step: float, layer: int, expert_ids: np.ndarray | Sequence[int]) -> None:
+        """These experts were chosen at `step` (tokens so far, never going back); repeats count, ids below 0 do not."""
+        self._advance(step)
+        ids = np.asarray(expert_ids, np.int64).reshape(-1)
+        counts = np.bincount(ids[ids >= 0], minlength=self.num_experts)
+        row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
+        for i, (half_life, rate) in enumerate(zip(self.half_lives, self._rates, strict=True)):
+            self._heat[i, row] += counts * (rate * 2 ** ((self._step - self._bases[i]) / half_life))
+
+    def _advance(self, step: float) -> None:
+        self._step = max(self._step, float(step))
+        for i, half_life in enumerate(self.half_lives):
+            exponent = (self._step - self._bases[i]) / half_life
+            if exponent > _REBASE_EXPONENT:
+                self._heat[i] *= 2**-exponent
+                self._bases[i] = self._step
+
+    def scores(self, keys: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Scores now of flat keys (layer * num_experts + expert), float64; all of them by default."""
+        factors = [2 ** (-(self._step - base) / h) for base, h in zip(self._bases, self.half_lives, strict=True)]
+        return sum(factor * heat[keys] for factor, heat in zip(factors, self._heat, strict=True))
+
+    def export_heat(self) -> np.ndarray:
+        """float32 (H, L, E): the averages as they are now, for the next start."""
+        factors = [2 ** (-(self._step - base) / h) for base, h in zip(self._bases, self.half_lives, strict=True)]
+        return (self._heat * np.array(factors)[:, None]).astype(np.float32).reshape(len(factors), -1, self.num_experts)
+
+    def import_heat(self, heat: np.ndarray) -> None:
+        """What `export_heat` gave, as of now. The shape must be this policy's."""
+        assert heat.size == self._heat.size and (heat >= 0).all(), heat.shape
+        self._heat = heat.reshape(self._heat.shape).astype(np.float64)
+        self._bases = [self._step] * len(self.half_lives)
+
+    def hottest(self, count: int) -> list[tuple[int, int]]:
+        """Up to `count` (layer, expert) that have heat, hottest first."""
+        scores = self.scores()
+        order = np.argsort(-scores, kind="stable")[:count]
+        return [divmod(int(key), self.num_experts) for key in order if scores[key] > 0]
+
+    # Slots --------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use; those that `resize` retired do not count."""
+        return int((self._state != _RETIRED).sum())
+
+    @property
+    def num_resident(self) -> int:
+        return int((self._state == _RESIDENT).sum())
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_evictable(self) -> int:
+        """Slots that `admit` could give away at this moment."""
+        return len(self._free) + int(self._victim_mask().sum())
+
+    def find(self, layer: int, expert_ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int32 slots of resident experts, in the shape of the ids; -1 for those that are not (yet) there and for ids
+        below 0."""
+        ids = np.asarray(expert_ids, np.int64)
+        slots = self._slot_of[np.maximum(ids, 0) + layer * self.num_experts]
+        is_there = (ids >= 0) & (slots >= 0)
+        return (
+            np.where(is_there & (self._state[slots] == _RESIDENT), slots, -1)
+            if len(self._state)
+            else np.full_like(slots, -1)
+        )
+
+    def loading_slot(self, layer: int, expert: int) -> int:
+        """The slot to which the expert is being brought; -1 if it is not on its way."""
+        slot = int(self._slot_of[layer * self.num_experts + expert])
+        return slot if slot >= 0 and self._state[slot] == _LOADING else -1
+
+    def is_absent(self, layer: int, expert: int) -> bool:
+        """Neither resident nor on its way."""
+        return bool(self._slot_of[layer * self.num_experts + expert] < 0)
+
+    def key(self, slot: int) -> tuple[int, int] | None:
+        """The (layer, expert) that a slot is given to."""
+        key = int(self._key_of[slot])
+        return None if key < 0 else divmod(key, self.num_experts)
+
+    def residents(self, layer: int) -> np.ndarray:
+        """bool (E,): which experts of a layer are resident."""
+        slots = self._slot_of[layer * self.num_experts : (layer + 1) * self.num_experts]
+        return (slots >= 0) & (self._state[slots] == _RESIDENT) if len(self._state) else slots >= 0
+
+    def is_pinned(self, slot: int) -> bool:
+        return bool(self._pins[slot])
+
+    def pin(self, slots: np.ndarray | Sequence[int]) -> None:
+        """Protects slots from eviction until as many `unpin`; -1 is skipped."""
+        self._count_pins(slots, 1)
+
+    def unpin(self, slots: np.ndarray | Sequence[int]) -> None:
+        self._count_pins(slots, -1)
+        assert (self._pins >= 0).all(), self._pins.min()
+
+    def _count_pins(self, slots: np.ndarray | Sequence[int], change: int) -> None:
+        flat = np.asarray(slots, np.int64).reshape(-1)
+        flat = flat[flat >= 0]
+        assert (self._key_of[flat] >= 0).all(), flat
+        np.add.at(self._pins, flat, change)
+
+    def _victim_mask(self) -> np.ndarray:
+        return (self._state == _RESIDENT) & (self._pins == 0)
+
+    def choose_victims(self, count: int) -> list[int]:
+        """The coldest unpinned resident slots, coldest first: at most `count`."""
+        slots = np.flatnonzero(self._victim_mask())
+        scores = self.scores(self._key_of[slots])
+        if len(slots) > 4 * count:
+            few = np.argpartition(scores, count)[:count]
+            slots, scores = slots[few], scores[few]
+        return slots[np.argsort(scores, kind="stable")][:count].tolist()
+
+    def admit(self, layer: int, expert_ids: Sequence[int], max_score: float = np.inf) -> list[int]:
+        """Gives each of these absent experts a slot, free ones first, then those of the coldest: loading from now on.
+
+        -1 from where on there is nobody left to evict whose score is at most `max_score`.
+        """
+        num_victims = max(0, len(expert_ids) - len(self._free))
+        victims = self.choose_victims(num_victims) if num_victims else []
+        slots = []
+        for expert in expert_ids:
+            slot = self._free[-1] if self._free else victims.pop(0) if victims else -1
+            if slot >= 0 and self._state[slot] == _RESIDENT and self.scores(self._key_of[[slot]])[0] > max_score:
+                slot, victims = -1, []
+            if slot >= 0:
+                self.begin(layer, int(expert), slot)
+            slots.append(slot)
+        return slots
+
+    def promotions(self, budget: int, margin: float = 1.25) -> list[Promotion]:
+        """Up to `budget` absent experts that would serve better than what is in the slots, hottest first.
+
+        A resident is replaced only by one whose score is `margin` times its own: copies cost bandwidth, so near-equals
+        stay.
+        """
+        scores = np.where(self._slot_of < 0, self.scores(), 0.0)
+        budget = min(budget, len(scores))
+        if budget <= 0:
+            return []
+        hot = np.argpartition(-scores, budget - 1)[:budget]
+        hot = hot[np.argsort(-scores[hot], kind="stable")]
+        hot = hot[scores[hot] > 0]
+        free = self._free[::-1][: len(hot)]
+        victims = self.choose_victims(len(hot) - len(free)) if len(hot) > len(free) else []
+        found = []
+        for key, slot in zip(hot.tolist(), [*free, *victims], strict=False):
+            if slot not in free and scores[key] <= margin * self.scores(self._key_of[[slot]])[0]:
+                break
+            found.append(Promotion(*divmod(key, self.num_experts), slot))
+        return found
+
+    def begin(self, layer: int, expert: int, slot: int) -> None:
+        """Gives `slot` (free, or resident and unpinned: that expert is evicted now) to an absent expert: loading."""
+        key = layer * self.num_experts + expert
+        assert self._slot_of[key] < 0, (layer, expert)
+        if self._state[slot] == _RESIDENT:
+            self.evict(slot)
+        assert self._state[slot] == _FREE, (slot, self._state[slot])
+        if self._free[-1] == slot:
+            self._free.pop()
+        else:
+            self._free.remove(slot)
+        self._slot_of[key], self._key_of[slot], self._state[slot] = slot, key, _LOADING
+
+    def commit(self, slot: int) -> None:
+        """The expert's bytes are in its slot."""
+        assert self._state[slot] == _LOADING, (slot, self._state[slot])
+        self._state[slot] = _RESIDENT
+
+    def abort(self, slot: int) -> None:
+        """The bytes will not come: the slot is free again."""
+        assert self._state[slot] == _LOADING, (slot, self._state[slot])
+        self._state[slot] = _RESIDENT
+        self.evict(slot)
+
+    def evict(self, slot: int) -> None:
+        """Frees the slot of an unpinned resident."""
+        assert self._state[slot] == _RESIDENT and self._pins[slot] == 0, (slot, self._state[slot], self._pins[slot])
+        self._slot_of[self._key_of[slot]] = -1
+        self._key_of[slot], self._state[slot] = -1, _FREE
+        self._free.append(slot)
+
+    def resize(self, num_slots: int) -> list[int]:
+        """Changes the budget: retires free and cold slots, or takes retired ones back. Returns the slots just retired.
+
+        Pinned and loading slots stay, so fewer may be retired than asked for; never more slots than it was made with.
+        """
+        assert 0 <= num_slots <= len(self._state), (num_slots, len(self._state))
+        change = num_slots - self.num_slots
+        for slot in np.flatnonzero(self._state == _RETIRED)[: max(0, change)].tolist():
+            self._state[slot] = _FREE
+            self._free.append(slot)
+        retired = []
+        for _ in range(-change):
+            if not self._free:
+                victims = self.choose_victims(1)
+                if not victims:
+                    break
+                self.evict(victims[0])
+            retired.append(self._free.pop(0))
+            self._state[retired[-1]] = _RETIRED
+        return retired

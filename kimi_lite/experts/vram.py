@@ -1,0 +1,209 @@
+"""Experts in VRAM: slots that hold the hottest experts' bytes as in the file, and their promotion in the background.
+
+A decode step never waits for an upload. Between two steps `begin_step` makes uploads that have arrived visible and
+begins a few others; the bytes go from the mapped file into pinned memory on a thread of their own, and from there over
+the copy stream. What a slot holds changes only between steps, so the host's answer to "where is this expert?"
+(`slots_of`) and the device's (`table`) are the same throughout a step, and no kernel reads a slot that is being
+written:
+
+    evicted  -> the table no longer names the slot; the copy waits for all kernels launched until now
+    arrived  -> the table names the slot from the next step on
+
+Which expert deserves a slot is `policy.HeatPolicy`'s decision.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import Queue
+
+import numpy as np
+import torch
+
+from kimi_lite.experts.gpu_device import Accelerator, Event
+from kimi_lite.experts.policy import HeatPolicy, Promotion
+from kimi_lite.experts.source import ExpertSource
+
+_NUM_STAGINGS = 4  # pinned buffers: promotions on their way at a time
+
+
+@dataclass(slots=True, eq=False)
+class _Upload:
+    """One expert on its way to its slot."""
+
+    promotion: Promotion
+    freed: Event  # kernels that may read the slot have ended
+    is_handled: threading.Event = field(default_factory=threading.Event)  # the copy is on its stream, or failed
+    arrived: Event | None = None  # in the device's memory
+    error: BaseException | None = None
+    is_wanted: bool = True
+
+
+class VramSlots:
+    """`num_slots` experts of any layer on the device. One thread uses it; `close` ends its own."""
+
+    def __init__(self, accelerator: Accelerator, source: ExpertSource, num_slots: int) -> None:
+        self._accelerator, self._source = accelerator, source
+        self.policy = HeatPolicy(source.num_layers, source.num_experts, num_slots)
+        self.slots = accelerator.zeros((max(1, num_slots), source.slot_bytes), torch.uint8)
+        self.table = accelerator.zeros((source.num_layers, source.num_experts), torch.int32).fill_(-1)
+        self._host_table = np.full((source.num_layers, source.num_experts), -1, np.int32)
+        self._stagings: Queue[tuple[torch.Tensor, Event | None]] = Queue()
+        for _ in range(_NUM_STAGINGS):
+            self._stagings.put((accelerator.pinned((source.slot_bytes,), torch.uint8), None))
+        self._queue: Queue[_Upload | None] = Queue()
+        self._uploads: deque[_Upload] = deque()  # in the order of the queue
+        self._num_steps = 0.0
+        self.num_hits = self.num_misses = self.num_promotions = self.num_cancelled = 0
+        self._copier = threading.Thread(target=self._copy_queued, daemon=True, name="kimi-lite-slots")
+        self._copier.start()
+
+    @property
+    def capacity(self) -> int:
+        return self.policy.num_slots
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._uploads)
+
+    def slots_of(self, layer: int, expert_ids: np.ndarray) -> np.ndarray:
+        """int32 slots of these experts in this step, -1 where the CPU must compute them (or the id is below 0)."""
+        slots = self._host_table[layer][np.maximum(expert_ids, 0)]
+        return np.where(expert_ids >= 0, slots, -1)
+
+    def residents(self, layer: int) -> np.ndarray:
+        """bool (E,): the layer's experts that have a slot in this step."""
+        return self._host_table[layer] >= 0
+
+    def note(self, layer: int, expert_ids: np.ndarray) -> None:
+        """The step's tokens chose these experts: int32 (T, K)."""
+        self.policy.touch(self._num_steps, layer, expert_ids)
+        num_hits = int((self._host_table[layer][expert_ids] >= 0).sum())
+        self.num_hits += num_hits
+        self.num_misses += expert_ids.size - num_hits
+
+    def begin_step(self, budget: int, num_tokens: int = 1) -> int:
+        """Between steps: what has arrived becomes visible, up to `budget` promotions begin. Returns how many began."""
+        self._num_steps += num_tokens
+        self._publish_arrived()
+        budget = min(budget, _NUM_STAGINGS - len(self._uploads))
+        began = self.policy.promotions(budget) if budget > 0 else []
+        for promotion in began:
+            self._start(promotion)
+        return len(began)
+
+    def fill(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Before the first step: bring the hottest experts in, as many as there are slots, and wait for them."""
+        wanted = self.policy.promotions(self.capacity)
+        for done, promotion in enumerate(wanted):
+            if on_progress:
+                on_progress(done, len(wanted))
+            self._start(promotion)
+            while len(self._uploads) == _NUM_STAGINGS:
+                self._wait_for_first()
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for all promotions that have begun and make them visible."""
+        while self._uploads:
+            self._wait_for_first()
+
+    def cancel(self) -> None:
+        """Give up promotions that have begun: a slot becomes free once nothing writes to it any more."""
+        for upload in self._uploads:
+            upload.is_wanted = False
+
+    def resize(self, num_slots: int) -> None:
+        """Use fewer slots, or again more, than now; never more than it was made with. Slots that load stay until they
+        have."""
+        self.policy.resize(num_slots)
+        for layer, named in enumerate(self._host_table >= 0):
+            for expert in np.flatnonzero(named & ~self.policy.residents(layer)):
+                self._name((layer, int(expert)), -1)
+
+    def counters(self) -> dict[str, float]:
+        return {
+            "gpu_expert_slots": self.capacity,
+            "gpu_experts": self.policy.num_resident,
+            "gpu_expert_hits": self.num_hits,
+            "gpu_expert_misses": self.num_misses,
+            "expert_promotions": self.num_promotions,
+            "expert_promotions_cancelled": self.num_cancelled,
+        }
+
+    def close(self) -> None:
+        """Waits for copies on their way and ends the thread."""
+        self.cancel()
+        self._queue.put(None)
+        self._copier.join()
+        self._accelerator.synchronize()
+
+    def _start(self, promotion: Promotion) -> None:
+        evicted = self.policy.key(promotion.slot)
+        if evicted is not None:
+            self._name(evicted, -1)
+        self.policy.begin(*promotion)
+        upload = _Upload(promotion, self._accelerator.event())
+        self._uploads.append(upload)
+        self._queue.put(upload)
+
+    def _name(self, key: tuple[int, int], slot: int) -> None:
+        """Both tables: this expert is in `slot` from now on, -1: nowhere."""
+        self._host_table[key] = slot
+        self.table[key] = slot  # on the compute stream, behind the kernels that still look at the old entry
+
+    def _publish_arrived(self) -> None:
+        while self._uploads and self._has_ended(self._uploads[0]):
+            self._publish(self._uploads.popleft())
+
+    def _publish(self, upload: _Upload) -> None:
+        layer, expert, slot = upload.promotion
+        if upload.error is not None or not upload.is_wanted:
+            self.policy.abort(slot)
+            self.num_cancelled += 1
+            if upload.error is not None:
+                raise upload.error
+            return
+        self.policy.commit(slot)
+        self.num_promotions += 1
+        self._name((layer, expert), slot)
+
+    @staticmethod
+    def _has_ended(upload: _Upload) -> bool:
+        return upload.is_handled.is_set() and (upload.arrived is None or upload.arrived.query())
+
+    def _wait_for_first(self) -> None:
+        """Until the oldest upload is published."""
+        upload = self._uploads[0]
+        upload.is_handled.wait()
+        if upload.arrived is not None:
+            upload.arrived.synchronize()
+        self._publish_arrived()
+
+    def _copy_queued(self) -> None:
+        """The copier's life: file to pinned memory, pinned memory to slot."""
+        while (upload := self._queue.get()) is not None:
+            try:
+                self._copy(upload)
+            except Exception as error:
+                upload.error = error
+            finally:
+                upload.is_handled.set()
+
+    def _copy(self, upload: _Upload) -> None:
+        layer, expert, slot = upload.promotion
+        staging, is_free = self._stagings.get()
+        try:
+            if is_free is not None:
+                is_free.synchronize()
+            num_bytes = self._source.form(layer).num_bytes
+            if upload.is_wanted:
+                self._source.copy_into(layer, expert, staging.numpy())
+            with self._accelerator.copying():
+                if upload.is_wanted:
+                    self._accelerator.wait(upload.freed)
+                    self._accelerator.copy(self.slots[slot, :num_bytes], staging[:num_bytes])
+                is_free = upload.arrived = self._accelerator.event()
+        finally:
+            self._stagings.put((staging, is_free))

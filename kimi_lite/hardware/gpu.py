@@ -1,0 +1,142 @@
+"""The graphics card by NVML, the driver's own library, so that no torch is imported to ask what there is.
+
+The peak of the memory is its clock times its width, PCIe's is the link's less what packets cost; both are bounds and
+not wishes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from kimi_lite.hardware.probe import Gpu, GpuProcess
+
+_PCIE_LANE_BYTES_S = {
+    1: 0.18e9,
+    2: 0.36e9,
+    3: 0.73e9,
+    4: 1.4375e9,
+    5: 2.875e9,
+    6: 5.75e9,
+}  # pinned; 16 lanes of 4.0 give 23e9
+_FLOPS_RATIO = {
+    "7.5": 4,
+    "8.0": 16,
+    "8.6": 2,
+    "8.7": 2,
+    "8.9": 2,
+    "9.0": 15,
+    "10.0": 30,
+    "12.0": 2,
+}  # bfloat16 to float32 peak
+_TRANSFERS_A_CLOCK = 2
+
+
+def probe_gpu() -> Gpu | None:
+    """The card with most memory; None without one, without its driver, or without the nvidia-ml-py package."""
+    try:
+        with _nvml() as nvml:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            if not handles:
+                return None
+            return _describe(nvml, max(handles, key=lambda handle: nvml.nvmlDeviceGetMemoryInfo(handle).total))
+    except _Unavailable:
+        return None
+
+
+def unavailable_reason() -> str:
+    """Why there is no card, in a sentence; empty where there is one."""
+    try:
+        with _nvml() as nvml:
+            return "" if nvml.nvmlDeviceGetCount() else "NVIDIA's driver is here and sees no card"
+    except _Unavailable as error:
+        return str(error)
+
+
+class _Unavailable(Exception):
+    """NVML cannot be asked."""
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    try:
+        import pynvml
+    except ImportError:
+        raise _Unavailable("the package nvidia-ml-py is not installed, so no card was looked for") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise _Unavailable(f"no NVIDIA driver ({error})") from None
+    try:
+        yield pynvml
+    except pynvml.NVMLError as error:
+        raise _Unavailable(f"NVIDIA's driver answers: {error}") from None
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def _describe(nvml: Any, handle: Any) -> Gpu:
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    width_bits = _ask(nvml, nvml.nvmlDeviceGetMemoryBusWidth, handle)
+    memory_mhz = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_MEM)
+    lanes = _ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle)
+    generation = _ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)
+    capability = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
+    name = _text(nvml.nvmlDeviceGetName(handle))
+    return Gpu(
+        name=name.removeprefix("NVIDIA ").removeprefix("GeForce "),
+        vram_total_bytes=int(memory.total),
+        vram_free_bytes=int(memory.free),
+        vram_bytes_s=width_bits / 8 * memory_mhz * 1e6 * _TRANSFERS_A_CLOCK if width_bits and memory_mhz else None,
+        pcie_bytes_s=lanes * _PCIE_LANE_BYTES_S[min(generation, 6)] if lanes and generation else None,
+        driver=_text(_ask(nvml, nvml.nvmlSystemGetDriverVersion) or ""),
+        flops_s=_flops_s(nvml, handle, "{}.{}".format(*capability) if capability else ""),
+        compute_capability="{}.{}".format(*capability) if capability else "",
+        cuda_version=_cuda_version(_ask(nvml, nvml.nvmlSystemGetCudaDriverVersion)),
+        processes=tuple(_processes(nvml, handle)),
+    )
+
+
+def _flops_s(nvml: Any, handle: Any, capability: str) -> float | None:
+    """Peak of bfloat16 products, from cores and clock and what this generation's tensor cores do beside them."""
+    cores = _ask(nvml, nvml.nvmlDeviceGetNumGpuCores, handle)
+    clock_mhz = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM)
+    ratio = _FLOPS_RATIO.get(capability)
+    return cores * 2 * clock_mhz * 1e6 * ratio if cores and clock_mhz and ratio else None
+
+
+def _processes(nvml: Any, handle: Any) -> Iterator[GpuProcess]:
+    """Who holds memory, most first; drivers in containers and on Windows often do not tell."""
+    running = [
+        *(_ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()),
+        *(_ask(nvml, nvml.nvmlDeviceGetGraphicsRunningProcesses, handle) or ()),
+    ]
+    sizes = {process.pid: int(process.usedGpuMemory or 0) for process in running}
+    for pid, vram_bytes in sorted(sizes.items(), key=lambda item: -item[1]):
+        yield GpuProcess(pid, _process_name(pid), vram_bytes)
+
+
+def _process_name(pid: int) -> str:
+    import psutil
+
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return "?"
+
+
+def _ask(nvml: Any, function: Any, *arguments: object) -> Any:
+    """What a card does not tell is None: laptops and virtual cards refuse some questions."""
+    try:
+        return function(*arguments)
+    except nvml.NVMLError:
+        return None
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _cuda_version(number: int | None) -> str:
+    """12080 is 12.8."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else ""

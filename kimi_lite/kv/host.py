@@ -1,0 +1,97 @@
+"""Where a page of the cache can be besides the cache: as bytes for a file, and in a second storage in RAM.
+
+A storage is a numpy array or, on a GPU, a torch tensor of shape (layers, pages, 64, row). Both are read and written by
+slices; torch is imported only for tensors, so by a process that has it already.
+"""
+
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+Storage = Any  # a numpy array or a torch tensor: anything with `shape` that is read and written by slices
+
+
+def read_page(storage: Storage, page: int) -> np.ndarray:
+    """A copy of one page: uint8 (layers, 64, row bytes)."""
+    content = storage[:, page]
+    if isinstance(content, np.ndarray):
+        return content.copy().view(np.uint8)
+    import torch
+
+    return content.contiguous().cpu().view(torch.uint8).numpy().copy()
+
+
+def write_page(storage: Storage, page: int, content: np.ndarray) -> None:
+    """Put back what `read_page` gave."""
+    if isinstance(storage, np.ndarray):
+        storage[:, page] = content.view(storage.dtype)
+        return
+    import torch
+
+    storage[:, page] = torch.from_numpy(content).view(storage.dtype)
+
+
+class HostPages:
+    """Room in RAM for pages that had to leave the cache's own storage; the least recently left is forgotten first.
+
+    `put` when a page leaves the cache, `withdraw` and `bring_back` when it is wanted again.
+    """
+
+    def __init__(self, num_pages: int, storage: Storage) -> None:
+        """`storage`: the cache's own; these pages have its kind. Those of a GPU come to lie in pinned memory."""
+        assert num_pages > 0, num_pages
+        num_layers, _, num_rows, length = storage.shape
+        self.num_pages = num_pages
+        self.storage: Storage | None = None  # until the first page comes: pinning memory takes time
+        self._shape = (num_pages, num_layers, num_rows, length)  # a page in one piece
+        self._slot_of: OrderedDict[bytes, int] = OrderedDict()  # by the page's hash, least recently put first
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    def __contains__(self, page_hash: bytes) -> bool:
+        return page_hash in self._slot_of
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    def put(self, page_hash: bytes, storage: Storage, page: int) -> bool:
+        """Keep what the page holds; False when the only places are just being withdrawn."""
+        if page_hash in self._slot_of:  # it was computed anew while it lay here
+            self._slot_of.move_to_end(page_hash)
+            return True
+        if not self._free and self._slot_of:
+            self._free.append(self._slot_of.popitem(last=False)[1])
+        if not self._free:
+            return False
+        if self.storage is None:
+            self.storage = _room_in_ram(self._shape, storage)
+        slot = self._free.pop()
+        self.storage[slot] = storage[:, page]
+        self._slot_of[page_hash] = slot
+        return True
+
+    def withdraw(self, page_hash: bytes) -> int:
+        """The slot of a page, no longer to be found and not given to another until `bring_back`."""
+        return self._slot_of.pop(page_hash)
+
+    def bring_back(self, slot: int, storage: Storage, page: int) -> None:
+        """Copy a withdrawn slot into a page, and free it."""
+        storage[:, page] = self.storage[slot]
+        self._free.append(slot)
+
+
+def _room_in_ram(shape: tuple[int, ...], storage: Storage) -> Storage:
+    """An array like `storage`, or a tensor that its GPU reads at full speed where the system allows that."""
+    if isinstance(storage, np.ndarray):
+        return np.zeros(shape, storage.dtype)
+    import torch
+
+    try:
+        return torch.empty(shape, dtype=storage.dtype, pin_memory=storage.device.type == "cuda")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        logging.getLogger(__name__).warning(
+            "Pages of the cache in RAM are not pinned (%s); they return at half the speed.", reason
+        )
+        return torch.empty(shape, dtype=storage.dtype)

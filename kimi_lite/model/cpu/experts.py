@@ -1,0 +1,91 @@
+"""Where the experts of each layer live. The model asks for a layer's matrices and never learns the answer.
+
+Today every expert is read in place from the mapped file; the layer's table holds one address per matrix, so that tiers
+(GPU slots, RAM, disk) can move single experts without the model knowing.
+"""
+
+import numpy as np
+
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.model.cpu.weights import Matrix, matrix, matrix_view
+from kimi_lite.native.cpu.matrix import MATRIX_BYTES
+from kimi_lite.native.cpu.matrix import K as K_SLOT
+
+
+class LayerExperts:
+    """One layer's feed-forward matrices: routed experts first, then those that every token takes."""
+
+    def __init__(self, matrices: list[tuple[Matrix, Matrix, Matrix]], num_always: int) -> None:
+        self.matrices, self.num_always = matrices, num_always
+        self.table = np.stack([np.stack([m.table for m in expert]) for expert in matrices])  # (experts, 3, 8) int64
+        assert self.table.strides[1] == MATRIX_BYTES, self.table.strides
+
+    @property
+    def width(self) -> int:
+        """Intermediate size of an expert."""
+        return int(self.table[0, 2, K_SLOT // 8])
+
+    @property
+    def input_kinds(self) -> set[int]:
+        return {m.kind for gate, up, _ in self.matrices for m in (gate, up)} - {0}
+
+    @property
+    def hidden_kinds(self) -> set[int]:
+        return {down.kind for _, _, down in self.matrices} - {0}
+
+
+def layer_experts(store: GGUFStore, config: ModelConfig, layer: int) -> list[LayerExperts]:
+    """The groups of experts of a layer, run one after the other: usually one; two where a shared expert cannot be
+    cut."""
+    block = f"blk.{layer}"
+    if layer < config.num_dense_layers:
+        return [LayerExperts([_feed_forward(store, f"{block}.ffn_{{}}.weight")], num_always=1)]
+    width = config.expert_feed_forward_size
+    routed = _routed(store, config, block)
+    if not config.num_shared_experts:
+        return [LayerExperts(routed, num_always=0)]
+    shared = _feed_forward(store, f"{block}.ffn_{{}}_shexp.weight")
+    pieces = _cut(shared, width)
+    if pieces is None:
+        return [LayerExperts(routed, num_always=0), LayerExperts([shared], num_always=1)]
+    return [LayerExperts([*routed, *pieces], num_always=len(pieces))]
+
+
+def _feed_forward(store: GGUFStore, pattern: str) -> tuple[Matrix, Matrix, Matrix]:
+    gate, up, down = (matrix(store, pattern.format(name)) for name in ("gate", "up", "down"))
+    return gate, up, down
+
+
+def _routed(store: GGUFStore, config: ModelConfig, block: str) -> list[tuple[Matrix, Matrix, Matrix]]:
+    """Gate, up and down of each routed expert; gate and up may lie in one tensor, gate first."""
+    width, down = config.expert_feed_forward_size, store.tensor(f"{block}.ffn_down_exps.weight")
+    fused = store.tensors.get(f"{block}.ffn_gate_up_exps.weight")
+    gate = fused or store.tensor(f"{block}.ffn_gate_exps.weight")
+    up = fused or store.tensor(f"{block}.ffn_up_exps.weight")
+    first = width if fused else 0
+    return [
+        (
+            matrix_view(gate.data[e, :width], gate.layout.name, config.hidden_size),
+            matrix_view(up.data[e, first : first + width], up.layout.name, config.hidden_size),
+            matrix_view(down.data[e], down.layout.name, width),
+        )
+        for e in range(config.num_experts)
+    ]
+
+
+def _cut(shared: tuple[Matrix, Matrix, Matrix], width: int) -> list[tuple[Matrix, Matrix, Matrix]] | None:
+    """A shared expert of n times the width as n experts of it; None where a block of `down` crosses the border."""
+    gate, up, down = shared
+    count, block_size = gate.data.shape[0] // width, down.layout.block_size
+    if count > 1 and width % block_size:
+        return None
+    piece_bytes = down.layout.row_bytes(width) if count > 1 else 0
+    return [
+        (
+            matrix_view(gate.data[i * width : (i + 1) * width], gate.layout.name, gate.k),
+            matrix_view(up.data[i * width : (i + 1) * width], up.layout.name, up.k),
+            matrix_view(down.data[:, i * piece_bytes :], down.layout.name, width),
+        )
+        for i in range(count)
+    ]

@@ -1,0 +1,243 @@
+"""The layers of a model whose routed experts do not fit into RAM: the CPU road with a disk behind it.
+
+Every layer runs in steps: attention and router in one program, then the experts, as `experts.ram` has or gets
+them. A few tokens (decoding): experts that are there are computed while the disk brings the others; each leaves its
+products in rows of its own, and a join adds them in expert order. Many tokens (a prompt): nearly every expert is
+needed, so they pass through the slots in order, some being read while others are computed. Either way the result has
+the same bits as with all experts in memory.
+
+While a layer's experts run, the next one's are guessed: its router is applied to the hidden state before this layer's
+experts have added to it, and what it names is read when nothing else is.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.heat import load_heat, save_heat
+from kimi_lite.experts.options import TierOptions
+from kimi_lite.experts.places import find_places
+from kimi_lite.experts.ram import ExpertCache
+from kimi_lite.experts.request import ExpertRequest
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.model.batch import Cancelled
+from kimi_lite.model.cpu.attention import Op
+from kimi_lite.model.cpu.buffers import Buffers, RouterBuffers
+from kimi_lite.model.cpu.moe import ExpertGroup, FeedForward
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.experts import ExpertsOp
+from kimi_lite.native.cpu.join import join_op
+from kimi_lite.native.cpu.threads import Program, Team
+
+MAX_CHOICE_TOKENS = 8  # up to here experts are computed as they come; longer batches take them in order
+_MAX_GUESSES = 32  # experts of the next layer that are read ahead of a prompt
+
+
+class _Steps:
+    """One layer as programs; `before` is all that a dense layer has."""
+
+    def __init__(self, before: Program) -> None:
+        self.before = before
+        self.whole = self.first = self.more = self.join = self.group = self.shared = before
+
+
+class TieredLayers:
+    """Runs embedding and layers of a batch that `Transformer` has prepared. `close` saves the heat and ends the
+    readers."""
+
+    def __init__(
+        self,
+        store: GGUFStore,
+        config: ModelConfig,
+        options: TierOptions,
+        run: int,
+        buffers: Buffers,
+        team: Team,
+        embedding: list[Op],
+        layers: Sequence[tuple[list[Op], FeedForward]],
+        on_load: Callable[[int, int], None],
+    ) -> None:
+        """run: address of the batch's table; layers: attention's operations and the rest; on_load(bytes done, bytes in
+        all): where everything is loaded at once. Raises KimiLiteError."""
+        self.config = config
+        self._options, self._run, self._buffers, self._team = options, run, buffers, team
+        self._feed_forward, self._is_closed = [rest for _, rest in layers], False
+        self.programs: list[tuple[Program, list[tuple[str, str]]]] = []  # with (part, stage) of each operation
+        tables = {layer: rest.experts[0].table for layer, rest in enumerate(self._feed_forward) if not rest.is_dense}
+        places, num_choices = find_places(store, config), config.num_experts_used
+        self.cache = ExpertCache(
+            places, tables, options.budget_bytes, num_choices, options.num_readers, options.is_direct
+        )
+        self._nudges = {layer: np.zeros(config.num_experts, np.float32) for layer in tables if options.cache_bias}
+        self._make_buffers()
+        self._embed = self._program("embedding", embedding)
+        self._steps = [self._lay_out(layer, attention) for layer, (attention, _) in enumerate(layers)]
+        try:
+            self._fill(on_load)
+        except BaseException:
+            self.cache.close()
+            raise
+
+    def _fill(self, on_load: Callable[[int, int], None]) -> None:
+        """What is brought in before the first token: everything, or in the background what was hot the last time."""
+        options = self._options
+        if options.is_locked:
+            self.cache.lock()
+        heat = options.heat_path and load_heat(options.heat_path, self.cache.heat_shape)
+        if heat is not None:
+            self.cache.import_heat(heat)
+        if options.is_loading_all:
+            self.cache.load_all(on_load)
+        elif heat is not None:
+            self.cache.warm()
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert is in its slot for good: then the layers need no steps."""
+        return self._options.is_loading_all and self.cache.holds_all
+
+    # Running ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        num_tokens: int,
+        should_stop: Callable[[], bool] | None = None,
+        on_choice: Callable[[int, np.ndarray], None] | None = None,
+    ) -> None:
+        """All layers. Raises `Cancelled` between layers of a long batch, KimiLiteError where the disk fails."""
+        is_long = num_tokens > MAX_CHOICE_TOKENS
+        should_stop = should_stop if is_long and should_stop else lambda: False
+        if should_stop():
+            raise Cancelled
+        self.cache.begin(num_tokens)
+        self._team.run(self._embed)
+        for layer, steps in enumerate(self._steps):
+            if should_stop():
+                raise Cancelled
+            if layer in self._nudges:
+                np.multiply(
+                    self.cache.residents(layer), self._options.cache_bias, out=self._nudges[layer], casting="unsafe"
+                )
+            self._team.run(steps.before)
+            if steps.whole is steps.before:
+                continue
+            ids = self._buffers.expert_ids[:num_tokens]
+            if on_choice:
+                on_choice(layer, ids)
+            with self.cache.request(layer, ids, is_ordered=is_long) as request:
+                if not is_long:
+                    self._guess_next(layer, num_tokens)
+                if request.is_all_there:
+                    self._team.run(steps.whole)
+                elif is_long:
+                    self._run_in_order(layer, request, ids)
+                else:
+                    self._run_as_they_come(steps, request, ids)
+
+    def _run_as_they_come(self, steps: _Steps, request: ExpertRequest, ids: np.ndarray) -> None:
+        """What is there and what everybody takes, then what the disk brings; the join puts them in order."""
+        program = steps.first
+        if not request.has_some_there:
+            self._ids[: len(ids)] = -1
+            self._team.run(program)
+            program = steps.more
+        while experts := request.take():
+            self._choose(ids, experts)
+            self._team.run(program)
+            program = steps.more
+        self._team.run(steps.join)
+
+    def _run_in_order(self, layer: int, request: ExpertRequest, ids: np.ndarray) -> None:
+        """Groups of experts in ascending order add to the output one after the other, as a single step would."""
+        steps = self._steps[layer]
+        while experts := request.take():
+            if not request.num_left:
+                self._guess_next(layer, len(ids))
+            self._choose(ids, experts)
+            self._team.run(steps.group)
+        self._team.run(steps.shared)
+
+    def _choose(self, ids: np.ndarray, experts: Sequence[int]) -> None:
+        """The next program computes these experts and no others."""
+        is_chosen = np.zeros(self.config.num_experts, bool)
+        is_chosen[experts] = True
+        np.copyto(self._ids[: len(ids)], np.where(is_chosen[ids], ids, -1))
+
+    def _guess_next(self, layer: int, num_tokens: int) -> None:
+        if layer + 1 < len(self._steps):
+            guess = np.unique(self._guess.ids[:num_tokens])
+            self.cache.prefetch(layer + 1, guess[:_MAX_GUESSES])
+
+    def counters(self) -> dict[str, float]:
+        return self.cache.counters()
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if not self._is_closed and self._options.heat_path:
+            save_heat(self._options.heat_path, self.cache.export_heat())
+        self._is_closed = True
+        self.cache.close()
+
+    # Layout -------------------------------------------------------------------------------------------------------
+
+    def _make_buffers(self) -> None:
+        c, capacity = self.config, self._buffers.capacity
+        routed = [rest for rest in self._feed_forward if not rest.is_dense]
+        self._ids = np.full((capacity, c.num_experts_used), -1, np.int32)  # the choices of one step; -1: of another
+        self._rows = np.zeros((MAX_CHOICE_TOKENS * c.num_experts_used, c.hidden_size), np.float32)
+        self._shared_rows = np.zeros((MAX_CHOICE_TOKENS * max(1, c.num_shared_experts), c.hidden_size), np.float32)
+        self._no_choice = np.zeros((capacity, 0), np.int32), np.zeros((capacity, 0), np.float32)
+        kinds = set().union(*({rest.ffn_gate_inp.kind} for rest in routed)) - {0}
+        self._guess = RouterBuffers.make(c, Activations(capacity, c.hidden_size, kinds))
+
+    def _program(self, part: str, ops: list[Op]) -> Program:
+        """Registered for those who measure."""
+        program = Program([(op.kernel, op.arguments) for op in ops])
+        self.programs.append((program, [(part, op.stage) for op in ops]))
+        return program
+
+    def _lay_out(self, layer: int, attention: list[Op]) -> _Steps:
+        rest, part = self._feed_forward[layer], f"layer {layer}"
+        run, buffers = self._run, self._buffers
+        choice = rest.choice_ops(run, buffers.x, buffers.router, self._nudges.get(layer))
+        if rest.is_dense:
+            return _Steps(self._program(part, [*attention, *choice, *rest.expert_ops(run, buffers)]))
+        steps = _Steps(self._program(part, [*attention, *choice, *self._guess_ops(layer + 1)]))
+        steps.whole = self._program(part, rest.expert_ops(run, buffers))
+        routed, shared = rest.split_experts()
+        choices = self._experts_op("experts", routed, self._rows)
+        beside = [self._experts_op("shared expert", group, self._shared_rows) for group in shared]
+        steps.first = self._program(part, [choices, *beside])
+        steps.more = self._program(part, [choices])
+        steps.join = self._program(part, [self._join_op(group) for group in (routed, *shared)])
+        steps.group = self._program(part, [self._experts_op("experts", routed, None)])
+        steps.shared = self._program(part, [self._experts_op("shared expert", group, None) for group in shared])
+        return steps
+
+    def _guess_ops(self, layer: int) -> list[Op]:
+        """The next layer's router on what this layer's experts have not been added to."""
+        if layer == len(self._feed_forward):
+            return []
+        ops = self._feed_forward[layer].choice_ops(self._run, self._buffers.x, self._guess, self._nudges.get(layer))
+        return [Op("guess", op.kernel, op.arguments) for op in ops]
+
+    def _experts_op(self, stage: str, group: ExpertGroup, rows: np.ndarray | None) -> Op:
+        """A step of the routed experts (the choices in `_ids`) or of everybody's: into rows of their own, or added to
+        x."""
+        buffers, c = self._buffers, self.config
+        ids, weights = self._no_choice if group.num_always else (self._ids, buffers.expert_weights)
+        top_k = 0 if group.num_always else c.num_experts_used
+        hidden = buffers.hidden(group.width)
+        step = ExpertsOp(
+            *(self._run, buffers.normed, buffers.x, group.table, hidden, top_k, group.num_always, ids, weights),
+            per_choice=rows,
+        )
+        buffers.keep(step)
+        return Op(stage, step.kernel, step.arguments)
+
+    def _join_op(self, group: ExpertGroup) -> Op:
+        buffers = self._buffers
+        if group.num_always:
+            return Op("join", *join_op(self._run, self._shared_rows, *self._no_choice, group.num_always, buffers.x))
+        return Op("join", *join_op(self._run, self._rows, buffers.expert_ids, buffers.expert_weights, 0, buffers.x))

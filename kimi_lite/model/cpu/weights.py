@@ -1,0 +1,89 @@
+"""GGUF tensors as the kernels' matrices: views into the mapped file, described by their kernel tables."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.cpu.dot import rows_kernel
+from kimi_lite.native.cpu.matrix import dequantize, describe_matrix, values_kernel
+from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
+from kimi_lite.native.layouts import BY_NAME, Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """A weight matrix (rows, k) ready to be multiplied; keeps its bytes mapped."""
+
+    data: np.ndarray  # uint8 (rows, row_bytes), read-only
+    layout: Layout
+    k: int
+    table: np.ndarray  # int64 (8,), see native.cpu.matrix
+
+    @property
+    def kind(self) -> int:
+        """The int8 form of activations it multiplies (32 or 256), 0 for float32."""
+        return activation_kind(self.layout.name)
+
+
+def matrix_view(data: np.ndarray, layout_name: str, k: int) -> Matrix:
+    """`data`: uint8 (..., row_bytes); leading axes become rows."""
+    rows = data.reshape(-1, data.shape[-1]) if data.ndim != 2 else data
+    return Matrix(rows, BY_NAME[layout_name], k, describe_matrix(rows, layout_name, k))
+
+
+def matrix(store: GGUFStore, name: str) -> Matrix:
+    """A tensor of the file, read in place. Raises KimiLiteError for a missing tensor."""
+    tensor = store.tensor(name)
+    return matrix_view(tensor.data, tensor.layout.name, tensor.shape[-1])
+
+
+def vector(store: GGUFStore, name: str) -> np.ndarray:
+    """A one-dimensional tensor (norm weight, bias) as float32, aligned."""
+    tensor = store.tensor(name)
+    return dequantize(tensor.data.reshape(1, -1), tensor.layout.name)[0].copy()
+
+
+def check_types(store: GGUFStore) -> None:
+    """Raise KimiLiteError if a tensor's type has no kernel yet."""
+    for tensor in store.tensors.values():
+        if tensor.layout.name not in FORMATS:
+            raise KimiLiteError(
+                f"{store.path.name}: tensor {tensor.name} is {tensor.layout.name}, which this version cannot multiply.",
+                f"Types it can: {', '.join(FORMATS)}.",
+            )
+        size = 16 if tensor.layout.block_size == 1 and len(tensor.shape) > 1 else 1
+        if tensor.shape[-1] % size:
+            raise KimiLiteError(
+                f"{store.path.name}: rows of {tensor.name} have {tensor.shape[-1]} weights; a multiple of "
+                f"{size} is needed."
+            )
+
+
+def compile_kernels(store: GGUFStore, report: Callable[[int, int], None]) -> None:
+    """Compiles what the file's types need, or loads it from the disk cache; report(kernels done, kernels in all)."""
+    names = sorted({tensor.layout.name for tensor in store.tensors.values()})
+    kernels = [make(name) for name in names for make in (rows_kernel, panel_kernel, gemm_kernel, values_kernel)]
+    for done, kernel in enumerate(kernels):
+        report(done, len(kernels))
+        _ = kernel.address
+    report(len(kernels), len(kernels))
+
+
+def key_value_matrices(store: GGUFStore, layer: int, num_heads: int, nope: int) -> tuple[Matrix, Matrix]:
+    """W_UK as (heads * kv_lora, nope) and W_UV as (heads * v, kv_lora); older files join them in `attn_kv_b`."""
+    block = f"blk.{layer}"
+    if f"{block}.attn_k_b.weight" in store.tensors:
+        return matrix(store, f"{block}.attn_k_b.weight"), matrix(store, f"{block}.attn_v_b.weight")
+    joint = store.tensor(f"{block}.attn_kv_b.weight")
+    name, kv_lora = joint.layout.name, joint.shape[-1]
+    by_head = joint.data.reshape(num_heads, -1, joint.data.shape[-1])  # (H, nope + v, row_bytes)
+    values = np.ascontiguousarray(by_head[:, nope:]).reshape(-1, joint.data.shape[-1])
+    keys = dequantize(by_head[:, :nope].reshape(-1, joint.data.shape[-1]), name).reshape(num_heads, nope, kv_lora)
+    wide = np.ascontiguousarray(keys.transpose(0, 2, 1)).reshape(-1, nope)  # (H * kv_lora, nope)
+    key_type = "F32" if name == "F32" else "F16"  # half precision is finer than any type but float32 that is found here
+    packed = wide.astype(np.float32 if key_type == "F32" else np.float16).view(np.uint8)
+    return matrix_view(packed, key_type, nope), matrix_view(values, name, kv_lora)

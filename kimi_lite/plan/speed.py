@@ -1,0 +1,182 @@
+"""How fast a plan could be: bytes over bandwidth for a token, and for a pass over all experts for a prompt.
+
+Decode, a layer: attention and router on the card, then shared experts on the card beside routed experts in memory, and
+a join; the next layer waits. So a token takes the card's own time plus the longer of the two sides. Ceilings count no
+hit in the card's cache and a uniform choice of experts; what hits may give is told apart, as a range, because published
+runs differ by a factor of two (hits by share of experts that are resident: 25 to 41 % at 4.6 %, 43 to 72 % at 18 %, 62
+to 93 % at 37 %). A bandwidth that was not measured is a typical one, and a ceiling from it is as good as the
+assumption.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from kimi_lite.arch.costs import decode_cost, expected_expert_share
+from kimi_lite.arch.sizes import ModelSizes
+from kimi_lite.hardware.probe import (
+    TYPICAL_CLOCK_HZ,
+    TYPICAL_DISK_BYTES_S,
+    TYPICAL_GPU_FLOPS_S,
+    TYPICAL_PCIE_BYTES_S,
+    TYPICAL_RAM_BYTES_S,
+    TYPICAL_VRAM_BYTES_S,
+    Hardware,
+    Origin,
+)
+from kimi_lite.plan.workspace import STEP_TOKENS
+
+# Share of the experts that is resident -> share of choices found there; lowest and highest of the published runs.
+HITS_LOW = ((0, 0), (0.046, 0.25), (0.18, 0.435), (0.36, 0.62), (0.54, 0.72), (0.73, 0.79), (1, 1))
+HITS_HIGH = ((0, 0), (0.046, 0.408), (0.125, 0.67), (0.25, 0.81), (0.37, 0.93), (1, 1))
+_PRODUCTS_A_CYCLE = {"avx512-vnni": 128, "avx-vnni": 64, "avx2": 32, "portable": 16}  # int8, of a core at its best
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Bytes/s, or operations/s, of a place, and how it is known."""
+
+    per_s: float
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    ram: Rate
+    disk: Rate
+    vram: Rate
+    pcie: Rate
+    card_flops: Rate
+    cpu_products: Rate
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Where routed experts lie: shares of all of them. Those on the card are copies, so the two do not add up to 1."""
+
+    ram_share: float
+    card_share: float
+    is_on_card: bool  # whether attention, dense layers and shared experts are
+    num_sequences: int = 1
+    depth: float = 0.0
+    value_bytes: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens/s, and what sets them: `RAM bandwidth`, `disk`, `VRAM bandwidth`, `PCIe`, `CPU arithmetic`, `GPU
+    arithmetic`."""
+
+    tok_s: float
+    limit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Decode with the hits that others have published at this residency, lowest and highest."""
+
+    tok_s: tuple[float, float]
+    hit_share: tuple[float, float]
+
+
+def rates_of(hardware: Hardware) -> Rates:
+    """The machine's speeds, and typical ones where nobody measured."""
+    gpu, disk, origins = hardware.gpu, hardware.disk, hardware.origins
+
+    def rate(place: str, known: float | None, typical: float) -> Rate:
+        return Rate(known, origins.get(place, "given")) if known else Rate(typical, "assumed")
+
+    products = hardware.num_cores * _PRODUCTS_A_CYCLE.get(hardware.isa, 64) * (hardware.clock_hz or TYPICAL_CLOCK_HZ)
+    return Rates(
+        ram=rate("ram", hardware.ram_bytes_s, TYPICAL_RAM_BYTES_S),
+        disk=rate("disk", disk.read_bytes_s if disk else None, TYPICAL_DISK_BYTES_S),
+        vram=rate("vram", gpu.vram_bytes_s if gpu else None, TYPICAL_VRAM_BYTES_S),
+        pcie=rate("pcie", gpu.pcie_bytes_s if gpu else None, TYPICAL_PCIE_BYTES_S),
+        card_flops=Rate(gpu.flops_s, "computed") if gpu and gpu.flops_s else Rate(TYPICAL_GPU_FLOPS_S, "assumed"),
+        cpu_products=Rate(products, "computed" if hardware.clock_hz else "assumed"),
+    )
+
+
+def decode_speed(
+    sizes: ModelSizes, split: Split, rates: Rates, card_hits: float = 0.0, ram_hits: float | None = None
+) -> Speed:
+    """All sequences together. `ram_hits`: share of choices that memory holds; default: as many as lie there."""
+    cost = decode_cost(sizes, split.depth, split.value_bytes, split.num_sequences, split.is_on_card)
+    if split.card_share >= 1:
+        card_hits = 1.0
+    ram_hits = split.ram_share if ram_hits is None else max(ram_hits, split.ram_share)
+    missed_bytes = cost.expert_bytes * (1 - card_hits)
+    times = {"disk": missed_bytes * (1 - ram_hits) / rates.disk.per_s}
+    if not split.is_on_card:
+        times["RAM bandwidth"] = (cost.resident_bytes + missed_bytes + cost.cache_bytes) / rates.ram.per_s
+        return Speed(*_slowest(split.num_sequences, times))
+    beside_s = (sizes.shared_expert_bytes + cost.expert_bytes * card_hits) / rates.vram.per_s
+    alone_s = (cost.resident_bytes + cost.cache_bytes - sizes.shared_expert_bytes) / rates.vram.per_s
+    times |= {"RAM bandwidth": missed_bytes / rates.ram.per_s, "VRAM bandwidth": beside_s}
+    limit = max(times, key=lambda name: times[name] + (alone_s if name == "VRAM bandwidth" else 0))
+    return Speed(split.num_sequences / (alone_s + max(times.values())), limit)
+
+
+def expect(sizes: ModelSizes, split: Split, rates: Rates) -> Expectation | None:
+    """None where nothing can hit or miss: all experts lie in one place."""
+    is_cached = 0 < split.card_share < 1
+    if not sizes.num_experts or not (is_cached or split.ram_share < 1):
+        return None
+    low, high = (
+        decode_speed(
+            sizes,
+            split,
+            rates,
+            interpolate(curve, split.card_share) if is_cached else 0.0,
+            interpolate(curve, split.ram_share),
+        ).tok_s
+        for curve in (HITS_LOW, HITS_HIGH)
+    )
+    share = split.card_share if is_cached else split.ram_share
+    floor = 0.0 if is_cached else share
+    return Expectation(
+        (low, high), (max(floor, interpolate(HITS_LOW, share)), max(floor, interpolate(HITS_HIGH, share)))
+    )
+
+
+def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: int) -> Speed:
+    """Of a long prompt in chunks. On the card every expert that a chunk needs is streamed once, or computed by the CPU
+    meanwhile, whichever ends sooner; both read it from memory."""
+    config = sizes.config
+    products = config.active_parameters - config.vocab_size * config.hidden_size  # the head is for the last token only
+    if not split.is_on_card:
+        step = STEP_TOKENS
+        needed = sizes.expert_bytes * expected_expert_share(config, step)
+        times = {
+            "CPU arithmetic": step * products / rates.cpu_products.per_s,
+            "RAM bandwidth": (sizes.dense_bytes + needed) / rates.ram.per_s,
+            "disk": needed * (1 - split.ram_share) / rates.disk.per_s,
+        }
+        return Speed(*_slowest(step, times))
+    needed = sizes.expert_bytes * expected_expert_share(config, chunk_tokens) * (1 - split.card_share)
+    routed = config.num_moe_layers * config.num_experts_used * config.expert_parameters * (1 - split.card_share)
+    stream_s, cpu_s = needed / rates.pcie.per_s, chunk_tokens * routed / rates.cpu_products.per_s
+    times = {
+        "PCIe": 1 / (1 / stream_s + 1 / cpu_s) if needed else 0.0,
+        "RAM bandwidth": needed / rates.ram.per_s,
+        "disk": needed * (1 - split.ram_share) / rates.disk.per_s,
+        "GPU arithmetic": 2 * chunk_tokens * (products - routed) / rates.card_flops.per_s,
+    }
+    return Speed(*_slowest(chunk_tokens, times))
+
+
+def pass_s(sizes: ModelSizes, split: Split, rates: Rates) -> float:
+    """Seconds in which all routed experts that are not on the card cross the bus: a prompt over PCIe alone."""
+    return sizes.expert_bytes * (1 - split.card_share) / rates.pcie.per_s
+
+
+def _slowest(num_tokens: int, times: dict[str, float]) -> tuple[float, str]:
+    limit = max(times, key=lambda name: times[name])
+    return num_tokens / times[limit], limit
+
+
+def interpolate(curve: tuple[tuple[float, float], ...], at: float) -> float:
+    """Between the points of a rising curve that starts at 0 and ends at 1."""
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return 1.0

@@ -1,0 +1,112 @@
+"""Room that is not weights: activations, scratch, buffers for streaming, the program itself. Bounds, by the sizes of a
+model.
+
+The CPU's sums follow `model.buffers`, `native.cpu.attention` and `native.cpu.run` array by array; a test compares the
+whole with what a loaded model really takes.
+"""
+
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.sizes import ModelSizes
+from kimi_lite.units import MIB
+
+STEP_TOKENS = 512  # of one forward pass on the CPU
+PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a card, tried in turn
+STREAM_EXPERTS = 8  # experts of one transfer; two transfers are under way
+_ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
+_PROGRAM_BYTES = (
+    155 * MIB
+)  # Python, Numba and LLVM, measured with kernels from the cache; compiling them takes 75 MiB more
+_KERNEL_BYTES = MIB  # compiled code of a type of weights
+_VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = (
+    730,
+    2400,
+)  # objects of Python for a token, and for an expert's three matrices
+_WORK_SHARE = 0.35  # of what is left on the card, for a prompt's chunk; the rest becomes slots
+_PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
+_CARD_BYTES, _CARD_SHARE = 700 * MIB, 0.02  # CUDA's context and libraries; what allocation leaves between pieces
+
+
+def program_bytes(sizes: ModelSizes) -> int:
+    """Interpreter, compiled kernels, vocabulary and the tables of the experts."""
+    config = sizes.config
+    records = config.vocab_size * _VOCABULARY_ENTRY_BYTES + sizes.num_experts * _EXPERT_RECORD_BYTES
+    return _PROGRAM_BYTES + len(sizes.bytes_by_type) * _KERNEL_BYTES + records
+
+
+def cpu_work_bytes(config: ModelConfig, num_threads: int) -> int:
+    """Everything a prompt of a whole step touches on the CPU."""
+    c, tokens, heads = config, STEP_TOKENS, config.num_heads
+    layer = (
+        4 * tokens * c.hidden_size
+        + _activations(tokens, c.hidden_size, 2)
+        + _activations(tokens, c.q_lora_rank)
+        + 4 * tokens * (heads * c.qk_head_dim + c.kv_latent_size)
+        + _activations(tokens, heads * c.v_head_dim)
+        + tokens * (8 * c.num_experts + 16 * c.num_experts_used)
+    )
+    absorbed_rows = _ABSORBED_TOKENS * heads
+    attention = (
+        _activations(absorbed_rows, c.qk_nope_head_dim)
+        + 4 * absorbed_rows * c.kv_latent_size
+        + 4 * (_ABSORBED_TOKENS + _ATTENTION_TASKS) * heads * (c.kv_lora_rank + 16)
+        + _activations(absorbed_rows, c.kv_lora_rank)
+    )
+    hidden = _activations(tokens, c.feed_forward_size) if c.num_dense_layers else 0
+    if c.num_experts:
+        slots = tokens * (c.num_experts_used + max(1, c.num_shared_experts))
+        hidden += _activations(slots, c.expert_feed_forward_size)
+    head = _activations(_LOGITS_ROWS, c.hidden_size) + 4 * _LOGITS_ROWS * (c.hidden_size + c.vocab_size)
+    return int(layer + attention + hidden + head + num_threads * _thread_scratch_bytes(c))
+
+
+def _activations(rows: int, width: int, num_kinds: int = 1) -> float:
+    """float32 rows and, for each int8 form, codes, scales and sums (native.cpu.activations)."""
+    return rows * width * (4 + 1.5 * num_kinds)
+
+
+def _thread_scratch_bytes(c: ModelConfig) -> int:
+    """Of expanded attention, or of a panel of weights with its results; and a panel for the head."""
+    widest = max(c.hidden_size, c.feed_forward_size, c.num_heads * c.v_head_dim)
+    nope, value, latent = c.qk_nope_head_dim, c.v_head_dim, c.kv_latent_size
+    page = 64 * (2 * latent + nope + value)
+    prefill = 4 * (c.kv_lora_rank * 2 * (nope + value) + page + (STEP_TOKENS + 4) * (value + 2))
+    panel = 72 * widest + 128 * (STEP_TOKENS + 1)
+    return max(prefill, panel) + 72 * c.hidden_size + 64 * 1024
+
+
+def card_work_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
+    """On the card: the activations of a chunk with one row for every chosen expert, and two groups of streamed
+    experts."""
+    c = sizes.config
+    choices = c.num_experts_used * (4 * c.hidden_size + 6 * c.expert_feed_forward_size)
+    attention = 2 * c.num_heads * (c.qk_head_dim + c.v_head_dim) + 4 * c.kv_latent_size
+    dense = 6 * c.feed_forward_size if c.num_dense_layers else 0
+    token_bytes = 10 * c.hidden_size + attention + max(choices, dense)
+    return chunk_tokens * token_bytes + 4 * _LOGITS_ROWS * c.vocab_size + stream_bytes(sizes)
+
+
+def choose_chunk(sizes: ModelSizes, left_bytes: int) -> int:
+    """Tokens of a prompt that pass through the card at a time; `left_bytes`: what weights, cache and margin leave."""
+    fitting = (chunk for chunk in PROMPT_CHUNKS if card_work_bytes(sizes, chunk) <= _WORK_SHARE * left_bytes)
+    return next(fitting, PROMPT_CHUNKS[-1])
+
+
+def stream_bytes(sizes: ModelSizes) -> int:
+    """Two groups of experts on their way: on the card, and pinned in memory."""
+    return 2 * STREAM_EXPERTS * sizes.slot_bytes
+
+
+def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
+    """Memory that the card reads by itself: streamed experts, promotions, weights while they load, activations for the
+    CPU."""
+    copies = chunk_tokens * 4 * (2 * sizes.config.hidden_size + 2 * sizes.config.num_experts_used)
+    return stream_bytes(sizes) + _PROMOTIONS * sizes.slot_bytes + _LOADING_BYTES + copies
+
+
+def card_margin_bytes(vram_total_bytes: int) -> int:
+    return int(_CARD_BYTES + _CARD_SHARE * vram_total_bytes)
+
+
+def ram_margin_bytes(ram_total_bytes: int) -> int:
+    """Left to the system, so that a little more elsewhere does not push weights out."""
+    return int(min(1024 * MIB, 0.03 * ram_total_bytes))

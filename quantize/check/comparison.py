@@ -1,0 +1,81 @@
+"""What a conversion does to a model's words: perplexity and Kullback-Leibler divergence beside the source, where both
+run here.
+
+Part of `--verify`: four chunks of 512 tokens of the novel in `tools/data`, measured as `python -m tools.quality` does.
+A checkpoint that is small enough is converted without loss to a file that lives as long as the comparison.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.quantize.convert import convert, open_model
+from kimi_lite.quantize.recipe.recipe import LOSSLESS, Recipe, find_recipe, uniform_recipe
+from kimi_lite.quantize.write.writer import OnProgress
+
+_NUM_CHUNKS = 4
+_MEMORY_SHARE = 0.6  # of free memory for both models
+_STORED_BYTES = {"int4": 0.5625, "bf16": 2, "f16": 2}  # a weight; other kinds as float32
+
+
+def compare_models(src: Path, path: Path, on_progress: OnProgress | None = None) -> str:
+    """A line with the perplexities and the divergence, or why they were not measured."""
+    model = open_model(src)
+    source_bytes = sum(
+        t.num_weights * max(_STORED_BYTES.get(kind, 4) for kind in t.stored.split("+")) for t in model.tensors
+    )
+    need, have = source_bytes + GGUFStore.open(path).total_bytes, _MEMORY_SHARE * psutil.virtual_memory().available
+    if need > have:
+        return (
+            f"perplexity not compared: source and result need {need / 1e9:.1f} GB of memory, {have / 1e9:.1f} are there"
+        )
+    try:
+        with _runnable(src, path.parent, {t.stored for t in model.tensors}) as source:
+            return _measure(source, path, on_progress or (lambda name, done, total: None))
+    except (
+        KimiLiteError
+    ) as error:  # a vocabulary without text, a size that kernels cannot take: the file itself is verified
+        return f"perplexity not compared: {error.message}"
+
+
+@contextmanager
+def _runnable(src: Path, folder: Path, stored: set[str]) -> Iterator[Path]:
+    """The source as a GGUF file."""
+    if not (src / "config.json").is_file():
+        yield src
+        return
+    with tempfile.TemporaryDirectory(prefix="kimi-lite-verify-", dir=folder) as work:
+        yield convert(src, Path(work) / "source.gguf", _exact_recipe(stored)).path
+
+
+def _exact_recipe(stored: set[str]) -> Recipe:
+    if "int4" in stored:
+        return find_recipe(LOSSLESS)
+    return uniform_recipe("bf16" if stored <= {"bf16", "f32"} else "f32")
+
+
+def _measure(source: Path, path: Path, report: OnProgress) -> str:
+    from kimi_lite.tools.bench.plan import TEXT
+    from kimi_lite.tools.quality.quality import score_text
+    from kimi_lite.tools.quality.runs import OurLogits
+    from kimi_lite.tools.quality.score import chunks_of
+
+    report("comparing with the source", 0, 1)
+    with ExitStack() as stack:
+        theirs, ours = OurLogits(source), OurLogits(path)
+        stack.callback(theirs.close)
+        stack.callback(ours.close)
+        chunks = list(chunks_of(ours.tokenizer.encode(TEXT.read_text(encoding="utf-8")), ours.bos_id, _NUM_CHUNKS))
+        own, ((before, divergence),) = score_text(ours, [theirs], chunks, lambda rows: None)
+    report("comparing with the source", 1, 1)
+    kl, same = divergence.to_json()["kl_nats"], divergence.to_json()["top1_agreement"]
+    return (
+        f"beside the source, on {len(own.nats):,} tokens of prose: perplexity {own.perplexity.mean:.3f} "
+        f"(source {before.perplexity.mean:.3f}), KL divergence {kl['mean']:.5f} ± {kl['error']:.5f} nats, "
+        f"same best token {same['mean']:.1%}"
+    )

@@ -1,0 +1,88 @@
+"""Kimi's tokenizer files as a GGUF vocabulary: `tiktoken.model` ranks become tokens and merges.
+
+tiktoken merges the pair of lowest rank first and stores no merges; GGUF's byte-level BPE wants them. The merge that
+makes a token is what the algorithm itself leaves when it may use only the tokens before it.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, Vocabulary, bytes_to_text
+
+_PRE = "kimi-k2"  # llama.cpp's name of the pre-tokenizer
+_NUM_RESERVED = 256  # control ids after the ranks; those without a name are called as Moonshot's tokenizer calls them
+
+
+def read_kimi_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """From tiktoken.model and tokenizer_config.json. Raises KimiLiteError where they are damaged or too large."""
+    pieces = read_ranks(folder / "tiktoken.model")
+    if len(pieces) > vocab_size:
+        raise KimiLiteError(f"tiktoken.model has {len(pieces):,} ranks, config.json a vocabulary of {vocab_size:,}.")
+    named = _read_added_tokens(folder / "tokenizer_config.json")
+    tokens = [bytes_to_text(piece) for piece in pieces]
+    types = [NORMAL] * len(pieces)
+    for i in range(len(pieces), vocab_size):
+        is_control = i < len(pieces) + _NUM_RESERVED
+        tokens.append(named.get(i, f"<|reserved_token_{i}|>") if is_control else f"[PAD{i}]")
+        types.append(CONTROL if is_control else UNUSED)
+    merges = [f"{bytes_to_text(left)} {bytes_to_text(right)}" for left, right in make_merges(pieces)]
+    return Vocabulary(_PRE, tokens, types, merges)
+
+
+def read_ranks(file: Path) -> list[bytes]:
+    """The pieces of a tiktoken.model in rank order: on each line a piece in base64 and its rank."""
+    pieces: list[bytes] = []
+    for number, line in enumerate(file.read_bytes().splitlines()):
+        try:
+            piece, rank = line.split()
+            pieces.append(base64.b64decode(piece, validate=True))
+            is_in_order = int(rank) == number
+        except (ValueError, binascii.Error) as error:
+            raise KimiLiteError(f"{file}, line {number + 1}: {error}.", "Download the file again.") from error
+        if not is_in_order:
+            raise KimiLiteError(
+                f"{file}, line {number + 1}: need rank {number}, have {int(rank)}.", "Download the file again."
+            )
+    return pieces
+
+
+def make_merges(pieces: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """The merges in order, one for each piece that merging can reach at all: 163,328 for Kimi's 163,584 pieces."""
+    rank_of = {piece: rank for rank, piece in enumerate(pieces)}
+    for rank, piece in enumerate(pieces):
+        if len(piece) > 1:
+            halves = _merge_to_two(piece, rank, rank_of)
+            if halves:
+                yield halves
+
+
+def _merge_to_two(piece: bytes, limit: int, rank_of: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """Byte-pair encoding of `piece` with ranks below `limit`, ended at two parts; None where it stops earlier."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    ranks = [rank_of.get(left + right, limit) for left, right in pairwise(parts)]  # of neighbours' merges
+    while len(parts) > 2:
+        best = min(ranks)
+        if best >= limit:
+            return None
+        i = ranks.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del ranks[i]
+        if i > 0:
+            ranks[i - 1] = rank_of.get(parts[i - 1] + parts[i], limit)
+        if i < len(ranks):
+            ranks[i] = rank_of.get(parts[i] + parts[i + 1], limit)
+    return parts[0], parts[1]
+
+
+def _read_added_tokens(file: Path) -> dict[int, str]:
+    if not file.is_file():
+        raise KimiLiteError(
+            f"{file} is missing: it names the control tokens.", "Download it from the model's repository."
+        )
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+    return {int(i): token["content"] for i, token in added.items()}

@@ -1,0 +1,62 @@
+"""Which tensor goes into which output file: llama.cpp's shards `NAME-00001-of-000NN.gguf`, or one file where all fits.
+
+A tensor never spans shards, and a shard is closed before the tensor that would make it larger than asked.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.quantize.write.writer import ALIGNMENT, Tensor
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}  # as llama.cpp's gguf-split counts
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file and its tensors, in order."""
+
+    path: Path
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(padded_bytes(tensor) for tensor in self.tensors)
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `45G`, `500M` or `1000000`; decimal units, as llama.cpp's tools and the sellers of disks count."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", text.strip().upper())
+    num_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if num_bytes < 1:
+        raise KimiLiteError(f"{text!r} is not a size.", "Write a number and a unit, such as 45G or 500M.")
+    return num_bytes
+
+
+def padded_bytes(tensor: Tensor) -> int:
+    return -(-tensor.num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def plan_shards(path: Path, tensors: Sequence[Tensor], max_bytes: int) -> tuple[Shard, ...]:
+    """The output files for `path` (`NAME.gguf`): itself where all tensors fit into `max_bytes`, else its numbered
+    shards."""
+    groups: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + padded_bytes(tensor) > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += padded_bytes(tensor)
+    count = len(groups)
+    if count == 1:
+        return (Shard(path, tuple(groups[0])),)
+    stem = path.name.removesuffix(".gguf")
+    names = (f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    return tuple(Shard(path.with_name(name), tuple(group)) for name, group in zip(names, groups, strict=True))

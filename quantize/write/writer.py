@@ -1,0 +1,253 @@
+"""One GGUF file, written as a stream: header first, then each tensor read, encoded and appended a few rows at a time.
+
+The file grows under a `.partial` name, is fsynced, and takes its own name only when it is whole. Whatever would make
+that fail late (no room, no right to write, a file in the way) is refused before any work. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+"""
+
+import glob
+import os
+import secrets
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import psutil
+from gguf import GGUFValueType, GGUFWriter
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.native.layouts import Layout
+from kimi_lite.quantize.codecs import encode
+from kimi_lite.quantize.codecs.feedback import Curvature, encode_with_feedback
+
+ALIGNMENT = 32  # bytes; GGUF's default
+_CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
+_FEEDBACK_WEIGHTS = 1 << 21  # rows that share a product with the whole curvature of their matrix
+_MEASURED_EVERY = 8  # pieces: an error known to a per cent for an eighth of the time that decoding all would take
+HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer and all padding take
+
+# (first row, end row) -> float32 (rows, n), or uint8 (rows, row_bytes) where the source holds the encoded bytes already
+RowReader = Callable[[int, int], np.ndarray]
+OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
+
+
+class Value(NamedTuple):
+    """A metadata value with its exact GGUF type; `element_type` for arrays. llama.cpp refuses a u32 where it wants an
+    i32."""
+
+    value: object
+    value_type: GGUFValueType
+    element_type: GGUFValueType | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor to write. `open_rows` is called once, when its turn comes, and returns the reader of its rows, which
+    may be called by several threads; rows are counted over all axes but the last."""
+
+    name: str
+    shape: tuple[int, ...]  # numpy order: the last axis is the row
+    layout: Layout
+    open_rows: Callable[[], RowReader]
+    importance: np.ndarray | None = None  # float32 (matrices, row): weighs the squared errors of each matrix's columns
+    curvature: Callable[[int], Curvature | None] | None = None  # of a matrix's inputs, asked for when its turn comes
+
+    @property
+    def num_weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_weights // self.shape[-1] * self.layout.row_bytes(self.shape[-1])
+
+
+def write_gguf(
+    path: Path,
+    metadata: Mapping[str, Value],
+    tensors: Sequence[Tensor],
+    on_progress: OnProgress | None = None,
+    is_overwriting: bool = False,
+) -> int:
+    """Writes the file and returns its size in bytes. Raises KimiLiteError before any work where it cannot end well."""
+    report = on_progress or (lambda name, done, total: None)
+    done_bytes, total_bytes = 0, sum(tensor.num_bytes for tensor in tensors)
+    check_output(path, total_bytes, is_overwriting)
+    with _partial_file(path) as partial:
+        file = write_header(partial, metadata, tensors)
+        with file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for tensor in tensors:
+                for piece in encode_pieces(tensor, pool):
+                    file.write(piece.rows)
+                    done_bytes += piece.rows.nbytes
+                    report(tensor.name, done_bytes, total_bytes)
+                file.write(bytes(-file.tell() % ALIGNMENT))
+            assert done_bytes == total_bytes, (done_bytes, total_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+            num_bytes = file.tell()
+        partial.replace(path)
+    return num_bytes
+
+
+def check_output(path: Path, total_bytes: int, is_overwriting: bool) -> None:
+    """Raises KimiLiteError where `path` exists, its folder cannot be written, or the disk is too small."""
+    if path.is_dir():
+        raise KimiLiteError(
+            f"{path} is a folder; the output is one file.", f"Name a file, such as {path / 'model.gguf'}."
+        )
+    if path.exists() and not is_overwriting:
+        raise existing_output(path)
+    check_folder(path)
+    _remove_abandoned(path)
+    check_space(path, total_bytes + HEADER_BYTES)
+
+
+def existing_output(path: Path) -> KimiLiteError:
+    return KimiLiteError(
+        f"{path} exists ({path.stat().st_size:,} bytes).", "Add --force to replace it, or name another file."
+    )
+
+
+def check_folder(path: Path) -> None:
+    """Makes the folder of `path` and writes in it, for a KimiLiteError now and not after hours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _partial_name(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise KimiLiteError(
+            f"Cannot write in {path.parent}: {error.strerror}.", "Name an output in a folder of yours."
+        ) from error
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises KimiLiteError where the disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise KimiLiteError(
+            f"{path.name} needs {needed / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free.",
+            f"Free {(needed - free) / 1e9:.2f} GB, name an output on another disk, or choose a smaller type.",
+        )
+
+
+def _partial_name(path: Path) -> Path:
+    """Each writer has its own, so that two writing the same output cannot mix; the later rename wins whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Deletes what killed processes left of the same output."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*-*.partial"):
+        pid = partial.name.removeprefix(f"{path.name}.").partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _partial_file(path: Path) -> Iterator[Path]:
+    """Yields the partial file's name; deletes the file if the work fails, and says what a failing disk means."""
+    partial = _partial_name(path)
+    try:
+        yield partial
+    except OSError as error:
+        raise KimiLiteError(
+            f"Writing {partial} failed: {error.strerror or error}.", "Free some space or name another disk."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> BinaryIO:
+    """Magic, metadata and tensor infos, padded; returns the file, open where the first tensor goes."""
+    header = GGUFWriter(None, str(metadata["general.architecture"].value))
+    for key, (value, value_type, element_type) in metadata.items():
+        if key != "general.architecture":  # the writer put it first itself
+            header.add_key_value(key, value, value_type, element_type)
+    for tensor in tensors:
+        header.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=tensor.layout.ggml_id
+        )
+    header.write_header_to_file(partial)
+    header.write_kv_data_to_file()
+    header.write_ti_data_to_file()
+    (file,) = header.fout
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    return file
+
+
+class Piece(NamedTuple):
+    """Some encoded rows of a tensor, uint8 (rows, row_bytes); the squares are sums over its weights where it was
+    measured."""
+
+    rows: np.ndarray
+    error_squares: float = 0.0
+    weight_squares: float = 0.0
+
+
+def encode_pieces(
+    tensor: Tensor, pool: ThreadPoolExecutor, is_measured: bool = False, max_ahead: int | None = None
+) -> Iterator[Piece]:
+    """Yields the tensor's encoded rows in order; up to `max_ahead` pieces (default: two a core) are read and encoded by
+    the pool meanwhile. Every eighth piece is measured where that is asked for and where the source's rows are not kept
+    as they are."""
+    read_rows = tensor.open_rows()
+    max_ahead = max_ahead or 2 * (os.cpu_count() or 1)
+
+    def encode_piece(index: int, matrix: int, start: int, stop: int) -> Piece:
+        rows = read_rows(start, stop)
+        if rows.dtype == np.uint8:
+            return Piece(rows)
+        curvature = tensor.curvature(matrix) if tensor.curvature else None
+        if curvature:
+            encoded = encode_with_feedback(tensor.layout, rows, curvature)
+        else:
+            encoded = encode(tensor.layout, rows, None if tensor.importance is None else tensor.importance[matrix])
+        return _measure(tensor, rows, encoded) if is_measured and index % _MEASURED_EVERY == 0 else Piece(encoded)
+
+    pending: deque[Future] = deque()
+    try:
+        for index, chunk in enumerate(_list_chunks(tensor)):
+            pending.append(pool.submit(encode_piece, index, *chunk))
+            if len(pending) > max_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except KimiLiteError as error:
+        raise KimiLiteError(f"{tensor.name}: {error.message}", error.hint) from error
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def piece_weights(tensor: Tensor) -> int:
+    """Weights that are read and encoded at once."""
+    return _FEEDBACK_WEIGHTS if tensor.curvature else _CHUNK_WEIGHTS
+
+
+def _measure(tensor: Tensor, rows: np.ndarray, encoded: np.ndarray) -> Piece:
+    from kimi_lite.native.cpu.matrix import dequantize  # compiles a kernel, so only where it is needed
+
+    error = dequantize(encoded, tensor.layout.name) - rows
+    return Piece(encoded, float(np.vdot(error, error)), float(np.vdot(rows, rows)))
+
+
+def _list_chunks(tensor: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(matrix, first row, end row) of each piece of work; no piece has rows of two matrices that are encoded
+    differently."""
+    num_matrices = 1 if tensor.importance is None else len(tensor.importance)
+    if tensor.curvature:
+        num_matrices = prod(tensor.shape[:-2])
+    num_rows, chunk_rows = tensor.num_weights // tensor.shape[-1], max(1, piece_weights(tensor) // tensor.shape[-1])
+    assert num_rows % num_matrices == 0, (tensor.name, num_rows, num_matrices)
+    matrix_rows = num_rows // num_matrices
+    for matrix in range(num_matrices):
+        for start in range(matrix * matrix_rows, (matrix + 1) * matrix_rows, chunk_rows):
+            yield matrix, start, min(start + chunk_rows, (matrix + 1) * matrix_rows)

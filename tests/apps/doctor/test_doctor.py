@@ -1,0 +1,234 @@
+"""`kimi-lite doctor`: every check on a healthy and on a sick machine; the report, JSON, exit codes, warming."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from kimi_lite.apps.doctor import gpu as doctor_gpu
+from kimi_lite.apps.doctor import model as doctor_model
+from kimi_lite.apps.doctor import system as checks
+from kimi_lite.apps.doctor.system import Facts
+from kimi_lite.cli import app
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.hardware.host import CgroupLimit
+from kimi_lite.hardware.probe import Disk, Gpu, GpuProcess, Hardware
+from kimi_lite.native.isa import isa
+from kimi_lite.units import GIB
+from tests.tiny import write_tiny_gguf
+
+ALL_PACKAGES = dict.fromkeys((*checks._PACKAGES, *checks._GPU_PACKAGES), "1.0")
+CARD = Gpu("RTX 4090", 24 * GIB, 23 * GIB, 1008e9, 23e9, "550.54", 165e12, "8.9", "12.4")
+HEALTHY = Facts(
+    hardware=Hardware(
+        "a CPU",
+        16,
+        "avx512-vnni",
+        256 * GIB,
+        240 * GIB,
+        80e9,
+        CARD,
+        Disk(Path("/m"), 900 * GIB, 6e9),
+        origins={"ram": "measured"},
+    ),
+    gpu_reason="",
+    has_nvidia_device=True,
+    cgroup=None,
+    machine_ram_bytes=256 * GIB,
+    swap_used_bytes=0,
+    swap_total_bytes=8 * GIB,
+    huge_pages="madvise",
+    lockable_bytes=None,
+    is_wsl=False,
+    num_machine_cores=16,
+    isa=("avx512-vnni", "vpdpbusd zmm", "znver4"),
+    cpu_features=("avx2", "avx512vnni"),
+    packages=ALL_PACKAGES,
+    python=(3, 12, 1),
+)
+
+
+def with_hardware(**changes):
+    return replace(HEALTHY, hardware=replace(HEALTHY.hardware, **changes))
+
+
+def without_packages(*names):
+    return replace(HEALTHY, packages=ALL_PACKAGES | dict.fromkeys(names))
+
+
+def test_a_healthy_machine_is_ok():
+    found = [check(HEALTHY) for check in checks.SYSTEM_CHECKS]
+    assert {check.status for check in found} == {"ok"}, found
+    assert len({check.name for check in found}) == len(found)
+    assert "80.0 GB/s (measured)" in checks.check_memory(HEALTHY).finding
+
+
+SICK = [
+    (checks.check_python, replace(HEALTHY, python=(3, 9, 0)), "fail", "Python 3.11"),
+    (checks.check_packages, without_packages("numba", "rich"), "fail", "pip install numba rich"),
+    (checks.check_cores, replace(HEALTHY, num_machine_cores=32), "warn", "affinity"),
+    (checks.check_memory, with_hardware(ram_bytes_s=12e9), "warn", "channel"),
+    (checks.check_memory, with_hardware(ram_bytes_s=None), "ok", ""),
+    (checks.check_cgroup, replace(HEALTHY, cgroup=CgroupLimit(32 * GIB, 0, Path("/sys/x"))), "warn", "container"),
+    (checks.check_cgroup, replace(HEALTHY, cgroup=CgroupLimit(512 * GIB, 0, Path("/sys/x"))), "ok", ""),
+    (checks.check_swap, replace(HEALTHY, swap_used_bytes=2 * GIB), "warn", "swapoff"),
+    (checks.check_huge_pages, replace(HEALTHY, huge_pages="never"), "warn", "echo madvise"),
+    (checks.check_huge_pages, replace(HEALTHY, huge_pages=None), "ok", ""),
+    (checks.check_lock, replace(HEALTHY, lockable_bytes=8 << 20), "ok", ""),
+    (checks.check_wsl, replace(HEALTHY, is_wsl=True), "warn", ".wslconfig"),
+    (checks.check_disk, with_hardware(disk=Disk(Path("/m"), GIB, 0.2e9)), "warn", "17 minutes"),
+    (checks.check_disk, with_hardware(disk=None), "ok", ""),
+    (doctor_gpu._no_card, replace(HEALTHY, gpu_reason="no NVIDIA driver"), "fail", "install its driver"),
+    (doctor_gpu._no_card, replace(HEALTHY, has_nvidia_device=False), "warn", "on the CPU"),
+    (doctor_gpu._no_card, without_packages("nvidia-ml-py"), "warn", "pip install nvidia-ml-py"),
+    (doctor_gpu.check_triton, without_packages("triton"), "fail", "pip install triton"),
+    (doctor_gpu.check_triton, HEALTHY, "ok", ""),
+]
+
+
+@pytest.mark.parametrize(("check", "facts", "status", "fix"), SICK)
+def test_a_sick_machine_is_told_what_to_do(check, facts, status, fix):
+    found = check(facts)
+    assert found.status == status and fix in found.fix and "\n" not in found.fix
+    assert bool(found.fix) == (status != "ok")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the machine type of Linux")
+def test_hidden_vector_instructions_are_seen(monkeypatch):
+    monkeypatch.setattr(checks.platform, "machine", lambda: "x86_64")
+    assert checks.check_isa(replace(HEALTHY, isa=("portable", "generic vector code", "x86-64"))).status == "warn"
+    monkeypatch.setattr(checks.platform, "machine", lambda: "aarch64")
+    assert checks.check_isa(replace(HEALTHY, isa=("portable", "generic vector code", "apple-m1"))).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"), [({}, "ok"), ({"compute_capability": "7.5"}, "fail"), ({"compute_capability": ""}, "ok")]
+)
+def test_generations_of_cards(changes, status):
+    assert doctor_gpu.check_card(replace(CARD, **changes)).status == status
+
+
+def test_who_holds_the_card_is_named():
+    busy = replace(CARD, vram_free_bytes=10 * GIB, processes=(GpuProcess(42, "game", 13 * GIB),))
+    assert "game (pid 42) 13.0 GiB" in doctor_gpu.check_free_memory(busy).fix
+    assert "nvidia-smi" in doctor_gpu.check_free_memory(replace(busy, processes=())).fix
+    assert doctor_gpu.check_free_memory(CARD).status == "ok"
+
+
+def test_torch_for_the_card(monkeypatch):
+    def fake_torch(is_available):
+        cuda = SimpleNamespace(is_available=lambda: is_available, device_count=lambda: int(is_available))
+        return SimpleNamespace(version=SimpleNamespace(cuda="13.0"), cuda=cuda)
+
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(True))
+    assert [check.status for check in doctor_gpu.gpu_checks(HEALTHY)] == ["ok"] * 4
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(False))
+    check = doctor_gpu.check_torch(HEALTHY, CARD)
+    assert check.status == "fail" and "the driver serves CUDA 12.4" in check.fix
+    assert doctor_gpu.check_torch(without_packages("torch"), CARD).status == "fail"
+    plain = replace(HEALTHY, packages=ALL_PACKAGES | {"torch": "2.13.0+cpu"})
+    assert "without CUDA" in doctor_gpu.check_torch(plain, CARD).finding
+
+
+def test_a_cache_that_cannot_be_written_fails(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "file"))
+    check = checks.check_kernel_cache(HEALTHY)
+    assert check.status == "fail" and "KIMI_LITE_CACHE" in check.fix
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
+    assert "empty" in checks.check_kernel_cache(HEALTHY).finding
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", np.random.default_rng(0))
+
+
+def test_a_model_is_looked_at(tiny):
+    found = {check.name: check for check in doctor_model.model_checks(tiny, HEALTHY)}
+    assert {name: check.status for name, check in found.items()} == {"model": "ok", "tokenizer": "ok", "plan": "ok"}
+    assert "one file" in found["model"].finding and "fits" in found["plan"].finding
+
+
+def test_a_missing_shard_and_a_small_machine_are_lines(tmp_path, tiny):
+    first = write_tiny_gguf(tmp_path / "big.gguf", np.random.default_rng(0), max_tensors_per_shard=20)
+    next(path for path in tmp_path.glob("*.gguf") if path != first).unlink()
+    (check,) = doctor_model.model_checks(first, HEALTHY)
+    assert check.status == "fail" and "missing" in check.finding and check.fix
+    small = with_hardware(ram_free_bytes=1 << 20, gpu=None)
+    found = [check for check in doctor_model.model_checks(tiny, small) if check.name == "plan"]
+    assert found[0].status == "fail" and "RAM" in found[0].finding
+
+
+def test_wrong_ids_are_found(tiny, monkeypatch):
+    store = GGUFStore.open(tiny)
+    monkeypatch.setattr(doctor_model, "KIMI_VOCABULARY", 300)  # the tiny model's: its ids cannot be Kimi's
+    check = doctor_model.check_tokenizer(store)
+    assert check.status == "fail" and "other ids than the vendor's" in check.finding
+    monkeypatch.setattr(doctor_model.Tokenizer, "decode", lambda self, ids: "?")
+    monkeypatch.setattr(doctor_model, "KIMI_VOCABULARY", 0)
+    assert "does not come back" in doctor_model.check_tokenizer(store).finding
+
+
+def test_the_golden_ids_are_those_of_the_tokenizer_s_tests():
+    source = (Path(__file__).parents[2] / "text/test_tokenizer.py").read_text(encoding="utf-8")
+    for ids in doctor_model.GOLDEN.values():
+        assert str(list(ids)) in source
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+
+
+@pytest.fixture
+def healthy(monkeypatch):
+    monkeypatch.setattr(checks, "gather", lambda path, is_measuring: with_hardware(gpu=None))
+    return monkeypatch
+
+
+def test_the_report_fits_a_terminal(healthy, tiny):
+    result = run("-m", tiny, "--quick")
+    assert result.exit_code == 2, "an NVIDIA card without its driver is a failure"
+    lines = result.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert {line.split()[0] for line in lines if line and not line.startswith(" ")} <= {
+        "ok",
+        "warn",
+        "fail",
+        lines[-1].split()[0],
+    }
+    assert "→" in result.stdout and lines[-1].endswith("1 fail")
+
+
+def test_json_and_exit_codes(healthy, tiny):
+    healthy.setattr(
+        checks, "gather", lambda path, is_measuring: replace(with_hardware(gpu=None), has_nvidia_device=False)
+    )
+    result = run("--json", "-m", tiny)
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert [check["status"] for check in document["checks"]].count("warn") == 1
+    assert document["hardware"]["ram_total_bytes"] == 256 * GIB and document["packages"]["numba"] == "1.0"
+
+
+def test_warming_runs_the_model(healthy, tiny):
+    result = run("-m", tiny, "--warm", "--json")
+    assert json.loads(result.stdout)["checks"][-1] == {
+        "name": "warm",
+        "status": "ok",
+        "finding": "kernels of tiny.gguf are compiled; 2 tokens ran",
+        "fix": "",
+    }
+    assert doctor_model.warm(tiny.with_name("none.gguf")).status == "fail"
+
+
+def test_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
+    facts = checks.gather(None, is_measuring=False)
+    assert facts.isa == tuple(isa()) and facts.packages["numpy"] and facts.python == sys.version_info[:3]
+    assert [check(facts).status for check in checks.SYSTEM_CHECKS if check is not checks.check_memory]

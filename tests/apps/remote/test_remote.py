@@ -1,0 +1,336 @@
+"""A conversation with an OpenAI-compatible endpoint: what is sent, what is read however it is cut, and every way to
+fail."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_lite.apps.remote.deltas import DeltaReader
+from kimi_lite.apps.remote.http import Server, base_url
+from kimi_lite.apps.remote.session import RemoteSession
+from kimi_lite.apps.remote.sse import EventReader
+from kimi_lite.engine.answer_settings import AnswerSettings
+from kimi_lite.engine.types import SamplingParams, Token
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.tool_calls import ToolCall
+from tests.apps.fake_openai import Answer, FakeOpenAI, call_delta, sse
+
+USAGE = {"prompt_tokens": 24, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 8}}
+FULL = sse(
+    {"role": "assistant", "content": ""},
+    {"reasoning_content": "hm 你"},
+    {"reasoning": "好\u2028"},
+    {"content": "I call.\n"},
+    call_delta(0, "", "add", "functions.add:0"),
+    call_delta(0, '{"a": '),
+    call_delta(0, "1}"),
+    call_delta(1, '{"b"', "sub", "functions.sub:1"),
+    call_delta(1, ": 2}"),
+    reason="tool_calls",
+    usage=USAGE,
+)
+TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
+
+
+@pytest.fixture(autouse=True)
+def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "KIMI_LITE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def texts(tokens: list[Token]) -> dict[str, str]:
+    return {
+        kind: "".join(token.text for token in tokens if token.kind == kind)
+        for kind in ("reasoning", "content", "tool_call")
+    }
+
+
+def read(pieces: list[bytes]) -> list[Token]:
+    """As the session reads a stream."""
+    events, reader, tokens = EventReader(), DeltaReader("a"), []
+    for event in [event for piece in pieces for event in events.feed(piece)] + events.finish():
+        tokens += reader.feed(json.loads(event)) if event != "[DONE]" else []
+    return tokens + reader.finish()
+
+
+def essence(tokens: list[Token]) -> list[tuple]:
+    return [
+        (token.kind, token.text, token.call, token.call_index, token.finish_reason, token.error) for token in tokens
+    ]
+
+
+def test_a_stream_becomes_tokens() -> None:
+    tokens = read([FULL])
+    assert texts(tokens) == {"reasoning": "hm 你好\u2028", "content": "I call.\n", "tool_call": '{"a": 1}{"b": 2}'}
+    assert [token.call for token in tokens if token.call] == [
+        ToolCall("functions.add:0", "add"),
+        ToolCall("functions.sub:1", "sub"),
+    ]
+    last = tokens[-1]
+    assert (last.finish_reason, last.stats.prompt_tokens, last.stats.cached_tokens) == ("tool_calls", 24, 8)
+    assert last.stats.generated_tokens == 9
+    unknown = read([sse({"content": "a"}, {"content": "b"})])[-1].stats  # a server that does not count
+    assert (unknown.prompt_tokens, unknown.prompt_tok_s, unknown.generated_tokens) == (0, None, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, len(FULL)), max_size=30), st.sampled_from([b"\n", b"\r\n", b"\r"]))
+def test_any_chunks_give_the_same_tokens(points: list[int], line_end: bytes) -> None:
+    data = FULL.replace(b"\n", line_end)
+    ends = [0, *sorted(points), len(data)]
+    assert essence(read([data[a:b] for a, b in pairwise(ends)])) == essence(read([FULL]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.text("<think>/ab", max_size=4), max_size=20))
+def test_think_tags_in_the_content_are_found_however_they_are_cut(pieces: list[str]) -> None:
+    text = "<think>" + "".join(pieces) + "</think>rest"
+    whole = texts(read([sse({"content": text})]))
+    assert texts(read([sse(*[{"content": char} for char in text])])) == whole
+    assert whole["reasoning"] + "</think>" + whole["content"] == text.removeprefix("<think>")
+
+
+def test_content_that_only_looks_like_thinking_stays() -> None:
+    assert texts(read([sse({"content": "<thin"}, {"content": "g> x"})]))["content"] == "<thing> x"
+    assert texts(read([sse({"content": "<th"})]))["content"] == "<th"
+
+
+def test_calls_that_come_interleaved_are_kept_apart() -> None:
+    deltas = [
+        call_delta(0, '{"a"', "f", "x"),
+        call_delta(1, '{"b"', "g", "y"),
+        call_delta(0, ":1}"),
+        call_delta(1, ":2}"),
+    ]
+    tokens = read([sse(*deltas)])
+    assert texts(tokens)["tool_call"] == '{"a":1}{"b":2}'
+    assert tokens[-1].finish_reason == "tool_calls"
+
+
+def test_calls_without_ids_get_kimis() -> None:
+    tokens = read([sse(call_delta(0, "", "f"), call_delta(1, "no json", "g"))])
+    assert [token.call.id for token in tokens if token.call] == ["functions.f:0", "functions.g:1"]
+    assert texts(tokens)["tool_call"] == "{}no json"
+    assert [token.error for token in tokens if token.error] == [
+        "Tool call functions.g:1 has arguments that are not a JSON object (malformed, or cut off)."
+    ]
+
+
+def test_halves_of_surrogate_pairs_do_no_harm() -> None:
+    data = b'data: {"choices": [{"delta": {"content": "a\\ud83db"}}]}\n\n'
+    assert texts(read([data]))["content"] == "a?b"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI() as server:
+        yield server
+
+
+def opened(fake: FakeOpenAI, *answers: Answer | bytes, **options: object) -> RemoteSession:
+    fake.answers += [Answer([answer]) if isinstance(answer, bytes) else answer for answer in answers]
+    return RemoteSession.open(fake.url, **options)
+
+
+def test_a_conversation(fake: FakeOpenAI) -> None:
+    sampling = SamplingParams(top_k=5, seed=7, max_tokens=20)
+    answer_settings = AnswerSettings(is_thinking=False, sampling=sampling)
+    session = opened(
+        fake, FULL, sse({"content": "3"}, usage=USAGE), api_key="secret", system="be brief", settings=answer_settings
+    )
+    assert (session.info.name, session.context_length) == ("kimi-k2.5", 4096)
+    tokens = list(session.ask("1+2?", tools=[TOOL]))
+    assert tokens[-1].finish_reason == "tool_calls"
+    assert session.pending_calls == (
+        ToolCall("functions.add:0", "add", '{"a": 1}'),
+        ToolCall("functions.sub:1", "sub", '{"b": 2}'),
+    )
+    list(session.answer_calls([("functions.add:0", "3"), ("functions.sub:1", "no")]))
+    first, second = fake.bodies
+    assert first["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+2?"}]
+    assert (first["model"], first["stream"], first["temperature"], first["top_p"]) == ("kimi-k2.5", True, 0.6, 0.95)
+    assert (first["top_k"], first["seed"], first["max_tokens"]) == (5, 7, 20)
+    assert first["chat_template_kwargs"] == {"thinking": False}
+    assert first["tools"] == [TOOL]
+    assert "min_p" not in first
+    assistant, *results = second["messages"][2:]
+    assert assistant["reasoning_content"] == "hm 你好\u2028"
+    assert [call["id"] for call in assistant["tool_calls"]] == ["functions.add:0", "functions.sub:1"]
+    assert [(r["tool_call_id"], r["content"]) for r in results] == [("functions.add:0", "3"), ("functions.sub:1", "no")]
+    assert all(headers["Authorization"] == "Bearer secret" for headers in fake.headers)
+    assert session.turns[-1].content == "3"
+    session.close()
+
+
+def test_what_past_calls_carry_is_json_for_the_server(fake: FakeOpenAI) -> None:
+    session = opened(fake, sse(call_delta(0, "{oops", "add", "functions.add:0")), sse({"content": "ok"}))
+    list(session.ask("?", tools=[TOOL]))
+    list(session.answer_calls([("functions.add:0", "Error")]))
+    assert json.loads(fake.bodies[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {"malformed": "{oops"}
+
+
+def test_images_go_as_data_urls(fake: FakeOpenAI) -> None:
+    session = opened(fake, sse({"content": "a cat"}))
+    parts = [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "text", "text": "what?"},
+    ]
+    list(session.ask(parts))
+    assert fake.bodies[0]["messages"][0]["content"] == parts
+
+
+def test_a_server_that_does_not_stream(fake: FakeOpenAI) -> None:
+    message = {"role": "assistant", "content": "whole", "reasoning_content": "r"}
+    document = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": USAGE}
+    data = json.dumps(document).encode()
+    session = opened(fake, Answer([data[:20], data[20:]], 200, "application/json"))
+    tokens = list(session.ask("?"))
+    assert texts(tokens) == {"reasoning": "r", "content": "whole", "tool_call": ""}
+    assert tokens[-1].stats.prompt_tokens == 24
+
+
+def test_fields_that_a_server_does_not_know_are_left_out_if_that_changes_nothing(fake: FakeOpenAI) -> None:
+    refusals = [
+        Answer([json.dumps({"error": {"message": f"Unknown field {name}"}}).encode()], 400)
+        for name in ("stream_options", "x")
+    ]
+    session = opened(fake, refusals[0], sse({"content": "ok"}))
+    assert texts(list(session.ask("?")))["content"] == "ok"
+    assert ["stream_options" in body for body in fake.bodies] == [True, False]
+    fake.answers.append(refusals[1])
+    with pytest.raises(KimiLiteError, match=r"answered 400 .*Unknown field x"):
+        list(session.ask("?"))
+    fake.answers.append(Answer([b'{"error": {"message": "no chat_template_kwargs"}}'], 400))
+    session.set_thinking(False)
+    with pytest.raises(KimiLiteError, match="chat_template_kwargs"):
+        list(session.ask("?"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "hint"),
+    [
+        (Answer([b'{"error": {"message": "bad key"}}'], 401), "401 .no API key was given.*bad key", "--api-key"),
+        (Answer([b'{"detail": "no model"}'], 404), "404 .*no model", "/v1"),
+        (Answer([b'{"error": "slow down"}'], 429, headers={"Retry-After": "7"}), "429 .*slow down", "Wait 7 s"),
+        (Answer([b"<html>bad gateway</html>"], 502), "502 .refused.[.]\n", "log"),
+        (Answer([b'{"message": "maximum context length is 4096"}'], 400), "context length is 4096", "request"),
+        (Answer([b""], 307, headers={"Location": "http://there/v1"}), "307", "http://there/v1"),
+        (Answer([sse({"content": "par"}, reason=None, is_done=False)]), "ended the answer in the middle", "/regen"),
+        (Answer([b'data: {"error": {"message": "out of memory"}}\n\n']), "broke off: out of memory", "/regen"),
+        (Answer([b"data: {oops\n\n"]), "no JSON", "OpenAI"),
+        (Answer([b"<html></html>"], 200, "text/html"), "no OpenAI-compatible API: it answers with text/html", "/v1"),
+        (Answer([sse({"content": "par"}, reason=None, is_done=False)], is_cut=True), "was lost", "/regen"),
+    ],
+)
+def test_every_failure_is_a_sentence(fake: FakeOpenAI, answer: Answer, message: str, hint: str) -> None:
+    session = opened(fake, answer, model="m")
+    with pytest.raises(KimiLiteError, match=message) as caught:
+        list(session.ask("?"))
+    assert hint in caught.value.hint
+    said = texts([])["content"] if b"par" not in b"".join(answer.pieces) else "par"
+    assert [turn.content for turn in session.turns if turn.role == "assistant"] == ([said] if said else [])
+
+
+def test_a_key_is_never_shown(fake: FakeOpenAI) -> None:
+    session = opened(
+        fake, Answer([b'{"error": {"message": "Incorrect key sk-123 given"}}'], 401), model="m", api_key="sk-123"
+    )
+    with pytest.raises(KimiLiteError) as caught:
+        list(session.ask("?"))
+    assert "sk-123" not in str(caught.value)
+    assert "sk-123" not in repr(vars(session))
+    with pytest.raises(KimiLiteError, match="no header can carry"):
+        Server("http://x", "ключ")
+
+
+def test_the_key_comes_from_the_environment(fake: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    opened(fake)
+    monkeypatch.setenv("KIMI_LITE_API_KEY", "own")
+    opened(fake)
+    opened(fake, api_key="given")
+    assert [headers["Authorization"] for headers in fake.headers] == ["Bearer other", "Bearer own", "Bearer given"]
+
+
+def test_nobody_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(KimiLiteError, match="Nothing answers at"):
+        RemoteSession.open(f"http://127.0.0.1:{port}")
+
+
+def test_silence_is_not_awaited_for_ever(fake: FakeOpenAI) -> None:
+    fake.answers.append(Answer([b""], wait_s=1.0))
+    server = Server(fake.url, None, read_s=0.1)
+    with pytest.raises(KimiLiteError, match="silent"):
+        list(server.post("/chat/completions", {}, lambda: False))
+
+
+@pytest.mark.parametrize("is_before_headers", [True, False])
+def test_cancelling_closes_the_connection_and_keeps_what_came(fake: FakeOpenAI, is_before_headers: bool) -> None:
+    pieces = [sse({"content": f"{i} "}, reason=None, is_done=False) for i in range(400)]
+    session = opened(fake, Answer(pieces, pause_s=0.02, wait_s=1.0 if is_before_headers else 0.0))
+    threading.Timer(0.3, session.cancel).start()
+    began_s = time.perf_counter()
+    tokens = list(session.ask("?"))
+    assert time.perf_counter() - began_s < 0.9
+    assert tokens[-1].finish_reason == "cancelled"
+    assert fake.is_dropped.wait(5.0)
+    said = texts(tokens)["content"]
+    assert said == "" if is_before_headers else said.startswith("0 1 ")
+    assert session.messages[-1]["role"] == ("user" if is_before_headers else "assistant")
+
+
+def test_the_model_is_chosen_if_there_is_a_choice() -> None:
+    with FakeOpenAI(models=[{"id": "a"}, {"id": "moonshotai/Kimi-K2.5"}]) as fake:
+        assert RemoteSession.open(fake.url).info.name == "moonshotai/Kimi-K2.5"
+    with FakeOpenAI(models=[{"id": "a"}, {"id": "b"}]) as fake:
+        with pytest.raises(KimiLiteError, match="2 models: a, b"):
+            RemoteSession.open(fake.url)
+        assert RemoteSession.open(fake.url, model="b").info.name == "b"
+    with FakeOpenAI(models=Answer([b"no"], 404)) as fake:
+        assert RemoteSession.open(fake.url, model="b").context_length is None
+        with pytest.raises(KimiLiteError, match="404"):
+            RemoteSession.open(fake.url)
+
+
+def test_the_vendor_has_its_own_switch() -> None:
+    session = RemoteSession(
+        Server("https://api.moonshot.ai/v1", "k"), "kimi-k2.5", None, "", AnswerSettings(is_thinking=False)
+    )
+    body = session._body([], session.settings)
+    assert body["thinking"] == {"type": "disabled"}
+    assert "chat_template_kwargs" not in body
+
+
+def test_a_budget_for_thinking_is_refused() -> None:
+    session = RemoteSession(Server("http://x", None), "m", None, "", None)
+    with pytest.raises(KimiLiteError, match="budget"):
+        session.require_budget()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "url"),
+    [
+        ("localhost:8000", "http://localhost:8000/v1"),
+        ("http://h:1/", "http://h:1/v1"),
+        ("https://h/v1/", "https://h/v1"),
+        ("https://h/api/v3/chat/completions", "https://h/api/v3"),
+    ],
+)
+def test_addresses(endpoint: str, url: str) -> None:
+    assert base_url(endpoint) == url
+
+
+@pytest.mark.parametrize("endpoint", ["", "ftp://x", "http://", "http://x:99999"])
+def test_addresses_that_are_none(endpoint: str) -> None:
+    with pytest.raises(KimiLiteError, match="no address"):
+        base_url(endpoint)

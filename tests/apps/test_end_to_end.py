@@ -1,0 +1,45 @@
+"""A weight's road and a token's road together, as typed: `kimi-lite quantize`, then `kimi-lite run`, against
+transformers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from kimi_lite.engine.engine import Engine
+from kimi_lite.options import LoadOptions
+from tests.checkpoints import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def kimi_lite(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "kimi_lite", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_quantize_then_run_says_what_transformers_would(tmp_path: Path) -> None:
+    """Greedy and in float32: every token is the best of the reference's logits, or ties with it in all but rounding."""
+    import torch
+
+    reference = make_checkpoint(tmp_path / "hf", "kimi_int4")
+    path = tmp_path / "model.gguf"
+    converted = kimi_lite("quantize", tmp_path / "hf", path, "--type", "f32")
+    assert converted.returncode == 0, converted.stderr
+    done = kimi_lite("run", "-m", path, "hello there", "--temp", "0", "-n", "16", "--no-think", "--json")
+    assert done.returncode == 0, done.stderr
+    ids = json.loads(done.stdout)["ids"]
+    engine = Engine.open(path, LoadOptions(context_length=128))
+    prompt = engine.template.encode([{"role": "user", "content": "hello there"}], thinking=False).ids
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].numpy()  # (tokens, vocab)
+    lost = logits.max(axis=1) - logits[range(len(ids)), ids]
+    assert ids
+    assert lost.max() < 1e-3, lost
+
+
+def test_quantize_reports_mistakes_like_every_command(tmp_path: Path) -> None:
+    done = kimi_lite("quantize", tmp_path / "nothing", tmp_path / "out.gguf")
+    assert done.returncode == 2
+    assert "kimi-lite: " in done.stderr
+    assert "Traceback" not in done.stderr

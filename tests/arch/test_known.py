@@ -1,0 +1,105 @@
+"""Built-in models against the published numbers, and sizes by group against the files they describe."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.known import KNOWN, find_known, moonvit_bytes, unknown_model
+from kimi_lite.arch.sizes import sizes_of, store_sizes
+from kimi_lite.arch.tensors import tensor_shapes
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.tools.make.kimi_dims import KimiDims
+from tests.model.family import family_metadata
+from tests.tiny import write_tiny_gguf
+
+_KIMI_CONFIG = Path(__file__).parents[3] / "shared/data/kimi-tokenizer/config.json"
+_FAMILY_NAMES = {
+    "kimi-k2.5": "K2.5",
+    "kimi-k2.6": "K2.6",
+    "kimi-k2-thinking": "K2-Thinking",
+    "kimi-k2": "K2-Instruct",
+    "moonlight": "Moonlight",
+    "kimi-vl": "Kimi-VL",
+    "deepseek-v3": "DeepSeek-V3",
+    "deepseek-v2-lite": "DeepSeek-V2-Lite",
+}
+
+
+@pytest.mark.parametrize("name", _FAMILY_NAMES)
+def test_dimensions_are_those_of_a_converted_checkpoint(name):
+    """llama.cpp's metadata for each published config.json, read back."""
+    converted = ModelConfig.from_metadata(family_metadata(_FAMILY_NAMES[name]))
+    assert replace(KNOWN[name].config, name=converted.name) == converted
+
+
+def test_k25_is_what_the_tools_slice():
+    sliced = KimiDims().to_model_config()
+    known = KNOWN["kimi-k2.5"].config
+    assert replace(sliced, name=known.name, rope=known.rope) == known
+
+
+@pytest.mark.skipif(not _KIMI_CONFIG.exists(), reason="needs ../shared/data/kimi-tokenizer/config.json")
+def test_k26_is_what_its_config_json_says(tmp_path):
+    from kimi_lite.quantize.source.config import read_config
+
+    fields = read_config(_KIMI_CONFIG.parent)
+    config = KNOWN["kimi-k2.6"].config
+    assert (config.hidden_size, config.num_layers) == (fields["hidden_size"], fields["num_hidden_layers"])
+    assert (config.num_experts, config.num_experts_used) == (fields["n_routed_experts"], fields["num_experts_per_tok"])
+    vision = json.loads(_KIMI_CONFIG.read_text())["vision_config"]
+    assert moonvit_bytes(vision, 7168) == pytest.approx(KNOWN["kimi-k2.6"].vision_bytes, rel=0.002)
+
+
+def test_models_are_found_as_people_type_them():
+    assert find_known("K2.5") is find_known("kimi-k2.5") is KNOWN["kimi-k2.5"]
+    assert find_known("Kimi_K2.5-GGUF") is KNOWN["kimi-k2.5"] and find_known("r1") is KNOWN["deepseek-r1"]
+    assert find_known("llama") is None
+    assert "Did you mean moonlight" in unknown_model("moonlite").hint
+    assert moonvit_bytes({}, 7168) == 0
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"types": {"_exps": "TQ2_0", "attn_output": "Q8_0"}, "hidden_size": 512, "expert_feed_forward_size": 256},
+        {"is_gate_up_fused": True},
+        {"is_kv_b_joined": True},
+        {"num_dense_layers": 3, "num_experts": 0, "num_experts_used": 0},
+    ],
+    ids=str,
+)
+def test_sizes_are_the_bytes_of_the_file(tmp_path, variant):
+    store = GGUFStore.open(write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), **variant))
+    config = ModelConfig.from_metadata(store.metadata)
+    sizes = store_sizes(store, config, vision_bytes=7)
+    routed = {name: tensor for name, tensor in store.tensors.items() if "_exps." in name}
+    assert sizes.total_bytes == store.total_bytes + 7
+    assert sizes.expert_bytes == sum(tensor.num_bytes for tensor in routed.values())
+    assert sizes.embedding_bytes == store.tensor("token_embd.weight").num_bytes
+    assert sum(num_bytes for _, num_bytes in sizes.bytes_by_type) == store.total_bytes
+    assert sizes.num_experts * sizes.slot_bytes >= sizes.expert_bytes
+    assert (sizes.slot_bytes == 0) == (not routed)
+    assert bool(sizes.converted_bytes) == variant.get("is_kv_b_joined", False)
+    if routed:
+        assert sizes.token_expert_bytes == pytest.approx(
+            sizes.expert_bytes / config.num_experts * config.num_experts_used
+        )
+
+
+def test_dense_weights_on_a_card_are_8_bits():
+    config = KNOWN["moonlight"].config
+    shapes = tensor_shapes(config, ())
+    fine = sizes_of(config, ((name, shape, BY_NAME["F32"]) for name, shape in shapes.items()))
+    coarse = sizes_of(
+        config, ((name, shape, BY_NAME["Q8_0" if len(shape) > 1 else "F32"]) for name, shape in shapes.items())
+    )
+    assert fine.label == "F32 experts, F32 rest" and coarse.label == "Q8_0 experts, Q8_0 rest"
+    assert fine.card_dense_bytes < 0.35 * fine.dense_bytes
+    assert coarse.dense_bytes < coarse.card_dense_bytes < 1.1 * coarse.dense_bytes  # products by head are in bfloat16
+    assert 0 < coarse.shared_expert_bytes < coarse.card_dense_bytes

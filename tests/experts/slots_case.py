@@ -1,0 +1,89 @@
+"""A source of experts and a device whose copies end when the test says so: for `VramSlots` and `PromptStream` without a
+GPU."""
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.source import Part, SlotForm
+
+SLOT_BYTES = 256
+
+
+class NumberedExperts:
+    """Experts whose bytes say who they are. `fail_on`: the expert that cannot be read."""
+
+    slot_bytes = SLOT_BYTES
+
+    def __init__(self, num_layers: int = 3, num_experts: int = 8, first_layer: int = 1) -> None:
+        self.num_layers, self.num_experts, self.first_layer = num_layers, num_experts, first_layer
+        self.fail_on: tuple[int, int] | None = None
+
+    def form(self, layer: int) -> SlotForm:
+        return SlotForm(Part("F32", 0, 1, 16, 64), Part("F32", 64, 1, 16, 64), Part("F32", 128, 1, 16, 64))
+
+    def copy_into(self, layer: int, expert: int, slot: np.ndarray) -> None:
+        if (layer, expert) == self.fail_on:
+            raise OSError(5, "a broken disk")
+        slot[:] = self.bytes_of(layer, expert)
+
+    def bytes_of(self, layer: int, expert: int) -> np.ndarray:
+        return np.random.default_rng(layer * self.num_experts + expert).integers(0, 256, SLOT_BYTES, np.uint8)
+
+
+class SlowEvent:
+    """Happens when the test says so, or when somebody waits for it."""
+
+    def __init__(self, device: "SlowDevice") -> None:
+        self._device, self.has_happened = device, False
+
+    def query(self) -> bool:
+        return self.has_happened
+
+    def synchronize(self) -> None:
+        self._device.complete(self)
+
+
+class SlowDevice(Accelerator):
+    """A CPU device whose copy stream runs late: what is copied inside `copying` arrives when its event happens, in
+    order."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self._lock = threading.RLock()
+        self._late: list[tuple[torch.Tensor, torch.Tensor] | SlowEvent] = []
+        self._thread_state = threading.local()
+
+    @contextmanager
+    def copying(self):
+        self._thread_state.is_copying = True
+        try:
+            yield
+        finally:
+            self._thread_state.is_copying = False
+
+    def event(self) -> SlowEvent:
+        event = SlowEvent(self)
+        if getattr(self._thread_state, "is_copying", False):
+            with self._lock:
+                self._late.append(event)
+        else:
+            event.has_happened = True
+        return event
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with self._lock:
+            self._late.append((target, source))
+
+    def complete(self, until: SlowEvent | None = None) -> None:
+        """Everything asked for so far happens, or all up to an event."""
+        with self._lock:
+            while self._late and not (until is not None and until.has_happened):
+                item = self._late.pop(0)
+                if isinstance(item, SlowEvent):
+                    item.has_happened = True
+                else:
+                    item[0].copy_(item[1])

@@ -1,0 +1,91 @@
+"""Groups of experts on their way through two buffers: the right bytes in the right order, whatever is requested or
+given up."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.stream import PromptStream
+from tests.experts.slots_case import NumberedExperts, SlowDevice
+
+
+@pytest.fixture
+def source():
+    return NumberedExperts(num_layers=4, num_experts=10)
+
+
+def arrived(stream: PromptStream, source: NumberedExperts, layer: int, num_groups: int | None = None) -> list[int]:
+    """Experts of the layer's groups (of the first few), each with its bytes checked while the group is there."""
+    experts = []
+    for number, group in enumerate(stream.groups(layer)):
+        assert group.layer == layer
+        for expert, row in zip(group.experts, group.data.numpy(), strict=True):
+            assert np.array_equal(row, source.bytes_of(layer, expert)), (layer, expert)
+            experts.append(expert)
+        if number + 1 == num_groups:
+            break
+    return experts
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 3), st.lists(st.integers(0, 9), max_size=10, unique=True)), max_size=4),
+    group_size=st.integers(1, 4),
+)
+def test_everything_arrives_in_order(requests, group_size):
+    """Layers requested ahead come after those before them."""
+    source = NumberedExperts(num_layers=4, num_experts=10)
+    requests = sorted(requests, key=lambda request: request[0])
+    stream = PromptStream(Accelerator("cpu"), source, group_size, num_copy_threads=2)
+    for layer, experts in requests:
+        stream.request(layer, experts)
+    for layer in range(1, 4):
+        wanted = [expert for of, experts in requests if of == layer for expert in experts]
+        assert stream.has_requested(layer) == bool(wanted)
+        assert arrived(stream, source, layer) == wanted
+    assert stream.num_streamed == sum(len(experts) for _, experts in requests)
+    stream.close()
+
+
+def test_a_late_copy_is_waited_for(source):
+    """The device's copies end late: a pinned buffer is not written again before, and no group is seen half."""
+    device = SlowDevice()
+    stream = PromptStream(device, source, 2, num_copy_threads=1)
+    stream.request(1, range(10))
+    device.wait = device.complete  # the compute stream waits for the upload's event, as CUDA's would
+    assert arrived(stream, source, 1) == list(range(10))
+    stream.close()
+
+
+def test_given_up_half_way(source):
+    stream = PromptStream(Accelerator("cpu"), source, 2)
+    stream.request(1, range(10))
+    stream.request(2, range(10))
+    assert arrived(stream, source, 1, num_groups=2) == [0, 1, 2, 3]
+    stream.cancel()
+    assert not stream.has_requested(1) and not stream.has_requested(2)
+    stream.request(3, [7, 5, 1])
+    assert arrived(stream, source, 3) == [7, 5, 1]
+    stream.close()
+
+
+def test_a_failed_read_is_raised_where_the_group_is_wanted(source):
+    source.fail_on = (1, 4)
+    stream = PromptStream(Accelerator("cpu"), source, 2)
+    stream.request(1, range(8))
+    with pytest.raises(OSError, match="broken disk"):
+        arrived(stream, source, 1)
+    stream.cancel()
+    source.fail_on = None
+    stream.request(2, range(8))
+    assert arrived(stream, source, 2) == list(range(8))
+    stream.close()
+
+
+def test_close_with_groups_on_their_way(source):
+    stream = PromptStream(Accelerator("cpu"), source, 1)
+    stream.request(1, range(10))
+    stream.close()
+    assert not stream._feeder.is_alive()

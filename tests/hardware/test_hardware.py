@@ -1,0 +1,200 @@
+"""The probe: control groups, cards by NVML, described machines, remembered speeds. Systems stand in as folders and
+modules."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from kimi_lite.hardware import gpu as hardware_gpu
+from kimi_lite.hardware import host
+from kimi_lite.hardware import speed as hardware_speed
+from kimi_lite.hardware.bandwidth import measure_disk, measure_ram
+from kimi_lite.hardware.probe import Hardware, described, free_of, probe
+from kimi_lite.units import GIB, MIB
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
+    found = probe(tmp_path / "not" / "there.gguf")
+    assert 0 < found.ram_free_bytes <= found.ram_total_bytes <= psutil.virtual_memory().total
+    assert found.num_cores >= 1 and found.cpu_name and found.isa
+    assert found.disk.path == tmp_path / "not" / "there.gguf" and found.disk.free_bytes > 0
+    assert found.ram_bytes_s is None and not found.is_described
+
+
+def test_probing_imports_no_torch():
+    import subprocess
+
+    code = "import sys; from kimi_lite.hardware.probe import probe; probe(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        (
+            "0::/user/app",
+            {"user/memory.max": "2147483648", "user/app/memory.max": "max", "user/memory.current": "1073741824"},
+            2048,
+        ),
+        ("0::/", {"memory.max": "1073741824", "memory.current": "5", "memory.stat": "inactive_file 3"}, 1024),
+        (
+            "9:memory:/box",
+            {"memory/box/memory.limit_in_bytes": "536870912", "memory/box/memory.usage_in_bytes": "1"},
+            512,
+        ),
+        ("9:memory:/box", {"memory/box/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("9:cpu:/box", {}, None),
+    ],
+)
+def test_limits_of_control_groups(tmp_path, group, files, expected):
+    write(tmp_path / "proc/self/cgroup", f"{group}\n")
+    for name, text in files.items():
+        write(tmp_path / "sys/fs/cgroup" / name, f"{text}\n")
+    limit = host.cgroup_limit(tmp_path)
+    assert (limit.limit_bytes // MIB if limit else None) == expected
+
+
+def test_memory_keeps_to_the_group(tmp_path):
+    write(tmp_path / "proc/self/cgroup", "0::/\n")
+    write(tmp_path / "sys/fs/cgroup/memory.max", str(GIB))
+    write(tmp_path / "sys/fs/cgroup/memory.current", str(GIB // 2))
+    write(tmp_path / "sys/fs/cgroup/memory.stat", f"anon 7\ninactive_file {GIB // 4}\n")
+    assert host.memory(tmp_path) == (GIB, GIB - GIB // 4)
+    write(tmp_path / "sys/fs/cgroup/memory.max", str(1 << 50))  # more than the machine has: no limit
+    assert host.memory(tmp_path)[0] == psutil.virtual_memory().total
+
+
+class FakeNvml(SimpleNamespace):
+    """Answers as nvidia-ml-py does for one RTX 4090; `refuses` are questions that this card does not answer."""
+
+    class NVMLError(Exception):
+        pass
+
+    NVML_CLOCK_MEM, NVML_CLOCK_SM = 2, 1
+
+    def __init__(self, refuses=(), has_driver=True, num_cards=1):
+        answers = {
+            "nvmlInit": None,
+            "nvmlShutdown": None,
+            "nvmlDeviceGetCount": num_cards,
+            "nvmlDeviceGetHandleByIndex": "card",
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=24 * GIB, free=23 * GIB),
+            "nvmlDeviceGetName": b"NVIDIA GeForce RTX 4090",
+            "nvmlDeviceGetMemoryBusWidth": 384,
+            "nvmlDeviceGetMaxPcieLinkWidth": 16,
+            "nvmlDeviceGetMaxPcieLinkGeneration": 4,
+            "nvmlDeviceGetCudaComputeCapability": (8, 9),
+            "nvmlDeviceGetNumGpuCores": 16384,
+            "nvmlSystemGetDriverVersion": "550.54",
+            "nvmlSystemGetCudaDriverVersion": 12040,
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=GIB)],
+            "nvmlDeviceGetGraphicsRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=GIB)],
+        }
+        functions = {name: self._function(name, answer, refuses) for name, answer in answers.items()}
+        clocks = {self.NVML_CLOCK_MEM: 10501, self.NVML_CLOCK_SM: 2520}
+        functions["nvmlDeviceGetMaxClockInfo"] = lambda handle, kind: clocks[kind]
+        if not has_driver:
+            functions["nvmlInit"] = self._function("nvmlInit", None, ("nvmlInit",))
+        super().__init__(**functions)
+
+    def _function(self, name, answer, refuses):
+        def ask(*_):
+            if name in refuses:
+                raise self.NVMLError(f"{name}: Not Supported")
+            return answer
+
+        return ask
+
+
+def test_a_card_by_its_driver(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    gpu = hardware_gpu.probe_gpu()
+    assert (gpu.name, gpu.driver, gpu.compute_capability, gpu.cuda_version) == ("RTX 4090", "550.54", "8.9", "12.4")
+    assert gpu.vram_bytes_s == pytest.approx(1008e9, rel=0.001)
+    assert gpu.pcie_bytes_s == pytest.approx(23e9)
+    assert gpu.flops_s == pytest.approx(165e12, rel=0.01)
+    assert len(gpu.processes) == 1 and gpu.processes[0].vram_bytes == GIB
+    assert not hardware_gpu.unavailable_reason()
+
+
+def test_a_card_that_tells_little(monkeypatch):
+    silent = ("nvmlDeviceGetMemoryBusWidth", "nvmlDeviceGetMaxPcieLinkWidth", "nvmlDeviceGetNumGpuCores")
+    processes = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(refuses=(*silent, *processes)))
+    gpu = hardware_gpu.probe_gpu()
+    assert (gpu.vram_bytes_s, gpu.pcie_bytes_s, gpu.flops_s, gpu.processes) == (None, None, None, ())
+    assert gpu.vram_total_bytes == 24 * GIB
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "nvidia-ml-py is not installed"),
+        (FakeNvml(has_driver=False), "no NVIDIA driver"),
+        (FakeNvml(num_cards=0), "sees no card"),
+        (FakeNvml(refuses=("nvmlDeviceGetCount",)), "driver answers"),
+    ],
+)
+def test_no_card_says_why(monkeypatch, module, reason):
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert hardware_gpu.probe_gpu() is None
+    assert reason in hardware_gpu.unavailable_reason()
+
+
+def test_described_machines():
+    here = Hardware("here", 2, "avx2", 32 * GIB, 30 * GIB, ram_bytes_s=30e9, clock_hz=3e9)
+    assert described(here, None, None) is here
+    assert described(here, 16 * GIB, None) is here  # a limit, not another machine
+    other = described(here, 256 * GIB, 24 * GIB)
+    assert other.is_described and other.ram_total_bytes == 256 * GIB and other.ram_bytes_s is None
+    assert other.ram_free_bytes == free_of(256 * GIB) < 256 * GIB
+    assert other.gpu.vram_total_bytes == 24 * GIB > other.gpu.vram_free_bytes
+    with_card = described(here, None, 24 * GIB)
+    assert with_card.is_described and with_card.ram_bytes_s == 30e9 and with_card.gpu
+    assert described(with_card, None, 0).gpu is None
+
+
+def test_speeds_are_remembered_for_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
+    found = probe(tmp_path)
+    hardware_speed.remember(found, ram=40e9, disk=2e9)
+    again = probe(tmp_path)
+    assert (again.ram_bytes_s, again.disk.read_bytes_s) == (40e9, 2e9)
+    assert again.origins["ram"] == again.origins["disk"] == "measured"
+    assert hardware_speed.recall(replace(found, cpu_name="another")).ram_bytes_s is None
+    for damage in ("", "[]", '{"a": 1}', '{"ram of x": {"bytes_s": "fast"}}'):
+        (tmp_path / "speeds.json").write_text(damage)
+        assert probe(tmp_path).ram_bytes_s is None
+    hardware_speed.remember(found, ram=41e9)
+    assert probe(tmp_path).ram_bytes_s == 41e9
+    assert json.loads((tmp_path / "speeds.json").read_text())
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "file"))
+    hardware_speed.remember(probe(tmp_path), ram=40e9)
+    assert probe(tmp_path).ram_bytes_s is None
+
+
+def test_measuring(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
+    assert 0.5e9 < measure_ram(1, seconds=0.05) < 2000e9
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"\1" * (32 << 20))
+    speed = measure_disk(model, seconds=0.05)
+    assert speed is None or 1e6 < speed < 1e12
+    (tmp_path / "small.gguf").write_bytes(b"\1")
+    assert measure_disk(tmp_path / "small.gguf") is None
+    assert hardware_speed.largest_file(tmp_path) == model == hardware_speed.largest_file(model)
+    assert hardware_speed.largest_file(tmp_path / "nothing") is None

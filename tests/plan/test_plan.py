@@ -1,0 +1,243 @@
+"""Plans: the design's physics, sums, limits that are kept, refusals that help."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_lite.arch.known import KNOWN
+from kimi_lite.arch.sizes import ModelSizes, sizes_of
+from kimi_lite.arch.tensors import tensor_shapes
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.hardware.probe import Gpu, Hardware, free_of
+from kimi_lite.plan.plan import make_plan
+from kimi_lite.plan.refusal import find_problem
+from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, pass_s, rates_of
+from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan, PlanLimits
+from kimi_lite.quantize.recipe.recipe import named_recipe
+from kimi_lite.units import GIB
+
+CARD = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)
+
+
+def sizes_in(name: str, recipe: str) -> ModelSizes:
+    known, types = KNOWN[name], named_recipe(recipe)
+    shapes = tensor_shapes(known.config, ())
+    return sizes_of(known.config, ((name, shape, types.choose(name, shape).layout) for name, shape in shapes.items()))
+
+
+K25 = {recipe: sizes_in("kimi-k2.5", recipe) for recipe in ("tq1_0", "iq1_m", "tq2_0", "iq2_xxs", "q2_k", "q4_0")}
+MOONLIGHT = sizes_in("moonlight", "q4_0")
+
+
+def machine(ram_gib: float = 256, gpu: Gpu | None = CARD, **more: object) -> Hardware:
+    ram_bytes = int(ram_gib * GIB)
+    return Hardware("a CPU", 16, "avx512-vnni", ram_bytes, free_of(ram_bytes), gpu=gpu, clock_hz=5e9, **more)
+
+
+def test_physics_of_the_design():
+    """design.md's table: bytes a token, experts, the cache, a pass over PCIe."""
+    sizes = K25["tq1_0"]
+    assert sizes.num_experts == 23_040
+    assert sizes.expert_bytes == pytest.approx(214e9, rel=0.002)
+    bytes_of = {recipe: K25[recipe].token_expert_bytes / 1e9 for recipe in ("tq1_0", "iq1_m", "iq2_xxs")}
+    assert bytes_of == pytest.approx({"tq1_0": 4.46, "iq1_m": 4.62, "iq2_xxs": 5.45}, rel=0.002)
+    assert sizes.config.kv_bytes_per_token(2) == 70_272
+    plan = make_plan(sizes, machine(), PlanLimits(32_768))
+    assert plan.part_bytes("VRAM", KV) == 70_272 * 32_768
+    assert plan.part_bytes("VRAM", "dense weights") == pytest.approx(11.2e9, rel=0.1)
+    assert pass_s(sizes, Split(1, 0, True), plan.rates) == pytest.approx(9.3, rel=0.005)
+    assert 0.02 < plan.num_vram_slots / 23_040 < 0.05 and plan.num_vram_slots * sizes.slot_bytes <= CARD.vram_free_bytes
+    assert plan.verdict == "fits" and plan.disk_expert_bytes == 0
+    assert plan.prompt_chunk_tokens == 4096
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tok_s"), [("q4_0", 6.7), ("q2_k", 11.5), ("iq2_xxs", 14.7), ("iq1_m", 17.3), ("tq1_0", 17.9)]
+)
+def test_ceilings_of_memory_alone(recipe, tok_s):
+    """At 80 GB/s and with all else free, as ux.md tells them."""
+    rates = rates_of(machine(ram_bytes_s=80e9, gpu=replace(CARD, vram_bytes_s=1e18)))
+    assert decode_speed(K25[recipe], Split(1, 0, True), rates).tok_s == pytest.approx(tok_s, rel=0.01)
+
+
+def test_the_card_works_before_and_beside_the_processor():
+    """A token: attention on the card, then the longer of shared experts and routed experts."""
+    sizes, rates = K25["tq1_0"], rates_of(machine(ram_bytes_s=80e9))
+    alone_s = (sizes.card_dense_bytes + sizes.embedding_row_bytes - sizes.shared_expert_bytes) / 1008e9
+    speed = decode_speed(sizes, Split(1, 0, True), rates)
+    assert 1 / speed.tok_s == pytest.approx(alone_s + sizes.token_expert_bytes / 80e9)
+    assert speed.limit == "RAM bandwidth"
+    assert decode_speed(sizes, Split(0.5, 0, True), rates).limit == "disk"
+    whole = decode_speed(MOONLIGHT, Split(1, 1, True), rates)
+    read_bytes = MOONLIGHT.card_dense_bytes + MOONLIGHT.embedding_row_bytes + MOONLIGHT.token_expert_bytes
+    assert whole.limit == "VRAM bandwidth" and 1 / whole.tok_s == pytest.approx(read_bytes / 1008e9)
+
+
+def test_processor_alone_reads_everything_from_memory():
+    plan = make_plan(MOONLIGHT, machine(64, gpu=None, ram_bytes_s=50e9), PlanLimits(4096))
+    read_bytes = MOONLIGHT.dense_bytes + MOONLIGHT.embedding_row_bytes + MOONLIGHT.token_expert_bytes
+    assert plan.decode.tok_s == pytest.approx(50e9 / read_bytes)
+    cache_bytes = 4096 * MOONLIGHT.config.kv_bytes_per_token(2)
+    assert plan.decode_full.tok_s == pytest.approx(50e9 / (read_bytes + cache_bytes))
+    assert plan.prompt.limit == "RAM bandwidth" and plan.expected is None and not plan.is_on_card
+    slow = make_plan(MOONLIGHT, replace(machine(64, gpu=None), isa="avx2", num_cores=2))
+    assert slow.prompt.limit == "CPU arithmetic" and slow.prompt.tok_s < plan.prompt.tok_s
+
+
+def test_ceilings_hold_no_hits_and_hits_are_told_apart():
+    plan = make_plan(K25["tq1_0"], machine(ram_bytes_s=80e9))
+    none = decode_speed(plan.sizes, Split(1, 0, True), plan.rates)
+    assert plan.decode.tok_s == pytest.approx(none.tok_s)
+    low, high = plan.expected.tok_s
+    assert plan.decode.tok_s < low < high
+    assert 0 < plan.expected.hit_share[0] < plan.expected.hit_share[1] < 0.42
+
+
+def test_hits_follow_published_runs():
+    for curve in (HITS_LOW, HITS_HIGH):
+        values = [interpolate(curve, share / 100) for share in range(101)]
+        assert values == sorted(values) and values[0] == 0 and values[-1] == 1
+        assert all(value >= share / 100 - 1e-9 for share, value in enumerate(values))  # never worse than chance
+    assert interpolate(HITS_HIGH, 0.046) == pytest.approx(0.408)
+
+
+GIBS = st.floats(1, 600)
+
+
+@settings(max_examples=60, deadline=None)
+@given(GIBS, GIBS, st.sampled_from(sorted(K25)), st.booleans(), st.sampled_from([None, 4096, 131_072]))
+def test_more_memory_is_never_worse(one_gib, other_gib, recipe, has_card, context_length):
+    less, more = sorted((one_gib, other_gib))
+    gpu, limits = CARD if has_card else None, PlanLimits(context_length)
+    small, large = (make_plan(K25[recipe], machine(gib, gpu), limits) for gib in (less, more))
+    order = ("refused", "from disk", "tight", "fits")
+    assert order.index(small.verdict) <= order.index(large.verdict)
+    assert small.ram_expert_bytes <= large.ram_expert_bytes
+    assert small.decode.tok_s <= large.decode.tok_s * (1 + 1e-9)
+    assert small.prompt.tok_s <= large.prompt.tok_s * (1 + 1e-9)
+    if small.expected and large.expected:
+        assert small.expected.tok_s[0] <= large.expected.tok_s[0] * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ram_limit=st.none() | GIBS,
+    vram_limit=st.none() | st.floats(1, 30),
+    ram_gib=GIBS,
+    has_card=st.booleans(),
+    recipe=st.sampled_from(sorted(K25)),
+    kv_dtype=st.sampled_from(["f16", "q8"]),
+    context_length=st.sampled_from([None, 0, 2048, 100_000]),
+)
+def test_sums_and_limits(ram_limit, vram_limit, ram_gib, has_card, recipe, kv_dtype, context_length):
+    """Rows add up, no plan that is not refused exceeds a budget, and no budget exceeds what the user allows or what is
+    free."""
+    hardware = machine(ram_gib, CARD if has_card else None)
+    ram_bytes, vram_bytes = (None if limit is None else int(limit * GIB) for limit in (ram_limit, vram_limit))
+    limits = PlanLimits(context_length, kv_dtype, ram_bytes=ram_bytes, vram_bytes=vram_bytes)
+    plan = make_plan(K25[recipe], hardware, limits)
+    for budget in plan.budgets:
+        limit_bytes = {"RAM": ram_bytes, "VRAM": vram_bytes}[budget.place]
+        free_bytes = hardware.ram_free_bytes if budget.place == "RAM" else CARD.vram_free_bytes
+        assert budget.have_bytes == min(free_bytes, free_bytes if limit_bytes is None else limit_bytes)
+        assert plan.refusal or plan.place_bytes(budget.place) <= budget.have_bytes
+        assert plan.place_bytes(budget.place) == sum(row.num_bytes for row in plan.rows if row.place == budget.place)
+    assert plan.ram_expert_bytes + plan.disk_expert_bytes == K25[recipe].expert_bytes
+    assert plan.part_bytes("RAM", EXPERTS) == plan.ram_expert_bytes
+    assert plan.part_bytes("VRAM", SLOTS) == plan.num_vram_slots * plan.sizes.slot_bytes
+    assert plan.process_bytes == plan.place_bytes("RAM") - plan.part_bytes("RAM", MARGIN)
+    assert (plan.verdict == "refused") == (plan.refusal is not None)
+    assert all(row.num_bytes > 0 for row in plan.rows)
+
+
+def remedies(plan: Plan) -> dict[str, str]:
+    return dict(plan.refusal.remedies)
+
+
+def test_a_laptop_is_refused_with_need_have_and_remedy():
+    plan = make_plan(K25["tq1_0"], machine(16, gpu=None))
+    with pytest.raises(KimiLiteError, match=r"At least [\d.]+ GiB of RAM are needed .*; 13\.4 GiB are free") as caught:
+        plan.require()
+    assert "a machine with more memory: 32 GiB of RAM would do" in caught.value.hint
+
+
+def test_remedies_run():
+    """Every flag that a refusal names makes a plan that can be."""
+    plan = make_plan(K25["tq1_0"], machine(), PlanLimits(262_144))
+    assert {flags.split()[0] for flags in remedies(plan)} == {"-c", "--kv-dtype", "--device"} or len(
+        remedies(plan)
+    ) >= 2
+    for flags in remedies(plan):
+        words = flags.split()
+        changed = PlanLimits(
+            int(words[words.index("-c") + 1][:-1]) * 1024 if "-c" in words else 262_144,
+            "q8" if "q8" in words else "f16",
+            "cpu" if "--device" in words else None,
+        )
+        assert not make_plan(K25["tq1_0"], machine(), changed).refusal, flags
+    longest = next(
+        int(flags.split()[1][:-1]) for flags in remedies(plan) if flags.startswith("-c") and "q8" not in flags
+    )
+    assert find_problem(make_plan(K25["tq1_0"], machine(), PlanLimits((longest + 1) * 1024))), (
+        "a longer context would fit"
+    )
+
+
+def test_limits_of_the_user_are_named_when_they_are_what_lacks():
+    plan = make_plan(K25["tq1_0"], machine(), PlanLimits(vram_bytes=12 * GIB))
+    assert "--vram allows 12.0 GiB" in plan.refusal.problem
+    assert "without --vram" in remedies(plan) and "--device cpu" in remedies(plan)
+
+
+def test_too_long_a_context_and_a_missing_card():
+    assert "made for 8,192" in make_plan(MOONLIGHT, machine(), PlanLimits(10_000)).refusal.problem
+    assert "no graphics card" in make_plan(MOONLIGHT, machine(gpu=None), PlanLimits(device="cuda")).refusal.problem
+
+
+def test_experts_that_do_not_fit_come_from_disk():
+    plan = make_plan(K25["iq2_xxs"], machine())
+    assert plan.verdict == "from disk" and plan.first_limit.startswith("RAM: 240")
+    assert plan.part_bytes("disk", EXPERTS) == plan.disk_expert_bytes > 0
+    assert plan.expected.tok_s[0] >= plan.decode.tok_s
+
+
+def test_everything_on_the_card_needs_no_memory_for_experts():
+    plan = make_plan(MOONLIGHT, machine(16))
+    assert plan.num_vram_slots == MOONLIGHT.num_experts and not plan.ram_expert_bytes and not plan.disk_expert_bytes
+    assert plan.decode.limit == "VRAM bandwidth"
+
+
+def test_eight_bits_halve_the_cache_and_vision_counts():
+    full, half = (make_plan(K25["tq1_0"], machine(), PlanLimits(kv_dtype=kv_dtype)) for kv_dtype in ("f16", "q8"))
+    assert half.part_bytes("VRAM", KV) == pytest.approx(full.part_bytes("VRAM", KV) * 0.53, rel=0.01)
+    seeing = make_plan(replace(K25["tq1_0"], vision_bytes=KNOWN["kimi-k2.5"].vision_bytes), machine())
+    assert seeing.num_vram_slots < full.num_vram_slots
+    assert seeing.part_bytes("VRAM", "vision") == 942_287_840
+
+
+def test_flags_of_the_card_are_kept():
+    sizes = K25["tq1_0"]
+    plain, few = make_plan(sizes, machine()), make_plan(sizes, machine(), PlanLimits(num_gpu_experts=100))
+    assert few.num_vram_slots == 100 < plain.num_vram_slots and few.place_bytes("VRAM") < plain.place_bytes("VRAM")
+    assert not make_plan(sizes, machine(), PlanLimits(num_gpu_experts=0)).num_vram_slots
+    too_many = make_plan(sizes, machine(), PlanLimits(num_gpu_experts=5000))
+    assert "expert slots" in too_many.refusal.problem and f"--gpu-experts {plain.num_vram_slots}" in remedies(too_many)
+    wide = make_plan(
+        sizes,
+        machine(gpu=replace(CARD, vram_total_bytes=48 * GIB, vram_free_bytes=47 * GIB)),
+        PlanLimits(dense_type="bf16"),
+    )
+    assert wide.part_bytes("VRAM", "dense weights") == pytest.approx(21e9, rel=0.05)  # 10.55 G weights
+    assert wide.decode.tok_s < plain.decode.tok_s
+    as_file = sizes.with_dense_type("file")
+    assert sizes.dense_bytes < as_file.card_dense_bytes < 1.2 * sizes.dense_bytes
+
+
+def test_json_holds_what_the_tables_show():
+    document = json.loads(json.dumps(make_plan(K25["tq1_0"], machine(), PlanLimits(0)).to_json()))
+    assert document["verdict"] == "refused" and document["refusal"]["remedies"]
+    assert document["context_length"] == 262_144 and document["rates"]["ram"]["origin"] == "assumed"
+    assert sum(row["num_bytes"] for row in document["rows"] if row["place"] == "RAM") > 199 * GIB

@@ -1,0 +1,5 @@
+"""`python -m tools.kernels`: the CPU kernels of every type beside llama.cpp's."""
+
+from kimi_lite.tools.kernels.kernel_bench import app
+
+app()

@@ -1,0 +1,212 @@
+"""How good a model file is: perplexity, divergence from a reference, multiple choice. Tables, then JSON as the last
+line.
+
+    python -m tools.quality -m q4.gguf --reference q8.gguf python -m tools.quality -m bf16.gguf --save bf16.safetensors;
+    python -m tools.quality -m q2.gguf --reference bf16.safetensors python -m tools.quality -m model.gguf --compare
+    llama.cpp python -m tools.quality -m model.gguf --reference model.gguf --expert-share 0.5 --cache-bias 0.02 --chunks
+    2 --no-tasks
+
+The text is public-domain prose in the repository (tools/data/emma.txt); perplexity is computed as by llama.cpp's
+`llama-perplexity`: chunks of 512 tokens, the second half of each scored. A perplexity is comparable only between files
+with the same tokenizer; the Kullback-Leibler divergence from the unquantized model says more about a quantization, in
+far fewer tokens.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import typer
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.tools.bench.environment import describe_environment, describe_model
+from kimi_lite.tools.bench.plan import TEXT
+from kimi_lite.tools.quality.runs import LlamaLogits, OurLogits, Source, StoredLogits, hash_ids, save_rows
+from kimi_lite.tools.quality.score import (
+    CHUNK_TOKENS,
+    FIRST_SCORED,
+    Divergence,
+    Losses,
+    chunks_of,
+    diverge,
+    join,
+    losses,
+)
+from kimi_lite.tools.quality.tasks import TaskResult, answer_all, load_questions
+
+_DEFAULT_CHUNKS = 16
+
+
+def score_text(
+    run: Source, references: Sequence[Source], chunks: Sequence[np.ndarray], keep: Callable[[np.ndarray], None]
+) -> tuple[Losses, list[tuple[Losses, Divergence]]]:
+    """The run's losses, and each reference's with the divergence from it. `keep` gets the run's log-probabilities."""
+    own, theirs = [], [[] for _ in references]
+    for index, chunk in enumerate(chunks):
+        targets = chunk[FIRST_SCORED + 1 :]
+        log_probs = run.scored_rows(index, chunk)
+        keep(log_probs)
+        own.append(losses(log_probs, targets))
+        for reference, found in zip(references, theirs, strict=True):
+            rows = _same_width(reference.scored_rows(index, chunk), log_probs, reference.name)
+            found.append((losses(rows, targets), diverge(log_probs, rows, targets)))
+        _show_progress(index + 1, len(chunks))
+    joined = [(Losses(np.concatenate([a for a, _ in found])), join([b for _, b in found])) for found in theirs]
+    return Losses(np.concatenate(own)), joined
+
+
+def _same_width(rows: np.ndarray, log_probs: np.ndarray, name: str) -> np.ndarray:
+    if rows.shape != log_probs.shape:
+        have = f"{rows.shape[1]:,} tokens; this model's has {log_probs.shape[1]:,}"
+        raise KimiLiteError(f"The vocabulary of {name} has {have}.", "A reference must be the same model.")
+    return rows
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rchunk {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def print_text(num_chunks: int, own: Losses, found: Sequence[tuple[str, Losses, Divergence]]) -> None:
+    perplexity = own.perplexity
+    print(
+        f"perplexity        {perplexity.mean:.4f} ± {perplexity.error:.4f}, {len(own.nats):,} tokens in "
+        f"{num_chunks} chunks"
+    )
+    for name, their_losses, divergence in found:
+        theirs, d = their_losses.perplexity, divergence.to_json()
+        kl, same, rank, ratio = d["kl_nats"], d["top1_agreement"], d["rank"], d["perplexity_ratio"]
+        print(f"\nbeside {name}")
+        print(f"its perplexity    {theirs.mean:.4f} ± {theirs.error:.4f}")
+        print(f"ratio to it       {ratio['mean']:.5f} ± {ratio['error']:.5f}")
+        print(f"KL divergence     {kl['mean']:z.5f} ± {kl['error']:.5f} nats")
+        print(f"                  median {kl['median']:z.5f}, 99 % {kl['p99']:.4f}, worst {kl['max']:.3f}")
+        print(f"same best token   {same['mean']:.2%} ± {same['error']:.2%}")
+        print(f"its best is ours  among our best 5 in {rank['within_5']:.2%}, rank {rank['mean']:.3f} on average")
+        print(f"true token        {d['probability_difference_rms']:.2%} rms change of its probability")
+
+
+def print_tasks(result: TaskResult) -> None:
+    whole, per_byte = result.accuracy, result.accuracy_per_byte
+    chance = f"{result.num_questions} questions, chance {result.chance:.0%}"
+    print(f"\nmultiple choice   {whole.mean:.1%} ± {whole.error:.1%} right, {chance}")
+    print(f"                  {per_byte.mean:.1%} ± {per_byte.error:.1%} by the average byte of an answer")
+
+
+app = typer.Typer(
+    pretty_exceptions_enable=False, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+@app.command()
+def main(
+    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file, first shard or folder.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="A GGUF of the same model, or what --save wrote.", exists=True)
+    ] = None,
+    compare_with: Annotated[
+        Literal["llama.cpp"] | None, typer.Option("--compare", help="The same file through llama-cpp-python.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write log-probabilities for a later --reference (.safetensors).")
+    ] = None,
+    text: Annotated[Path, typer.Option(help="Another text.", exists=True, dir_okay=False)] = TEXT,
+    chunks: Annotated[int, typer.Option(help="Chunks of 512 tokens; 0: the whole text.", min=0)] = _DEFAULT_CHUNKS,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", help="CPU threads. Default: all cores.", min=1)
+    ] = None,
+    tasks: Annotated[bool, typer.Option("--tasks/--no-tasks", help="Multiple choice as well.")] = True,
+    expert_share: Annotated[
+        float | None,
+        typer.Option(help="Of the routed experts in RAM; the others through the disk tier.", min=0.01, max=1),
+    ] = None,
+    cache_bias: Annotated[float, typer.Option(help="With --expert-share: prefer experts that are there.", min=0)] = 0.0,
+) -> None:
+    """Measure the quality of a model file."""
+    try:
+        if cache_bias and expert_share is None:
+            raise KimiLiteError("--cache-bias does nothing where all experts are in RAM.", "Add --expert-share 0.5.")
+        ours = OurLogits(model, threads, expert_share, cache_bias)
+        _measure(ours, reference, compare_with is not None, save, text, chunks, threads, tasks)
+    except KimiLiteError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _measure(
+    ours: OurLogits, reference: Path | None, compares: bool, save: Path | None, text: Path, num_chunks: int,
+    threads: int | None,
+    has_tasks: bool,
+) -> None:  # fmt: skip
+    with ExitStack() as stack:
+        stack.callback(ours.close)
+        ids = ours.tokenizer.encode(text.read_text(encoding="utf-8"))
+        chunks = list(chunks_of(ids, ours.bos_id, num_chunks))
+        if not chunks:
+            raise KimiLiteError(f"{text} has {len(ids):,} tokens; {CHUNK_TOKENS} are needed.", "Give a longer text.")
+        references: list[Source] = []
+        if reference:
+            references.append(_open_reference(reference, chunks, threads))
+        if compares:
+            references.append(LlamaLogits(ours.store.path, ours.num_threads))
+        for each in references:
+            stack.callback(each.close)
+        kept: list[np.ndarray] = []
+        own, found = score_text(
+            ours, references, chunks, lambda rows: kept.append(rows.astype(np.float16)) if save else None
+        )
+        named = [(each.name, *pair) for each, pair in zip(references, found, strict=True)]
+        print_text(len(chunks), own, named)
+        if counters := ours.expert_counters():
+            found_share = counters["expert_hits"] / sum(
+                counters[f"expert_{name}"] for name in ("hits", "late", "misses")
+            )
+            print(f"\nexperts there     {found_share:.1%} of those asked for, {counters['expert_slots']:,.0f} slots")
+        if save:
+            save_rows(save, kept, ours.name, hash_ids(chunks))
+        result = answer_all(ours.logits, ours.tokenizer, ours.bos_id, load_questions()) if has_tasks else None
+        if result:
+            print_tasks(result)
+        print(json.dumps(_document(ours, text, len(chunks), own, named, result)))
+
+
+def _open_reference(path: Path, chunks: Sequence[np.ndarray], threads: int | None) -> Source:
+    if path.suffix == ".safetensors":
+        return StoredLogits(path, len(chunks), hash_ids(chunks))
+    return OurLogits(path, threads)
+
+
+def _document(
+    ours: OurLogits, text: Path, num_chunks: int, own: Losses, named: Sequence[tuple[str, Losses, Divergence]],
+    result: TaskResult | None,
+) -> dict:  # fmt: skip
+    """JSON-ready."""
+    return {
+        "tool": "quality",
+        "schema": 1,
+        "environment": describe_environment(ours.num_threads),
+        "model": describe_model(ours.store, ours.config),
+        "text": text.name,
+        "num_chunks": num_chunks,
+        "num_scored_tokens": len(own.nats),
+        "perplexity": _estimate(own.perplexity),
+        "references": [
+            {"name": name, "perplexity": _estimate(theirs.perplexity), **divergence.to_json()}
+            for name, theirs, divergence in named
+        ],
+        "multiple_choice": result
+        and {
+            "num_questions": result.num_questions,
+            "accuracy": _estimate(result.accuracy),
+            "accuracy_per_byte": _estimate(result.accuracy_per_byte),
+            "chance": result.chance,
+        },
+    }
+
+
+def _estimate(estimate) -> dict:
+    return {"mean": estimate.mean, "error": estimate.error}
