@@ -1,8 +1,8 @@
 """A checkpoint folder or existing GGUF files to GGUF, streamed: a few megabytes of weights are in memory at a time.
 
-    report = convert(Path("Kimi-K2.5"), Path("kimi-k2.5-tq1_0.gguf"), find_recipe("tq1_0")) Everything that can be wrong
-    is found before the first byte is
-written.
+    report = convert(Path("Kimi-K2.5"), Path("kimi-k2.5-tq1_0.gguf"), find_recipe("tq1_0"))
+
+Everything that can be wrong is found before the first byte is written.
 """
 
 import time

@@ -84,14 +84,10 @@ def is_command(line: str) -> bool:
 
 def all_commands() -> Registry:
     """Every command of the chat, in the order of /help."""
-    from kimi_lite.apps.chat.chat.commands import answer as commands_answer
-    from kimi_lite.apps.chat.chat.commands import context as commands_context
-    from kimi_lite.apps.chat.chat.commands import files as commands_files
-    from kimi_lite.apps.chat.chat.commands import general as commands_general
-    from kimi_lite.apps.chat.chat.commands import sessions as commands_sessions
+    from kimi_lite.apps.chat.commands import answer, context, files, general, sessions
 
     registry = Registry()
-    for module in (commands_general, commands_answer, commands_context, commands_files, commands_sessions):
+    for module in (general, answer, context, files, sessions):
         for command in module.COMMANDS.commands:
             registry.add(command)
     return registry
