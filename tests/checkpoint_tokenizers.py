@@ -30,7 +30,7 @@ _SENTENCES = (
     "small block.",
     "Experts are chosen for each token by a router, whose scores say how much of every chosen expert's answer "
     "is taken.",
-    "When memory is slow, the fastest road is the shortest one, so the bytes that are not read are the ones that help.",
+    "When memory is slow, the fastest path is the shortest one, so the bytes that are not read are the ones that help.",
     "Grüße, naïve cafés, 世界 and 混合 text with 1234567890 digits; don't, you'll, WE'RE.",
 )
 _CLASS = r"[\p{L}\p{M}]"

@@ -1,7 +1,7 @@
 """Float rows to GGUF blocks of any type, for tests: the `gguf` package where it can encode, random blocks where it
 cannot.
 
-A random block is as good as an encoded one for testing a reader: both roads decode the same bytes. Only the standard
+A random block is as good as an encoded one for testing a reader: both paths decode the same bytes. Only the standard
 deviation of the decoded weights is kept, so that a model made of them stays numerically sane. Used by `tests.tiny`.
 """
 

@@ -47,7 +47,7 @@ Context = Annotated[
 KvDtype = Annotated[Literal["f32", "f16", "bf16", "q8"], _option("--kv-dtype", help="Type of the cache.", panel=_WHAT)]
 Vision = Annotated[bool, _option("--vision/--no-vision", help="Count the model's eyes, if it has some.", panel=_WHAT)]
 Vram = Annotated[
-    str | None, _option("--vram", help=f"The card's memory, or a limit: {SIZE_HELP}. 0: no card.", panel=_MACHINE)
+    str | None, _option("--vram", help=f"The GPU's memory, or a limit: {SIZE_HELP}. 0: no GPU.", panel=_MACHINE)
 ]
 Ram = Annotated[
     str | None,
@@ -57,9 +57,9 @@ GpuExperts = Annotated[
     int | None, _option("--gpu-experts", help="Experts kept in VRAM, no more.", panel=_MACHINE, min=0)
 ]
 Dense = Annotated[
-    Literal["q8_0", "bf16", "file"], _option("--dense", help="What is dense, on the card.", panel=_MACHINE)
+    Literal["q8_0", "bf16", "file"], _option("--dense", help="What is dense, on the GPU.", panel=_MACHINE)
 ]
-Device = Annotated[str | None, _option("--device", help="cpu: leave the card out.", panel=_MACHINE)]
+Device = Annotated[str | None, _option("--device", help="cpu: leave the GPU out.", panel=_MACHINE)]
 Threads = Annotated[
     int | None, _option("-t", "--threads", help="CPU threads. Default: all cores.", panel=_MACHINE, min=1)
 ]
@@ -70,7 +70,7 @@ DiskSpeed = Annotated[
     float | None, _option("--disk-speed", help="GB/s that the disk really delivers.", panel=_MACHINE, min=0.01)
 ]
 PcieSpeed = Annotated[
-    float | None, _option("--pcie-speed", help="GB/s from memory to the card.", panel=_MACHINE, min=0.1)
+    float | None, _option("--pcie-speed", help="GB/s from memory to the GPU.", panel=_MACHINE, min=0.1)
 ]
 Measure = Annotated[
     bool, _option("--measure", help="Measure memory and disk: two seconds, then remembered.", panel=_MACHINE)

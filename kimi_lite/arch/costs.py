@@ -27,14 +27,14 @@ class DecodeCost:
 
 
 def decode_cost(
-    sizes: ModelSizes, depth: float, value_bytes: float, num_sequences: int = 1, is_on_card: bool = False
+    sizes: ModelSizes, depth: float, value_bytes: float, num_sequences: int = 1, is_on_gpu: bool = False
 ) -> DecodeCost:
     """One step of `num_sequences` sequences with `depth` earlier tokens each; `value_bytes`: of a value in the cache.
 
     Sequences are taken to choose their experts independently and uniformly; the embedding is one row for each. On a
-    card the rest of the weights has the types it gets there.
+    gpu the rest of the weights has the types it gets there.
     """
-    resident = (sizes.card_dense_bytes if is_on_card else sizes.dense_bytes) + num_sequences * sizes.embedding_row_bytes
+    resident = (sizes.gpu_dense_bytes if is_on_gpu else sizes.dense_bytes) + num_sequences * sizes.embedding_row_bytes
     share = expected_expert_share(sizes.config, num_sequences)
     cache = num_sequences * depth * sizes.config.kv_bytes_per_token(value_bytes)
     return DecodeCost(num_sequences, resident, sizes.expert_bytes * share, cache)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kimi_lite.gguf.store import GGUFStore
 
 ROUTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
-DENSE_TYPES = ("q8_0", "bf16", "file")  # of what is dense, on a card
+DENSE_TYPES = ("q8_0", "bf16", "file")  # of what is dense, on a GPU
 EMBEDDING = "token_embd.weight"
 _EXACT = "ffn_gate_inp.weight"
 _BY_HEAD = ("attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight")
@@ -36,9 +36,9 @@ class ModelSizes:
     label: str
     embedding_bytes: int  # looked up, one row a token
     dense_bytes: int  # read for every token: attention, dense layers, shared experts, routers, norms, head
-    card_dense_bytes: int  # the same on a graphics card: Q8_0 whatever the file holds, head-wise products in bfloat16
-    card_bf16_bytes: int  # all of it there in bfloat16
-    card_file_bytes: int  # as in the file, head-wise products in float32
+    gpu_dense_bytes: int  # the same on a GPU: Q8_0 whatever the file holds, head-wise products in bfloat16
+    gpu_bf16_bytes: int  # all of it there in bfloat16
+    gpu_file_bytes: int  # as in the file, head-wise products in float32
     expert_bytes: int  # all routed experts of all layers
     slot_bytes: int  # of the largest routed expert, its matrices aligned: what a place for one takes
     converted_bytes: int = 0  # copies that loading makes: keys and values of files with a joint attn_kv_b
@@ -50,9 +50,9 @@ class ModelSizes:
         return self.embedding_bytes + self.dense_bytes + self.expert_bytes + self.vision_bytes
 
     def with_dense_type(self, kind: str) -> "ModelSizes":
-        """Where the user asks for another type on the card than Q8_0."""
-        sizes = dict(zip(DENSE_TYPES, (self.card_dense_bytes, self.card_bf16_bytes, self.card_file_bytes), strict=True))
-        return replace(self, card_dense_bytes=sizes[kind])
+        """Where the user asks for another type on the GPU than Q8_0."""
+        sizes = dict(zip(DENSE_TYPES, (self.gpu_dense_bytes, self.gpu_bf16_bytes, self.gpu_file_bytes), strict=True))
+        return replace(self, gpu_dense_bytes=sizes[kind])
 
     @property
     def num_experts(self) -> int:
@@ -74,15 +74,15 @@ class ModelSizes:
 
     @property
     def shared_expert_bytes(self) -> float:
-        """The part of `card_dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
+        """The part of `gpu_dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
         config = self.config
         weights = config.num_moe_layers * config.num_shared_experts * config.expert_parameters
-        return self.card_dense_bytes * weights / (config.other_parameters - config.vocab_size * config.hidden_size)
+        return self.gpu_dense_bytes * weights / (config.other_parameters - config.vocab_size * config.hidden_size)
 
 
 def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
     """Sums the tensors of a file, or of a file to be."""
-    embedding, dense, routed, converted, on_card = 0, 0, 0, 0, Counter[str]()
+    embedding, dense, routed, converted, on_gpu = 0, 0, 0, 0, Counter[str]()
     slot, by_type, experts_by_type = Counter[str](), Counter[str](), Counter[str]()
     for name, shape, layout in tensors:
         num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
@@ -95,13 +95,13 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
             slot[name.split(".ffn_")[0]] += -(-num_bytes // shape[0] // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         else:
             dense += num_bytes
-            on_card += {kind: _card_bytes(kind, name, shape, num_bytes) for kind in DENSE_TYPES}
+            on_gpu += {kind: _gpu_bytes(kind, name, shape, num_bytes) for kind in DENSE_TYPES}
             converted += _converted_bytes(config, name, layout)
     label = _label(by_type, experts_by_type)
     largest = max(slot.values(), default=0)
     types = tuple(by_type.most_common())
-    cards = (on_card[kind] for kind in DENSE_TYPES)
-    return ModelSizes(config, label, embedding, dense, *cards, routed, largest, converted, vision_bytes, types)
+    gpus = (on_gpu[kind] for kind in DENSE_TYPES)
+    return ModelSizes(config, label, embedding, dense, *gpus, routed, largest, converted, vision_bytes, types)
 
 
 def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) -> ModelSizes:
@@ -110,8 +110,8 @@ def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) 
     return sizes_of(config, tensors, vision_bytes)
 
 
-def _card_bytes(kind: str, name: str, shape: tuple[int, ...], file_bytes: int) -> int:
-    """As `model.hybrid.weights` puts a dense tensor on the card."""
+def _gpu_bytes(kind: str, name: str, shape: tuple[int, ...], file_bytes: int) -> int:
+    """As `model.hybrid.weights` puts a dense tensor on the GPU."""
     if len(shape) < 2 or name.endswith(_EXACT):
         return file_bytes
     if name.endswith(_BY_HEAD):

@@ -1,4 +1,4 @@
-"""Which road a model takes: the GPU's where there is one that can, else the CPU's.
+"""Which path a model takes: the GPU's where there is one that can, else the CPU's.
 
 Imports torch only where a GPU's driver is found.
 """
@@ -32,12 +32,12 @@ def choose_device(wanted: str | None) -> str:
     return "cpu"
 
 
-def find_card(device: str) -> Gpu | None:
-    """What the planner must know of the card; None for the CPU. NVML tells the most, torch at least what has room."""
+def find_gpu(device: str) -> Gpu | None:
+    """What the planner must know of the GPU; None for the CPU. NVML tells the most, torch at least what has room."""
     if device == "cpu":
         return None
-    if card := probe_gpu():
-        return card
+    if gpu := probe_gpu():
+        return gpu
     import torch
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
@@ -45,7 +45,7 @@ def find_card(device: str) -> Gpu | None:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether NVIDIA's driver is here and sees a card, asked of the driver itself."""
+    """Whether NVIDIA's driver is here and sees a GPU, asked of the driver itself."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

@@ -13,7 +13,7 @@ import psutil
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import check_tensors
-from kimi_lite.engine.device import choose_device, find_card
+from kimi_lite.engine.device import choose_device, find_gpu
 from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.engine.types import ModelInfo
@@ -48,7 +48,7 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     report("preparing the cache", 2, 4)
     context_length = choose_context(config, options.context_length)
     device = choose_device(options.device)
-    plan = plan_load(store, config, options, find_card(device))
+    plan = plan_load(store, config, options, find_gpu(device))
     model, kv = _open_model(store, config, options, context_length, device, plan, report)
     report("ready", 4, 4)
     holdings = [*attach_tiers(kv, store, options), store]
@@ -64,7 +64,7 @@ def _open_model(
     plan: Plan,
     report: OnProgress,
 ) -> tuple[Model, KVCache]:
-    """On the CPU's road or the GPU's."""
+    """On the CPU path or the GPU's."""
     recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
     tier = choose_tier(store, config, plan, options)
     if device != "cpu":

@@ -19,16 +19,16 @@ def plan_load(
     store: GGUFStore,
     config: ModelConfig,
     options: LoadOptions,
-    card: Gpu | None = None,
+    gpu: Gpu | None = None,
     cache_tokens: int | None = None,
 ) -> Plan:
-    """`card`: the one that will be used, None for the CPU road. `cache_tokens`: of all sequences together, where the
+    """`gpu`: the one that will be used, None for the CPU path. `cache_tokens`: of all sequences together, where the
     cache is for more than one. Raises KimiLiteError with need, have and what would do."""
-    hardware = replace(probe(store.path), gpu=card)
+    hardware = replace(probe(store.path), gpu=gpu)
     limits = PlanLimits(
         context_length=options.context_length,
         kv_dtype=options.kv_dtype,
-        device=None if card else "cpu",
+        device=None if gpu else "cpu",
         vram_bytes=options.vram_bytes,
         ram_bytes=options.ram_bytes,
         num_threads=options.num_threads,
@@ -47,7 +47,7 @@ def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: Load
         return TierOptions(
             plan.ram_expert_bytes, options.cache_bias, heat_path=heat_path(store.path), is_locked=is_locked
         )
-    if options.loading == "map" or plan.is_on_card or not config.num_moe_layers:
+    if options.loading == "map" or plan.is_on_gpu or not config.num_moe_layers:
         return None
     room_bytes = (
         sum(size * len(layers) for size, layers in find_places(store, config).pools.items()) * config.num_experts

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from kimi_lite.experts.gpu_device import Accelerator, Event
+from kimi_lite.experts.gpu_streams import Event, GpuStreams
 from kimi_lite.experts.source import ExpertSource
 
 _NUM_BUFFERS = 2
@@ -42,14 +42,12 @@ class _Loaded(NamedTuple):
 class PromptStream:
     """`group_size` experts at a time. One thread feeds it and one takes from it; `close` ends its own threads."""
 
-    def __init__(
-        self, accelerator: Accelerator, source: ExpertSource, group_size: int, num_copy_threads: int = 4
-    ) -> None:
+    def __init__(self, streams: GpuStreams, source: ExpertSource, group_size: int, num_copy_threads: int = 4) -> None:
         assert group_size > 0, group_size
-        self._accelerator, self._source, self.group_size = accelerator, source, group_size
+        self._streams, self._source, self.group_size = streams, source, group_size
         shape = (group_size, source.slot_bytes)
-        self._pinned = [accelerator.pinned(shape, torch.uint8) for _ in range(_NUM_BUFFERS)]
-        self._staged = [accelerator.zeros(shape, torch.uint8) for _ in range(_NUM_BUFFERS)]
+        self._pinned = [streams.pinned(shape, torch.uint8) for _ in range(_NUM_BUFFERS)]
+        self._staged = [streams.zeros(shape, torch.uint8) for _ in range(_NUM_BUFFERS)]
         self._uploaded: list[Event | None] = [None] * _NUM_BUFFERS  # until then the pinned buffer is read
         self._consumed: deque[Event] = deque()  # of the groups given back, oldest first
         self._free = threading.Semaphore(_NUM_BUFFERS)  # device buffers that were given back
@@ -83,7 +81,7 @@ class PromptStream:
         while self._waiting and self._waiting[0] == layer:
             loaded = self._take()
             assert loaded.group is not None, layer
-            self._accelerator.wait(loaded.uploaded)
+            self._streams.wait(loaded.uploaded)
             try:
                 yield loaded.group
             finally:
@@ -115,7 +113,7 @@ class PromptStream:
         return loaded
 
     def _give_back(self) -> None:
-        self._consumed.append(self._accelerator.event())
+        self._consumed.append(self._streams.event())
         self._free.release()
 
     def _feed(self) -> None:
@@ -146,11 +144,11 @@ class PromptStream:
     def _upload(self, buffer: int, layer: int, experts: tuple[int, ...]) -> _Loaded:
         """Pinned to device on the copy stream, behind the products that still read the device buffer."""
         self._free.acquire()
-        with self._accelerator.copying():
+        with self._streams.copying():
             if self._consumed:
-                self._accelerator.wait(self._consumed.popleft())
+                self._streams.wait(self._consumed.popleft())
             data = self._staged[buffer][: len(experts)]
-            self._accelerator.copy(data, self._pinned[buffer][: len(experts)])
-            uploaded = self._accelerator.event()
+            self._streams.copy(data, self._pinned[buffer][: len(experts)])
+            uploaded = self._streams.event()
         self._uploaded[buffer] = uploaded
         return _Loaded(Group(layer, experts, data), uploaded)

@@ -21,7 +21,7 @@ from queue import Queue
 import numpy as np
 import torch
 
-from kimi_lite.experts.gpu_device import Accelerator, Event
+from kimi_lite.experts.gpu_streams import Event, GpuStreams
 from kimi_lite.experts.policy import HeatPolicy, Promotion
 from kimi_lite.experts.source import ExpertSource
 
@@ -43,15 +43,15 @@ class _Upload:
 class VramSlots:
     """`num_slots` experts of any layer on the device. One thread uses it; `close` ends its own."""
 
-    def __init__(self, accelerator: Accelerator, source: ExpertSource, num_slots: int) -> None:
-        self._accelerator, self._source = accelerator, source
+    def __init__(self, streams: GpuStreams, source: ExpertSource, num_slots: int) -> None:
+        self._streams, self._source = streams, source
         self.policy = HeatPolicy(source.num_layers, source.num_experts, num_slots)
-        self.slots = accelerator.zeros((max(1, num_slots), source.slot_bytes), torch.uint8)
-        self.table = accelerator.zeros((source.num_layers, source.num_experts), torch.int32).fill_(-1)
+        self.slots = streams.zeros((max(1, num_slots), source.slot_bytes), torch.uint8)
+        self.table = streams.zeros((source.num_layers, source.num_experts), torch.int32).fill_(-1)
         self._host_table = np.full((source.num_layers, source.num_experts), -1, np.int32)
         self._stagings: Queue[tuple[torch.Tensor, Event | None]] = Queue()
         for _ in range(_NUM_STAGINGS):
-            self._stagings.put((accelerator.pinned((source.slot_bytes,), torch.uint8), None))
+            self._stagings.put((streams.pinned((source.slot_bytes,), torch.uint8), None))
         self._queue: Queue[_Upload | None] = Queue()
         self._uploads: deque[_Upload] = deque()  # in the order of the queue
         self._num_steps = 0.0
@@ -137,14 +137,14 @@ class VramSlots:
         self.cancel()
         self._queue.put(None)
         self._copier.join()
-        self._accelerator.synchronize()
+        self._streams.synchronize()
 
     def _start(self, promotion: Promotion) -> None:
         evicted = self.policy.key(promotion.slot)
         if evicted is not None:
             self._name(evicted, -1)
         self.policy.begin(*promotion)
-        upload = _Upload(promotion, self._accelerator.event())
+        upload = _Upload(promotion, self._streams.event())
         self._uploads.append(upload)
         self._queue.put(upload)
 
@@ -200,10 +200,10 @@ class VramSlots:
             num_bytes = self._source.form(layer).num_bytes
             if upload.is_wanted:
                 self._source.copy_into(layer, expert, staging.numpy())
-            with self._accelerator.copying():
+            with self._streams.copying():
                 if upload.is_wanted:
-                    self._accelerator.wait(upload.freed)
-                    self._accelerator.copy(self.slots[slot, :num_bytes], staging[:num_bytes])
-                is_free = upload.arrived = self._accelerator.event()
+                    self._streams.wait(upload.freed)
+                    self._streams.copy(self.slots[slot, :num_bytes], staging[:num_bytes])
+                is_free = upload.arrived = self._streams.event()
         finally:
             self._stagings.put((staging, is_free))

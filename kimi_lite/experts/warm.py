@@ -1,7 +1,7 @@
 """Reads a model's files once, so that the first answer finds them in memory and waits for no disk. Called when a chat
 starts.
 
-The map road would fault the same bytes in page by page, in the order of the first prompt, at a fraction of the disk's
+The map path would fault the same bytes in page by page, in the order of the first prompt, at a fraction of the disk's
 speed. What the system holds already is not read again: a few pages of every chunk are asked for without waiting.
 """
 

@@ -1,4 +1,4 @@
-"""The graphics card by NVML, the driver's own library, so that no torch is imported to ask what there is.
+"""The GPU by NVML, the driver's own library, so that no torch is imported to ask what there is.
 
 The peak of the memory is its clock times its width, PCIe's is the link's less what packets cost; both are bounds and
 not wishes.
@@ -32,7 +32,7 @@ _TRANSFERS_A_CLOCK = 2
 
 
 def probe_gpu() -> Gpu | None:
-    """The card with most memory; None without one, without its driver, or without the nvidia-ml-py package."""
+    """The GPU with most memory; None without one, without its driver, or without the nvidia-ml-py package."""
     try:
         with _nvml() as nvml:
             handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
@@ -44,10 +44,10 @@ def probe_gpu() -> Gpu | None:
 
 
 def unavailable_reason() -> str:
-    """Why there is no card, in a sentence; empty where there is one."""
+    """Why there is no GPU, in a sentence; empty where there is one."""
     try:
         with _nvml() as nvml:
-            return "" if nvml.nvmlDeviceGetCount() else "NVIDIA's driver is here and sees no card"
+            return "" if nvml.nvmlDeviceGetCount() else "NVIDIA's driver is here and sees no GPU"
     except _Unavailable as error:
         return str(error)
 
@@ -61,7 +61,7 @@ def _nvml() -> Iterator[Any]:
     try:
         import pynvml
     except ImportError:
-        raise _Unavailable("the package nvidia-ml-py is not installed, so no card was looked for") from None
+        raise _Unavailable("the package nvidia-ml-py is not installed, so no GPU was looked for") from None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -126,7 +126,7 @@ def _process_name(pid: int) -> str:
 
 
 def _ask(nvml: Any, function: Any, *arguments: object) -> Any:
-    """What a card does not tell is None: laptops and virtual cards refuse some questions."""
+    """What a GPU does not tell is None: laptops and virtual GPUs refuse some questions."""
     try:
         return function(*arguments)
     except nvml.NVMLError:

@@ -1,8 +1,8 @@
-"""The machine as the planner sees it: cores, memory, graphics card and disk, with the speeds that are known of them.
+"""The machine as the planner sees it: cores, memory, GPU and disk, with the speeds that are known of them.
 
     hardware = probe("models/kimi-k2.5")
 
-Found without torch: NVML for the card, psutil and the kernel's files for the rest. A machine that is not this one can
+Found without torch: NVML for the GPU, psutil and the kernel's files for the rest. A machine that is not this one can
 be described by its sizes (`described`), so that a plan comes before a purchase.
 """
 
@@ -25,7 +25,7 @@ TYPICAL_CORES, TYPICAL_CLOCK_HZ = 16, 5e9
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """Somebody who holds memory of the card."""
+    """Somebody who holds memory of the GPU."""
 
     pid: int
     name: str
@@ -38,7 +38,7 @@ class Gpu:
     vram_total_bytes: int
     vram_free_bytes: int
     vram_bytes_s: float | None = None  # the memory's peak
-    pcie_bytes_s: float | None = None  # from pinned memory to the card
+    pcie_bytes_s: float | None = None  # from pinned memory to the GPU
     driver: str = ""
     flops_s: float | None = None  # bfloat16 peak
     compute_capability: str = ""  # "8.9"
@@ -114,15 +114,15 @@ def probe(path: str | Path | None = None, is_measuring: bool = False) -> Hardwar
 
 def described(hardware: Hardware, ram_bytes: int | None, vram_bytes: int | None) -> Hardware:
     """`hardware`, or another machine where more memory is named than it has: then its speeds are unknown. 0 GiB of VRAM
-    is no card. Limits below what is there do not describe another machine."""
+    is no GPU. Limits below what is there do not describe another machine."""
     gpu = hardware.gpu
     if vram_bytes == 0:
         hardware, gpu = replace(hardware, gpu=None), None
-    is_other_card = bool(vram_bytes) and (gpu is None or vram_bytes > gpu.vram_total_bytes)
+    is_other_gpu = bool(vram_bytes) and (gpu is None or vram_bytes > gpu.vram_total_bytes)
     is_other_board = ram_bytes is not None and ram_bytes > hardware.ram_total_bytes
-    if is_other_card:
-        card = Gpu("a card", vram_bytes, int(vram_bytes * 0.97))  # driver and display take some
-        hardware = replace(hardware, gpu=card, is_described=True)
+    if is_other_gpu:
+        gpu = Gpu("a GPU", vram_bytes, int(vram_bytes * 0.97))  # driver and display take some
+        hardware = replace(hardware, gpu=gpu, is_described=True)
     if is_other_board:
         hardware = replace(
             hardware,

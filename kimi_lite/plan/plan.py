@@ -38,10 +38,10 @@ from kimi_lite.plan.types import (
 )
 from kimi_lite.plan.workspace import (
     STEP_TOKENS,
-    card_margin_bytes,
-    card_work_bytes,
     choose_chunk,
     cpu_work_bytes,
+    gpu_margin_bytes,
+    gpu_work_bytes,
     pinned_bytes,
     program_bytes,
     ram_margin_bytes,
@@ -53,7 +53,7 @@ _TIGHT_SHARE = 0.03  # of the budget: less than this free is called tight
 
 
 def make_plan(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits | None = None) -> Plan:
-    """The one plan for this model here. Uses the card where there is one and `limits.device` is not "cpu"."""
+    """The one plan for this model here. Uses the GPU where there is one and `limits.device` is not "cpu"."""
     limits = limits or PlanLimits()
     plan = lay_out(sizes, hardware, limits)
     if not (problem := find_problem(plan)):
@@ -64,23 +64,23 @@ def make_plan(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits | None =
 def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
     """The plan, whether it can be or not."""
     sizes = sizes.with_dense_type(limits.dense_type)
-    is_on_card = hardware.gpu is not None and limits.device != "cpu"
+    is_on_gpu = hardware.gpu is not None and limits.device != "cpu"
     context_length = choose_context(sizes, limits.context_length)
     hardware_used = replace(hardware, num_cores=limits.num_threads or hardware.num_cores)
-    budgets = find_budgets(hardware, limits, is_on_card)
+    budgets = find_budgets(hardware, limits, is_on_gpu)
     cache = kv_bytes(sizes, limits.cache_tokens or context_length, limits.kv_dtype)
-    on_card, chunk, num_slots = (
-        _lay_out_card(sizes, hardware, limits, budgets, cache) if is_on_card else ([], STEP_TOKENS, 0)
+    on_gpu, chunk, num_slots = (
+        _lay_out_gpu(sizes, hardware, limits, budgets, cache) if is_on_gpu else ([], STEP_TOKENS, 0)
     )
-    in_ram = _ram_rows(sizes, hardware_used, cache, chunk if is_on_card else 0)
+    in_ram = _ram_rows(sizes, hardware_used, cache, chunk if is_on_gpu else 0)
     have_bytes = next(budget.have_bytes for budget in budgets if budget.place == "RAM")
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
     wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
     ram_bytes = min(wanted_bytes, left_bytes)
-    rows = [*on_card, *in_ram, Row("RAM", EXPERTS, ram_bytes), Row("disk", EXPERTS, wanted_bytes - ram_bytes)]
+    rows = [*on_gpu, *in_ram, Row("RAM", EXPERTS, ram_bytes), Row("disk", EXPERTS, wanted_bytes - ram_bytes)]
     ram_share = ram_bytes / wanted_bytes if wanted_bytes else 1.0
-    card_share = num_slots / sizes.num_experts if sizes.num_experts else 0.0
-    split = Split(ram_share, card_share, is_on_card, value_bytes=value_bytes(sizes.config, limits.kv_dtype))
+    gpu_share = num_slots / sizes.num_experts if sizes.num_experts else 0.0
+    split = Split(ram_share, gpu_share, is_on_gpu, value_bytes=value_bytes(sizes.config, limits.kv_dtype))
     rates = rates_of(hardware_used)
     decode = decode_speed(sizes, split, rates)
     return Plan(
@@ -88,7 +88,7 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
         hardware=hardware,
         limits=limits,
         context_length=context_length,
-        is_on_card=is_on_card,
+        is_on_gpu=is_on_gpu,
         rows=tuple(row for row in rows if row.num_bytes),
         budgets=budgets,
         num_vram_slots=num_slots,
@@ -101,7 +101,7 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
         decode=decode,
         decode_full=decode_speed(sizes, replace(split, depth=context_length), rates),
         prompt=prompt_speed(sizes, split, rates, chunk),
-        expert_pass_s=pass_s(sizes, split, rates) if is_on_card else 0.0,
+        expert_pass_s=pass_s(sizes, split, rates) if is_on_gpu else 0.0,
         expected=expect(sizes, split, rates),
         first_limit=_first_limit(decode.limit, wanted_bytes, ram_bytes),
         verdict=_judge(wanted_bytes - ram_bytes, left_bytes - ram_bytes, have_bytes),
@@ -120,10 +120,10 @@ def choose_context(sizes: ModelSizes, asked: int | None) -> int:
     return min(model, DEFAULT_CONTEXT) if asked is None else asked or model
 
 
-def find_budgets(hardware: Hardware, limits: PlanLimits, is_on_card: bool) -> tuple[Budget, ...]:
+def find_budgets(hardware: Hardware, limits: PlanLimits, is_on_gpu: bool) -> tuple[Budget, ...]:
     """Of each place whichever is less: what is free, or what the user allows."""
     found = [_budget("RAM", hardware.ram_free_bytes, limits.ram_bytes, "--ram")]
-    if is_on_card:
+    if is_on_gpu:
         found.insert(0, _budget("VRAM", hardware.gpu.vram_free_bytes, limits.vram_bytes, "--vram"))
     return tuple(found)
 
@@ -133,35 +133,35 @@ def _budget(place: Place, free_bytes: int, limit_bytes: int | None, flag: str) -
     return Budget(place, limit_bytes if is_limited else free_bytes, flag if is_limited else "free")
 
 
-def _lay_out_card(
+def _lay_out_gpu(
     sizes: ModelSizes, hardware: Hardware, limits: PlanLimits, budgets: tuple[Budget, ...], cache: int
 ) -> tuple[list[Row], int, int]:
     """Rows, tokens of a prompt's chunk, and expert slots, which get what is left."""
     fixed = [
-        Row("VRAM", DENSE, sizes.card_dense_bytes),
+        Row("VRAM", DENSE, sizes.gpu_dense_bytes),
         Row("VRAM", KV, cache),
         Row("VRAM", VISION, sizes.vision_bytes),
-        Row("VRAM", MARGIN, card_margin_bytes(hardware.gpu.vram_total_bytes)),
+        Row("VRAM", MARGIN, gpu_margin_bytes(hardware.gpu.vram_total_bytes)),
     ]
     left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
     chunk = choose_chunk(sizes, left_bytes)
-    work_bytes = card_work_bytes(sizes, chunk)
+    work_bytes = gpu_work_bytes(sizes, chunk)
     most = min(sizes.num_experts, max(0, left_bytes - work_bytes) // sizes.slot_bytes) if sizes.slot_bytes else 0
     num_slots = most if limits.num_gpu_experts is None else min(limits.num_gpu_experts, sizes.num_experts)
     rows = [*fixed, Row("VRAM", WORK, work_bytes), Row("VRAM", SLOTS, num_slots * sizes.slot_bytes)]
     return rows, chunk, num_slots
 
 
-def _ram_rows(sizes: ModelSizes, hardware: Hardware, cache: int, card_chunk: int) -> list[Row]:
-    """All but the experts; `card_chunk`: tokens that go through the card at a time, 0 where there is none."""
+def _ram_rows(sizes: ModelSizes, hardware: Hardware, cache: int, gpu_chunk: int) -> list[Row]:
+    """All but the experts; `gpu_chunk`: tokens that go through the GPU at a time, 0 where there is none."""
     always = [
         Row("RAM", EMBEDDING, sizes.embedding_bytes),
         Row("RAM", WORK, cpu_work_bytes(sizes.config, hardware.num_cores)),
         Row("RAM", PROGRAM, program_bytes(sizes)),
         Row("RAM", MARGIN, ram_margin_bytes(hardware.ram_total_bytes)),
     ]
-    if card_chunk:
-        return [Row("RAM", PINNED, pinned_bytes(sizes, card_chunk)), *always]
+    if gpu_chunk:
+        return [Row("RAM", PINNED, pinned_bytes(sizes, gpu_chunk)), *always]
     weights = Row("RAM", DENSE, sizes.dense_bytes + sizes.converted_bytes)
     return [weights, Row("RAM", KV, cache), Row("RAM", VISION, sizes.vision_bytes), *always]
 

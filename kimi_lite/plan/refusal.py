@@ -18,7 +18,7 @@ def find_problem(plan: Plan) -> str:
     """Why the plan cannot be, with need and have; empty where it can."""
     asked, model = plan.context_length, plan.sizes.config.context_length
     if plan.limits.device not in (None, "cpu") and not plan.hardware.gpu:
-        return f"--device {plan.limits.device} is asked for, and there is no graphics card that can be used."
+        return f"--device {plan.limits.device} is asked for, and there is no GPU that can be used."
     if asked > model:
         return f"A context of {asked:,} tokens is wanted; the model is made for {model:,}."
     for budget in plan.budgets:
@@ -59,7 +59,7 @@ def find_remedies(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, str]]:
 
 
 def _smaller_wishes(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, PlanLimits]]:
-    """The longest context that fits, an 8-bit cache (with less context where it must be), no card."""
+    """The longest context that fits, an 8-bit cache (with less context where it must be), no GPU."""
     limits = plan.limits
     small = replace(limits, kv_dtype="q8")
     for flags, base in (("", limits), (" --kv-dtype q8", small)):
@@ -67,7 +67,7 @@ def _smaller_wishes(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, PlanLimi
             yield flags.strip(), base
         elif length := _longest_context(plan, base, lay_out):
             yield f"-c {length // 1024}K{flags}", replace(base, context_length=length)
-    if plan.is_on_card or plan.limits.device not in (None, "cpu"):
+    if plan.is_on_gpu or plan.limits.device not in (None, "cpu"):
         yield "--device cpu", replace(limits, device="cpu")
 
 

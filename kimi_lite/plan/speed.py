@@ -1,8 +1,8 @@
 """How fast a plan could be: bytes over bandwidth for a token, and for a pass over all experts for a prompt.
 
-Decode, a layer: attention and router on the card, then shared experts on the card beside routed experts in memory, and
-a join; the next layer waits. So a token takes the card's own time plus the longer of the two sides. Ceilings count no
-hit in the card's cache and a uniform choice of experts; what hits may give is told apart, as a range, because published
+Decode, a layer: attention and router on the GPU, then shared experts on the GPU beside routed experts in memory, and
+a join; the next layer waits. So a token takes the GPU's own time plus the longer of the two sides. Ceilings count no
+hit in the GPU's cache and a uniform choice of experts; what hits may give is told apart, as a range, because published
 runs differ by a factor of two (hits by share of experts that are resident: 25 to 41 % at 4.6 %, 43 to 72 % at 18 %, 62
 to 93 % at 37 %). A bandwidth that was not measured is a typical one, and a ceiling from it is as good as the
 assumption.
@@ -45,17 +45,17 @@ class Rates:
     disk: Rate
     vram: Rate
     pcie: Rate
-    card_flops: Rate
+    gpu_flops: Rate
     cpu_products: Rate
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Where routed experts lie: shares of all of them. Those on the card are copies, so the two do not add up to 1."""
+    """Where routed experts lie: shares of all of them. Those on the GPU are copies, so the two do not add up to 1."""
 
     ram_share: float
-    card_share: float
-    is_on_card: bool  # whether attention, dense layers and shared experts are
+    gpu_share: float
+    is_on_gpu: bool  # whether attention, dense layers and shared experts are
     num_sequences: int = 1
     depth: float = 0.0
     value_bytes: float = 2.0
@@ -91,25 +91,25 @@ def rates_of(hardware: Hardware) -> Rates:
         disk=rate("disk", disk.read_bytes_s if disk else None, TYPICAL_DISK_BYTES_S),
         vram=rate("vram", gpu.vram_bytes_s if gpu else None, TYPICAL_VRAM_BYTES_S),
         pcie=rate("pcie", gpu.pcie_bytes_s if gpu else None, TYPICAL_PCIE_BYTES_S),
-        card_flops=Rate(gpu.flops_s, "computed") if gpu and gpu.flops_s else Rate(TYPICAL_GPU_FLOPS_S, "assumed"),
+        gpu_flops=Rate(gpu.flops_s, "computed") if gpu and gpu.flops_s else Rate(TYPICAL_GPU_FLOPS_S, "assumed"),
         cpu_products=Rate(products, "computed" if hardware.clock_hz else "assumed"),
     )
 
 
 def decode_speed(
-    sizes: ModelSizes, split: Split, rates: Rates, card_hits: float = 0.0, ram_hits: float | None = None
+    sizes: ModelSizes, split: Split, rates: Rates, gpu_hits: float = 0.0, ram_hits: float | None = None
 ) -> Speed:
     """All sequences together. `ram_hits`: share of choices that memory holds; default: as many as lie there."""
-    cost = decode_cost(sizes, split.depth, split.value_bytes, split.num_sequences, split.is_on_card)
-    if split.card_share >= 1:
-        card_hits = 1.0
+    cost = decode_cost(sizes, split.depth, split.value_bytes, split.num_sequences, split.is_on_gpu)
+    if split.gpu_share >= 1:
+        gpu_hits = 1.0
     ram_hits = split.ram_share if ram_hits is None else max(ram_hits, split.ram_share)
-    missed_bytes = cost.expert_bytes * (1 - card_hits)
+    missed_bytes = cost.expert_bytes * (1 - gpu_hits)
     times = {"disk": missed_bytes * (1 - ram_hits) / rates.disk.per_s}
-    if not split.is_on_card:
+    if not split.is_on_gpu:
         times["RAM bandwidth"] = (cost.resident_bytes + missed_bytes + cost.cache_bytes) / rates.ram.per_s
         return Speed(*_slowest(split.num_sequences, times))
-    beside_s = (sizes.shared_expert_bytes + cost.expert_bytes * card_hits) / rates.vram.per_s
+    beside_s = (sizes.shared_expert_bytes + cost.expert_bytes * gpu_hits) / rates.vram.per_s
     alone_s = (cost.resident_bytes + cost.cache_bytes - sizes.shared_expert_bytes) / rates.vram.per_s
     times |= {"RAM bandwidth": missed_bytes / rates.ram.per_s, "VRAM bandwidth": beside_s}
     limit = max(times, key=lambda name: times[name] + (alone_s if name == "VRAM bandwidth" else 0))
@@ -118,7 +118,7 @@ def decode_speed(
 
 def expect(sizes: ModelSizes, split: Split, rates: Rates) -> Expectation | None:
     """None where nothing can hit or miss: all experts lie in one place."""
-    is_cached = 0 < split.card_share < 1
+    is_cached = 0 < split.gpu_share < 1
     if not sizes.num_experts or not (is_cached or split.ram_share < 1):
         return None
     low, high = (
@@ -126,12 +126,12 @@ def expect(sizes: ModelSizes, split: Split, rates: Rates) -> Expectation | None:
             sizes,
             split,
             rates,
-            interpolate(curve, split.card_share) if is_cached else 0.0,
+            interpolate(curve, split.gpu_share) if is_cached else 0.0,
             interpolate(curve, split.ram_share),
         ).tok_s
         for curve in (HITS_LOW, HITS_HIGH)
     )
-    share = split.card_share if is_cached else split.ram_share
+    share = split.gpu_share if is_cached else split.ram_share
     floor = 0.0 if is_cached else share
     return Expectation(
         (low, high), (max(floor, interpolate(HITS_LOW, share)), max(floor, interpolate(HITS_HIGH, share)))
@@ -139,11 +139,11 @@ def expect(sizes: ModelSizes, split: Split, rates: Rates) -> Expectation | None:
 
 
 def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: int) -> Speed:
-    """Of a long prompt in chunks. On the card every expert that a chunk needs is streamed once, or computed by the CPU
+    """Of a long prompt in chunks. On the GPU every expert that a chunk needs is streamed once, or computed by the CPU
     meanwhile, whichever ends sooner; both read it from memory."""
     config = sizes.config
     products = config.active_parameters - config.vocab_size * config.hidden_size  # the head is for the last token only
-    if not split.is_on_card:
+    if not split.is_on_gpu:
         step = STEP_TOKENS
         needed = sizes.expert_bytes * expected_expert_share(config, step)
         times = {
@@ -152,21 +152,21 @@ def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: in
             "disk": needed * (1 - split.ram_share) / rates.disk.per_s,
         }
         return Speed(*_slowest(step, times))
-    needed = sizes.expert_bytes * expected_expert_share(config, chunk_tokens) * (1 - split.card_share)
-    routed = config.num_moe_layers * config.num_experts_used * config.expert_parameters * (1 - split.card_share)
+    needed = sizes.expert_bytes * expected_expert_share(config, chunk_tokens) * (1 - split.gpu_share)
+    routed = config.num_moe_layers * config.num_experts_used * config.expert_parameters * (1 - split.gpu_share)
     stream_s, cpu_s = needed / rates.pcie.per_s, chunk_tokens * routed / rates.cpu_products.per_s
     times = {
         "PCIe": 1 / (1 / stream_s + 1 / cpu_s) if needed else 0.0,
         "RAM bandwidth": needed / rates.ram.per_s,
         "disk": needed * (1 - split.ram_share) / rates.disk.per_s,
-        "GPU arithmetic": 2 * chunk_tokens * (products - routed) / rates.card_flops.per_s,
+        "GPU arithmetic": 2 * chunk_tokens * (products - routed) / rates.gpu_flops.per_s,
     }
     return Speed(*_slowest(chunk_tokens, times))
 
 
 def pass_s(sizes: ModelSizes, split: Split, rates: Rates) -> float:
-    """Seconds in which all routed experts that are not on the card cross the bus: a prompt over PCIe alone."""
-    return sizes.expert_bytes * (1 - split.card_share) / rates.pcie.per_s
+    """Seconds in which all routed experts that are not on the GPU cross the bus: a prompt over PCIe alone."""
+    return sizes.expert_bytes * (1 - split.gpu_share) / rates.pcie.per_s
 
 
 def _slowest(num_tokens: int, times: dict[str, float]) -> tuple[float, str]:

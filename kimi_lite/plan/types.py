@@ -23,12 +23,12 @@ class PlanLimits:
 
     context_length: int | None = None  # tokens; 0: all that the model was made for
     kv_dtype: str = "f16"
-    device: str | None = None  # "cpu": no card even where there is one
+    device: str | None = None  # "cpu": no GPU even where there is one
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     num_threads: int | None = None
-    num_gpu_experts: int | None = None  # slots on the card; None: as many as fit
-    dense_type: str = "q8_0"  # on the card: q8_0, bf16, or file
+    num_gpu_experts: int | None = None  # slots on the GPU; None: as many as fit
+    dense_type: str = "q8_0"  # on the GPU: q8_0, bf16, or file
     cache_tokens: int | None = None  # of all sequences; None: one of the whole context
 
 
@@ -70,20 +70,20 @@ class Plan:
     hardware: Hardware
     limits: PlanLimits
     context_length: int
-    is_on_card: bool
+    is_on_gpu: bool
     rows: tuple[Row, ...]
     budgets: tuple[Budget, ...]
-    num_vram_slots: int  # experts that have a place on the card
+    num_vram_slots: int  # experts that have a place on the GPU
     ram_expert_bytes: int  # experts that memory holds
     disk_expert_bytes: int  # experts that do not fit, read from disk when they are chosen
     prompt_chunk_tokens: int
     num_threads: int
     split: Split
     rates: Rates
-    decode: Speed  # a ceiling: no hits in the card's cache, experts chosen uniformly, an empty context
+    decode: Speed  # a ceiling: no hits in the GPU's cache, experts chosen uniformly, an empty context
     decode_full: Speed  # the same at the end of the context
     prompt: Speed
-    expert_pass_s: float  # in which all experts would cross the bus; 0 without a card
+    expert_pass_s: float  # in which all experts would cross the bus; 0 without a GPU
     expected: Expectation | None  # decode with the hits of published runs
     first_limit: str
     verdict: Verdict
@@ -117,7 +117,7 @@ class Plan:
         """JSON-ready: everything that the tables show, in bytes, bytes/s and tokens/s."""
         plain = (
             "context_length",
-            "is_on_card",
+            "is_on_gpu",
             "num_vram_slots",
             "ram_expert_bytes",
             "disk_expert_bytes",

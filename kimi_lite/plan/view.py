@@ -44,7 +44,7 @@ def start_panel(plan: Plan, *more: str) -> list[str]:
     sampling)."""
     sizes = plan.sizes
     lines = [f"kimi-lite {__version__} · {sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)}"]
-    if plan.is_on_card and plan.hardware.gpu:
+    if plan.is_on_gpu and plan.hardware.gpu:
         lines += _wrap("  GPU", f"{plan.hardware.gpu.name}: {_parts(plan, 'VRAM')}", 7)
     lines += _wrap("  RAM", f"{gib(plan.have_bytes('RAM'))} {_source(plan, 'RAM')}: {_parts(plan, 'RAM')}", 7)
     if plan.disk_expert_bytes:
@@ -78,10 +78,10 @@ def _machine_lines(plan: Plan) -> Iterator[str]:
         "", f"RAM {_total_and_free(hardware.ram_total_bytes, hardware.ram_free_bytes)}{_flag(plan, 'RAM')}"
     )
     if gpu := hardware.gpu:
-        remark = _flag(plan, "VRAM") if plan.is_on_card else ", not used"
+        remark = _flag(plan, "VRAM") if plan.is_on_gpu else ", not used"
         yield from _wrap("", f"{gpu.name}: {_total_and_free(gpu.vram_total_bytes, gpu.vram_free_bytes)}{remark}")
     else:
-        yield from _wrap("", "no graphics card: everything runs on the CPU")
+        yield from _wrap("", "no GPU: everything runs on the CPU")
     if disk := hardware.disk:
         yield from _wrap("", f"disk {gib(disk.free_bytes)} free at {short_folder(disk.path)}")
 
@@ -132,8 +132,8 @@ def _speed_lines(plan: Plan) -> Iterator[str]:
 
 def _token_text(plan: Plan) -> str:
     """The bytes that decoding reads from each place."""
-    cost = decode_cost(plan.sizes, 0, 0, is_on_card=plan.is_on_card)
-    rest, rest_place = f"{cost.resident_bytes / 1e9:.2f} GB of the rest", "VRAM" if plan.is_on_card else "RAM"
+    cost = decode_cost(plan.sizes, 0, 0, is_on_gpu=plan.is_on_gpu)
+    rest, rest_place = f"{cost.resident_bytes / 1e9:.2f} GB of the rest", "VRAM" if plan.is_on_gpu else "RAM"
     if not plan.sizes.num_experts:
         return f"{rest} from {rest_place}"
     expert_place = "VRAM" if plan.num_vram_slots == plan.sizes.num_experts else "RAM"
@@ -142,7 +142,7 @@ def _token_text(plan: Plan) -> str:
 
 
 def _rates_text(plan: Plan) -> str:
-    names = ["ram", *(["vram", "pcie"] if plan.is_on_card else []), *(["disk"] if plan.disk_expert_bytes else [])]
+    names = ["ram", *(["vram", "pcie"] if plan.is_on_gpu else []), *(["disk"] if plan.disk_expert_bytes else [])]
     rates: dict[str, Rate] = {name: getattr(plan.rates, name) for name in names}
     known = ", ".join(f"{_NAMES[name]} {_gb_s(rate)}{_star(rate)}" for name, rate in rates.items())
     products = plan.rates.cpu_products

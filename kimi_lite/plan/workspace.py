@@ -10,7 +10,7 @@ from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.units import MIB
 
 STEP_TOKENS = 512  # of one forward pass on the CPU
-PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a card, tried in turn
+PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a GPU, tried in turn
 STREAM_EXPERTS = 8  # experts of one transfer; two transfers are under way
 _ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
 _PROGRAM_BYTES = (
@@ -21,9 +21,9 @@ _VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = (
     730,
     2400,
 )  # objects of Python for a token, and for an expert's three matrices
-_WORK_SHARE = 0.35  # of what is left on the card, for a prompt's chunk; the rest becomes slots
+_WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
 _PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
-_CARD_BYTES, _CARD_SHARE = 700 * MIB, 0.02  # CUDA's context and libraries; what allocation leaves between pieces
+_GPU_BYTES, _GPU_SHARE = 700 * MIB, 0.02  # CUDA's context and libraries; what allocation leaves between pieces
 
 
 def program_bytes(sizes: ModelSizes) -> int:
@@ -74,8 +74,8 @@ def _thread_scratch_bytes(c: ModelConfig) -> int:
     return max(prefill, panel) + 72 * c.hidden_size + 64 * 1024
 
 
-def card_work_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
-    """On the card: the activations of a chunk with one row for every chosen expert, and two groups of streamed
+def gpu_work_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
+    """On the GPU: the activations of a chunk with one row for every chosen expert, and two groups of streamed
     experts."""
     c = sizes.config
     choices = c.num_experts_used * (4 * c.hidden_size + 6 * c.expert_feed_forward_size)
@@ -86,25 +86,25 @@ def card_work_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
 
 
 def choose_chunk(sizes: ModelSizes, left_bytes: int) -> int:
-    """Tokens of a prompt that pass through the card at a time; `left_bytes`: what weights, cache and margin leave."""
-    fitting = (chunk for chunk in PROMPT_CHUNKS if card_work_bytes(sizes, chunk) <= _WORK_SHARE * left_bytes)
+    """Tokens of a prompt that pass through the GPU at a time; `left_bytes`: what weights, cache and margin leave."""
+    fitting = (chunk for chunk in PROMPT_CHUNKS if gpu_work_bytes(sizes, chunk) <= _WORK_SHARE * left_bytes)
     return next(fitting, PROMPT_CHUNKS[-1])
 
 
 def stream_bytes(sizes: ModelSizes) -> int:
-    """Two groups of experts on their way: on the card, and pinned in memory."""
+    """Two groups of experts on their way: on the GPU, and pinned in memory."""
     return 2 * STREAM_EXPERTS * sizes.slot_bytes
 
 
 def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
-    """Memory that the card reads by itself: streamed experts, promotions, weights while they load, activations for the
+    """Memory that the GPU reads by itself: streamed experts, promotions, weights while they load, activations for the
     CPU."""
     copies = chunk_tokens * 4 * (2 * sizes.config.hidden_size + 2 * sizes.config.num_experts_used)
     return stream_bytes(sizes) + _PROMOTIONS * sizes.slot_bytes + _LOADING_BYTES + copies
 
 
-def card_margin_bytes(vram_total_bytes: int) -> int:
-    return int(_CARD_BYTES + _CARD_SHARE * vram_total_bytes)
+def gpu_margin_bytes(vram_total_bytes: int) -> int:
+    return int(_GPU_BYTES + _GPU_SHARE * vram_total_bytes)
 
 
 def ram_margin_bytes(ram_total_bytes: int) -> int:

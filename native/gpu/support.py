@@ -1,4 +1,4 @@
-"""What the GPU road needs and what a process lacks of it. Importable everywhere: torch and triton are imported on
+"""What the hybrid path needs and what a process lacks of it. Importable everywhere: torch and triton are imported on
 demand."""
 
 import importlib.util

@@ -1,7 +1,7 @@
 """`--fit 24G+256G`: the types of the routed experts' tensors that lose least within the memory of a machine.
 
-The graphics card holds what every token passes (attention, shared experts, dense layers, embeddings, at Q8_0 or Q6_K),
-the cache of 32 K tokens and some room to work; experts get the main memory and what is left on the card. For each of
+The GPU holds what every token passes (attention, shared experts, dense layers, embeddings, at Q8_0 or Q6_K),
+the cache of 32 K tokens and some room to work; experts get the main memory and what is left on the GPU. For each of
 their tensors every type is tried on sampled rows of the very weights, weighed by the importance matrix where there is
 one. Then all start at their cheapest type, and the upgrade that lowers the error most per byte is taken until the
 memory is full: on the lower convex hull of each tensor's (bytes, error) this is the Lagrangian optimum up to the last
@@ -32,15 +32,15 @@ from kimi_lite.quantize.source.model import SourceModel, SourceTensor
 _GIB = 1 << 30
 _CANDIDATES = ("IQ1_S", "TQ1_0", "TQ2_0", "IQ2_XXS", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _REST_TYPES = ("Q8_0", "Q6_K")  # what every token passes keeps 6 to 8 bits
-_SYSTEM_BYTES, _CARD_BYTES = 8 * _GIB, 2 * _GIB  # of main memory for system and programs; of the card for work
+_SYSTEM_BYTES, _GPU_BYTES = 8 * _GIB, 2 * _GIB  # of main memory for system and programs; of the GPU for work
 _CONTEXT_TOKENS, _CACHE_VALUE_BYTES = 32768, 2
 _SAMPLED_ROWS = 32
 
 
 class Budget(NamedTuple):
-    """Bytes of the graphics card and of main memory."""
+    """Bytes of the GPU and of main memory."""
 
-    card: int
+    gpu: int
     memory: int
 
 
@@ -61,23 +61,23 @@ class Fit:
 
 
 def parse_budget(text: str) -> Budget:
-    """`24G+256G`: card and main memory in GiB, as they are sold; `256G`: no card; `this`: this machine."""
+    """`24G+256G`: VRAM and main memory in GiB, as they are sold; `256G`: no GPU; `this`: this machine."""
     if text.strip().lower() == "this":
-        return Budget(_card_bytes(), psutil.virtual_memory().total)
-    card, _, memory = text.replace(" ", "").upper().rpartition("+")
+        return Budget(_gpu_bytes(), psutil.virtual_memory().total)
+    gpu, _, memory = text.replace(" ", "").upper().rpartition("+")
     try:
-        sizes = [float(size.removesuffix("B").removesuffix("G")) for size in (card or "0", memory)]
+        sizes = [float(size.removesuffix("B").removesuffix("G")) for size in (gpu or "0", memory)]
     except ValueError:
         sizes = []
     if len(sizes) != 2 or not 0 <= sizes[0] < 1e6 or not 0 < sizes[1] < 1e6:
         raise KimiLiteError(
-            f"{text!r} is no memory to fit into.", "Write card and main memory, such as 24G+256G, or: this."
+            f"{text!r} is no memory to fit into.", "Write VRAM and main memory, such as 24G+256G, or: this."
         )
     return Budget(int(sizes[0] * _GIB), int(sizes[1] * _GIB))
 
 
-def _card_bytes() -> int:
-    """The largest graphics card's memory by nvidia-smi; 0 where there is none."""
+def _gpu_bytes() -> int:
+    """The largest GPU's memory by nvidia-smi; 0 where there is none."""
     if not shutil.which("nvidia-smi"):
         return 0
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -90,16 +90,16 @@ def fit_recipe(model: SourceModel, budget: Budget, importance: Importance | None
     experts = [tensor for tensor in model.tensors if group_of(tensor.name, tensor.shape) == EXPERTS]
     rest, rest_bytes = _choose_rest(model, budget)
     cache_bytes = _cache_bytes(model)
-    card_left = budget.card - rest_bytes - cache_bytes - _CARD_BYTES * bool(budget.card)
-    available = budget.memory - _SYSTEM_BYTES + card_left
+    gpu_left = budget.gpu - rest_bytes - cache_bytes - _GPU_BYTES * bool(budget.gpu)
+    available = budget.memory - _SYSTEM_BYTES + gpu_left
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         options = dict(zip(experts, pool.map(lambda tensor: _measure(tensor, importance), experts), strict=True))
     chosen = choose_options(options, available)
     need = sum(option.num_bytes for option in chosen.values())
     if need > available:
-        total = budget.memory + budget.card
+        total = budget.memory + budget.gpu
         raise KimiLiteError(
-            f"With the smallest types all needs {(total - available + need) / _GIB:.1f} GiB, card and memory have "
+            f"With the smallest types all needs {(total - available + need) / _GIB:.1f} GiB, VRAM and memory have "
             f"{total / _GIB:.1f}.",
             "Take a recipe such as tq1_0 and let the experts that do not fit be read from disk.",
         )
@@ -154,7 +154,7 @@ def _slope(hull: Sequence[Option], position: int) -> float:
 
 
 def _choose_rest(model: SourceModel, budget: Budget) -> tuple[Layout, int]:
-    """The type of all but the experts, and their bytes: the larger one where it leaves the card room."""
+    """The type of all but the experts, and their bytes: the larger one where it leaves the GPU room."""
     layout, num_bytes = BY_NAME["Q8_0"], 0
     for name in _REST_TYPES:
         try:
@@ -169,7 +169,7 @@ def _choose_rest(model: SourceModel, budget: Budget) -> tuple[Layout, int]:
             for tensor in model.tensors
             if group_of(tensor.name, tensor.shape) != EXPERTS
         )
-        if num_bytes + _cache_bytes(model) + _CARD_BYTES <= budget.card or not budget.card:
+        if num_bytes + _cache_bytes(model) + _GPU_BYTES <= budget.gpu or not budget.gpu:
             break
     return layout, num_bytes
 

@@ -1,4 +1,4 @@
-"""A weight's road and a token's road together, as typed: `kimi-lite quantize`, then `kimi-lite run`, against
+"""A weight's path and a token's path together, as typed: `kimi-lite quantize`, then `kimi-lite run`, against
 transformers."""
 
 import json

@@ -92,7 +92,7 @@ def test_sizes_are_the_bytes_of_the_file(tmp_path, variant):
         )
 
 
-def test_dense_weights_on_a_card_are_8_bits():
+def test_dense_weights_on_a_gpu_are_8_bits():
     config = KNOWN["moonlight"].config
     shapes = tensor_shapes(config, ())
     fine = sizes_of(config, ((name, shape, BY_NAME["F32"]) for name, shape in shapes.items()))
@@ -100,6 +100,6 @@ def test_dense_weights_on_a_card_are_8_bits():
         config, ((name, shape, BY_NAME["Q8_0" if len(shape) > 1 else "F32"]) for name, shape in shapes.items())
     )
     assert fine.label == "F32 experts, F32 rest" and coarse.label == "Q8_0 experts, Q8_0 rest"
-    assert fine.card_dense_bytes < 0.35 * fine.dense_bytes
-    assert coarse.dense_bytes < coarse.card_dense_bytes < 1.1 * coarse.dense_bytes  # products by head are in bfloat16
-    assert 0 < coarse.shared_expert_bytes < coarse.card_dense_bytes
+    assert fine.gpu_dense_bytes < 0.35 * fine.dense_bytes
+    assert coarse.dense_bytes < coarse.gpu_dense_bytes < 1.1 * coarse.dense_bytes  # products by head are in bfloat16
+    assert 0 < coarse.shared_expert_bytes < coarse.gpu_dense_bytes

@@ -17,6 +17,7 @@ from kimi_lite.demo import build, rehouse
 from kimi_lite.demo.build import demo_model_path, ensure_demo_model
 from kimi_lite.errors import KimiLiteError
 from tests.demo.test_rehouse import VOCAB, random_source
+from tests.llama import open_llama
 
 TOKENS = [f"t{i}" for i in range(VOCAB)]
 
@@ -168,10 +169,8 @@ def test_the_real_demo_model_answers_in_llama_cpp():
         path = ensure_demo_model()
     except KimiLiteError as error:
         pytest.skip(error.message)
-    from llama_cpp import Llama
-
     assert 350e6 < path.stat().st_size < 400e6
-    llama = Llama(str(path), n_ctx=256, n_threads=2, verbose=False)
+    llama = open_llama(path, n_ctx=256, n_threads=2)
     question = {"role": "user", "content": "What is the capital of France?"}
     answer = llama.create_chat_completion([question], temperature=0, max_tokens=24)["choices"][0]["message"]["content"]
     assert "Paris" in answer

@@ -1,4 +1,4 @@
-"""The whole road with a real (tiny, random) model file: store, tokenizer, cache, kernels, sampler, command line."""
+"""The whole path with a real (tiny, random) model file: store, tokenizer, cache, kernels, sampler, command line."""
 
 import json
 import subprocess

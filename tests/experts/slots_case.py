@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.source import Part, SlotForm
 
 SLOT_BYTES = 256
@@ -47,7 +47,7 @@ class SlowEvent:
         self._device.complete(self)
 
 
-class SlowDevice(Accelerator):
+class SlowDevice(GpuStreams):
     """A CPU device whose copy stream runs late: what is copied inside `copying` arrives when its event happens, in
     order."""
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.stream import PromptStream
 from tests.experts.slots_case import NumberedExperts, SlowDevice
 
@@ -38,7 +38,7 @@ def test_everything_arrives_in_order(requests, group_size):
     """Layers requested ahead come after those before them."""
     source = NumberedExperts(num_layers=4, num_experts=10)
     requests = sorted(requests, key=lambda request: request[0])
-    stream = PromptStream(Accelerator("cpu"), source, group_size, num_copy_threads=2)
+    stream = PromptStream(GpuStreams("cpu"), source, group_size, num_copy_threads=2)
     for layer, experts in requests:
         stream.request(layer, experts)
     for layer in range(1, 4):
@@ -60,7 +60,7 @@ def test_a_late_copy_is_waited_for(source):
 
 
 def test_given_up_half_way(source):
-    stream = PromptStream(Accelerator("cpu"), source, 2)
+    stream = PromptStream(GpuStreams("cpu"), source, 2)
     stream.request(1, range(10))
     stream.request(2, range(10))
     assert arrived(stream, source, 1, num_groups=2) == [0, 1, 2, 3]
@@ -73,7 +73,7 @@ def test_given_up_half_way(source):
 
 def test_a_failed_read_is_raised_where_the_group_is_wanted(source):
     source.fail_on = (1, 4)
-    stream = PromptStream(Accelerator("cpu"), source, 2)
+    stream = PromptStream(GpuStreams("cpu"), source, 2)
     stream.request(1, range(8))
     with pytest.raises(OSError, match="broken disk"):
         arrived(stream, source, 1)
@@ -85,7 +85,7 @@ def test_a_failed_read_is_raised_where_the_group_is_wanted(source):
 
 
 def test_close_with_groups_on_their_way(source):
-    stream = PromptStream(Accelerator("cpu"), source, 1)
+    stream = PromptStream(GpuStreams("cpu"), source, 1)
     stream.request(1, range(10))
     stream.close()
     assert not stream._feeder.is_alive()

@@ -139,7 +139,7 @@ def test_an_upload_is_never_waited_for(slots):
     assert (slots.slots_of(1, np.array([3, 5], np.int32)) < 0).all()
     for upload in slots._uploads:
         upload.is_handled.wait()
-    slots._accelerator.complete()
+    slots._streams.complete()
     assert (slots.slots_of(1, np.array([3, 5], np.int32)) < 0).all(), "not before the next step"
     slots.begin_step(0)
     assert (slots.slots_of(1, np.array([3, 5], np.int32)) >= 0).all()

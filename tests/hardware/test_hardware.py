@@ -1,4 +1,4 @@
-"""The probe: control groups, cards by NVML, described machines, remembered speeds. Systems stand in as folders and
+"""The probe: control groups, GPUs by NVML, described machines, remembered speeds. Systems stand in as folders and
 modules."""
 
 import json
@@ -75,19 +75,19 @@ def test_memory_keeps_to_the_group(tmp_path):
 
 
 class FakeNvml(SimpleNamespace):
-    """Answers as nvidia-ml-py does for one RTX 4090; `refuses` are questions that this card does not answer."""
+    """Answers as nvidia-ml-py does for one RTX 4090; `refuses` are questions that this GPU does not answer."""
 
     class NVMLError(Exception):
         pass
 
     NVML_CLOCK_MEM, NVML_CLOCK_SM = 2, 1
 
-    def __init__(self, refuses=(), has_driver=True, num_cards=1):
+    def __init__(self, refuses=(), has_driver=True, num_gpus=1):
         answers = {
             "nvmlInit": None,
             "nvmlShutdown": None,
-            "nvmlDeviceGetCount": num_cards,
-            "nvmlDeviceGetHandleByIndex": "card",
+            "nvmlDeviceGetCount": num_gpus,
+            "nvmlDeviceGetHandleByIndex": "gpu",
             "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=24 * GIB, free=23 * GIB),
             "nvmlDeviceGetName": b"NVIDIA GeForce RTX 4090",
             "nvmlDeviceGetMemoryBusWidth": 384,
@@ -116,7 +116,7 @@ class FakeNvml(SimpleNamespace):
         return ask
 
 
-def test_a_card_by_its_driver(monkeypatch):
+def test_a_gpu_by_its_driver(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     gpu = hardware_gpu.probe_gpu()
     assert (gpu.name, gpu.driver, gpu.compute_capability, gpu.cuda_version) == ("RTX 4090", "550.54", "8.9", "12.4")
@@ -127,7 +127,7 @@ def test_a_card_by_its_driver(monkeypatch):
     assert not hardware_gpu.unavailable_reason()
 
 
-def test_a_card_that_tells_little(monkeypatch):
+def test_a_gpu_that_tells_little(monkeypatch):
     silent = ("nvmlDeviceGetMemoryBusWidth", "nvmlDeviceGetMaxPcieLinkWidth", "nvmlDeviceGetNumGpuCores")
     processes = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(refuses=(*silent, *processes)))
@@ -141,11 +141,11 @@ def test_a_card_that_tells_little(monkeypatch):
     [
         (None, "nvidia-ml-py is not installed"),
         (FakeNvml(has_driver=False), "no NVIDIA driver"),
-        (FakeNvml(num_cards=0), "sees no card"),
+        (FakeNvml(num_gpus=0), "sees no GPU"),
         (FakeNvml(refuses=("nvmlDeviceGetCount",)), "driver answers"),
     ],
 )
-def test_no_card_says_why(monkeypatch, module, reason):
+def test_no_gpu_says_why(monkeypatch, module, reason):
     monkeypatch.setitem(sys.modules, "pynvml", module)
     assert hardware_gpu.probe_gpu() is None
     assert reason in hardware_gpu.unavailable_reason()
@@ -159,9 +159,9 @@ def test_described_machines():
     assert other.is_described and other.ram_total_bytes == 256 * GIB and other.ram_bytes_s is None
     assert other.ram_free_bytes == free_of(256 * GIB) < 256 * GIB
     assert other.gpu.vram_total_bytes == 24 * GIB > other.gpu.vram_free_bytes
-    with_card = described(here, None, 24 * GIB)
-    assert with_card.is_described and with_card.ram_bytes_s == 30e9 and with_card.gpu
-    assert described(with_card, None, 0).gpu is None
+    with_gpu = described(here, None, 24 * GIB)
+    assert with_gpu.is_described and with_gpu.ram_bytes_s == 30e9 and with_gpu.gpu
+    assert described(with_gpu, None, 0).gpu is None
 
 
 def test_speeds_are_remembered_for_this_machine(tmp_path, monkeypatch):

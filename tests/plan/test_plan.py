@@ -19,7 +19,7 @@ from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan, PlanLimits
 from kimi_lite.quantize.recipe.recipe import named_recipe
 from kimi_lite.units import GIB
 
-CARD = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)
+GPU = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)
 
 
 def sizes_in(name: str, recipe: str) -> ModelSizes:
@@ -32,7 +32,7 @@ K25 = {recipe: sizes_in("kimi-k2.5", recipe) for recipe in ("tq1_0", "iq1_m", "t
 MOONLIGHT = sizes_in("moonlight", "q4_0")
 
 
-def machine(ram_gib: float = 256, gpu: Gpu | None = CARD, **more: object) -> Hardware:
+def machine(ram_gib: float = 256, gpu: Gpu | None = GPU, **more: object) -> Hardware:
     ram_bytes = int(ram_gib * GIB)
     return Hardware("a CPU", 16, "avx512-vnni", ram_bytes, free_of(ram_bytes), gpu=gpu, clock_hz=5e9, **more)
 
@@ -49,7 +49,7 @@ def test_physics_of_the_design():
     assert plan.part_bytes("VRAM", KV) == 70_272 * 32_768
     assert plan.part_bytes("VRAM", "dense weights") == pytest.approx(11.2e9, rel=0.1)
     assert pass_s(sizes, Split(1, 0, True), plan.rates) == pytest.approx(9.3, rel=0.005)
-    assert 0.02 < plan.num_vram_slots / 23_040 < 0.05 and plan.num_vram_slots * sizes.slot_bytes <= CARD.vram_free_bytes
+    assert 0.02 < plan.num_vram_slots / 23_040 < 0.05 and plan.num_vram_slots * sizes.slot_bytes <= GPU.vram_free_bytes
     assert plan.verdict == "fits" and plan.disk_expert_bytes == 0
     assert plan.prompt_chunk_tokens == 4096
 
@@ -59,20 +59,20 @@ def test_physics_of_the_design():
 )
 def test_ceilings_of_memory_alone(recipe, tok_s):
     """At 80 GB/s and with all else free, as ux.md tells them."""
-    rates = rates_of(machine(ram_bytes_s=80e9, gpu=replace(CARD, vram_bytes_s=1e18)))
+    rates = rates_of(machine(ram_bytes_s=80e9, gpu=replace(GPU, vram_bytes_s=1e18)))
     assert decode_speed(K25[recipe], Split(1, 0, True), rates).tok_s == pytest.approx(tok_s, rel=0.01)
 
 
-def test_the_card_works_before_and_beside_the_processor():
-    """A token: attention on the card, then the longer of shared experts and routed experts."""
+def test_the_gpu_works_before_and_beside_the_processor():
+    """A token: attention on the GPU, then the longer of shared experts and routed experts."""
     sizes, rates = K25["tq1_0"], rates_of(machine(ram_bytes_s=80e9))
-    alone_s = (sizes.card_dense_bytes + sizes.embedding_row_bytes - sizes.shared_expert_bytes) / 1008e9
+    alone_s = (sizes.gpu_dense_bytes + sizes.embedding_row_bytes - sizes.shared_expert_bytes) / 1008e9
     speed = decode_speed(sizes, Split(1, 0, True), rates)
     assert 1 / speed.tok_s == pytest.approx(alone_s + sizes.token_expert_bytes / 80e9)
     assert speed.limit == "RAM bandwidth"
     assert decode_speed(sizes, Split(0.5, 0, True), rates).limit == "disk"
     whole = decode_speed(MOONLIGHT, Split(1, 1, True), rates)
-    read_bytes = MOONLIGHT.card_dense_bytes + MOONLIGHT.embedding_row_bytes + MOONLIGHT.token_expert_bytes
+    read_bytes = MOONLIGHT.gpu_dense_bytes + MOONLIGHT.embedding_row_bytes + MOONLIGHT.token_expert_bytes
     assert whole.limit == "VRAM bandwidth" and 1 / whole.tok_s == pytest.approx(read_bytes / 1008e9)
 
 
@@ -82,7 +82,7 @@ def test_processor_alone_reads_everything_from_memory():
     assert plan.decode.tok_s == pytest.approx(50e9 / read_bytes)
     cache_bytes = 4096 * MOONLIGHT.config.kv_bytes_per_token(2)
     assert plan.decode_full.tok_s == pytest.approx(50e9 / (read_bytes + cache_bytes))
-    assert plan.prompt.limit == "RAM bandwidth" and plan.expected is None and not plan.is_on_card
+    assert plan.prompt.limit == "RAM bandwidth" and plan.expected is None and not plan.is_on_gpu
     slow = make_plan(MOONLIGHT, replace(machine(64, gpu=None), isa="avx2", num_cores=2))
     assert slow.prompt.limit == "CPU arithmetic" and slow.prompt.tok_s < plan.prompt.tok_s
 
@@ -109,9 +109,9 @@ GIBS = st.floats(1, 600)
 
 @settings(max_examples=60, deadline=None)
 @given(GIBS, GIBS, st.sampled_from(sorted(K25)), st.booleans(), st.sampled_from([None, 4096, 131_072]))
-def test_more_memory_is_never_worse(one_gib, other_gib, recipe, has_card, context_length):
+def test_more_memory_is_never_worse(one_gib, other_gib, recipe, has_gpu, context_length):
     less, more = sorted((one_gib, other_gib))
-    gpu, limits = CARD if has_card else None, PlanLimits(context_length)
+    gpu, limits = GPU if has_gpu else None, PlanLimits(context_length)
     small, large = (make_plan(K25[recipe], machine(gib, gpu), limits) for gib in (less, more))
     order = ("refused", "from disk", "tight", "fits")
     assert order.index(small.verdict) <= order.index(large.verdict)
@@ -127,21 +127,21 @@ def test_more_memory_is_never_worse(one_gib, other_gib, recipe, has_card, contex
     ram_limit=st.none() | GIBS,
     vram_limit=st.none() | st.floats(1, 30),
     ram_gib=GIBS,
-    has_card=st.booleans(),
+    has_gpu=st.booleans(),
     recipe=st.sampled_from(sorted(K25)),
     kv_dtype=st.sampled_from(["f16", "q8"]),
     context_length=st.sampled_from([None, 0, 2048, 100_000]),
 )
-def test_sums_and_limits(ram_limit, vram_limit, ram_gib, has_card, recipe, kv_dtype, context_length):
+def test_sums_and_limits(ram_limit, vram_limit, ram_gib, has_gpu, recipe, kv_dtype, context_length):
     """Rows add up, no plan that is not refused exceeds a budget, and no budget exceeds what the user allows or what is
     free."""
-    hardware = machine(ram_gib, CARD if has_card else None)
+    hardware = machine(ram_gib, GPU if has_gpu else None)
     ram_bytes, vram_bytes = (None if limit is None else int(limit * GIB) for limit in (ram_limit, vram_limit))
     limits = PlanLimits(context_length, kv_dtype, ram_bytes=ram_bytes, vram_bytes=vram_bytes)
     plan = make_plan(K25[recipe], hardware, limits)
     for budget in plan.budgets:
         limit_bytes = {"RAM": ram_bytes, "VRAM": vram_bytes}[budget.place]
-        free_bytes = hardware.ram_free_bytes if budget.place == "RAM" else CARD.vram_free_bytes
+        free_bytes = hardware.ram_free_bytes if budget.place == "RAM" else GPU.vram_free_bytes
         assert budget.have_bytes == min(free_bytes, free_bytes if limit_bytes is None else limit_bytes)
         assert plan.refusal or plan.place_bytes(budget.place) <= budget.have_bytes
         assert plan.place_bytes(budget.place) == sum(row.num_bytes for row in plan.rows if row.place == budget.place)
@@ -192,9 +192,9 @@ def test_limits_of_the_user_are_named_when_they_are_what_lacks():
     assert "without --vram" in remedies(plan) and "--device cpu" in remedies(plan)
 
 
-def test_too_long_a_context_and_a_missing_card():
+def test_too_long_a_context_and_a_missing_gpu():
     assert "made for 8,192" in make_plan(MOONLIGHT, machine(), PlanLimits(10_000)).refusal.problem
-    assert "no graphics card" in make_plan(MOONLIGHT, machine(gpu=None), PlanLimits(device="cuda")).refusal.problem
+    assert "no GPU" in make_plan(MOONLIGHT, machine(gpu=None), PlanLimits(device="cuda")).refusal.problem
 
 
 def test_experts_that_do_not_fit_come_from_disk():
@@ -204,7 +204,7 @@ def test_experts_that_do_not_fit_come_from_disk():
     assert plan.expected.tok_s[0] >= plan.decode.tok_s
 
 
-def test_everything_on_the_card_needs_no_memory_for_experts():
+def test_everything_on_the_gpu_needs_no_memory_for_experts():
     plan = make_plan(MOONLIGHT, machine(16))
     assert plan.num_vram_slots == MOONLIGHT.num_experts and not plan.ram_expert_bytes and not plan.disk_expert_bytes
     assert plan.decode.limit == "VRAM bandwidth"
@@ -218,7 +218,7 @@ def test_eight_bits_halve_the_cache_and_vision_counts():
     assert seeing.part_bytes("VRAM", "vision") == 942_287_840
 
 
-def test_flags_of_the_card_are_kept():
+def test_flags_of_the_gpu_are_kept():
     sizes = K25["tq1_0"]
     plain, few = make_plan(sizes, machine()), make_plan(sizes, machine(), PlanLimits(num_gpu_experts=100))
     assert few.num_vram_slots == 100 < plain.num_vram_slots and few.place_bytes("VRAM") < plain.place_bytes("VRAM")
@@ -227,13 +227,13 @@ def test_flags_of_the_card_are_kept():
     assert "expert slots" in too_many.refusal.problem and f"--gpu-experts {plain.num_vram_slots}" in remedies(too_many)
     wide = make_plan(
         sizes,
-        machine(gpu=replace(CARD, vram_total_bytes=48 * GIB, vram_free_bytes=47 * GIB)),
+        machine(gpu=replace(GPU, vram_total_bytes=48 * GIB, vram_free_bytes=47 * GIB)),
         PlanLimits(dense_type="bf16"),
     )
     assert wide.part_bytes("VRAM", "dense weights") == pytest.approx(21e9, rel=0.05)  # 10.55 G weights
     assert wide.decode.tok_s < plain.decode.tok_s
     as_file = sizes.with_dense_type("file")
-    assert sizes.dense_bytes < as_file.card_dense_bytes < 1.2 * sizes.dense_bytes
+    assert sizes.dense_bytes < as_file.gpu_dense_bytes < 1.2 * sizes.dense_bytes
 
 
 def test_json_holds_what_the_tables_show():

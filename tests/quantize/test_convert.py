@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.convert import convert
 from tests.checkpoints import KINDS, make_checkpoint
+from tests.llama import open_llama
 
 _F32_ENDS = ("_norm.weight", "ffn_gate_inp.weight", "exp_probs_b.bias")
 _DIRECT = {
@@ -250,7 +251,6 @@ def test_progress_reaches_the_end(checkpoints, tmp_path):
 @pytest.mark.parametrize("kind", ["kimi", "kimi_int4", "deepseek_v3_fp8", "moonlight", "deepseek_v2"])
 def test_llama_cpp_runs_the_file_as_transformers_runs_the_folder(tmp_path, kind):
     """The whole conversion, seen by another program: tensors, kv_b split, key types, YaRN, routing."""
-    from llama_cpp import Llama
 
     small = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
     lite = (
@@ -259,7 +259,7 @@ def test_llama_cpp_runs_the_file_as_transformers_runs_the_folder(tmp_path, kind)
     model = make_checkpoint(tmp_path / "hf", kind, **lite)
     convert(tmp_path / "hf", tmp_path / "out.gguf", "f32")
     ids = np.random.default_rng(0).integers(3, 480, 40).tolist()
-    llama = Llama(str(tmp_path / "out.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=2)
+    llama = open_llama(tmp_path / "out.gguf", n_ctx=64, logits_all=True, n_threads=2)
     llama.eval(ids)
     theirs = torch.from_numpy(np.array(llama.scores[: len(ids)])).log_softmax(-1)
     llama.close()

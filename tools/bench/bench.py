@@ -91,7 +91,7 @@ def bench(options: Options, report: Report) -> Measured:
         ours = Ours(options.model, tests, options.load)
         stack.callback(ours.close)
         if options.trace and ours.is_on_gpu:
-            problem = "--trace shows the CPU's road, and this model runs on a GPU."
+            problem = "--trace shows the CPU path, and this model runs on a GPU."
             raise KimiLiteError(problem, "Try python -m tools.trace, or --device cpu.")
         num_threads = ours.num_threads
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)

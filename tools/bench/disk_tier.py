@@ -3,7 +3,7 @@
     python -m tools.make.slice slice.gguf --layers 1+2 --num-experts 256
     python -m tools.bench.disk_tier -m slice.gguf --share 0.25
 
-Both roads decode the same tokens in a process of their own inside one memory cgroup, which also holds the page cache
+Both paths decode the same tokens in a process of their own inside one memory cgroup, which also holds the page cache
 that mapped files use: `ulimit` cannot limit that. The limit is what everything but the routed experts takes, and
 `--share` of the experts. The bound is the disk's own speed over the bytes of the experts that were asked for and not in
 the cache (a right guess does not make them fewer). That speed is the better of two: the same readers on random experts
@@ -67,7 +67,7 @@ def measure_disk(places: ExpertPlaces, num_readers: int, is_direct: bool, second
 
 
 def decode(model: Path, num_tokens: int, tier: TierOptions | None, num_threads: int | None) -> dict:
-    """Decodes the same tokens on either road: tokens/s after a few to warm up, and what the disk did."""
+    """Decodes the same tokens on either path: tokens/s after a few to warm up, and what the disk did."""
     store = GGUFStore.open(model)
     config = ModelConfig.from_metadata(store.metadata, store.path.name)
     num_pages = -(-(num_tokens + _WARM_TOKENS) // PAGE_TOKENS)
@@ -144,7 +144,7 @@ def main(
     threads: Annotated[int | None, typer.Option("-t", min=1)] = None,
     readers: Annotated[int, typer.Option(help="Threads that read.", min=1)] = 8,
     buffered: Annotated[bool, typer.Option("--buffered", help="Through the page cache instead of O_DIRECT.")] = False,
-    road: Annotated[Literal["both", "tier", "map"], typer.Option(help="Inside: one road, no limit.")] = "both",
+    path: Annotated[Literal["both", "tier", "map"], typer.Option(help="Inside: one path, no limit.")] = "both",
 ) -> None:
     """Measure the disk tier."""
     try:
@@ -152,8 +152,8 @@ def main(
         config = ModelConfig.from_metadata(store.metadata, store.path.name)
         places = find_places(store, config)
         tier = TierOptions(int(share * places.routed_bytes), num_readers=readers, is_direct=not buffered)
-        if road != "both":
-            print(json.dumps(decode(model, tokens, tier if road == "tier" else None, threads)))
+        if path != "both":
+            print(json.dumps(decode(model, tokens, tier if path == "tier" else None, threads)))
             return
         _compare(store, config, places, tier, [*sys.argv[1:]])
     except KimiLiteError as error:
@@ -180,10 +180,10 @@ def _compare(
     )
     found = {}
     with memory_cgroup(limit_bytes) as group:
-        for road in ("tier", "map") if group else ("tier",):
+        for path in ("tier", "map") if group else ("tier",):
             drop_page_cache(store.shards)
-            found[road] = _child([*arguments, "--road", road], group)
-            _show(road, found[road])
+            found[path] = _child([*arguments, "--path", path], group)
+            _show(path, found[path])
     ours, expert_bytes = found["tier"], places.routed_bytes / (places.num_experts * len(places.layers))
     missed_bytes = (ours["expert_misses"] + ours["expert_right_guesses"]) * expert_bytes
     run_b_s = ours["disk_bytes"] / ours["disk_busy_s"] if ours["disk_busy_s"] else 0.0
@@ -200,13 +200,13 @@ def _compare(
         "run_disk_b_s": run_b_s,
         "limit_bytes": limit_bytes,
         "share_of_bound": ours["tok_s"] / bound,
-        "roads": found,
+        "paths": found,
     }
     print(json.dumps({"tool": "disk_tier", "schema": 1, **document}))
 
 
-def _show(road: str, run: dict) -> None:
-    line = f"{road:<5} {run['tok_s']:.2f} tok/s, {run['disk_bytes_per_token'] / 1e6:.1f} MB a token from disk"
+def _show(path: str, run: dict) -> None:
+    line = f"{path:<5} {run['tok_s']:.2f} tok/s, {run['disk_bytes_per_token'] / 1e6:.1f} MB a token from disk"
     if "expert_hits" in run:
         asked = run["expert_hits"] + run["expert_late"] + run["expert_misses"]
         guesses = f"{run['expert_right_guesses']:.1f} of {run['expert_guesses']:.1f} guesses right"

@@ -11,7 +11,7 @@ import psutil
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.arch.tensors import check_tensors
-from kimi_lite.engine.device import choose_device, find_card
+from kimi_lite.engine.device import choose_device, find_gpu
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import describe
 from kimi_lite.engine.planning import choose_tier, plan_load
@@ -63,7 +63,7 @@ class Ours:
         num_pages = self._num_pages(tests)
         device = choose_device(options.device)
         self.plan = plan_load(
-            self.store, self.config, options, card=find_card(device), cache_tokens=num_pages * PAGE_TOKENS
+            self.store, self.config, options, gpu=find_gpu(device), cache_tokens=num_pages * PAGE_TOKENS
         )
         self.is_on_gpu = device != "cpu"
         self._open_model(options, num_pages, device)
@@ -134,7 +134,7 @@ class Ours:
             )
         num_pages = 2 * max(test.num_sequences * -(-test.context_tokens // PAGE_TOKENS) for test in tests)
         need_bytes = num_pages * PAGE_TOKENS * self.config.kv_bytes_per_token(self.kv_value_bytes)
-        have_bytes = psutil.virtual_memory().available  # a card's room is the plan's business
+        have_bytes = psutil.virtual_memory().available  # a GPU's room is the plan's business
         if need_bytes > have_bytes:
             need, have = f"{need_bytes / GIB:.2f}", f"{have_bytes / GIB:.2f}"
             raise KimiLiteError(

@@ -60,10 +60,10 @@ def find_ceilings(plan: Plan, tests: Sequence[BenchTest]) -> list[Ceiling]:
     ceilings = []
     for test in (test for test in tests if test.kind == "tg"):
         split, count = plan.split, test.num_sequences
-        cost = decode_cost(plan.sizes, test.mean_depth, split.value_bytes, count, split.is_on_card)
+        cost = decode_cost(plan.sizes, test.mean_depth, split.value_bytes, count, split.is_on_gpu)
         parts = [part / count for part in (cost.resident_bytes, cost.expert_bytes, cost.cache_bytes)]
         by_place = {RAM: cost.token_bytes}
-        if split.is_on_card:
+        if split.is_on_gpu:
             by_place = {RAM: parts[1], "VRAM": parts[0] + parts[2]}
         if split.ram_share < 1:
             by_place["disk"] = parts[1] * (1 - split.ram_share)

@@ -37,7 +37,7 @@ _DENSE_BITS, _WORK_GB, _CACHE_GB = (
     8.5,
     2.0,
     2.2,
-)  # on the card: everything but routed experts, activations, 32K of context
+)  # on the GPU: everything but routed experts, activations, 32K of context
 _VRAM_GB_S, _OVERHEAD_S = 920.0, 0.001
 _WEIGHTS_PER_CORE = 47e9  # a second, TQ1_0 on AVX-512 at 2.6 GHz (tools.kernels)
 
@@ -80,13 +80,13 @@ class Machine:
         return cls(**{**found, "num_cores": int(found["num_cores"])})
 
     def slot_share(self, bits: float) -> float:
-        """Of all routed experts that the card has room for."""
+        """Of all routed experts that the GPU has room for."""
         dense_gb = KimiDims().to_model_config().other_parameters * _DENSE_BITS / 8e9
         routed_gb = KimiDims().to_model_config().routed_parameters * bits / 8e9
         return min(1.0, max(0.0, self.vram_gb - dense_gb - _WORK_GB - _CACHE_GB) / routed_gb)
 
     def tok_s(self, hit_share: float, bits: float, num_copies: float) -> float:
-        """Decoding: dense weights and hits on the card, then misses on the CPU; copies take bandwidth from its
+        """Decoding: dense weights and hits on the GPU, then misses on the CPU; copies take bandwidth from its
         reads."""
         c = KimiDims().to_model_config()
         expert_gb = c.expert_parameters * bits / 8e9
@@ -94,11 +94,11 @@ class Machine:
         dense_gb = (
             (c.active_parameters - c.num_moe_layers * c.num_experts_used * c.expert_parameters) * _DENSE_BITS / 8e9
         )
-        card_s = (dense_gb + hit_share * used_gb) / self.vram_gb_s
+        gpu_s = (dense_gb + hit_share * used_gb) / self.vram_gb_s
         core_gb_s = min(self.ram_gb_s, self.num_cores * _WEIGHTS_PER_CORE * bits / 8e9)
         copied_gb = num_copies * expert_gb
         cpu_s = max((1 - hit_share) * used_gb / core_gb_s, ((1 - hit_share) * used_gb + copied_gb) / self.ram_gb_s)
-        return 1 / (_OVERHEAD_S + card_s + max(cpu_s, copied_gb / self.pcie_gb_s))
+        return 1 / (_OVERHEAD_S + gpu_s + max(cpu_s, copied_gb / self.pcie_gb_s))
 
 
 @dataclass(frozen=True, slots=True)

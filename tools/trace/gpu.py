@@ -1,4 +1,4 @@
-"""What GPU and CPU do at the same time while tokens are generated: a timeline and a table. For the GPU road.
+"""What GPU and CPU do at the same time while tokens are generated: a timeline and a table. For the hybrid path.
 
     python -m tools.trace -m MODEL -o trace.json -n 16
 
@@ -105,7 +105,7 @@ def marked(owner: object, name: str, span: str) -> Iterator[None]:
 
 def trace(engine: Engine, num_tokens: int, path: Path | None) -> Shares:
     """Generate `num_tokens` tokens under the profiler; the timeline goes to `path`. Raises KimiLiteError on the CPU
-    road."""
+    path."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -154,7 +154,7 @@ def main(
     device: Annotated[str, typer.Option("--device", help="A CUDA device.")] = "cuda",
     context: Annotated[int, typer.Option("-c", "--ctx", help="Context in tokens.")] = 4096,
 ) -> None:
-    """Trace decoding on the GPU road."""
+    """Trace decoding on the hybrid path."""
     try:
         with Engine.open(model, LoadOptions(context_length=context, device=device)) as engine:
             for line in table(trace(engine, num_tokens, output), num_tokens):

@@ -1,6 +1,6 @@
-"""The doctor's checks of the graphics card: driver, generation, free memory and who holds it, torch and Triton for it.
+"""The doctor's checks of the GPU: driver, generation, free memory and who holds it, torch and Triton for it.
 
-torch is imported only where there is a card that it could use.
+torch is imported only where there is a GPU that it could use.
 """
 
 from collections.abc import Iterator
@@ -14,32 +14,32 @@ _BUSY_BYTES = 1.5 * GIB  # more than a desktop's windows
 
 
 def gpu_checks(facts: Facts) -> Iterator[Check]:
-    """One line where there is no card, else one for each thing that it needs."""
+    """One line where there is no GPU, else one for each thing that it needs."""
     gpu = facts.hardware.gpu
     if gpu is None:
-        yield _no_card(facts)
+        yield _no_gpu(facts)
         return
-    yield check_card(gpu)
+    yield check_gpu(gpu)
     yield check_free_memory(gpu)
     yield check_torch(facts, gpu)
     yield check_triton(facts)
 
 
-def _no_card(facts: Facts) -> Check:
+def _no_gpu(facts: Facts) -> Check:
     found = f"none that can be used: {facts.gpu_reason}"
     if facts.packages.get("nvidia-ml-py") is None:
-        return Check("gpu", "warn", found, "pip install nvidia-ml-py, if there is an NVIDIA card")
+        return Check("gpu", "warn", found, "pip install nvidia-ml-py, if there is an NVIDIA GPU")
     if facts.has_nvidia_device:
         return Check(
             "gpu",
             "fail",
             found,
-            "a card of NVIDIA's is on the bus: install its driver (or pass the card into the container)",
+            "a GPU of NVIDIA's is on the bus: install its driver (or pass the GPU into the container)",
         )
-    return Check("gpu", "warn", found, "everything runs on the CPU; a card of 24 GiB reads prompts many times faster")
+    return Check("gpu", "warn", found, "everything runs on the CPU; a GPU of 24 GiB reads prompts many times faster")
 
 
-def check_card(gpu: Gpu) -> Check:
+def check_gpu(gpu: Gpu) -> Check:
     speeds = [
         f"{gpu.vram_bytes_s / 1e9:.0f} GB/s" if gpu.vram_bytes_s else "",
         f"driver {gpu.driver}" if gpu.driver else "",
@@ -63,7 +63,7 @@ def check_free_memory(gpu: Gpu) -> Check:
 
 
 def check_torch(facts: Facts, gpu: Gpu) -> Check:
-    """Whether torch can use the card, and if not, why."""
+    """Whether torch can use the GPU, and if not, why."""
     found = facts.packages.get("torch")
     if found is None:
         return Check("torch", "fail", "not installed", "pip install torch")
@@ -78,13 +78,13 @@ def check_torch(facts: Facts, gpu: Gpu) -> Check:
 
     built_for = torch.version.cuda or "no CUDA"
     if torch.cuda.is_available():
-        return Check("torch", "ok", f"{found} for CUDA {built_for}, sees {torch.cuda.device_count()} card(s)")
+        return Check("torch", "ok", f"{found} for CUDA {built_for}, sees {torch.cuda.device_count()} GPU(s)")
     fix = f"the driver serves CUDA {gpu.cuda_version or '?'}: update it, or install a torch for that version"
-    return Check("torch", "fail", f"{found} for CUDA {built_for} cannot use the card", fix)
+    return Check("torch", "fail", f"{found} for CUDA {built_for} cannot use the GPU", fix)
 
 
 def check_triton(facts: Facts) -> Check:
     found = facts.packages.get("triton")
     if found is None:
-        return Check("triton", "fail", "not installed: the card's kernels are written in it", "pip install triton")
+        return Check("triton", "fail", "not installed: the GPU's kernels are written in it", "pip install triton")
     return Check("triton", "ok", found)

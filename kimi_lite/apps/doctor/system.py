@@ -54,8 +54,8 @@ class Facts:
     """The machine and what is installed on it."""
 
     hardware: Hardware
-    gpu_reason: str  # why there is no card; empty where there is one
-    has_nvidia_device: bool  # a card of NVIDIA's on the bus, whether its driver works or not
+    gpu_reason: str  # why there is no GPU; empty where there is one
+    has_nvidia_device: bool  # a GPU of NVIDIA's on the bus, whether its driver works or not
     cgroup: host.CgroupLimit | None
     machine_ram_bytes: int
     swap_used_bytes: int

@@ -1,4 +1,4 @@
-"""The layers of a model whose routed experts do not fit into RAM: the CPU road with a disk behind it.
+"""The layers of a model whose routed experts do not fit into RAM: the CPU path with a disk behind it.
 
 Every layer runs in steps: attention and router in one program, then the experts, as `experts.ram` has or gets
 them. A few tokens (decoding): experts that are there are computed while the disk brings the others; each leaves its

@@ -4,7 +4,7 @@
     for layer in walk.layers(chunks, observe): ...   # observe(Inputs) is called for each matrix and chunk
 
 The loop over layers is the outer one, and the hidden states of all chunks wait in memory: each layer's weights are read
-once, so models larger than memory work. The operations are those of `Transformer`, run one at a time; its own road is
+once, so models larger than memory work. The operations are those of `Transformer`, run one at a time; its own path is
 untouched.
 """
 

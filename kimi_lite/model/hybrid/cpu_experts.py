@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.ram import ExpertCache
 from kimi_lite.model.cpu.experts import LayerExperts
 from kimi_lite.native.cpu.activations import Activations
@@ -24,9 +24,9 @@ class HostCopies:
     A copy is complete when an event after it has happened.
     """
 
-    def __init__(self, accelerator: Accelerator, capacity: int, hidden_size: int, top_k: int) -> None:
-        self.x = accelerator.pinned((capacity, hidden_size), torch.float32)
-        self.ids = accelerator.pinned((capacity, top_k), torch.int32)
+    def __init__(self, streams: GpuStreams, capacity: int, hidden_size: int, top_k: int) -> None:
+        self.x = streams.pinned((capacity, hidden_size), torch.float32)
+        self.ids = streams.pinned((capacity, top_k), torch.int32)
 
     def copy_x(self, normed: torch.Tensor) -> None:
         self.x[: len(normed)].copy_(normed, non_blocking=True)
@@ -42,7 +42,7 @@ class CpuExperts:
         self,
         layers: dict[int, LayerExperts],
         config: ModelConfig,
-        accelerator: Accelerator,
+        streams: GpuStreams,
         capacity: int,
         thread_counts: list[int],
         cache: ExpertCache | None = None,
@@ -54,7 +54,7 @@ class CpuExperts:
         c, width = config, config.expert_feed_forward_size
         self.capacity, self._top_k, self.cache = capacity, c.num_experts_used, cache
         self._layers = layers  # keeps the tables alive
-        self.rows = accelerator.pinned((capacity * self._top_k, c.hidden_size), torch.float32)
+        self.rows = streams.pinned((capacity * self._top_k, c.hidden_size), torch.float32)
         input_kinds = set().union(*(layer.input_kinds for layer in layers.values()))
         hidden_kinds = set().union(*(layer.hidden_kinds for layer in layers.values()))
         self._x = Activations(capacity, c.hidden_size, input_kinds)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.hybrid.cpu_experts import HostCopies
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.routed import RoutedExperts
@@ -26,8 +26,8 @@ class Graphs:
     """What the segments of one shape share: graph memory, as they run one after the other, and a stream to capture
     on."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._device = accelerator.device
+    def __init__(self, streams: GpuStreams) -> None:
+        self._device = streams.device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self._device)
 
@@ -75,14 +75,14 @@ class DecodeSegments:
         head: Callable[[torch.Tensor], torch.Tensor],
         experts: RoutedExperts | None,
         config: ModelConfig,
-        accelerator: Accelerator,
+        streams: GpuStreams,
         num_rows: int,
         num_pages: int,
     ) -> None:
         """head: x (T, D) -> logits (T, vocabulary)."""
         c, self.num_rows, self.num_pages = config, num_rows, num_pages
-        self._layers, self._head, self._experts, self._accelerator = layers, head, experts, accelerator
-        num_choices, zeros = num_rows * max(1, c.num_experts_used), accelerator.zeros
+        self._layers, self._head, self._experts, self._streams = layers, head, experts, streams
+        num_choices, zeros = num_rows * max(1, c.num_experts_used), streams.zeros
         self.x = zeros((num_rows, c.hidden_size), torch.float32)
         angles = [zeros((num_rows, c.qk_rope_head_dim // 2), torch.float32) for _ in range(2)]
         tables = (zeros((num_rows, num_pages), torch.int32), zeros((num_rows,), torch.int32))
@@ -94,9 +94,9 @@ class DecodeSegments:
         self._hit_rows = zeros((num_choices if c.num_experts else 1, c.hidden_size), torch.float32)
         self._miss_rows = torch.zeros_like(self._hit_rows)
         self._aside = torch.zeros_like(self.x)
-        self._logits = accelerator.pinned((num_rows, c.vocab_size), torch.float32)
-        self._host = HostCopies(accelerator, num_rows, c.hidden_size, self._ids.shape[1])
-        graphs = Graphs(accelerator) if accelerator.is_cuda else None
+        self._logits = streams.pinned((num_rows, c.vocab_size), torch.float32)
+        self._host = HostCopies(streams, num_rows, c.hidden_size, self._ids.shape[1])
+        graphs = Graphs(streams) if streams.is_cuda else None
         self._before = [Segment(lambda i=i: self._run_before(i), graphs) for i in range(len(layers))]
         self._beside = [Segment(lambda i=i: self._run_beside(i), graphs) for i in range(len(layers))]
         self._last = Segment(self._run_last, graphs)
@@ -108,13 +108,13 @@ class DecodeSegments:
             before()
             if layer.is_dense:
                 continue
-            copied = self._accelerator.event()
+            copied = self._streams.event()
             beside()
             if self._experts.misses(layer.number, self._host, num_tokens, copied):
                 num_choices = num_tokens * self._ids.shape[1]
                 self._miss_rows[:num_choices].copy_(self._experts.cpu.rows[:num_choices], non_blocking=True)
         self._last()
-        self._accelerator.event().synchronize()
+        self._streams.event().synchronize()
         return self._logits[:num_tokens].numpy().copy()
 
     def _load(self, x: torch.Tensor, step: Step) -> None:

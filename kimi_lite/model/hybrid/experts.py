@@ -12,7 +12,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import ModelSizes, store_sizes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.costs import ExpertCosts
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.heat import load_heat, save_heat
 from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.places import find_places
@@ -28,7 +28,7 @@ from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.routed import ROW_TOKENS, RoutedExperts
 from kimi_lite.model.hybrid.streamed import StreamedExperts
 from kimi_lite.model.hybrid.weights import DenseType
-from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS, card_work_bytes
+from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS, gpu_work_bytes
 from kimi_lite.units import gib_apart
 
 _RESERVE_BYTES = 512 * 1024**2  # graphs, libraries, what allocation leaves between pieces
@@ -64,8 +64,8 @@ def divide_vram(sizes: ModelSizes, slot_bytes: int, free_bytes: int | None, opti
         return VramShares(options.num_gpu_experts or 0, options.chunk_tokens or _STAND_IN_CHUNK)
     room = free_bytes - _RESERVE_BYTES
     chunks = (options.chunk_tokens,) if options.chunk_tokens else PROMPT_CHUNKS
-    fitting = [chunk for chunk in chunks if card_work_bytes(sizes, chunk) <= room * _WORK_SHARE] or [chunks[-1]]
-    work_bytes = card_work_bytes(sizes, fitting[0])
+    fitting = [chunk for chunk in chunks if gpu_work_bytes(sizes, chunk) <= room * _WORK_SHARE] or [chunks[-1]]
+    work_bytes = gpu_work_bytes(sizes, fitting[0])
     if work_bytes > room:
         need, have = gib_apart(work_bytes + _RESERVE_BYTES, free_bytes)
         problem = (
@@ -84,32 +84,32 @@ def divide_vram(sizes: ModelSizes, slot_bytes: int, free_bytes: int | None, opti
 def open_experts(
     store: GGUFStore,
     config: ModelConfig,
-    accelerator: Accelerator,
+    streams: GpuStreams,
     kernels: Kernels,
     options: HybridOptions,
     report: Callable[[str, int, int], None],
 ) -> tuple[RoutedExperts | None, int]:
     """The routed experts (None for a model without any) and the longest pass of a prompt in tokens."""
     source = ExpertSource(store, config)
-    accelerator.give_back()  # loading left pieces; the slots want one
-    shares = divide_vram(store_sizes(store, config), source.slot_bytes, accelerator.free_bytes(), options)
+    streams.give_back()  # loading left pieces; the slots want one
+    shares = divide_vram(store_sizes(store, config), source.slot_bytes, streams.free_bytes(), options)
     if not config.num_moe_layers:
         return None, shares.chunk_tokens
     counts = thread_counts(options.num_threads)
     layers = {layer: layer_experts(store, config, layer)[0] for layer in range(source.first_layer, source.num_layers)}
     cache = _open_cache(store, config, layers, options.tier) if options.tier else None
-    cpu = CpuExperts(layers, config, accelerator, min(ROW_TOKENS, shares.chunk_tokens), counts, cache)
-    slots = VramSlots(accelerator, source, shares.num_slots)
-    stream = PromptStream(accelerator, source, min(options.group_size, config.num_experts))
+    cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, shares.chunk_tokens), counts, cache)
+    slots = VramSlots(streams, source, shares.num_slots)
+    stream = PromptStream(streams, source, min(options.group_size, config.num_experts))
     costs = ExpertCosts()
-    streamed = StreamedExperts(accelerator, kernels, source, slots, cpu, stream, costs)
+    streamed = StreamedExperts(streams, kernels, source, slots, cpu, stream, costs)
     heat = load_heat(options.heat_file, slots.policy.export_heat().shape) if options.heat_file else None
     if cache:
         _fill_cache(cache, options.tier, heat, report)
     if heat is not None:
         slots.policy.import_heat(heat)
         slots.fill(lambda done, total: report("bringing hot experts", done, total))
-    experts = RoutedExperts(accelerator, kernels, source, slots, cpu, streamed, costs, counts[-1])
+    experts = RoutedExperts(streams, kernels, source, slots, cpu, streamed, costs, counts[-1])
     if options.heat_file:
         experts.on_close = lambda: save_heat(options.heat_file, slots.policy.export_heat())
     return experts, shares.chunk_tokens

@@ -1,4 +1,5 @@
-"""The operations that the GPU road is made of: one class on `native.gpu`'s Triton kernels, and the protocol it follows.
+"""The operations that the hybrid path is made of: one class on `native.gpu`'s Triton kernels, and the protocol it
+follows.
 
 Tests put another class in its place that computes the same on a CPU device. Float tensors are float32 unless a comment
 says otherwise; every operation allocates its result.

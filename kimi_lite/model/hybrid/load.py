@@ -1,5 +1,5 @@
-"""Builds the GPU road from a model file: the cache on the device first, then the dense weights, then experts in what is
-left.
+"""Builds the hybrid path from a model file: the cache on the device first, then the dense weights, then experts in what
+is left.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.recorder import RoutingRecorder
@@ -38,8 +38,8 @@ def load_hybrid(
 ) -> tuple[HybridTransformer, KVCache]:
     """Raises KimiLiteError, with need and have, where weights and cache do not fit into the VRAM that is free or
     allowed."""
-    accelerator = Accelerator(device, options.vram_bytes)
-    kv = make_device_cache(store, config, context_length, options.kv_dtype, accelerator)
+    streams = GpuStreams(device, options.vram_bytes)
+    kv = make_device_cache(store, config, context_length, options.kv_dtype, streams)
     chosen = HybridOptions(
         num_threads=options.num_threads,
         num_gpu_experts=options.num_gpu_experts,
@@ -49,7 +49,7 @@ def load_hybrid(
         tier=tier,
     )
     try:
-        return HybridTransformer(store, config, kv, accelerator, TritonKernels(), chosen, report, recorder), kv
+        return HybridTransformer(store, config, kv, streams, TritonKernels(), chosen, report, recorder), kv
     except torch.OutOfMemoryError as error:
         problem = f"The GPU ran out of memory while the model was loaded: {str(error).splitlines()[0]}"
         raise KimiLiteError(
@@ -58,14 +58,14 @@ def load_hybrid(
 
 
 def make_device_cache(
-    store: GGUFStore, config: ModelConfig, context_length: int, kv_dtype: str, accelerator: Accelerator
+    store: GGUFStore, config: ModelConfig, context_length: int, kv_dtype: str, streams: GpuStreams
 ) -> KVCache:
     """Pages for one sequence of the whole context, in VRAM."""
     if kv_dtype not in KV_STORAGE:
         raise KimiLiteError(f"There is no cache type {kv_dtype!r}.", f"Try one of {', '.join(KV_STORAGE)}.")
     num_pages = -(-context_length // PAGE_TOKENS)
-    token_bytes, dense_bytes = bytes_per_token(config, kv_dtype), store_sizes(store, config).card_dense_bytes
-    need_bytes, have_bytes = dense_bytes + num_pages * PAGE_TOKENS * token_bytes + _WORK_BYTES, accelerator.free_bytes()
+    token_bytes, dense_bytes = bytes_per_token(config, kv_dtype), store_sizes(store, config).gpu_dense_bytes
+    need_bytes, have_bytes = dense_bytes + num_pages * PAGE_TOKENS * token_bytes + _WORK_BYTES, streams.free_bytes()
     if have_bytes is not None and need_bytes > have_bytes:
         need, have = gib_apart(need_bytes, have_bytes)
         fitting = int((have_bytes - dense_bytes - _WORK_BYTES) / token_bytes) // 1024
@@ -74,5 +74,5 @@ def make_device_cache(
             f"Weights and a context of {context_length:,} tokens need {need} of VRAM; {have} is free.", hint
         )
     shape = (config.num_layers, num_pages, PAGE_TOKENS, row_length(kv_dtype, config.kv_latent_size))
-    storage = accelerator.zeros(shape, KV_STORAGE[kv_dtype])
+    storage = streams.zeros(shape, KV_STORAGE[kv_dtype])
     return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype, storage=storage)

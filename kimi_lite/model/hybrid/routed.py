@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kimi_lite.experts.costs import ExpertCosts
-from kimi_lite.experts.gpu_device import Accelerator, Event
+from kimi_lite.experts.gpu_streams import Event, GpuStreams
 from kimi_lite.experts.source import ExpertSource
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
@@ -45,7 +45,7 @@ class RoutedExperts:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        streams: GpuStreams,
         kernels: Kernels,
         source: ExpertSource,
         slots: VramSlots,
@@ -54,7 +54,7 @@ class RoutedExperts:
         costs: ExpertCosts,
         num_threads: int,
     ) -> None:
-        self._accelerator, self._kernels, self._source = accelerator, kernels, source
+        self._streams, self._kernels, self._source = streams, kernels, source
         self.slots, self.cpu, self.streamed, self.costs = slots, cpu, streamed, costs
         self.num_threads = num_threads  # of the CPU's experts; may change between steps
         self.on_chosen: Callable[[int, np.ndarray], None] | None = None  # layer, ids (T, K): for a record of routing
@@ -87,7 +87,7 @@ class RoutedExperts:
         num_tokens = len(normed)
         host = self._host_for(num_tokens, normed.shape[1], ids.shape[1])
         host.copy_ids(ids)
-        chosen = self._chosen(layer, host, num_tokens, self._accelerator.event())
+        chosen = self._chosen(layer, host, num_tokens, self._streams.event())
         if num_tokens > ROW_TOKENS or (may_stream and num_tokens >= MIN_STREAM_TOKENS):
             num_windows = -(-num_tokens // self.cpu.capacity)
             division = self.streamed.divide(layer, chosen, self.slots.residents(layer), num_windows)
@@ -95,7 +95,7 @@ class RoutedExperts:
                 self._unsettled.append(_Unsettled(layer, chosen, 0, 0, 0.0))
                 return self.streamed.forward(layer, (normed, ids, weights), host, division, beside, self.num_threads)
         host.copy_x(normed)
-        copied = self._accelerator.event()
+        copied = self._streams.event()
         slot_of_choice, hit_rows = self.hits(layer, normed, ids)
         aside = beside()
         copied.synchronize()
@@ -192,5 +192,5 @@ class RoutedExperts:
     def _host_for(self, num_tokens: int, hidden_size: int, top_k: int) -> HostCopies:
         """Grows to the longest batch seen."""
         if self._host is None or len(self._host.x) < num_tokens:
-            self._host = HostCopies(self._accelerator, num_tokens, hidden_size, top_k)
+            self._host = HostCopies(self._streams, num_tokens, hidden_size, top_k)
         return self._host

@@ -12,7 +12,7 @@ import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.rope import rope_attention_factor, rope_inverse_frequencies
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 
@@ -48,8 +48,8 @@ class Step:
 class StepMaker:
     """Turns batches into steps."""
 
-    def __init__(self, config: ModelConfig, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, config: ModelConfig, streams: GpuStreams) -> None:
+        self._streams = streams
         self._frequencies = rope_inverse_frequencies(config)  # (rope / 2,)
         self._factor = rope_attention_factor(config)
 
@@ -83,7 +83,7 @@ class StepMaker:
         return ExpandedSlice(piece.start, piece.length, num_positions, pages)
 
     def _to_device(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(self._accelerator.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(self._streams.device)
 
 
 def cache_slots(batch: Batch) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kimi_lite.experts.costs import ExpertCosts
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.source import ExpertSource, SlotForm
 from kimi_lite.experts.stream import PromptStream
 from kimi_lite.experts.vram import VramSlots
@@ -49,7 +49,7 @@ class StreamedExperts:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        streams: GpuStreams,
         kernels: Kernels,
         source: ExpertSource,
         slots: VramSlots,
@@ -57,9 +57,9 @@ class StreamedExperts:
         stream: PromptStream,
         costs: ExpertCosts,
     ) -> None:
-        self._accelerator, self._kernels, self._source = accelerator, kernels, source
+        self._streams, self._kernels, self._source = streams, kernels, source
         self._slots, self._cpu, self._stream, self._costs = slots, cpu, stream, costs
-        self._launcher = ThreadPoolExecutor(1, "kimi-lite-launch", initializer=accelerator.enter_thread)
+        self._launcher = ThreadPoolExecutor(1, "kimi-lite-launch", initializer=streams.enter_thread)
         self.stream_s = self.cpu_s = 0.0
 
     @property
@@ -153,7 +153,7 @@ class StreamedExperts:
                 if present:
                     rows, experts = zip(*present, strict=True)
                     self._add_experts(y, normed, choices, form, list(experts), group.data, np.array(rows))
-            self._accelerator.event().synchronize()
+            self._streams.event().synchronize()
         return time.perf_counter() - start_s
 
     def _add_experts(

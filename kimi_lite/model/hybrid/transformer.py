@@ -14,7 +14,7 @@ import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
@@ -43,7 +43,7 @@ class HybridTransformer:
         store: GGUFStore,
         config: ModelConfig,
         kv: KVCache,
-        accelerator: Accelerator,
+        streams: GpuStreams,
         kernels: Kernels,
         options: HybridOptions | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
@@ -61,21 +61,21 @@ class HybridTransformer:
         options = options or HybridOptions()
         compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
         self.config, self.kv = config, kv
-        self._accelerator, self._kernels = accelerator, kernels
+        self._streams, self._kernels = streams, kernels
         self._load_dense(store, options, report)
-        self.experts, self.max_batch_tokens = open_experts(store, config, accelerator, kernels, options, report)
+        self.experts, self.max_batch_tokens = open_experts(store, config, streams, kernels, options, report)
         if options.cache_bias and self.experts:
             for layer in self.layers[config.num_dense_layers :]:
                 layer.router.prefer_resident(self.experts.slots.table[layer.number], options.cache_bias)
         self._adaptive = Adaptive(self.experts, thread_counts(options.num_threads))
-        self._maker = StepMaker(config, accelerator)
+        self._maker = StepMaker(config, streams)
         self._shape = (
             *(config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim),
             *(config.kv_lora_rank, config.v_head_dim),
         )
         self._segments: OrderedDict[tuple[int, int], DecodeSegments] = OrderedDict()
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
-        if accelerator.is_cuda:
+        if streams.is_cuda:
             self.warm_up(report)
         self._recorder = recorder
         if recorder and self.experts:
@@ -83,7 +83,7 @@ class HybridTransformer:
 
     def _load_dense(self, store: GGUFStore, options: HybridOptions, report: Callable[[str, int, int], None]) -> None:
         c = self.config
-        weights = DenseWeights(store, self._accelerator, self._kernels, options.dense_type)
+        weights = DenseWeights(store, self._streams, self._kernels, options.dense_type)
         self.layers = []
         for number in range(c.num_layers):
             report("loading onto the GPU", number, c.num_layers)
@@ -147,7 +147,7 @@ class HybridTransformer:
         if self._is_closed:
             return
         self._is_closed = True
-        self._accelerator.synchronize()
+        self._streams.synchronize()
         self._segments.clear()
         if self.experts:
             self.experts.close()
@@ -160,7 +160,7 @@ class HybridTransformer:
         if shape not in self._segments:
             if len(self._segments) == _NUM_DECODE_SHAPES:
                 self._segments.popitem(last=False)
-            parts = (self.layers, self._head, self.experts, self.config, self._accelerator)
+            parts = (self.layers, self._head, self.experts, self.config, self._streams)
             self._segments[shape] = DecodeSegments(*parts, *shape)
         self._segments.move_to_end(shape)
         step = self._maker.make(batch, [], *shape)
@@ -205,7 +205,7 @@ class HybridTransformer:
     def _embed(self, token_ids: np.ndarray) -> torch.Tensor:
         """float32 (T, D) on the device."""
         rows = dequantize(self._token_embd.data[token_ids], self._token_embd.layout.name)
-        return torch.from_numpy(rows).to(self._accelerator.device)
+        return torch.from_numpy(rows).to(self._streams.device)
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) -> logits (T, vocabulary)."""

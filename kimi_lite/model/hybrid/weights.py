@@ -13,7 +13,7 @@ import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.model.cpu.weights import vector
 from kimi_lite.model.hybrid.kernels import Kernels
@@ -40,11 +40,9 @@ class DenseMatrix:
 class DenseWeights:
     """Reads a store's tensors onto the device. `num_bytes`: what they take there."""
 
-    def __init__(
-        self, store: GGUFStore, accelerator: Accelerator, kernels: Kernels, dense_type: DenseType = "q8_0"
-    ) -> None:
-        self._store, self._accelerator, self._kernels, self.dense_type = store, accelerator, kernels, dense_type
-        self._staging = accelerator.pinned((_STAGING_BYTES,), torch.uint8)
+    def __init__(self, store: GGUFStore, streams: GpuStreams, kernels: Kernels, dense_type: DenseType = "q8_0") -> None:
+        self._store, self._streams, self._kernels, self.dense_type = store, streams, kernels, dense_type
+        self._staging = streams.pinned((_STAGING_BYTES,), torch.uint8)
         self.num_bytes = 0
 
     def matrix(self, *names: str) -> DenseMatrix:
@@ -67,7 +65,7 @@ class DenseWeights:
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm's weight or a bias as float32."""
-        return torch.from_numpy(vector(self._store, name)).to(self._accelerator.device)
+        return torch.from_numpy(vector(self._store, name)).to(self._streams.device)
 
     def heads(self, config: ModelConfig, layer: int) -> tuple[DenseMatrix, DenseMatrix]:
         """W_UK (H, kv_lora, nope) and W_UV (H, v, kv_lora), multiplied head by head; older files join them in
@@ -114,7 +112,7 @@ class DenseWeights:
             part = rows[first : first + step]
             np.copyto(self._staging.numpy()[: part.size].reshape(part.shape), part)
             staged = self._staging[: part.size].view(part.shape)
-            yield staged.to(self._accelerator.device, copy=True)  # waits: the staging is written again
+            yield staged.to(self._streams.device, copy=True)  # waits: the staging is written again
 
 
 def _encode(values: torch.Tensor, target: str, name: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ from kimi_lite.units import GIB
 from tests.tiny import write_tiny_gguf
 
 ALL_PACKAGES = dict.fromkeys((*checks._PACKAGES, *checks._GPU_PACKAGES), "1.0")
-CARD = Gpu("RTX 4090", 24 * GIB, 23 * GIB, 1008e9, 23e9, "550.54", 165e12, "8.9", "12.4")
+GPU = Gpu("RTX 4090", 24 * GIB, 23 * GIB, 1008e9, 23e9, "550.54", 165e12, "8.9", "12.4")
 HEALTHY = Facts(
     hardware=Hardware(
         "a CPU",
@@ -32,7 +32,7 @@ HEALTHY = Facts(
         256 * GIB,
         240 * GIB,
         80e9,
-        CARD,
+        GPU,
         Disk(Path("/m"), 900 * GIB, 6e9),
         origins={"ram": "measured"},
     ),
@@ -83,9 +83,9 @@ SICK = [
     (checks.check_wsl, replace(HEALTHY, is_wsl=True), "warn", ".wslconfig"),
     (checks.check_disk, with_hardware(disk=Disk(Path("/m"), GIB, 0.2e9)), "warn", "17 minutes"),
     (checks.check_disk, with_hardware(disk=None), "ok", ""),
-    (doctor_gpu._no_card, replace(HEALTHY, gpu_reason="no NVIDIA driver"), "fail", "install its driver"),
-    (doctor_gpu._no_card, replace(HEALTHY, has_nvidia_device=False), "warn", "on the CPU"),
-    (doctor_gpu._no_card, without_packages("nvidia-ml-py"), "warn", "pip install nvidia-ml-py"),
+    (doctor_gpu._no_gpu, replace(HEALTHY, gpu_reason="no NVIDIA driver"), "fail", "install its driver"),
+    (doctor_gpu._no_gpu, replace(HEALTHY, has_nvidia_device=False), "warn", "on the CPU"),
+    (doctor_gpu._no_gpu, without_packages("nvidia-ml-py"), "warn", "pip install nvidia-ml-py"),
     (doctor_gpu.check_triton, without_packages("triton"), "fail", "pip install triton"),
     (doctor_gpu.check_triton, HEALTHY, "ok", ""),
 ]
@@ -109,18 +109,18 @@ def test_hidden_vector_instructions_are_seen(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "status"), [({}, "ok"), ({"compute_capability": "7.5"}, "fail"), ({"compute_capability": ""}, "ok")]
 )
-def test_generations_of_cards(changes, status):
-    assert doctor_gpu.check_card(replace(CARD, **changes)).status == status
+def test_generations_of_gpus(changes, status):
+    assert doctor_gpu.check_gpu(replace(GPU, **changes)).status == status
 
 
-def test_who_holds_the_card_is_named():
-    busy = replace(CARD, vram_free_bytes=10 * GIB, processes=(GpuProcess(42, "game", 13 * GIB),))
+def test_who_holds_the_gpu_is_named():
+    busy = replace(GPU, vram_free_bytes=10 * GIB, processes=(GpuProcess(42, "game", 13 * GIB),))
     assert "game (pid 42) 13.0 GiB" in doctor_gpu.check_free_memory(busy).fix
     assert "nvidia-smi" in doctor_gpu.check_free_memory(replace(busy, processes=())).fix
-    assert doctor_gpu.check_free_memory(CARD).status == "ok"
+    assert doctor_gpu.check_free_memory(GPU).status == "ok"
 
 
-def test_torch_for_the_card(monkeypatch):
+def test_torch_for_the_gpu(monkeypatch):
     def fake_torch(is_available):
         cuda = SimpleNamespace(is_available=lambda: is_available, device_count=lambda: int(is_available))
         return SimpleNamespace(version=SimpleNamespace(cuda="13.0"), cuda=cuda)
@@ -128,11 +128,11 @@ def test_torch_for_the_card(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", fake_torch(True))
     assert [check.status for check in doctor_gpu.gpu_checks(HEALTHY)] == ["ok"] * 4
     monkeypatch.setitem(sys.modules, "torch", fake_torch(False))
-    check = doctor_gpu.check_torch(HEALTHY, CARD)
+    check = doctor_gpu.check_torch(HEALTHY, GPU)
     assert check.status == "fail" and "the driver serves CUDA 12.4" in check.fix
-    assert doctor_gpu.check_torch(without_packages("torch"), CARD).status == "fail"
+    assert doctor_gpu.check_torch(without_packages("torch"), GPU).status == "fail"
     plain = replace(HEALTHY, packages=ALL_PACKAGES | {"torch": "2.13.0+cpu"})
-    assert "without CUDA" in doctor_gpu.check_torch(plain, CARD).finding
+    assert "without CUDA" in doctor_gpu.check_torch(plain, GPU).finding
 
 
 def test_a_cache_that_cannot_be_written_fails(monkeypatch, tmp_path):
@@ -193,7 +193,7 @@ def healthy(monkeypatch):
 
 def test_the_report_fits_a_terminal(healthy, tiny):
     result = run("-m", tiny, "--quick")
-    assert result.exit_code == 2, "an NVIDIA card without its driver is a failure"
+    assert result.exit_code == 2, "an NVIDIA GPU without its driver is a failure"
     lines = result.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert {line.split()[0] for line in lines if line and not line.startswith(" ")} <= {

@@ -50,7 +50,7 @@ def f32_path(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("tiers") / "tiny.gguf", np.random.default_rng(0), **SIZES)
 
 
-def every_road(runner):
+def every_path(runner):
     """Prompts, chunks, single tokens, small batches of two sequences."""
     ids = np.random.default_rng(1).integers(0, 290, 140)
     logits = [runner.prefill(ids[:100]), runner.decode(ids[100:112], start=100), runner.prefill(ids[112:], start=112)]
@@ -63,10 +63,10 @@ def every_road(runner):
 def test_the_same_bits(path):
     slots_per_layer = 7  # not much more than a token's: a prompt needs all 24
     with Runner(path) as runner:
-        want = every_road(runner)
+        want = every_path(runner)
     with Runner(path, tier=TierOptions(slots_per_layer * slot_bytes(path), num_readers=3)) as runner:
-        have, counters = every_road(runner), runner.transformer.counters()
-        again = every_road(runner)
+        have, counters = every_path(runner), runner.transformer.counters()
+        again = every_path(runner)
     assert np.array_equal(have, want) and np.array_equal(again, want)
     assert counters["expert_misses"] > 0 and counters["expert_hits"] > 0 and counters["disk_bytes"] > 0
     assert counters["expert_slots"] == 3 * slots_per_layer
@@ -122,11 +122,11 @@ def test_a_disk_error_is_a_sentence_and_the_model_lives_on(f32_path, monkeypatch
 def test_everything_loaded_at_once(path):
     """All experts in memory of our own: no steps, no reads, the same bits."""
     with Runner(path) as runner:
-        want, seen = every_road(runner), []
+        want, seen = every_path(runner), []
     options = TierOptions(24 * slot_bytes(path), is_loading_all=True, is_locked=True)
     with Runner(path, tier=options, on_load=lambda done, total: seen.append((done, total))) as runner:
         read_bytes = runner.transformer.counters()["disk_bytes"]
-        have = every_road(runner)
+        have = every_path(runner)
         assert runner.transformer._tiers.holds_all
         assert runner.transformer.counters()["disk_bytes"] == read_bytes > 0
     assert np.array_equal(have, want)
@@ -152,7 +152,7 @@ def test_an_error_while_loading_is_a_sentence(f32_path, monkeypatch):
 
 
 def test_what_tokens_choose_is_recorded(f32_path, tmp_path):
-    """By both roads, the same."""
+    """By both paths, the same."""
     ids = np.random.default_rng(1).integers(0, 290, 50)
     traces = []
     for name, tier in (("mapped", None), ("tiers", TierOptions(6 * slot_bytes(f32_path)))):

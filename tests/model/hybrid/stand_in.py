@@ -1,6 +1,6 @@
 """The GPU's operations on a CPU device: plain torch, and experts by `native.cpu` from slots in host memory.
 
-With these in the place of Triton's kernels the whole road runs without a GPU, and an expert in a slot gives the same
+With these in the place of Triton's kernels the whole path runs without a GPU, and an expert in a slot gives the same
 bits as one that the CPU computes, so that with a cache must equal without one exactly.
 """
 

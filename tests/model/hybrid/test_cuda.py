@@ -1,4 +1,4 @@
-"""The tests of the GPU road again on a CUDA device, in a process whose Triton compiles instead of interpreting."""
+"""The tests of the hybrid path again on a CUDA device, in a process whose Triton compiles instead of interpreting."""
 
 import os
 import subprocess

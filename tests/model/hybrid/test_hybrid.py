@@ -1,4 +1,4 @@
-"""The GPU road against the CPU road, and against itself: where an expert is computed changes nothing."""
+"""The hybrid path against the CPU path, and against itself: where an expert is computed changes nothing."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def only_stream(runner: HybridRunner) -> HybridRunner:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_the_cpu_road(variant, tmp_path, ids):
+def test_equals_the_cpu_path(variant, tmp_path, ids):
     """Prompts in one pass and in chunks, and decoding, of every kind of model the family has."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(3), **VARIANTS[variant])
     with Runner(path) as cpu:
@@ -78,7 +78,7 @@ ROUNDED = [({}, "bf16", 0.03), ({}, "q8_0", 0.03), ({"_exps": "TQ1_0"}, "q8_0", 
 
 @pytest.mark.parametrize(("types", "dense", "limit"), ROUNDED)
 def test_rounded_weights(types, dense, limit, tmp_path, ids):
-    """Dense weights as bfloat16 and Q8_0, ternary experts: as far from the CPU road as their roundings."""
+    """Dense weights as bfloat16 and Q8_0, ternary experts: as far from the CPU path as their roundings."""
     sizes = {"expert_feed_forward_size": 256} if types else {}
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(3), types=types, **sizes)
     with Runner(path) as cpu:
@@ -268,7 +268,7 @@ def test_experts_from_the_disk(path, ids):
 
 
 def test_routing_is_recorded(path, ids, tmp_path):
-    """The same record as the CPU road writes, for prompts, decoding and without what was cancelled."""
+    """The same record as the CPU path writes, for prompts, decoding and without what was cancelled."""
     records = []
     for runner_class in (Runner, HybridRunner):
         config = ModelConfig.from_metadata(GGUFStore.open(path).metadata)

@@ -1,4 +1,4 @@
-"""The whole way of a front end on the GPU road: the loader, the engine, its cache in a tensor, heat beside the
+"""The whole way of a front end on the hybrid path: the loader, the engine, its cache in a tensor, heat beside the
 model."""
 
 import numpy as np
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="test_hybrid.py covers C
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A CPU device called by a name that is not the CPU road's."""
+    """A CPU device called by a name that is not the CPU path's."""
     monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu:0")
-    monkeypatch.setattr(loader, "find_card", lambda device: None)
+    monkeypatch.setattr(loader, "find_gpu", lambda device: None)
     monkeypatch.setattr(load, "TritonKernels", StandInKernels)
 
 
@@ -31,8 +31,8 @@ def answer(engine: Engine, prompt: tuple[int, ...], name: str) -> list[int]:
     return [token.id for token in engine.generate([request]) if token.id is not None]
 
 
-def test_engine_on_the_gpu_road(tmp_path, stand_in, monkeypatch):
-    """The same tokens as on the CPU road; a second request finds the first one's pages; close saves the heat."""
+def test_engine_on_the_gpu_path(tmp_path, stand_in, monkeypatch):
+    """The same tokens as on the CPU path; a second request finds the first one's pages; close saves the heat."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
     options = LoadOptions(context_length=512, kv_dtype="f32", num_threads=1, num_gpu_experts=4, dense_type="file")
     prompt = tuple(np.random.default_rng(1).integers(0, 250, 90).tolist())

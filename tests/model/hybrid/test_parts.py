@@ -1,4 +1,4 @@
-"""The pieces of the GPU road: dense weights on the device, forms of slots, what becomes of the VRAM, steps,
+"""The pieces of the hybrid path: dense weights on the device, forms of slots, what becomes of the VRAM, steps,
 adaptation."""
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.engine.device import choose_device
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.experts.gpu_device import Accelerator
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.source import ExpertSource
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
@@ -56,7 +56,7 @@ def test_q8_0_on_the_device_is_llama_cpps():
 @pytest.mark.parametrize("dense_type", ["q8_0", "bf16", "file"])
 def test_dense_weights(store, dense_type):
     """Each type as it is or encoded anew; several matrices as one."""
-    weights = DenseWeights(store, Accelerator("cpu"), StandInKernels(), dense_type)
+    weights = DenseWeights(store, GpuStreams("cpu"), StandInKernels(), dense_type)
     names = [f"blk.0.ffn_{part}.weight" for part in ("gate", "up")]
     matrix = weights.matrix(*names)
     assert matrix.layout_name == {"q8_0": "Q8_0", "bf16": "BF16", "file": "F32"}[dense_type]
@@ -69,12 +69,12 @@ def test_dense_weights(store, dense_type):
 
 def test_a_router_is_never_rounded(store, tmp_path):
     """Float32 stays, unless bfloat16 says exactly the same."""
-    accelerator, kernels = Accelerator("cpu"), StandInKernels()
-    matrix = DenseWeights(store, accelerator, kernels).exact_matrix("blk.1.ffn_gate_inp.weight")
+    streams, kernels = GpuStreams("cpu"), StandInKernels()
+    matrix = DenseWeights(store, streams, kernels).exact_matrix("blk.1.ffn_gate_inp.weight")
     assert matrix.layout_name == "F32"
     path = write_tiny_gguf(tmp_path / "t.gguf", np.random.default_rng(2), types={"ffn_gate_inp": "BF16"})
     assert (
-        DenseWeights(GGUFStore.open(path), accelerator, kernels).exact_matrix("blk.1.ffn_gate_inp.weight").layout_name
+        DenseWeights(GGUFStore.open(path), streams, kernels).exact_matrix("blk.1.ffn_gate_inp.weight").layout_name
         == "BF16"
     )
 
@@ -121,12 +121,12 @@ def test_latents_in_eight_bits():
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16", "q8"])
 def test_cache_on_the_device(store, config, kv_dtype):
-    kv = make_device_cache(store, config, 200, kv_dtype, Accelerator("cpu"))
+    kv = make_device_cache(store, config, 200, kv_dtype, GpuStreams("cpu"))
     assert kv.num_pages == 4 and isinstance(kv.storage, torch.Tensor)
 
 
-class SmallCard(Accelerator):
-    """As if a card had this much room."""
+class SmallCard(GpuStreams):
+    """As if a GPU had this much room."""
 
     def __init__(self, room_bytes: int) -> None:
         super().__init__("cpu")
@@ -181,7 +181,7 @@ def test_segments_run_once_are_captured_once_and_replayed():
 def test_steps_are_padded_with_rows_that_do_nothing(config):
     pages = np.array([4, 2], np.int32)
     batch = Batch(np.array([7], np.int32), np.array([70], np.int32), np.ones(1, bool), (SequenceSlice(0, 1, pages),))
-    step = StepMaker(config, Accelerator("cpu")).make(batch, [], num_rows=4, num_pages=16)
+    step = StepMaker(config, GpuStreams("cpu")).make(batch, [], num_rows=4, num_pages=16)
     assert step.slots.tolist() == [2 * 64 + 6, -1, -1, -1] and step.lengths.tolist() == [71, 0, 0, 0]
     assert step.page_table.shape == (4, 16) and step.page_table[0, :2].tolist() == [4, 2] and step.absorbed is None
 
@@ -192,4 +192,4 @@ def test_devices_that_cannot_be_had():
         choose_device("tpu")
     if not torch.cuda.is_available():
         with pytest.raises(KimiLiteError, match="--device cuda"):
-            Accelerator("cuda")
+            GpuStreams("cuda")

@@ -1,4 +1,4 @@
-"""The GPU road on Triton's kernels themselves, in the interpreter: one step of the smallest model there can be."""
+"""The hybrid path on Triton's kernels themselves, in the interpreter: one step of the smallest model there can be."""
 
 import importlib.util
 
@@ -41,7 +41,7 @@ def open_runner(path, **options) -> HybridRunner:
         pytest.param("q8_0", 17, 0.04, marks=pytest.mark.slow),
     ],
 )
-def test_equals_the_cpu_road(dense_type, num_tokens, limit, tmp_path):
+def test_equals_the_cpu_path(dense_type, num_tokens, limit, tmp_path):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), **SMALL)
     ids = np.random.default_rng(1).integers(0, 280, num_tokens)
     with Runner(path) as cpu:

@@ -1,4 +1,4 @@
-"""Products of activations and GGUF matrices on the GPU road, against the oracle."""
+"""Products of activations and GGUF matrices on the hybrid path, against the oracle."""
 
 import numpy as np
 import pytest

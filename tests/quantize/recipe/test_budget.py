@@ -33,7 +33,7 @@ def small(monkeypatch):
     """A machine on which megabytes matter, and types that are quickly tried."""
     monkeypatch.setattr(budget_module, "_CANDIDATES", ("TQ1_0", "TQ2_0", "Q2_0", "Q8_0"))
     monkeypatch.setattr(budget_module, "_SYSTEM_BYTES", 0)
-    monkeypatch.setattr(budget_module, "_CARD_BYTES", 0)
+    monkeypatch.setattr(budget_module, "_GPU_BYTES", 0)
     monkeypatch.setattr(budget_module, "_CONTEXT_TOKENS", 0)
 
 
@@ -92,7 +92,7 @@ def test_what_is_written_fits_and_the_rest_keeps_eight_bits(folder, small, tmp_p
 
 
 def test_too_small_a_machine_is_told_what_is_needed(folder):
-    with pytest.raises(KimiLiteError, match=r"needs \d+\.\d GiB, card and memory have 4\.0"):
+    with pytest.raises(KimiLiteError, match=r"needs \d+\.\d GiB, VRAM and memory have 4\.0"):
         fit_recipe(open_model(folder), Budget(GIB, 3 * GIB))
 
 
@@ -129,7 +129,7 @@ def test_words_that_are_no_budget(text):
 def test_this_machine(monkeypatch):
     monkeypatch.setattr(budget_module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout="24564\n16376\n"))
-    assert parse_budget("this").card == 24564 << 20
+    assert parse_budget("this").gpu == 24564 << 20
     assert parse_budget("this").memory > GIB // 2
 
 

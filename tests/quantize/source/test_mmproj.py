@@ -106,7 +106,9 @@ def run_llama_cpp(mtmd, text_model, projector, image: np.ndarray) -> np.ndarray:
     import llama_cpp
 
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(str(text_model).encode(), llama_cpp.llama_model_default_params())
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.use_extra_bufts = False  # AMX buffers, see tests.llama
+    model = llama_cpp.llama_model_load_from_file(str(text_model).encode(), model_params)
     assert model, text_model
     params = mtmd.mtmd_context_params_default()
     params.use_gpu, params.n_threads, params.warmup, params.print_timings = False, 1, False, False

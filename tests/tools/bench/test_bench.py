@@ -168,9 +168,9 @@ def test_bars_are_as_long_as_their_share():
     assert [bar(share, 4) for share in (-1, 0, 1 / 32, 0.5, 0.99, 1, 7)] == ["", "", "▏", "██", "████", "████", "████"]
 
 
-def test_the_gpu_road_is_measured(tiny, quick, monkeypatch):
+def test_the_gpu_path_is_measured(tiny, quick, monkeypatch):
     """With a CPU device standing in as the GPU."""
-    from kimi_lite.experts.gpu_device import Accelerator
+    from kimi_lite.experts.gpu_streams import GpuStreams
     from kimi_lite.hardware.probe import Gpu
     from kimi_lite.model.hybrid import load
     from kimi_lite.model.hybrid.experts import HybridOptions
@@ -178,15 +178,13 @@ def test_the_gpu_road_is_measured(tiny, quick, monkeypatch):
     from tests.model.hybrid.stand_in import StandInKernels
 
     def load_stand_in(store, config, options, context_length, device, report, tier, recorder):
-        accelerator = Accelerator("cpu")
-        kv = load.make_device_cache(store, config, context_length, options.kv_dtype, accelerator)
-        return HybridTransformer(
-            store, config, kv, accelerator, StandInKernels(), HybridOptions(num_threads=1), report
-        ), kv
+        streams = GpuStreams("cpu")
+        kv = load.make_device_cache(store, config, context_length, options.kv_dtype, streams)
+        return HybridTransformer(store, config, kv, streams, StandInKernels(), HybridOptions(num_threads=1), report), kv
 
     monkeypatch.setattr("kimi_lite.tools.bench.ours.choose_device", lambda wanted: "cuda")
     monkeypatch.setattr(
-        "kimi_lite.tools.bench.ours.find_card", lambda device: Gpu("a stand-in", 24 << 30, 23 << 30, 900e9, 23e9)
+        "kimi_lite.tools.bench.ours.find_gpu", lambda device: Gpu("a stand-in", 24 << 30, 23 << 30, 900e9, 23e9)
     )
     monkeypatch.setattr(load, "load_hybrid", load_stand_in)
     done = run_bench("-m", tiny, "-p", "16", "-n", "4", "-r", "1", "-t", "1")

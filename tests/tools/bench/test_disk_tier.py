@@ -1,4 +1,4 @@
-"""disk_tier: both roads decode the same, the disk is measured by the readers, cgroups are left as they were."""
+"""disk_tier: both paths decode the same, the disk is measured by the readers, cgroups are left as they were."""
 
 import json
 
@@ -20,7 +20,7 @@ def path(tmp_path_factory):
     return write_tiny_gguf(folder / "tiny.gguf", np.random.default_rng(0), num_experts=32, hidden_size=512)
 
 
-def test_both_roads_decode_the_same(path):
+def test_both_paths_decode_the_same(path):
     store = GGUFStore.open(path)
     places = find_places(store, ModelConfig.from_metadata(store.metadata))
     tier = disk_tier.decode(path, 6, TierOptions(places.routed_bytes // 3), 1)
@@ -40,7 +40,7 @@ def test_the_command_without_a_cgroup(path, monkeypatch, tmp_path):
     assert run.exit_code == 0, run.output
     assert "memory mapping under a limit was not measured" in run.stdout
     document = json.loads(run.stdout.strip().rpartition("\n")[2])
-    assert set(document["roads"]) == {"tier"} and document["share_of_bound"] > 0
+    assert set(document["paths"]) == {"tier"} and document["share_of_bound"] > 0
 
 
 def test_a_cgroup_is_removed(tmp_path, monkeypatch):

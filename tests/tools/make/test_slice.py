@@ -17,6 +17,7 @@ from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.tools.make.kimi_dims import KimiDims
 from kimi_lite.tools.make.slice import make_slice
 from kimi_lite.tools.make.slice_tokenizer import MIN_VOCAB_SIZE
+from tests.llama import open_llama
 from tests.model.family import family_metadata
 
 TINY = KimiDims(
@@ -150,10 +151,9 @@ def test_command_line(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs the ggml extra")
 @pytest.mark.parametrize("name", BY_NAME)
 def test_llama_cpp_loads_it_and_logits_are_finite(tmp_path, name):
-    from llama_cpp import Llama
 
     write(tmp_path / "slice.gguf", every=name)
-    llama = Llama(str(tmp_path / "slice.gguf"), n_ctx=32, n_batch=32, logits_all=True, verbose=False)
+    llama = open_llama(tmp_path / "slice.gguf", n_ctx=32, n_batch=32, logits_all=True)
     llama.eval([72, 101, 108, 108, 111, 300])
     logits = np.array(llama.scores[:6])
     llama.close()

@@ -1,4 +1,4 @@
-"""The timeline of the GPU road: sums of intervals, and a whole trace with a CPU device standing in as the GPU."""
+"""The timeline of the hybrid path: sums of intervals, and a whole trace with a CPU device standing in as the GPU."""
 
 import json
 
@@ -38,7 +38,7 @@ def path(tmp_path):
 
 def test_trace(path, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu:0")
-    monkeypatch.setattr(loader, "find_card", lambda device: None)
+    monkeypatch.setattr(loader, "find_gpu", lambda device: None)
     monkeypatch.setattr(load, "TritonKernels", StandInKernels)
     with Engine.open(path, LoadOptions(context_length=256, num_threads=1)) as engine:
         shares = trace(engine, 4, tmp_path / "trace.json")
@@ -48,7 +48,7 @@ def test_trace(path, tmp_path, monkeypatch):
     assert sum(event.get("name") == CPU_EXPERTS for event in events) == 4 * 2, "two layers route"
 
 
-def test_nothing_to_trace_on_the_cpu_road(path):
+def test_nothing_to_trace_on_the_cpu_path(path):
     with (
         Engine.open(path, LoadOptions(context_length=256, device="cpu")) as engine,
         pytest.raises(KimiLiteError, match="no GPU"),

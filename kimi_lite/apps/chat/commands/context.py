@@ -130,7 +130,7 @@ def _experts(chat: Chat, argument: str) -> None:
     if heat is None and not counters:
         chat.say("the endpoint does not say where its experts lie")
     elif heat is None:
-        chat.say("this road computes experts where they lie and counts no choices: there is no picture of their use")
+        chat.say("this path computes experts where they lie and counts no choices: there is no picture of their use")
     else:
         for line in heat_rows(heat, max(chat.aside.width - 8, 16), is_ascii="utf" not in chat.aside.encoding.lower()):
             chat.say(line)

@@ -1,4 +1,4 @@
-"""A torch device with what the GPU road needs of one: pinned host memory, a stream for copies, events, free memory.
+"""A torch device with what the hybrid path needs of one: pinned host memory, a stream for copies, events, free memory.
 
 The same code runs with a CPU device standing in as the GPU: there a copy is done when it is asked for, so streams and
 events have nothing to do.
@@ -34,7 +34,7 @@ class Done:
         return None
 
 
-class Accelerator:
+class GpuStreams:
     """One device; its `copy` stream is for uploads that run beside the computing on the current stream."""
 
     def __init__(self, name: str, limit_bytes: int | None = None) -> None:
