@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.native.cpu.activations import aligned_zeros
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs.fit import fit_scales
 from kimi_lite.quantize.codecs.lanes import LANES, descent_kernel, feed_kernel
@@ -101,10 +102,11 @@ def _try_scales(
     inverse_diagonal = np.ascontiguousarray(1 / np.diag(factor))
     best, least = np.zeros(num_rows, np.float32), np.full(num_rows, np.inf, np.float32)
     codes, lost, tried_codes, tried_lost = np.zeros((4, size, num_rows), np.float32)
+    carry = aligned_zeros((size, LANES), np.float32)
     for ratio in _TRIED_SCALES:
         scales = (first * np.float32(ratio)).astype("<f2").astype(np.float32)
         inverses = _invert(scales)
-        arrays = (block, coefficients, inverse_diagonal, scales, inverses, tried_codes, tried_lost)
+        arrays = (block, coefficients, inverse_diagonal, scales, inverses, tried_codes, tried_lost, carry)
         feed_kernel()(*(array.ctypes.data for array in arrays), size, num_rows, _LARGEST_CODE[layout.name])
         totals = np.einsum("ij,ij->j", tried_lost, tried_lost)
         better = totals < least
@@ -117,6 +119,7 @@ def _descend(layout: Layout, columns: np.ndarray, codes: np.ndarray, scales: np.
     """One round over all blocks, in place: each block's scale set to its optimum, then its codes one after another."""
     size = layout.block_size
     gradient = hessian @ (codes * np.repeat(scales, size, axis=0) - columns)  # (k, R), half of it
+    carry = aligned_zeros((size, LANES), np.float32)
     for start in range(0, len(columns), size):
         stop, row = start + size, start // size
         block, part, before = codes[start:stop], hessian[start:stop, start:stop], scales[row].copy()
@@ -128,7 +131,7 @@ def _descend(layout: Layout, columns: np.ndarray, codes: np.ndarray, scales: np.
         slopes = gradient[start:stop] + products * (after - before)
         part = np.ascontiguousarray(part)
         inverse_diagonal = np.ascontiguousarray(1 / np.diag(part))
-        arrays = (slopes, part, inverse_diagonal, after, _invert(after), block)
+        arrays = (slopes, part, inverse_diagonal, after, _invert(after), block, carry)
         descent_kernel()(*(array.ctypes.data for array in arrays), *block.shape, _LARGEST_CODE[layout.name])
         scales[row] = after
         if stop < len(columns):

@@ -2,13 +2,13 @@
 vector.
 
 Column j of a block needs what all columns before it gave: carry[0..j) times a row of coefficients. That sum, half a
-block long on average, is all the work; four sums run side by side. Arrays come as addresses, float32 (size, R) with R a
-multiple of 16.
+block long on average, is all the work; four sums run at once. Arrays come as addresses, float32 (size, R) with R a
+multiple of 16; `carry`, float32 (size, LANES), is working memory that the caller owns: Numba frees an array of its own
+after the array's last use by name, whatever still knows its address.
 """
 
 from functools import cache
 
-import numpy as np
 from numba import njit, types
 
 from kimi_lite.native.simd import (
@@ -47,15 +47,13 @@ def _add_carried(start, carry, coefficients, count):
 
 @cache
 def feed_kernel():
-    """(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, size, num_rows, largest_code): codes[j] is
-    the nearest to block[j] + what was carried, lost[j] what it misses, times inverse_diagonal[j]."""
-    signature = types.void(*[_ADDRESS] * 7, types.int64, types.int64, types.int64)
+    """(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, carry, size, num_rows, largest_code):
+    codes[j] is the nearest to block[j] + what was carried, lost[j] what it misses, times inverse_diagonal[j]."""
+    signature = types.void(*[_ADDRESS] * 8, types.int64, types.int64, types.int64)
     return njit(signature, cache=True, nogil=True, **_OPTIONS)(_feed)
 
 
-def _feed(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, size, num_rows, largest_code):
-    scratch = np.empty(16 * size + 16, np.float32)
-    carry = -(-scratch.ctypes.data // 64) * 64
+def _feed(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, carry, size, num_rows, largest_code):
     low, high = splat_f32x16(types.float32(-1)), splat_f32x16(types.float32(largest_code))
     minus = splat_f32x16(types.float32(-1))
     stride = 4 * num_rows
@@ -73,15 +71,13 @@ def _feed(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, 
 
 @cache
 def descent_kernel():
-    """(gradient, hessian, inverse_diagonal, scales, inverses, codes, size, num_rows, largest_code): each code in turn
-    becomes the best one given the others; gradient is what it was before the first of them moved."""
-    signature = types.void(*[_ADDRESS] * 6, types.int64, types.int64, types.int64)
+    """(gradient, hessian, inverse_diagonal, scales, inverses, codes, carry, size, num_rows, largest_code): each code in
+    turn becomes the best one given the others; gradient is what it was before the first of them moved."""
+    signature = types.void(*[_ADDRESS] * 7, types.int64, types.int64, types.int64)
     return njit(signature, cache=True, nogil=True, **_OPTIONS)(_descend)
 
 
-def _descend(gradient, hessian, inverse_diagonal, scales, inverses, codes, size, num_rows, largest_code):
-    scratch = np.empty(16 * size + 16, np.float32)
-    carry = -(-scratch.ctypes.data // 64) * 64
+def _descend(gradient, hessian, inverse_diagonal, scales, inverses, codes, carry, size, num_rows, largest_code):
     low, high = splat_f32x16(types.float32(-1)), splat_f32x16(types.float32(largest_code))
     minus = splat_f32x16(types.float32(-1))
     stride = 4 * num_rows
