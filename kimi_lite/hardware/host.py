@@ -1,7 +1,9 @@
-"""What the operating system says about this machine: memory and its limits, cores, disks. No policy; used by
-`hardware.probe` and by `apps.doctor`.
+"""What the operating system says about this machine: memory and cores within this process's limits; disks.
+
+Used by `hardware.probe` and by `apps.doctor`; `usable_cores()` sets how many threads start where nobody says.
 """
 
+import math
 import os
 import platform
 import shutil
@@ -12,11 +14,17 @@ import psutil
 
 from kimi_lite.hardware.probe import Disk
 
-_NO_LIMIT_BYTES = 1 << 60  # control groups say "none" with numbers near 2^63
+_NO_LIMIT_BYTES = 1 << 60  # cgroups say "none" with numbers near 2^63
+_USUAL_PERIOD_US = 100_000
+_MEMORY_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.high", "memory.current"),  # above it the kernel slows the process down until it has freed memory
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes of memory in all and free, within the control group's limit where there is one. Caches of files count as
+    """Bytes of memory in all and free, within the cgroup's limit where there is one. Caches of files count as
     free."""
     system = psutil.virtual_memory()
     limit = cgroup_limit(root)
@@ -33,11 +41,10 @@ class CgroupLimit:
 
 
 def cgroup_limit(root: Path = Path("/")) -> CgroupLimit | None:
-    """The tightest memory limit of the control groups that hold this process, version 2 or 1; None where there is
-    none."""
+    """The tightest memory limit of the cgroups that hold this process, version 2 or 1; None where there is none."""
     found = []
-    for folder in _cgroup_folders(root):
-        for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+    for folder in _cgroup_folders(root, "memory"):
+        for names in _MEMORY_FILES:
             limit, used = (_read_number(folder / name) for name in names)
             if limit is not None and limit < _NO_LIMIT_BYTES:
                 reclaimable = _read_stat(folder / "memory.stat", ("inactive_file", "total_inactive_file"))
@@ -45,19 +52,100 @@ def cgroup_limit(root: Path = Path("/")) -> CgroupLimit | None:
     return min(found, key=lambda limit: limit.limit_bytes, default=None)
 
 
-def _cgroup_folders(root: Path) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class CpuQuota:
+    """CPU time that the process may take, in cores: 1.5 is three cores half of the time."""
+
+    num_cores: float
+    file: Path
+
+
+def cpu_quota(root: Path = Path("/")) -> CpuQuota | None:
+    """The tightest CPU quota of the cgroups that hold this process: `cpu.max` of version 2, `cpu.cfs_quota_us` over
+    `cpu.cfs_period_us` of version 1; None where there is none."""
+    found = []
+    for folder in _cgroup_folders(root, "cpu"):
+        quota, _, period = _read_text(folder / "cpu.max").strip().partition(" ")
+        if quota.isdecimal():
+            found.append(CpuQuota(int(quota) / _period_us(period), folder / "cpu.max"))
+        quota_us = _read_number(folder / "cpu.cfs_quota_us")  # -1, which is no number here: no quota
+        if quota_us:
+            period_us = _period_us(_read_text(folder / "cpu.cfs_period_us"))
+            found.append(CpuQuota(quota_us / period_us, folder / "cpu.cfs_quota_us"))
+    return min(found, key=lambda quota: quota.num_cores, default=None)
+
+
+def _period_us(text: str) -> int:
+    return int(text) if text.strip().isdecimal() and int(text) else _USUAL_PERIOD_US
+
+
+def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     """The process's own group and all groups around it, of both versions; inside a container the own group is the
     root."""
     base, folders = root / "sys/fs/cgroup", []
+    tops = [base, base / "unified"]  # version 2 alone, or beside version 1
     for line in _read_text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers and "memory" not in controllers.split(","):
+        names = controllers.split(",")
+        if controllers and controller not in names:
             continue
-        top = base / "memory" if controllers else base
-        group = top / path.lstrip("/")
-        folders += [group, *(parent for parent in group.parents if parent == top or top in parent.parents)]
-    return list(dict.fromkeys([*folders, base, base / "memory"]))
+        found = [base / ",".join(names), base / ",".join(reversed(names)), base / controller] if controllers else tops
+        tops += found
+        for top in found:
+            group = top / path.lstrip("/")
+            folders += [group, *(parent for parent in group.parents if parent == top or top in parent.parents)]
+    return list(dict.fromkeys([*folders, *tops, base / controller]))
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """What this process may compute with."""
+
+    num_usable: int  # cores, without their second hardware threads: how many threads start where nobody says
+    most_threads: int  # hardware threads; more threads than these only wait for each other
+    num_machine: int  # cores of the whole machine
+    reasons: tuple[str, ...] = ()  # why not all of the machine's, in words
+
+    def choose_threads(self, asked: int | None) -> tuple[int, str]:
+        """Threads to start, and the warning that is due where they are fewer than asked for (else empty)."""
+        if asked is None:
+            return self.num_usable, ""
+        if asked <= self.most_threads:
+            return asked, ""
+        why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
+        cores = f"{self.most_threads} hardware thread{'s' if self.most_threads > 1 else ''}"
+        return self.most_threads, f"-t {asked}: this process can use {cores}{why}, so {self.most_threads} are started."
+
+
+def usable_cores(root: Path = Path("/")) -> Cores:
+    """Cores within this process's CPU affinity and its cgroups' CPU quota. Part of a core counts where it is all there
+    is: a team of threads is as fast as its slowest."""
+    from kimi_lite.native.cpu.placement import one_thread_per_core
+
+    logical = psutil.cpu_count(logical=True) or os.cpu_count() or 1
+    machine = psutil.cpu_count(logical=False) or logical
+    allowed, physical, reasons = logical, machine, []
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cpus = os.sched_getaffinity(0)
+        allowed = len(cpus)
+        physical = min(machine, len(one_thread_per_core(cpus, root / "sys/devices/system/cpu")))
+        if physical < machine:
+            reasons.append(f"the CPU affinity allows {physical} of {machine} cores")
+    quota = cpu_quota(root)
+    if quota and quota.num_cores < allowed:
+        if quota.num_cores < physical:
+            reasons.append(f"the cgroup's CPU quota is {quota.num_cores:g} of {machine} cores ({quota.file})")
+        allowed, physical = min(allowed, math.ceil(quota.num_cores)), min(physical, int(quota.num_cores))
+    return Cores(max(1, physical), max(1, allowed), machine, tuple(reasons))
+
+
+def load_average() -> float | None:
+    """Threads of all programs that ran or wanted to, over the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows; a container without /proc/loadavg
+        return None
 
 
 def disk_of(path: Path) -> Disk:
@@ -65,12 +153,6 @@ def disk_of(path: Path) -> Disk:
     full = path.expanduser().absolute()
     existing = next(parent for parent in (full, *full.parents) if parent.exists())
     return Disk(full, shutil.disk_usage(existing).free)
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, without their second hardware threads."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def cpu_name() -> str:

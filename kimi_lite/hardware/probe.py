@@ -98,7 +98,7 @@ def probe(path: str | Path | None = None, is_measuring: bool = False) -> Hardwar
     total_bytes, free_bytes = host.memory()
     hardware = Hardware(
         cpu_name=host.cpu_name(),
-        num_cores=host.physical_cores(),
+        num_cores=host.usable_cores().num_usable,
         isa=host.isa_name(),
         ram_total_bytes=total_bytes,
         ram_free_bytes=free_bytes,

@@ -35,6 +35,7 @@ _PACKAGES = (
 )
 _GPU_PACKAGES = ("torch", "triton", "nvidia-ml-py")
 _OLDEST_PYTHON = (3, 11)
+_BUSY_SHARE = 0.5  # of the cores: with more, other programs slow a token down
 _SLOW_RAM_BYTES_S, _SLOW_DISK_BYTES_S = 25e9, 1e9
 _ISA_FEATURES = ("avx2", "avxvnni", "avx512f", "avx512vnni", "amx-int8", "neon", "dotprod", "i8mm")
 
@@ -63,7 +64,8 @@ class Facts:
     huge_pages: str | None
     lockable_bytes: int | None
     is_wsl: bool
-    num_machine_cores: int
+    cores: host.Cores
+    load_average: float | None
     isa: tuple[str, str, str]  # path, instruction, CPU that kernels are compiled for
     cpu_features: tuple[str, ...]
     packages: dict[str, str | None] = field(default_factory=dict)
@@ -88,7 +90,8 @@ def gather(path: Path | None, is_measuring: bool) -> Facts:
         huge_pages=host.huge_pages(),
         lockable_bytes=host.lockable_bytes(),
         is_wsl=host.is_wsl(),
-        num_machine_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        cores=host.usable_cores(),
+        load_average=host.load_average(),
         isa=tuple(isa()),
         cpu_features=tuple(name for name in _ISA_FEATURES if name in features),
         packages={name: _version(name) for name in (*_PACKAGES, *_GPU_PACKAGES)},
@@ -126,13 +129,24 @@ def check_isa(facts: Facts) -> Check:
 
 
 def check_cores(facts: Facts) -> Check:
-    have, machine = facts.hardware.num_cores, facts.num_machine_cores
-    found = f"{facts.hardware.cpu_name}, {have} cores"
-    if have < machine:
-        return Check(
-            "cpu", "warn", f"{found} of {machine}", "the affinity or a container keeps the others away: taskset, --cpus"
-        )
+    """Cores, and what keeps some of them away: CPU affinity, or a cgroup's CPU quota."""
+    cores = facts.cores
+    found = f"{facts.hardware.cpu_name}, {cores.num_usable} of {cores.num_machine} cores"
+    if cores.reasons:
+        fix = "allow more: taskset -c, docker run --cpus and --cpuset-cpus, or CPUQuota= of the systemd unit"
+        return Check("cpu", "warn", f"{found}: {'; '.join(cores.reasons)}", fix)
     return Check("cpu", "ok", found)
+
+
+def check_load(facts: Facts) -> Check:
+    """Whether other programs take the cores."""
+    load, num_cores = facts.load_average, facts.cores.num_machine
+    if load is None:
+        return Check("load", "ok", "unknown on this system")
+    found = f"{load:.1f} threads of all programs ran in the last minute, on {num_cores} cores"
+    if load > _BUSY_SHARE * num_cores:
+        return Check("load", "warn", found, "end other programs (top shows them), or leave them cores with -t")
+    return Check("load", "ok", found)
 
 
 def check_memory(facts: Facts) -> Check:
@@ -154,7 +168,7 @@ def check_memory(facts: Facts) -> Check:
 def check_cgroup(facts: Facts) -> Check:
     limit = facts.cgroup
     if not limit or limit.limit_bytes >= facts.machine_ram_bytes:
-        return Check("limits", "ok", "no control group limits memory")
+        return Check("limits", "ok", "no cgroup memory limit")
     found = f"{limit.file} allows {gib(limit.limit_bytes)} of {gib(facts.machine_ram_bytes)}"
     return Check(
         "limits", "warn", found, "start the container with more memory (docker run --memory), or plan with what it has"
@@ -191,7 +205,7 @@ def check_lock(facts: Facts) -> Check:
 
 def check_wsl(facts: Facts) -> Check:
     if not facts.is_wsl:
-        return Check("wsl", "ok", "no Windows below")
+        return Check("wsl", "ok", "not WSL")
     fix = "give it memory in .wslconfig ([wsl2] memory=240GB) and keep models on the Linux side, not below /mnt"
     return Check("wsl", "warn", f"WSL2 with {gib(facts.machine_ram_bytes)}, little pinned memory", fix)
 
@@ -232,7 +246,17 @@ def check_kernel_cache(facts: Facts) -> Check:
 
 
 SYSTEM_CHECKS = (
-    *(check_python, check_packages, check_cores, check_isa, check_memory, check_cgroup, check_swap, check_huge_pages),
+    *(
+        check_python,
+        check_packages,
+        check_cores,
+        check_load,
+        check_isa,
+        check_memory,
+        check_cgroup,
+        check_swap,
+        check_huge_pages,
+    ),
     *(check_lock, check_wsl, check_disk, check_kernel_cache),
 )
 

@@ -14,7 +14,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.hardware.host import physical_cores
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
 from kimi_lite.model.cpu.attention import Attention, Op
@@ -62,7 +62,7 @@ class Transformer:
         compile_kernels(store, on_compile or (lambda done, total: None))
         self.config, self.kv = config, kv
         self.max_batch_tokens = MAX_BATCH_TOKENS
-        self.team = Team(num_threads or physical_cores())
+        self.team = Team(num_threads or usable_cores().num_usable)
         attention = [Attention(store, config, layer) for layer in range(config.num_layers)]
         feed_forward = [FeedForward(store, config, layer) for layer in range(config.num_layers)]
         self._shape = (

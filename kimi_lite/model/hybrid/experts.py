@@ -21,8 +21,8 @@ from kimi_lite.experts.source import ExpertSource
 from kimi_lite.experts.stream import PromptStream
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.model.cpu.experts import LayerExperts, layer_experts
-from kimi_lite.model.cpu.transformer import physical_cores
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.routed import ROW_TOKENS, RoutedExperts
@@ -142,5 +142,5 @@ def thread_counts(num_threads: int | None) -> list[int]:
     """Ascending: what the user said, or all cores and a few fewer, because the GPU's driver needs one now and then."""
     if num_threads is not None:
         return [num_threads]
-    most = physical_cores()
+    most = usable_cores().num_usable
     return sorted({max(1, count) for count in (most, most - 1, most - 2, most * 3 // 4)})

@@ -16,7 +16,7 @@ from kimi_lite.apps.doctor import system as checks
 from kimi_lite.apps.doctor.system import Facts
 from kimi_lite.cli import app
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.hardware.host import CgroupLimit
+from kimi_lite.hardware.host import CgroupLimit, Cores
 from kimi_lite.hardware.probe import Disk, Gpu, GpuProcess, Hardware
 from kimi_lite.native.isa import isa
 from kimi_lite.units import GIB
@@ -45,7 +45,8 @@ HEALTHY = Facts(
     huge_pages="madvise",
     lockable_bytes=None,
     is_wsl=False,
-    num_machine_cores=16,
+    cores=Cores(16, 32, 16),
+    load_average=0.3,
     isa=("avx512-vnni", "vpdpbusd zmm", "znver4"),
     cpu_features=("avx2", "avx512vnni"),
     packages=ALL_PACKAGES,
@@ -71,7 +72,9 @@ def test_a_healthy_machine_is_ok():
 SICK = [
     (checks.check_python, replace(HEALTHY, python=(3, 9, 0)), "fail", "Python 3.11"),
     (checks.check_packages, without_packages("numba", "rich"), "fail", "pip install numba rich"),
-    (checks.check_cores, replace(HEALTHY, num_machine_cores=32), "warn", "affinity"),
+    (checks.check_cores, replace(HEALTHY, cores=Cores(2, 4, 16, ("the CPU quota is 2",))), "warn", "--cpus"),
+    (checks.check_load, replace(HEALTHY, load_average=8.5), "warn", "top"),
+    (checks.check_load, replace(HEALTHY, load_average=None), "ok", ""),
     (checks.check_memory, with_hardware(ram_bytes_s=12e9), "warn", "channel"),
     (checks.check_memory, with_hardware(ram_bytes_s=None), "ok", ""),
     (checks.check_cgroup, replace(HEALTHY, cgroup=CgroupLimit(32 * GIB, 0, Path("/sys/x"))), "warn", "container"),
