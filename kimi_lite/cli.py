@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,9 @@ app = typer.Typer(
 
 def _show_version(is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"kimi-lite {__version__}")
+        from kimi_lite.terminal import echo
+
+        echo(f"kimi-lite {__version__}")
         raise typer.Exit
 
 
@@ -169,8 +171,17 @@ def main() -> None:
     """The entry point."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
+    sys.excepthook = _report_crash
     try:
         app(prog_name="kimi-lite")
     except KimiLiteError as error:
-        typer.echo(f"kimi-lite: {error}", err=True)
+        from kimi_lite.terminal import echo
+
+        echo(f"kimi-lite: {error}", to_stderr=True)
         sys.exit(2)
+
+
+def _report_crash(*crash: Any) -> None:
+    from kimi_lite.terminal import report_crash
+
+    report_crash(*crash)

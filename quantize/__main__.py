@@ -70,10 +70,10 @@ def main(
 ) -> None:
     """Convert a model of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to GGUF. Killed, it goes on when
     repeated."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from kimi_lite.quantize.app import Settings, run
+    from kimi_lite.terminal import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     more = (calibrate, chunks, max_ram, mmproj, check_source)
@@ -101,5 +101,7 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except KimiLiteError as error:
-        typer.echo(f"quantize: {error}", err=True)
+        from kimi_lite.terminal import echo
+
+        echo(f"quantize: {error}", to_stderr=True)
         sys.exit(2)

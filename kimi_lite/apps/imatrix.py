@@ -31,10 +31,10 @@ def main(
 ) -> None:
     """Measure importance over a text, for quantize --imatrix and for llama.cpp. Layer by layer: also models beyond
     memory."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from kimi_lite.quantize.calibrate.statistics import collect_importance
+    from kimi_lite.terminal import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

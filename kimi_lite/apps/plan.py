@@ -138,6 +138,7 @@ def _decide(
 def _print(plan: "Plan", choices: "list[Choice]", chosen: str | None, subject: "Subject") -> None:
     from kimi_lite.plan.subject import smaller_model
     from kimi_lite.plan.view import disk_warning, next_line, plan_lines, recipe_lines
+    from kimi_lite.terminal import echo
 
     lines = plan_lines(plan)
     if not subject.sizes and (warning := disk_warning(plan)):
@@ -148,4 +149,4 @@ def _print(plan: "Plan", choices: "list[Choice]", chosen: str | None, subject: "
         lines += ["", *recipe_lines(choices, chosen or "")]
     if plan.refusal and not subject.sizes and (instead := smaller_model(plan.hardware, plan.limits)):
         lines += ["", f"What would run here: kimi-lite plan -m {instead[0]} --recipe {instead[1]}"]
-    typer.echo("\n".join(lines) + "\n" * bool(plan.refusal))
+    echo("\n".join(lines) + "\n" * bool(plan.refusal))

@@ -1,8 +1,9 @@
 """Progress of loading: bytes with GB/s and the time left, or a count of stages; gone when it is done."""
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from kimi_lite.terminal import Console
 
 LEAST_BYTES = 1_000_000  # nobody counts stages or kernels in millions: larger totals are bytes
 

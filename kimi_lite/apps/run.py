@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-
 from kimi_lite.apps.chat.attachments import compose, read_image
 from kimi_lite.apps.chat.interrupt import on_interrupt
 from kimi_lite.apps.chat.render import (
     LEAST_PREFILL_TOKENS,
     AnswerView,
     WorkProgress,
-    show_plain,
     stats_document,
     stats_line,
 )
@@ -28,6 +25,7 @@ from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import whole_file
+from kimi_lite.terminal import Console, show_plain, write
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.tool_loop import ToolLoop
@@ -159,8 +157,7 @@ def _read_file(path: Path) -> str:
 def _write(text: str, path: Path | None, out: TextIO) -> None:
     """To `out`, or to a file that appears only when it is complete."""
     if path is None:
-        out.write(text)
-        out.flush()
+        write(out, text)
         return
     try:
         with whole_file(path) as file:

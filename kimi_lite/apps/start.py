@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 
 from kimi_lite import __version__
 from kimi_lite.apps.chat.interrupt import on_interrupt, silent_keys
-from kimi_lite.apps.chat.render import describe_model, show_plain
+from kimi_lite.apps.chat.render import describe_model
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
@@ -20,6 +19,7 @@ from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import LoadOptions
+from kimi_lite.terminal import Console, show_plain
 from kimi_lite.units import parse_size
 
 DEMO_REMARKS = (

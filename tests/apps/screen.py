@@ -4,7 +4,8 @@ rendering."""
 import io
 
 import pyte
-from rich.console import Console
+
+from kimi_lite.terminal import Console
 
 
 class Screen:

@@ -4,11 +4,11 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from kimi_lite.apps.chat.chat import Chat, ChatOptions
 from kimi_lite.apps.chat.sessions import Autosave, SessionStore
 from kimi_lite.engine.session import Session
+from kimi_lite.terminal import Console
 from tests.apps.fake_main import repeat
 from tests.engine.fakes import fake_engine, scripted_logits
 
@@ -30,7 +30,7 @@ class ScriptedInput:
             raise KeyboardInterrupt
         return line
 
-    def choose(self, question: str, answers: str) -> str:
+    def choose(self, question: str, answers: str, default: str = "") -> str:
         self.questions.append(question)
         answer = self.answers.pop(0)
         assert answer in answers

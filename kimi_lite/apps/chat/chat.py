@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -19,20 +18,20 @@ from kimi_lite.apps.chat.attachments import Attachment, compose, counted, droppe
 from kimi_lite.apps.chat.commands.registry import all_commands, is_command
 from kimi_lite.apps.chat.context import make_room, warn_when_nearly_full
 from kimi_lite.apps.chat.interrupt import Forced, as_exit, on_interrupt, silent_keys
-from kimi_lite.apps.chat.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, show_plain, stats_line
+from kimi_lite.apps.chat.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, stats_line
 from kimi_lite.apps.chat.sessions import Autosave, SessionStore
 from kimi_lite.apps.folders import state_folder
-from kimi_lite.apps.markdown.stream import CONTROLS
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation, OnPrefill
 from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Token
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.tool_calls import ToolCall
+from kimi_lite.terminal import Console, show_plain
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.tool_loop import ToolLoop
-    from kimi_lite.apps.tools.box import Permission, ToolBox
+    from kimi_lite.apps.tools.box import ToolBox
+    from kimi_lite.apps.tools.confirm import Permission, Question
 
 Answering = Callable[[OnPrefill], Generator[Token, None, None]]
 _INDENT = "  "
@@ -46,8 +45,8 @@ class Input(Protocol):
     def read(self, draft: str) -> str:
         """The next message; KeyboardInterrupt for Ctrl-C, EOFError for the end."""
 
-    def choose(self, question: str, answers: str) -> str:
-        """One of the letters; the last one for Ctrl-C."""
+    def choose(self, question: str, answers: str, default: str = "") -> str:
+        """One of the letters; the last one for Ctrl-C, `default` for an empty line (without one it asks again)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,6 @@ class Chat:
         self._say(text, "dim")
 
     def _say(self, text: str, style: str) -> None:
-        text = CONTROLS.sub("�", text)
         if not self.aside.is_terminal or not text:
             show_plain(self.aside, text, style=style)
             return
@@ -143,7 +141,7 @@ class Chat:
         table.add_column(max_width=max(self.aside.width // 3, 20))
         table.add_column()
         for name, text in rows:
-            table.add_row(*(Text(CONTROLS.sub("�", cell)) for cell in (name, text)))
+            table.add_row(Text(name), Text(text))
         self.aside.print(Padding(table, (0, 0, 0, len(_INDENT))), style="dim")
 
     def say_flow(self, words: Sequence[str]) -> None:
@@ -156,9 +154,9 @@ class Chat:
             line += word + "  "
         self.say(line)
 
-    def choose(self, question: str, answers: str) -> str:
+    def choose(self, question: str, answers: str, default: str = "") -> str:
         assert self._input is not None
-        return self._input.choose(question, answers)
+        return self._input.choose(question, answers, default)
 
     def ask(self, text: str, settings: AnswerSettings | None = None) -> None:
         """Send a message with its attachments; what is refused comes back into the prompt."""
@@ -290,17 +288,16 @@ class Chat:
 
         return ToolLoop(self.session, self.tools, self._permit, self.say, view.close)
 
-    def _permit(self, call: ToolCall) -> "Permission":
-        """Ask the user about a tool call; into a pipe nobody can be asked."""
-        from kimi_lite.apps.tools.confirm import ANSWERS, forget_typed_ahead, long_arguments, refuse
+    def _permit(self, question: "Question") -> "Permission":
+        """Ask the user about a tool call; a pipe cannot be asked."""
+        from kimi_lite.apps.tools.confirm import ANSWERS, forget_typed_ahead, refuse
 
         if not self.is_interactive:
-            return refuse(call, self.say)
-        for line in long_arguments(call):
+            return refuse(question, self.say)
+        for line in question.lines:
             self.say(line)
         forget_typed_ahead()
-        question = f"run {CONTROLS.sub('�', call.name)}? [y]es, [a]lways, [n]o, [s]top: "
-        return ANSWERS[self.choose(question, "".join(ANSWERS))]
+        return ANSWERS[self.choose(question.prompt, "".join(ANSWERS), question.default)]
 
     def _last_words(self) -> str:
         text = next((" ".join(turn.text.split()) for turn in reversed(self.session.turns) if turn.role == "user"), "")

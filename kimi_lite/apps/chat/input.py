@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
@@ -24,6 +23,7 @@ from kimi_lite.apps.chat.attachments import counted
 from kimi_lite.apps.chat.completion import ChatCompleter
 from kimi_lite.apps.chat.input_pipe import is_open_block, unquote_block
 from kimi_lite.apps.folders import make_private
+from kimi_lite.terminal import open_prompt
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.chat import Chat
@@ -87,7 +87,7 @@ class TerminalInput:
     def __init__(self, chat: Chat, history_path: Path) -> None:
         self._chat, self._pastes = chat, Pastes()
         is_command = Condition(lambda: self._session.default_buffer.text.startswith("/"))
-        self._session: PromptSession[str] = PromptSession(
+        self._session = open_prompt(
             self._prompt,
             rprompt=self._mode,
             style=_STYLE,
@@ -100,15 +100,15 @@ class TerminalInput:
             enable_suspend=True,
             tempfile_suffix=".md",
         )
-        self._question: PromptSession[str] = PromptSession()
+        self._question = open_prompt()
 
     def read(self, draft: str) -> str:
         return unquote_block(self._pastes.expand(self._session.prompt(default=self._pastes.collapse(draft))))
 
-    def choose(self, question: str, answers: str) -> str:
+    def choose(self, question: str, answers: str, default: str = "") -> str:
         while True:
             try:
-                answer = self._question.prompt(question).strip().lower()[:1]
+                answer = self._question.prompt(question).strip().lower()[:1] or default
             except (KeyboardInterrupt, EOFError):
                 return answers[-1]
             if answer and answer in answers:

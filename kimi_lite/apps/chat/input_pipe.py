@@ -24,7 +24,7 @@ class PipeInput:
             line += more
         return unquote_block(line)
 
-    def choose(self, question: str, answers: str) -> str:
+    def choose(self, question: str, answers: str, default: str = "") -> str:
         raise AssertionError(question)
 
 

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from kimi_lite.apps.markdown.live import LiveRows
 from kimi_lite.apps.markdown.rows import Row
-from kimi_lite.apps.markdown.stream import CONTROLS, MarkdownStream
+from kimi_lite.apps.markdown.stream import MarkdownStream
 from kimi_lite.engine.types import ModelInfo, Stats, Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.terminal import Console, show_plain, write
 
 LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
 REASONING_ROWS = 12  # of the screen, while the model thinks
@@ -98,8 +98,7 @@ class AnswerView:
         if self._markdown:
             self._markdown.feed(text)
         else:
-            self.out.write(CONTROLS.sub("�", text) if self.out.isatty() else text)
-            self.out.flush()
+            write(self.out, text)
             self._is_line_open = not text.endswith("\n")
 
     def _end_content(self) -> None:
@@ -124,7 +123,7 @@ class AnswerView:
             self._dim(f"{token.error}\n")
 
     def _dim(self, text: str) -> None:
-        show_plain(self.aside, CONTROLS.sub("�", text), end="", style="dim")
+        show_plain(self.aside, text, end="", style="dim")
 
 
 class ReasoningView:
@@ -140,8 +139,7 @@ class ReasoningView:
         """The next token of it."""
         if not self._text:
             self._began_s = time.perf_counter()
-        text = CONTROLS.sub("�", token.text)
-        text = text if self._text else text.lstrip("\n")
+        text = token.text if self._text else token.text.lstrip("\n")
         self._text += text
         self._num_tokens += token.id is not None
         if self._live:
@@ -178,7 +176,7 @@ def can_redraw(console: Console) -> bool:
 
 def show_reasoning(console: Console, text: str) -> None:
     """All of a past answer's reasoning, dim: `/think show`."""
-    show_plain(console, CONTROLS.sub("�", text.strip("\n")), style="dim")
+    show_plain(console, text.strip("\n"), style="dim")
 
 
 class WorkProgress:
@@ -212,11 +210,6 @@ class WorkProgress:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def show_plain(console: Console, text: str, end: str = "\n", style: str | None = None) -> None:
-    """Print text as it is: no markup, no highlighting, no wrapping of our own."""
-    console.print(text, end=end, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def stats_line(token: Token) -> str:

@@ -7,13 +7,11 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-
 from kimi_lite.apps.chat.chat import ChatOptions, chat
-from kimi_lite.apps.chat.render import show_plain
 from kimi_lite.apps.start import Settings, greeting, open_session
 from kimi_lite.apps.tools.start import open_tools, require_place
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.terminal import Console, show_plain
 
 
 def start_chat(flags: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for bug
 def main(model: Model = None, quick: Quick = False, warm: Warm = False, as_json: AsJson = False) -> None:
     """Check this machine: each line is ok, warn or fail, with what to do about it."""
     from kimi_lite.apps.doctor.system import gather
+    from kimi_lite.terminal import echo
 
     path = model.expanduser() if model else None
     if warm and path is None:
@@ -42,7 +43,7 @@ def main(model: Model = None, quick: Quick = False, warm: Warm = False, as_json:
         typer.echo(json.dumps(document(facts, found)))
     else:
         counts = {status: sum(check.status == status for check in found) for status in ("ok", "warn", "fail")}
-        typer.echo("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()))
+        echo("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if any(check.status == "fail" for check in found):
         raise typer.Exit(_FAILED)
 
@@ -81,11 +82,14 @@ def document(facts: "Facts", checks: "list[Check]") -> dict:
 def _print(check: "Check") -> None:
     import textwrap
 
+    from kimi_lite.terminal import echo
+
     colour = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}[check.status]
     lines = textwrap.wrap(check.finding, 80 - _LABEL) or [""]
-    typer.echo(f"{typer.style(f'{check.status:<5}', fg=colour)}{check.name:<{_LABEL - 5}}{lines[0]}")
+    echo(f"{check.status:<5}", colour=colour, end="")
+    echo(f"{check.name:<{_LABEL - 5}}{lines[0]}")
     for line in lines[1:]:
-        typer.echo(" " * _LABEL + line)
+        echo(" " * _LABEL + line)
     if check.fix:
         for line in textwrap.wrap(f"→ {check.fix}", 80 - _LABEL, subsequent_indent="  "):
-            typer.echo(" " * _LABEL + line)
+            echo(" " * _LABEL + line)

@@ -9,12 +9,12 @@ but nothing is lost.
 import time
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType, Segment
 from wcwidth import wcwidth
 
 from kimi_lite.apps.markdown.rows import Row
+from kimi_lite.terminal import Console
 
 LIVE_SHARE = 0.2  # of the time at most goes into showing what will change anyway
 _EMOJI_STYLE = "\ufe0f"  # some terminals show what stands before it in one cell more

@@ -5,13 +5,14 @@ Rows are lists of rich segments without line ends, so that they can be counted, 
 from collections.abc import Iterable
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from kimi_lite.apps.markdown.blocks import Blocks, Container, Leaf
+from kimi_lite.terminal import Console
 
 Row = list[Segment]
 DIM, CODE = Style(dim=True), Style(color="cyan")

@@ -10,18 +10,14 @@ scrollback. Code is finished line by line, a list item by item, a paragraph or t
 on the text alone, not on the pieces in which it came.
 """
 
-import re
-
-from rich.console import Console
 from rich.text import Text
 
 from kimi_lite.apps.markdown.blocks import Blocks, Leaf
 from kimi_lite.apps.markdown.code import CodeColours
 from kimi_lite.apps.markdown.live import LiveRows
 from kimi_lite.apps.markdown.rows import LeafRows, Row, Rows
+from kimi_lite.terminal import Console, harmless
 
-# What could move the cursor or change the terminal: C0 but tab and newline, DEL, C1.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MOST_LINES = 100  # of one paragraph; a longer one is printed in parts
 
 
@@ -66,7 +62,7 @@ class MarkdownStream:
 
     def _take(self, line: str) -> list[Row]:
         """Take in a complete line; the rows that it settles."""
-        self._lines.append(CONTROLS.sub("�", line.removesuffix("\r")))
+        self._lines.append(harmless(line.removesuffix("\r")))
         leaves, rows = self._unprinted(self._lines), []
         for i, leaf in enumerate(leaves):
             if i < len(leaves) - 1 or self._is_final(leaf):
@@ -129,7 +125,7 @@ class MarkdownStream:
 
     def _unsettled(self) -> list[Row]:
         """What is not settled, as it looks for now."""
-        open_line = CONTROLS.sub("�", self._open.removesuffix("\r"))
+        open_line = harmless(self._open.removesuffix("\r"))
         if self._code is not None:
             return self._console.render_lines(Text(open_line, overflow="fold"), pad=False) if open_line else []
         leaves = self._unprinted([*self._lines, open_line] if open_line else self._lines)

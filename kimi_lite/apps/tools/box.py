@@ -7,16 +7,15 @@ with ToolBox.open(Path("."), Path("mcp.json"), allow=["read_file"]) as box:
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from kimi_lite.apps.tools.confirm import Ask, Question
 from kimi_lite.apps.tools.tool import Tool, ToolError, check_arguments, shortened
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tool_calls import ToolCall
-
-Permission = Literal["once", "always", "no", "stop"]
-Ask = Callable[[ToolCall], Permission]
 
 
 class Stopped(Exception):
@@ -76,7 +75,7 @@ class ToolBox:
         self._is_stopped.clear()
         try:
             tool, arguments = self._find(call)
-            self._permit(call, ask)
+            self._permit(tool, arguments, ask)
             text = tool.run(arguments, self._is_stopped.is_set)
         except Stopped:
             raise
@@ -114,16 +113,16 @@ class ToolBox:
         check_arguments(arguments, tool.parameters)
         return tool, arguments
 
-    def _permit(self, call: ToolCall, ask: Ask) -> None:
-        if "*" in self.allowed or call.name in self.allowed:
+    def _permit(self, tool: Tool, arguments: Mapping[str, Any], ask: Ask) -> None:
+        if tool.name in self.allowed or ("*" in self.allowed and not tool.risks):
             return
-        permission = ask(call)
+        permission = ask(Question(tool.name, arguments, tool.risks))
         if permission == "stop":
             raise Stopped
         if permission == "no":
             raise ToolError("the user did not allow this call. Do not repeat it; go on without it or ask")
         if permission == "always":
-            self.allowed.add(call.name)
+            self.allowed.add(tool.name)
 
     def _add(self, tool: Tool) -> None:
         """Under its own name; where that is taken with its server's name before it."""
@@ -135,7 +134,7 @@ class ToolBox:
             )
         while name in self.tools:
             name += "_"
-        self.tools[name] = Tool(name, tool.description, tool.parameters, tool.run, tool.origin)
+        self.tools[name] = replace(tool, name=name)
 
     def _require_known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name != "*" and name not in self.tools]

@@ -5,10 +5,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.terminal import Console
 
 if TYPE_CHECKING:
     from kimi_lite.apps.tools.box import ToolBox

@@ -35,6 +35,7 @@ class Tool:
     parameters: Mapping[str, Any]
     run: Run
     origin: str = ""  # the MCP server it comes from
+    risks: tuple[str, ...] = ()  # sentences on what does not confine it here; then it is never run without a question
 
     @property
     def declaration(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from kimi_lite.apps.chat.render import (
     REASONING_ROWS,
@@ -18,6 +17,7 @@ from kimi_lite.apps.chat.render import (
 )
 from kimi_lite.apps.markdown.stream import MarkdownStream
 from kimi_lite.engine.types import ModelInfo, Stats, Token
+from kimi_lite.terminal import Console
 from kimi_lite.text.tool_calls import ToolCall
 from tests.apps.screen import Screen
 

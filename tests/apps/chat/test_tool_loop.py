@@ -9,13 +9,13 @@ import pytest
 from kimi_lite.apps.chat.tool_loop import ToolLoop, summary
 from kimi_lite.apps.remote.session import RemoteSession
 from kimi_lite.apps.tools.box import ToolBox
+from kimi_lite.apps.tools.confirm import Question
 from kimi_lite.apps.tools.tool import Tool, parameters
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import SamplingParams, Token
 from kimi_lite.text.tokenizer import Tokenizer
-from kimi_lite.text.tool_calls import ToolCall
 from tests.apps.fake_openai import FakeOpenAI, call_delta, sse
 from tests.engine.fakes import fake_engine, scripted_logits
 
@@ -99,7 +99,7 @@ class Run:
         self, session: Conversation, answer: str = "once", tools: tuple[Tool, ...] = (ADD,), **options: int
     ) -> None:
         self.said: list[str] = []
-        self.asked: list[ToolCall] = []
+        self.asked: list[Question] = []
         self.loop = ToolLoop(
             session, ToolBox(tools), lambda call: self.asked.append(call) or answer, self.said.append, **options
         )
@@ -122,7 +122,7 @@ def test_calls_are_run_and_answered_until_there_is_an_answer(converse) -> None:
     run = Run(session)
     assert run.content == "done"
     assert results(session) == [("functions.add:0", "2"), ("functions.add:1", "6"), ("functions.add:2", "3")]
-    assert [call.arguments for call in run.asked] == ['{"a": 1}', '{"a": 5}', '{"a": 2}']
+    assert [question.arguments for question in run.asked] == [{"a": 1}, {"a": 5}, {"a": 2}]
     assert run.said == ["  ← 2", "  ← 6", "  ← 3"]
     assert [turn.role for turn in session.turns] == [
         "user",
