@@ -4,6 +4,7 @@ runs.
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can mend, 130 interrupted.
 """
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -169,6 +170,9 @@ def bench(context: typer.Context) -> None:
 
 def main() -> None:
     """The entry point."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     sys.excepthook = _report_crash

@@ -1,22 +1,47 @@
-"""Files that appear only when they are complete, whatever ends the program meanwhile."""
+"""Files that appear only when they are complete, whatever ends the program meanwhile; and text that people give us, in
+the encodings they have.
+"""
 
+import codecs
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from kimi_lite.errors import KimiLiteError
+
+MAX_TEXT_BYTES = 64_000_000  # of one text: more than any context, and a limit to /dev/zero
+_BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+PARTIAL = ".partial"  # how the names of unfinished files end
+
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w", permissions: int = 0o666) -> Iterator[IO]:
-    """A new file for `path`, "w" (UTF-8) or "wb": written beside it, synced and renamed at the end of the block.
+    """A new file for `path`, "w" (UTF-8) or "wb": written under another name, synced and renamed when the block ends.
 
     What was at `path` stays until then. An error in the block leaves it as it was and takes the unfinished file away.
+    A link stays a link, a device or a pipe (/dev/stdout) is written as it is. A file or link that waits under the other
+    name is not used.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, permissions)
+    encoding = None if "b" in mode else "utf-8"
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        with open(path, mode, encoding=encoding) as file:
+            yield file
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial.unlink(missing_ok=True)  # of a process that had our number
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(partial, flags, permissions)
     try:
-        with open(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(descriptor, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -24,3 +49,67 @@ def whole_file(path: Path, mode: str = "w", permissions: int = 0o666) -> Iterato
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def require_writable(path: Path, what: str) -> None:
+    """Refuse, before any work is done, a path that `whole_file` could not write; KimiLiteError naming `what`."""
+    try:
+        problem = _why_not_writable(path)
+    except OSError as error:  # a name that is too long
+        problem = error.strerror
+    if problem:
+        raise KimiLiteError(f"{what} cannot be written to {path}: {problem}.", "Name a file in a folder of yours.")
+
+
+def _why_not_writable(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if path.exists() and not path.is_file():
+        return "" if os.access(path, os.W_OK) else "it is not writable"
+    return "" if os.access(path.parent, os.W_OK | os.X_OK) else f"the folder {path.parent} is not writable"
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file that a user names, as `decode_text`; KimiLiteError naming `what` ("The prompt file")."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise KimiLiteError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    return decode_text(data, f"{what} {path}")
+
+
+def decode_text(data: bytes, what: str) -> str:
+    """Text in UTF-8, or in UTF-16 or UTF-32 as Windows writes them; without its byte order mark, lines end in "\\n".
+
+    KimiLiteError naming `what` for other encodings and for what is no text: a guess would change the meaning unseen.
+    """
+    if len(data) > MAX_TEXT_BYTES:
+        raise KimiLiteError(f"{what} is longer than {MAX_TEXT_BYTES:,} bytes.", "Take a part of it.")
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None) or _without_mark(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding not in ("utf-8", "utf-8-sig"):
+            raise KimiLiteError(f"{what} is damaged {encoding.upper()} text: {error.reason}.") from None
+        byte, before = data[error.start], len(data[: error.start].decode(encoding))
+        table = "WINDOWS-1252" if set(range(0x80, 0xA0)) & set(data) else "LATIN1"
+        raise KimiLiteError(
+            f"{what} is not UTF-8 text: byte 0x{byte:02X} after {before:,} characters.",
+            f"If it is Western European text: iconv -f {table} -t UTF-8 FILE > NEW.",
+        ) from None
+    if "\0" in text:
+        raise KimiLiteError(f"{what} is not text: a NUL after {text.index(chr(0)):,} characters.", "Name a text file.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _without_mark(data: bytes) -> str:
+    """UTF-16 of Western text has a zero in every other byte; anything else is to be UTF-8."""
+    head = data[:4096]
+    half = len(head) // 2
+    for encoding, zeros, others in (("utf-16-le", head[1::2], head[0::2]), ("utf-16-be", head[0::2], head[1::2])):
+        if half and len(data) % 2 == 0 and zeros.count(0) > 0.6 * half and not others.count(0):
+            return encoding
+    return "utf-8"

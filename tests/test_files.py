@@ -2,11 +2,18 @@
 
 import os
 import stat
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kimi_lite.files import whole_file
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import MAX_TEXT_BYTES, decode_text, read_text, require_writable, whole_file
+
+WITH_MARK = ("utf-8-sig", "utf-16", "utf-32")
+WESTERN = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1)
 
 
 def test_it_appears_at_the_end_and_replaces_what_was_there(tmp_path: Path) -> None:
@@ -32,3 +39,78 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "missing" / "b"):
         pass
+
+
+def test_a_link_stays_a_link_and_what_waits_under_the_unfinished_name_is_left_alone(tmp_path: Path) -> None:
+    real, link, victim = tmp_path / "real", tmp_path / "link", tmp_path / "victim"
+    victim.write_text("precious")
+    link.symlink_to(real)
+    for path in (link, tmp_path / "plain"):
+        (tmp_path / f"{path.name}.{os.getpid()}.partial").symlink_to(victim)
+        (tmp_path / f"real.{os.getpid()}.partial").unlink(missing_ok=True)
+        (tmp_path / f"real.{os.getpid()}.partial").symlink_to(victim)
+        with whole_file(path) as file:
+            file.write("new")
+        assert path.read_text() == "new"
+    assert link.is_symlink()
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["a", "there", "no/such", ".", "there/below", "x" * 300])
+def test_a_path_is_refused_beforehand_exactly_when_it_could_not_be_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "there").write_text("old")
+    path = tmp_path / name
+    with pytest.raises(KimiLiteError) if name not in ("a", "there") else nullcontext() as refused:
+        require_writable(path, "The answer")
+    with pytest.raises(OSError, match="Errno") if refused else nullcontext(), whole_file(path) as file:
+        file.write("new")
+    assert not refused or "Errno" not in str(refused.value)
+
+
+@given(st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"])), st.sampled_from(WITH_MARK))
+def test_text_with_a_byte_order_mark_is_read_without_it(text: str, encoding: str) -> None:
+    assert decode_text(text.encode(encoding), "It") == text
+    big = "utf-16-be"
+    assert decode_text(("\ufeff" + text).encode(big), "It") == text
+    assert decode_text(text.replace("\n", "\r\n").encode(encoding), "It") == text
+
+
+@given(WESTERN)
+def test_western_text_as_windows_pipes_it_is_read_without_a_mark_too(text: str) -> None:
+    for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
+        assert decode_text(text.encode(encoding), "It") == text
+
+
+@given(st.binary())
+def test_any_bytes_are_text_or_a_sentence(data: bytes) -> None:
+    with suppress(KimiLiteError):
+        text = decode_text(data, "It")
+        assert "\0" not in text
+        assert "\r" not in text
+        text.encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            "caf\u00e9".encode("latin-1"),
+            "byte 0xE9 after 3 characters.\nIf it is Western European text: iconv",
+        ),
+        ("\u201ccaf\u00e9".encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8"),
+        (b"\x7fELF\x02\x01\x01\0\0", "is not text: a NUL after 7 characters"),
+        (b"\xff\xfea", "is damaged UTF-16 text"),
+        (b"x" * (MAX_TEXT_BYTES + 1), "is longer than"),
+    ],
+)
+def test_what_is_no_text_is_a_sentence(data: bytes, message: str) -> None:
+    with pytest.raises(KimiLiteError) as error:
+        decode_text(data, "It")
+    assert message in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none", tmp_path / "x\0y"):
+        with pytest.raises(KimiLiteError, match=r"The file .* cannot be read: ") as error:
+            read_text(path, "The file")
+        assert "Errno" not in str(error.value)

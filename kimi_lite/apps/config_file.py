@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import read_text
 
 
 def read_defaults(path: Path, flags: Mapping[str, str]) -> dict[str, Any]:
     """Parameter name -> value. `flags`: parameter names by long flag without its dashes. No file, no defaults."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        settings = tomllib.loads(read_text(path, "The configuration file")) if path.exists() else {}
+    except tomllib.TOMLDecodeError as error:
         raise KimiLiteError(
-            f"The configuration file {path} cannot be read: {error}.", "Mend it or move it away."
+            f"The configuration file {path} cannot be read: {error}.", "Fix it or move it away."
         ) from error
     return {_parameter(name, flags, path): _value(name, value, path) for name, value in settings.items()}
 

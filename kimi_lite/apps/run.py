@@ -4,9 +4,11 @@ stderr."""
 import json
 import os
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,12 +21,13 @@ from kimi_lite.apps.chat.render import (
     stats_document,
     stats_line,
 )
+from kimi_lite.apps.piped import read_piped
 from kimi_lite.apps.start import Settings, open_session, say_demo
 from kimi_lite.apps.tools.start import open_tools, require_place
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.files import whole_file
+from kimi_lite.files import read_text, require_writable, whole_file
 from kimi_lite.terminal import Console, show_plain, write
 
 if TYPE_CHECKING:
@@ -45,63 +48,67 @@ class RunOutput:
     shows_reasoning: bool = True
 
 
-def read_prompt(argument: str | None, option: str | None, path: Path | None, stdin: TextIO) -> str:
-    """The prompt from the argument or -p, then the file ("-" is stdin); from stdin alone when neither is given."""
+def read_prompt(
+    argument: str | None, option: str | None, path: Path | None, stdin: TextIO | None, say: Callable[[str], None]
+) -> str:
+    """The argument or -p, then the file, then what is piped into `stdin`; that is waited for where the file is "-" or
+    nothing else is given."""
     if argument is not None and option is not None:
         raise KimiLiteError("The prompt is given twice, as an argument and with -p.", "Give it once.")
     text = argument if argument is not None else option
-    if text is None and path is None:
-        if stdin.isatty():
-            raise KimiLiteError(
-                "There is no prompt.", 'Try kimi-lite run "why is the sky blue?", -f FILE, or a pipe into stdin.'
-            )
-        path = Path("-")
-    parts = [text] if text is not None else []
-    if path is not None:
-        parts.append(stdin.read() if str(path) == "-" else _read_file(path))
-    prompt = "\n\n".join(parts)
-    if not prompt.strip():
-        raise KimiLiteError("The prompt is empty.", 'Try kimi-lite run "why is the sky blue?".')
+    is_alone = text is None and path is None and not (stdin is not None and stdin.isatty())
+    parts = [] if text is None else [text.removeprefix("\ufeff")]
+    if path is not None and str(path) != "-":
+        parts.append(read_text(path, "The prompt file"))
+    parts.append(read_piped(stdin, is_alone or str(path) == "-", say))
+    prompt = "\n\n".join(part for part in parts if part.strip())
+    if not prompt:
+        raise KimiLiteError(
+            "There is no prompt, or it is empty.",
+            'Try kimi-lite run "why is the sky blue?", -f FILE, or a pipe into stdin.',
+        )
     return prompt
 
 
 def start_run(flags: Mapping[str, Any]) -> int:
     """`kimi-lite run` with these parameters; the process's exit code."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # the conversation refuses what is not UTF-8
     file, path = (None if flags[name] is None else Path(flags[name]) for name in ("file", "output"))
-    text = read_prompt(flags["prompt"], flags["prompt_option"], file, sys.stdin)
+    if path is not None:
+        require_writable(path, "The answer")
+    settings, stderr = Settings.from_flags(flags), Console(stderr=True)
+    say = partial(show_plain, stderr, style="dim")
+    text = read_prompt(flags["prompt"], flags["prompt_option"], file, sys.stdin, say)
     attachments = [read_image(name) for name in flags["image"] or ()]
-    settings, aside = Settings.from_flags(flags), Console(stderr=True)
     output = RunOutput(path, flags["as_json"], flags["quiet"], flags["plain"], not flags["hide_thinking"])
     if settings.is_demo and not settings.is_quiet:
-        say_demo(aside)
+        say_demo(stderr)
     with ExitStack() as stack:
         tools = open_tools(flags)
         if tools is not None:
             stack.enter_context(tools)
-        session = stack.enter_context(closing(open_session(settings, aside)))
+        conversation = stack.enter_context(closing(open_session(settings, stderr)))
         if tools is not None:
-            require_place(session)
-            for note in () if output.is_quiet else tools.notes:
-                show_plain(aside, note, style="dim")
-        return run(session, compose(text, attachments), output, tools)
+            require_place(conversation)
+            for remark in () if output.is_quiet else tools.notes:
+                say(remark)
+        return run(conversation, compose(text, attachments), output, tools)
 
 
-def run(session: Conversation, prompt: Content, output: RunOutput, tools: "ToolBox | None" = None) -> int:
+def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "ToolBox | None" = None) -> int:
     """Answer `prompt`, with the tools there are; the process's exit code. Ctrl-C keeps what was said so far."""
-    out, aside = sys.stdout, Console(stderr=True)
+    out, stderr = sys.stdout, Console(stderr=True)
     is_whole = output.is_json or output.path is not None  # written at the end, in one piece
     with (
         open(os.devnull, "w") as nowhere,
-        WorkProgress(aside, least=LEAST_PREFILL_TOKENS) as progress,
+        WorkProgress(stderr, least=LEAST_PREFILL_TOKENS) as progress,
     ):
-        shows_reasoning = aside.is_terminal and output.shows_reasoning and not output.is_quiet
-        view = AnswerView(nowhere if is_whole else out, aside, shows_reasoning, output.is_plain, not output.is_quiet)
+        shows_reasoning = stderr.is_terminal and output.shows_reasoning and not output.is_quiet
+        view = AnswerView(nowhere if is_whole else out, stderr, shows_reasoning, output.is_plain, not output.is_quiet)
         ids = []
         report = None if output.is_quiet else lambda _, done, total: progress("reading the prompt", done, total)
-        loop = None if tools is None else _tool_loop(session, tools, view, aside, output.is_quiet)
-        with on_interrupt(loop.cancel if loop else session.cancel):
-            tokens = session.ask(prompt, report, tools.declarations if tools else None)
+        loop = None if tools is None else _tool_loop(conversation, tools, view, stderr, output.is_quiet)
+        with on_interrupt(loop.cancel if loop else conversation.cancel):
+            tokens = conversation.ask(prompt, report, tools.declarations if tools else None)
             for token in loop.follow(tokens, report) if loop else tokens:
                 progress.close()
                 view.show(token)
@@ -109,30 +116,29 @@ def run(session: Conversation, prompt: Content, output: RunOutput, tools: "ToolB
         view.close()
     assert view.last is not None, prompt
     if is_whole:
-        _write(
-            _document(session, view, ids) if output.is_json else _ended(view.texts["content"].lstrip("\n")),
-            output.path,
-            out,
-        )
+        answer = _document(conversation, view, ids) if output.is_json else _ended(view.texts["content"].lstrip("\n"))
+        _write(answer, output.path, out)
     if not output.is_quiet:
-        show_plain(aside, stats_line(view.last), style="dim")
+        show_plain(stderr, stats_line(view.last), style="dim")
     return INTERRUPTED if view.last.finish_reason == "cancelled" else 0
 
 
-def _tool_loop(session: Conversation, tools: "ToolBox", view: AnswerView, aside: Console, is_quiet: bool) -> "ToolLoop":
+def _tool_loop(
+    conversation: Conversation, tools: "ToolBox", view: AnswerView, stderr: Console, is_quiet: bool
+) -> "ToolLoop":
     from kimi_lite.apps.chat.tool_loop import ToolLoop
     from kimi_lite.apps.tools.confirm import asker
 
     def say(text: str) -> None:
         if not is_quiet:
-            show_plain(aside, text, style="dim")
+            show_plain(stderr, text, style="dim")
 
-    return ToolLoop(session, tools, asker(say), say, view.close)
+    return ToolLoop(conversation, tools, asker(say), say, view.close)
 
 
-def _document(session: Conversation, view: AnswerView, ids: list[int]) -> str:
+def _document(conversation: Conversation, view: AnswerView, ids: list[int]) -> str:
     document = {
-        "model": session.info.name,
+        "model": conversation.info.name,
         "text": view.texts["content"],
         "reasoning": view.texts["reasoning"],
         "tool_calls": view.calls,
@@ -147,20 +153,28 @@ def _ended(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")  # the session refuses what is not UTF-8
-    except OSError as error:
-        raise KimiLiteError(f"The prompt file {path} cannot be read: {error}.") from error
-
-
 def _write(text: str, path: Path | None, out: TextIO) -> None:
-    """To `out`, or to a file that appears only when it is complete."""
-    if path is None:
-        write(out, text)
-        return
+    """To `out`, or to a file that appears only when it is complete; into the folder for temporary files where that
+    fails."""
+    where = "stdout" if path is None else str(path)
     try:
+        if path is None:
+            write(out, text)
+            return
         with whole_file(path) as file:
             file.write(text)
+    except BrokenPipeError:  # its reader has left
+        raise
     except OSError as error:
-        raise KimiLiteError(f"The answer cannot be written to {path}: {error}.") from error
+        raise KimiLiteError(f"The answer cannot be written to {where}: {error.strerror}.", rescue(text)) from error
+
+
+def rescue(text: str, suffix: str = ".txt") -> str:
+    """Write what must not be lost into the folder for temporary files; a sentence that says where it is."""
+    try:
+        descriptor, name = tempfile.mkstemp(suffix, "kimi-lite-")  # for its owner only
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        return f"Nor into {tempfile.gettempdir()}: {error.strerror}. It was:\n{text}"
+    return f"It is in {name}."

@@ -3,7 +3,10 @@
 import json
 import os
 import resource
+import shlex
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -13,8 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kimi_lite import __version__
+from kimi_lite.apps.piped import FIRST_BYTE_S
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import LoadOptions
 from tests.apps.fake_main import open_fake
 from tests.apps.terminal import Terminal
@@ -50,7 +55,13 @@ def test_stdout_has_the_answer_and_nothing_else(opened: list[Engine]) -> None:
         ([], "from a pipe", "from a pipe"),
         (["-f", "-"], "dash", "dash"),
         (["look:", "-f", "FILE"], "", "look:\n\nin a file"),
-        (["-f", "FILE"], "ignored", "in a file"),
+        (["-f", "FILE"], "", "in a file"),
+        (["-f", "FILE"], "piped", "in a file\n\npiped"),
+        (["look:"], "piped", "look:\n\npiped"),
+        (["-p", "look:"], "piped", "look:\n\npiped"),
+        (["look:", "-f", "-"], "piped", "look:\n\npiped"),
+        (["look:", "-f", "FILE"], "piped\r\ntwice\r\n", "look:\n\nin a file\n\npiped\ntwice"),
+        (["look:"], " \n", "look:"),
     ],
 )
 def test_the_prompt_comes_from_where_it_is(
@@ -59,6 +70,47 @@ def test_the_prompt_comes_from_where_it_is(
     (tmp_path / "prompt.txt").write_text("in a file")
     result = invoke(*[str(tmp_path / "prompt.txt") if a == "FILE" else a for a in arguments], stdin=stdin)
     assert result.stdout == f"you said: {expected}\n"
+
+
+def test_the_readme_pipes_a_diff_into_a_prompt() -> None:
+    """Its own line, with the scripted model as `kimi-lite` and any text as `git diff`."""
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("git diff |"))
+    fake = shlex.join(FAKE)
+    line = line.replace("git diff", "printf '+ one line'").replace("kimi-lite run", f"{fake} run -m x")
+    done = subprocess.run(line, cwd=ROOT, shell=True, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["text"] == "you said: Write a commit message for this.\n\n+ one line"
+
+
+@pytest.mark.parametrize("prompt", [["hi"], ["-p", "hi"], ["-f", "FILE"]])
+@pytest.mark.parametrize("kind", ["never closed", "a socket", "closed", "null", "write-only", "a terminal"])
+def test_a_stdin_that_has_nothing_hangs_and_spoils_nothing(prompt: list[str], kind: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("hi")
+    arguments = [str(tmp_path / "p.txt") if word == "FILE" else word for word in prompt]
+    command = [*FAKE, "run", "-m", "x", *arguments]
+    opened = {
+        "never closed": lambda: os.pipe(),
+        "a socket": lambda: [one.detach() for one in socket.socketpair()],
+        "closed": lambda: [],
+        "null": lambda: [os.open(os.devnull, os.O_RDONLY)],
+        "write-only": lambda: [os.open(tmp_path / "w", os.O_WRONLY | os.O_CREAT)],
+        "a terminal": lambda: list(reversed(os.openpty())),
+    }[kind]()
+    if not opened:
+        command = ["sh", "-c", f"exec {shlex.join(command)} <&-"]
+    done = subprocess.run(
+        command, cwd=ROOT, stdin=opened[0] if opened else None, capture_output=True, text=True, timeout=30
+    )
+    for descriptor in opened:
+        os.close(descriptor)
+    assert (done.returncode, done.stdout) == (0, "you said: hi\n"), done.stderr
+    assert ("nothing came through stdin" in done.stderr) == (kind in ("never closed", "a socket"))
+
+
+def test_a_slow_neighbour_in_the_pipeline_is_waited_for() -> None:
+    line = f"(sleep {FIRST_BYTE_S + 2}; echo late) | {shlex.join(FAKE)} run -m x look:"
+    done = subprocess.run(line, cwd=ROOT, shell=True, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "you said: look:\n\nlate\n"
+    assert "reading stdin" in done.stderr
 
 
 def test_quiet_means_quiet(opened: list[Engine]) -> None:
@@ -142,6 +194,41 @@ def test_mistakes_are_explained_without_a_traceback(arguments: list[str], messag
     assert message in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("name", ["no/such", ".", "x" * 300, "file/below"])
+def test_what_cannot_be_written_is_said_before_the_model_is_loaded(
+    opened: list[Engine], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    result = invoke("hi", "-o", str(path))
+    assert isinstance(result.exception, KimiLiteError)
+    assert "The answer cannot be written to" in str(result.exception)
+    assert "Errno" not in str(result.exception)
+    assert opened == []
+
+
+def test_an_answer_that_cannot_be_written_in_the_end_is_written_elsewhere(
+    opened: list[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("kimi_lite.apps.run.require_writable", lambda path, what: None)  # it goes away in between
+    result = invoke("hi", "-o", str(tmp_path / "no" / "such"))
+    assert "cannot be written" in str(result.exception)
+    (kept,) = (tmp_path / "tmp").iterdir()
+    assert str(kept) in str(result.exception)
+    assert kept.read_text() == "you said: hi\n"
+
+
+def test_a_device_is_written_and_not_replaced(opened: list[Engine], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    invoke("hi", "-o", str(tmp_path / "pipe"))
+    assert os.read(reader, 100) == b"you said: hi\n"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 @pytest.mark.parametrize("source", ["argument", "pipe", "file"])

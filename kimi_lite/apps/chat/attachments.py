@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import decode_text
 
 MAX_TEXT_BYTES = 4_000_000  # about a million tokens: more than any context
 MAX_IMAGE_BYTES = 20_000_000
@@ -41,13 +42,7 @@ def read_text(argument: str) -> Attachment:
     """A text file for the next message; KimiLiteError when it is missing, too large or no text."""
     path = to_path(argument)
     data = _read(path, MAX_TEXT_BYTES)
-    try:
-        return Attachment(path.name, data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise KimiLiteError(
-            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02X} at {error.start:,}.",
-            "For an image use /image; else try iconv -f LATIN1 -t UTF-8.",
-        ) from None
+    return Attachment(path.name, decode_text(data, str(path)))
 
 
 def read_image(argument: str) -> Attachment:

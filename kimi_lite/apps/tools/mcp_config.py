@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import read_text
 
 _VARIABLE = re.compile(r"\$\{(?:env:)?(\w+)(?::-([^}]*))?\}")
 _EXAMPLE = 'It looks like {"mcpServers": {"files": {"command": "npx", "args": ["-y", "some-mcp-server"]}}}.'
@@ -32,9 +33,7 @@ class McpServer:
 def read_mcp_config(path: Path) -> list[McpServer]:
     """The servers of a file that are not disabled; KimiLiteError naming what is wrong in it."""
     try:
-        document = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KimiLiteError(f"The MCP configuration {path} cannot be read: {error.strerror}.", _EXAMPLE) from error
+        document = json.loads(read_text(path.expanduser(), "The MCP configuration"))
     except ValueError as error:
         raise KimiLiteError(f"The MCP configuration {path} is no JSON: {error}.", _EXAMPLE) from error
     servers = document.get("mcpServers", document.get("servers")) if isinstance(document, dict) else None
