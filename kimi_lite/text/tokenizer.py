@@ -5,20 +5,21 @@ exact and no merge list is needed. Encoding never yields a control token: the id
 template wrote them. Built at start-up by the engine; used by `text.template` and `text.stream`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import tiktoken
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.pretokenizers import chunks, pattern_of
+from kimi_lite.text.pretokenizers import Splitter, chunks, splitter
 from kimi_lite.text.vocabulary import Vocabulary
 
 
 class Tokenizer:
-    """Byte-level BPE. `special`: control and user-defined tokens by text; `eos_ids`: any of them ends a turn."""
+    """Byte-level BPE. `special`: control tokens by text; `eos_ids`: any of them ends a turn."""
 
-    def __init__(self, vocabulary: Vocabulary, pattern: str) -> None:
+    def __init__(self, vocabulary: Vocabulary, splitter: Splitter) -> None:
         self._vocabulary = vocabulary
         self.vocab_size = len(vocabulary.token_bytes)
         self.special: Mapping[str, int] = MappingProxyType(vocabulary.special)
@@ -30,20 +31,34 @@ class Tokenizer:
         absent = [data for data in (bytes([byte]) for byte in range(256)) if data not in ranks]
         ranks |= {data: self._first_absent + i for i, data in enumerate(absent)}
         self._has_absent = bool(absent)
+        self._splitter = splitter
+        pattern = splitter.pattern or r"[\s\S]+"  # what the splitter cut already is one piece
         self._encoding = tiktoken.Encoding("gguf", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        words = sorted(vocabulary.words, key=len, reverse=True)  # the longest of those that begin at a place
+        self._words = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> "Tokenizer":
         """From the `tokenizer.ggml.*` keys of a GGUF file; KimiLiteError where they are missing, malformed or
         unknown."""
-        return cls(Vocabulary.from_metadata(metadata), pattern_of(str(metadata.get("tokenizer.ggml.pre"))))
+        return cls(Vocabulary.from_metadata(metadata), splitter(str(metadata.get("tokenizer.ggml.pre"))))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as plain text: never a control token, whatever it spells. A byte that no token stands for is
-        left out."""
+        """Ids of `text` as plain text: never a control token, whatever it spells. Added words (GGUF's user-defined
+        tokens) are found first, as `tokenizers` and llama.cpp do. A byte that no token stands for is left out."""
+        if self._words is None:
+            return self._encode_text(text)
+        parts = self._words.split(text)  # text, word, text, ...
+        ids = self._encode_text(parts[0])
+        for word, part in zip(parts[1::2], parts[2::2], strict=True):
+            ids += [self._vocabulary.words[word], *self._encode_text(part)]
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
         for chunk in chunks(text):
-            ids += self._encoding.encode_ordinary(chunk)
+            for piece in [chunk] if self._splitter.pattern else self._splitter.pieces(chunk):
+                ids += self._encoding.encode_ordinary(piece)
         if self._has_absent:
             ids = [i for i in ids if i < self._first_absent]
         id_of_rank = self._vocabulary.id_of_rank

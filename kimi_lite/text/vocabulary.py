@@ -1,11 +1,12 @@
 """The vocabulary a GGUF file declares, checked before anything trusts it: token bytes, merge ranks, control tokens,
-stop ids.
+added words, stop ids.
 
 Tokens of the normal kind are written in GPT-2's byte-to-unicode alphabet; control tokens are written as they read. A
-file may come from anywhere, so each fault is a sentence, not a wrong id. Keys: reference
-GGUF specification.
+file may come from anywhere, so each fault is a sentence, not a wrong id. Keys: the GGUF specification,
+`tokenizer.ggml.*`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,9 @@ KINDS = range(1, 7)
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _STOP_TEXTS = ("<|im_end|>", "[EOT]", "[EOS]", "<|endoftext|>", "<｜end▁of▁sentence｜>")
 _KIMI_STOP_IDS = (163585, 163586, 163593)  # [EOS], <|im_end|>, [EOT]: whatever the eos key says
+_CONTROL_LIKE = re.compile(
+    r"<.*>|\[.*\]|\{.*\}|.*[|｜]>|<[|｜].*", re.DOTALL
+)  # a user-defined token that reads like one
 _REMEDY = "The file is damaged or was converted by a faulty tool: fetch it again, or convert it anew."
 
 
@@ -30,7 +34,10 @@ class Vocabulary:
 
     token_bytes: list[bytes]  # (V,) what each id stands for
     is_control: np.ndarray  # (V,) bool; control or unused: never shown
-    special: dict[str, int]  # control and user-defined tokens by text
+    special: dict[
+        str, int
+    ]  # control tokens by text, and user-defined ones that look like them: only templates write them
+    words: dict[str, int]  # other user-defined tokens by text: found in plain text before it is cut
     ranks: dict[bytes, int]
     id_of_rank: list[int] | None
     eos_ids: frozenset[int]
@@ -46,7 +53,9 @@ class Vocabulary:
         if len(tokens) != len(kinds):
             raise KimiLiteError(f"The vocabulary has {len(tokens)} tokens but {len(kinds)} token types.", _REMEDY)
         token_bytes, ranks = _byte_tokens(tokens, kinds)
-        special = _special(tokens, kinds)
+        added = _added(tokens, kinds)
+        words = {text: i for text, i in added.items() if kinds[i] != CONTROL and not _CONTROL_LIKE.fullmatch(text)}
+        special = {text: i for text, i in added.items() if text not in words}
         id_of_rank = None
         merges = metadata.get("tokenizer.ggml.merges")
         # Kimi's ids are its ranks; a merge list in its files was only derived from them.
@@ -54,7 +63,8 @@ class Vocabulary:
             ranks, id_of_rank = _ranks_of_merges(merges, tokens, ranks, token_bytes)
         bos_id, eos_id = (_id(metadata, key, len(tokens)) for key in ("bos_token_id", "eos_token_id"))
         eos_ids = _stop_ids(metadata, kinds, special)
-        return cls(token_bytes, np.isin(kinds, (CONTROL, UNUSED)), special, ranks, id_of_rank, eos_ids, bos_id, eos_id)
+        is_control = np.isin(kinds, (CONTROL, UNUSED))
+        return cls(token_bytes, is_control, special, words, ranks, id_of_rank, eos_ids, bos_id, eos_id)
 
 
 def _tokens(metadata: Mapping[str, object]) -> list[str]:
@@ -124,13 +134,14 @@ def _check_distinct(normal: list[bytes], ids: np.ndarray, ranks: dict[bytes, int
         raise KimiLiteError(f"Tokens {ids[i]} and {ranks[normal[i]]} are the same bytes {normal[i][:40]!r}.", _REMEDY)
 
 
-def _special(tokens: list[str], kinds: np.ndarray) -> dict[str, int]:
-    special: dict[str, int] = {}
+def _added(tokens: list[str], kinds: np.ndarray) -> dict[str, int]:
+    """Control and user-defined tokens by text."""
+    added: dict[str, int] = {}
     for i in np.flatnonzero((kinds == CONTROL) | (kinds == USER_DEFINED)).tolist():
-        if not tokens[i] or tokens[i] in special:
+        if not tokens[i] or tokens[i] in added:
             raise KimiLiteError(f"Control token {i} {tokens[i][:40]!r} is empty or occurs twice.", _REMEDY)
-        special[tokens[i]] = i
-    return special
+        added[tokens[i]] = i
+    return added
 
 
 def _ranks_of_merges(

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.pretokenizers import BLOCK_CHARS, RUN_CHARS, chunks, pattern_of
+from kimi_lite.text.pretokenizers import BLOCK_CHARS, RUN_CHARS, chunks, splitter
 from kimi_lite.text.tokenizer import Tokenizer
-from kimi_lite.text.vocabulary import CONTROL, NORMAL, UNUSED
+from kimi_lite.text.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 BYTES = [bytes([byte]) for byte in range(256)]
 KIMI_VECTORS = [
@@ -104,7 +104,7 @@ def naive_bpe(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
 @given(text=MIXED)
 def test_kimi_equals_regex_and_naive_bpe(kimi: Tokenizer, kimi_ranks: dict[bytes, int], text: str) -> None:
     regex = pytest.importorskip("regex", reason="the other regex engine that knows class intersections")
-    pieces = regex.compile(pattern_of("kimi-k2"), regex.V1).findall(text)
+    pieces = regex.compile(splitter("kimi-k2").pattern, regex.V1).findall(text)
     assert kimi.encode(text) == [i for piece in pieces for i in naive_bpe(piece.encode(), kimi_ranks)]
     assert kimi.decode(kimi.encode(text)) == text
 
@@ -189,10 +189,44 @@ def test_unused_tokens_are_neither_text_nor_special() -> None:
     assert tokenizer.encode("[PAD257]") == list(b"[PAD257]")
 
 
+def with_words(words: list[str], special: list[str], pre: str = "gpt-2") -> Tokenizer:
+    """Bytes and one merge, then user-defined tokens, then control tokens."""
+    tokens, merges = [*BYTES, b"ab"], ["a b"]
+    metadata = make_metadata(tokens, words + special, pre, merges=merges)
+    metadata["tokenizer.ggml.token_type"][len(tokens) : len(tokens) + len(words)] = USER_DEFINED
+    return Tokenizer.from_metadata(metadata)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    words=st.lists(st.text("üöab \n", min_size=1, max_size=4), min_size=1, max_size=6, unique=True),
+    text=st.text("üöab \nT.", max_size=30),
+)
+def test_added_words_are_found_in_text_as_tokenizers_does_it(words: list[str], text: str) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="the reference is the tokenizers library")
+    vocab = {to_alphabet(token): i for i, token in enumerate([*BYTES, b"ab"])}
+    words = [word for word in words if word not in vocab]  # a token that is there already keeps its id
+    reference = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b")]))
+    reference.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.add_tokens([tokenizers.AddedToken(word, normalized=False, special=False) for word in words])
+    tokenizer = with_words(words, [])
+    assert tokenizer.encode(text) == reference.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_added_words_that_look_like_control_tokens_are_out_of_reach_of_text() -> None:
+    looks = ["<think>", "[EOT]", "<｜User｜>", "{{x}}", "<|a", "<tool_call>", "a|>"]
+    tokenizer = with_words(["ü", *looks], ["<|im_end|>"], "deepseek-llm")
+    assert tokenizer.encode("Tür") == [ord("T"), 257, ord("r")]
+    assert all(i < 257 for text in [*looks, "<|im_end|>"] for i in tokenizer.encode(text))
+    assert set(tokenizer.special) == {*looks, "<|im_end|>"}
+    assert not tokenizer.is_control(257)
+
+
 HOSTILE = {
     "model": ({"tokenizer.ggml.model": "llama"}, "byte-level BPE"),
     "no model": ({"tokenizer.ggml.model": None}, "byte-level BPE"),
-    "pre": ({"tokenizer.ggml.pre": "qwen2"}, "known are kimi-k2"),
+    "pre": ({"tokenizer.ggml.pre": "bloom"}, "known are kimi-k2"),
     "no pre": ({"tokenizer.ggml.pre": None}, "known are kimi-k2"),
     "tokens": ({"tokenizer.ggml.tokens": np.zeros(3)}, "no list of token texts"),
     "no tokens": ({"tokenizer.ggml.tokens": []}, "no list of token texts"),
