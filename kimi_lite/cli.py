@@ -1,22 +1,23 @@
 """The command line: `kimi-lite chat | run | quantize | bench`. Parses flags; a command's code is imported only when it
 runs.
 
-Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can mend, 130 interrupted.
+Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can fix, 130 interrupted.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kimi_lite import __version__
-from kimi_lite.apps import flags
 from kimi_lite.apps.doctor.command import main as doctor
-from kimi_lite.apps.flags import parse_token_count as parse_token_count
+from kimi_lite.apps.flags import with_options
 from kimi_lite.apps.imatrix import main as imatrix
 from kimi_lite.apps.plan import main as plan
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.options import OUTPUT, PROMPT, Options
 from kimi_lite.quantize.__main__ import main as quantize
 
 app = typer.Typer(
@@ -37,121 +38,44 @@ def _show_version(is_wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Kimi K2.5, a trillion-parameter mixture of experts, on one desk."""
-    if ctx.invoked_subcommand in ("chat", "run"):
-        ctx.default_map = {ctx.invoked_subcommand: _configured(ctx.command.commands[ctx.invoked_subcommand])}
-
-
-def _configured(command: typer.core.TyperCommand) -> dict[str, object]:
-    """Defaults from the configuration file, by parameter."""
-    from kimi_lite.apps.config_file import read_defaults
-    from kimi_lite.apps.folders import config_path
-
-    flags = {
-        flag[2:]: parameter.name for parameter in command.params for flag in parameter.opts if flag.startswith("--")
-    }
-    return read_defaults(config_path(), flags)
 
 
 @app.command()
-def chat(
-    ctx: typer.Context,
-    model: flags.Model = None,
-    endpoint: flags.Endpoint = None,
-    api_key: flags.ApiKey = None,
-    context: flags.Context = None,
-    threads: flags.Threads = None,
-    kv_dtype: flags.KvDtype = "f16",
-    device: flags.Device = None,
-    vram: flags.Vram = None,
-    gpu_experts: flags.GpuExperts = None,
-    dense: flags.Dense = "q8_0",
-    ram: flags.Ram = None,
-    load: flags.Loading = "map",
-    record_routing: flags.RecordRouting = None,
-    cache_bias: flags.CacheBias = 0.0,
-    prefix_cache: flags.PrefixCache = True,
-    prefix_cache_size: flags.PrefixCacheSize = "8G",
-    warm: flags.Warm = True,
-    system: flags.System = "",
-    think: flags.Think = None,
-    think_budget: flags.ThinkBudget = None,
-    preserve_thinking: flags.PreserveThinking = False,
-    max_tokens: flags.MaxTokens = -1,
-    image: flags.Images = None,
-    temperature: flags.Temperature = None,
-    top_k: flags.TopK = 0,
-    top_p: flags.TopP = 0.95,
-    min_p: flags.MinP = 0.0,
-    repeat_penalty: flags.RepeatPenalty = 1.0,
-    seed: flags.Seed = None,
-    is_continuing: flags.Continue = False,
-    session: flags.SessionName = None,
-    tools: flags.Tools = None,
-    mcp_config: flags.McpConfig = None,
-    allow: flags.Allow = None,
-    hide_thinking: flags.HideThinking = False,
-    plain: flags.Plain = False,
-    quiet: flags.Quiet = False,
-) -> None:
+@with_options("chat")
+def chat(options: Options) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
-    from kimi_lite.apps.chat.start import start_chat
+    from kimi_lite.apps.chat.command import start_chat
 
-    start_chat(ctx.params)
+    start_chat(options)
 
 
 @app.command()
+@with_options("run")
 def run(
-    ctx: typer.Context,
+    options: Options,
     prompt: Annotated[str | None, typer.Argument(help="The prompt. Without it, -p and -f: stdin.")] = None,
-    prompt_option: flags.PromptText = None,
-    file: flags.PromptFile = None,
-    model: flags.Model = None,
-    endpoint: flags.Endpoint = None,
-    api_key: flags.ApiKey = None,
-    context: flags.Context = None,
-    threads: flags.Threads = None,
-    kv_dtype: flags.KvDtype = "f16",
-    device: flags.Device = None,
-    vram: flags.Vram = None,
-    gpu_experts: flags.GpuExperts = None,
-    dense: flags.Dense = "q8_0",
-    ram: flags.Ram = None,
-    load: flags.Loading = "map",
-    record_routing: flags.RecordRouting = None,
-    cache_bias: flags.CacheBias = 0.0,
-    prefix_cache: flags.PrefixCache = True,
-    prefix_cache_size: flags.PrefixCacheSize = "8G",
-    system: flags.System = "",
-    think: flags.Think = None,
-    think_budget: flags.ThinkBudget = None,
-    preserve_thinking: flags.PreserveThinking = False,
-    max_tokens: flags.MaxTokens = -1,
-    image: flags.Images = None,
-    tools: flags.Tools = None,
-    mcp_config: flags.McpConfig = None,
-    allow: flags.Allow = None,
-    temperature: flags.Temperature = None,
-    top_k: flags.TopK = 0,
-    top_p: flags.TopP = 0.95,
-    min_p: flags.MinP = 0.0,
-    repeat_penalty: flags.RepeatPenalty = 1.0,
-    seed: flags.Seed = None,
-    as_json: flags.AsJson = False,
-    output: flags.Output = None,
-    hide_thinking: flags.HideThinking = False,
-    plain: flags.Plain = False,
-    quiet: flags.Quiet = False,
+    prompt_option: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="The prompt, as an option.", rich_help_panel=PROMPT)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="Append FILE to the prompt; -: stdin.", rich_help_panel=PROMPT)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document: text, ids, statistics.", rich_help_panel=OUTPUT)
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the answer to FILE.", rich_help_panel=OUTPUT)
+    ] = None,
 ) -> None:
     """Answer one prompt: from the argument, a file, or stdin. Stdout carries the answer and nothing else."""
     from kimi_lite.apps.run import start_run
 
-    raise typer.Exit(start_run(ctx.params))
+    raise typer.Exit(start_run(options, prompt, prompt_option, file, as_json, output))
 
 
 app.command("plan")(plan)

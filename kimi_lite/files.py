@@ -1,5 +1,5 @@
-"""Files that appear only when they are complete, whatever ends the program meanwhile; and text that people give us, in
-the encodings they have.
+"""Files that appear only when they are complete, whatever ends the program meanwhile; text that people give us, in the
+encodings they have; and the folder of files that can be made again.
 """
 
 import codecs
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from platformdirs import user_cache_path
 
 from kimi_lite.errors import KimiLiteError
 
@@ -20,6 +22,12 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that o
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 PARTIAL = ".partial"  # how the names of unfinished files end
+
+
+def cache_folder() -> Path:
+    """$KIMI_LITE_CACHE, or the platform's cache folder for kimi-lite (XDG_CACHE_HOME counts)."""
+    chosen = os.environ.get("KIMI_LITE_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("kimi-lite")
 
 
 @contextmanager

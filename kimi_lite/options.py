@@ -1,26 +1,501 @@
-"""How a model is to be loaded: what the command line, the server and the benchmark ask of `Engine.open`."""
+"""Everything that can be asked of the program, each option declared once: its flags, help, kind, limits and commands.
 
-from dataclasses import dataclass
+The flags of `chat`, `run`, `bench` and `plan`, the configuration file and the KIMI_LITE_* variables derive from the
+declarations here (`apps.flags`). `Options` is passed whole: to the plan, to `engine.load`, to the model.
+
+To add an option, add a field.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import SIZE_HELP, parse_size, parse_token_count
+
+MODEL, MACHINE, SAMPLING, PROMPT = "Model", "Memory and speed", "Sampling", "Prompt and generation"
+OUTPUT, CHAT, TOOLS = "Output", "Conversation", "Tools"
+ANSWERING = ("chat", "run")
+LOADING = ("chat", "run", "bench")
+PLANNED = (*LOADING, "plan")
+
+Kind = Literal["text", "path", "integer", "number", "size", "tokens", "choice", "switch", "texts"]
+_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "switch": "on or off",
+    "choice": "one of",
+    "path": "a path",
+    "text": "a text",
+    "texts": "a list of texts",
+}
+_SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOptions:
+class Option:
+    """How an option is written and what it may be; `name` is the field of `Options` that holds it."""
+
+    name: str
+    flags: tuple[str, ...]  # "-c", "--ctx"; a switch may have two sides, "--think/--no-think"
+    help: str
+    kind: Kind
+    panel: str
+    commands: tuple[str, ...]
+    metavar: str | None = None
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    none_text: str | None = None  # a value that stands for None: -1 for "no limit"
+    command_default: object = None  # what commands take where nothing is said; None: the field's own default
+    shown_default: str | None = None  # for the help, where the default is not told by it
+    is_setting: bool = True  # may also come from the configuration file and the environment
+    help_in: Mapping[str, str] = field(default_factory=dict)  # other words for a command
+    convert: Callable[[Any], Any] | None = None  # from the parsed value to the field's
+
+    @property
+    def long_flag(self) -> str:
+        return next(flag for flag in self.flags if flag.startswith("--")).split("/")[0]
+
+    @property
+    def key(self) -> str:
+        """The name in the configuration file."""
+        return self.long_flag[2:]
+
+    @property
+    def variable(self) -> str:
+        return "KIMI_LITE_" + self.key.upper().replace("-", "_")
+
+    def parse(self, value: object, source: str) -> Any:
+        """The field's value from what was typed or configured; `source` (a flag, a variable, a line of the file) is
+        named in the KimiLiteError for what it cannot be."""
+        parsed = self._parse(value, source)
+        return self.convert(parsed) if self.convert and parsed is not None else parsed
+
+    def _parse(self, value: object, source: str) -> Any:
+        if self.kind == "texts":
+            items = value if isinstance(value, (list, tuple)) else [value]
+            if not all(isinstance(item, str) for item in items):
+                raise self._wrong(value, source)
+            return tuple(items)
+        if self.kind == "switch":
+            found = value if isinstance(value, bool) else _SWITCH.get(str(value).lower())
+            if found is None:
+                raise self._wrong(value, source)
+            return found
+        if isinstance(value, (bool, list, tuple, dict)) or value is None:
+            raise self._wrong(value, source)
+        text = str(value)
+        if text == self.none_text:
+            return None
+        match self.kind:
+            case "size":
+                return parse_size(text, source, allows_zero=self.least == 0)
+            case "tokens":
+                return self._within(parse_token_count(text, source), value, source)
+            case "integer":
+                return self._within(self._number(int, value, source), value, source)
+            case "number":
+                return self._within(self._number(float, value, source), value, source)
+            case "choice" if text not in self.choices:
+                raise self._wrong(value, source)
+            case "path":
+                return Path(text).expanduser()
+        return text
+
+    def _number(self, read: Callable[[str], float], value: object, source: str) -> float:
+        try:
+            number = read(str(value))
+        except ValueError:
+            raise self._wrong(value, source) from None
+        if not math.isfinite(number):
+            raise self._wrong(value, source)
+        return number
+
+    def _within(self, number: float, value: object, source: str) -> float:
+        if (self.least is not None and number < self.least) or (self.most is not None and number > self.most):
+            raise self._wrong(value, source)
+        return number
+
+    def _wrong(self, value: object, source: str) -> KimiLiteError:
+        allowed = ", ".join(self.choices) if self.kind == "choice" else ""
+        limits = ""
+        if self.least is not None:
+            limits = f" from {self.least:g} to {self.most:g}" if self.most is not None else f", {self.least:g} or more"
+        unless = f", or {self.none_text}" if self.none_text else ""
+        expected = f"{_WORDS.get(self.kind, self.kind)} {allowed}".strip() + limits + unless
+        return KimiLiteError(f"{source} is {value!r}; it must be {expected}.", f"{self.long_flag}: {self.help}")
+
+
+def _option(
+    *flags: str,
+    help: str,
+    kind: Kind = "text",
+    panel: str,
+    commands: tuple[str, ...],
+    default: object = None,
+    **more: Any,
+) -> Any:
+    return field(
+        default=default,
+        metadata={"option": dict(flags=flags, help=help, kind=kind, panel=panel, commands=commands, **more)},
+    )
+
+
+def _prefix_folder(is_wanted: bool) -> Path | None:
+    from kimi_lite.files import cache_folder
+
+    return cache_folder() / "prefixes" if is_wanted else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
     """None: not said, so the program chooses. Sizes are limits, never wishes: a plan that breaks them is refused."""
 
-    context_length: int | None = None  # tokens; 0: as many as the model was made for
-    num_threads: int | None = None
-    kv_dtype: str = "f16"
-    device: str | None = None  # a torch device; None: CUDA where there is one
-    vram_bytes: int | None = None
-    ram_bytes: int | None = None
-    loading: str = (
-        "map"  # of experts that fit into RAM: "map", "read" (into memory of our own), "lock" (and keep it there)
+    # What is loaded.
+    model: str | None = _option(
+        "-m",
+        "--model",
+        help="GGUF file, first shard or folder. Default: a demo.",
+        panel=MODEL,
+        commands=PLANNED,
+        metavar="PATH",
+        help_in={"plan": "GGUF, checkpoint folder, or a name. Default: kimi-k2.5."},
     )
-    routing_trace: Path | None = None  # where the chosen experts of every token are recorded
-    prefix_folder: Path | None = None  # where cached prefixes outlive the process; None: they do not
-    prefix_bytes: int | None = None  # how large the folder may become
-    cache_bias: float = 0.0  # added to the router's choice for experts that are resident; 0: never
-    num_gpu_experts: int | None = None  # slots in VRAM for routed experts
-    dense_type: Literal["q8_0", "bf16", "file"] = "q8_0"  # of the weights that every token uses, on a GPU
+    endpoint: str | None = _option(
+        "--endpoint",
+        help="An OpenAI-compatible server; -m names its model.",
+        panel=MODEL,
+        commands=ANSWERING,
+        metavar="URL",
+    )
+    api_key: str | None = _option("--api-key", help="For --endpoint.", panel=MODEL, commands=ANSWERING, metavar="KEY")
+    context_length: int | None = _option(  # tokens of one sequence; 0: as many as the model was made for
+        "-c",
+        "--ctx",
+        help="Context in tokens, as 32K; 0: all that the model has. Default: up to 32K.",
+        kind="tokens",
+        panel=MODEL,
+        commands=(*ANSWERING, "plan"),
+        metavar="TOKENS",
+    )
+    num_sequences: int = 1  # that the cache serves at the same time, each with a whole context
+    kv_dtype: str = _option(
+        "--kv-dtype",
+        help="Type of the KV cache; q8 takes half of f16's memory.",
+        kind="choice",
+        choices=("f16", "bf16", "q8", "f32"),
+        panel=MODEL,
+        commands=PLANNED,
+        default="f16",
+        shown_default="f16",
+    )
+
+    # What it may take.
+    num_threads: int | None = _option(
+        "-t",
+        "--threads",
+        help="CPU threads. Default: all cores.",
+        kind="integer",
+        least=1,
+        panel=MACHINE,
+        commands=PLANNED,
+    )
+    device: str | None = _option(  # a torch device; None: CUDA where there is one
+        "--device",
+        help="cuda, cuda:1 or cpu. Default: the GPU where one can be used.",
+        panel=MACHINE,
+        commands=PLANNED,
+        help_in={"plan": "cpu: leave the GPU out."},
+    )
+    vram_bytes: int | None = _option(
+        "--vram",
+        help=f"VRAM it may take, never exceeded; 0: no GPU. {SIZE_HELP}.",
+        kind="size",
+        least=0,
+        panel=MACHINE,
+        commands=PLANNED,
+        metavar="SIZE",
+        help_in={"plan": f"The GPU's memory, or a limit; 0: no GPU. {SIZE_HELP}."},
+    )
+    ram_bytes: int | None = _option(
+        "--ram",
+        help="RAM it may take; experts beyond it stay on disk.",
+        kind="size",
+        panel=MACHINE,
+        commands=PLANNED,
+        metavar="SIZE",
+        help_in={"plan": "RAM, or a limit; more than this machine has: a hypothetical machine."},
+    )
+    num_gpu_experts: int | None = _option(  # slots in VRAM for routed experts
+        "--gpu-experts",
+        help="Experts kept in VRAM. Default: as many as fit.",
+        kind="integer",
+        least=0,
+        panel=MACHINE,
+        commands=PLANNED,
+    )
+    dense_type: str = _option(  # of the weights that every token uses, on a GPU
+        "--dense",
+        help="Type in VRAM of the weights that every token uses; file: as they are.",
+        kind="choice",
+        choices=("q8_0", "bf16", "file"),
+        panel=MACHINE,
+        commands=PLANNED,
+        default="q8_0",
+        shown_default="q8_0",
+    )
+    loading: str = _option(  # of experts that fit into RAM
+        "--load",
+        help="Experts that fit into RAM: map the file (mmap), read it, or read and lock it (mlock).",
+        kind="choice",
+        choices=("map", "read", "lock"),
+        panel=MACHINE,
+        commands=LOADING,
+        default="map",
+        shown_default="map",
+    )
+    is_warm: bool = _option(
+        "--warm/--no-warm",
+        help="Read the model into memory first, where it fits.",
+        kind="switch",
+        panel=MACHINE,
+        commands=("chat",),
+        default=False,
+        command_default=True,
+        shown_default="on",
+    )
+    cache_bias: float = _option(  # added to the router's choice for experts that are resident; 0: never
+        "--cache-bias",
+        help="Add this to the router's score of experts in fast memory; changes answers. 0: off.",
+        kind="number",
+        least=0,
+        panel=MACHINE,
+        commands=LOADING,
+        default=0.0,
+    )
+    prefix_folder: Path | None = _option(  # where cached prefixes outlive the process; None: they do not
+        "--prefix-cache/--no-prefix-cache",
+        help="Keep processed prompts on disk.",
+        kind="switch",
+        convert=_prefix_folder,
+        panel=MACHINE,
+        commands=ANSWERING,
+        command_default=True,
+        shown_default="on",
+    )
+    prefix_bytes: int = _option(  # how large the folder may become
+        "--prefix-cache-size",
+        help="Most disk space for them.",
+        kind="size",
+        panel=MACHINE,
+        commands=ANSWERING,
+        metavar="SIZE",
+        default=8 << 30,
+        shown_default="8G",
+    )
+    routing_trace: Path | None = _option(
+        "--record-routing",
+        help="Write which experts every token chose (.npz), for tools.cache.sim.",
+        kind="path",
+        panel=MACHINE,
+        commands=LOADING,
+        metavar="FILE",
+    )
+
+    # How answers are made.
+    system: str = _option("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, commands=ANSWERING, default="")
+    is_thinking: bool | None = _option(
+        "--think/--no-think",
+        help="Reason first. Default: if the model can.",
+        kind="switch",
+        panel=PROMPT,
+        commands=ANSWERING,
+    )
+    thinking_budget: int | None = _option(
+        "--think-budget",
+        help="Most tokens of reasoning; -1: no limit.",
+        kind="tokens",
+        none_text="-1",
+        panel=PROMPT,
+        commands=ANSWERING,
+        metavar="TOKENS",
+    )
+    preserve_thinking: bool = _option(
+        "--preserve-thinking",
+        help="Past reasoning stays in the prompt, where the model can.",
+        kind="switch",
+        panel=PROMPT,
+        commands=ANSWERING,
+        default=False,
+    )
+    max_tokens: int | None = _option(
+        "-n",
+        "--max-tokens",
+        help="Longest answer; -1: no limit but the context.",
+        kind="tokens",
+        least=1,
+        none_text="-1",
+        panel=PROMPT,
+        commands=ANSWERING,
+        metavar="TOKENS",
+    )
+    images: tuple[str, ...] = _option(
+        "--image",
+        help="An image for the first message.",
+        kind="texts",
+        panel=PROMPT,
+        commands=ANSWERING,
+        metavar="FILE",
+        default=(),
+        is_setting=False,
+    )
+    temperature: float | None = _option(
+        "--temp",
+        help="Temperature; 0: greedy. Default: 1.0 with thinking, else 0.6.",
+        kind="number",
+        least=0,
+        panel=SAMPLING,
+        commands=ANSWERING,
+    )
+    top_k: int = _option(
+        "--top-k",
+        help="Keep the k likeliest tokens; 0: off.",
+        kind="integer",
+        least=0,
+        panel=SAMPLING,
+        commands=ANSWERING,
+        default=0,
+    )
+    top_p: float = _option(
+        "--top-p",
+        help="Keep the likeliest tokens that sum to p; 1: off.",
+        kind="number",
+        least=0,
+        most=1,
+        panel=SAMPLING,
+        commands=ANSWERING,
+        default=0.95,
+        shown_default="0.95",
+    )
+    min_p: float = _option(
+        "--min-p",
+        help="Keep tokens p times as likely as the likeliest; 0: off.",
+        kind="number",
+        least=0,
+        most=1,
+        panel=SAMPLING,
+        commands=ANSWERING,
+        default=0.0,
+    )
+    repetition_penalty: float = _option(
+        "--repeat-penalty",
+        help="Make seen tokens less likely; 1: off.",
+        kind="number",
+        panel=SAMPLING,
+        commands=ANSWERING,
+        default=1.0,
+    )
+    seed: int | None = _option(
+        "--seed",
+        help="The same seed gives the same answer. Default: random.",
+        kind="integer",
+        panel=SAMPLING,
+        commands=ANSWERING,
+        none_text="-1",
+    )
+
+    # Conversations and tools.
+    is_continuing: bool = _option(
+        "--continue",
+        help="Go on with the last conversation.",
+        kind="switch",
+        panel=CHAT,
+        commands=("chat",),
+        default=False,
+        is_setting=False,
+    )
+    session_name: str | None = _option(
+        "--session",
+        help="Go on with the conversation NAME, or begin it.",
+        panel=CHAT,
+        commands=("chat",),
+        metavar="NAME",
+    )
+    tools_folder: Path | None = _option(
+        "--tools",
+        help="Let the model use tools in FOLDER; it asks you first.",
+        kind="path",
+        panel=TOOLS,
+        commands=ANSWERING,
+        metavar="FOLDER",
+    )
+    mcp_config: Path | None = _option(
+        "--mcp-config",
+        help="MCP servers with more tools.",
+        kind="path",
+        panel=TOOLS,
+        commands=ANSWERING,
+        metavar="FILE",
+    )
+    allowed_tools: tuple[str, ...] = _option(
+        "--allow",
+        help="A tool that need not ask; *: all. May be repeated.",
+        kind="texts",
+        panel=TOOLS,
+        commands=ANSWERING,
+        metavar="NAME",
+        default=(),
+    )
+
+    # What goes to the terminal.
+    is_hiding_thinking: bool = _option(
+        "--hide-thinking",
+        help="Do not show reasoning.",
+        kind="switch",
+        panel=OUTPUT,
+        commands=ANSWERING,
+        default=False,
+    )
+    is_plain: bool = _option(
+        "--plain",
+        help="Show answers as they come, without Markdown.",
+        kind="switch",
+        panel=OUTPUT,
+        commands=ANSWERING,
+        default=False,
+    )
+    is_quiet: bool = _option(
+        "-q",
+        "--quiet",
+        help="No progress, remarks or statistics.",
+        kind="switch",
+        panel=OUTPUT,
+        commands=ANSWERING,
+        default=False,
+    )
+
+    given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # name of a field -> its source
+
+    @property
+    def is_demo(self) -> bool:
+        """Nothing names a model."""
+        return self.model is None and self.endpoint is None
+
+    @property
+    def allows_gpu(self) -> bool:
+        return self.device != "cpu" and self.vram_bytes != 0
+
+
+def _declared() -> dict[str, Option]:
+    return {each.name: Option(name=each.name, **each.metadata["option"]) for each in fields(Options) if each.metadata}
+
+
+OPTIONS: Mapping[str, Option] = _declared()  # by the name of the field
+
+
+def options_of(command: str) -> Sequence[Option]:
+    """In the order of their declaration."""
+    return [option for option in OPTIONS.values() if command in option.commands]

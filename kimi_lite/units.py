@@ -1,5 +1,8 @@
-"""Sizes as people write and read them. Memory is sold and printed in GiB (1024^3 bytes); speeds are GB/s (10^9
-bytes)."""
+"""Numbers as people write and read them: sizes and counts of tokens.
+
+Memory is binary, as it is sold: 24G, 24GB and 24GiB are 24 * 1024^3 bytes. Only the sizes of files that others split
+(`--split-max-size`) are decimal. Speeds are GB/s (10^9 bytes).
+"""
 
 import re
 
@@ -7,17 +10,37 @@ from kimi_lite.errors import KimiLiteError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B?)", re.IGNORECASE)
+_TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([KM]?)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-SIZE_HELP = "24G is 24 GiB, as memory is sold; 24GB is 24 * 10^9 bytes"
+SIZE_HELP = "24G is 24 GiB (1024^3 bytes), as memory is sold"
+DECIMAL_HELP = "45G is 45 * 10^9 bytes, 45GiB is 45 * 1024^3"
 
 
-def parse_size(text: str, flag: str = "The size") -> int:
-    """Bytes: `24G` and `24GiB` are 24 * 1024^3, `24GB` is 24 * 10^9, `512M` is 512 * 1024^2. Raises KimiLiteError."""
+def parse_size(text: str, source: str = "The size", *, is_decimal: bool = False, allows_zero: bool = False) -> int:
+    """Bytes. `source` is what the text came from, for the error: a flag, a variable, a line of a file.
+
+    A number without a unit is bytes; below 1 MiB the unit was forgotten. is_decimal: G and GB are 10^9 and only GiB is
+    1024^3; else all three are 1024^3. Raises KimiLiteError.
+    """
     match = _SIZE.fullmatch(text.strip())
-    if not match or not float(match[1]):
-        raise KimiLiteError(f"{flag} is {text!r}, which is no amount of memory.", f"Write it like 24G: {SIZE_HELP}.")
+    is_zero = match is not None and not float(match[1])
+    if match is None or (is_zero and not allows_zero):
+        example, help_text = ("45G", DECIMAL_HELP) if is_decimal else ("24G", SIZE_HELP)
+        raise KimiLiteError(f"{source} is {text!r}, which is not a size.", f"Write it like {example}: {help_text}.")
     number, unit, suffix = float(match[1]), match[2].upper(), match[3].upper()
-    return int(number * (1000 if suffix == "B" and unit else 1024) ** _POWERS[unit])
+    num_bytes = int(number * (1000 if is_decimal and not suffix.startswith("I") else 1024) ** _POWERS[unit])
+    if not unit and not is_zero and num_bytes < MIB:
+        raise KimiLiteError(f"{source} is {text!r}, which is {num_bytes:,} bytes.", f"Did you mean {match[1]}G?")
+    return num_bytes
+
+
+def parse_token_count(text: str, source: str = "The number of tokens") -> int:
+    """`32K` is 32,768, `1M` is 1,048,576, `4096` is itself. Raises KimiLiteError."""
+    match = _TOKENS.fullmatch(text.strip())
+    count = float(match[1]) * 1024 ** _POWERS[match[2].upper()] if match else 0.5
+    if count != int(count):
+        raise KimiLiteError(f"{source} is {text!r}, which is not a number of tokens.", "Write it like 4096, 32K or 1M.")
+    return int(count)
 
 
 def gib(num_bytes: float) -> str:

@@ -18,15 +18,14 @@ import numpy as np
 import psutil
 import typer
 
-from kimi_lite.apps.flags import parse_token_count
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware import bandwidth
 from kimi_lite.hardware import speed as hardware_speed
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
-from kimi_lite.units import MIB
+from kimi_lite.units import MIB, parse_token_count
 
 MAX_MEMORY_ERROR = 0.05
 _ANSWER_TOKENS = 32
@@ -59,7 +58,7 @@ class Comparison:
 
 def compare(path: Path, context_length: int, num_threads: int | None) -> Comparison:
     """Loads and runs the model in this process, which must have loaded nothing else."""
-    with Engine.open(path, LoadOptions(context_length=context_length, num_threads=num_threads, device="cpu")) as engine:
+    with Engine.open(path, Options(context_length=context_length, num_threads=num_threads, device="cpu")) as engine:
         plan = engine.plan
         prompt = np.random.default_rng(0).integers(
             0, engine.tokenizer.vocab_size, engine.context_length - _ANSWER_TOKENS - 1

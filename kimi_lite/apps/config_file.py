@@ -1,53 +1,71 @@
-"""The configuration file: defaults for the flags of `chat` and `run`, one `flag = value` a line, in TOML.
+"""The configuration file: defaults for the options of every command, one `option = value` a line, in TOML.
 
     model = "~/models/kimi-k2.5"
     ctx = "64K"
     temp = 0.7
 
-A flag on the command line and its twin in the environment come before it. Read by `cli` when a command starts.
+Options are called as their long flags. A flag on the command line and the variable of the environment go before the
+file. Read by `apps.flags` when a command starts.
 """
 
+import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import read_text
+from kimi_lite.options import OPTIONS
 
 
-def read_defaults(path: Path, flags: Mapping[str, str]) -> dict[str, Any]:
-    """Parameter name -> value. `flags`: parameter names by long flag without its dashes. No file, no defaults."""
+class Setting(NamedTuple):
+    """A value of the file, and the line it came from for error messages."""
+
+    value: object
+    source: str
+
+
+def read_settings(path: Path) -> dict[str, Setting]:
+    """By the names of `Options`' fields. No file, no settings. Raises KimiLiteError."""
     try:
-        settings = tomllib.loads(read_text(path, "The configuration file")) if path.exists() else {}
+        text = read_text(path, "The configuration file") if path.exists() else ""
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise KimiLiteError(
             f"The configuration file {path} cannot be read: {error}.", "Fix it or move it away."
         ) from error
-    return {_parameter(name, flags, path): _value(name, value, path) for name, value in settings.items()}
+    return {
+        _field(name, path): Setting(_value(name, value, path), _source(name, text, path))
+        for name, value in values.items()
+    }
 
 
-def _parameter(name: str, flags: Mapping[str, str], path: Path) -> str:
-    flag = name.replace("_", "-")
-    if flag not in flags:
-        raise KimiLiteError(
-            f"{path} sets {name!r}, which is no flag.{_nearest(flag, flags)}", "kimi-lite chat --help lists them."
-        )
-    return flags[flag]
+def _field(name: str, path: Path) -> str:
+    by_key = {option.key: option for option in OPTIONS.values()}
+    option = by_key.get(name.replace("_", "-"))
+    if option is None:
+        near = _nearest(name.replace("_", "-"), [key for key, each in by_key.items() if each.is_setting])
+        raise KimiLiteError(f"{path} sets {name!r}, which is not an option.{near}", "kimi-lite chat --help lists them.")
+    if not option.is_setting:
+        raise KimiLiteError(f"{path} sets {name!r}, which can only be given on the command line.", "Remove the line.")
+    return option.name
 
 
 def _value(name: str, value: object, path: Path) -> object:
-    """Paths may begin with ~ as in a shell; tables and dates are nobody's setting."""
-    if isinstance(value, str):
-        return str(Path(value).expanduser()) if value.startswith("~") else value
-    if isinstance(value, bool) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+    """Tables and dates are no option's values; what the option makes of the others, `Option.parse` says."""
+    if isinstance(value, (str, bool, int, float, list)):
         return value
-    if isinstance(value, (int, float)):
-        return str(value)  # parsed as on the command line
     raise KimiLiteError(
-        f"{path} sets {name!r} to a {type(value).__name__}; it must be a text, a number or true or false."
+        f"{path} sets {name!r} to a {type(value).__name__}; it must be a text, a number, a list, or true or false."
     )
+
+
+def _source(name: str, text: str, path: Path) -> str:
+    pattern = re.compile(rf"""\s*["']?{re.escape(name)}["']?\s*=""")
+    numbers = [number for number, line in enumerate(text.splitlines(), start=1) if pattern.match(line)]
+    return f"{name} in {path}" + (f" (line {numbers[0]})" if numbers else "")
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

@@ -1,173 +1,84 @@
-"""The flags of `chat` and `run`, most with a twin in the environment. Read by `cli`, so nothing heavy is imported
-here."""
+"""From the command line, the environment and the configuration file to `Options`.
 
-from pathlib import Path
-from typing import Annotated, Literal
+A command is a function whose first parameter takes the `Options`; `@with_options("chat")` gives it the flags of every
+option that `kimi_lite.options` declares for it. What is typed goes before the environment, that before the file. Read
+by `cli`, so nothing heavy is imported here.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import typer
 
-MODEL, SAMPLING, PROMPT, OUTPUT, CHAT = "Model", "Sampling", "Prompt and generation", "Output", "Conversation"
+from kimi_lite.apps.config_file import Setting, read_settings
+from kimi_lite.apps.folders import config_path
+from kimi_lite.options import Option, Options, options_of
 
 
-def _setting(*flags: str, help: str, panel: str, **more: object) -> typer.models.OptionInfo:
-    """An option with a twin in the environment, named after the long flag."""
-    long_flag = next(flag for flag in flags if flag.startswith("--")).split("/")[0]
-    twin = "KIMI_LITE_" + long_flag[2:].upper().replace("-", "_")
-    return typer.Option(*flags, help=help, envvar=twin, show_envvar=False, rich_help_panel=panel, **more)
+def with_options(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates `function(options, ...)`; the parameters after the first stay the command's own flags."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        _, *own = inspect.signature(function, eval_str=True).parameters.values()
+        shared = options_of(command)
+
+        @functools.wraps(function)
+        def parsed(**values: Any) -> Any:
+            typed = {option.name: values.pop(option.name) for option in shared}
+            return function(resolve(command, typed), **values)
+
+        parameters = [*own, *map(functools.partial(_parameter, command), shared)]
+        parsed.__signature__ = inspect.Signature(
+            [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        )
+        parsed.__annotations__ = {each.name: each.annotation for each in parameters}
+        return parsed
+
+    return decorate
 
 
-def parse_token_count(text: str) -> int:
-    """`32K` is 32768, `4096` is itself."""
-    digits, unit = text.strip().upper().removesuffix("K"), text.strip().upper().endswith("K")
-    if not digits.isdecimal():
-        raise typer.BadParameter(f"{text!r} is not a number of tokens like 4096 or 32K")
-    return int(digits) * (1024 if unit else 1)
+def resolve(command: str, typed: Mapping[str, object]) -> Options:
+    """`typed`: by the names of fields, None where nothing was typed. Raises KimiLiteError, naming where a bad value
+    came from."""
+    settings = read_settings(config_path())
+    values, given = {}, {}
+    for option in options_of(command):
+        value, source = _find(option, typed.get(option.name), settings)
+        if source:
+            values[option.name], given[option.name] = option.parse(value, source), source
+        elif option.command_default is not None:
+            values[option.name] = option.parse(option.command_default, option.long_flag)
+    return Options(**values, given=given)
 
 
-_context = _setting(
-    "-c",
-    "--ctx",
-    help="Context in tokens; 0: all that the model has. Default: up to 32K.",
-    panel=MODEL,
-    parser=parse_token_count,
-    metavar="TOKENS",
-)
-Model = Annotated[
-    Path | None, _setting("-m", "--model", help="GGUF file, first shard or folder. Default: a demo.", panel=MODEL)
-]
-Context = Annotated[int | None, _context]
-Threads = Annotated[
-    int | None, _setting("-t", "--threads", help="CPU threads. Default: all cores.", panel=MODEL, min=1)
-]
-KvDtype = Annotated[
-    Literal["f16", "bf16", "q8", "f32"],
-    _setting("--kv-dtype", help="Numbers in the context's cache; q8 halves its memory.", panel=MODEL),
-]
-PrefixCache = Annotated[
-    bool,
-    _setting(
-        "--prefix-cache/--no-prefix-cache", help="Save what long prompts cost to read.", panel=MODEL, show_default=True
-    ),
-]
-PrefixCacheSize = Annotated[
-    str, _setting("--prefix-cache-size", help="How much of them is kept on disk.", panel=MODEL, metavar="SIZE")
-]
-Device = Annotated[
-    str | None, _setting("--device", help="cuda, cuda:1 or cpu. Default: the GPU where one can be used.", panel=MODEL)
-]
-Vram = Annotated[str | None, _setting("--vram", help="VRAM it may take, never exceeded.", panel=MODEL, metavar="SIZE")]
-GpuExperts = Annotated[
-    int | None, _setting("--gpu-experts", help="Experts kept in VRAM. Default: as many as fit.", panel=MODEL, min=0)
-]
-Dense = Annotated[
-    Literal["q8_0", "bf16", "file"],
-    _setting("--dense", help="On a GPU: the weights that every token uses; file: as they are.", panel=MODEL),
-]
-Ram = Annotated[
-    str | None,
-    _setting("--ram", help="Memory it may take; experts beyond it stay on disk.", panel=MODEL, metavar="SIZE"),
-]
-Loading = Annotated[
-    Literal["map", "read", "lock"],
-    _setting(
-        "--load",
-        help="Experts that fit: map the file, read it into memory at once, or also lock it there.",
-        panel=MODEL,
-    ),
-]
-RecordRouting = Annotated[
-    Path | None,
-    _setting(
-        "--record-routing", help="Write which experts every token chose (.npz), for tools.cache.sim.", panel=MODEL
-    ),
-]
-CacheBias = Annotated[
-    float,
-    _setting(
-        "--cache-bias",
-        help="Prefer experts in fast memory among near-equals: by so much of a score.",
-        panel=MODEL,
-        min=0,
-    ),
-]
-System = Annotated[str, _setting("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, show_default=False)]
-Think = Annotated[
-    bool | None, _setting("--think/--no-think", help="Reason first. Default: if the model can.", panel=PROMPT)
-]
-MaxTokens = Annotated[
-    int,
-    _setting(
-        "-n", "--max-tokens", help="Longest answer; -1: no limit but the context.", panel=PROMPT, show_default=True
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    _setting("--temp", help="Temperature; 0: greedy. Default: 1.0 with thinking, else 0.6.", panel=SAMPLING),
-]
-TopK = Annotated[int, _setting("--top-k", help="Keep the k likeliest tokens; 0: off.", panel=SAMPLING)]
-TopP = Annotated[float, _setting("--top-p", help="Keep the likeliest tokens that sum to p; 1: off.", panel=SAMPLING)]
-MinP = Annotated[
-    float, _setting("--min-p", help="Keep tokens p times as likely as the likeliest; 0: off.", panel=SAMPLING)
-]
-RepeatPenalty = Annotated[
-    float, _setting("--repeat-penalty", help="Make seen tokens less likely; 1: off.", panel=SAMPLING)
-]
-Seed = Annotated[
-    int | None, _setting("--seed", help="The same seed gives the same answer. Default: random.", panel=SAMPLING)
-]
-Quiet = Annotated[bool, _setting("-q", "--quiet", help="No progress, remarks or statistics.", panel=OUTPUT)]
-PromptText = Annotated[
-    str | None, typer.Option("-p", "--prompt", help="The prompt, as an option.", rich_help_panel=PROMPT)
-]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option("-f", "--file", help="Read the prompt, or its end, from FILE; -: stdin.", rich_help_panel=PROMPT),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="One JSON document: text, ids, statistics.", rich_help_panel=OUTPUT)
-]
-Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Write the answer to FILE.", rich_help_panel=OUTPUT)
-]
+def _find(option: Option, typed: object, settings: Mapping[str, Setting]) -> tuple[object, str]:
+    """The value and what it came from: a flag, a variable, a line of the file; ("", "") where nothing is said."""
+    if typed is not None and typed != []:
+        sides = option.flags[-1].split("/")
+        return typed, sides[1] if typed is False and len(sides) > 1 else option.long_flag
+    if option.is_setting and (text := os.environ.get(option.variable)):
+        return text.split() if option.kind == "texts" else text, option.variable
+    if option.is_setting and (setting := settings.get(option.name)):
+        return setting.value, setting.source
+    return "", ""
 
-ThinkBudget = Annotated[
-    int | None,
-    _setting("--think-budget", help="Most tokens of reasoning; -1: no limit.", panel=PROMPT, metavar="TOKENS"),
-]
-PreserveThinking = Annotated[
-    bool, _setting("--preserve-thinking", help="Past reasoning stays in the prompt, where the model can.", panel=PROMPT)
-]
-HideThinking = Annotated[bool, _setting("--hide-thinking", help="Do not show reasoning.", panel=OUTPUT)]
-Plain = Annotated[bool, _setting("--plain", help="Show answers as they come, without Markdown.", panel=OUTPUT)]
-Endpoint = Annotated[
-    str | None,
-    _setting("--endpoint", help="An OpenAI-compatible server; -m names its model.", panel=MODEL, metavar="URL"),
-]
-ApiKey = Annotated[str | None, _setting("--api-key", help="For --endpoint.", panel=MODEL, metavar="KEY")]
-Warm = Annotated[
-    bool,
-    _setting(
-        "--warm/--no-warm", help="Read the model into memory first, where it fits.", panel=MODEL, show_default=True
-    ),
-]
-Images = Annotated[
-    list[str] | None,
-    typer.Option("--image", help="An image for the first message.", rich_help_panel=PROMPT, metavar="FILE"),
-]
-Continue = Annotated[bool, typer.Option("--continue", help="Go on with the last conversation.", rich_help_panel=CHAT)]
-SessionName = Annotated[
-    str | None, _setting("--session", help="Go on with the conversation NAME, or begin it.", panel=CHAT, metavar="NAME")
-]
-Tools = Annotated[
-    Path | None,
-    _setting("--tools", help="Let the model use tools in FOLDER; it asks you first.", panel=CHAT, metavar="FOLDER"),
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow", help="A tool that need not ask; *: all. May be repeated.", rich_help_panel=CHAT, metavar="NAME"
-    ),
-]
-McpConfig = Annotated[
-    Path | None, _setting("--mcp-config", help="MCP servers with more tools.", panel=CHAT, metavar="FILE")
-]
+
+def _parameter(command: str, option: Option) -> inspect.Parameter:
+    """What typer makes a flag of: a text that `Option.parse` will read, a switch, or a list of texts."""
+    type_ = {"switch": bool | None, "texts": list[str] | None}.get(option.kind, str | None)
+    names = {"integer": "INTEGER", "number": "NUMBER", "size": "SIZE", "path": "PATH", "text": "TEXT"}
+    metavar = f"[{'|'.join(option.choices)}]" if option.choices else option.metavar or names.get(option.kind)
+    default = f" Default: {option.shown_default}." if option.shown_default else ""
+    info = typer.Option(
+        *option.flags,
+        help=option.help_in.get(command, option.help) + default,
+        rich_help_panel=option.panel,
+        metavar=None if option.kind == "switch" else metavar,
+        show_default=False,
+    )
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[type_, info]
+    )

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kimi_lite.apps.flags import parse_token_count
-from kimi_lite.units import SIZE_HELP, parse_size
+from kimi_lite.options import Options
+from kimi_lite.units import SIZE_HELP, parse_size, parse_token_count
 
 if TYPE_CHECKING:
     from kimi_lite.hardware.probe import Hardware
-    from kimi_lite.plan.plan import Plan, PlanLimits
+    from kimi_lite.plan.plan import Plan
     from kimi_lite.plan.subject import Choice, Subject
 
 _WHAT, _MACHINE, _OUTPUT = "What to plan", "The machine", "Output"
@@ -98,7 +98,6 @@ def main(
 ) -> None:
     """What would lie where, what is the first limit, and how fast it could be: before any download."""
     from kimi_lite.hardware.probe import described, probe
-    from kimi_lite.plan.plan import PlanLimits
     from kimi_lite.plan.subject import check_recipe, find_subject
 
     vram_bytes = 0 if vram == "0" else parse_size(vram, "--vram") if vram else None
@@ -108,7 +107,16 @@ def main(
     hardware = described(probe(subject.path, measure), ram_bytes, vram_bytes)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}
     hardware = hardware.with_speeds("given", **{place: 1e9 * gb_s for place, gb_s in speeds.items() if gb_s})
-    limits = PlanLimits(context, kv_dtype, device, vram_bytes or None, ram_bytes, threads, gpu_experts, dense)
+    limits = Options(
+        context_length=context,
+        kv_dtype=kv_dtype,
+        device=device,
+        vram_bytes=vram_bytes or None,
+        ram_bytes=ram_bytes,
+        num_threads=threads,
+        num_gpu_experts=gpu_experts,
+        dense_type=dense,
+    )
     plan, choices, chosen = _decide(subject, hardware, limits, recipe)
     if as_json:
         others = [{"recipe": choice.recipe, **choice.plan.to_json()} for choice in choices]
@@ -119,7 +127,7 @@ def main(
 
 
 def _decide(
-    subject: "Subject", hardware: "Hardware", limits: "PlanLimits", recipe: str | None
+    subject: "Subject", hardware: "Hardware", limits: Options, recipe: str | None
 ) -> "tuple[Plan, list[Choice], str | None]":
     """The plan, and those of all recipes where there is a choice; the chosen recipe's name."""
     from kimi_lite.plan.plan import make_plan

@@ -5,12 +5,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from kimi_lite.apps.chat.attachments import compose, read_image
 from kimi_lite.apps.chat.interrupt import on_interrupt
@@ -21,13 +21,14 @@ from kimi_lite.apps.chat.render import (
     stats_document,
     stats_line,
 )
+from kimi_lite.apps.opening import open_session, say_demo
 from kimi_lite.apps.piped import read_piped
-from kimi_lite.apps.start import Settings, open_session, say_demo
-from kimi_lite.apps.tools.start import open_tools, require_place
+from kimi_lite.apps.tools.choice import open_tools, require_place
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import read_text, require_writable, whole_file
+from kimi_lite.options import Options
 from kimi_lite.terminal import Console, show_plain, write
 
 if TYPE_CHECKING:
@@ -70,23 +71,24 @@ def read_prompt(
     return prompt
 
 
-def start_run(flags: Mapping[str, Any]) -> int:
-    """`kimi-lite run` with these parameters; the process's exit code."""
-    file, path = (None if flags[name] is None else Path(flags[name]) for name in ("file", "output"))
+def start_run(
+    options: Options, prompt: str | None, prompt_option: str | None, file: Path | None, is_json: bool, path: Path | None
+) -> int:
+    """`kimi-lite run`; the process's exit code. path: where the answer goes, None for stdout."""
     if path is not None:
         require_writable(path, "The answer")
-    settings, stderr = Settings.from_flags(flags), Console(stderr=True)
+    stderr = Console(stderr=True)
     say = partial(show_plain, stderr, style="dim")
-    text = read_prompt(flags["prompt"], flags["prompt_option"], file, sys.stdin, say)
-    attachments = [read_image(name) for name in flags["image"] or ()]
-    output = RunOutput(path, flags["as_json"], flags["quiet"], flags["plain"], not flags["hide_thinking"])
-    if settings.is_demo and not settings.is_quiet:
+    text = read_prompt(prompt, prompt_option, file, sys.stdin, say)
+    attachments = [read_image(name) for name in options.images]
+    output = RunOutput(path, is_json, options.is_quiet, options.is_plain, not options.is_hiding_thinking)
+    if options.is_demo and not options.is_quiet:
         say_demo(stderr)
     with ExitStack() as stack:
-        tools = open_tools(flags)
+        tools = open_tools(options)
         if tools is not None:
             stack.enter_context(tools)
-        conversation = stack.enter_context(closing(open_session(settings, stderr)))
+        conversation = stack.enter_context(closing(open_session(options, stderr)))
         if tools is not None:
             require_place(conversation)
             for remark in () if output.is_quiet else tools.notes:

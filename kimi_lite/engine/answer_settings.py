@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from kimi_lite.engine.types import INSTANT_TEMPERATURE, THINKING_TEMPERATURE, SamplingParams
+from kimi_lite.options import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,25 @@ class AnswerSettings:
 
     def describe_sampling(self) -> str:
         return f"temp {self.sampling_temperature:g}, top-p {self.sampling.top_p:g}"
+
+    @classmethod
+    def from_options(cls, options: Options) -> "AnswerSettings":
+        """What the options say of answers; but for the mode, which is also the model's to allow."""
+        sampling = SamplingParams(
+            temperature=THINKING_TEMPERATURE if options.temperature is None else options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=options.seed,
+            max_tokens=options.max_tokens,
+        )
+        return cls(
+            temperature=options.temperature,
+            sampling=sampling,
+            thinking_budget=options.thinking_budget,
+            preserve_thinking=options.preserve_thinking,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

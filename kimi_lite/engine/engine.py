@@ -25,7 +25,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK, Piece, StreamParser
 from kimi_lite.text.template import ChatTemplate
@@ -82,13 +82,13 @@ class Engine:
     def open(
         cls,
         path: str | Path,
-        options: LoadOptions | None = None,
+        options: Options | None = None,
         on_progress: OnProgress | None = None,
     ) -> "Engine":
         """Load a .gguf file, the first of its shards or their folder; see `engine.loader`."""
         from kimi_lite.engine.loader import load_engine
 
-        return load_engine(path, options or LoadOptions(), on_progress)
+        return load_engine(path, options or Options(), on_progress)
 
     def close(self) -> None:
         """End what runs, then the model's threads, then let go of its files. A second call does nothing."""

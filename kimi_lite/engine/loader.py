@@ -24,7 +24,7 @@ from kimi_lite.kv.disk import DEFAULT_MAX_BYTES, PrefixStore, model_key
 from kimi_lite.kv.host import HostPages
 from kimi_lite.kv.pages import KV_DTYPES, KVCache, bytes_per_token
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.plan.plan import DEFAULT_CONTEXT
 from kimi_lite.plan.types import Plan
 from kimi_lite.units import GIB
@@ -32,7 +32,7 @@ from kimi_lite.units import GIB
 _SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no room for
 
 
-def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress | None = None) -> Engine:
+def load_engine(path: str | Path, options: Options, on_progress: OnProgress | None = None) -> Engine:
     """Where no context is asked for, it is the model's own up to 32,768 tokens."""
     from kimi_lite.text.template import ChatTemplate
     from kimi_lite.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)
     report("preparing the cache", 2, 4)
     context_length = choose_context(config, options.context_length)
-    device = choose_device(options.device)
+    device = choose_device(options.device if options.allows_gpu else "cpu")
     plan = plan_load(store, config, options, find_gpu(device))
     model, kv = _open_model(store, config, options, context_length, device, plan, report)
     report("ready", 4, 4)
@@ -58,7 +58,7 @@ def load_engine(path: str | Path, options: LoadOptions, on_progress: OnProgress 
 def _open_model(
     store: GGUFStore,
     config: ModelConfig,
-    options: LoadOptions,
+    options: Options,
     context_length: int,
     device: str,
     plan: Plan,
@@ -110,7 +110,7 @@ def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCac
     return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype)
 
 
-def attach_tiers(kv: KVCache, store: GGUFStore, options: LoadOptions) -> list[PrefixStore]:
+def attach_tiers(kv: KVCache, store: GGUFStore, options: Options) -> list[PrefixStore]:
     """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be
     closed."""
     is_on_cpu = isinstance(kv.storage, np.ndarray)

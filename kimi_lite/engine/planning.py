@@ -10,36 +10,20 @@ from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.places import find_places
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.probe import Gpu, probe
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
-from kimi_lite.plan.types import Plan, PlanLimits
+from kimi_lite.plan.types import Plan
 
 
-def plan_load(
-    store: GGUFStore,
-    config: ModelConfig,
-    options: LoadOptions,
-    gpu: Gpu | None = None,
-    cache_tokens: int | None = None,
-) -> Plan:
-    """`gpu`: the one that will be used, None for the CPU path. `cache_tokens`: of all sequences together, where the
-    cache is for more than one. Raises KimiLiteError with need, have and what would do."""
+def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu | None = None) -> Plan:
+    """`gpu`: the one that will be used, None for the CPU path. Raises KimiLiteError with need, have and what would
+    do."""
     hardware = replace(probe(store.path), gpu=gpu)
-    limits = PlanLimits(
-        context_length=options.context_length,
-        kv_dtype=options.kv_dtype,
-        device=None if gpu else "cpu",
-        vram_bytes=options.vram_bytes,
-        ram_bytes=options.ram_bytes,
-        num_threads=options.num_threads,
-        num_gpu_experts=options.num_gpu_experts,
-        dense_type=options.dense_type,
-        cache_tokens=cache_tokens,
-    )
-    return make_plan(store_sizes(store, config), hardware, limits).require()
+    on_path = options if gpu else replace(options, device="cpu")
+    return make_plan(store_sizes(store, config), hardware, on_path).require()
 
 
-def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: LoadOptions) -> TierOptions | None:
+def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: Options) -> TierOptions | None:
     """How routed experts that do not fit into RAM come from the disk, or how all are loaded; None where they are
     mapped."""
     is_locked = options.loading == "lock"

@@ -11,9 +11,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
-from kimi_lite.files import whole_file
+from kimi_lite.files import cache_folder, whole_file
 
 _SHARD_END = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -24,8 +23,7 @@ def heat_path(model: Path) -> Path:
     beside = model.with_name(name)
     if os.access(beside if beside.exists() else model.parent, os.W_OK):
         return beside
-    base = Path(os.environ.get("KIMI_LITE_CACHE") or platformdirs.user_cache_path("kimi-lite"))
-    return base / "heat" / f"{blake2b(str(model.resolve()).encode(), digest_size=8).hexdigest()}-{name}"
+    return cache_folder() / "heat" / f"{blake2b(str(model.resolve()).encode(), digest_size=8).hexdigest()}-{name}"
 
 
 def load_heat(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:

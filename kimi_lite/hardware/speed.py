@@ -4,13 +4,10 @@ A speed belongs to a machine: the file is keyed by CPU, cores and memory, a disk
 """
 
 import json
-import os
 from datetime import date
 from pathlib import Path
 
-import platformdirs
-
-from kimi_lite.files import whole_file
+from kimi_lite.files import cache_folder, whole_file
 from kimi_lite.hardware.probe import Hardware
 
 _FILE_NAME = "speeds.json"
@@ -72,7 +69,7 @@ def largest_file(path: Path) -> Path | None:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("KIMI_LITE_CACHE") or platformdirs.user_cache_path("kimi-lite")) / _FILE_NAME
+    return cache_folder() / _FILE_NAME
 
 
 def _read(file: Path) -> dict:

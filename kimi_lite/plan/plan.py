@@ -1,7 +1,7 @@
 """What lies where, what comes first to its limit, and how fast it could be: pure arithmetic over (model, machine,
 limits).
 
-    plan = make_plan(sizes, hardware, PlanLimits(context_length=32_768))
+    plan = make_plan(sizes, hardware, Options(context_length=32_768))
     plan.require()  # KimiLiteError with need, have, remedy where it cannot run
 
 No torch, no files. Flags of the user are constraints that every plan keeps; a plan that cannot be is still a plan, with
@@ -15,6 +15,7 @@ from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.hardware.probe import Hardware
 from kimi_lite.kv.pages import bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.options import Options
 from kimi_lite.plan.refusal import find_problem, find_remedies
 from kimi_lite.plan.speed import Split, decode_speed, expect, pass_s, prompt_speed, rates_of
 from kimi_lite.plan.types import (
@@ -31,7 +32,6 @@ from kimi_lite.plan.types import (
     Budget,
     Place,
     Plan,
-    PlanLimits,
     Refusal,
     Row,
     Verdict,
@@ -52,23 +52,23 @@ DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cac
 _TIGHT_SHARE = 0.03  # of the budget: less than this free is called tight
 
 
-def make_plan(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits | None = None) -> Plan:
-    """The one plan for this model here. Uses the GPU where there is one and `limits.device` is not "cpu"."""
-    limits = limits or PlanLimits()
+def make_plan(sizes: ModelSizes, hardware: Hardware, limits: Options | None = None) -> Plan:
+    """The one plan for this model here. Uses the GPU where there is one and `limits` allow it."""
+    limits = limits or Options()
     plan = lay_out(sizes, hardware, limits)
     if not (problem := find_problem(plan)):
         return plan
     return replace(plan, verdict="refused", refusal=Refusal(problem, tuple(find_remedies(plan, lay_out))))
 
 
-def lay_out(sizes: ModelSizes, hardware: Hardware, limits: PlanLimits) -> Plan:
+def lay_out(sizes: ModelSizes, hardware: Hardware, limits: Options) -> Plan:
     """The plan, whether it can be or not."""
     sizes = sizes.with_dense_type(limits.dense_type)
-    is_on_gpu = hardware.gpu is not None and limits.device != "cpu"
+    is_on_gpu = hardware.gpu is not None and limits.allows_gpu
     context_length = choose_context(sizes, limits.context_length)
     hardware_used = replace(hardware, num_cores=limits.num_threads or hardware.num_cores)
     budgets = find_budgets(hardware, limits, is_on_gpu)
-    cache = kv_bytes(sizes, limits.cache_tokens or context_length, limits.kv_dtype)
+    cache = limits.num_sequences * kv_bytes(sizes, context_length, limits.kv_dtype)
     on_gpu, chunk, num_slots = (
         _lay_out_gpu(sizes, hardware, limits, budgets, cache) if is_on_gpu else ([], STEP_TOKENS, 0)
     )
@@ -120,7 +120,7 @@ def choose_context(sizes: ModelSizes, asked: int | None) -> int:
     return min(model, DEFAULT_CONTEXT) if asked is None else asked or model
 
 
-def find_budgets(hardware: Hardware, limits: PlanLimits, is_on_gpu: bool) -> tuple[Budget, ...]:
+def find_budgets(hardware: Hardware, limits: Options, is_on_gpu: bool) -> tuple[Budget, ...]:
     """Of each place whichever is less: what is free, or what the user allows."""
     found = [_budget("RAM", hardware.ram_free_bytes, limits.ram_bytes, "--ram")]
     if is_on_gpu:
@@ -134,7 +134,7 @@ def _budget(place: Place, free_bytes: int, limit_bytes: int | None, flag: str) -
 
 
 def _lay_out_gpu(
-    sizes: ModelSizes, hardware: Hardware, limits: PlanLimits, budgets: tuple[Budget, ...], cache: int
+    sizes: ModelSizes, hardware: Hardware, limits: Options, budgets: tuple[Budget, ...], cache: int
 ) -> tuple[list[Row], int, int]:
     """Rows, tokens of a prompt's chunk, and expert slots, which get what is left."""
     fixed = [

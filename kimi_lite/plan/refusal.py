@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.hardware.probe import Hardware, free_of
-from kimi_lite.plan.types import EXPERTS, Place, Plan, PlanLimits
+from kimi_lite.options import Options
+from kimi_lite.plan.types import EXPERTS, Place, Plan
 from kimi_lite.units import GIB, gib, gib_apart
 
-LayOut = Callable[[ModelSizes, Hardware, PlanLimits], Plan]
+LayOut = Callable[[ModelSizes, Hardware, Options], Plan]
 _LEAST_TOKENS_CACHED = 2  # tokens whose experts a cache of experts must hold, or it would never help
 _LEAST_CONTEXT = 1024
 _BOARDS_GIB = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # as memory is sold
@@ -58,7 +59,7 @@ def find_remedies(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, str]]:
         yield "a machine with more memory", f"{board} GiB of RAM would do"
 
 
-def _smaller_wishes(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, PlanLimits]]:
+def _smaller_wishes(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, Options]]:
     """The longest context that fits, an 8-bit cache (with less context where it must be), no GPU."""
     limits = plan.limits
     small = replace(limits, kv_dtype="q8")
@@ -71,7 +72,7 @@ def _smaller_wishes(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, PlanLimi
         yield "--device cpu", replace(limits, device="cpu")
 
 
-def _longest_context(plan: Plan, limits: PlanLimits, lay_out: LayOut) -> int:
+def _longest_context(plan: Plan, limits: Options, lay_out: LayOut) -> int:
     """The longest context below the asked one that fits, in whole K; 0 where none does."""
     low, high = 0, min(plan.context_length - 1, plan.sizes.config.context_length) // _LEAST_CONTEXT
     while low < high:

@@ -13,7 +13,8 @@ from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.probe import Hardware
-from kimi_lite.plan.plan import Plan, PlanLimits, make_plan
+from kimi_lite.options import Options
+from kimi_lite.plan.plan import Plan, make_plan
 
 # From fine to coarse. Those that need llama.cpp's library and an importance matrix are left out where nobody names a
 # recipe.
@@ -97,7 +98,7 @@ def find_subject(model: str | None, is_seeing: bool = True) -> Subject:
     )
 
 
-def choices(subject: Subject, hardware: Hardware, limits: PlanLimits) -> Iterator[Choice]:
+def choices(subject: Subject, hardware: Hardware, limits: Options) -> Iterator[Choice]:
     """Every recipe's plan, from fine to coarse."""
     for recipe in subject.recipes:
         yield Choice(recipe, make_plan(subject.sizes_in(recipe), hardware, limits))
@@ -115,7 +116,7 @@ def best_choice(candidates: list[Choice]) -> Choice:
     return whole[0] if whole else smallest
 
 
-def smaller_model(hardware: Hardware, limits: PlanLimits) -> tuple[str, str] | None:
+def smaller_model(hardware: Hardware, limits: Options) -> tuple[str, str] | None:
     """The largest other model of the family that lies in memory here, with its recipe."""
     for name in _SMALLER:
         for recipe in ("q4_0", "tq1_0"):

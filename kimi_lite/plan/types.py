@@ -7,6 +7,7 @@ from typing import Literal
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.probe import Hardware
+from kimi_lite.options import Options
 from kimi_lite.plan.speed import Expectation, Rates, Speed, Split, decode_speed
 
 Place = Literal["VRAM", "RAM", "disk"]
@@ -15,21 +16,6 @@ Verdict = Literal["fits", "tight", "from disk", "refused"]
 # Parts, as the rows call them.
 DENSE, EMBEDDING, KV, VISION, EXPERTS = "dense weights", "embedding", "KV cache", "vision", "experts"
 WORK, PINNED, PROGRAM, SLOTS, MARGIN = "work", "pinned buffers", "program", "expert slots", "margin"
-
-
-@dataclass(frozen=True, slots=True)
-class PlanLimits:
-    """What the user asks and allows. None: not said. Sizes are limits, never wishes."""
-
-    context_length: int | None = None  # tokens; 0: all that the model was made for
-    kv_dtype: str = "f16"
-    device: str | None = None  # "cpu": no GPU even where there is one
-    vram_bytes: int | None = None
-    ram_bytes: int | None = None
-    num_threads: int | None = None
-    num_gpu_experts: int | None = None  # slots on the GPU; None: as many as fit
-    dense_type: str = "q8_0"  # on the GPU: q8_0, bf16, or file
-    cache_tokens: int | None = None  # of all sequences; None: one of the whole context
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +54,7 @@ class Plan:
 
     sizes: ModelSizes
     hardware: Hardware
-    limits: PlanLimits
+    limits: Options
     context_length: int
     is_on_gpu: bool
     rows: tuple[Row, ...]

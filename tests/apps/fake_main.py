@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kimi_lite import cli
 from kimi_lite.engine.engine import Engine
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from tests.engine.fakes import fake_engine, scripted_logits
 
 SECONDS_PER_STEP = 0.03
@@ -22,7 +22,7 @@ def repeat(prompt: str) -> tuple[str, str]:
     return "about it", "tick " * 400 if said.startswith("slow") else f"you said: {said}"
 
 
-def open_fake(path: object, options: LoadOptions, on_progress: object = None) -> Engine:
+def open_fake(path: object, options: Options, on_progress: object = None) -> Engine:
     """In place of `Engine.open`."""
     engine = fake_engine(context_length=options.context_length or 4096, max_step_tokens=64)
     engine.model.next_logits = scripted_logits(engine.tokenizer, repeat)

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from kimi_lite.apps.config_file import read_defaults
+from kimi_lite.apps.config_file import read_settings
+from kimi_lite.apps.flags import resolve
 from kimi_lite.apps.folders import config_path, state_folder
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
 from kimi_lite.errors import KimiLiteError
 from tests.apps.fake_main import open_fake
-
-FLAGS = {"model": "model", "ctx": "context", "temp": "temperature", "think": "think"}
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(opened: list[E
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modl = 'x'", "sets 'modl', which is no flag. Did you mean model?"),
+        ("modl = 'x'", "sets 'modl', which is not an option. Did you mean model?"),
         ("model = ", "cannot be read"),
         ("[model]\npath = 'x'", "sets 'model' to a dict"),
         ("model = 2026-01-01", "sets 'model' to a date"),
@@ -63,15 +62,15 @@ def test_flags_go_before_the_environment_and_that_before_the_file(opened: list[E
 def test_mistakes_are_sentences(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(KimiLiteError, match=r"bad\.toml") as error:
-        read_defaults(tmp_path / "bad.toml", FLAGS)
+        read_settings(tmp_path / "bad.toml")
     assert message in str(error.value)
 
 
 def test_values_are_as_on_the_command_line(tmp_path: Path) -> None:
-    path = tmp_path / "good.toml"
-    path.write_text('ctx = 4096\ntemp = 0.5\nthink = true\nmodel = "a b"\n')
-    assert read_defaults(path, FLAGS) == {"context": "4096", "temperature": "0.5", "think": True, "model": "a b"}
-    assert read_defaults(tmp_path / "none.toml", FLAGS) == {}
+    configure('ctx = 4096\ntemp = 0.5\nthink = true\nmodel = "a b"\n')
+    options = resolve("run", {})
+    assert (options.context_length, options.temperature, options.is_thinking, options.model) == (4096, 0.5, True, "a b")
+    assert read_settings(tmp_path / "none.toml") == {}
 
 
 def test_folders_follow_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kimi_lite.engine.engine import Engine
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def test_quantize_then_run_says_what_transformers_would(tmp_path: Path) -> None:
     done = kimi_lite("run", "-m", path, "hello there", "--temp", "0", "-n", "16", "--no-think", "--json")
     assert done.returncode == 0, done.stderr
     ids = json.loads(done.stdout)["ids"]
-    engine = Engine.open(path, LoadOptions(context_length=128))
+    engine = Engine.open(path, Options(context_length=128))
     prompt = engine.template.encode([{"role": "user", "content": "hello there"}], thinking=False).ids
     with torch.no_grad():
         logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].numpy()  # (tokens, vocab)

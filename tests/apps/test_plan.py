@@ -12,9 +12,9 @@ from kimi_lite.cli import app
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware import probe as hardware
 from kimi_lite.hardware.probe import Disk, Hardware, described, free_of
+from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.subject import RECIPES, best_choice, choices, find_subject
-from kimi_lite.plan.types import PlanLimits
 from kimi_lite.plan.view import disk_warning, plan_lines, start_panel, verdict_line
 from kimi_lite.units import GIB
 from tests.tiny import write_tiny_gguf
@@ -134,10 +134,10 @@ def test_a_checkpoint_needs_only_its_config(tmp_path):
 def test_the_best_recipe_is_made_without_help():
     subject = find_subject("kimi-k2.5")
     other = described(HERE, 256 * GIB, 24 * GIB)
-    every = list(choices(subject, other, PlanLimits()))
+    every = list(choices(subject, other, Options()))
     assert [choice.recipe for choice in every] == list(subject.recipes)
     assert best_choice(every).recipe == "tq1_0", "iq1_m needs an importance matrix"
-    nothing = list(choices(subject, described(HERE, None, 0), PlanLimits(ram_bytes=GIB)))
+    nothing = list(choices(subject, described(HERE, None, 0), Options(ram_bytes=GIB)))
     assert best_choice(nothing).plan.refusal and set(RECIPES) >= {choice.recipe for choice in nothing[1:]}
 
 
@@ -167,7 +167,7 @@ def test_one_line_for_other_commands():
     subject = find_subject("kimi-k2.5")
     large = described(HERE, 512 * GIB, 24 * GIB)
     assert "fits, context 32,768: at most" in verdict_line(make_plan(subject.sizes_in("tq1_0"), large))
-    assert "would not run" in verdict_line(make_plan(subject.sizes_in("tq1_0"), HERE, PlanLimits(ram_bytes=GIB)))
+    assert "would not run" in verdict_line(make_plan(subject.sizes_in("tq1_0"), HERE, Options(ram_bytes=GIB)))
     assert "would come from disk" in verdict_line(make_plan(subject.sizes_in("q4_0"), large))
 
 

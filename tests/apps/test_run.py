@@ -20,7 +20,6 @@ from kimi_lite.apps.piped import FIRST_BYTE_S
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.options import LoadOptions
 from tests.apps.fake_main import open_fake
 from tests.apps.terminal import Terminal
 
@@ -143,7 +142,9 @@ def test_flags_reach_the_engine_and_the_sampler(opened: list[Engine], monkeypatc
     flags = "-c 2K -t 3 -n 7 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --seed 4 -s short --no-think"
     invoke("hi", *flags.split(" "), "--no-prefix-cache")
     sampling = seen[0].sampling
-    assert opened[0].opened_with == (Path("x.gguf"), LoadOptions(context_length=2048, num_threads=3))
+    assert opened[0].opened_with[0] == Path("x.gguf")
+    options = opened[0].opened_with[1]
+    assert (options.context_length, options.num_threads, options.prefix_folder) == (2048, 3, None)
     assert (sampling.temperature, sampling.max_tokens, sampling.top_k, sampling.top_p) == (0.6, 7, 5, 0.5)
     assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.1, 4)
     assert "short" in opened[0].tokenizer.decode(seen[0].prompt_ids)
@@ -181,7 +182,7 @@ def spawn(*arguments: str, **options: object) -> subprocess.Popen:
         (["run", "-m", "x", "one", "-p", "two"], "given twice"),
         (["run", "-m", "x"], "empty"),
         (["run", "-m", "x", "-f", "no/such/file"], "no/such/file"),
-        (["run", "-m", "x", "--temp", "-3", "hi"], "Temperature is -3.0"),
+        (["run", "-m", "x", "--temp", "-3", "hi"], "--temp is '-3'"),
         (["run", "-m", "x", "-c", "64", "z" * 80], "it has 64"),
         (["run", "-m", "x", "-c", "much", "hi"], "much"),
         (["run", "-m", "x", "hi", "-o", "/no/such/folder/file"], "cannot be written"),

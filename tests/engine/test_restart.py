@@ -16,7 +16,7 @@ from kimi_lite.engine.loader import attach_tiers
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from tests.tiny import write_tiny_gguf
 
 SYSTEM = np.random.default_rng(1).integers(0, 256, 400).tolist()  # six whole pages and a tail of 16
@@ -44,7 +44,7 @@ def answer(engine: Engine, name: str, prompt: list[int]) -> tuple[list[int], lis
 
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
 def test_a_restart_answers_as_if_it_had_never_ended(kv_dtype: str, model_path: Path, tmp_path: Path) -> None:
-    options = LoadOptions(context_length=1024, num_threads=2, kv_dtype=kv_dtype)
+    options = Options(context_length=1024, num_threads=2, kv_dtype=kv_dtype)
     saving = replace(options, prefix_folder=tmp_path)
     question = [*SYSTEM[:390], *range(20)]
     with Engine.open(model_path, options) as engine:  # a process that goes on
@@ -62,13 +62,13 @@ def test_a_restart_answers_as_if_it_had_never_ended(kv_dtype: str, model_path: P
 
 
 def test_another_dtype_or_model_finds_nothing(model_path: Path, tmp_path: Path) -> None:
-    options = LoadOptions(context_length=512, num_threads=1, prefix_folder=tmp_path)
+    options = Options(context_length=512, num_threads=1, prefix_folder=tmp_path)
     with Engine.open(model_path, options) as engine:
         answer(engine, "a", SYSTEM)
     other = write_tiny_gguf(tmp_path / "other.gguf", np.random.default_rng(5))
     for path, kv_dtype in ((model_path, "q8"), (other, "f16")):
         with Engine.open(
-            path, LoadOptions(context_length=512, num_threads=1, kv_dtype=kv_dtype, prefix_folder=tmp_path)
+            path, Options(context_length=512, num_threads=1, kv_dtype=kv_dtype, prefix_folder=tmp_path)
         ) as engine:
             assert answer(engine, "b", SYSTEM)[2] == 0
 
@@ -96,12 +96,12 @@ def test_a_gpus_cache_has_pages_in_ram_behind_it(model_path: Path, monkeypatch: 
     torch = pytest.importorskip("torch")
     store = GGUFStore.open(model_path)
     kv = KVCache(2, 8, 6, "f32", storage=torch.zeros(2, 6, 64, 8))
-    assert attach_tiers(kv, store, LoadOptions()) == []
+    assert attach_tiers(kv, store, Options()) == []
     assert kv.host.num_pages == 6
     page_bytes = 2 * 64 * 8 * 4
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * 3 * page_bytes + 5))
-    attach_tiers(kv, store, LoadOptions())
+    attach_tiers(kv, store, Options())
     assert kv.host.num_pages == 3
     plain = KVCache(2, 8, 6, "f32")
-    attach_tiers(plain, store, LoadOptions())
+    attach_tiers(plain, store, Options())
     assert plain.host is None

@@ -12,10 +12,11 @@ from kimi_lite.arch.sizes import ModelSizes, sizes_of
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.probe import Gpu, Hardware, free_of
+from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.refusal import find_problem
 from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, pass_s, rates_of
-from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan, PlanLimits
+from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan
 from kimi_lite.quantize.recipe.recipe import named_recipe
 from kimi_lite.units import GIB
 
@@ -45,7 +46,7 @@ def test_physics_of_the_design():
     bytes_of = {recipe: K25[recipe].token_expert_bytes / 1e9 for recipe in ("tq1_0", "iq1_m", "iq2_xxs")}
     assert bytes_of == pytest.approx({"tq1_0": 4.46, "iq1_m": 4.62, "iq2_xxs": 5.45}, rel=0.002)
     assert sizes.config.kv_bytes_per_token(2) == 70_272
-    plan = make_plan(sizes, machine(), PlanLimits(32_768))
+    plan = make_plan(sizes, machine(), Options(context_length=32_768))
     assert plan.part_bytes("VRAM", KV) == 70_272 * 32_768
     assert plan.part_bytes("VRAM", "dense weights") == pytest.approx(11.2e9, rel=0.1)
     assert pass_s(sizes, Split(1, 0, True), plan.rates) == pytest.approx(9.3, rel=0.005)
@@ -77,7 +78,7 @@ def test_the_gpu_works_before_and_beside_the_processor():
 
 
 def test_processor_alone_reads_everything_from_memory():
-    plan = make_plan(MOONLIGHT, machine(64, gpu=None, ram_bytes_s=50e9), PlanLimits(4096))
+    plan = make_plan(MOONLIGHT, machine(64, gpu=None, ram_bytes_s=50e9), Options(context_length=4096))
     read_bytes = MOONLIGHT.dense_bytes + MOONLIGHT.embedding_row_bytes + MOONLIGHT.token_expert_bytes
     assert plan.decode.tok_s == pytest.approx(50e9 / read_bytes)
     cache_bytes = 4096 * MOONLIGHT.config.kv_bytes_per_token(2)
@@ -111,7 +112,7 @@ GIBS = st.floats(1, 600)
 @given(GIBS, GIBS, st.sampled_from(sorted(K25)), st.booleans(), st.sampled_from([None, 4096, 131_072]))
 def test_more_memory_is_never_worse(one_gib, other_gib, recipe, has_gpu, context_length):
     less, more = sorted((one_gib, other_gib))
-    gpu, limits = GPU if has_gpu else None, PlanLimits(context_length)
+    gpu, limits = GPU if has_gpu else None, Options(context_length=context_length)
     small, large = (make_plan(K25[recipe], machine(gib, gpu), limits) for gib in (less, more))
     order = ("refused", "from disk", "tight", "fits")
     assert order.index(small.verdict) <= order.index(large.verdict)
@@ -137,7 +138,7 @@ def test_sums_and_limits(ram_limit, vram_limit, ram_gib, has_gpu, recipe, kv_dty
     free."""
     hardware = machine(ram_gib, GPU if has_gpu else None)
     ram_bytes, vram_bytes = (None if limit is None else int(limit * GIB) for limit in (ram_limit, vram_limit))
-    limits = PlanLimits(context_length, kv_dtype, ram_bytes=ram_bytes, vram_bytes=vram_bytes)
+    limits = Options(context_length=context_length, kv_dtype=kv_dtype, ram_bytes=ram_bytes, vram_bytes=vram_bytes)
     plan = make_plan(K25[recipe], hardware, limits)
     for budget in plan.budgets:
         limit_bytes = {"RAM": ram_bytes, "VRAM": vram_bytes}[budget.place]
@@ -166,35 +167,35 @@ def test_a_laptop_is_refused_with_need_have_and_remedy():
 
 def test_remedies_run():
     """Every flag that a refusal names makes a plan that can be."""
-    plan = make_plan(K25["tq1_0"], machine(), PlanLimits(262_144))
+    plan = make_plan(K25["tq1_0"], machine(), Options(context_length=262_144))
     assert {flags.split()[0] for flags in remedies(plan)} == {"-c", "--kv-dtype", "--device"} or len(
         remedies(plan)
     ) >= 2
     for flags in remedies(plan):
         words = flags.split()
-        changed = PlanLimits(
-            int(words[words.index("-c") + 1][:-1]) * 1024 if "-c" in words else 262_144,
-            "q8" if "q8" in words else "f16",
-            "cpu" if "--device" in words else None,
+        changed = Options(
+            context_length=int(words[words.index("-c") + 1][:-1]) * 1024 if "-c" in words else 262_144,
+            kv_dtype="q8" if "q8" in words else "f16",
+            device="cpu" if "--device" in words else None,
         )
         assert not make_plan(K25["tq1_0"], machine(), changed).refusal, flags
     longest = next(
         int(flags.split()[1][:-1]) for flags in remedies(plan) if flags.startswith("-c") and "q8" not in flags
     )
-    assert find_problem(make_plan(K25["tq1_0"], machine(), PlanLimits((longest + 1) * 1024))), (
+    assert find_problem(make_plan(K25["tq1_0"], machine(), Options(context_length=(longest + 1) * 1024))), (
         "a longer context would fit"
     )
 
 
 def test_limits_of_the_user_are_named_when_they_are_what_lacks():
-    plan = make_plan(K25["tq1_0"], machine(), PlanLimits(vram_bytes=12 * GIB))
+    plan = make_plan(K25["tq1_0"], machine(), Options(vram_bytes=12 * GIB))
     assert "--vram allows 12.0 GiB" in plan.refusal.problem
     assert "without --vram" in remedies(plan) and "--device cpu" in remedies(plan)
 
 
 def test_too_long_a_context_and_a_missing_gpu():
-    assert "made for 8,192" in make_plan(MOONLIGHT, machine(), PlanLimits(10_000)).refusal.problem
-    assert "no GPU" in make_plan(MOONLIGHT, machine(gpu=None), PlanLimits(device="cuda")).refusal.problem
+    assert "made for 8,192" in make_plan(MOONLIGHT, machine(), Options(context_length=10_000)).refusal.problem
+    assert "no GPU" in make_plan(MOONLIGHT, machine(gpu=None), Options(device="cuda")).refusal.problem
 
 
 def test_experts_that_do_not_fit_come_from_disk():
@@ -211,7 +212,7 @@ def test_everything_on_the_gpu_needs_no_memory_for_experts():
 
 
 def test_eight_bits_halve_the_cache_and_vision_counts():
-    full, half = (make_plan(K25["tq1_0"], machine(), PlanLimits(kv_dtype=kv_dtype)) for kv_dtype in ("f16", "q8"))
+    full, half = (make_plan(K25["tq1_0"], machine(), Options(kv_dtype=kv_dtype)) for kv_dtype in ("f16", "q8"))
     assert half.part_bytes("VRAM", KV) == pytest.approx(full.part_bytes("VRAM", KV) * 0.53, rel=0.01)
     seeing = make_plan(replace(K25["tq1_0"], vision_bytes=KNOWN["kimi-k2.5"].vision_bytes), machine())
     assert seeing.num_vram_slots < full.num_vram_slots
@@ -220,15 +221,15 @@ def test_eight_bits_halve_the_cache_and_vision_counts():
 
 def test_flags_of_the_gpu_are_kept():
     sizes = K25["tq1_0"]
-    plain, few = make_plan(sizes, machine()), make_plan(sizes, machine(), PlanLimits(num_gpu_experts=100))
+    plain, few = make_plan(sizes, machine()), make_plan(sizes, machine(), Options(num_gpu_experts=100))
     assert few.num_vram_slots == 100 < plain.num_vram_slots and few.place_bytes("VRAM") < plain.place_bytes("VRAM")
-    assert not make_plan(sizes, machine(), PlanLimits(num_gpu_experts=0)).num_vram_slots
-    too_many = make_plan(sizes, machine(), PlanLimits(num_gpu_experts=5000))
+    assert not make_plan(sizes, machine(), Options(num_gpu_experts=0)).num_vram_slots
+    too_many = make_plan(sizes, machine(), Options(num_gpu_experts=5000))
     assert "expert slots" in too_many.refusal.problem and f"--gpu-experts {plain.num_vram_slots}" in remedies(too_many)
     wide = make_plan(
         sizes,
         machine(gpu=replace(GPU, vram_total_bytes=48 * GIB, vram_free_bytes=47 * GIB)),
-        PlanLimits(dense_type="bf16"),
+        Options(dense_type="bf16"),
     )
     assert wide.part_bytes("VRAM", "dense weights") == pytest.approx(21e9, rel=0.05)  # 10.55 G weights
     assert wide.decode.tok_s < plain.decode.tok_s
@@ -237,7 +238,7 @@ def test_flags_of_the_gpu_are_kept():
 
 
 def test_json_holds_what_the_tables_show():
-    document = json.loads(json.dumps(make_plan(K25["tq1_0"], machine(), PlanLimits(0)).to_json()))
+    document = json.loads(json.dumps(make_plan(K25["tq1_0"], machine(), Options(context_length=0)).to_json()))
     assert document["verdict"] == "refused" and document["refusal"]["remedies"]
     assert document["context_length"] == 262_144 and document["rates"]["ram"]["origin"] == "assumed"
     assert sum(row["num_bytes"] for row in document["rows"] if row["place"] == "RAM") > 199 * GIB

@@ -25,7 +25,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware import speed as hardware_speed
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.types import Plan
 from kimi_lite.plan.view import verdict_line
@@ -51,7 +51,7 @@ class Options:
     model: Path
     tests: tuple[BenchTest, ...]
     num_repeats: int
-    load: LoadOptions
+    load: Options
     is_random: bool
     is_sweep: bool
     compares: bool
@@ -295,7 +295,7 @@ def main(
     path = model or _demo_path()
     if cold and not drop_page_cache(GGUFStore.open(path).shards):
         report.say("this system cannot be asked to forget files: first runs may not be cold")
-    load = LoadOptions(
+    load = Options(
         num_threads=threads,
         kv_dtype=kv_dtype,
         ram_bytes=parse_size(ram, "--ram") if ram else None,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache, value_bytes
 from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.tools.bench.plan import BenchTest, Prompt, context_needed
@@ -51,8 +51,8 @@ class Ours:
 
     name = "kimi-lite"
 
-    def __init__(self, path: Path, tests: Sequence[BenchTest], options: LoadOptions | None = None) -> None:
-        options = options or LoadOptions()
+    def __init__(self, path: Path, tests: Sequence[BenchTest], options: Options | None = None) -> None:
+        options = options or Options()
         kv_dtype = options.kv_dtype
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata, self.store.path.name)
@@ -61,10 +61,13 @@ class Ours:
         self.sizes = store_sizes(self.store, self.config)
         self.kv_value_bytes = value_bytes(self.config, kv_dtype)
         num_pages = self._num_pages(tests)
-        device = choose_device(options.device)
-        self.plan = plan_load(
-            self.store, self.config, options, gpu=find_gpu(device), cache_tokens=num_pages * PAGE_TOKENS
+        options = replace(
+            options,
+            context_length=context_needed(tests),
+            num_sequences=2 * max(test.num_sequences for test in tests),
         )
+        device = choose_device(options.device if options.allows_gpu else "cpu")
+        self.plan = plan_load(self.store, self.config, options, gpu=find_gpu(device))
         self.is_on_gpu = device != "cpu"
         self._open_model(options, num_pages, device)
         template = ChatTemplate.from_metadata(self.store.metadata, self.tokenizer)
@@ -72,7 +75,7 @@ class Ours:
         self.engine = Engine(self.transformer, self.kv, self.tokenizer, template, context_needed(tests), info)
         self._num_requests = 0
 
-    def _open_model(self, options: LoadOptions, num_pages: int, device: str) -> None:
+    def _open_model(self, options: Options, num_pages: int, device: str) -> None:
         recorder = RoutingRecorder(options.routing_trace, self.config) if options.routing_trace else None
         tier = choose_tier(self.store, self.config, self.plan, options)
         if self.is_on_gpu:

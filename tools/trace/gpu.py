@@ -17,7 +17,7 @@ import typer
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 
 CPU_EXPERTS, STEP = "experts on the CPU", "step"
 _WARM_UP_TOKENS = 8  # kernels are compiled and graphs captured
@@ -156,7 +156,7 @@ def main(
 ) -> None:
     """Trace decoding on the hybrid path."""
     try:
-        with Engine.open(model, LoadOptions(context_length=context, device=device)) as engine:
+        with Engine.open(model, Options(context_length=context, device=device)) as engine:
             for line in table(trace(engine, num_tokens, output), num_tokens):
                 typer.echo(line)
     except KimiLiteError as error:

@@ -19,7 +19,7 @@ from kimi_lite.model.hybrid.experts import HybridOptions
 from kimi_lite.model.hybrid.kernels import TritonKernels
 from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.native.latent_rows import PAGE_TOKENS, row_length
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.units import gib_apart
 
 KV_STORAGE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8": torch.uint8}
@@ -29,7 +29,7 @@ _WORK_BYTES = 1024**3  # the least that a prompt and libraries need beside weigh
 def load_hybrid(
     store: GGUFStore,
     config: ModelConfig,
-    options: LoadOptions,
+    options: Options,
     context_length: int,
     device: str,
     report: Callable[[str, int, int], None],

@@ -16,7 +16,7 @@ from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.native.reference import quantize_latents, rotate_pairs
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from tests.tiny import write_tiny_gguf
 
 CONTEXT = 262_144
@@ -68,7 +68,7 @@ def fill(kv: KVCache, sequence, rng: np.random.Generator, ids: list[int]) -> Non
 def last_tokens(path: Path, kv_dtype: str, is_shuffled: bool) -> tuple[list[int], list[np.ndarray]]:
     """The end of a context of which all but four tokens are cached: ids and logits."""
     ids = np.random.default_rng(7).integers(0, 256, CONTEXT - 4).tolist()
-    with Engine.open(path, LoadOptions(context_length=CONTEXT, num_threads=2, kv_dtype=kv_dtype)) as engine:
+    with Engine.open(path, Options(context_length=CONTEXT, num_threads=2, kv_dtype=kv_dtype)) as engine:
         if is_shuffled:
             np.random.default_rng(8).shuffle(engine.kv._blank)
         sequence = engine.kv.open([])

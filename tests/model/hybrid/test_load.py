@@ -10,7 +10,7 @@ from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.model.hybrid import load
 from kimi_lite.model.hybrid.transformer import HybridTransformer
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from tests.model.hybrid.runner import DEVICE
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.tiny import write_tiny_gguf
@@ -34,7 +34,7 @@ def answer(engine: Engine, prompt: tuple[int, ...], name: str) -> list[int]:
 def test_engine_on_the_gpu_path(tmp_path, stand_in, monkeypatch):
     """The same tokens as on the CPU path; a second request finds the first one's pages; close saves the heat."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
-    options = LoadOptions(context_length=512, kv_dtype="f32", num_threads=1, num_gpu_experts=4, dense_type="file")
+    options = Options(context_length=512, kv_dtype="f32", num_threads=1, num_gpu_experts=4, dense_type="file")
     prompt = tuple(np.random.default_rng(1).integers(0, 250, 90).tolist())
     stages = []
     with Engine.open(path, options, lambda stage, done, total: stages.append(stage)) as engine:

@@ -18,7 +18,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.recorder import read_trace
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.tools.bench import bench, environment, roofline
 from kimi_lite.tools.bench import ours as bench_ours
 from kimi_lite.tools.bench import run as bench_run
@@ -87,7 +87,7 @@ def test_figures_agree_with_an_outside_stopwatch(tiny):
     """The clock of a run starts after its prefix is in the cache: what it reports, and what the caller waits, differ by
     that."""
     tests = [BenchTest("pp", 2048, num_sequences=2), BenchTest("tg", 400)]
-    ours = Ours(tiny, tests, LoadOptions(num_threads=1))
+    ours = Ours(tiny, tests, Options(num_threads=1))
     passages = Passages(load_tokens(ours.tokenizer, is_random=False))
     for test in tests:
         errors = []
@@ -106,7 +106,7 @@ def test_figures_agree_with_an_outside_stopwatch(tiny):
 def test_what_is_timed_is_what_is_named(tiny, depth):
     """Tokens that the model computes in a run, after a prefix that is in the cache."""
     tests = [BenchTest("pp", 50, depth), BenchTest("tg", 10, depth, num_sequences=3), BenchTest("pp", 50, 0, 2)]
-    ours = Ours(tiny, tests, LoadOptions(num_threads=1))
+    ours = Ours(tiny, tests, Options(num_threads=1))
     passages = Passages(load_tokens(ours.tokenizer, is_random=True))
     forward, counts = ours.transformer.forward, []
     ours.transformer.forward = lambda batch, stop: counts.append(len(batch.token_ids)) or forward(batch, stop)

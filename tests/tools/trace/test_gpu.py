@@ -9,7 +9,7 @@ from kimi_lite.engine import loader
 from kimi_lite.engine.engine import Engine
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.hybrid import load
-from kimi_lite.options import LoadOptions
+from kimi_lite.options import Options
 from kimi_lite.tools.trace.gpu import CPU_EXPERTS, common, shares_of, table, trace, united
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.tiny import write_tiny_gguf
@@ -40,7 +40,7 @@ def test_trace(path, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu:0")
     monkeypatch.setattr(loader, "find_gpu", lambda device: None)
     monkeypatch.setattr(load, "TritonKernels", StandInKernels)
-    with Engine.open(path, LoadOptions(context_length=256, num_threads=1)) as engine:
+    with Engine.open(path, Options(context_length=256, num_threads=1)) as engine:
         shares = trace(engine, 4, tmp_path / "trace.json")
         assert 0 < shares.cpu_ms < shares.whole_ms and shares.gpu_ms == 0
         assert "compute" not in vars(engine.model.experts.cpu), "the spans are gone again"
@@ -50,7 +50,7 @@ def test_trace(path, tmp_path, monkeypatch):
 
 def test_nothing_to_trace_on_the_cpu_path(path):
     with (
-        Engine.open(path, LoadOptions(context_length=256, device="cpu")) as engine,
+        Engine.open(path, Options(context_length=256, device="cpu")) as engine,
         pytest.raises(KimiLiteError, match="no GPU"),
     ):
         trace(engine, 1, None)

@@ -1,23 +1,21 @@
-"""From the flags `--tools`, `--mcp-config` and `--allow` to a box of tools."""
+"""From the options `--tools`, `--mcp-config` and `--allow` to a box of tools."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.options import Options
 from kimi_lite.terminal import Console
 
 if TYPE_CHECKING:
     from kimi_lite.apps.tools.box import ToolBox
 
 
-def open_tools(flags: Mapping[str, Any]) -> "ToolBox | None":
-    """The tools that the flags ask for; None where they ask for none."""
-    folder, config = (None if flags[name] is None else Path(flags[name]) for name in ("tools", "mcp_config"))
-    if folder is None and config is None:
-        if flags["allow"]:
+def open_tools(options: Options) -> "ToolBox | None":
+    """The tools that are asked for; None where none are."""
+    if options.tools_folder is None and options.mcp_config is None:
+        if options.allowed_tools:
             raise KimiLiteError(
                 "--allow names tools, and there are none.", "Say --tools FOLDER or --mcp-config FILE, too."
             )
@@ -25,9 +23,10 @@ def open_tools(flags: Mapping[str, Any]) -> "ToolBox | None":
     from kimi_lite.apps.tools.box import ToolBox
 
     aside = Console(stderr=True)
-    is_waiting = config is not None and aside.is_terminal and not flags["quiet"]  # servers may be installed first
+    # Servers may be installed first.
+    is_waiting = options.mcp_config is not None and aside.is_terminal and not options.is_quiet
     with aside.status("[dim]starting MCP servers") if is_waiting else nullcontext():
-        return ToolBox.open(folder, config, flags["allow"] or ())
+        return ToolBox.open(options.tools_folder, options.mcp_config, options.allowed_tools)
 
 
 def require_place(session: Conversation) -> None:
