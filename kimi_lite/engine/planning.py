@@ -6,8 +6,8 @@ from dataclasses import replace
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.experts.heat import heat_path
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.places import find_places
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.probe import Gpu, probe
 from kimi_lite.options import Options
@@ -33,7 +33,4 @@ def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: Opti
         )
     if options.loading == "map" or plan.is_on_gpu or not config.num_moe_layers:
         return None
-    room_bytes = (
-        sum(size * len(layers) for size, layers in find_places(store, config).pools.items()) * config.num_experts
-    )
-    return TierOptions(room_bytes, is_loading_all=True, is_locked=is_locked)
+    return TierOptions(ExpertIndex.find(store, config).ram_bytes, is_loading_all=True, is_locked=is_locked)

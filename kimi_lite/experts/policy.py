@@ -23,7 +23,7 @@ import numpy as np
 
 HALF_LIVES = (2.0, 32.0, 512.0)  # tokens
 _REBASE_EXPONENT = 200.0  # gains grow as 2^(step / half-life); past this they start over
-_FREE, _LOADING, _RESIDENT, _RETIRED = range(4)
+_FREE, _LOADING, _RESIDENT = range(3)
 
 
 class Promotion(NamedTuple):
@@ -55,8 +55,6 @@ class HeatPolicy:
         self._state = np.full(num_slots, _FREE, np.int8)
         self._pins = np.zeros(num_slots, np.int32)
         self._free = list(range(num_slots - 1, -1, -1))  # low numbers go first
-
-    # Heat ---------------------------------------------------------------------------------------------------------
 
     def touch(self, step: float, layer: int, expert_ids: np.ndarray | Sequence[int]) -> None:
         """These experts were chosen at `step` (tokens so far, never going back); repeats count, ids below 0 do not."""
@@ -97,12 +95,9 @@ class HeatPolicy:
         order = np.argsort(-scores, kind="stable")[:count]
         return [divmod(int(key), self.num_experts) for key in order if scores[key] > 0]
 
-    # Slots --------------------------------------------------------------------------------------------------------
-
     @property
     def num_slots(self) -> int:
-        """Slots in use; those that `resize` retired do not count."""
-        return int((self._state != _RETIRED).sum())
+        return len(self._state)
 
     @property
     def num_resident(self) -> int:
@@ -111,11 +106,6 @@ class HeatPolicy:
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def num_evictable(self) -> int:
-        """Slots that `admit` could give away at this moment."""
-        return len(self._free) + int(self._victim_mask().sum())
 
     def find(self, layer: int, expert_ids: np.ndarray | Sequence[int]) -> np.ndarray:
         """int32 slots of resident experts, in the shape of the ids; -1 for those that are not (yet) there and for ids
@@ -246,24 +236,3 @@ class HeatPolicy:
         self._slot_of[self._key_of[slot]] = -1
         self._key_of[slot], self._state[slot] = -1, _FREE
         self._free.append(slot)
-
-    def resize(self, num_slots: int) -> list[int]:
-        """Changes the budget: retires free and cold slots, or takes retired ones back. Returns the slots just retired.
-
-        Pinned and loading slots stay, so fewer may be retired than asked for; never more slots than it was made with.
-        """
-        assert 0 <= num_slots <= len(self._state), (num_slots, len(self._state))
-        change = num_slots - self.num_slots
-        for slot in np.flatnonzero(self._state == _RETIRED)[: max(0, change)].tolist():
-            self._state[slot] = _FREE
-            self._free.append(slot)
-        retired = []
-        for _ in range(-change):
-            if not self._free:
-                victims = self.choose_victims(1)
-                if not victims:
-                    break
-                self.evict(victims[0])
-            retired.append(self._free.pop(0))
-            self._state[retired[-1]] = _RETIRED
-        return retired

@@ -4,84 +4,125 @@ readers.
 For a machine with less memory than the model has bytes. Each layer's kernel table names the slot of every expert that
 is there; what a pass of the model needs and is not there is read while what is there is computed:
 
-    cache.begin(num_tokens)
-    with cache.request(layer, ids) as request:  # pins what is there, begins to read what is not
-        cache.prefetch(layer + 1, guess)        # with whatever time the disk has left
+    slots.begin(num_tokens)
+    with slots.request(layer, ids) as request:  # pins what is there, begins to read what is not
+        slots.prefetch(layer + 1, guess)        # with whatever time the disk has left
         while experts := request.take():        # some that can be computed now; waits only when there are none
             ...run the kernels on them...
 
-Which expert must leave is `policy.HeatPolicy`'s decision; an expert in use never does. One thread uses the cache:
-readers only fill slots, and what they bring counts when that thread asks. A failed read is a KimiLiteError, and its
-slot is free again.
+Which expert must leave is `policy.HeatPolicy`'s decision; an expert in use never does. One thread uses the slots:
+readers only fill them, and what they bring counts when that thread asks. `copy_into` alone may be called from any
+thread. A failed read is a KimiLiteError, and its slot is free again.
 """
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.experts.lock import lock_memory
-from kimi_lite.experts.places import ExpertPlaces
-from kimi_lite.experts.policy import HALF_LIVES
-from kimi_lite.experts.pools import Pool, make_pools
-from kimi_lite.experts.reader import ExpertReader, release_memory
-from kimi_lite.experts.request import ExpertRequest
+from kimi_lite.experts.index import ExpertIndex
+from kimi_lite.experts.memory import aligned_memory, lock_memory
+from kimi_lite.experts.policy import HALF_LIVES, HeatPolicy
+from kimi_lite.experts.reader import ExpertReader, ReadJob
 from kimi_lite.native.cpu.matrix import DATA
+from kimi_lite.units import gib_apart
 
+SLOTS_PER_CHOICE = 2  # at least: one token's experts of a layer are read while those before are computed
 _LOADED_AT_ONCE = 64  # experts, between two reports of progress
-_GUESS_WORTH = (
-    len(HALF_LIVES) / 2
-)  # a guess evicts nobody whose score is higher: such an expert is chosen by every second token
+_GUESS_WORTH = len(HALF_LIVES) / 2  # a guess evicts no expert with a higher score: every second token chooses that one
+_WINDOW = 32  # experts of a prompt that are read ahead: more would evict what decoding wants to keep
+_GROUP = 8  # that are computed in one go: few enough to overlap, enough to keep the cores busy
 
 
 @dataclass(slots=True)
 class Counts:
-    """Since the cache was made. An expert that a pass needs counts once, however many tokens chose it."""
+    """Since the slots were made. An expert that a pass needs counts once, however many tokens chose it."""
 
     hits: int = 0  # it was there
     late: int = 0  # a guess had begun to bring it
     misses: int = 0
-    guesses: int = 0  # reads that began before anybody asked
+    guesses: int = 0  # reads that began before they were asked for
     right_guesses: int = 0
     wait_s: float = 0.0  # there was nothing to compute until the disk delivered
 
 
-class ExpertCache:
-    """The disk tier: slots of at most `budget_bytes` over all routed experts of a model. `close` ends its threads."""
+@dataclass(slots=True, eq=False)
+class Pool:
+    """Slots of one size. By slot: `jobs`, reads on their way; `broken`, what failed to come while a request waits for
+    it; `owners`, the (layer, expert) whose table names the slot."""
+
+    policy: HeatPolicy
+    slot_bytes: int
+    memory: np.ndarray
+    jobs: dict[int, ReadJob] = field(default_factory=dict)
+    broken: dict[int, OSError] = field(default_factory=dict)
+    owners: dict[int, tuple[int, int]] = field(default_factory=dict)
+    unproved: set[int] = field(default_factory=set)  # filled by a guess that has not come true yet
+
+    def slot(self, number: int) -> np.ndarray:
+        return self.memory[number * self.slot_bytes : (number + 1) * self.slot_bytes]
+
+
+def make_pools(index: ExpertIndex, budget_bytes: int, num_choices: int) -> dict[int, Pool]:
+    """The budget, shared out by the bytes of each size's layers. Raises KimiLiteError for less than `num_choices` of a
+    layer need."""
+    num_layers, whole_bytes = max(index.layers) + 1, sum(size * len(layers) for size, layers in index.ram_pools.items())
+    counts = {
+        size: min(len(layers) * index.num_experts, budget_bytes * len(layers) // whole_bytes)
+        for size, layers in index.ram_pools.items()
+    }
+    least = SLOTS_PER_CHOICE * num_choices
+    if min(counts.values()) < least:
+        need_bytes = max(-(-least * whole_bytes // len(layers)) for layers in index.ram_pools.values())
+        need, have = gib_apart(need_bytes, budget_bytes)
+        raise KimiLiteError(
+            f"The expert cache needs at least {need} to hold {least} experts of a layer; the budget leaves {have}.",
+            f"Give {need} more than now with --ram, or a shorter context with -c.",
+        )
+    return {
+        size: Pool(HeatPolicy(num_layers, index.num_experts, count), size, aligned_memory(count * size))
+        for size, count in counts.items()
+    }
+
+
+class RamSlots:
+    """Slots of at most `budget_bytes` over all routed experts of a model. `close` ends the readers' threads."""
 
     def __init__(
         self,
-        places: ExpertPlaces,
+        index: ExpertIndex,
         tables: Mapping[int, np.ndarray],
         budget_bytes: int,
         num_choices: int,
         num_readers: int = 8,
         is_direct: bool = True,
     ) -> None:
-        """tables: of each layer with routed experts, int64 (at least experts, 3, 8); the cache writes addresses into
-        them.
+        """tables: of each layer with routed experts, int64 (at least experts, 3, 8); addresses are written into them.
 
         num_choices: experts that a token chooses in a layer. Raises KimiLiteError for a budget of less than a few
         tokens' worth.
         """
-        self.places, self.counts = places, Counts()
-        self._tables = {layer: table[: places.num_experts, :, DATA // 8] for layer, table in tables.items()}
+        self.index, self.counts = index, Counts()
+        self._tables = {layer: table[: index.num_experts, :, DATA // 8] for layer, table in tables.items()}
         self._mapped = {layer: addresses.copy() for layer, addresses in self._tables.items()}
-        self._pools = make_pools(places, budget_bytes, num_choices)
-        self._pool_of = {layer: self._pools[each.slot_bytes] for layer, each in places.layers.items()}
+        self._pools = make_pools(index, budget_bytes, num_choices)
+        self._pool_of = {layer: self._pools[each.ram_slot_bytes] for layer, each in index.layers.items()}
         self._guesses: dict[int, list[int]] = {}  # by layer: slots that the last guess is being read into
+        self._resident: dict[tuple[int, int], list[np.ndarray]] = {}  # gate, up and down of each expert that is there
+        self.holds_all = False  # every expert has its slot for good, so that none ever needs to be read
         self._step = 0
-        self.reader = ExpertReader(places.shards, num_readers, is_direct)
-
-    # What a pass of the model does --------------------------------------------------------------------------------
+        self.reader = ExpertReader(index.shards, num_readers, is_direct)
 
     def begin(self, num_tokens: int) -> None:
         """A pass over so many tokens begins."""
         self._step += num_tokens
         self.collect()
 
-    def request(self, layer: int, expert_ids: np.ndarray, is_ordered: bool = False) -> ExpertRequest:
+    def request(self, layer: int, expert_ids: np.ndarray, is_ordered: bool = False) -> "ExpertRequest":
         """The experts of one layer that these choices name; reading begins now. is_ordered: to be taken in ascending
         order."""
         pool = self._pool_of[layer]
@@ -107,6 +148,21 @@ class ExpertCache:
             pool.unproved.add(slot)
             slots.append(slot)
 
+    def fill(
+        self, heat: np.ndarray | None, on_load: Callable[[int, int], None] | None = None, is_locked: bool = False
+    ) -> None:
+        """Before the first token: every expert that fits is read (with `on_load`(bytes done, bytes in all)), or in the
+        background those that `heat` says were hot in earlier runs. is_locked: the slots stay in RAM whatever else needs
+        memory. Raises KimiLiteError where the disk fails or the system does not allow to lock so much."""
+        if is_locked:
+            lock_memory([pool.memory for pool in self._pools.values()])
+        if heat is not None:
+            self.import_heat(heat)
+        if on_load:
+            self.load_all(on_load)
+        elif heat is not None:
+            self.warm()
+
     def warm(self) -> int:
         """Bring the hottest experts into free slots, in the background: those that the heat remembers. Returns how
         many."""
@@ -118,11 +174,11 @@ class ExpertCache:
         return count
 
     def load_all(self, on_progress: Callable[[int, int], None]) -> None:
-        """Bring in every expert that has room, layer by layer: on_progress(bytes done, bytes in all). Raises
+        """Bring in every expert that fits, layer by layer: on_progress(bytes done, bytes in all). Raises
         KimiLiteError."""
-        wanted = [(layer, expert) for layer in self.places.layers for expert in range(self.places.num_experts)]
+        wanted = [(layer, expert) for layer in self.index.layers for expert in range(self.index.num_experts)]
         wanted = [key for key in wanted if self._pool_of[key[0]].policy.is_absent(*key)]
-        num_bytes = {layer: each.expert_bytes for layer, each in self.places.layers.items()}
+        num_bytes = {layer: each.expert_bytes for layer, each in self.index.layers.items()}
         done, total = 0, sum(num_bytes[layer] for layer, _ in wanted)
         for start in range(0, len(wanted), _LOADED_AT_ONCE):
             part = wanted[start : start + _LOADED_AT_ONCE]
@@ -132,6 +188,8 @@ class ExpertCache:
             self._wait_for(part)
             done += sum(num_bytes[layer] for layer, _ in part)
             on_progress(done, total)
+        num_resident = sum(pool.policy.num_resident for pool in self._pools.values())
+        self.holds_all = num_resident == len(self.index.layers) * self.index.num_experts
 
     def _wait_for(self, keys: Sequence[tuple[int, int]]) -> None:
         """Until these reads have ended. Raises KimiLiteError for one that failed."""
@@ -151,29 +209,22 @@ class ExpertCache:
                 pool.policy.unpin([slot])
                 self.give_up(layer, slot)
 
-    def lock(self) -> None:
-        """Keep the slots in RAM whatever else needs memory. Raises KimiLiteError where the system does not allow it."""
-        lock_memory([pool.memory for pool in self._pools.values()])
+    def copy_into(self, layer: int, expert: int, targets: Sequence[np.ndarray]) -> bool:
+        """Gate, up and down into `targets` (uint8) if a slot holds the expert, and holds it still when they are copied:
+        False otherwise, and what is in the targets is nothing. Any thread may call this.
 
-    @property
-    def holds_all(self) -> bool:
-        """Whether every expert is there, so that nothing ever needs to be read."""
-        return (
-            sum(pool.policy.num_resident for pool in self._pools.values())
-            == len(self.places.layers) * self.places.num_experts
-        )
-
-    def resize(self, budget_bytes: int) -> None:
-        """Another budget, of at most the first one's slots: cold experts go, or slots come back. Slots in use stay."""
-        whole_bytes = sum(len(pool.memory) for pool in self._pools.values())
-        for pool in self._pools.values():
-            most = len(pool.memory) // pool.slot_bytes
-            for slot in pool.policy.resize(min(most, int(most * budget_bytes / whole_bytes))):
-                self._forget_owner(pool, slot)
-                release_memory(pool.memory, slot * pool.slot_bytes, pool.slot_bytes)
+        An expert that comes again has another list, so the same list before and after says that no read into its slot
+        had begun: nothing needs to be locked, and the thread that runs the model is never kept waiting.
+        """
+        found = self._resident.get((layer, expert))
+        if found is None:
+            return False
+        for target, data in zip(targets, found, strict=True):
+            np.copyto(target, data)
+        return self._resident.get((layer, expert)) is found
 
     def cancel(self) -> None:
-        """Nobody waits any more: what has not been read yet is not read."""
+        """No pass waits any more: what has not been read yet is not read."""
         for pool in self._pools.values():
             for slot in list(pool.jobs):
                 self._cancel(pool, slot)
@@ -184,8 +235,6 @@ class ExpertCache:
         self.reader.close()
         for layer, addresses in self._tables.items():
             addresses[:] = self._mapped[layer]
-
-    # What is in it ------------------------------------------------------------------------------------------------
 
     @property
     def num_slots(self) -> int:
@@ -204,14 +253,14 @@ class ExpertCache:
 
     @property
     def heat_shape(self) -> tuple[int, int, int]:
-        return len(HALF_LIVES), max(self.places.layers) + 1, self.places.num_experts
+        return len(HALF_LIVES), max(self.index.layers) + 1, self.index.num_experts
 
     def residents(self, layer: int) -> np.ndarray:
         """bool (experts,)"""
         return self._pool_of[layer].policy.residents(layer)
 
     def counters(self) -> dict[str, float]:
-        """For people and for `tools.bench`."""
+        """Since the slots were made, by name."""
         counts, stats = self.counts, self.reader.stats
         pools = self._pools.values()
         return {
@@ -227,8 +276,6 @@ class ExpertCache:
             "disk_busy_s": stats.busy_s,
             "disk_is_direct": float(self.reader.is_direct),  # 0: through the page cache, as the file system wants
         }
-
-    # What requests use --------------------------------------------------------------------------------------------
 
     def pool_of(self, layer: int) -> Pool:
         return self._pool_of[layer]
@@ -256,9 +303,11 @@ class ExpertCache:
                 self._abort(pool, slot)
             else:
                 pool.policy.commit(slot)
-                rooms = self.places.layers[layer].rooms(expert, pool.slot(slot))
                 pool.owners[slot] = (layer, expert)
-                self._tables[layer][expert] = [room.ctypes.data + run.start - run.first_block for run, room in rooms]
+                rooms = self.index.layers[layer].rooms(expert, pool.slot(slot))
+                found = [room[run.start - run.first_block :][: run.num_bytes] for run, room in rooms]
+                self._tables[layer][expert] = [data.ctypes.data for data in found]
+                self._resident[layer, expert] = found
 
     def give_up(self, layer: int, slot: int) -> None:
         """A request lets go of an expert that failed to come."""
@@ -267,19 +316,17 @@ class ExpertCache:
             self._abort(pool, slot)
 
     def failure(self, layer: int, expert: int, error: OSError) -> KimiLiteError:
-        where = self.reader.shards[self.places.layers[layer].files[0]].name
+        where = Path(error.filename or self.index.layers[layer].gate.shard).name
         reason = error.strerror or str(error)
         return KimiLiteError(
             f"{where}: expert {expert} of layer {layer} could not be read: {reason}.",
             "Check the disk and its cable with: dmesg | tail. A copy of the file on another disk helps.",
         )
 
-    # Details ------------------------------------------------------------------------------------------------------
-
     def _begin_read(self, pool: Pool, layer: int, expert: int, is_urgent: bool) -> int:
         slot = self._admit(pool, layer, expert, is_urgent)
         if slot >= 0:
-            rooms = self.places.layers[layer].rooms(expert, pool.slot(slot))
+            rooms = self.index.layers[layer].rooms(expert, pool.slot(slot))
             pool.jobs[slot] = self.reader.submit(rooms, is_urgent, (pool, slot, layer, expert))
         return slot
 
@@ -297,7 +344,8 @@ class ExpertCache:
     def _forget_owner(self, pool: Pool, slot: int) -> None:
         """An expert has left its slot: its table names the mapped file again."""
         pool.unproved.discard(slot)
-        layer, expert = pool.owners.pop(slot, (0, 0))
+        layer, expert = pool.owners.pop(slot, (-1, -1))
+        self._resident.pop((layer, expert), None)  # before the slot's next bytes are asked for: see `copy_into`
         if layer in self._tables and pool.policy.is_absent(layer, expert):
             self._tables[layer][expert] = self._mapped[layer][expert]
 
@@ -338,3 +386,89 @@ class ExpertCache:
         if max(slot, late) in pool.unproved:
             pool.unproved.discard(max(slot, late))
             self.counts.right_guesses += 1
+
+
+class ExpertRequest:
+    """One layer's experts on their way into the kernels: what is there is pinned, what is not is read, group by group.
+
+    A layer may need more experts than there are slots (a prompt needs nearly all of them): the request then works as a
+    window that moves over the experts, so that some are read while others are computed. Use it as a context manager: at
+    the end nothing is pinned, and after an exception what was not read yet is not
+    read."""
+
+    def __init__(self, slots: RamSlots, layer: int, experts: np.ndarray, is_ordered: bool) -> None:
+        """experts: int (n,), ascending. is_ordered: `take` keeps to that order; otherwise what is there comes first."""
+        self._slots, self._layer, self._is_ordered = slots, layer, is_ordered
+        self._policy = slots.pool_of(layer).policy
+        is_there = self._policy.find(layer, experts) >= 0
+        order = experts if is_ordered else np.concatenate([experts[is_there], experts[~is_there]])
+        self.is_all_there, self.has_some_there = bool(is_there.all()), bool(is_there.any())
+        self._most = max(2, min(_WINDOW, self._policy.num_slots // 2)) if is_ordered else len(order)
+        self._group = min(_GROUP, self._most // 2)
+        self._waiting = deque(order.tolist())
+        self._window: list[tuple[int, int]] = []  # (expert, slot): pinned, and there or on their way
+        self._taken: list[tuple[int, int]] = []
+        self._advance()
+
+    def __enter__(self) -> "ExpertRequest":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        held, self._window, self._taken = self._window + self._taken, [], []
+        self._policy.unpin([slot for _, slot in held])
+        for _, slot in held:
+            self._slots.give_up(self._layer, slot)
+        self._waiting.clear()
+        if kind is not None:
+            self._slots.cancel()
+
+    def take(self) -> list[int]:
+        """Experts that are in their slots until the next call; none when all have been taken. Raises KimiLiteError."""
+        self._policy.unpin([slot for _, slot in self._taken])
+        self._taken = []
+        self._slots.collect()
+        self._check()
+        self._advance()
+        while not (ready := self._ready()) and (self._window or self._waiting):
+            start_s = time.perf_counter()
+            self._slots.collect(is_waiting=True)
+            self._slots.counts.wait_s += time.perf_counter() - start_s
+            self._check()
+            self._advance()
+        taken = set(ready)
+        self._taken = [entry for entry in self._window if entry in taken]
+        self._window = [entry for entry in self._window if entry not in taken]
+        return [expert for expert, _ in self._taken]
+
+    @property
+    def num_left(self) -> int:
+        """Experts that `take` has not given yet."""
+        return len(self._window) + len(self._waiting)
+
+    def _advance(self) -> None:
+        """Pins or begins to read as many of the waiting experts as slots allow."""
+        while self._waiting and len(self._window) < self._most:
+            expert = self._waiting[0]
+            slot = int(self._policy.find(self._layer, expert))
+            slot = slot if slot >= 0 else self._slots.require(self._layer, expert)
+            if slot < 0:
+                return
+            self._policy.pin([slot])
+            self._window.append((self._waiting.popleft(), slot))
+
+    def _ready(self) -> list[tuple[int, int]]:
+        """Entries of the window that are there; in order, and not too few while more are coming, where order counts."""
+        if not self._window:
+            return []
+        experts = [expert for expert, _ in self._window]
+        is_there = self._policy.find(self._layer, experts) >= 0
+        if not self._is_ordered:
+            return [entry for entry, there in zip(self._window, is_there, strict=True) if there]
+        count = len(self._window) if is_there.all() else int(np.argmin(is_there))
+        return self._window[:count] if count >= min(self._group, len(self._window)) else []
+
+    def _check(self) -> None:
+        broken = self._slots.pool_of(self._layer).broken
+        for expert, slot in self._window:
+            if slot in broken:
+                raise self._slots.failure(self._layer, expert, broken[slot])

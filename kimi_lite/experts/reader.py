@@ -11,7 +11,6 @@ where it would push out what the budget left room for. Offset, length and addres
 piece reads whole blocks and the expert begins somewhere in the first one.
 """
 
-import mmap
 import os
 import threading
 import time
@@ -23,16 +22,16 @@ from pathlib import Path
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.memory import BLOCK_BYTES, aligned_memory
 
-BLOCK_BYTES = 4096  # what O_DIRECT asks for; more than most disks need
 _PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class FileRun:
-    """`num_bytes` from `start` of file number `file`."""
+    """`num_bytes` of a file from `start` on."""
 
-    file: int
+    shard: Path
     start: int
     num_bytes: int
 
@@ -48,10 +47,10 @@ class FileRun:
 
 @dataclass(slots=True, eq=False)
 class ReadJob:
-    """One expert on its way. `error` or `is_cancelled`: what is in its place is nothing. Pieces: (file, offset,
+    """One expert on its way. `error` or `is_cancelled`: what is in its place is nothing. Pieces: (shard, offset,
     place)."""
 
-    pieces: deque[tuple[int, int, np.ndarray]]
+    pieces: deque[tuple[Path, int, np.ndarray]]
     num_left: int  # pieces that are not finished
     is_urgent: bool
     is_cancelled: bool = False
@@ -91,8 +90,8 @@ class ExpertReader:
     def __init__(self, shards: Sequence[Path], num_readers: int, is_direct: bool = True) -> None:
         """is_direct: past the page cache, where file system and machine allow (see `is_direct` afterwards)."""
         assert num_readers >= 1, num_readers
-        self._files = [_open(path, is_direct) for path in shards]
-        self.shards, self.is_direct = tuple(shards), all(file.is_direct for file in self._files)
+        self._files = {path: _open(path, is_direct) for path in shards}
+        self.is_direct = all(file.is_direct for file in self._files.values())
         self.stats = ReadStats()
         self._lock = threading.Lock()
         self._has_work, self._has_result = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -163,14 +162,27 @@ class ExpertReader:
             self._has_work.notify_all()
         for thread in self._threads:
             thread.join()
-        for file in self._files:
+        for file in self._files.values():
             file.close()
 
-    def _cut(self, run: FileRun, room: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    def read(self, runs: Sequence[tuple[FileRun, np.ndarray]]) -> None:
+        """The same by the calling thread, which waits: any but the reader's own. Raises OSError."""
+        for run, room in runs:
+            for shard, offset, place in self._cut(run, room):
+                with self._lock:
+                    self.stats.begin()
+                num_bytes = 0
+                try:
+                    num_bytes = self._read_piece(shard, offset, place)
+                finally:
+                    with self._lock:
+                        self.stats.end(num_bytes)
+
+    def _cut(self, run: FileRun, room: np.ndarray) -> list[tuple[Path, int, np.ndarray]]:
         assert room.ctypes.data % BLOCK_BYTES == 0 and len(room) >= run.room_bytes, (room.ctypes.data, len(room), run)
         first, end = run.first_block, run.start + run.num_bytes
         return [
-            (run.file, at, room[at - first : min(at + _PIECE_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES) - first])
+            (run.shard, at, room[at - first : min(at + _PIECE_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES) - first])
             for at in range(first, end, _PIECE_BYTES)
         ]
 
@@ -183,18 +195,26 @@ class ExpertReader:
                     taken = self._take()
                 if self._is_closed:
                     return
-                job, (file, offset, place) = taken
+                job, (shard, offset, place) = taken
                 self.stats.begin()
             error, num_bytes = None, 0
             try:
-                num_bytes = self._files[file].read_into(place, offset)
+                num_bytes = self._read_piece(shard, offset, place)
             except OSError as caught:
                 error = caught
             with self._lock:
                 self.stats.end(num_bytes)
                 self._finish_piece(job, error)
 
-    def _take(self) -> tuple[ReadJob, tuple[int, int, np.ndarray]] | None:
+    def _read_piece(self, shard: Path, offset: int, place: np.ndarray) -> int:
+        """Bytes read. Raises OSError that names the file."""
+        try:
+            return self._files[shard].read_into(place, offset)
+        except OSError as error:
+            error.filename = str(shard)
+            raise
+
+    def _take(self) -> tuple[ReadJob, tuple[Path, int, np.ndarray]] | None:
         for queue, is_urgent in ((self._urgent, True), (self._early, False)):
             while queue:
                 job = queue[0]
@@ -277,18 +297,3 @@ def _checked(file: _File) -> _File:
         file.close()
         raise
     return file
-
-
-def aligned_memory(num_bytes: int) -> np.ndarray:
-    """uint8 zeros on a page's border, in huge pages where the system grants them; they take room once they are
-    written."""
-    memory = mmap.mmap(-1, max(num_bytes, BLOCK_BYTES))
-    if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= 1 << 22:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
-
-
-def release_memory(memory: np.ndarray, first: int, num_bytes: int) -> None:
-    """Give pages of `aligned_memory` back to the system; they read as zeros afterwards."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        memory.base.obj.madvise(mmap.MADV_DONTNEED, first, num_bytes)

@@ -1,8 +1,8 @@
 """Experts on their way through the GPU for a prompt: groups of them pass through two pinned and two device buffers.
 
-While the GPU multiplies one group, the next crosses the bus and the one after is copied from the mapped file into
-pinned memory by a few threads. Groups may be requested before they are needed (the next layer's, while this one still
-computes); they come out in the order of the requests.
+While the GPU multiplies one group, the next crosses the bus and the one after is copied from slots in RAM or the file
+(`experts.store`) into pinned memory by a few threads. Groups may be requested before they are needed (the next
+layer's, while this one still computes); they come out in the order of the requests.
 
     stream.request(layer, experts)
     for group in stream.groups(layer): ...  # group.data: (n, slot_bytes) uint8 on the device, valid until the next turn
@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
-from kimi_lite.experts.source import ExpertSource
+from kimi_lite.experts.store import ExpertStore
 
 _NUM_BUFFERS = 2
 
@@ -42,10 +43,10 @@ class _Loaded(NamedTuple):
 class PromptStream:
     """`group_size` experts at a time. One thread feeds it and one takes from it; `close` ends its own threads."""
 
-    def __init__(self, streams: GpuStreams, source: ExpertSource, group_size: int, num_copy_threads: int = 4) -> None:
+    def __init__(self, streams: GpuStreams, store: ExpertStore, group_size: int, num_copy_threads: int = 4) -> None:
         assert group_size > 0, group_size
-        self._streams, self._source, self.group_size = streams, source, group_size
-        shape = (group_size, source.slot_bytes)
+        self._streams, self._store, self.group_size = streams, store, group_size
+        shape = (group_size, store.index.vram_slot_bytes)
         self._pinned = [streams.pinned(shape, torch.uint8) for _ in range(_NUM_BUFFERS)]
         self._staged = [streams.zeros(shape, torch.uint8) for _ in range(_NUM_BUFFERS)]
         self._uploaded: list[Event | None] = [None] * _NUM_BUFFERS  # until then the pinned buffer is read
@@ -59,11 +60,6 @@ class PromptStream:
         self._pool = ThreadPoolExecutor(num_copy_threads, thread_name_prefix="kimi-lite-stream")
         self._feeder = threading.Thread(target=self._feed, daemon=True, name="kimi-lite-stream")
         self._feeder.start()
-
-    @staticmethod
-    def device_bytes(source: ExpertSource, group_size: int) -> int:
-        """Device memory that a stream of such groups takes."""
-        return _NUM_BUFFERS * group_size * source.slot_bytes
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
         """Begin loading these experts, behind all that was requested before."""
@@ -95,7 +91,7 @@ class PromptStream:
             try:
                 if self._take().group is not None:
                     self._give_back()
-            except OSError:  # a group that nobody wants could not be read: the next who wants it will see it again
+            except KimiLiteError:  # could not be read: who wants this group later will see it again
                 continue
 
     def close(self) -> None:
@@ -117,7 +113,7 @@ class PromptStream:
         self._free.release()
 
     def _feed(self) -> None:
-        """The feeder's life: one group after the other, alternating between the buffers."""
+        """The feeder's thread, until it is given None: one group after the other, alternating between the buffers."""
         buffer = 0
         while (request := self._requests.get()) is not None:
             number, layer, experts = request
@@ -133,11 +129,11 @@ class PromptStream:
             buffer = (buffer + 1) % _NUM_BUFFERS
 
     def _fill(self, buffer: int, layer: int, experts: tuple[int, ...]) -> None:
-        """The file's bytes into the pinned buffer, once the upload before last has left it."""
+        """The experts' bytes into the pinned buffer, once the upload before last has left it."""
         if (uploaded := self._uploaded[buffer]) is not None:
             uploaded.synchronize()
         rows = self._pinned[buffer].numpy()
-        copies = [self._pool.submit(self._source.copy_into, layer, e, rows[i]) for i, e in enumerate(experts)]
+        copies = [self._pool.submit(self._store.read_into, layer, e, rows[i]) for i, e in enumerate(experts)]
         for copy in copies:
             copy.result()
 

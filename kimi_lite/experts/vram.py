@@ -1,10 +1,10 @@
 """Experts in VRAM: slots that hold the hottest experts' bytes as in the file, and their promotion in the background.
 
 A decode step never waits for an upload. Between two steps `begin_step` makes uploads that have arrived visible and
-begins a few others; the bytes go from the mapped file into pinned memory on a thread of their own, and from there over
-the copy stream. What a slot holds changes only between steps, so the host's answer to "where is this expert?"
-(`slots_of`) and the device's (`table`) are the same throughout a step, and no kernel reads a slot that is being
-written:
+begins a few others; the bytes go from a slot in RAM or the file (`experts.store`) into pinned memory on a thread of
+their own, and from there over the copy stream. What a slot holds changes only between steps, so the host's answer to
+"where is this expert?" (`slots_of`) and the device's (`table`) are the same throughout a step, and no kernel reads a
+slot that is being written:
 
     evicted  -> the table no longer names the slot; the copy waits for all kernels launched until now
     arrived  -> the table names the slot from the next step on
@@ -23,7 +23,7 @@ import torch
 
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
 from kimi_lite.experts.policy import HeatPolicy, Promotion
-from kimi_lite.experts.source import ExpertSource
+from kimi_lite.experts.store import ExpertStore
 
 _NUM_STAGINGS = 4  # pinned buffers: promotions on their way at a time
 
@@ -43,15 +43,19 @@ class _Upload:
 class VramSlots:
     """`num_slots` experts of any layer on the device. One thread uses it; `close` ends its own."""
 
-    def __init__(self, streams: GpuStreams, source: ExpertSource, num_slots: int) -> None:
-        self._streams, self._source = streams, source
-        self.policy = HeatPolicy(source.num_layers, source.num_experts, num_slots)
-        self.slots = streams.zeros((max(1, num_slots), source.slot_bytes), torch.uint8)
-        self.table = streams.zeros((source.num_layers, source.num_experts), torch.int32).fill_(-1)
-        self._host_table = np.full((source.num_layers, source.num_experts), -1, np.int32)
+    def __init__(
+        self, streams: GpuStreams, store: ExpertStore, num_slots: int, table: torch.Tensor | None = None
+    ) -> None:
+        """table: int32 (layers, experts) of -1 on the device, where others look at it before there are slots."""
+        index = store.index
+        self._streams, self._store = streams, store
+        self.policy = HeatPolicy(index.num_layers, index.num_experts, num_slots)
+        self.slots = streams.zeros((max(1, num_slots), index.vram_slot_bytes), torch.uint8)
+        self.table = make_table(streams, index.num_layers, index.num_experts) if table is None else table
+        self._host_table = np.full((index.num_layers, index.num_experts), -1, np.int32)
         self._stagings: Queue[tuple[torch.Tensor, Event | None]] = Queue()
         for _ in range(_NUM_STAGINGS):
-            self._stagings.put((streams.pinned((source.slot_bytes,), torch.uint8), None))
+            self._stagings.put((streams.pinned((index.vram_slot_bytes,), torch.uint8), None))
         self._queue: Queue[_Upload | None] = Queue()
         self._uploads: deque[_Upload] = deque()  # in the order of the queue
         self._num_steps = 0.0
@@ -63,10 +67,6 @@ class VramSlots:
     def capacity(self) -> int:
         return self.policy.num_slots
 
-    @property
-    def num_loading(self) -> int:
-        return len(self._uploads)
-
     def slots_of(self, layer: int, expert_ids: np.ndarray) -> np.ndarray:
         """int32 slots of these experts in this step, -1 where the CPU must compute them (or the id is below 0)."""
         slots = self._host_table[layer][np.maximum(expert_ids, 0)]
@@ -76,7 +76,7 @@ class VramSlots:
         """bool (E,): the layer's experts that have a slot in this step."""
         return self._host_table[layer] >= 0
 
-    def note(self, layer: int, expert_ids: np.ndarray) -> None:
+    def count(self, layer: int, expert_ids: np.ndarray) -> None:
         """The step's tokens chose these experts: int32 (T, K)."""
         self.policy.touch(self._num_steps, layer, expert_ids)
         num_hits = int((self._host_table[layer][expert_ids] >= 0).sum())
@@ -113,14 +113,6 @@ class VramSlots:
         """Give up promotions that have begun: a slot becomes free once nothing writes to it any more."""
         for upload in self._uploads:
             upload.is_wanted = False
-
-    def resize(self, num_slots: int) -> None:
-        """Use fewer slots, or again more, than now; never more than it was made with. Slots that load stay until they
-        have."""
-        self.policy.resize(num_slots)
-        for layer, named in enumerate(self._host_table >= 0):
-            for expert in np.flatnonzero(named & ~self.policy.residents(layer)):
-                self._name((layer, int(expert)), -1)
 
     def counters(self) -> dict[str, float]:
         return {
@@ -182,7 +174,7 @@ class VramSlots:
         self._publish_arrived()
 
     def _copy_queued(self) -> None:
-        """The copier's life: file to pinned memory, pinned memory to slot."""
+        """The copier's thread, until it is given None: from the store to pinned memory, from there to the slot."""
         while (upload := self._queue.get()) is not None:
             try:
                 self._copy(upload)
@@ -197,9 +189,9 @@ class VramSlots:
         try:
             if is_free is not None:
                 is_free.synchronize()
-            num_bytes = self._source.form(layer).num_bytes
+            num_bytes = self._store.index.layers[layer].vram_slot_bytes
             if upload.is_wanted:
-                self._source.copy_into(layer, expert, staging.numpy())
+                self._store.read_into(layer, expert, staging.numpy())
             with self._streams.copying():
                 if upload.is_wanted:
                     self._streams.wait(upload.freed)
@@ -207,3 +199,8 @@ class VramSlots:
                 is_free = upload.arrived = self._streams.event()
         finally:
             self._stagings.put((staging, is_free))
+
+
+def make_table(streams: GpuStreams, num_layers: int, num_experts: int) -> torch.Tensor:
+    """int32 (layers, experts) of -1 on the device: no expert has a slot yet."""
+    return streams.zeros((num_layers, num_experts), torch.int32).fill_(-1)

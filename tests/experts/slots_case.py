@@ -1,33 +1,33 @@
-"""A source of experts and a device whose copies end when the test says so: for `VramSlots` and `PromptStream` without a
+"""A store of experts and a device whose copies end when the test says so: for `VramSlots` and `PromptStream` without a
 GPU."""
 
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
-from kimi_lite.experts.source import Part, SlotForm
 
 SLOT_BYTES = 256
 
 
 class NumberedExperts:
-    """Experts whose bytes say who they are. `fail_on`: the expert that cannot be read."""
-
-    slot_bytes = SLOT_BYTES
+    """A store of experts whose bytes say who they are. `fail_on`: the expert that cannot be read."""
 
     def __init__(self, num_layers: int = 3, num_experts: int = 8, first_layer: int = 1) -> None:
-        self.num_layers, self.num_experts, self.first_layer = num_layers, num_experts, first_layer
+        layers = {layer: SimpleNamespace(vram_slot_bytes=SLOT_BYTES) for layer in range(first_layer, num_layers)}
+        self.index = SimpleNamespace(
+            layers=layers, num_layers=num_layers, num_experts=num_experts, vram_slot_bytes=SLOT_BYTES
+        )
+        self.num_layers, self.num_experts = num_layers, num_experts
         self.fail_on: tuple[int, int] | None = None
 
-    def form(self, layer: int) -> SlotForm:
-        return SlotForm(Part("F32", 0, 1, 16, 64), Part("F32", 64, 1, 16, 64), Part("F32", 128, 1, 16, 64))
-
-    def copy_into(self, layer: int, expert: int, slot: np.ndarray) -> None:
+    def read_into(self, layer: int, expert: int, slot: np.ndarray) -> None:
         if (layer, expert) == self.fail_on:
-            raise OSError(5, "a broken disk")
+            raise KimiLiteError("a broken disk", "Replace it.")
         slot[:] = self.bytes_of(layer, expert)
 
     def bytes_of(self, layer: int, expert: int) -> np.ndarray:
@@ -35,7 +35,7 @@ class NumberedExperts:
 
 
 class SlowEvent:
-    """Happens when the test says so, or when somebody waits for it."""
+    """Happens when the test says so, or when it is waited for."""
 
     def __init__(self, device: "SlowDevice") -> None:
         self._device, self.has_happened = device, False

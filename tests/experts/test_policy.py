@@ -66,7 +66,7 @@ def test_pinned_and_loading_slots_are_safe():
     slots = filled(policy, 0, [0, 1])
     policy.pin([slots[0], -1])
     assert policy.admit(0, [2, 3]) == [slots[1], -1]
-    assert policy.num_evictable == 0
+    assert policy.num_free == 0 and policy.choose_victims(99) == []
     policy.commit(slots[1])
     policy.unpin([slots[0]])
     assert sorted(policy.admit(0, [4, 5])) == sorted(slots)
@@ -121,7 +121,6 @@ class Slots(RuleBasedStateMachine):
     def begin(self):
         self.policy, self.step = HeatPolicy(LAYERS, EXPERTS, SLOTS), 0
         self.model = {}  # slot -> [key, is_resident, pins]
-        self.limit = SLOTS
 
     @rule(
         layer=st.integers(0, LAYERS - 1),
@@ -171,17 +170,6 @@ class Slots(RuleBasedStateMachine):
         (self.policy.pin if more else self.policy.unpin)([which])
         entry[2] += 1 if more else -1
 
-    @rule(num_slots=st.integers(0, SLOTS))
-    def resize(self, num_slots):
-        before = self.policy.num_slots
-        for slot in self.policy.resize(num_slots):
-            assert slot not in self.model or self.model.pop(slot)[1:] == [True, 0]
-        stuck = sum(not is_resident or bool(pins) for _, is_resident, pins in self.model.values())
-        assert self.policy.num_slots == (num_slots if num_slots >= before else max(num_slots, min(before, stuck)))
-        keys = {self.policy.key(slot) for slot in self.model}
-        for slot in [slot for slot, (key, _, _) in self.model.items() if self.policy.key(slot) != key]:
-            assert self.model.pop(slot)[1:] == [True, 0], keys  # evicted for the smaller budget
-
     @invariant()
     def the_books_agree(self):
         if not hasattr(self, "policy"):
@@ -195,7 +183,7 @@ class Slots(RuleBasedStateMachine):
             assert np.array_equal(self.policy.residents(layer), want >= 0)
         free = self.policy.num_slots - len(self.model)
         evictable = sum(is_resident and not pins for _, is_resident, pins in self.model.values())
-        assert self.policy.num_evictable == free + evictable
+        assert self.policy.num_free == free and len(self.policy.choose_victims(SLOTS)) == evictable
         assert self.policy.num_resident == sum(is_resident for _, is_resident, _ in self.model.values())
 
 

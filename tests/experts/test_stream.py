@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.stream import PromptStream
 from tests.experts.slots_case import NumberedExperts, SlowDevice
@@ -75,7 +76,7 @@ def test_a_failed_read_is_raised_where_the_group_is_wanted(source):
     source.fail_on = (1, 4)
     stream = PromptStream(GpuStreams("cpu"), source, 2)
     stream.request(1, range(8))
-    with pytest.raises(OSError, match="broken disk"):
+    with pytest.raises(KimiLiteError, match="broken disk"):
         arrived(stream, source, 1)
     stream.cancel()
     source.fail_on = None

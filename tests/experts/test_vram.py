@@ -1,4 +1,4 @@
-"""Slots in VRAM: whatever is promoted, evicted, cancelled or resized, a slot that is named holds its expert's bytes."""
+"""Slots in VRAM: whatever is promoted, evicted or cancelled, a slot that is named holds its expert's bytes."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.vram import VramSlots
 from tests.experts.slots_case import NumberedExperts, SlowDevice
 
@@ -39,7 +40,7 @@ class SlotsMachine(RuleBasedStateMachine):
                     layer,
                     expert,
                 )
-        self.slots.note(layer, chosen)
+        self.slots.count(layer, chosen)
         self.num_noted += TOP_K
 
     @rule(budget=st.integers(0, 5))
@@ -54,16 +55,10 @@ class SlotsMachine(RuleBasedStateMachine):
     def cancel(self) -> None:
         self.slots.cancel()
 
-    @rule(num_slots=st.integers(0, NUM_SLOTS))
-    def resize(self, num_slots: int) -> None:
-        loading = self.slots.num_loading
-        self.slots.resize(num_slots)
-        assert num_slots <= self.slots.capacity <= max(num_slots, loading)
-
     @rule()
     def finish(self) -> None:
         self.slots.finish()
-        assert self.slots.num_loading == 0
+        assert len(self.slots._uploads) == 0
 
     @precondition(lambda self: self.num_noted)
     @rule()
@@ -83,10 +78,9 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_slot_leaks(self) -> None:
-        """Every slot is free, loading, resident or retired."""
+        """Every slot is free, loading or resident."""
         policy = self.slots.policy
-        num_free = policy.num_evictable - policy.num_resident  # nothing is pinned here
-        assert num_free + self.slots.num_loading + policy.num_resident == policy.num_slots <= NUM_SLOTS
+        assert policy.num_free + len(self.slots._uploads) + policy.num_resident == policy.num_slots <= NUM_SLOTS
 
     @invariant()
     def every_choice_is_counted(self) -> None:
@@ -107,7 +101,7 @@ class TestSlots(SlotsMachine.TestCase):
 
 @pytest.mark.slow
 class TestSlotsLong(SlotsMachine.TestCase):
-    """More than 10,000 steps: `pytest -m slow tests/memory/test_vram_slots.py`."""
+    """More than 10,000 steps: `pytest -m slow tests/experts/test_vram.py`."""
 
     settings = settings(
         max_examples=120,
@@ -128,7 +122,7 @@ def slots():
 
 
 def note(slots: VramSlots, layer: int, *ids: int) -> None:
-    slots.note(layer, np.array([ids], np.int32))
+    slots.count(layer, np.array([ids], np.int32))
 
 
 def test_an_upload_is_never_waited_for(slots):
@@ -177,11 +171,11 @@ def test_budget_and_hot_experts(slots):
 
 
 def test_a_failed_read_frees_the_slot(slots):
-    slots._source.fail_on = (1, 3)
+    slots._store.fail_on = (1, 3)
     note(slots, 1, 3, 5)
     slots.begin_step(2)
-    with pytest.raises(OSError, match="broken disk"):
+    with pytest.raises(KimiLiteError, match="broken disk"):
         slots.finish()
     slots.finish()
     assert slots.residents(1)[5] and not slots.residents(1)[3]
-    assert slots.policy.num_evictable == NUM_SLOTS
+    assert slots.policy.num_free + slots.policy.num_resident == NUM_SLOTS

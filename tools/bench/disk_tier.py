@@ -28,9 +28,10 @@ import typer
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.index import ExpertIndex
+from kimi_lite.experts.memory import aligned_memory
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.places import ExpertPlaces, find_places
-from kimi_lite.experts.reader import ExpertReader, aligned_memory
+from kimi_lite.experts.reader import ExpertReader
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, SequenceSlice
@@ -44,23 +45,23 @@ _SLACK_BYTES = 192 << 20  # of the limit: page tables, kernel buffers, compiling
 _WARM_TOKENS = 12
 
 
-def measure_disk(places: ExpertPlaces, num_readers: int, is_direct: bool, seconds: float = 3.0) -> float:
+def measure_disk(index: ExpertIndex, num_readers: int, is_direct: bool, seconds: float = 3.0) -> float:
     """Bytes/s of the readers on random experts of the file, nothing else running."""
-    rng, reader = np.random.default_rng(0), ExpertReader(places.shards, num_readers, is_direct)
-    layers, memory = list(places.layers), aligned_memory(16 * max(places.pools))
+    rng, reader = np.random.default_rng(0), ExpertReader(index.shards, num_readers, is_direct)
+    layers, memory = list(index.layers), aligned_memory(16 * max(index.ram_pools))
     try:
         start_s, count = time.perf_counter(), 0
         under_way = 0
         while time.perf_counter() - start_s < seconds or under_way:
             while under_way < 16 and time.perf_counter() - start_s < seconds:
-                layer, slot_bytes = layers[rng.integers(len(layers))], max(places.pools)
+                layer, slot_bytes = layers[rng.integers(len(layers))], max(index.ram_pools)
                 slot = memory[count % 16 * slot_bytes : (count % 16 + 1) * slot_bytes]
-                reader.submit(places.layers[layer].rooms(int(rng.integers(places.num_experts)), slot), True)
+                reader.submit(index.layers[layer].rooms(int(rng.integers(index.num_experts)), slot), True)
                 under_way, count = under_way + 1, count + 1
             for job in reader.finished(is_waiting=True):
                 under_way -= 1
                 if job.error:
-                    raise KimiLiteError(f"{places.shards[0]}: {job.error}.", "Check the disk.")
+                    raise KimiLiteError(f"{index.shards[0]}: {job.error}.", "Check the disk.")
         return reader.stats.num_bytes / (time.perf_counter() - start_s)
     finally:
         reader.close()
@@ -150,28 +151,28 @@ def main(
     try:
         store = GGUFStore.open(model)
         config = ModelConfig.from_metadata(store.metadata, store.path.name)
-        places = find_places(store, config)
-        tier = TierOptions(int(share * places.routed_bytes), num_readers=readers, is_direct=not buffered)
+        index = ExpertIndex.find(store, config)
+        tier = TierOptions(int(share * index.routed_bytes), num_readers=readers, is_direct=not buffered)
         if path != "both":
             print(json.dumps(decode(model, tokens, tier if path == "tier" else None, threads)))
             return
-        _compare(store, config, places, tier, [*sys.argv[1:]])
+        _compare(store, config, index, tier, [*sys.argv[1:]])
     except KimiLiteError as error:
         print(f"disk_tier: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _compare(
-    store: GGUFStore, config: ModelConfig, places: ExpertPlaces, tier: TierOptions, arguments: list[str]
+    store: GGUFStore, config: ModelConfig, index: ExpertIndex, tier: TierOptions, arguments: list[str]
 ) -> None:
     sizes = store_sizes(store, config)
     others_bytes = (
-        store.total_bytes - places.routed_bytes + cpu_work_bytes(config, os.cpu_count() or 1) + program_bytes(sizes)
+        store.total_bytes - index.routed_bytes + cpu_work_bytes(config, os.cpu_count() or 1) + program_bytes(sizes)
     )
     limit_bytes = others_bytes + tier.budget_bytes + _SLACK_BYTES
     drop_page_cache(store.shards)
-    disk_b_s = measure_disk(places, tier.num_readers, tier.is_direct)
-    print(f"routed experts {places.routed_bytes / 1e9:.2f} GB, room for {tier.budget_bytes / 1e9:.2f} GB; "
+    disk_b_s = measure_disk(index, tier.num_readers, tier.is_direct)
+    print(f"routed experts {index.routed_bytes / 1e9:.2f} GB, room for {tier.budget_bytes / 1e9:.2f} GB; "
           f"everything else "
           f"{others_bytes / 1e9:.2f} GB; limit {limit_bytes / 1e9:.2f} GB")  # fmt: skip
     print(
@@ -184,7 +185,7 @@ def _compare(
             drop_page_cache(store.shards)
             found[path] = _child([*arguments, "--path", path], group)
             _show(path, found[path])
-    ours, expert_bytes = found["tier"], places.routed_bytes / (places.num_experts * len(places.layers))
+    ours, expert_bytes = found["tier"], index.routed_bytes / (index.num_experts * len(index.layers))
     missed_bytes = (ours["expert_misses"] + ours["expert_right_guesses"]) * expert_bytes
     run_b_s = ours["disk_bytes"] / ours["disk_busy_s"] if ours["disk_busy_s"] else 0.0
     bound = max(disk_b_s, run_b_s) / missed_bytes if missed_bytes else float("inf")

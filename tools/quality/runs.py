@@ -12,8 +12,8 @@ import numpy as np
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import check_tensors
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.places import find_places
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, SequenceSlice
@@ -53,7 +53,7 @@ class OurLogits:
         kv = KVCache(self.config.num_layers, self.config.kv_latent_size, len(self._pages))
         tier = None
         if expert_share is not None:
-            routed_bytes = find_places(self.store, self.config).routed_bytes
+            routed_bytes = ExpertIndex.find(self.store, self.config).routed_bytes
             tier = TierOptions(int(expert_share * routed_bytes), cache_bias)
         self._is_one_by_one = cache_bias > 0
         self._transformer = Transformer(self.store, self.config, kv, num_threads, tier=tier)

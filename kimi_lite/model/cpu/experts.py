@@ -1,16 +1,17 @@
-"""Where the experts of each layer live. The model asks for a layer's matrices and never learns the answer.
+"""A layer's experts as the CPU's kernels see them: a table of one address per matrix.
 
-Today every expert is read in place from the mapped file; the layer's table holds one address per matrix, so that tiers
-(GPU slots, RAM, disk) can move single experts without the model knowing.
+The addresses lie in the mapped file (`experts.index` says where). Where not all experts fit into RAM, `experts.ram`
+writes the addresses of its slots into the same table, and the kernels read those.
 """
 
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.index import RoutedLayer
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.cpu.weights import Matrix, matrix, matrix_view
 from kimi_lite.native.cpu.matrix import MATRIX_BYTES
-from kimi_lite.native.cpu.matrix import K as K_SLOT
+from kimi_lite.native.cpu.matrix import K as K_CELL
 
 
 class LayerExperts:
@@ -24,7 +25,7 @@ class LayerExperts:
     @property
     def width(self) -> int:
         """Intermediate size of an expert."""
-        return int(self.table[0, 2, K_SLOT // 8])
+        return int(self.table[0, 2, K_CELL // 8])
 
     @property
     def input_kinds(self) -> set[int]:
@@ -38,14 +39,14 @@ class LayerExperts:
 def layer_experts(store: GGUFStore, config: ModelConfig, layer: int) -> list[LayerExperts]:
     """The groups of experts of a layer, run one after the other: usually one; two where a shared expert cannot be
     cut."""
-    block = f"blk.{layer}"
+    prefix = f"blk.{layer}"
     if layer < config.num_dense_layers:
-        return [LayerExperts([_feed_forward(store, f"{block}.ffn_{{}}.weight")], num_always=1)]
+        return [LayerExperts([_feed_forward(store, f"{prefix}.ffn_{{}}.weight")], num_always=1)]
     width = config.expert_feed_forward_size
-    routed = _routed(store, config, block)
+    routed = _routed(RoutedLayer.find(store, config, layer), config.num_experts)
     if not config.num_shared_experts:
         return [LayerExperts(routed, num_always=0)]
-    shared = _feed_forward(store, f"{block}.ffn_{{}}_shexp.weight")
+    shared = _feed_forward(store, f"{prefix}.ffn_{{}}_shexp.weight")
     pieces = _cut(shared, width)
     if pieces is None:
         return [LayerExperts(routed, num_always=0), LayerExperts([shared], num_always=1)]
@@ -57,21 +58,12 @@ def _feed_forward(store: GGUFStore, pattern: str) -> tuple[Matrix, Matrix, Matri
     return gate, up, down
 
 
-def _routed(store: GGUFStore, config: ModelConfig, block: str) -> list[tuple[Matrix, Matrix, Matrix]]:
-    """Gate, up and down of each routed expert; gate and up may lie in one tensor, gate first."""
-    width, down = config.expert_feed_forward_size, store.tensor(f"{block}.ffn_down_exps.weight")
-    fused = store.tensors.get(f"{block}.ffn_gate_up_exps.weight")
-    gate = fused or store.tensor(f"{block}.ffn_gate_exps.weight")
-    up = fused or store.tensor(f"{block}.ffn_up_exps.weight")
-    first = width if fused else 0
-    return [
-        (
-            matrix_view(gate.data[e, :width], gate.layout.name, config.hidden_size),
-            matrix_view(up.data[e, first : first + width], up.layout.name, config.hidden_size),
-            matrix_view(down.data[e], down.layout.name, width),
-        )
-        for e in range(config.num_experts)
-    ]
+def _routed(layer: RoutedLayer, num_experts: int) -> list[tuple[Matrix, Matrix, Matrix]]:
+    """Gate, up and down of each routed expert, in the mapped file."""
+    gate, up, down = (
+        [matrix_view(each.data[e], each.layout_name, each.k) for e in range(num_experts)] for each in layer.matrices
+    )
+    return list(zip(gate, up, down, strict=True))
 
 
 def _cut(shared: tuple[Matrix, Matrix, Matrix], width: int) -> list[tuple[Matrix, Matrix, Matrix]] | None:

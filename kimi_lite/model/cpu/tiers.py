@@ -16,10 +16,9 @@ import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.heat import load_heat, save_heat
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.places import find_places
-from kimi_lite.experts.ram import ExpertCache
-from kimi_lite.experts.request import ExpertRequest
+from kimi_lite.experts.ram import ExpertRequest, RamSlots
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Cancelled
 from kimi_lite.model.cpu.attention import Op
@@ -65,9 +64,13 @@ class TieredLayers:
         self._feed_forward, self._is_closed = [rest for _, rest in layers], False
         self.programs: list[tuple[Program, list[tuple[str, str]]]] = []  # with (part, stage) of each operation
         tables = {layer: rest.experts[0].table for layer, rest in enumerate(self._feed_forward) if not rest.is_dense}
-        places, num_choices = find_places(store, config), config.num_experts_used
-        self.cache = ExpertCache(
-            places, tables, options.budget_bytes, num_choices, options.num_readers, options.is_direct
+        self.slots = RamSlots(
+            ExpertIndex.find(store, config),
+            tables,
+            options.budget_bytes,
+            config.num_experts_used,
+            options.num_readers,
+            options.is_direct,
         )
         self._nudges = {layer: np.zeros(config.num_experts, np.float32) for layer in tables if options.cache_bias}
         self._make_buffers()
@@ -76,28 +79,18 @@ class TieredLayers:
         try:
             self._fill(on_load)
         except BaseException:
-            self.cache.close()
+            self.slots.close()
             raise
 
     def _fill(self, on_load: Callable[[int, int], None]) -> None:
-        """What is brought in before the first token: everything, or in the background what was hot the last time."""
         options = self._options
-        if options.is_locked:
-            self.cache.lock()
-        heat = options.heat_path and load_heat(options.heat_path, self.cache.heat_shape)
-        if heat is not None:
-            self.cache.import_heat(heat)
-        if options.is_loading_all:
-            self.cache.load_all(on_load)
-        elif heat is not None:
-            self.cache.warm()
+        heat = load_heat(options.heat_path, self.slots.heat_shape) if options.heat_path else None
+        self.slots.fill(heat, on_load if options.is_loading_all else None, options.is_locked)
 
     @property
     def holds_all(self) -> bool:
         """Whether every expert is in its slot for good: then the layers need no steps."""
-        return self._options.is_loading_all and self.cache.holds_all
-
-    # Running ------------------------------------------------------------------------------------------------------
+        return self.slots.holds_all
 
     def run(
         self,
@@ -110,14 +103,14 @@ class TieredLayers:
         should_stop = should_stop if is_long and should_stop else lambda: False
         if should_stop():
             raise Cancelled
-        self.cache.begin(num_tokens)
+        self.slots.begin(num_tokens)
         self._team.run(self._embed)
         for layer, steps in enumerate(self._steps):
             if should_stop():
                 raise Cancelled
             if layer in self._nudges:
                 np.multiply(
-                    self.cache.residents(layer), self._options.cache_bias, out=self._nudges[layer], casting="unsafe"
+                    self.slots.residents(layer), self._options.cache_bias, out=self._nudges[layer], casting="unsafe"
                 )
             self._team.run(steps.before)
             if steps.whole is steps.before:
@@ -125,7 +118,7 @@ class TieredLayers:
             ids = self._buffers.expert_ids[:num_tokens]
             if on_choice:
                 on_choice(layer, ids)
-            with self.cache.request(layer, ids, is_ordered=is_long) as request:
+            with self.slots.request(layer, ids, is_ordered=is_long) as request:
                 if not is_long:
                     self._guess_next(layer, num_tokens)
                 if request.is_all_there:
@@ -136,7 +129,7 @@ class TieredLayers:
                     self._run_as_they_come(steps, request, ids)
 
     def _run_as_they_come(self, steps: _Steps, request: ExpertRequest, ids: np.ndarray) -> None:
-        """What is there and what everybody takes, then what the disk brings; the join puts them in order."""
+        """What is there and the shared experts, then what the disk brings; the join puts them in order."""
         program = steps.first
         if not request.has_some_there:
             self._ids[: len(ids)] = -1
@@ -167,19 +160,17 @@ class TieredLayers:
     def _guess_next(self, layer: int, num_tokens: int) -> None:
         if layer + 1 < len(self._steps):
             guess = np.unique(self._guess.ids[:num_tokens])
-            self.cache.prefetch(layer + 1, guess[:_MAX_GUESSES])
+            self.slots.prefetch(layer + 1, guess[:_MAX_GUESSES])
 
     def counters(self) -> dict[str, float]:
-        return self.cache.counters()
+        return self.slots.counters()
 
     def close(self) -> None:
         """A second call does nothing."""
         if not self._is_closed and self._options.heat_path:
-            save_heat(self._options.heat_path, self.cache.export_heat())
+            save_heat(self._options.heat_path, self.slots.export_heat())
         self._is_closed = True
-        self.cache.close()
-
-    # Layout -------------------------------------------------------------------------------------------------------
+        self.slots.close()
 
     def _make_buffers(self) -> None:
         c, capacity = self.config, self._buffers.capacity
@@ -192,7 +183,7 @@ class TieredLayers:
         self._guess = RouterBuffers.make(c, Activations(capacity, c.hidden_size, kinds))
 
     def _program(self, part: str, ops: list[Op]) -> Program:
-        """Registered for those who measure."""
+        """Registered for `tools.bench` and `tools.trace`."""
         program = Program([(op.kernel, op.arguments) for op in ops])
         self.programs.append((program, [(part, op.stage) for op in ops]))
         return program
@@ -223,8 +214,8 @@ class TieredLayers:
         return [Op("guess", op.kernel, op.arguments) for op in ops]
 
     def _experts_op(self, stage: str, group: ExpertGroup, rows: np.ndarray | None) -> Op:
-        """A step of the routed experts (the choices in `_ids`) or of everybody's: into rows of their own, or added to
-        x."""
+        """A step of the routed experts (the choices in `_ids`) or of the shared ones: into rows of their own, or added
+        to x."""
         buffers, c = self._buffers, self.config
         ids, weights = self._no_choice if group.num_always else (self._ids, buffers.expert_weights)
         top_k = 0 if group.num_always else c.num_experts_used

@@ -150,7 +150,7 @@ class Transformer:
 
     def heat(self) -> np.ndarray | None:
         """(layers, experts): how much each routed expert was used lately; None where choices are not looked at."""
-        return self._tiers.cache.export_heat().sum(axis=0) if self._tiers and not self._tiers.holds_all else None
+        return self._tiers.slots.export_heat().sum(axis=0) if self._tiers and not self._tiers.holds_all else None
 
     def close(self) -> None:
         """Ends the threads, writes the record of routing and the experts' heat."""

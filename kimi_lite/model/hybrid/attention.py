@@ -22,30 +22,30 @@ class Attention:
     """Weights of one layer, under their GGUF names."""
 
     def __init__(self, weights: DenseWeights, config: ModelConfig, layer: int, kernels: Kernels) -> None:
-        block = f"blk.{layer}"
+        prefix = f"blk.{layer}"
         self.config, self._kernels = config, kernels
         self._dtype = torch.float32 if weights.dense_type == "file" else torch.bfloat16  # of expanded keys and values
-        self.attn_norm = weights.vector(f"{block}.attn_norm.weight")
+        self.attn_norm = weights.vector(f"{prefix}.attn_norm.weight")
         if config.q_lora_rank:
-            self.attn_q_a = weights.matrix(f"{block}.attn_q_a.weight")
-            self.attn_q_a_norm = weights.vector(f"{block}.attn_q_a_norm.weight")
-            self.attn_q_b = weights.matrix(f"{block}.attn_q_b.weight")
+            self.attn_q_a = weights.matrix(f"{prefix}.attn_q_a.weight")
+            self.attn_q_a_norm = weights.vector(f"{prefix}.attn_q_a_norm.weight")
+            self.attn_q_b = weights.matrix(f"{prefix}.attn_q_b.weight")
         else:
-            self.attn_q = weights.matrix(f"{block}.attn_q.weight")
-        self.attn_kv_a_mqa = weights.matrix(f"{block}.attn_kv_a_mqa.weight")
-        self.attn_kv_a_norm = weights.vector(f"{block}.attn_kv_a_norm.weight")
+            self.attn_q = weights.matrix(f"{prefix}.attn_q.weight")
+        self.attn_kv_a_mqa = weights.matrix(f"{prefix}.attn_kv_a_mqa.weight")
+        self.attn_kv_a_norm = weights.vector(f"{prefix}.attn_kv_a_norm.weight")
         self.attn_k_b, self.attn_v_b = weights.heads(config, layer)  # (H, kv_lora, nope), (H, v, kv_lora)
-        self.attn_output = weights.matrix(f"{block}.attn_output.weight")
+        self.attn_output = weights.matrix(f"{prefix}.attn_output.weight")
 
     def forward(self, x: torch.Tensor, storage: torch.Tensor, step: Step) -> None:
         """x (T, D) += attention(norm(x)); the new latents go into `storage` (pages, 64, kv_lora + rope)."""
         c, kernels, eps = self.config, self._kernels, self.config.rms_norm_eps
         normed = kernels.rms_norm(x, self.attn_norm, eps)
         kv = kernels.linear(normed, self.attn_kv_a_mqa)  # (T, kv_lora + rope)
-        kernels.write_latent(kv, self.attn_kv_a_norm, eps, (step.cos, step.sin), storage, step.slots)
+        kernels.write_latent(kv, self.attn_kv_a_norm, eps, step.angles, storage, step.cache_rows)
         q = self._queries(normed).view(len(x), c.num_heads, c.qk_head_dim)
         q_nope = q[..., : c.qk_nope_head_dim]
-        q_rope = kernels.rotate(q[..., c.qk_nope_head_dim :], step.cos, step.sin)  # (T, H, rope)
+        q_rope = kernels.rotate(q[..., c.qk_nope_head_dim :], step.angles.cos, step.angles.sin)  # (T, H, rope)
         x += kernels.linear(self._attend(q_nope, q_rope, storage, step), self.attn_output)
 
     def _queries(self, normed: torch.Tensor) -> torch.Tensor:

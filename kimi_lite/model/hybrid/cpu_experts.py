@@ -9,7 +9,7 @@ import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.gpu_streams import GpuStreams
-from kimi_lite.experts.ram import ExpertCache
+from kimi_lite.experts.ram import RamSlots
 from kimi_lite.model.cpu.experts import LayerExperts
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
@@ -45,14 +45,14 @@ class CpuExperts:
         streams: GpuStreams,
         capacity: int,
         thread_counts: list[int],
-        cache: ExpertCache | None = None,
+        ram: RamSlots | None = None,
     ) -> None:
         """layers: the routed experts of each layer that has any. thread_counts: ascending, those that may be asked for.
 
-        cache: brings experts from the disk where not all of them fit into RAM; it changes the layers' tables.
+        ram: brings experts from the disk where not all of them fit into RAM; it changes the layers' tables.
         """
         c, width = config, config.expert_feed_forward_size
-        self.capacity, self._top_k, self.cache = capacity, c.num_experts_used, cache
+        self.capacity, self._top_k, self._ram = capacity, c.num_experts_used, ram
         self._layers = layers  # keeps the tables alive
         self.rows = streams.pinned((capacity * self._top_k, c.hidden_size), torch.float32)
         input_kinds = set().union(*(layer.input_kinds for layer in layers.values()))
@@ -90,10 +90,10 @@ class CpuExperts:
     def _run_program(self, layer: int, program: Program, expert_ids: np.ndarray, num_threads: int) -> None:
         """All chosen experts at once, or those that are there while the disk brings the others, in ascending order."""
         team = self._teams[num_threads]
-        if self.cache is None:
+        if self._ram is None or self._ram.holds_all:
             team.run(program)
             return
-        with self.cache.request(layer, expert_ids[expert_ids >= 0], is_ordered=True) as request:
+        with self._ram.request(layer, expert_ids[expert_ids >= 0], is_ordered=True) as request:
             while experts := request.take():
                 self._ids[: len(expert_ids)] = np.where(np.isin(expert_ids, experts), expert_ids, -1)
                 team.run(program)
@@ -111,8 +111,6 @@ class CpuExperts:
 
     def close(self) -> None:
         """Ends the threads."""
-        if self.cache:
-            self.cache.close()
         for team in self._teams.values():
             team.close()
 

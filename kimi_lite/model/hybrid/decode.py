@@ -1,10 +1,10 @@
 """Decoding in segments that CUDA graphs hold: what lies between two places where the host must act.
 
-    before 0 | beside 0 | before 1 | beside 1 | ... | last
-                 CPU experts of layer 0   of layer 1
+    router 0 | experts 0 | router 1 | experts 1 | ... | last
+               CPU experts of layer 0 |       of layer 1
 
-`before` adds the previous layer's experts, then attention and router, and ends with copies of what the CPU needs;
-`beside` is the shared expert and the experts in VRAM, and runs while the CPU computes the others. A segment runs as
+`router` adds the previous layer's experts, then attention and router, and ends with copies of what the CPU needs;
+`experts` is the shared expert and the experts in VRAM, and runs while the CPU computes the others. A segment runs as
 plain calls the first time (that compiles its kernels), is captured the second time, and is replayed from then on; on a
 device without graphs it always runs as plain calls. All that changes from step to step lies in buffers that never move.
 """
@@ -17,6 +17,7 @@ import torch
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.hybrid.cpu_experts import HostCopies
+from kimi_lite.model.hybrid.kernels import Angles
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.routed import RoutedExperts
 from kimi_lite.model.hybrid.step import Step
@@ -84,32 +85,37 @@ class DecodeSegments:
         self._layers, self._head, self._experts, self._streams = layers, head, experts, streams
         num_choices, zeros = num_rows * max(1, c.num_experts_used), streams.zeros
         self.x = zeros((num_rows, c.hidden_size), torch.float32)
-        angles = [zeros((num_rows, c.qk_rope_head_dim // 2), torch.float32) for _ in range(2)]
-        tables = (zeros((num_rows, num_pages), torch.int32), zeros((num_rows,), torch.int32))
-        self._step = Step(*angles, zeros((num_rows,), torch.int64), *tables, absorbed=None)
+        angles = Angles(*(zeros((num_rows, c.qk_rope_head_dim // 2), torch.float32) for _ in range(2)))
+        self._step = Step(
+            angles=angles,
+            cache_rows=zeros((num_rows,), torch.int64),
+            page_table=zeros((num_rows, num_pages), torch.int32),
+            lengths=zeros((num_rows,), torch.int32),
+            absorbed=None,
+        )
         self._normed = torch.zeros_like(self.x)
         self._ids = zeros((num_rows, max(1, c.num_experts_used)), torch.int32)
         self._weights = zeros(tuple(self._ids.shape), torch.float32)
         self._slots = zeros((num_choices,), torch.int32)
         self._hit_rows = zeros((num_choices if c.num_experts else 1, c.hidden_size), torch.float32)
         self._miss_rows = torch.zeros_like(self._hit_rows)
-        self._aside = torch.zeros_like(self.x)
+        self._shared = torch.zeros_like(self.x)
         self._logits = streams.pinned((num_rows, c.vocab_size), torch.float32)
         self._host = HostCopies(streams, num_rows, c.hidden_size, self._ids.shape[1])
         graphs = Graphs(streams) if streams.is_cuda else None
-        self._before = [Segment(lambda i=i: self._run_before(i), graphs) for i in range(len(layers))]
-        self._beside = [Segment(lambda i=i: self._run_beside(i), graphs) for i in range(len(layers))]
+        self._routers = [Segment(lambda i=i: self._run_router(i), graphs) for i in range(len(layers))]
+        self._on_gpu = [Segment(lambda i=i: self._run_experts(i), graphs) for i in range(len(layers))]
         self._last = Segment(self._run_last, graphs)
 
     def forward(self, x: torch.Tensor, step: Step, num_tokens: int) -> np.ndarray:
         """x (num_rows, D) of a step padded to this shape -> float32 (num_tokens, vocabulary) on the host."""
         self._load(x, step)
-        for layer, before, beside in zip(self._layers, self._before, self._beside, strict=True):
-            before()
+        for layer, router, experts in zip(self._layers, self._routers, self._on_gpu, strict=True):
+            router()
             if layer.is_dense:
                 continue
             copied = self._streams.event()
-            beside()
+            experts()
             if self._experts.misses(layer.number, self._host, num_tokens, copied):
                 num_choices = num_tokens * self._ids.shape[1]
                 self._miss_rows[:num_choices].copy_(self._experts.cpu.rows[:num_choices], non_blocking=True)
@@ -119,10 +125,14 @@ class DecodeSegments:
 
     def _load(self, x: torch.Tensor, step: Step) -> None:
         self.x.copy_(x)
-        for name in ("cos", "sin", "slots", "page_table", "lengths"):
-            getattr(self._step, name).copy_(getattr(step, name))
+        own = self._step
+        own.angles.cos.copy_(step.angles.cos)
+        own.angles.sin.copy_(step.angles.sin)
+        own.cache_rows.copy_(step.cache_rows)
+        own.page_table.copy_(step.page_table)
+        own.lengths.copy_(step.lengths)
 
-    def _run_before(self, index: int) -> None:
+    def _run_router(self, index: int) -> None:
         self._add_previous(index)
         layer = self._layers[index]
         normed = layer.attend(self.x, self._step)
@@ -135,19 +145,19 @@ class DecodeSegments:
         self._host.copy_x(self._normed)
         self._host.copy_ids(self._ids)
 
-    def _run_beside(self, index: int) -> None:
+    def _run_experts(self, index: int) -> None:
         layer = self._layers[index]
         slots, _ = self._experts.hits(layer.number, self._normed, self._ids, self._hit_rows)
         self._slots.copy_(slots)
-        aside = layer.aside(self._normed)
-        if aside is not None:
-            self._aside.copy_(aside)
+        shared = layer.shared_expert(self._normed)
+        if shared is not None:
+            self._shared.copy_(shared)
 
     def _add_previous(self, index: int) -> None:
-        """The experts of the layer before this one, and what ran beside them."""
+        """The routed and shared experts of the layer before this one."""
         if index == 0 or self._layers[index - 1].is_dense:
             return
-        self.x += self._experts.join(self._slots, self._hit_rows, self._miss_rows, self._weights, self._aside)
+        self.x += self._experts.join(self._slots, self._hit_rows, self._miss_rows, self._weights, self._shared)
 
     def _run_last(self) -> None:
         self._add_previous(len(self._layers))

@@ -4,20 +4,22 @@ what.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import ModelSizes, store_sizes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.costs import ExpertCosts
 from kimi_lite.experts.gpu_streams import GpuStreams
-from kimi_lite.experts.heat import load_heat, save_heat
+from kimi_lite.experts.heat import load_heat
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.places import find_places
-from kimi_lite.experts.ram import ExpertCache
-from kimi_lite.experts.source import ExpertSource
+from kimi_lite.experts.ram import RamSlots
+from kimi_lite.experts.recorder import RoutingRecorder
+from kimi_lite.experts.store import ExpertStore
 from kimi_lite.experts.stream import PromptStream
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.gguf.store import GGUFStore
@@ -87,55 +89,42 @@ def open_experts(
     streams: GpuStreams,
     kernels: Kernels,
     options: HybridOptions,
+    slot_table: torch.Tensor,
     report: Callable[[str, int, int], None],
+    recorder: RoutingRecorder | None = None,
 ) -> tuple[RoutedExperts | None, int]:
-    """The routed experts (None for a model without any) and the longest pass of a prompt in tokens."""
-    source = ExpertSource(store, config)
+    """The routed experts (None for a model without any) and the longest pass of a prompt in tokens. slot_table: int32
+    (layers, experts) on the device, where routers look which experts have a slot in VRAM."""
+    index = ExpertIndex.find(store, config)
     streams.give_back()  # loading left pieces; the slots want one
-    shares = divide_vram(store_sizes(store, config), source.slot_bytes, streams.free_bytes(), options)
-    if not config.num_moe_layers:
+    shares = divide_vram(store_sizes(store, config), index.vram_slot_bytes, streams.free_bytes(), options)
+    if not index.layers:
         return None, shares.chunk_tokens
-    counts = thread_counts(options.num_threads)
-    layers = {layer: layer_experts(store, config, layer)[0] for layer in range(source.first_layer, source.num_layers)}
-    cache = _open_cache(store, config, layers, options.tier) if options.tier else None
-    cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, shares.chunk_tokens), counts, cache)
-    slots = VramSlots(streams, source, shares.num_slots)
-    stream = PromptStream(streams, source, min(options.group_size, config.num_experts))
+    counts, tier = thread_counts(options.num_threads), options.tier
+    layers = {layer: layer_experts(store, config, layer)[0] for layer in index.layers}
+    ram = _open_ram(index, layers, config.num_experts_used, tier) if tier else None
+    experts = ExpertStore(index, ram)
+    cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, shares.chunk_tokens), counts, ram)
+    slots = VramSlots(streams, experts, shares.num_slots, slot_table)
+    stream = PromptStream(streams, experts, min(options.group_size, config.num_experts))
     costs = ExpertCosts()
-    streamed = StreamedExperts(streams, kernels, source, slots, cpu, stream, costs)
+    streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs)
     heat = load_heat(options.heat_file, slots.policy.export_heat().shape) if options.heat_file else None
-    if cache:
-        _fill_cache(cache, options.tier, heat, report)
+    if ram:
+        on_load = partial(report, "reading experts") if tier.is_loading_all else None
+        ram.fill(heat, on_load, tier.is_locked)
     if heat is not None:
         slots.policy.import_heat(heat)
-        slots.fill(lambda done, total: report("bringing hot experts", done, total))
-    experts = RoutedExperts(streams, kernels, source, slots, cpu, streamed, costs, counts[-1])
-    if options.heat_file:
-        experts.on_close = lambda: save_heat(options.heat_file, slots.policy.export_heat())
-    return experts, shares.chunk_tokens
+        slots.fill(partial(report, "bringing hot experts"))
+    return RoutedExperts(
+        streams, kernels, experts, slots, cpu, streamed, costs, counts[-1], options.heat_file, recorder
+    ), shares.chunk_tokens
 
 
-def _open_cache(
-    store: GGUFStore, config: ModelConfig, layers: dict[int, LayerExperts], tier: TierOptions
-) -> ExpertCache:
+def _open_ram(index: ExpertIndex, layers: dict[int, LayerExperts], num_choices: int, tier: TierOptions) -> RamSlots:
     """The slots in RAM for experts that the disk brings."""
     tables = {layer: experts.table for layer, experts in layers.items()}
-    reading = (tier.num_readers, tier.is_direct)
-    return ExpertCache(find_places(store, config), tables, tier.budget_bytes, config.num_experts_used, *reading)
-
-
-def _fill_cache(
-    cache: ExpertCache, tier: TierOptions, heat: np.ndarray | None, report: Callable[[str, int, int], None]
-) -> None:
-    """What is in RAM before the first token: everything, or in the background what was hot the last time."""
-    if tier.is_locked:
-        cache.lock()
-    if heat is not None:
-        cache.import_heat(heat)
-    if tier.is_loading_all:
-        cache.load_all(lambda done, total: report("reading experts", done, total))
-    elif heat is not None:
-        cache.warm()
+    return RamSlots(index, tables, tier.budget_bytes, num_choices, tier.num_readers, tier.is_direct)
 
 
 def thread_counts(num_threads: int | None) -> list[int]:

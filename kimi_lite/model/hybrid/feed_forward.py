@@ -1,6 +1,8 @@
 """The dense half of feed-forward on the device: dense layers, router, shared expert. Routed experts are in
 `hybrid.routed`."""
 
+from typing import NamedTuple
+
 import torch
 
 from kimi_lite.arch.config import ModelConfig
@@ -24,32 +26,36 @@ class FeedForward:
         return self._kernels.linear(self._kernels.swiglu(gate, up), self.down)
 
 
+class ResidentGain(NamedTuple):
+    """What the experts of a layer that have a slot in VRAM gain in the router's choice (arXiv 2412.00099)."""
+
+    slot_of: torch.Tensor  # int32 (E,) on the device, live; -1: no slot
+    cache_bias: float
+
+
 class Router:
     """Scores, selection bias, top-k, in float32."""
 
     def __init__(
-        self, store: GGUFStore, weights: DenseWeights, config: ModelConfig, layer: int, kernels: Kernels
+        self,
+        store: GGUFStore,
+        weights: DenseWeights,
+        config: ModelConfig,
+        layer: int,
+        kernels: Kernels,
+        gain: ResidentGain | None = None,
     ) -> None:
-        block = f"blk.{layer}"
-        self._kernels, self._rule = kernels, RouterRule.of(config)
-        self.ffn_gate_inp = weights.exact_matrix(f"{block}.ffn_gate_inp.weight")
-        self.exp_probs_b = (
-            weights.vector(f"{block}.exp_probs_b.bias") if f"{block}.exp_probs_b.bias" in store.tensors else None
-        )
-        self._slot_of: torch.Tensor | None = None
-        self._cache_bias = 0.0
-
-    def prefer_resident(self, slot_of: torch.Tensor, cache_bias: float) -> None:
-        """From now on experts with a slot gain `cache_bias` in the choice (arXiv 2412.00099). slot_of: int32 (E,),
-        live."""
-        self._slot_of, self._cache_bias = slot_of, cache_bias
+        bias = f"blk.{layer}.exp_probs_b.bias"
+        self._kernels, self._rule, self._gain = kernels, RouterRule.of(config), gain
+        self.ffn_gate_inp = weights.exact_matrix(f"blk.{layer}.ffn_gate_inp.weight")
+        self.exp_probs_b = weights.vector(bias) if bias in store.tensors else None
 
     def forward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, D) -> expert ids int32 (T, K), weights (T, K)."""
         logits = self._logits(normed)
         bias = self.exp_probs_b
-        if self._slot_of is not None:
-            gain = (self._slot_of >= 0) * self._cache_bias
+        if self._gain is not None:
+            gain = (self._gain.slot_of >= 0) * self._gain.cache_bias
             bias = gain if bias is None else bias + gain
         return self._kernels.route(logits, bias, self._rule)
 

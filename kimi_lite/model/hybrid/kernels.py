@@ -6,21 +6,25 @@ says otherwise; every operation allocates its result.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.source import SlotForm
+from kimi_lite.experts.index import RoutedLayer
 
 if TYPE_CHECKING:
     from kimi_lite.model.hybrid.weights import DenseMatrix
 
 
-MAX_DECODE_TOKENS = (
-    16  # rows that the matrix-vector kernels take, in float32; steps up to here go through captured segments
-)
-Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin of each token's position (T, P / 2)
+MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here are captured
+
+
+class Angles(NamedTuple):
+    """Of each token's position, (T, P / 2)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,14 @@ class RouterRule:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "RouterRule":
-        c = config
-        groups = (max(1, c.num_expert_groups), max(1, c.num_expert_groups_used))
-        gating = (c.expert_gating == "sigmoid", c.is_expert_weights_norm, c.expert_weights_scale)
-        return cls(c.num_experts_used, *groups, *gating)
+        return cls(
+            top_k=config.num_experts_used,
+            num_groups=max(1, config.num_expert_groups),
+            num_groups_used=max(1, config.num_expert_groups_used),
+            is_sigmoid=config.expert_gating == "sigmoid",
+            is_normalized=config.is_expert_weights_norm,
+            scale=config.expert_weights_scale,
+        )
 
 
 class Kernels(Protocol):
@@ -70,9 +78,9 @@ class Kernels(Protocol):
         eps: float,
         angles: Angles,
         storage: torch.Tensor,
-        slots: torch.Tensor,
+        cache_rows: torch.Tensor,
     ) -> None:
-        """(T, R + P) -> storage (pages, 64, R + P) at `slots` int64 (T,): normed latent and rotated key; -1 is
+        """(T, R + P) -> storage (pages, 64, R + P) at `cache_rows` int64 (T,): normed latent and rotated key; -1 is
         skipped."""
 
     def mla_decode(
@@ -96,7 +104,7 @@ class Kernels(Protocol):
         self,
         x: torch.Tensor,
         slots: torch.Tensor,
-        form: SlotForm,
+        form: RoutedLayer,
         slot_of_choice: torch.Tensor,
         token_of_choice: torch.Tensor,
         out: torch.Tensor | None = None,
@@ -109,13 +117,18 @@ class Kernels(Protocol):
 
 
 class TritonKernels:
-    """`native.gpu`, imported when this is made: it needs Triton and a CUDA device, or Triton's interpreter."""
+    """`native.gpu`, imported when this is made: it needs Triton and a CUDA device, or Triton's interpreter.
+
+    What has the protocol's form there is taken as it is; the methods take matrices and rules apart.
+    """
 
     def __init__(self) -> None:
         from kimi_lite.native.gpu import dequant, elementwise, experts, linear, mla, router
 
-        self._dequant, self._elementwise, self._experts = dequant, elementwise, experts
-        self._linear, self._mla, self._router = linear, mla, router
+        self._dequant, self._linear, self._mla, self._router = dequant, linear, mla, router
+        self.rms_norm, self.swiglu, self.rotate = elementwise.rms_norm, elementwise.swiglu, elementwise.rope
+        self.weighted_sum, self.expert_choices = elementwise.weighted_sum, experts.expert_choices
+        self.mla_decode = mla.mla_decode
 
     def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
         rows = self._dequant.dequantize(data.reshape(-1, data.shape[-1]), layout_name)
@@ -127,15 +140,6 @@ class TritonKernels:
     def head_linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
         return self._linear.heads_linear(x, matrix.data, matrix.layout_name)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._elementwise.rms_norm(x, weight, eps)
-
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self._elementwise.swiglu(gate, up)
-
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return self._elementwise.rope(x, cos, sin)
-
     def write_latent(
         self,
         kv: torch.Tensor,
@@ -143,37 +147,12 @@ class TritonKernels:
         eps: float,
         angles: Angles,
         storage: torch.Tensor,
-        slots: torch.Tensor,
+        cache_rows: torch.Tensor,
     ) -> None:
-        self._mla.write_latent(kv, weight, eps, *angles, storage, slots)
-
-    def mla_decode(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        storage: torch.Tensor,
-        page_table: torch.Tensor,
-        lengths: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        return self._mla.mla_decode(q_latent, q_rope, storage, page_table, lengths, scale)
+        self._mla.write_latent(kv, weight, eps, angles.cos, angles.sin, storage, cache_rows)
 
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = (rule.num_groups, rule.num_groups_used)
         return self._router.route(logits, bias, rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)
-
-    def expert_choices(
-        self,
-        x: torch.Tensor,
-        slots: torch.Tensor,
-        form: SlotForm,
-        slot_of_choice: torch.Tensor,
-        token_of_choice: torch.Tensor,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self._experts.expert_choices(x, slots, form, slot_of_choice, token_of_choice, out)
-
-    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-        return self._elementwise.weighted_sum(rows, weights, base)

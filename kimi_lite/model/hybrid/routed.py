@@ -3,16 +3,17 @@ prompt.
 
 Up to ROW_TOKENS tokens: experts with a slot are computed by the GPU, the others by the CPU at the same time, and every
 choice's product has a row of its own, added up in the order of the choices, so that nothing depends on where an expert
-was. Where it is cheaper (`calibration.ExpertCosts`), and always beyond ROW_TOKENS, a batch goes through
+was. Where it is cheaper (`experts.costs.ExpertCosts`), and always beyond ROW_TOKENS, a batch goes through
 `hybrid.streamed`.
 
-    y = experts.forward(layer, normed, ids, weights, beside=shared_expert)
+    y = experts.forward(layer, normed, ids, weights, shared_expert)
 
 Decoding calls the parts of `forward` one by one, because CUDA graphs hold those that run on the GPU.
 """
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,54 +21,59 @@ import torch
 
 from kimi_lite.experts.costs import ExpertCosts
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
-from kimi_lite.experts.source import ExpertSource
+from kimi_lite.experts.heat import save_heat
+from kimi_lite.experts.recorder import RoutingRecorder
+from kimi_lite.experts.store import ExpertStore
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
-from kimi_lite.model.hybrid.streamed import StreamedExperts
+from kimi_lite.model.hybrid.streamed import Choice, StreamedExperts
 
 ROW_TOKENS = 512  # up to here every choice has a row: 117 MB for Kimi K2.5
 MIN_STREAM_TOKENS = 32  # below, an upload is never worth it
 
 
-class _Unsettled(NamedTuple):
-    """A layer that ran: what was chosen, and how many experts and choices the CPU had in which time."""
+class _LayerRun(NamedTuple):
+    """A layer that ran: what was chosen, and how many experts and choices the CPU computed in which time."""
 
     layer: int
     chosen: np.ndarray  # int32 (T, K)
-    num_missing: int
-    num_misses: int
-    elapsed_s: float
+    num_missing: int = 0
+    num_misses: int = 0
+    elapsed_s: float = 0.0
 
 
 class RoutedExperts:
-    """All layers' routed experts. Not reentrant: one layer at a time."""
+    """All layers' routed experts. Not reentrant: one layer at a time. `close` saves their heat and ends all threads."""
 
     def __init__(
         self,
         streams: GpuStreams,
         kernels: Kernels,
-        source: ExpertSource,
+        store: ExpertStore,
         slots: VramSlots,
         cpu: CpuExperts,
         streamed: StreamedExperts,
         costs: ExpertCosts,
         num_threads: int,
+        heat_file: Path | None = None,
+        recorder: RoutingRecorder | None = None,
     ) -> None:
-        self._streams, self._kernels, self._source = streams, kernels, source
+        """heat_file: where `close` saves how hot the experts are; None: nowhere. recorder: of what tokens choose; its
+        passes begin and end elsewhere."""
+        self._streams, self._kernels, self.store = streams, kernels, store
         self.slots, self.cpu, self.streamed, self.costs = slots, cpu, streamed, costs
         self.num_threads = num_threads  # of the CPU's experts; may change between steps
-        self.on_chosen: Callable[[int, np.ndarray], None] | None = None  # layer, ids (T, K): for a record of routing
+        self._heat_file, self._recorder = heat_file, recorder
         self.cpu_s = self.wait_s = 0.0  # computing on the CPU, waiting for the GPU's routers
-        self.on_close: Callable[[], object] | None = None  # while the policy still knows everything
         self._host: HostCopies | None = None
-        self._unsettled: list[_Unsettled] = []
+        self._uncounted: list[_LayerRun] = []
 
     def begin_step(self, promotion_budget: int, num_tokens: int) -> int:
         """Between steps: promotions arrive and begin. Returns how many began."""
-        self.settle()
-        if self.cpu.cache:
-            self.cpu.cache.begin(num_tokens)
+        self.count()
+        if self.store.ram:
+            self.store.ram.begin(num_tokens)
         return self.slots.begin_step(promotion_budget, num_tokens)
 
     def forward(
@@ -76,11 +82,11 @@ class RoutedExperts:
         normed: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        beside: Callable[[], torch.Tensor | None],
+        shared_expert: Callable[[], torch.Tensor | None],
         may_stream: bool = True,
     ) -> torch.Tensor:
-        """(T, D), int32 (T, K), (T, K) -> (T, D): the weighted sum over the chosen experts, plus what `beside`
-        computes.
+        """(T, D), int32 (T, K), (T, K) -> (T, D): the weighted sum over the chosen experts, plus what
+        `shared_expert` computes on the GPU meanwhile.
 
         may_stream: not for decoding, which never waits for an upload however many sequences there are.
         """
@@ -92,16 +98,17 @@ class RoutedExperts:
             num_windows = -(-num_tokens // self.cpu.capacity)
             division = self.streamed.divide(layer, chosen, self.slots.residents(layer), num_windows)
             if division.streamed or num_tokens > ROW_TOKENS:
-                self._unsettled.append(_Unsettled(layer, chosen, 0, 0, 0.0))
-                return self.streamed.forward(layer, (normed, ids, weights), host, division, beside, self.num_threads)
+                self._uncounted.append(_LayerRun(layer, chosen))
+                choice = Choice(normed, ids, weights)
+                return self.streamed.forward(layer, choice, host, division, shared_expert, self.num_threads)
         host.copy_x(normed)
         copied = self._streams.event()
         slot_of_choice, hit_rows = self.hits(layer, normed, ids)
-        aside = beside()
+        shared = shared_expert()
         copied.synchronize()
         self._compute_misses(layer, host, chosen)
         miss_rows = self.cpu.rows[: len(hit_rows)].to(normed.device, non_blocking=True)
-        return self.join(slot_of_choice, hit_rows, miss_rows, weights, aside)
+        return self.join(slot_of_choice, hit_rows, miss_rows, weights, shared)
 
     def hits(
         self, layer: int, normed: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None
@@ -111,10 +118,9 @@ class RoutedExperts:
         flat = ids.reshape(-1)
         slot_of_choice = self.slots.table[layer].index_select(0, flat)
         token_of_choice = torch.arange(len(flat), device=flat.device, dtype=torch.int32) // ids.shape[1]
-        choices = (slot_of_choice, token_of_choice)
-        return slot_of_choice, self._kernels.expert_choices(
-            normed, self.slots.slots, self._source.form(layer), *choices, out
-        )
+        form = self.store.index.layers[layer]
+        rows = self._kernels.expert_choices(normed, self.slots.slots, form, slot_of_choice, token_of_choice, out)
+        return slot_of_choice, rows
 
     def misses(self, layer: int, host: HostCopies, num_tokens: int, copied: Event) -> bool:
         """Wait for the router, then compute what has no slot into `cpu.rows`. False when every choice has one."""
@@ -126,52 +132,57 @@ class RoutedExperts:
         hit_rows: torch.Tensor,
         miss_rows: torch.Tensor,
         weights: torch.Tensor,
-        aside: torch.Tensor | None,
+        shared: torch.Tensor | None,
     ) -> torch.Tensor:
         """(T * K,), (T * K, D) twice, (T, K), (T, D) -> (T, D): in the order of the choices, wherever each was
         computed."""
         rows = torch.where((slot_of_choice >= 0)[:, None], hit_rows, miss_rows)
-        return self._kernels.weighted_sum(rows.view(*weights.shape, -1), weights, aside)
+        return self._kernels.weighted_sum(rows.view(*weights.shape, -1), weights, shared)
 
-    def settle(self) -> None:
-        """Book-keeping of the layers since the last call: heat, counts, costs. Done while the GPU computes."""
-        for layer, chosen, num_missing, num_misses, elapsed_s in self._unsettled:
-            self.slots.note(layer, chosen)
-            if self.on_chosen:
-                self.on_chosen(layer, chosen)
-            self.cpu_s += elapsed_s
-            self.costs.observe_cpu(num_missing, num_misses, elapsed_s)
-        self._unsettled.clear()
+    def count(self) -> None:
+        """Heat, counts, costs and the record of the layers since the last call. Done while the GPU computes."""
+        for run in self._uncounted:
+            self.slots.count(run.layer, run.chosen)
+            if self._recorder:
+                self._recorder.add(run.layer, run.chosen)
+            self.cpu_s += run.elapsed_s
+            self.costs.observe_cpu(run.num_missing, run.num_misses, run.elapsed_s)
+        self._uncounted.clear()
+
+    def heat(self) -> np.ndarray:
+        """float32 (layers, experts): how much each expert was used lately."""
+        self.count()
+        return self.slots.policy.export_heat().sum(axis=0)
 
     def forget_counts(self) -> None:
         """Counters begin at zero again."""
-        self.settle()
+        self.count()
         self.slots.num_hits = self.slots.num_misses = 0
         self.cpu_s = self.wait_s = 0.0
 
     def cancel(self) -> None:
         """A pass was given up half-way."""
-        self.settle()
+        self.count()
         self.streamed.cancel()
 
     def counters(self) -> dict[str, float]:
-        self.settle()
+        self.count()
         times = {"cpu_experts_s": self.cpu_s, "gpu_wait_s": self.wait_s, "stream_s": self.streamed.stream_s}
-        disk = self.cpu.cache.counters() if self.cpu.cache else {}
-        return disk | self.slots.counters() | times | {"streamed_experts": self.streamed.num_streamed}
+        return self.store.counters() | self.slots.counters() | times | {"streamed_experts": self.streamed.num_streamed}
 
     def close(self) -> None:
-        """Ends all threads."""
-        self.settle()
-        if self.on_close:
-            self.on_close()
+        """Saves the heat and ends all threads; the store's last, as the others read from it."""
+        self.count()
+        if self._heat_file:
+            save_heat(self._heat_file, self.slots.policy.export_heat())
         self.streamed.close()
         self.slots.close()
         self.cpu.close()
+        self.store.close()
 
     def _chosen(self, layer: int, host: HostCopies, num_tokens: int, copied: Event) -> np.ndarray:
         """int32 (T, K): what the router chose, once the copy is there. The CPU's threads stay awake meanwhile."""
-        self.settle()
+        self.count()
         start_s = time.perf_counter()
         while not copied.query():
             self.cpu.keep_awake(self.num_threads)
@@ -186,7 +197,7 @@ class RoutedExperts:
             start_s = time.perf_counter()
             self.cpu.compute(layer, host.x.numpy()[: len(chosen)], absent, self.num_threads)
             elapsed_s = time.perf_counter() - start_s
-        self._unsettled.append(_Unsettled(layer, chosen, len(set(missing.tolist())), len(missing), elapsed_s))
+        self._uncounted.append(_LayerRun(layer, chosen, len(set(missing.tolist())), len(missing), elapsed_s))
         return len(missing) > 0
 
     def _host_for(self, num_tokens: int, hidden_size: int, top_k: int) -> HostCopies:

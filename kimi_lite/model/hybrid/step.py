@@ -1,4 +1,4 @@
-"""One batch as the device sees it: rotations, cache slots, and which rows attend in which form.
+"""One batch as the device sees it: rotations, rows of the cache, and which rows attend in which form.
 
 Absorbed rows (decoding, short slices) are described by tables of fixed shapes, so that a captured CUDA graph can be run
 again with other contents; expanded slices (prompts) are Python objects, as no graph runs them. Made by
@@ -14,6 +14,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.rope import rope_attention_factor, rope_inverse_frequencies
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.batch import Batch, SequenceSlice
+from kimi_lite.model.hybrid.kernels import Angles
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 
@@ -31,18 +32,13 @@ class ExpandedSlice:
 class Step:
     """T tokens on the device."""
 
-    cos: torch.Tensor  # (T, rope / 2)
-    sin: torch.Tensor
-    slots: torch.Tensor  # int64 (T,): page * 64 + offset; -1: padding, which is written nowhere
+    angles: Angles  # (T, rope / 2)
+    cache_rows: torch.Tensor  # int64 (T,): page * 64 + offset; -1: padding, which is written nowhere
     page_table: torch.Tensor  # int32 (rows that attend absorbed, pages)
     lengths: torch.Tensor  # int32 (rows that attend absorbed,), positions that each sees
     absorbed: torch.Tensor | None  # int64, which rows attend absorbed; None: all
     expanded: list[ExpandedSlice] = field(default_factory=list)
     is_decoding: bool = True  # every sequence has one token
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.slots)
 
 
 class StepMaker:
@@ -57,8 +53,8 @@ class StepMaker:
         """`expanded`: slices that attend in the expanded form. num_rows, num_pages: at least so many, for a graph's
         shapes."""
         num_tokens = max(len(batch.token_ids), num_rows)
-        slots = np.full(num_tokens, -1, np.int64)
-        slots[: len(batch.token_ids)] = cache_slots(batch)
+        rows_of_cache = np.full(num_tokens, -1, np.int64)
+        rows_of_cache[: len(batch.token_ids)] = cache_rows(batch)
         angles = np.zeros((num_tokens, len(self._frequencies)))
         angles[: len(batch.positions)] = batch.positions[:, None] * self._frequencies
         expanded_starts = {piece.start for piece in expanded}
@@ -67,9 +63,11 @@ class StepMaker:
         page_table, lengths = _absorbed_tables(batch, absorbed, num_rows or len(rows), num_pages)
         to = self._to_device
         return Step(
-            cos=to(np.cos(angles) * self._factor, torch.float32),
-            sin=to(np.sin(angles) * self._factor, torch.float32),
-            slots=to(slots, torch.int64),
+            angles=Angles(
+                cos=to(np.cos(angles) * self._factor, torch.float32),
+                sin=to(np.sin(angles) * self._factor, torch.float32),
+            ),
+            cache_rows=to(rows_of_cache, torch.int64),
             page_table=to(page_table, torch.int32),
             lengths=to(lengths, torch.int32),
             absorbed=to(rows, torch.int64) if expanded else None,
@@ -86,14 +84,14 @@ class StepMaker:
         return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(self._streams.device)
 
 
-def cache_slots(batch: Batch) -> np.ndarray:
+def cache_rows(batch: Batch) -> np.ndarray:
     """int64 (T,): page * 64 + offset of every token."""
-    slots = np.empty(len(batch.token_ids), np.int64)
+    rows = np.empty(len(batch.token_ids), np.int64)
     for piece in batch.sequences:
         positions = batch.positions[piece.start : piece.start + piece.length]
         pages = piece.pages[positions // PAGE_TOKENS].astype(np.int64)
-        slots[piece.start : piece.start + piece.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
-    return slots
+        rows[piece.start : piece.start + piece.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
+    return rows
 
 
 def is_decoding(batch: Batch) -> bool:

@@ -17,13 +17,13 @@ import torch
 
 from kimi_lite.experts.costs import ExpertCosts
 from kimi_lite.experts.gpu_streams import GpuStreams
-from kimi_lite.experts.source import ExpertSource, SlotForm
+from kimi_lite.experts.index import ExpertIndex, RoutedLayer
 from kimi_lite.experts.stream import PromptStream
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
 
-_SMALL_SHARE = 0.1  # of the experts: for less the CPU is not troubled, as then the next layer's stream can begin early
+_SMALL_SHARE = 0.1  # of the experts: fewer are streamed as well, since then the next layer's stream can begin early
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +36,14 @@ class Division:
     on_cpu: list[int]
 
 
+class Choice(NamedTuple):
+    """What a layer's router says of T tokens, on the device."""
+
+    normed: torch.Tensor  # (T, D), what the experts read
+    ids: torch.Tensor  # int32 (T, K)
+    weights: torch.Tensor  # (T, K)
+
+
 class _Sorted(NamedTuple):
     """Choices in the order of their experts, on the device; expert e's are starts[e] .. starts[e + 1]."""
 
@@ -45,19 +53,19 @@ class _Sorted(NamedTuple):
 
 
 class StreamedExperts:
-    """Holds the stream; `close` ends its threads. `num_streamed`, `stream_s`: for those who measure."""
+    """Holds the stream; `close` ends its threads. `num_streamed`, `stream_s`: experts and seconds since the start."""
 
     def __init__(
         self,
         streams: GpuStreams,
         kernels: Kernels,
-        source: ExpertSource,
+        index: ExpertIndex,
         slots: VramSlots,
         cpu: CpuExperts,
         stream: PromptStream,
         costs: ExpertCosts,
     ) -> None:
-        self._streams, self._kernels, self._source = streams, kernels, source
+        self._streams, self._kernels, self._index = streams, kernels, index
         self._slots, self._cpu, self._stream, self._costs = slots, cpu, stream, costs
         self._launcher = ThreadPoolExecutor(1, "kimi-lite-launch", initializer=streams.enter_thread)
         self.stream_s = self.cpu_s = 0.0
@@ -68,7 +76,7 @@ class StreamedExperts:
 
     def divide(self, layer: int, chosen: np.ndarray, is_resident: np.ndarray, num_windows: int) -> Division:
         """Both sides should end together; what was requested ahead for this layer streams in any case."""
-        counts = np.bincount(chosen.reshape(-1), minlength=self._source.num_experts)
+        counts = np.bincount(chosen.reshape(-1), minlength=self._index.num_experts)
         resident = np.flatnonzero((counts > 0) & is_resident).tolist()
         absent = np.flatnonzero((counts > 0) & ~is_resident)
         absent = absent[np.argsort(-counts[absent], kind="stable")]
@@ -86,27 +94,26 @@ class StreamedExperts:
     def forward(
         self,
         layer: int,
-        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        choice: Choice,
         host: HostCopies,
         division: Division,
-        beside: Callable[[], torch.Tensor | None],
+        shared_expert: Callable[[], torch.Tensor | None],
         num_threads: int,
     ) -> torch.Tensor:
-        """inputs: normed (T, D), ids int32 (T, K), weights (T, K) -> (T, D). `host` is for the copies that the CPU
-        needs."""
-        normed, _, weights = inputs
+        """(T, D): weighted sum over the chosen experts, plus what `shared_expert` computes. `host` is for the copies
+        that the CPU needs."""
         if not self._stream.has_requested(layer):
             self._stream.request(layer, division.streamed)
         if not division.on_cpu:
             self._request_ahead(layer + 1)
         host_weights = None
         if division.on_cpu:
-            host.copy_x(normed)
-            host_weights = weights.cpu().numpy()  # waits for both copies
-        y = torch.zeros_like(normed)
-        launched = self._launcher.submit(self._add_on_device, layer, y, inputs, division)
+            host.copy_x(choice.normed)
+            host_weights = choice.weights.cpu().numpy()  # waits for both copies
+        y = torch.zeros_like(choice.normed)
+        launched = self._launcher.submit(self._add_on_device, layer, y, choice, division)
         try:
-            aside = beside()
+            shared = shared_expert()
             if host_weights is not None:
                 y_cpu = self._sum_on_cpu(layer, host.x.numpy(), host_weights, division, num_threads)
         except BaseException:
@@ -115,7 +122,7 @@ class StreamedExperts:
         self._finish(launched, len(division.streamed))
         if host_weights is not None:
             y += torch.from_numpy(y_cpu).to(y.device)
-        return y if aside is None else y + aside
+        return y if shared is None else y + shared
 
     def cancel(self) -> None:
         """A pass was given up: what was requested ahead is no longer wanted."""
@@ -129,7 +136,7 @@ class StreamedExperts:
     def _request_ahead(self, layer: int) -> None:
         """Everything streams, so the next layer will want nearly every expert too: begin before its router has
         spoken."""
-        if layer < self._source.num_layers:
+        if layer < self._index.num_layers:
             self._stream.request(layer, np.flatnonzero(~self._slots.residents(layer)).tolist())
 
     def _finish(self, launched: Future, num_streamed: int) -> None:
@@ -137,13 +144,13 @@ class StreamedExperts:
         self.stream_s += elapsed_s
         self._costs.observe_stream(num_streamed, elapsed_s)
 
-    def _add_on_device(self, layer: int, y: torch.Tensor, inputs: tuple, division: Division) -> float:
+    def _add_on_device(self, layer: int, y: torch.Tensor, choice: Choice, division: Division) -> float:
         """Adds resident and streamed experts to y; seconds until the device has done it."""
         start_s = time.perf_counter()
         with torch.inference_mode():
-            normed, ids, weights = inputs
-            choices = _sort(ids, weights, division.chosen, self._source.num_experts)
-            form = self._source.form(layer)
+            normed = choice.normed
+            choices = _sort(choice.ids, choice.weights, division.chosen, self._index.num_experts)
+            form = self._index.layers[layer]
             if division.resident:
                 slots = self._slots.slots_of(layer, np.array(division.resident))
                 self._add_experts(y, normed, choices, form, division.resident, self._slots.slots, slots)
@@ -161,7 +168,7 @@ class StreamedExperts:
         y: torch.Tensor,
         normed: torch.Tensor,
         choices: _Sorted,
-        form: SlotForm,
+        form: RoutedLayer,
         experts: list[int],
         data: torch.Tensor,
         slots: np.ndarray,

@@ -16,6 +16,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
+from kimi_lite.experts.vram import make_table
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
@@ -24,6 +25,7 @@ from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import HybridOptions, open_experts, thread_counts
+from kimi_lite.model.hybrid.feed_forward import ResidentGain
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.step import StepMaker, is_decoding, num_pages_seen
@@ -62,11 +64,11 @@ class HybridTransformer:
         compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
         self.config, self.kv = config, kv
         self._streams, self._kernels = streams, kernels
-        self._load_dense(store, options, report)
-        self.experts, self.max_batch_tokens = open_experts(store, config, streams, kernels, options, report)
-        if options.cache_bias and self.experts:
-            for layer in self.layers[config.num_dense_layers :]:
-                layer.router.prefer_resident(self.experts.slots.table[layer.number], options.cache_bias)
+        slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
+        self._load_dense(store, options, slot_table, report)
+        self.experts, self.max_batch_tokens = open_experts(
+            store, config, streams, kernels, options, slot_table, report, recorder
+        )
         self._adaptive = Adaptive(self.experts, thread_counts(options.num_threads))
         self._maker = StepMaker(config, streams)
         self._shape = (
@@ -74,20 +76,25 @@ class HybridTransformer:
             *(config.kv_lora_rank, config.v_head_dim),
         )
         self._segments: OrderedDict[tuple[int, int], DecodeSegments] = OrderedDict()
+        self._recorder = recorder
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
         if streams.is_cuda:
             self.warm_up(report)
-        self._recorder = recorder
-        if recorder and self.experts:
-            self.experts.on_chosen = recorder.add
 
-    def _load_dense(self, store: GGUFStore, options: HybridOptions, report: Callable[[str, int, int], None]) -> None:
+    def _load_dense(
+        self,
+        store: GGUFStore,
+        options: HybridOptions,
+        slot_table: torch.Tensor,
+        report: Callable[[str, int, int], None],
+    ) -> None:
         c = self.config
         weights = DenseWeights(store, self._streams, self._kernels, options.dense_type)
         self.layers = []
         for number in range(c.num_layers):
             report("loading onto the GPU", number, c.num_layers)
-            self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels))
+            gain = ResidentGain(slot_table[number], options.cache_bias) if options.cache_bias else None
+            self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels, gain))
         self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
         self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix("output.weight")
         self.dense_bytes = weights.num_bytes
@@ -96,6 +103,8 @@ class HybridTransformer:
     def warm_up(self, report: Callable[[str, int, int], None]) -> None:
         """Before the first prompt: compile the GPU's kernels and capture a decode step's graphs. Page 0 holds nothing
         yet."""
+        if self._recorder:
+            self._recorder.begin(1)
         page = np.zeros(1, np.int32)
         one = Batch(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, bool), (SequenceSlice(0, 1, page),))
         for done in range(2):  # the first compiles, the second captures
@@ -107,20 +116,22 @@ class HybridTransformer:
         many = Batch(np.zeros(PAGE_TOKENS, np.int32), positions, np.ones(PAGE_TOKENS, bool), pieces)
         step, x = self._maker.make(many, list(pieces)), self._embed(many.token_ids)
         for layer in self.layers[: self.config.num_dense_layers + 1]:  # not the experts: they would stream
-            layer.aside(layer.attend(x, step))
+            layer.shared_expert(layer.attend(x, step))
         if self.experts:
             self.experts.forget_counts()
+        if self._recorder:
+            self._recorder.drop()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
-        """Runs the batch and fills its cache slots. Returns float32 (rows where wants_logits, vocabulary).
+        """Runs the batch and fills its rows of the cache. Returns float32 (rows where wants_logits, vocabulary).
 
         Raises `Cancelled` between layers of a long batch when `should_stop()` becomes true.
         """
         num_tokens = len(batch.token_ids)
         assert num_tokens <= self.max_batch_tokens, (num_tokens, self.max_batch_tokens)
         is_short = num_tokens <= MAX_DECODE_TOKENS
-        self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # settles the step before
+        self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before
         if self._recorder:
             self._recorder.begin(num_tokens)
         if not is_short:
@@ -140,7 +151,7 @@ class HybridTransformer:
 
     def heat(self) -> np.ndarray | None:
         """(layers, experts): how much each routed expert was used lately."""
-        return self.experts.slots.policy.export_heat().sum(axis=0) if self.experts else None
+        return self.experts.heat() if self.experts else None
 
     def close(self) -> None:
         """Saves the experts' heat and the record of routing, and ends the threads. A second call does nothing."""
@@ -156,19 +167,20 @@ class HybridTransformer:
 
     def _forward_decode(self, batch: Batch) -> np.ndarray:
         num_tokens = len(batch.token_ids)
-        shape = rows_for(num_tokens), pages_for(num_pages_seen(batch))
+        shape = num_rows, num_pages = rows_for(num_tokens), pages_for(num_pages_seen(batch))
         if shape not in self._segments:
             if len(self._segments) == _NUM_DECODE_SHAPES:
                 self._segments.popitem(last=False)
-            parts = (self.layers, self._head, self.experts, self.config, self._streams)
-            self._segments[shape] = DecodeSegments(*parts, *shape)
+            self._segments[shape] = DecodeSegments(
+                self.layers, self._head, self.experts, self.config, self._streams, num_rows, num_pages
+            )
         self._segments.move_to_end(shape)
-        step = self._maker.make(batch, [], *shape)
-        x = self._embed(np.pad(batch.token_ids, (0, shape[0] - num_tokens)))
+        step = self._maker.make(batch, [], num_rows, num_pages)
+        x = self._embed(np.pad(batch.token_ids, (0, num_rows - num_tokens)))
         return self._segments[shape].forward(x, step, num_tokens)
 
     def _forward_prompt(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
-        """A long batch; what ends it early leaves nothing behind that a later one would trip over."""
+        """A long batch; what ends it early leaves nothing behind that would change a later one."""
         try:
             return self._forward_long(batch, should_stop)
         except torch.OutOfMemoryError as error:

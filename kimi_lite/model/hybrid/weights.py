@@ -70,11 +70,11 @@ class DenseWeights:
     def heads(self, config: ModelConfig, layer: int) -> tuple[DenseMatrix, DenseMatrix]:
         """W_UK (H, kv_lora, nope) and W_UV (H, v, kv_lora), multiplied head by head; older files join them in
         `attn_kv_b`."""
-        block, c = f"blk.{layer}", config
-        if f"{block}.attn_k_b.weight" in self._store.tensors:
-            k_b, v_b = self.matrix(f"{block}.attn_k_b.weight"), self.matrix(f"{block}.attn_v_b.weight")
+        prefix, c = f"blk.{layer}", config
+        if f"{prefix}.attn_k_b.weight" in self._store.tensors:
+            k_b, v_b = self.matrix(f"{prefix}.attn_k_b.weight"), self.matrix(f"{prefix}.attn_v_b.weight")
             return k_b.by_head(c.num_heads), v_b.by_head(c.num_heads)
-        name = f"{block}.attn_kv_b.weight"
+        name = f"{prefix}.attn_kv_b.weight"
         tensor = self._store.tensor(name)
         joint = torch.cat([self._kernels.dequantize(part, tensor.layout.name) for part in self._uploaded(tensor)])
         joint = joint.view(c.num_heads, -1, c.kv_lora_rank)  # (H, nope + v, kv_lora)

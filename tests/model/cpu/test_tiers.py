@@ -10,8 +10,8 @@ import pytest
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.heat import heat_path, load_heat, save_heat
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.places import find_places
 from kimi_lite.experts.recorder import RoutingRecorder, read_trace
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
@@ -35,8 +35,8 @@ KINDS = {
 def slot_bytes(path):
     """Of the largest slots, times layers: what a slot a layer costs."""
     store = GGUFStore.open(path)
-    places = find_places(store, ModelConfig.from_metadata(store.metadata))
-    return sum(size * len(layers) for size, layers in places.pools.items())
+    index = ExpertIndex.find(store, ModelConfig.from_metadata(store.metadata))
+    return sum(size * len(layers) for size, layers in index.ram_pools.items())
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -104,7 +104,7 @@ def test_a_disk_error_is_a_sentence_and_the_model_lives_on(f32_path, monkeypatch
     ids = np.random.default_rng(1).integers(0, 290, 30)
     with Runner(f32_path, tier=TierOptions(6 * slot_bytes(f32_path))) as runner:
         want = runner.decode(ids)
-        (file,) = runner.transformer._tiers.cache.reader._files
+        (file,) = runner.transformer._tiers.slots.reader._files.values()
 
         def fail(place, offset):
             raise OSError(5, "Input/output error")
@@ -137,7 +137,7 @@ def test_memory_that_may_not_be_locked_is_a_sentence(f32_path, monkeypatch):
     library = SimpleNamespace(mlock=lambda address, num_bytes: -1)
     types = {"c_void_p": ctypes.c_void_p, "c_size_t": ctypes.c_size_t}
     fake = SimpleNamespace(CDLL=lambda *_, **__: library, get_errno=lambda: errno.ENOMEM, **types)
-    monkeypatch.setattr("kimi_lite.experts.lock.ctypes", fake)
+    monkeypatch.setattr("kimi_lite.experts.memory.ctypes", fake)
     with pytest.raises(KimiLiteError, match=r"MiB are to be locked in RAM; .*: Cannot allocate memory"):
         Runner(f32_path, tier=TierOptions(24 * slot_bytes(f32_path), is_loading_all=True, is_locked=True))
 
@@ -186,7 +186,7 @@ def test_heat_outlives_the_process(f32_path, tmp_path):
         cold = runner.transformer.counters()
     assert [each.name for each in tmp_path.iterdir()] == ["tiny.heat.npz"]
     with Runner(f32_path, tier=options) as runner:
-        cache = runner.transformer._tiers.cache
+        cache = runner.transformer._tiers.slots
         assert cache.export_heat().sum() > 0 and any(
             pool.jobs or pool.policy.num_resident for pool in cache._pools.values()
         )

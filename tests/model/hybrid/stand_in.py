@@ -7,7 +7,7 @@ bits as one that the CPU computes, so that with a cache must equal without one e
 import numpy as np
 import torch
 
-from kimi_lite.experts.source import SlotForm
+from kimi_lite.experts.index import RoutedLayer
 from kimi_lite.model.hybrid.kernels import Angles, RouterRule
 from kimi_lite.model.hybrid.weights import DenseMatrix
 from kimi_lite.native.cpu.activations import Activations
@@ -51,12 +51,12 @@ class StandInKernels:
         eps: float,
         angles: Angles,
         storage: torch.Tensor,
-        slots: torch.Tensor,
+        cache_rows: torch.Tensor,
     ) -> None:
-        rank, is_written = len(weight), slots >= 0
-        key = self.rotate(kv[:, None, rank:].clone(), *angles)[:, 0]
+        rank, is_written = len(weight), cache_rows >= 0
+        key = self.rotate(kv[:, None, rank:].clone(), angles.cos, angles.sin)[:, 0]
         rows = torch.cat([self.rms_norm(kv[:, :rank], weight, eps), key], dim=1)
-        storage.view(-1, storage.shape[-1])[slots[is_written]] = rows[is_written].to(storage.dtype)
+        storage.view(-1, storage.shape[-1])[cache_rows[is_written]] = rows[is_written].to(storage.dtype)
 
     def mla_decode(
         self,
@@ -89,7 +89,7 @@ class StandInKernels:
         self,
         x: torch.Tensor,
         slots: torch.Tensor,
-        form: SlotForm,
+        form: RoutedLayer,
         slot_of_choice: torch.Tensor,
         token_of_choice: torch.Tensor,
         out: torch.Tensor | None = None,
@@ -115,10 +115,10 @@ class StandInKernels:
         return total if base is None else total + base
 
 
-def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: SlotForm) -> np.ndarray:
+def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: RoutedLayer) -> np.ndarray:
     """x (T, D), ids int32 (T, K), -1 for absent -> unweighted rows (T * K, D)."""
     num_tokens, top_k = ids.shape
-    kinds = [{activation_kind(part.layout_name)} - {0} for part in form.parts]
+    kinds = [{activation_kind(part.layout_name)} - {0} for part in form.matrices]
     inputs = Activations(num_tokens, form.hidden_size, kinds[0] | kinds[1])
     hidden = Activations(num_tokens * top_k, form.width, kinds[2])
     run = RunTable(num_tokens, 1, experts_scratch_bytes(form.hidden_size, form.width, num_tokens), num_tokens * top_k)
@@ -133,9 +133,9 @@ def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: SlotFor
     return rows
 
 
-def _matrices(slots: np.ndarray, form: SlotForm) -> np.ndarray:
+def _matrices(slots: np.ndarray, form: RoutedLayer) -> np.ndarray:
     """int64 (slots, 3, 8): the kernel tables of the experts in the slots."""
-    return np.stack([np.stack([_table(slot, part) for part in form.parts]) for slot in slots])
+    return np.stack([np.stack([_table(slot, part) for part in form.matrices]) for slot in slots])
 
 
 def _table(slot: np.ndarray, part: object) -> np.ndarray:

@@ -103,7 +103,7 @@ def test_with_cache_equals_without_exactly(types, tmp_path, ids):
 
 
 def test_whatever_happens_to_slots_changes_no_result(path, ids):
-    """Random budgets, cancelled promotions and fewer or more slots between the steps: the same bits."""
+    """Random budgets and cancelled promotions between the steps: the same bits."""
     rng = np.random.default_rng(6)
     with only_rows(HybridRunner(path)) as without:
         want = without.decode(ids[:60])
@@ -114,8 +114,6 @@ def test_whatever_happens_to_slots_changes_no_result(path, ids):
             runner.transformer._adaptive._budget.budget = int(rng.integers(0, 5))
             if rng.random() < 0.2:
                 slots.cancel()
-            if rng.random() < 0.2:
-                slots.resize(int(rng.integers(0, 7)))
         assert same(np.concatenate(have), want)
         counters = runner.transformer.counters()
         assert (
@@ -130,7 +128,7 @@ def test_every_expert_resident(path, ids):
     with only_rows(HybridRunner(path, num_gpu_experts=16)) as runner, only_rows(HybridRunner(path)) as without:
         want = without.decode(ids[:10])
         runner.prefill(ids)
-        runner.transformer.experts.settle()
+        runner.transformer.experts.count()
         runner.transformer.experts.slots.fill()
         before = runner.transformer.counters()
         assert same(runner.decode(ids[:10]), want)
@@ -235,7 +233,7 @@ def test_heat_outlives_the_process(path, ids, tmp_path):
     heat_file = tmp_path / "model.heat"
     with only_rows(HybridRunner(path, num_gpu_experts=6, heat_file=heat_file)) as runner:
         want = runner.decode(ids[:20])
-        runner.transformer.experts.settle()
+        runner.transformer.experts.count()
         hot = set(runner.transformer.experts.slots.policy.hottest(6))
     assert heat_file.exists()
     with only_rows(HybridRunner(path, num_gpu_experts=6, heat_file=heat_file)) as runner:
@@ -256,7 +254,7 @@ def test_experts_from_the_disk(path, ids):
     """With room for half of the experts in RAM and a few in VRAM: the same bits as with all of them."""
     with only_rows(HybridRunner(path, num_gpu_experts=3)) as runner:
         want = [runner.prefill(ids[:60]), runner.decode(ids[60:70], start=60)]
-        slot_bytes = runner.transformer.experts._source.slot_bytes
+        slot_bytes = runner.transformer.experts.store.index.vram_slot_bytes
     tier = TierOptions(budget_bytes=10 * slot_bytes, num_readers=2, is_direct=False)
     with only_rows(HybridRunner(path, num_gpu_experts=3, tier=tier)) as runner:
         assert same(runner.prefill(ids[:60]), want[0])
@@ -265,6 +263,38 @@ def test_experts_from_the_disk(path, ids):
         assert counters["disk_bytes"] > 0 and counters["expert_misses"] > 0
     with only_stream(HybridRunner(path, tier=tier)) as runner:
         assert relative_error(runner.prefill(ids[:60]), want[0]) < F32_LIMIT
+
+
+def test_resident_experts_are_never_read_from_the_file(tmp_path, ids):
+    """All experts are in RAM slots; then the file's experts are overwritten. Promotions and prompt streams bring the
+    same bits to the GPU as before: they come from the slots."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(8), types={"_exps": "Q4_0"})
+    with only_rows(HybridRunner(path, num_gpu_experts=3)) as runner:
+        want = [runner.prefill(ids[:60]), runner.decode(ids[60:80], start=60)]
+        index = runner.transformer.experts.store.index
+    with only_stream(HybridRunner(path, num_gpu_experts=3)) as runner:
+        want_streamed = runner.prefill(ids[:60])
+    tier = TierOptions(budget_bytes=index.ram_bytes, num_readers=2, is_loading_all=True)
+    for force in (only_rows, only_stream):
+        with force(HybridRunner(path, num_gpu_experts=3, tier=tier)) as runner:
+            whole = path.read_bytes()
+            with path.open("r+b") as file:
+                for layer in index.layers.values():
+                    for matrix in layer.matrices:
+                        file.seek(matrix.start)
+                        file.write(b"\xff" * index.num_experts * matrix.num_bytes)
+            before = runner.transformer.counters()
+            assert before["expert_reads_from_file"] == 0
+            prompt = runner.prefill(ids[:60])
+            decoded = runner.decode(ids[60:80], start=60)
+            counters = runner.transformer.counters()
+            path.write_bytes(whole)
+        assert same(prompt, want[0] if force is only_rows else want_streamed)
+        assert force is only_stream or same(decoded, want[1])
+        assert counters["expert_reads_from_file"] == 0 and counters["disk_bytes"] == before["disk_bytes"]
+        assert counters["expert_promotions"] >= 3
+        assert counters["expert_reads_from_ram"] >= counters["expert_promotions"] + counters["streamed_experts"]
+        assert (counters["streamed_experts"] > 0) == (force is only_stream)
 
 
 def test_routing_is_recorded(path, ids, tmp_path):
@@ -288,7 +318,7 @@ def test_cache_bias_prefers_resident_experts(path, ids):
         with only_rows(HybridRunner(path, num_gpu_experts=6, cache_bias=cache_bias)) as runner:
             runner.transformer._adaptive._budget.most = 0  # nobody comes or goes
             runner.prefill(ids)
-            runner.transformer.experts.settle()
+            runner.transformer.experts.count()
             runner.transformer.experts.slots.fill()
             before = runner.transformer.counters()["gpu_expert_hits"]
             runner.decode(ids[:20])

@@ -1,4 +1,4 @@
-"""The pieces of the hybrid path: dense weights on the device, forms of slots, what becomes of the VRAM, steps,
+"""The pieces of the hybrid path: dense weights on the device, what becomes of the VRAM, steps,
 adaptation."""
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.engine.device import choose_device
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
-from kimi_lite.experts.source import ExpertSource
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
@@ -77,18 +76,6 @@ def test_a_router_is_never_rounded(store, tmp_path):
         DenseWeights(GGUFStore.open(path), streams, kernels).exact_matrix("blk.1.ffn_gate_inp.weight").layout_name
         == "BF16"
     )
-
-
-def test_a_slot_holds_the_files_bytes(store, config):
-    source = ExpertSource(store, config)
-    form, slot = source.form(2), np.zeros(source.slot_bytes, np.uint8)
-    source.copy_into(2, 5, slot)
-    for part, name in zip(form.parts, ("gate", "up", "down"), strict=True):
-        data = store.tensor(f"blk.2.ffn_{name}_exps.weight").data[5]
-        assert part.offset % 256 == 0 and (part.num_rows, part.row_bytes) == data.shape
-        assert np.array_equal(slot[part.offset : part.offset + part.num_bytes].reshape(data.shape), data)
-    assert form.num_bytes == source.slot_bytes and (form.width, form.hidden_size) == (256, 256)
-    assert form.gate.layout_name == "TQ1_0" and form.down.layout_name == "Q4_K"
 
 
 def test_vram_is_divided(store, config):
@@ -182,7 +169,7 @@ def test_steps_are_padded_with_rows_that_do_nothing(config):
     pages = np.array([4, 2], np.int32)
     batch = Batch(np.array([7], np.int32), np.array([70], np.int32), np.ones(1, bool), (SequenceSlice(0, 1, pages),))
     step = StepMaker(config, GpuStreams("cpu")).make(batch, [], num_rows=4, num_pages=16)
-    assert step.slots.tolist() == [2 * 64 + 6, -1, -1, -1] and step.lengths.tolist() == [71, 0, 0, 0]
+    assert step.cache_rows.tolist() == [2 * 64 + 6, -1, -1, -1] and step.lengths.tolist() == [71, 0, 0, 0]
     assert step.page_table.shape == (4, 16) and step.page_table[0, :2].tolist() == [4, 2] and step.absorbed is None
 
 

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.places import find_places
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.tools.bench import disk_tier
 from tests.tiny import write_tiny_gguf
@@ -22,12 +22,12 @@ def path(tmp_path_factory):
 
 def test_both_paths_decode_the_same(path):
     store = GGUFStore.open(path)
-    places = find_places(store, ModelConfig.from_metadata(store.metadata))
-    tier = disk_tier.decode(path, 6, TierOptions(places.routed_bytes // 3), 1)
+    index = ExpertIndex.find(store, ModelConfig.from_metadata(store.metadata))
+    tier = disk_tier.decode(path, 6, TierOptions(index.routed_bytes // 3), 1)
     mapped = disk_tier.decode(path, 6, None, 1)
     assert tier["checksum"] == mapped["checksum"]
     assert tier["expert_hits"] + tier["expert_late"] + tier["expert_misses"] > 0 and "expert_hits" not in mapped
-    assert disk_tier.measure_disk(places, 2, is_direct=True, seconds=0.2) > 1e6
+    assert disk_tier.measure_disk(index, 2, is_direct=True, seconds=0.2) > 1e6
 
 
 def test_the_command_without_a_cgroup(path, monkeypatch, tmp_path):

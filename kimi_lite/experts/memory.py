@@ -1,6 +1,7 @@
-"""Locks memory, so that nothing is paged out while another program is hungry."""
+"""Memory for slots in RAM: on a border that the disk can write to, and locked where the user asks for it."""
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,17 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.units import gib
+
+BLOCK_BYTES = 4096  # what O_DIRECT asks for; more than most disks need
+_HUGE_BYTES = 1 << 22  # from here on huge pages are worth asking for
+
+
+def aligned_memory(num_bytes: int) -> np.ndarray:
+    """uint8 zeros on a page's border, in huge pages where the system grants them; they take memory once written."""
+    memory = mmap.mmap(-1, max(num_bytes, BLOCK_BYTES))
+    if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= _HUGE_BYTES:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def lock_memory(arrays: Sequence[np.ndarray]) -> None:
