@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROBE = (
-    "from native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0'); print(k.compiled.cache_hits, k.address != 0)"
-)
+PROBE = "from kimi_lite.native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0'); print(k.compiled.cache_hits, k.address != 0)"
 
 
 def cache_hits(package: Path, cache: Path) -> int:
@@ -23,10 +21,12 @@ def cache_hits(package: Path, cache: Path) -> int:
 
 def test_an_edit_anywhere_compiles_anew(tmp_path):
     package, cache = tmp_path / "package", tmp_path / "cache"
-    shutil.copytree(ROOT / "native", package / "native", ignore=shutil.ignore_patterns("__pycache__"))
+    native = package / "kimi_lite" / "native"
+    shutil.copytree(ROOT / "native", native, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "kimi_lite" / "__init__.py", native.parent)
     assert cache_hits(package, cache) == 0
     assert cache_hits(package, cache) == 1
-    edited = package / "native" / "cpu" / "types" / "blocks_of_32.py"
+    edited = native / "cpu" / "types" / "blocks_of_32.py"
     original = edited.read_text()
     edited.write_text(original + "\n# edited\n")
     assert cache_hits(package, cache) == 0
