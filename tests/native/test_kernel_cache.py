@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROBE = "from kimi_lite.native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0'); print(k.compiled.cache_hits, k.address != 0)"
+PROBE = (
+    "from kimi_lite.native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0'); "
+    "print(k.compiled.cache_hits, k.address != 0)"
+)
 
 
 def cache_hits(package: Path, cache: Path) -> int:

@@ -26,7 +26,7 @@ def test_what_is_missing_is_said(missing, says, monkeypatch):
     find = support.importlib.util.find_spec
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     assert says in support.why_unusable()
-    with pytest.raises(KimiLiteError, match="python -m tools.kernels "):
+    with pytest.raises(KimiLiteError, match=r"python -m tools\.kernels "):
         gpu_bench.check_device()
 
 
