@@ -45,8 +45,9 @@ class ToolBox:
             from kimi_lite.apps.tools.folder import Folder
             from kimi_lite.apps.tools.python import isolation, python_tool
 
-            how = isolation()
-            tools, notes = [*file_tools(Folder(folder)), python_tool(how)], how.warnings
+            runner = python_tool(isolation())
+            tools = [*file_tools(Folder(folder)), runner]
+            notes = [f"run_python is asked for every time ({risk})." for risk in runner.risks]
         if mcp_config is not None:
             from kimi_lite.apps.tools.mcp_client import McpServers
             from kimi_lite.apps.tools.mcp_config import read_mcp_config

@@ -1,18 +1,19 @@
-"""A tool that runs Python in a process of its own: bounded time, memory, files and output, and an empty folder to work
-in.
+"""A tool that runs Python in a process of its own: bounded time, memory, files, processes and output, and an empty
+folder to work in.
 
-On Linux it has no network and sees no files but Python's, where the system allows programs to give both up (user
-namespaces, Landlock). `isolation` finds that out by trying, and `warnings` say what is missing. `python_child` is the
-process.
+What else confines a script is Linux's to give: namespaces (it sees no process, network, shared memory or file of the
+outside), Landlock (it opens no file of the outside), seccomp (system calls past both are refused). `isolation` finds
+out by trying what this system allows; where something is missing, `Isolation.risks` says what that means, the question
+before every run repeats it, and its default is no. `python_child` is the process.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,42 +22,76 @@ from kimi_lite.apps.tools.python_child import NOT_ALLOWED_EXIT
 from kimi_lite.apps.tools.tool import LONGEST_RESULT, ShouldStop, Tool, parameters, shortened
 
 MIB = 1024**2
-POLL_S = 0.02
+POLL_S = 0.005
+CLEAN_UP_S = 10.0  # that the child gets for ending what the script started
 _CHILD = Path(__file__).with_name("python_child.py")
+_SIGNAL_SCOPE = 6  # Landlock's version that confines signals
+_ENDINGS = {
+    "time": "ended after {limits.time_s:g} s, the limit",
+    "stopped": "stopped by the user",
+    "memory": "ended: its processes together took more than {memory_mib} MiB, the limit",
+    "processes": "ended: it started more than {limits.num_processes} processes, the limit",
+    "disk": "ended: its files took more than {disk_mib} MiB, the limit",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one run."""
+    """Of one run; memory and processes of all that it starts together. The child looks every 0.03 s."""
 
     time_s: float = 30.0
     memory_bytes: int = 2048 * MIB
     file_bytes: int = 64 * MIB  # of output too, which goes through files
+    disk_bytes: int = 256 * MIB  # of its folder
+    num_processes: int = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """What a script cannot do on this system."""
+    """What this system lets a script give up."""
 
-    is_separate: bool  # no network, and nothing it starts lives on
-    is_confined: bool  # it reads Python's files, and writes in its own folder only
+    has_namespaces: bool
+    landlock_version: int  # 0: none
+    has_seccomp: bool
 
     @property
-    def warnings(self) -> list[str]:
-        """For the user, who allows calls."""
-        missing = []
-        if not self.is_separate:
-            missing.append("run_python: this system does not let scripts give up the network; they have it.")
-        if not self.is_confined:
-            missing.append(
-                "run_python: this system does not let scripts give up files; they can read and write what you can."
+    def risks(self) -> tuple[str, ...]:
+        """What a script can do here that it should not, for the user who allows calls."""
+        if self.has_namespaces and self.has_seccomp:
+            return ()
+        if self.has_namespaces:
+            return (
+                "this system has no seccomp: its memory may exceed the limit, and kernel faults are easier to reach",
             )
-        return missing
+        found = []
+        if not self.has_seccomp:
+            found.append("it has the network, and reaches programs of yours that listen on local sockets")
+        if not self.landlock_version:
+            found.append("it can read and write every file that you can")
+        elif self.has_seccomp:
+            found.append("it sees names, sizes and dates of your files (not what is in them)")
+        else:
+            found.append("it can change modes and dates of your files, and sees their names and sizes")
+        if self.landlock_version < _SIGNAL_SCOPE:
+            found.append("it can end your other programs")
+        if not self.has_seccomp:
+            found.append("it can leave shared memory behind")
+        return tuple(found)
 
 
 def isolation() -> Isolation:
-    """Asked by trying, 0.1 s each."""
-    return Isolation(_can_run(Isolation(True, False)), _can_run(Isolation(False, True)))
+    """Asked by trying, 0.1 s."""
+    nothing = Isolation(False, 0, False)
+    with tempfile.TemporaryDirectory(prefix="kimi-lite-python-") as folder:
+        command = [sys.executable, "-I", str(_CHILD), "probe", folder]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=_environment(folder), capture_output=True, timeout=30, check=True
+            )
+            found = json.loads(done.stdout)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return nothing
+    return Isolation(bool(found["namespaces"]), found["landlock"], bool(found["seccomp"]))
 
 
 def python_tool(how: Isolation, limits: Limits | None = None) -> Tool:
@@ -66,20 +101,20 @@ def python_tool(how: Isolation, limits: Limits | None = None) -> Tool:
         f"Run a Python {sys.version_info.major}.{sys.version_info.minor} script and return what it prints "
         f"(stdout, then stderr). "
         f"At most {limits.time_s:g} s and {limits.memory_bytes // MIB} MiB; an empty working folder that is "
-        f"deleted afterwards; "
-        f"nothing is kept between runs.{' No network.' if how.is_separate else ''}"
-        f"{' No access to other files: put data into the script.' if how.is_confined else ''}"
+        f"deleted afterwards; nothing is kept between runs."
     )
+    if how.has_namespaces or how.has_seccomp:
+        description += " No network."
+    if how.has_namespaces or how.landlock_version:
+        description += " No access to other files: put data into the script."
     schema = parameters(("code",), code={"type": "string", "description": "The script. Print what you want to see."})
-    return Tool("run_python", description, schema, lambda arguments, stop: run_python(arguments, stop, limits, how))
-
-
-def _can_run(how: Isolation) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "nothing.py")
-        script.write_text("")
-        done = subprocess.run(_command(script, Limits(), how), cwd=folder, capture_output=True, timeout=30, check=False)
-    return done.returncode == 0
+    return Tool(
+        "run_python",
+        description,
+        schema,
+        lambda arguments, stop: run_python(arguments, stop, limits, how),
+        risks=tuple(f"not confined here: {risk}" for risk in how.risks),
+    )
 
 
 def run_python(arguments: dict[str, Any], should_stop: ShouldStop, limits: Limits, how: Isolation) -> str:
@@ -87,27 +122,32 @@ def run_python(arguments: dict[str, Any], should_stop: ShouldStop, limits: Limit
     with tempfile.TemporaryDirectory(prefix="kimi-lite-python-") as folder, tempfile.TemporaryFile() as out:
         script = Path(folder, "script.py")
         script.write_text(str(arguments["code"]), encoding="utf-8", errors="replace")
-        with tempfile.TemporaryFile() as err:
+        with tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as report:
             process = subprocess.Popen(
-                _command(script, limits, how),
+                _command(script, limits, how, report.fileno()),
                 cwd=folder,
                 env=_environment(folder),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                pass_fds=(report.fileno(),),
                 start_new_session=True,
             )
-            ending = _wait(process, should_stop, limits)
-            return _report(_text(out), _text(err), process.returncode, ending, folder)
+            _wait(process, should_stop, limits)
+            return _report(_text(out), _text(err), process.returncode, report, limits, folder)
 
 
-def _command(script: Path, limits: Limits, how: Isolation) -> list[str]:
+def _command(script: Path, limits: Limits, how: Isolation, report_fd: int) -> list[str]:
     numbers = (
         limits.memory_bytes,
-        max(int(limits.time_s) + 1, 1),
+        limits.time_s,
         limits.file_bytes,
-        int(how.is_separate),
-        int(how.is_confined),
+        int(how.has_namespaces),
+        int(how.landlock_version > 0),
+        int(how.has_seccomp),
+        limits.disk_bytes,
+        limits.num_processes,
+        report_fd,
     )
     return [sys.executable, "-I", str(_CHILD), str(script), *map(str, numbers)]
 
@@ -117,23 +157,19 @@ def _environment(folder: str) -> dict[str, str]:
     return {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8"}
 
 
-def _wait(process: subprocess.Popen, should_stop: ShouldStop, limits: Limits) -> str:
-    """Until it ends, or end it and all it started; says why."""
-    end_s, ending = time.monotonic() + limits.time_s, ""
+def _wait(process: subprocess.Popen, should_stop: ShouldStop, limits: Limits) -> None:
+    """Until the child has ended, which ends the script in time and all that it started."""
+    end_s, is_told = time.monotonic() + limits.time_s + CLEAN_UP_S, False
     try:
-        while process.poll() is None:
-            if should_stop():
-                ending = "stopped by the user"
-            elif time.monotonic() > end_s:
-                ending = f"ended after {limits.time_s:g} s, the limit"
-            if ending:
-                break
+        while process.poll() is None and time.monotonic() < end_s:
+            if should_stop() and not is_told:
+                process.terminate()
+                is_told, end_s = True, time.monotonic() + CLEAN_UP_S
             time.sleep(POLL_S)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own: what it left running ends too
-        process.wait()
-    return ending
+        if process.poll() is None:
+            process.kill()  # init dies with it, and with init all
+            process.wait()
 
 
 def _text(file: Any) -> str:
@@ -147,31 +183,23 @@ def _text(file: Any) -> str:
     return f"{head}\n[... output too long ...]\n{file.read().decode('utf-8', 'replace')}"
 
 
-def _report(out: str, err: str, code: int, ending: str, folder: str) -> str:
+def _report(out: str, err: str, code: int, report: Any, limits: Limits, folder: str) -> str:
     parts = [
         part.rstrip("\n") for part in (shortened(out, LONGEST_RESULT * 2 // 3), _tidy(err, folder)) if part.strip()
     ]
+    report.seek(0)
+    told = json.loads(report.read() or b"{}")
+    code, ending = told.get("code", NOT_ALLOWED_EXIT if code == NOT_ALLOWED_EXIT else code), told.get("ending", "")
     if ending:
-        parts.append(f"[{ending}]")
-    elif code == NOT_ALLOWED_EXIT:
+        numbers = {"memory_mib": limits.memory_bytes // MIB, "disk_mib": limits.disk_bytes // MIB, "limits": limits}
+        parts.append(f"[{_ENDINGS[ending].format(**numbers)}]")
+    elif not told and code == NOT_ALLOWED_EXIT:
         parts.append("[the script could not be isolated and was not run]")
     elif code:
-        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        parts.append(f"[{reason}]")
+        parts.append(f"[signal {signal.Signals(-code).name}]" if code < 0 else f"[exit code {code}]")
     return "\n".join(parts) or "(no output)"
 
 
 def _tidy(err: str, folder: str) -> str:
-    """A traceback without our own frames."""
-    lines = err.replace(folder + os.sep, "").split("\n")
-    ours = [i for i, line in enumerate(lines) if "python_child.py" in line or "<frozen runpy>" in line]
-    hidden = {i for start in ours for i in range(start, start + 1 + _num_source_lines(lines, start))}
-    return shortened("\n".join(line for i, line in enumerate(lines) if i not in hidden), LONGEST_RESULT // 3)
-
-
-def _num_source_lines(lines: list[str], start: int) -> int:
-    """Source and marker lines under a frame's own line."""
-    count = 0
-    while start + count + 1 < len(lines) and lines[start + count + 1].startswith("    "):
-        count += 1
-    return count
+    """Without the name of a folder that says nothing."""
+    return shortened(err.replace(folder + os.sep, ""), LONGEST_RESULT // 3)
