@@ -3,14 +3,15 @@ once.
 
     ~/.cache/kimi-lite/prefixes/<model key>/<hash of the page before>-<hash of the page, or "tail">.page
 
-A page's hash is of all tokens up to its end (`kv.chain`); the last page of a sequence, mostly not a whole one,
-is a "tail", of which the newest is kept. The model key is made of the files' headers, sizes and dates and of whatever
-else changes the numbers. Pages are written in the background while a prompt is computed, and found by `KVCache.open`. A
-file is complete or absent (written aside, then renamed), and its checksum covers its name, so any number of processes
-may share the folder and a damaged file is never believed. When the folder is larger than it may be, the pages that were
-longest of no use are deleted, ends of prefixes before their beginnings.
+A page's hash is of the keys of all positions up to its end (`kv.chain`: token ids, and what an image's placeholders
+stand for); the last page of a sequence, mostly not a whole one, is a "tail", of which the newest is kept. The model
+key is made of the files' headers, sizes and dates and of whatever else changes the numbers. Pages are written in the
+background while a prompt is computed, and found by `KVCache.open`. A file is complete or absent (written under another
+name, then renamed), and its checksum covers its name, so any number of processes may share the folder and a damaged
+file is never believed. When the folder is larger than it may be, the pages that were longest of no use are deleted,
+ends of prefixes before their beginnings.
 
-| "KLPAGE2\\n" | blake2b-128 of all that follows | int32 count, int32 (64,) tokens | uint8 (layers, 64, row bytes) |
+| "KLPAGE3\\n" | blake2b-128 of all that follows | the keys: `kv.chain.pack` | uint8 (layers, 64, row bytes) |
 """
 
 import logging
@@ -31,14 +32,13 @@ from uuid import uuid4
 import numpy as np
 
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.kv.chain import Link, chain_hash, num_common
+from kimi_lite.kv.chain import PACKED_BYTES, Key, Link, chain_hash, num_common, pack, unpack
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 DEFAULT_MAX_BYTES = 8 * 1024**3
 MIN_TOKENS = 256  # prefixes shorter than this are computed faster than they are worth a file
-_MAGIC = b"KLPAGE2\n"
+_MAGIC = b"KLPAGE3\n"
 _DIGEST_BYTES = 16
-_TOKENS_BYTES = 4 * (1 + PAGE_TOKENS)
 _MAX_SIBLINGS = 256  # pages after the same page that are looked at
 _HEAD_BYTES = 1 << 20  # of each shard, for the model key
 _QUEUED_PAGES = 16  # computing waits while more are to be written
@@ -72,7 +72,7 @@ class PrefixStore:
         self.num_saved = self.num_found = 0
         self._own = folder / model_key
         self._shape = page_shape
-        self._file_bytes = len(_MAGIC) + _DIGEST_BYTES + _TOKENS_BYTES + math.prod(page_shape)
+        self._file_bytes = len(_MAGIC) + _DIGEST_BYTES + PACKED_BYTES + math.prod(page_shape)
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUED_PAGES)
         self._writer: threading.Thread | None = None
         self._readers: ThreadPoolExecutor | None = None
@@ -117,15 +117,15 @@ class PrefixStore:
             self.num_found += len(found)
             self._touch(found)
 
-    def read_like(self, parent: bytes, wanted: Sequence[int], least: int) -> tuple[Link, np.ndarray] | None:
-        """The page after `parent` that begins most like `wanted` and shares more than `least` tokens with it, and its
+    def read_like(self, parent: bytes, wanted: Sequence[Key], least: int) -> tuple[Link, np.ndarray] | None:
+        """The page after `parent` that begins most like `wanted` and shares more than `least` keys with it, and its
         content."""
         siblings = islice(self._own.glob(f"{parent.hex()}-*.page"), _MAX_SIBLINGS)
-        matches = [(num_common(token_ids, wanted), token_ids) for path in siblings if (token_ids := _read_tokens(path))]
-        num_rows, token_ids = max(matches, default=(0, ()))
+        matches = [(num_common(keys, wanted), keys) for path in siblings if (keys := _read_keys(path))]
+        num_rows, keys = max(matches, default=(0, ()), key=lambda match: match[0])
         if num_rows <= least:
             return None
-        link = Link(parent, token_ids, chain_hash(parent, token_ids))
+        link = Link(parent, keys, chain_hash(parent, keys))
         content = self._read_page(link)
         if content is None:
             return None
@@ -154,19 +154,17 @@ class PrefixStore:
             self._readers = None
 
     def _path(self, link: Link) -> Path:
-        return (
-            self._own / f"{link.parent.hex()}-{link.hash.hex() if len(link.token_ids) == PAGE_TOKENS else 'tail'}.page"
-        )
+        return self._own / f"{link.parent.hex()}-{link.hash.hex() if len(link.keys) == PAGE_TOKENS else 'tail'}.page"
 
     def _has(self, link: Link) -> bool:
         """Whether the page, or one whose beginning it is, has the file that it would get."""
         path = self._path(link)
-        if len(link.token_ids) == PAGE_TOKENS:
+        if len(link.keys) == PAGE_TOKENS:
             return path.exists()
-        return num_common(_read_tokens(path), link.token_ids) == len(link.token_ids)
+        return num_common(_read_keys(path), link.keys) == len(link.keys)
 
     def _write_all(self) -> None:
-        """The writer's life: until None comes, or for ever idle after a failure that was told."""
+        """The writer's thread, until it is given None; after a failure (it warned of it) it only empties the queue."""
         while (work := self._queue.get()) is not None:
             if self._is_failed:
                 continue
@@ -182,24 +180,24 @@ class PrefixStore:
         if self._has(link):
             return
         self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
-        data, tokens = memoryview(content.reshape(-1)), _tokens(link)
+        partial_path = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
+        data, keys = memoryview(content.reshape(-1)), pack(link.keys)
         try:
-            with open(aside, "xb", opener=partial(os.open, mode=0o600)) as file:
-                file.write(_MAGIC + _digest(path, tokens, data) + tokens)
+            with open(partial_path, "xb", opener=partial(os.open, mode=0o600)) as file:
+                file.write(_MAGIC + _digest(path, keys, data) + keys)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
+            partial_path.replace(path)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            partial_path.unlink(missing_ok=True)
             raise
         self.num_saved += 1
         self._unpruned_bytes += self._file_bytes
 
     def _read_page(self, link: Link) -> np.ndarray | None:
         """uint8 `page_shape`, or None where there is no file, or one that is not to be believed."""
-        path, tokens = self._path(link), _tokens(link)
+        path, keys = self._path(link), pack(link.keys)
         content = np.empty(self._shape, np.uint8)
         try:
             with path.open("rb") as file:
@@ -211,9 +209,9 @@ class PrefixStore:
         except OSError as error:
             self._warn(f"The saved prefix {path} cannot be read ({error}); it is computed again.")
             return None
-        if len(link.token_ids) < PAGE_TOKENS and head[-_TOKENS_BYTES:] != tokens:
+        if len(link.keys) < PAGE_TOKENS and head[-PACKED_BYTES:] != keys:
             return None  # another process put its tail there since we looked
-        if not is_whole or head != _MAGIC + _digest(path, tokens, data) + tokens:
+        if not is_whole or head != _MAGIC + _digest(path, keys, data) + keys:
             self._warn(f"The saved prefix {path} is damaged; it is deleted and computed again.")
             with suppress(OSError):  # the folder may be only to be read
                 path.unlink()
@@ -260,23 +258,18 @@ class PrefixStore:
             logging.getLogger(__name__).warning("%s", message)
 
 
-def _digest(path: Path, tokens: bytes, data: memoryview) -> bytes:
+def _digest(path: Path, keys: bytes, data: memoryview) -> bytes:
     """Of a page's file; the name counts, so that a file in another's place is not believed."""
-    digest = blake2b(tokens, digest_size=_DIGEST_BYTES, key=blake2b(path.name.encode()).digest())
+    digest = blake2b(keys, digest_size=_DIGEST_BYTES, key=blake2b(path.name.encode()).digest())
     digest.update(data)
     return digest.digest()
 
 
-def _tokens(link: Link) -> bytes:
-    return np.array([len(link.token_ids), *link.token_ids], np.int32).tobytes().ljust(_TOKENS_BYTES, b"\0")
-
-
-def _read_tokens(path: Path) -> tuple[int, ...]:
-    """The tokens that a page's file says it holds; none where there is no such file. They are not checked yet."""
+def _read_keys(path: Path) -> tuple[Key, ...]:
+    """The keys that a page's file says it holds; none where there is no such file. They are not checked yet."""
     try:
         with path.open("rb") as file:
-            head = file.read(len(_MAGIC) + _DIGEST_BYTES + _TOKENS_BYTES)
+            head = file.read(len(_MAGIC) + _DIGEST_BYTES + PACKED_BYTES)
     except OSError:
         return ()
-    numbers = np.frombuffer(head[len(_MAGIC) + _DIGEST_BYTES :].ljust(_TOKENS_BYTES, b"\0"), np.int32).tolist()
-    return tuple(numbers[1 : 1 + min(max(numbers[0], 0), PAGE_TOKENS)])
+    return unpack(head[len(_MAGIC) + _DIGEST_BYTES :])

@@ -34,7 +34,7 @@ def write_page(storage: Storage, page: int, content: np.ndarray) -> None:
 
 
 class HostPages:
-    """Room in RAM for pages that had to leave the cache's own storage; the least recently left is forgotten first.
+    """Memory in RAM for pages that had to leave the cache's own storage; the least recently left is forgotten first.
 
     `put` when a page leaves the cache, `withdraw` and `bring_back` when it is wanted again.
     """
@@ -46,42 +46,42 @@ class HostPages:
         self.num_pages = num_pages
         self.storage: Storage | None = None  # until the first page comes: pinning memory takes time
         self._shape = (num_pages, num_layers, num_rows, length)  # a page in one piece
-        self._slot_of: OrderedDict[bytes, int] = OrderedDict()  # by the page's hash, least recently put first
+        self._place_of: OrderedDict[bytes, int] = OrderedDict()  # by the page's hash, least recently put first
         self._free = list(range(num_pages - 1, -1, -1))
 
     def __contains__(self, page_hash: bytes) -> bool:
-        return page_hash in self._slot_of
+        return page_hash in self._place_of
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._place_of)
 
     def put(self, page_hash: bytes, storage: Storage, page: int) -> bool:
         """Keep what the page holds; False when the only places are just being withdrawn."""
-        if page_hash in self._slot_of:  # it was computed anew while it lay here
-            self._slot_of.move_to_end(page_hash)
+        if page_hash in self._place_of:  # it was computed anew while it lay here
+            self._place_of.move_to_end(page_hash)
             return True
-        if not self._free and self._slot_of:
-            self._free.append(self._slot_of.popitem(last=False)[1])
+        if not self._free and self._place_of:
+            self._free.append(self._place_of.popitem(last=False)[1])
         if not self._free:
             return False
         if self.storage is None:
-            self.storage = _room_in_ram(self._shape, storage)
-        slot = self._free.pop()
-        self.storage[slot] = storage[:, page]
-        self._slot_of[page_hash] = slot
+            self.storage = _like_in_ram(self._shape, storage)
+        place = self._free.pop()
+        self.storage[place] = storage[:, page]
+        self._place_of[page_hash] = place
         return True
 
     def withdraw(self, page_hash: bytes) -> int:
-        """The slot of a page, no longer to be found and not given to another until `bring_back`."""
-        return self._slot_of.pop(page_hash)
+        """The place of a page, no longer to be found and not given to another until `bring_back`."""
+        return self._place_of.pop(page_hash)
 
-    def bring_back(self, slot: int, storage: Storage, page: int) -> None:
-        """Copy a withdrawn slot into a page, and free it."""
-        storage[:, page] = self.storage[slot]
-        self._free.append(slot)
+    def bring_back(self, place: int, storage: Storage, page: int) -> None:
+        """Copy what lies at a withdrawn place into a page, and free it."""
+        storage[:, page] = self.storage[place]
+        self._free.append(place)
 
 
-def _room_in_ram(shape: tuple[int, ...], storage: Storage) -> Storage:
+def _like_in_ram(shape: tuple[int, ...], storage: Storage) -> Storage:
     """An array like `storage`, or a tensor that its GPU reads at full speed where the system allows that."""
     if isinstance(storage, np.ndarray):
         return np.zeros(shape, storage.dtype)

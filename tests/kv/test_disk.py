@@ -3,32 +3,32 @@
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.chain import PACKED_BYTES, Salt, chain_hash
 from kimi_lite.kv.disk import PrefixStore, model_key
 from kimi_lite.kv.host import read_page, write_page
-from kimi_lite.kv.pages import KVCache, chain_hash
+from kimi_lite.kv.pages import KVCache
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from tests.experts.cache_case import check_rows, run_prompt, small_cache
+from tests.kv.cache_case import SMALL_PAGE_SHAPE, check_rows, run_prompt, small_cache
 from tests.tiny import write_tiny_gguf
 
 PROMPT = list(range(300))  # four whole pages and a tail of 44
-PAGE_BYTES = 2 * PAGE_TOKENS * 12 + 24 + 260
+PAGE_BYTES = 2 * PAGE_TOKENS * 12 + 24 + PACKED_BYTES
 
 
 def open_cache(folder: Path, key: str = "a", max_bytes: int = 10**9, num_pages: int = 8) -> KVCache:
-    kv = small_cache(num_pages)
-    kv.prefixes = PrefixStore(folder, key, kv.page_shape, max_bytes, min_tokens=128)
-    return kv
+    return small_cache(num_pages, prefixes=PrefixStore(folder, key, SMALL_PAGE_SHAPE, max_bytes, min_tokens=128))
 
 
-def save(folder: Path, prompt: list[int], **options) -> None:
+def save(folder: Path, prompt: list[int], salts: Sequence[Salt] = (), **options) -> None:
     kv = open_cache(folder, **options)
-    kv.release(run_prompt(kv, prompt))
+    kv.release(run_prompt(kv, prompt, salts))
     kv.prefixes.close()
 
 
@@ -36,9 +36,9 @@ def pages_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*"))
 
 
-def num_cached(folder: Path, prompt: list[int], **options) -> int:
+def num_cached(folder: Path, prompt: list[int], salts: Sequence[Salt] = (), **options) -> int:
     kv = open_cache(folder, **options)
-    sequence = kv.open(prompt)
+    sequence = kv.open(prompt, salts)
     check_rows(kv, sequence)
     kv.prefixes.close()
     return sequence.num_cached
@@ -104,6 +104,20 @@ def test_the_longest_of_many_continuations_is_taken(tmp_path: Path) -> None:
     assert num_cached(tmp_path, [*PROMPT[:200], 1003, 1004, 1005, 9, 9]) == 203
 
 
+def test_pages_of_other_images_are_other_pages(tmp_path: Path) -> None:
+    """Placeholders of an image from 150 on: the two pages before it are found for any image, and the rows before it."""
+    cat, dog = Salt(150, b"a cat"), Salt(150, b"a dog")
+    save(tmp_path, PROMPT, [cat])
+    assert num_cached(tmp_path, [*PROMPT, 7], [cat]) == 300
+    assert num_cached(tmp_path, [*PROMPT, 7], [dog]) == num_cached(tmp_path, [*PROMPT, 7]) == 150
+    save(tmp_path, PROMPT, [dog])
+    assert num_cached(tmp_path, [*PROMPT, 7], [cat]) == num_cached(tmp_path, [*PROMPT, 7], [dog]) == 300
+    late_cat, late_dog = Salt(290, b"a cat"), Salt(290, b"a dog")  # in the tail
+    save(tmp_path, PROMPT, [late_cat])
+    assert num_cached(tmp_path, [*PROMPT, 7], [late_cat]) == 300
+    assert num_cached(tmp_path, [*PROMPT, 7], [late_dog]) == 290
+
+
 @pytest.mark.parametrize("damage", ["a byte", "the end", "more", "another page", "empty"])
 def test_a_damaged_page_is_computed_again_with_one_warning(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -129,7 +143,7 @@ def test_a_damaged_page_is_computed_again_with_one_warning(
 def test_a_damaged_tail_is_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, PROMPT)
     (path,) = (page for page in pages_in(tmp_path) if "tail" in page.name)
-    for at in (25, 40, 1000):  # the number of tokens, a token, a value
+    for at in (25, 40, 700, 1000, 2000):  # the count, an id, salts, a value
         whole = path.read_bytes()
         data = bytearray(whole)
         data[at] ^= 1

@@ -10,11 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kimi_lite.kv.chain import Key, Salt, keys_of
 from kimi_lite.kv.disk import PrefixStore
-from kimi_lite.kv.host import HostPages
-from kimi_lite.kv.pages import SequencePages, chain
+from kimi_lite.kv.pages import KVCache, SequencePages
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from tests.experts.cache_case import check_rows, compute, content_at, small_cache, write_rows
+from tests.kv.cache_case import SMALL_PAGE_SHAPE, check_rows, compute, content_at, small_cache, write_rows
+
+SALTS = st.lists(
+    st.builds(Salt, st.sampled_from([0, 20, 63, 64, 100]), st.sampled_from([b"cat", b"dog"])),
+    max_size=2,
+    unique_by=lambda salt: salt.position,
+)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -22,19 +28,23 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kv = small_cache(num_pages=7)
+        self.kv = self.new_cache()
         self.live: list[tuple[SequencePages, list[int]]] = []
+
+    def new_cache(self) -> KVCache:
+        return small_cache(num_pages=7)
 
     @rule(
         letters=st.lists(st.sampled_from([0, 1]), min_size=1, max_size=4),
         unit=st.sampled_from([1, 29, 32, 64]),
         odd=st.booleans(),
+        salts=SALTS,
     )
-    def open(self, letters: list[int], unit: int, odd: bool) -> None:
+    def open(self, letters: list[int], unit: int, odd: bool, salts: list[Salt]) -> None:
         token_ids = [letter for letter in letters for _ in range(unit)] + [5] * odd
-        sequence = self.kv.open(token_ids)
+        sequence = self.kv.open(token_ids, salts)
         assert sequence.num_cached <= len(token_ids) - 1
-        assert sequence.token_ids == token_ids[: sequence.num_cached]
+        assert sequence.keys == keys_of(token_ids, sequence.digests)[: sequence.num_cached]
         check_rows(self.kv, sequence)
         self.live.append((sequence, token_ids))
 
@@ -109,17 +119,14 @@ class TieredMachine(CacheMachine):
     begins."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="kimi-lite-test-"))
-        self.token_ids_of: dict[bytes, tuple[int, ...]] = {}  # of every page that was ever whole, with all before it
+        self.keys_of_page: dict[bytes, tuple[Key, ...]] = {}  # of every page that was ever whole, with all before it
         self.num_computed = 0
-        self._attach()
+        super().__init__()
 
-    def _attach(self) -> None:
-        self.kv.host = HostPages(3, self.kv.storage)
-        self.kv.prefixes = PrefixStore(
-            self.folder, "model", self.kv.page_shape, max_bytes=12_000, min_tokens=PAGE_TOKENS
-        )
+    def new_cache(self) -> KVCache:
+        prefixes = PrefixStore(self.folder, "model", SMALL_PAGE_SHAPE, max_bytes=20_000, min_tokens=PAGE_TOKENS)
+        return small_cache(num_pages=7, num_host_pages=3, prefixes=prefixes)
 
     @rule(letters=st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=4))
     def whole_request(self, letters: list[int]) -> None:
@@ -138,8 +145,7 @@ class TieredMachine(CacheMachine):
         while self.live:
             self.release_one(0)
         self.kv.prefixes.close()
-        self.kv = small_cache(self.kv.num_pages)
-        self._attach()
+        self.kv = self.new_cache()
 
     def teardown(self) -> None:
         self.kv.prefixes.close()
@@ -148,20 +154,17 @@ class TieredMachine(CacheMachine):
     def after_compute(self, sequence: SequencePages) -> None:
         self.num_computed += 1
         self.kv.prefixes.flush()  # so that a run can be repeated exactly
-        for index, link in enumerate(chain(sequence.token_ids, len(sequence.hashes))):
-            self.token_ids_of[link.hash] = tuple(sequence.token_ids[: (index + 1) * PAGE_TOKENS])
+        for index, page_hash in enumerate(sequence.hashes):
+            self.keys_of_page[page_hash] = tuple(sequence.keys[: (index + 1) * PAGE_TOKENS])
 
     @invariant()
     def what_lies_in_ram_is_right(self) -> None:
         host = self.kv.host
-        slots = host._slot_of.values()
-        assert sorted([*slots, *host._free]) == list(range(host.num_pages))
-        for page_hash, slot in host._slot_of.items():
-            token_ids = self.token_ids_of[page_hash]
-            expected = [
-                content_at(token_ids, position) for position in (len(token_ids) - PAGE_TOKENS, len(token_ids) - 1)
-            ]
-            assert (host.storage[slot][:, [0, -1]] == np.array(expected)[:, None]).all()
+        assert sorted([*host._place_of.values(), *host._free]) == list(range(host.num_pages))
+        for page_hash, place in host._place_of.items():
+            keys = self.keys_of_page[page_hash]
+            expected = [content_at(keys, position) for position in (len(keys) - PAGE_TOKENS, len(keys) - 1)]
+            assert (host.storage[place][:, [0, -1]] == np.array(expected)[:, None]).all()
 
 
 TestCacheMachine = CacheMachine.TestCase

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.kv.host import HostPages
 from kimi_lite.kv.pages import KV_DTYPES, KVCache, bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from tests.experts.cache_case import check_rows, compute, run_prompt, small_cache, write_rows
+from tests.kv.cache_case import check_rows, compute, run_prompt, small_cache, write_rows
 from tests.model.family import family_metadata
 
 
@@ -172,9 +171,7 @@ def test_releasing_twice_is_a_bug() -> None:
 
 
 def tiered_cache(num_pages: int, num_host_pages: int) -> KVCache:
-    kv = small_cache(num_pages)
-    kv.host = HostPages(num_host_pages, kv.storage)
-    return kv
+    return small_cache(num_pages, num_host_pages=num_host_pages)
 
 
 def test_pages_without_room_move_to_ram_and_return() -> None:
@@ -233,8 +230,7 @@ def test_a_page_computed_anew_while_it_lies_in_ram() -> None:
 
 def test_a_gpu_has_tensors_in_both_places() -> None:
     torch = pytest.importorskip("torch")
-    kv = KVCache(2, 3, 4, "f32", storage=torch.zeros(2, 4, PAGE_TOKENS, 3))
-    kv.host = HostPages(4, kv.storage)
+    kv = KVCache(2, 3, 4, "f32", storage=torch.zeros(2, 4, PAGE_TOKENS, 3), num_host_pages=4)
     kv.release(run_prompt(kv, [1] * 200))
     kv.release(run_prompt(kv, [2] * 200))
     again = kv.open([1] * 201)
