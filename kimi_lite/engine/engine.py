@@ -138,7 +138,9 @@ class Engine:
         assert not self.is_closed
         self.require_room(request)
         assert request.max_reasoning_tokens is None or END_THINK in self.tokenizer.special, request.id
-        parser = StreamParser(self.tokenizer, request.starts_in_reasoning, request.sampling.stop, request.tools)
+        parser = StreamParser(
+            self.tokenizer, request.starts_in_reasoning, request.sampling.stop, request.tools, request.num_calls
+        )
         sampler = Sampler(request.sampling, request.prompt_ids, self.tokenizer.vocab_size)
         sequence = Sequence(request, sampler, parser, added_s=self.clock_s())
         self._live[request.id] = sequence
@@ -229,4 +231,5 @@ class Engine:
 
 def _token(name: str, token_id: int | None, piece: Piece, reason: FinishReason | None, stats: Stats) -> Token:
     call_index = None if piece.call_index < 0 else piece.call_index
-    return Token(name, token_id, piece.text, piece.kind, reason, stats, piece.call, call_index, piece.error or None)
+    error, unsaid = piece.error or None, piece.unsaid
+    return Token(name, token_id, piece.text, piece.kind, reason, stats, piece.call, call_index, error, unsaid)

@@ -98,7 +98,15 @@ class Session(Conversation):
         ids = with_sampled_ids(prompt.ids, self.turns[self.num_dropped :], self.engine.tokenizer)
         ids = splice(self.known_ids, ids, self.engine.tokenizer)
         budget = settings.thinking_budget if settings.is_thinking else None
-        request = Request(self._request_id, tuple(ids), settings.params, prompt.starts_in_reasoning, self.tools, budget)
+        request = Request(
+            self._request_id,
+            tuple(ids),
+            settings.params,
+            prompt.starts_in_reasoning,
+            self.tools,
+            num_calls=sum(len(turn.calls) for turn in self.turns),
+            max_reasoning_tokens=budget,
+        )
         self.engine.require_room(request)
         if self._is_cancelled:  # while the prompt was encoded
             self.engine.cancel(request.id)

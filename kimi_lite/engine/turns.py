@@ -97,13 +97,21 @@ class AnswerRecord:
 
     def add(self, token: Token) -> None:
         self.last = token
+        if token.unsaid:
+            other = "content" if token.kind == "reasoning" else "reasoning"
+            self.texts[other] = self.texts[other].removeprefix(token.unsaid)
         self.texts[token.kind] += token.text
         if token.id is not None:
             self.ids.append(token.id)
-        if token.call:
+        if token.call_index is None:
+            return
+        if token.call and token.call_index == len(self.calls):
             self.calls.append(token.call)
-        elif token.kind == "tool_call" and self.calls:
-            self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + token.text)
+        elif token.call:  # as it is after all
+            self.calls[token.call_index] = token.call
+        else:
+            call = self.calls[token.call_index]
+            self.calls[token.call_index] = replace(call, arguments=call.arguments + token.text)
 
     def to_turn(self, is_thinking: bool, lead_ids: Sequence[int]) -> Turn | None:
         """The record; None where the model said nothing at all. Calls that were cut off are not kept."""

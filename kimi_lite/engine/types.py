@@ -59,7 +59,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     starts_in_reasoning: bool = False  # the prompt ends inside <think>
-    tools: tuple[Mapping, ...] = ()  # as declared to the model; they name a call whose id is a bare number
+    tools: tuple[Mapping, ...] = ()  # as declared to the model; they name calls whose id does not
+    num_calls: int = 0  # of the conversation so far; new ids count on from it
     max_reasoning_tokens: int | None = (
         None  # then the model's </think> is put in its mouth; None: it thinks as long as it likes
     )
@@ -101,6 +102,7 @@ class Token:
     call: ToolCall | None = None  # id and name, with the first piece of a tool call
     call_index: int | None = None  # which call of this answer a piece belongs to, from 0
     error: str | None = None  # what is wrong with a tool call: it has no tool, or its arguments are no JSON object
+    unsaid: str = ""  # came as content (or reasoning) before and is this token's text instead: a late `</think>`
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""Generated tokens to reasoning, content and tool calls, piece by piece as they come.
+"""Generated text to reasoning, content and tool calls, piece by piece as it comes.
 
 Markers (`</think>`, `<|tool_call_begin|>`, ...) arrive as one control token, or spelled out in ordinary tokens, cut
 anywhere: text that may be the start of a marker or a stop string is held back until it is known. Nothing the model
 writes raises: a malformed call is a piece with `error`. However the same text is cut into tokens, the pieces join to
-the same result.
+the same result. `StreamParser` reads a local model's tokens, `TextParser` (its base) an endpoint's texts.
 """
 
 import codecs
@@ -14,15 +14,53 @@ from typing import Literal
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tokenizer import Tokenizer
-from kimi_lite.text.tool_calls import OpenCall, ToolCall, is_json_object, name_by_arguments, name_in_id
+from kimi_lite.text.tool_calls import ArgumentReader, CallBook, ToolCall, complaint, tool_of
 
 Kind = Literal["reasoning", "content", "tool_call"]
 
 THINK, END_THINK = "<think>", "</think>"
-CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
-SECTION_BEGIN = ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>")  # the model writes either
-SECTION_END = ("<|tool_calls_section_end|>", "<|tool_call_section_end|>")
-TOOL_MARKERS = (*SECTION_BEGIN, *SECTION_END, CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The markers a family of models writes calls in. `section_*`: any of them."""
+
+    section_begin: tuple[str, ...]
+    section_end: tuple[str, ...]
+    call_begin: str
+    arguments_begin: str  # between what names the call and its arguments
+    call_end: str
+    has_ids: bool  # what names the call is Kimi's id, else the tool's name
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return (*self.section_begin, *self.section_end, self.call_begin, self.arguments_begin, self.call_end)
+
+
+KIMI = Dialect(
+    ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>"),  # the model writes either
+    ("<|tool_calls_section_end|>", "<|tool_call_section_end|>"),
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    has_ids=True,
+)
+# V3 and R1 write `function`, the separator, the name on a line and the arguments in a code fence; V3.1 the name, the
+# separator and the arguments.
+DEEPSEEK = Dialect(
+    ("<｜tool▁calls▁begin｜>",),
+    ("<｜tool▁calls▁end｜>",),
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    has_ids=False,
+)
+TOOL_MARKERS = KIMI.markers
+
+
+def dialect_of(special: Mapping[str, int]) -> Dialect | None:
+    """The dialect whose markers a vocabulary has; None: calls of such a model cannot be read."""
+    return next((d for d in (KIMI, DEEPSEEK) if d.call_begin in special and d.arguments_begin in special), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +73,7 @@ class Piece:
     call: ToolCall | None = None
     call_index: int = -1  # which call of this answer, from 0
     error: str = ""  # what is wrong with a tool call
+    unsaid: str = ""  # what came as content (or reasoning) and turned out to be this piece's text instead
 
 
 class _State(Enum):
@@ -45,55 +84,81 @@ class _State(Enum):
     ARGUMENTS = auto()
 
 
-class StreamParser:
-    """The parser of one answer. `tools`, as declared to the model, name the call whose id is a bare number."""
+class _OpenCall:
+    """The call being received: what names it, and its arguments."""
+
+    def __init__(self) -> None:
+        self.header = ""
+        self.name_line: str | None = None  # DeepSeek V3: the arguments begin with the name on a line; None: they do not
+        self.reader = ArgumentReader()
+        self.call: ToolCall | None = None
+
+    def add(self, text: str) -> str:
+        """Append argument text; returns what of the arguments is certain."""
+        if self.name_line is not None and not self.name_line.endswith("\n"):
+            line, end, text = text.partition("\n")
+            self.name_line += line + end
+        return self.reader.feed(text)
+
+
+class TextParser:
+    """The parser of one answer's text.
+
+    `tools`, as declared to the model, name calls whose id does not; `num_calls` is how many calls the conversation had
+    before. `knows_bare_end`: a `</think>` spelled in content ends reasoning whose beginning the prompt held.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, starts_in_reasoning: bool, stop: Sequence[str] = (), tools: Sequence[Mapping] = ()
+        self,
+        dialect: Dialect | None,
+        has_think: bool,
+        starts_in_reasoning: bool,
+        stop: Sequence[str] = (),
+        tools: Sequence[Mapping] = (),
+        num_calls: int = 0,
+        knows_bare_end: bool = False,
     ) -> None:
         if not all(stop):
             raise KimiLiteError("A stop string is empty; it would stop every answer before it begins.", "Leave it out.")
-        self._tokenizer, self._stop, self._tools = tokenizer, tuple(stop), tools
-        self._has_think = starts_in_reasoning or THINK in tokenizer.special
-        self._tool_markers = TOOL_MARKERS if CALL_BEGIN in tokenizer.special else ()
-        names = (THINK, END_THINK, *self._tool_markers)
-        self._markers = {tokenizer.special[name]: name for name in names if name in tokenizer.special}
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._dialect, self._stop, self._tools = dialect, tuple(stop), tools
+        self._has_think, self._knows_bare_end = has_think, knows_bare_end
+        self._tool_markers = dialect.markers if dialect else ()
         self._state = _State.REASONING if starts_in_reasoning else _State.CONTENT
         self._is_start = True  # nothing shown yet: a think marker spelled here is a marker, later it is a word
+        self._said: list[str] | None = None if starts_in_reasoning else []  # content that may be reasoning after all
         self._held = self._space = ""
-        self._open = OpenCall()
+        self._open, self._book = _OpenCall(), CallBook(num_calls)
         self._pieces: list[Piece] = []
         self.tool_calls: tuple[ToolCall, ...] = ()  # all calls with a name, complete
         self.is_stopped = False  # a stop string was met; it and what follows is not shown
 
     @property
     def kind(self) -> Kind:
-        """Of what the next token probably is."""
+        """Of what comes next, probably."""
         kinds: dict[_State, Kind] = {_State.REASONING: "reasoning", _State.CONTENT: "content"}
         return kinds.get(self._state, "tool_call")
 
-    def feed(self, token_id: int) -> list[Piece]:
-        """The pieces that this token settles: often one, none while text is held back."""
-        if self.is_stopped:
-            return []
-        if token_id in self._markers:
+    def feed_text(self, text: str) -> list[Piece]:
+        """The pieces that this text makes certain: often one, none while text is held back."""
+        if not self.is_stopped:
+            self._on_text(text)
+        return self._take()
+
+    def enter(self, kind: Literal["reasoning", "content"]) -> list[Piece]:
+        """From here on the text is of this kind, whoever says so; an open call goes on."""
+        state = _State.REASONING if kind == "reasoning" else _State.CONTENT
+        if self._state is not state and self._state in (_State.REASONING, _State.CONTENT):
             self._flush()
-            if not self.is_stopped:
-                self._on_marker(self._markers[token_id])
-        elif self._tokenizer.is_control(token_id):
-            self._flush()
-        else:
-            self._on_text(self._decoder.decode(self._tokenizer.decode_bytes(token_id)))
+            self._state, self._said = state, None
         return self._take()
 
     def finish(self) -> list[Piece]:
-        """What was held back, when no token will follow; a call cut off here says so."""
+        """What was held back, when nothing will follow; a call cut off here says so."""
         self._flush()
         if self._state is _State.ARGUMENTS:
             self._end_call()
         elif self._state is _State.CALL_ID:
-            self._fail("it ends before its arguments")
+            self._end_header()
         self._state = _State.CONTENT
         return self._take()
 
@@ -102,7 +167,7 @@ class StreamParser:
         return pieces
 
     def _flush(self) -> None:
-        self._on_text(self._decoder.decode(b"", final=True), is_final=True)
+        self._on_text("", is_final=True)
 
     def _on_text(self, text: str, is_final: bool = False) -> None:
         """Show text up to the first marker or stop string in it, act on that, go on behind it; hold back what is
@@ -110,13 +175,13 @@ class StreamParser:
         self._held += text
         while self._held and not self.is_stopped:
             if self._is_start and self._has_think:
-                if not is_final and any(
-                    marker.startswith(self._held) for marker in (THINK, END_THINK) if marker != self._held
-                ):
+                begun = self._held.lstrip()
+                if not is_final and any(m.startswith(begun) for m in (THINK, END_THINK) if m != begun):
                     return
                 self._is_start = False
-                literal = next((marker for marker in (THINK, END_THINK) if self._held.startswith(marker)), "")
+                literal = next((marker for marker in (THINK, END_THINK) if begun.startswith(marker)), "")
                 if literal:
+                    self._held = begun
                     self._on_literal(0, literal)
                     continue
             literals = self._literals()
@@ -134,12 +199,16 @@ class StreamParser:
         if self._state is _State.REASONING:
             return (END_THINK, *self._tool_markers) if self._has_think else self._tool_markers
         if self._state is _State.ARGUMENTS:
-            return (CALL_END, CALL_BEGIN, *SECTION_END)
-        return self._tool_markers if self._state is _State.CALL_ID else (*self._tool_markers, *self._stop)
+            assert self._dialect is not None
+            return (self._dialect.call_end, self._dialect.call_begin, *self._dialect.section_end)
+        if self._state is _State.CALL_ID:
+            return self._tool_markers
+        bare_end = (END_THINK,) if self._knows_bare_end and self._said is not None else ()
+        return (*self._tool_markers, *bare_end, *self._stop)
 
     def _on_literal(self, start: int, literal: str) -> None:
         self._show(self._held[:start])
-        if self._state is _State.ARGUMENTS and self._open.is_in_string:  # a marker inside a JSON string is data
+        if self._state is _State.ARGUMENTS and self._open.reader.is_in_string:  # a marker inside a JSON string is data
             self._show(self._held[start])
             self._held = self._held[start + 1 :]
             return
@@ -153,9 +222,10 @@ class StreamParser:
         if not text:
             return
         if self._state is _State.REASONING:
+            self._said = None
             self._pieces.append(Piece("reasoning", text))
         elif self._state is _State.CONTENT:
-            self._pieces.append(Piece("content", text))
+            self._say(text)
         elif self._state is _State.CALL_ID:
             self._open.header += text
         elif self._state is _State.ARGUMENTS:
@@ -167,7 +237,12 @@ class StreamParser:
             body = text.rstrip()
             self._space = text[len(body) :]
             if body:
-                self._pieces.append(Piece("content", body))
+                self._say(body)
+
+    def _say(self, text: str) -> None:
+        if self._said is not None:
+            self._said.append(text)
+        self._pieces.append(Piece("content", text))
 
     def _on_marker(self, marker: str) -> None:
         self._is_start = False
@@ -176,61 +251,129 @@ class StreamParser:
             if is_in_call:
                 self._show(marker)
             elif marker == THINK:
-                self._state = _State.REASONING
+                self._state, self._said = _State.REASONING, None
             elif self._state is _State.REASONING:
                 self._state = _State.CONTENT
-        elif marker == ARGUMENTS_BEGIN:
+            elif self._state is _State.CONTENT:
+                self._unsay()
+            return
+        assert self._dialect is not None
+        if marker == self._dialect.arguments_begin:
             if self._state is _State.CALL_ID:
                 self._begin_arguments()
-        elif marker not in (CALL_END, *SECTION_END) or self._state is _State.SECTION or is_in_call:
+            return
+        is_end = marker in (self._dialect.call_end, *self._dialect.section_end)
+        if not is_end or self._state not in (_State.CONTENT, _State.REASONING):
             self._change_section(marker)
+
+    def _unsay(self) -> None:
+        """A `</think>` that nothing opened: if it is the first, what came so far was reasoning."""
+        text, self._said = "".join(self._said or ()), None
+        if text:
+            self._pieces.append(Piece("reasoning", text, unsaid=text))
 
     def _change_section(self, marker: str) -> None:
         """A call or section begins or ends; whatever call is open ends with it, its end marker missing or not."""
+        assert self._dialect is not None
+        self._said = None
         if self._state is _State.ARGUMENTS:
             self._end_call()
-        elif self._state is _State.CALL_ID and (marker != CALL_BEGIN or self._open.header.strip()):
-            self._fail("it ends before its arguments")
+        elif self._state is _State.CALL_ID and (marker != self._dialect.call_begin or self._open.header.strip()):
+            self._end_header()
         self._space = ""
-        if marker == CALL_BEGIN:
-            self._open, self._state = OpenCall(), _State.CALL_ID
+        if marker == self._dialect.call_begin:
+            self._open, self._state = _OpenCall(), _State.CALL_ID
         else:
-            self._state = _State.CONTENT if marker in SECTION_END else _State.SECTION
+            self._state = _State.CONTENT if marker in self._dialect.section_end else _State.SECTION
 
     def _begin_arguments(self) -> None:
-        call_id = self._open.header.strip()
-        name = name_in_id(call_id)
-        if name:
-            self._announce(ToolCall(call_id, name))
+        assert self._dialect is not None
+        header = self._open.header = self._open.header.strip()
+        if not self._dialect.has_ids and header == "function":
+            self._open.name_line = ""
+        else:
+            name = tool_of(header, self._tools) or (None if self._dialect.has_ids else header)
+            if name:
+                self._announce(name)
         self._state = _State.ARGUMENTS
 
-    def _announce(self, call: ToolCall) -> None:
-        self._open.call = call
-        self._pieces.append(Piece("tool_call", call=call, call_index=len(self.tool_calls)))
+    def _end_header(self) -> None:
+        """A call that ends before the marker of its arguments; these may stand behind the id all the same."""
+        header, brace, arguments = self._open.header.partition("{")
+        if not brace:
+            self._fail("it ends before its arguments")
+            return
+        self._open.header = header
+        self._begin_arguments()
+        self._show(brace + arguments)
+        self._end_call()
+
+    def _announce(self, name: str) -> None:
+        assert self._dialect is not None
+        call_id = self._book.id_for(self._open.header if self._dialect.has_ids else "", name)
+        self._open.call = ToolCall(call_id, name)
+        self._pieces.append(Piece("tool_call", call=self._open.call, call_index=len(self.tool_calls)))
 
     def _end_call(self) -> None:
-        """Name a call that only had a number, complete empty arguments, and say it if they are not a JSON object."""
-        number, arguments, index = self._open.header.strip(), self._open.arguments, len(self.tool_calls)
-        if self._open.call is None:
-            name = name_by_arguments(arguments, self._tools) if number.isdecimal() else None
-            if name is None:
+        """Name a call that nothing named yet, complete its arguments, and say it if they are not a JSON object."""
+        opened, index = self._open, len(self.tool_calls)
+        rest, error = opened.reader.finish()
+        arguments = opened.reader.text
+        if opened.call is None:
+            name = tool_of((opened.name_line or opened.header).strip(), self._tools, arguments)
+            name = name or (opened.name_line or "").strip()
+            if not name:
                 self._fail(f"its id names no tool; its arguments are {arguments[:200]!r}")
                 return
-            self._announce(ToolCall(f"functions.{name}:{number}", name))
-            self._pieces.append(Piece("tool_call", arguments, call_index=index))
-        elif not arguments:
-            arguments = "{}"
-            self._pieces.append(Piece("tool_call", arguments, call_index=index))
-        call = self._open.call
-        assert call is not None
-        self.tool_calls += (ToolCall(call.id, call.name, arguments),)
-        if not is_json_object(arguments):
-            error = f"Tool call {call.id} has arguments that are not a JSON object (malformed, or cut off)."
-            self._pieces.append(Piece("tool_call", call_index=index, error=error))
+            self._announce(name)
+            rest = arguments
+        if rest:
+            self._pieces.append(Piece("tool_call", rest, call_index=index))
+        assert opened.call is not None
+        self.tool_calls += (ToolCall(opened.call.id, opened.call.name, arguments),)
+        if error:
+            self._pieces.append(Piece("tool_call", call_index=index, error=complaint(opened.call.id, error)))
 
     def _fail(self, reason: str) -> None:
         error = f"Tool call {self._open.header.strip()[:80]!r} cannot be used: {reason}."
         self._pieces.append(Piece("tool_call", error=error))
+
+
+class StreamParser(TextParser):
+    """The parser of one answer of a local model: tokens in, pieces out."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        starts_in_reasoning: bool,
+        stop: Sequence[str] = (),
+        tools: Sequence[Mapping] = (),
+        num_calls: int = 0,
+    ) -> None:
+        dialect = dialect_of(tokenizer.special)
+        has_think = starts_in_reasoning or THINK in tokenizer.special
+        super().__init__(dialect, has_think, starts_in_reasoning, stop, tools, num_calls)
+        names = (THINK, END_THINK, *self._tool_markers)
+        self._tokenizer = tokenizer
+        self._markers = {tokenizer.special[name]: name for name in names if name in tokenizer.special}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> list[Piece]:
+        """The pieces that this token makes certain."""
+        if self.is_stopped:
+            return []
+        if token_id in self._markers:
+            self._flush()
+            if not self.is_stopped:
+                self._on_marker(self._markers[token_id])
+        elif self._tokenizer.is_control(token_id):
+            self._flush()
+        else:
+            self._on_text(self._decoder.decode(self._tokenizer.decode_bytes(token_id)))
+        return self._take()
+
+    def _flush(self) -> None:
+        self._on_text(self._decoder.decode(b"", final=True), is_final=True)
 
 
 def _first_complete(text: str, literals: Sequence[str]) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_typescript import GET_WEATHER, tool
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.stream import TOOL_MARKERS, Piece, StreamParser
+from kimi_lite.text.stream import DEEPSEEK, KIMI, TOOL_MARKERS, Piece, StreamParser, TextParser
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.text.tool_calls import ToolCall
 
@@ -45,6 +45,10 @@ class Answer:
         self.pieces += parser.finish()
         self.calls, self.is_stopped = parser.tool_calls, parser.is_stopped
         self.reasoning, self.content = self._text("reasoning"), self._text("content")
+        for piece in self.pieces:
+            if piece.unsaid:
+                assert piece.kind == "reasoning" and self.content.startswith(piece.unsaid)
+                self.content = self.content.removeprefix(piece.unsaid)
         self.errors = [piece.error for piece in self.pieces if piece.error]
 
     def _text(self, kind: str) -> str:
@@ -89,7 +93,18 @@ def test_think_markers_at_the_start_of_content(tokenizer: Tokenizer, parse) -> N
 def test_think_spelled_inside_content_is_a_word(tokenizer: Tokenizer) -> None:
     text = "Close it with </think> after <think>."
     assert spelled(tokenizer, text).content == text
-    assert marked(tokenizer, "a</think>b").content == "ab"
+
+
+def test_an_end_that_nothing_opened_makes_reasoning_of_what_came(tokenizer: Tokenizer) -> None:
+    answer = marked(tokenizer, "a</think>b</think>c")
+    assert (answer.reasoning, answer.content) == ("a", "bc")
+    after_reasoning = marked(tokenizer, "<think>r</think>a</think>b")
+    assert (after_reasoning.reasoning, after_reasoning.content) == ("r", "ab")
+    parser = TextParser(KIMI, True, False, knows_bare_end=True)
+    pieces = [piece for char in "one</thin</think>\n4 </think>" for piece in parser.feed_text(char)] + parser.finish()
+    assert "".join(p.text for p in pieces if p.kind == "reasoning") == "one</thin"
+    assert "".join(p.text for p in pieces if p.kind == "content") == "one</thin\n4 </think>"
+    assert [piece.unsaid for piece in pieces if piece.unsaid] == ["one</thin"]
 
 
 @BOTH
@@ -157,6 +172,73 @@ def test_a_bare_number_is_named_by_its_arguments(tokenizer: Tokenizer, parse) ->
     assert "names no tool" in parse(tokenizer, call("3", "{}")).errors[0]
     odd_tools = ["f", {}, {"function": "f"}, {"function": {"parameters": []}}]
     assert "names no tool" in parse(tokenizer, call("3", '{"x": 1}'), tools=odd_tools).errors[0]
+
+
+WEATHER, NOARGS = '{"city": "Rome"}', "{}"
+CALL_IDS = [
+    ("functions.get_weather:0", WEATHER, "functions.get_weather:0"),
+    ("get_weather:7", WEATHER, "get_weather:7"),
+    ("functionsget_weather0", WEATHER, "functions.get_weather:0"),
+    ("functions.get_weather5", WEATHER, "functions.get_weather:5"),
+    ("functions.get_weather", WEATHER, "functions.get_weather:9"),
+    ("Functions.Get-Weather:2", WEATHER, "Functions.Get-Weather:2"),
+    ("call_get_weather", WEATHER, "functions.get_weather:9"),
+    ("call00003", WEATHER, "functions.get_weather:3"),
+    ("call_a1b2c3", WEATHER, "functions.get_weather:9"),
+    ("42", WEATHER, "functions.get_weather:42"),
+    ("", WEATHER, "functions.get_weather:9"),
+    ("noargs", NOARGS, "functions.noargs:9"),
+    ("call_x", NOARGS, "functions.noargs:9"),  # get_weather needs a city
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("written", "arguments", "call_id"), CALL_IDS)
+def test_ids_of_every_shape_name_a_declared_tool(
+    tokenizer: Tokenizer, parse, written: str, arguments: str, call_id: str
+) -> None:
+    """As vLLM's, SGLang's and llama-server's issue trackers report them; the number that was written is kept."""
+    answer = parse(tokenizer, SECTION + call(written, arguments) + END_SECTION, tools=TOOLS, num_calls=9)
+    name = "noargs" if arguments == NOARGS else "get_weather"
+    assert [(c.name, c.arguments) for c in answer.calls] == [(name, arguments)]
+    assert answer.calls[0].id == call_id
+    assert (answer.errors, answer.streamed_calls()) == ([], list(answer.calls))
+
+
+@BOTH
+def test_ids_are_unique_in_an_answer(tokenizer: Tokenizer, parse) -> None:
+    answer = parse(tokenizer, call("functions.f:0", "{}") + call("functions.f:0", '{"a": 1}') + call("f", "{}"))
+    assert [c.id for c in answer.calls] == ["functions.f:0", "functions.f:1"]
+    assert "names no tool" in answer.errors[0]  # `f` is not declared
+
+
+@BOTH
+def test_arguments_without_their_marker(tokenizer: Tokenizer, parse) -> None:
+    answer = parse(tokenizer, SECTION + '<|tool_call_begin|>functions.f:0{"a": {}}<|tool_call_end|>' + END_SECTION)
+    assert answer.calls == (ToolCall("functions.f:0", "f", '{"a": {}}'),)
+    assert answer.streamed_calls() == list(answer.calls)
+
+
+def deepseek_call(name: str, arguments: str, is_v3: bool) -> str:
+    head = f"function{DEEPSEEK.arguments_begin}{name}\n```json\n" if is_v3 else f"{name}{DEEPSEEK.arguments_begin}"
+    return DEEPSEEK.call_begin + head + arguments + ("\n```" if is_v3 else "") + DEEPSEEK.call_end
+
+
+@pytest.mark.parametrize("is_v3", [True, False])
+@pytest.mark.parametrize("is_spelled", [True, False])
+def test_deepseeks_calls(is_v3: bool, is_spelled: bool) -> None:
+    special = [*DEEPSEEK.markers, "<think>", "</think>"]
+    tokenizer = Tokenizer.from_metadata(make_metadata(BYTES, special, "deepseek-v3"))
+    calls = deepseek_call("get_weather", '{"city": "```Rome"}', is_v3) + "\n" + deepseek_call("noargs", "{}", is_v3)
+    text = f"hm</think>Look.{DEEPSEEK.section_begin[0]}{calls}{DEEPSEEK.section_end[0]}"
+    ids = tokenizer.encode(text) if is_spelled else encode_markers(tokenizer, text, special)
+    answer = Answer(StreamParser(tokenizer, True), ids)
+    assert (answer.reasoning, answer.content, answer.errors) == ("hm", "Look.", [])
+    assert answer.calls == (
+        ToolCall("functions.get_weather:0", "get_weather", '{"city": "```Rome"}'),
+        ToolCall("functions.noargs:1", "noargs", "{}"),
+    )
+    assert answer.streamed_calls() == list(answer.calls)
 
 
 @BOTH
@@ -251,7 +333,7 @@ SNIPPETS = [
     " ",
     "\n",
 ]
-SNIPPETS += ["é", "😀", "<|tool_call_", "stop", "st", "op", "x"]
+SNIPPETS += ["'", "True", "\t", ",}", "```", "[", "null", "é", "😀", "<|tool_call_", "stop", "st", "op", "x"]
 TEXTS = st.lists(
     st.sampled_from(SNIPPETS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=3), max_size=14
 ).map("".join)

@@ -5,6 +5,7 @@ Two streams: `out` carries the answer and nothing else, `aside` (a rich console,
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TextIO
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -13,6 +14,7 @@ from rich.text import Text
 from kimi_lite.apps.markdown.live import LiveRows
 from kimi_lite.apps.markdown.rows import Row
 from kimi_lite.apps.markdown.stream import MarkdownStream
+from kimi_lite.engine.turns import AnswerRecord
 from kimi_lite.engine.types import ModelInfo, Stats, Token
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.terminal import Console, show_plain, write
@@ -40,8 +42,7 @@ class AnswerView:
         think_hint: str = "",
     ) -> None:
         self.out, self.aside = out, aside
-        self.texts = {"reasoning": "", "content": "", "tool_call": ""}
-        self.calls: list[dict[str, str]] = []
+        self._records: list[AnswerRecord] = []  # of this answer, or of each that calls led to
         self.last: Token | None = None
         is_counted = shows_calls and not is_plain and can_redraw(aside)  # hidden, but one sees that something goes on
         shows_any = shows_reasoning or is_counted
@@ -54,13 +55,21 @@ class AnswerView:
         self._part = ""  # what is being shown: reasoning, content or a call
         self._has_content = self._is_line_open = False
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """What was said, by kind."""
+        kinds = ("reasoning", "content", "tool_call")
+        return {kind: "".join(record.texts[kind] for record in self._records) for kind in kinds}
+
+    @property
+    def calls(self) -> list[dict[str, str]]:
+        return [asdict(call) for record in self._records for call in record.calls]
+
     def show(self, token: Token) -> None:
+        if self.last is None or self.last.finish_reason:
+            self._records.append(AnswerRecord())
         self.last = token
-        self.texts[token.kind] += token.text
-        if token.call:
-            self.calls.append({"id": token.call.id, "name": token.call.name, "arguments": ""})
-        elif token.kind == "tool_call" and self.calls:
-            self.calls[-1]["arguments"] += token.text
+        self._records[-1].add(token)
         if token.kind == "reasoning":
             self._show_reasoning(token)
         elif token.kind == "content":
