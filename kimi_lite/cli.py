@@ -19,6 +19,7 @@ from kimi_lite.apps.plan import main as plan
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import OUTPUT, PROMPT, Options
 from kimi_lite.quantize.__main__ import main as quantize
+from kimi_lite.tools.bench.command import bench
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,12 +85,7 @@ app.command("quantize")(quantize)
 app.command("imatrix")(imatrix)
 
 
-@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def bench(context: typer.Context) -> None:
-    """Measure tokens per second, with the machine's bound beside it."""
-    from kimi_lite.tools.bench.bench import app as bench_app
-
-    raise typer.Exit(bench_app(context.args, prog_name="kimi-lite bench", standalone_mode=False) or 0)
+app.command("bench")(bench)
 
 
 def main() -> None:

@@ -257,6 +257,11 @@ class Options:
         default="map",
         shown_default="map",
     )
+    ram_expert_bytes: int | None = None  # most RAM for routed experts; None: what is left
+    num_readers: int = 8  # threads that read experts: a disk needs several reads under way
+    is_reading_direct: bool = True  # past the page cache, where that can be
+    maps_beyond_ram: bool = False  # map experts that do not fit, too: what reading them is measured against
+    keeps_heat: bool = True  # which experts were hot is read at the start and written at the end
     is_warm: bool = _option(
         "--warm/--no-warm",
         help="Read the model into memory first, where it fits.",
@@ -478,6 +483,12 @@ class Options:
     )
 
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # name of a field -> its source
+
+    def __post_init__(self) -> None:
+        for option in OPTIONS.values():
+            value = getattr(self, option.name)
+            if option.kind == "choice" and value not in option.choices:
+                option.parse(value, option.long_flag)
 
     @property
     def is_demo(self) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import typer
 
-from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loader import load
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware import bandwidth
@@ -58,7 +58,7 @@ class Comparison:
 
 def compare(path: Path, context_length: int, num_threads: int | None) -> Comparison:
     """Loads and runs the model in this process, which must have loaded nothing else."""
-    with Engine.open(path, Options(context_length=context_length, num_threads=num_threads, device="cpu")) as engine:
+    with load(path, Options(context_length=context_length, num_threads=num_threads, device="cpu")) as engine:
         plan = engine.plan
         prompt = np.random.default_rng(0).integers(
             0, engine.tokenizer.vocab_size, engine.context_length - _ANSWER_TOKENS - 1

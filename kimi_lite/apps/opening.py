@@ -11,6 +11,7 @@ from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loader import load
 from kimi_lite.engine.session import Session
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
@@ -61,7 +62,7 @@ def _open_remote(options: Options, answer: AnswerSettings) -> Conversation:
 def _open_local(options: Options, answer: AnswerSettings, aside: Console) -> Session:
     with silent_keys(), LoadProgress(aside if not options.is_quiet else Console(quiet=True)) as progress:
         path = Path(options.model).expanduser() if options.model else _demo_path(progress)
-        engine = Engine.open(path, options, None if options.is_quiet else progress)
+        engine = load(path, options, None if options.is_quiet else progress)
         try:
             if options.is_warm:
                 _warm(engine, options, progress)

@@ -1,16 +1,16 @@
 """Requests in, tokens out. `step` is the whole engine: schedule, run, sample, collect.
 
-    with Engine.open("model.gguf") as engine:
+    with load("model.gguf") as engine:
         for token in engine.generate([Request("a", prompt_ids)]): print(token.text, end="")
 
-Not thread-safe, but for `cancel`, which any thread or signal handler may call. Whoever opens an engine closes it.
+Not thread-safe, but for `cancel`, which any thread or signal handler may call. `engine.loader.load` makes an engine;
+its caller closes it.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -25,7 +25,6 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from kimi_lite.options import Options
 from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK, Piece, StreamParser
 from kimi_lite.text.template import ChatTemplate
@@ -77,18 +76,6 @@ class Engine:
         self._holdings = holdings
         self._live: dict[str, Sequence] = {}
         self._cancelled: set[str] = set()
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        options: Options | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> "Engine":
-        """Load a .gguf file, the first of its shards or their folder; see `engine.loader`."""
-        from kimi_lite.engine.loader import load_engine
-
-        return load_engine(path, options or Options(), on_progress)
 
     def close(self) -> None:
         """End what runs, then the model's threads, then let go of its files. A second call does nothing."""

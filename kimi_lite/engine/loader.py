@@ -17,26 +17,28 @@ from kimi_lite.engine.device import choose_device, find_gpu
 from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.engine.types import ModelInfo
-from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.kv.disk import DEFAULT_MAX_BYTES, PrefixStore, model_key
+from kimi_lite.kv.disk import PrefixStore, model_key
 from kimi_lite.kv.host import HostPages
-from kimi_lite.kv.pages import KV_DTYPES, KVCache, bytes_per_token
+from kimi_lite.kv.pages import KVCache
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import Options
-from kimi_lite.plan.plan import DEFAULT_CONTEXT
 from kimi_lite.plan.types import Plan
-from kimi_lite.units import GIB
 
 _SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no room for
 
 
-def load_engine(path: str | Path, options: Options, on_progress: OnProgress | None = None) -> Engine:
-    """Where no context is asked for, it is the model's own up to 32,768 tokens."""
+def load(path: str | Path, options: Options | None = None, on_progress: OnProgress | None = None) -> Engine:
+    """The one way in which a model is loaded: a .gguf file, the first of its shards, or their folder.
+
+    The plan is made here, once, and what it says is allocated. Raises KimiLiteError where the file is damaged or the
+    plan cannot be. Where no context is asked for, it is the model's own up to 32,768 tokens.
+    """
     from kimi_lite.text.template import ChatTemplate
     from kimi_lite.text.tokenizer import Tokenizer
 
+    options = options or Options()
     report = on_progress or (lambda stage, done, total: None)
     report("reading headers", 0, 4)
     store = GGUFStore.open(path)
@@ -46,68 +48,33 @@ def load_engine(path: str | Path, options: Options, on_progress: OnProgress | No
     tokenizer = Tokenizer.from_metadata(store.metadata)
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)
     report("preparing the cache", 2, 4)
-    context_length = choose_context(config, options.context_length)
     device = choose_device(options.device if options.allows_gpu else "cpu")
     plan = plan_load(store, config, options, find_gpu(device))
-    model, kv = _open_model(store, config, options, context_length, device, plan, report)
+    model, kv = _open_model(store, config, options, device, plan, report)
     report("ready", 4, 4)
     holdings = [*attach_tiers(kv, store, options), store]
-    return Engine(model, kv, tokenizer, template, context_length, describe(store, config), holdings=holdings, plan=plan)
+    return Engine(
+        model, kv, tokenizer, template, plan.context_length, describe(store, config), holdings=holdings, plan=plan
+    )
 
 
 def _open_model(
-    store: GGUFStore,
-    config: ModelConfig,
-    options: Options,
-    context_length: int,
-    device: str,
-    plan: Plan,
-    report: OnProgress,
+    store: GGUFStore, config: ModelConfig, options: Options, device: str, plan: Plan, report: OnProgress
 ) -> tuple[Model, KVCache]:
-    """On the CPU path or the GPU's."""
+    """On the CPU path or the hybrid path."""
     recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
     tier = choose_tier(store, config, plan, options)
+    num_pages = options.num_sequences * -(-plan.context_length // PAGE_TOKENS)
     if device != "cpu":
         from kimi_lite.model.hybrid.load import load_hybrid
 
-        return load_hybrid(store, config, options, context_length, device, report, tier, recorder)
+        return load_hybrid(store, config, options, num_pages * PAGE_TOKENS, device, report, tier, recorder)
     from kimi_lite.model.cpu.transformer import Transformer
 
-    kv = make_cache(config, context_length, options.kv_dtype)
+    kv = KVCache(config.num_layers, config.kv_latent_size, num_pages, options.kv_dtype)
     on_compile = partial(report, "preparing kernels")
     on_load = partial(report, "reading experts")
     return Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder, on_load), kv
-
-
-def choose_context(config: ModelConfig, context_length: int | None) -> int:
-    """The wanted context, refused when the model was not made for it."""
-    if context_length is None:
-        return min(config.context_length, DEFAULT_CONTEXT)
-    if context_length > config.context_length:
-        raise KimiLiteError(
-            f"A context of {context_length:,} tokens is wanted; the model is made for {config.context_length:,}.",
-            f"Try -c {config.context_length}.",
-        )
-    return context_length or config.context_length
-
-
-def make_cache(config: ModelConfig, context_length: int, kv_dtype: str) -> KVCache:
-    """Pages for one sequence of the whole context; refused when they do not fit into the memory that is free."""
-    if kv_dtype not in KV_DTYPES:
-        raise KimiLiteError(f"There is no cache type {kv_dtype!r}.", f"Try one of {', '.join(KV_DTYPES)}.")
-    num_pages = -(-context_length // PAGE_TOKENS)
-    per_token_bytes = bytes_per_token(config, kv_dtype)
-    need_bytes, have_bytes = num_pages * PAGE_TOKENS * per_token_bytes, psutil.virtual_memory().available
-    if need_bytes > have_bytes:
-        fitting = int(have_bytes * 0.8 / per_token_bytes) // 1024
-        raise KimiLiteError(
-            f"A context of {context_length:,} tokens needs {need_bytes / GIB:.2f} GiB of memory; "
-            f"{have_bytes / GIB:.2f} is free.",
-            f"Try -c {fitting}K{'' if kv_dtype == 'q8' else ' or --kv-dtype q8'}."
-            if fitting
-            else "Close other programs.",
-        )
-    return KVCache(config.num_layers, config.kv_latent_size, num_pages, kv_dtype)
 
 
 def attach_tiers(kv: KVCache, store: GGUFStore, options: Options) -> list[PrefixStore]:
@@ -121,7 +88,7 @@ def attach_tiers(kv: KVCache, store: GGUFStore, options: Options) -> list[Prefix
     if options.prefix_folder is None:
         return []
     key = model_key(store, options.kv_dtype, options.cache_bias, is_on_cpu or options.dense_type)
-    kv.prefixes = PrefixStore(options.prefix_folder, key, kv.page_shape, options.prefix_bytes or DEFAULT_MAX_BYTES)
+    kv.prefixes = PrefixStore(options.prefix_folder, key, kv.page_shape, options.prefix_bytes)
     return [kv.prefixes]
 
 

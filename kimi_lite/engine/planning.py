@@ -26,11 +26,20 @@ def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu 
 def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: Options) -> TierOptions | None:
     """How routed experts that do not fit into RAM come from the disk, or how all are loaded; None where they are
     mapped."""
-    is_locked = options.loading == "lock"
-    if plan.disk_expert_bytes:
-        return TierOptions(
-            plan.ram_expert_bytes, options.cache_bias, heat_path=heat_path(store.path), is_locked=is_locked
-        )
-    if options.loading == "map" or plan.is_on_gpu or not config.num_moe_layers:
+    if options.maps_beyond_ram:
         return None
-    return TierOptions(ExpertIndex.find(store, config).ram_bytes, is_loading_all=True, is_locked=is_locked)
+    if plan.disk_expert_bytes:
+        num_bytes, is_loading_all = plan.ram_expert_bytes, False
+    elif options.loading == "map" or plan.is_on_gpu or not config.num_moe_layers:
+        return None
+    else:
+        num_bytes, is_loading_all = ExpertIndex.find(store, config).ram_bytes, True
+    return TierOptions(
+        num_bytes,
+        cache_bias=0.0 if is_loading_all else options.cache_bias,
+        num_readers=options.num_readers,
+        is_direct=options.is_reading_direct,
+        heat_path=heat_path(store.path) if options.keeps_heat and not is_loading_all else None,
+        is_loading_all=is_loading_all,
+        is_locked=options.loading == "lock",
+    )

@@ -75,6 +75,8 @@ def lay_out(sizes: ModelSizes, hardware: Hardware, limits: Options) -> Plan:
     in_ram = _ram_rows(sizes, hardware_used, cache, chunk if is_on_gpu else 0)
     have_bytes = next(budget.have_bytes for budget in budgets if budget.place == "RAM")
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
+    if limits.ram_expert_bytes is not None:
+        left_bytes = min(left_bytes, limits.ram_expert_bytes)
     wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
     ram_bytes = min(wanted_bytes, left_bytes)
     rows = [*on_gpu, *in_ram, Row("RAM", EXPERTS, ram_bytes), Row("disk", EXPERTS, wanted_bytes - ram_bytes)]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from kimi_lite import cli
+from kimi_lite.apps import opening
 from kimi_lite.engine.engine import Engine
 from kimi_lite.options import Options
 from tests.engine.fakes import fake_engine, scripted_logits
@@ -23,7 +24,7 @@ def repeat(prompt: str) -> tuple[str, str]:
 
 
 def open_fake(path: object, options: Options, on_progress: object = None) -> Engine:
-    """In place of `Engine.open`."""
+    """In place of `engine.loader.load`."""
     engine = fake_engine(context_length=options.context_length or 4096, max_step_tokens=64)
     engine.model.next_logits = scripted_logits(engine.tokenizer, repeat)
     engine.opened_with = (path, options)
@@ -44,5 +45,5 @@ def open_fake(path: object, options: Options, on_progress: object = None) -> Eng
 
 
 if __name__ == "__main__":
-    Engine.open = open_fake
+    opening.load = open_fake
     cli.main()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from kimi_lite.apps import opening
 from kimi_lite.apps.config_file import read_settings
 from kimi_lite.apps.flags import resolve
 from kimi_lite.apps.folders import config_path, state_folder
@@ -20,7 +21,7 @@ from tests.apps.fake_main import open_fake
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     """Engines are fake; the list holds those that were opened."""
     engines: list[Engine] = []
-    monkeypatch.setattr(Engine, "open", lambda *arguments: engines.append(open_fake(*arguments)) or engines[-1])
+    monkeypatch.setattr(opening, "load", lambda *arguments: engines.append(open_fake(*arguments)) or engines[-1])
     return engines
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loader import load
 from kimi_lite.options import Options
 from tests.checkpoints import make_checkpoint
 
@@ -29,7 +29,7 @@ def test_quantize_then_run_says_what_transformers_would(tmp_path: Path) -> None:
     done = kimi_lite("run", "-m", path, "hello there", "--temp", "0", "-n", "16", "--no-think", "--json")
     assert done.returncode == 0, done.stderr
     ids = json.loads(done.stdout)["ids"]
-    engine = Engine.open(path, Options(context_length=128))
+    engine = load(path, Options(context_length=128))
     prompt = engine.template.encode([{"role": "user", "content": "hello there"}], thinking=False).ids
     with torch.no_grad():
         logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].numpy()  # (tokens, vocab)

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kimi_lite import __version__
+from kimi_lite.apps import opening
 from kimi_lite.apps.piped import FIRST_BYTE_S
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
@@ -31,7 +32,7 @@ FAKE = [sys.executable, "-m", "tests.apps.fake_main"]
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     """Engines are fake; the list holds those that were opened."""
     engines: list[Engine] = []
-    monkeypatch.setattr(Engine, "open", lambda *arguments: engines.append(open_fake(*arguments)) or engines[-1])
+    monkeypatch.setattr(opening, "load", lambda *arguments: engines.append(open_fake(*arguments)) or engines[-1])
     return engines
 
 

@@ -6,18 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
-from kimi_lite.arch.config import ModelConfig
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.loader import choose_context, make_cache
+from kimi_lite.engine.loader import load
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.options import Options
+from kimi_lite.plan.types import KV
 from tests.tiny import write_tiny_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +28,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_engine(path: Path, max_step_tokens: int = 512) -> Engine:
-    engine = Engine.open(path, Options(context_length=512, num_threads=2, kv_dtype="f32"))
+    engine = load(path, Options(context_length=512, num_threads=2, kv_dtype="f32"))
     engine.scheduler.max_step_tokens = max_step_tokens
     return engine
 
@@ -77,7 +75,7 @@ def test_cancelled_in_the_middle_the_next_answer_is_right(model_path: Path) -> N
 
 
 def test_a_conversation_reuses_its_cache(model_path: Path) -> None:
-    engine = Engine.open(model_path, Options(context_length=512))
+    engine = load(model_path, Options(context_length=512))
     session = Session(engine, settings=AnswerSettings(False, sampling=SamplingParams(max_tokens=10, seed=1)))
     first = list(session.ask("hello"))[-1].stats
     second = list(session.ask("more"))[-1].stats
@@ -113,9 +111,9 @@ def test_run_on_a_real_file(model_path: Path) -> None:
 
 def test_runtime_needs_no_torch(model_path: Path) -> None:
     code = (
-        "import sys; from kimi_lite.engine.engine import Engine; from kimi_lite.engine.session import Session;"
+        "import sys; from kimi_lite.engine.loader import load; from kimi_lite.engine.session import Session;"
         "from kimi_lite.options import Options;"
-        f"list(Session(Engine.open({str(model_path)!r}, Options(context_length=128))).ask('hi'));"
+        f"list(Session(load({str(model_path)!r}, Options(context_length=128))).ask('hi'));"
         "print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -130,15 +128,19 @@ def test_a_missing_model_is_a_sentence_not_a_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_context_is_what_model_and_memory_allow(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = GGUFStore.open(model_path)
-    config = ModelConfig.from_metadata(store.metadata)
-    assert choose_context(config, None) == choose_context(config, 0) == 4096
-    with pytest.raises(KimiLiteError, match=r"no cache type 'q4'"):
-        make_cache(config, 4096, "q4")
+def test_the_context_is_what_model_and_memory_allow(model_path: Path) -> None:
+    for asked, have in ((None, 4096), (0, 4096), (1000, 1000)):
+        with load(model_path, Options(context_length=asked, num_threads=1)) as engine:
+            assert engine.context_length == have
+    with pytest.raises(KimiLiteError, match=r"--kv-dtype is 'q4'; it must be one of f16"):
+        Options(kv_dtype="q4")
     with pytest.raises(KimiLiteError, match=r"5,000 tokens is wanted; the model is made for 4,096"):
-        choose_context(config, 5000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1_000_000}))
-    with pytest.raises(KimiLiteError, match="GiB of memory") as refusal:
-        make_cache(config, 4096, "f16")
-    assert "-c 1K" in refusal.value.hint
+        load(model_path, Options(context_length=5000))
+    with pytest.raises(KimiLiteError, match=r"RAM are needed .*; --ram allows 0"):
+        load(model_path, Options(ram_bytes=10 << 20))
+
+
+def test_the_cache_serves_as_many_sequences_as_asked(model_path: Path) -> None:
+    with load(model_path, Options(context_length=1000, num_sequences=3, num_threads=1)) as engine:
+        assert engine.context_length == 1000 and engine.kv.num_pages == 3 * 16
+        assert engine.plan.part_bytes("RAM", KV) == engine.kv.storage.nbytes

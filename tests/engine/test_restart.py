@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.loader import attach_tiers
+from kimi_lite.engine.loader import attach_tiers, load
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
@@ -47,12 +47,12 @@ def test_a_restart_answers_as_if_it_had_never_ended(kv_dtype: str, model_path: P
     options = Options(context_length=1024, num_threads=2, kv_dtype=kv_dtype)
     saving = replace(options, prefix_folder=tmp_path)
     question = [*SYSTEM[:390], *range(20)]
-    with Engine.open(model_path, options) as engine:  # a process that goes on
+    with load(model_path, options) as engine:  # a process that goes on
         answer(engine, "a", SYSTEM)
         want = [answer(engine, name, prompt) for name, prompt in (("b", question), ("c", SYSTEM))]
-    with Engine.open(model_path, saving) as engine:
+    with load(model_path, saving) as engine:
         answer(engine, "a", SYSTEM)
-    with Engine.open(model_path, saving) as engine:
+    with load(model_path, saving) as engine:
         have = [answer(engine, name, prompt) for name, prompt in (("b", question), ("c", SYSTEM))]
         assert engine.counters()["prefix_pages_found"] == 7
     assert [cached for _, _, cached in have] == [cached for _, _, cached in want] == [390, 399]
@@ -63,11 +63,11 @@ def test_a_restart_answers_as_if_it_had_never_ended(kv_dtype: str, model_path: P
 
 def test_another_dtype_or_model_finds_nothing(model_path: Path, tmp_path: Path) -> None:
     options = Options(context_length=512, num_threads=1, prefix_folder=tmp_path)
-    with Engine.open(model_path, options) as engine:
+    with load(model_path, options) as engine:
         answer(engine, "a", SYSTEM)
     other = write_tiny_gguf(tmp_path / "other.gguf", np.random.default_rng(5))
     for path, kv_dtype in ((model_path, "q8"), (other, "f16")):
-        with Engine.open(
+        with load(
             path, Options(context_length=512, num_threads=1, kv_dtype=kv_dtype, prefix_folder=tmp_path)
         ) as engine:
             assert answer(engine, "b", SYSTEM)[2] == 0

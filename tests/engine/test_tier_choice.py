@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loader import load
 from kimi_lite.engine.planning import choose_tier, plan_load
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.options import Options
@@ -34,7 +34,7 @@ def test_the_plan_decides(path):
 
 def test_experts_are_loaded_with_progress(path):
     seen = []
-    with Engine.open(path, Options(loading="read", num_threads=1), lambda *progress: seen.append(progress)) as engine:
+    with load(path, Options(loading="read", num_threads=1), lambda *progress: seen.append(progress)) as engine:
         counters = engine.counters()
     assert counters["expert_slots"] == 16 and counters["disk_bytes"] > 0 and "disk_is_direct" in counters
     stages = [(done, total) for stage, done, total in seen if stage == "reading experts"]

@@ -3,7 +3,7 @@
 import sys
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.tools.bench.bench import app
+from kimi_lite.tools.bench.command import app
 
 try:
     app()

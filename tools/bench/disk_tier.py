@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,16 +28,14 @@ import typer
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
+from kimi_lite.engine.loader import load
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.memory import aligned_memory
-from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.reader import ExpertReader
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, SequenceSlice
-from kimi_lite.model.cpu.transformer import Transformer
-from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.options import Options
 from kimi_lite.plan.workspace import cpu_work_bytes, program_bytes
 from kimi_lite.tools.bench.environment import drop_page_cache
 
@@ -67,15 +66,13 @@ def measure_disk(index: ExpertIndex, num_readers: int, is_direct: bool, seconds:
         reader.close()
 
 
-def decode(model: Path, num_tokens: int, tier: TierOptions | None, num_threads: int | None) -> dict:
-    """Decodes the same tokens on either path: tokens/s after a few to warm up, and what the disk did."""
-    store = GGUFStore.open(model)
-    config = ModelConfig.from_metadata(store.metadata, store.path.name)
-    num_pages = -(-(num_tokens + _WARM_TOKENS) // PAGE_TOKENS)
-    kv = KVCache(config.num_layers, config.kv_latent_size, num_pages)
-    transformer = Transformer(store, config, kv, num_threads, tier=tier)
-    ids = np.random.default_rng(1).integers(0, config.vocab_size, num_tokens + _WARM_TOKENS).astype(np.int32)
-    whole = (SequenceSlice(0, 1, np.arange(num_pages, dtype=np.int32)),)
+def decode(model: Path, num_tokens: int, options: Options) -> dict:
+    """Decodes the same tokens: tokens/s after a few to warm up, and what the disk did."""
+    num_positions = num_tokens + _WARM_TOKENS
+    engine = load(model, replace(options, context_length=num_positions, device="cpu", keeps_heat=False))
+    transformer = engine.model
+    ids = np.random.default_rng(1).integers(0, engine.plan.sizes.config.vocab_size, num_positions).astype(np.int32)
+    whole = (SequenceSlice(0, 1, np.arange(engine.kv.num_pages, dtype=np.int32)),)
     try:
         for position, token in enumerate(ids):
             if position == _WARM_TOKENS:
@@ -85,7 +82,7 @@ def decode(model: Path, num_tokens: int, tier: TierOptions | None, num_threads: 
         seconds = time.perf_counter() - start_s
         counters = {name: value - before[name] for name, value in transformer.counters().items()}
     finally:
-        transformer.close()
+        engine.close()
     return {
         "tok_s": num_tokens / seconds,
         "disk_bytes_per_token": (_read_bytes() - disk_bytes) / num_tokens,
@@ -152,9 +149,15 @@ def main(
         store = GGUFStore.open(model)
         config = ModelConfig.from_metadata(store.metadata, store.path.name)
         index = ExpertIndex.find(store, config)
-        tier = TierOptions(int(share * index.routed_bytes), num_readers=readers, is_direct=not buffered)
+        mapped = Options(num_threads=threads, maps_beyond_ram=True)
+        tier = Options(
+            num_threads=threads,
+            ram_expert_bytes=int(share * index.routed_bytes),
+            num_readers=readers,
+            is_reading_direct=not buffered,
+        )
         if path != "both":
-            print(json.dumps(decode(model, tokens, tier if path == "tier" else None, threads)))
+            print(json.dumps(decode(model, tokens, tier if path == "tier" else mapped)))
             return
         _compare(store, config, index, tier, [*sys.argv[1:]])
     except KimiLiteError as error:
@@ -162,22 +165,20 @@ def main(
         sys.exit(2)
 
 
-def _compare(
-    store: GGUFStore, config: ModelConfig, index: ExpertIndex, tier: TierOptions, arguments: list[str]
-) -> None:
+def _compare(store: GGUFStore, config: ModelConfig, index: ExpertIndex, tier: Options, arguments: list[str]) -> None:
     sizes = store_sizes(store, config)
     others_bytes = (
         store.total_bytes - index.routed_bytes + cpu_work_bytes(config, os.cpu_count() or 1) + program_bytes(sizes)
     )
-    limit_bytes = others_bytes + tier.budget_bytes + _SLACK_BYTES
+    limit_bytes = others_bytes + tier.ram_expert_bytes + _SLACK_BYTES
     drop_page_cache(store.shards)
-    disk_b_s = measure_disk(index, tier.num_readers, tier.is_direct)
-    print(f"routed experts {index.routed_bytes / 1e9:.2f} GB, room for {tier.budget_bytes / 1e9:.2f} GB; "
+    disk_b_s = measure_disk(index, tier.num_readers, tier.is_reading_direct)
+    print(f"routed experts {index.routed_bytes / 1e9:.2f} GB, room for {tier.ram_expert_bytes / 1e9:.2f} GB; "
           f"everything else "
           f"{others_bytes / 1e9:.2f} GB; limit {limit_bytes / 1e9:.2f} GB")  # fmt: skip
     print(
         f"disk {disk_b_s / 1e9:.2f} GB/s: {tier.num_readers} readers, random experts, "
-        f"{'direct' if tier.is_direct else 'cached'}"
+        f"{'direct' if tier.is_reading_direct else 'cached'}"
     )
     found = {}
     with memory_cgroup(limit_bytes) as group:

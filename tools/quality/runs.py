@@ -10,16 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.tensors import check_tensors
+from kimi_lite.engine.loader import load
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.index import ExpertIndex
-from kimi_lite.experts.options import TierOptions
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, SequenceSlice
-from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from kimi_lite.text.tokenizer import Tokenizer
+from kimi_lite.options import Options
 from kimi_lite.tools.quality.score import CHUNK_TOKENS, FIRST_SCORED, log_softmax
 
 _FORMAT = "kimi-lite log-probabilities 1"
@@ -47,20 +44,25 @@ class OurLogits:
         self.store = GGUFStore.open(path)
         self.name = self.store.path.name
         self.config = ModelConfig.from_metadata(self.store.metadata, self.name)
-        check_tensors(self.store, self.config)
-        self.tokenizer = Tokenizer.from_metadata(self.store.metadata)
-        self._pages = np.arange(CHUNK_TOKENS // PAGE_TOKENS, dtype=np.int32)
-        kv = KVCache(self.config.num_layers, self.config.kv_latent_size, len(self._pages))
-        tier = None
+        num_bytes = None
         if expert_share is not None:
-            routed_bytes = ExpertIndex.find(self.store, self.config).routed_bytes
-            tier = TierOptions(int(expert_share * routed_bytes), cache_bias)
+            num_bytes = int(expert_share * ExpertIndex.find(self.store, self.config).routed_bytes)
+        options = Options(
+            context_length=CHUNK_TOKENS,
+            num_threads=num_threads,
+            device="cpu",
+            cache_bias=cache_bias,
+            ram_expert_bytes=num_bytes,
+            keeps_heat=False,
+        )
+        self._engine = load(path, options)
+        self.tokenizer = self._engine.tokenizer
+        self._pages = np.arange(CHUNK_TOKENS // PAGE_TOKENS, dtype=np.int32)
         self._is_one_by_one = cache_bias > 0
-        self._transformer = Transformer(self.store, self.config, kv, num_threads, tier=tier)
 
     @property
     def num_threads(self) -> int:
-        return self._transformer.team.num_threads
+        return self._engine.plan.num_threads
 
     @property
     def bos_id(self) -> int | None:
@@ -70,7 +72,7 @@ class OurLogits:
         return int(bos_id) if says_so and bos_id is not None else None
 
     def close(self) -> None:
-        self._transformer.close()
+        self._engine.close()
 
     def logits(self, ids: np.ndarray, first: int = 0) -> np.ndarray:
         """float32 (T - first, vocabulary): rows `first ..` of one prompt of at most 512 tokens."""
@@ -81,11 +83,11 @@ class OurLogits:
     def _forward(self, ids: np.ndarray, start: int, first: int) -> np.ndarray:
         positions = np.arange(start, start + len(ids), dtype=np.int32)
         whole = (SequenceSlice(0, len(ids), self._pages),)
-        return self._transformer.forward(Batch(np.asarray(ids, np.int32), positions, positions >= first, whole))
+        return self._engine.model.forward(Batch(np.asarray(ids, np.int32), positions, positions >= first, whole))
 
     def expert_counters(self) -> dict[str, float]:
         """What the disk tier did; nothing without it."""
-        return self._transformer.counters()
+        return self._engine.model.counters()
 
     def scored_rows(self, index: int, chunk: np.ndarray) -> np.ndarray:
         return log_softmax(self.logits(chunk[:-1], FIRST_SCORED))

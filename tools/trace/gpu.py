@@ -15,6 +15,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loader import load
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
@@ -156,7 +157,7 @@ def main(
 ) -> None:
     """Trace decoding on the hybrid path."""
     try:
-        with Engine.open(model, Options(context_length=context, device=device)) as engine:
+        with load(model, Options(context_length=context, device=device)) as engine:
             for line in table(trace(engine, num_tokens, output), num_tokens):
                 typer.echo(line)
     except KimiLiteError as error:

@@ -82,12 +82,12 @@ def check_plan(store: GGUFStore, config: ModelConfig, facts: Facts) -> Check:
 
 def warm(path: Path) -> Check:
     """Compiles every kernel of the model by loading it and running one token."""
-    from kimi_lite.engine.engine import Engine
+    from kimi_lite.engine.loader import load
     from kimi_lite.engine.types import Request, SamplingParams
     from kimi_lite.options import Options
 
     try:
-        with Engine.open(path, Options(context_length=256)) as engine:
+        with load(path, Options(context_length=256)) as engine:
             prompt = tuple(engine.tokenizer.encode("Hello, world! " * 12))[:100]
             sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
             num_tokens = sum(token.id is not None for token in engine.generate([Request("warm", prompt, sampling)]))

@@ -8,7 +8,7 @@ import pytest
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.rope import rope_inverse_frequencies
-from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loader import load
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
@@ -68,7 +68,7 @@ def fill(kv: KVCache, sequence, rng: np.random.Generator, ids: list[int]) -> Non
 def last_tokens(path: Path, kv_dtype: str, is_shuffled: bool) -> tuple[list[int], list[np.ndarray]]:
     """The end of a context of which all but four tokens are cached: ids and logits."""
     ids = np.random.default_rng(7).integers(0, 256, CONTEXT - 4).tolist()
-    with Engine.open(path, Options(context_length=CONTEXT, num_threads=2, kv_dtype=kv_dtype)) as engine:
+    with load(path, Options(context_length=CONTEXT, num_threads=2, kv_dtype=kv_dtype)) as engine:
         if is_shuffled:
             np.random.default_rng(8).shuffle(engine.kv._blank)
         sequence = engine.kv.open([])

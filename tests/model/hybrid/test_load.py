@@ -37,7 +37,7 @@ def test_engine_on_the_gpu_path(tmp_path, stand_in, monkeypatch):
     options = Options(context_length=512, kv_dtype="f32", num_threads=1, num_gpu_experts=4, dense_type="file")
     prompt = tuple(np.random.default_rng(1).integers(0, 250, 90).tolist())
     stages = []
-    with Engine.open(path, options, lambda stage, done, total: stages.append(stage)) as engine:
+    with loader.load(path, options, lambda stage, done, total: stages.append(stage)) as engine:
         assert (
             isinstance(engine.model, HybridTransformer)
             and engine.scheduler.max_step_tokens == engine.model.max_batch_tokens
@@ -48,6 +48,6 @@ def test_engine_on_the_gpu_path(tmp_path, stand_in, monkeypatch):
         assert counters["gpu_expert_slots"] == 4 and counters["decode_steps"] >= 10
     assert {"loading onto the GPU", "preparing kernels"} <= set(stages) and heat_path(path).exists()
     monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu")
-    with Engine.open(path, options) as engine:
+    with loader.load(path, options) as engine:
         assert answer(engine, prompt, "a") == have
         assert answer(engine, (*prompt, *have, 7), "b") == again

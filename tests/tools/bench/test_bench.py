@@ -1,9 +1,9 @@
 """kimi-lite bench: the language of tests, the figures against an outside stopwatch, the document against its schema."""
 
+import csv
 import json
 import time
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.costs import decode_cost, expected_expert_share
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.recorder import read_trace
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.options import Options
-from kimi_lite.tools.bench import bench, environment, roofline
-from kimi_lite.tools.bench import ours as bench_ours
+from kimi_lite.tools.bench import bench, command, environment, roofline
 from kimi_lite.tools.bench import run as bench_run
 from kimi_lite.tools.bench.ours import Ours, Run
 from kimi_lite.tools.bench.plan import BenchTest, Passages, load_tokens, plan_tests
@@ -28,6 +28,7 @@ from kimi_lite.tools.bench.report import bar
 from kimi_lite.tools.bench.result import Spread, find_regressions
 from kimi_lite.tools.bench.roofline import Bandwidth
 from kimi_lite.tools.kernels.ggml_cpu import describe_ggml
+from tests.apps.terminal import Terminal
 from tests.tiny import write_tiny_gguf
 
 SCHEMA = Path(bench.__file__).parents[1] / "data" / "bench.schema.json"
@@ -46,7 +47,7 @@ def quick(monkeypatch):
 
 
 def run_bench(*arguments: str | Path):
-    return CliRunner().invoke(bench.app, [*map(str, arguments)])
+    return CliRunner().invoke(command.app, [*map(str, arguments)])
 
 
 def last_document(text: str) -> dict:
@@ -87,7 +88,7 @@ def test_figures_agree_with_an_outside_stopwatch(tiny):
     """The clock of a run starts after its prefix is in the cache: what it reports, and what the caller waits, differ by
     that."""
     tests = [BenchTest("pp", 2048, num_sequences=2), BenchTest("tg", 400)]
-    ours = Ours(tiny, tests, Options(num_threads=1))
+    ours = Ours(tests, Options(model=str(tiny), num_threads=1))
     passages = Passages(load_tokens(ours.tokenizer, is_random=False))
     for test in tests:
         errors = []
@@ -106,10 +107,10 @@ def test_figures_agree_with_an_outside_stopwatch(tiny):
 def test_what_is_timed_is_what_is_named(tiny, depth):
     """Tokens that the model computes in a run, after a prefix that is in the cache."""
     tests = [BenchTest("pp", 50, depth), BenchTest("tg", 10, depth, num_sequences=3), BenchTest("pp", 50, 0, 2)]
-    ours = Ours(tiny, tests, Options(num_threads=1))
+    ours = Ours(tests, Options(model=str(tiny), num_threads=1))
     passages = Passages(load_tokens(ours.tokenizer, is_random=True))
-    forward, counts = ours.transformer.forward, []
-    ours.transformer.forward = lambda batch, stop: counts.append(len(batch.token_ids)) or forward(batch, stop)
+    forward, counts = ours.engine.model.forward, []
+    ours.engine.model.forward = lambda batch, stop: counts.append(len(batch.token_ids)) or forward(batch, stop)
     for test in tests * 2:
         prompts = passages.prompts(test)
         for prompt in prompts:
@@ -146,22 +147,31 @@ def test_document_fits_its_schema(tiny, quick):
         assert ratio["samples"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("output", ["csv", "json", "jsonl"])
-def test_every_output_ends_in_the_document(tiny, quick, output):
+@pytest.mark.parametrize("output", ["csv", "json", "jsonl", "md"])
+def test_outputs_are_what_they_are_called(tiny, quick, output):
     done = run_bench("-m", tiny, "-p", "16", "-n", "4", "-r", "1", "-t", "1", "-o", output, "--sweep", "-d", "0,16")
     assert done.exit_code == 0, done.output
-    assert [result["test"] for result in last_document(done.stdout)["results"]] == [
-        "pp16",
-        "tg4",
-        "pp16 @ d16",
-        "tg4 @ d16",
-    ]
+    tests = ["pp16", "tg4", "pp16 @ d16", "tg4 @ d16"]
     lines = done.stdout.splitlines()
-    assert len(lines) == {"csv": 6, "json": 1, "jsonl": 5}[output]
     if output == "csv":
-        assert lines[0].startswith("program,test,") and lines[1].startswith("kimi-lite,pp16,pp,16,0,1,")
-    assert "N_KV" in done.stderr and "t/s warm" in done.stderr
-    assert "generating, tokens/s at each depth" in done.stderr and "█" * 40 in done.stderr
+        assert [row["test"] for row in csv.DictReader(lines)] == tests
+        assert [row["program"] for row in csv.DictReader(lines)] == ["kimi-lite"] * 4
+    else:
+        assert [result["test"] for result in last_document(done.stdout)["results"]] == tests
+    if output.startswith("json"):
+        assert len([json.loads(line) for line in lines]) == {"json": 1, "jsonl": 5}[output]
+    tables = done.stdout if output == "md" else done.stderr
+    assert "N_KV" in tables and "t/s warm" in tables
+    assert "generating, tokens/s at each depth" in tables and "█" * 40 in tables
+
+
+def test_markdown_on_a_terminal_has_no_json(tiny):
+    """30 rows of JSON would push the table away."""
+    terminal = Terminal("kimi_lite", "bench", *f"-m {tiny} -p 0 -n 4 -r 1 -t 1".split(), num_rows=60, num_columns=90)
+    terminal.timeout_s = 120
+    assert terminal.wait() == 0
+    assert "tg4" in terminal.seen and '"tool"' not in terminal.seen
+    terminal.close()
 
 
 def test_bars_are_as_long_as_their_share():
@@ -182,9 +192,9 @@ def test_the_gpu_path_is_measured(tiny, quick, monkeypatch):
         kv = load.make_device_cache(store, config, context_length, options.kv_dtype, streams)
         return HybridTransformer(store, config, kv, streams, StandInKernels(), HybridOptions(num_threads=1), report), kv
 
-    monkeypatch.setattr("kimi_lite.tools.bench.ours.choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr("kimi_lite.engine.loader.choose_device", lambda wanted: "cuda")
     monkeypatch.setattr(
-        "kimi_lite.tools.bench.ours.find_gpu", lambda device: Gpu("a stand-in", 24 << 30, 23 << 30, 900e9, 23e9)
+        "kimi_lite.engine.loader.find_gpu", lambda device: Gpu("a stand-in", 24 << 30, 23 << 30, 900e9, 23e9)
     )
     monkeypatch.setattr(load, "load_hybrid", load_stand_in)
     done = run_bench("-m", tiny, "-p", "16", "-n", "4", "-r", "1", "-t", "1")
@@ -193,7 +203,7 @@ def test_the_gpu_path_is_measured(tiny, quick, monkeypatch):
     assert {"VRAM", "RAM"} <= set(document["ceilings"][0]["bytes_by_place"])
     assert document["results"][1]["tok_s"]["mean"] > 0
     refused = run_bench("-m", tiny, "-p", "0", "-n", "4", "-r", "1", "-t", "1", "--trace", "x.json")
-    assert isinstance(refused.exception, KimiLiteError) and "trace_gpu" in refused.exception.hint
+    assert isinstance(refused.exception, KimiLiteError) and "python -m tools.trace" in refused.exception.hint
 
 
 def test_the_command_line_has_it(tiny, quick):
@@ -211,7 +221,7 @@ def test_the_command_line_has_it(tiny, quick):
 def test_missing_llama_says_how_to_get_it(monkeypatch, tiny):
     monkeypatch.setitem(__import__("sys").modules, "llama_cpp.llama_cpp", None)
     with pytest.raises(KimiLiteError, match="llama-cpp-python") as caught:
-        CliRunner().invoke(bench.app, ["-m", str(tiny), "--compare", "llama.cpp"], catch_exceptions=False)
+        CliRunner().invoke(command.app, ["-m", str(tiny), "--compare", "llama.cpp"], catch_exceptions=False)
     assert "kimi-lite[ggml]" in caught.value.hint
 
 
@@ -345,23 +355,11 @@ def test_a_model_beyond_the_memory(tmp_path, quick, monkeypatch):
     """With the disk tier the report says how many experts were there and what came from the disk, and the record is
     written."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), num_experts=32)
-    monkeypatch.setattr(bench.Ours, "__init__", partialmethod(_with_a_small_tier, bench.Ours.__init__))
+    quarter = ExpertIndex.find(store := GGUFStore.open(path), ModelConfig.from_metadata(store.metadata)).ram_bytes // 4
+    monkeypatch.setattr(bench, "with_model", lambda options: replace(options, ram_expert_bytes=quarter))
     result = run_bench("-m", path, "-p", 16, "-n", 8, "-r", 1, "-t", 1, "--record-routing", tmp_path / "trace.npz")
     assert result.exit_code == 0, result.output
     assert "experts there" in result.stdout and "disk" in result.stdout
     found = {each["test"]: each for each in last_document(result.stdout)["results"]}
     assert 0 < found["tg8"]["expert_hit_share"] < 1
     assert len(read_trace(tmp_path / "trace.npz").ids) > 24
-
-
-def _with_a_small_tier(self, original, *arguments):
-    plan_load = bench_ours.plan_load
-
-    def with_few_in_ram(store, config, options, **sizes):
-        plan = plan_load(store, config, options, **sizes)
-        few = plan.ram_expert_bytes // 4
-        return replace(plan, ram_expert_bytes=few, disk_expert_bytes=plan.ram_expert_bytes - few)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_ours, "plan_load", with_few_in_ram)
-        original(self, *arguments)

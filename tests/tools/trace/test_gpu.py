@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kimi_lite.engine import loader
-from kimi_lite.engine.engine import Engine
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.hybrid import load
 from kimi_lite.options import Options
@@ -40,7 +39,7 @@ def test_trace(path, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu:0")
     monkeypatch.setattr(loader, "find_gpu", lambda device: None)
     monkeypatch.setattr(load, "TritonKernels", StandInKernels)
-    with Engine.open(path, Options(context_length=256, num_threads=1)) as engine:
+    with loader.load(path, Options(context_length=256, num_threads=1)) as engine:
         shares = trace(engine, 4, tmp_path / "trace.json")
         assert 0 < shares.cpu_ms < shares.whole_ms and shares.gpu_ms == 0
         assert "compute" not in vars(engine.model.experts.cpu), "the spans are gone again"
@@ -50,7 +49,7 @@ def test_trace(path, tmp_path, monkeypatch):
 
 def test_nothing_to_trace_on_the_cpu_path(path):
     with (
-        Engine.open(path, Options(context_length=256, device="cpu")) as engine,
+        loader.load(path, Options(context_length=256, device="cpu")) as engine,
         pytest.raises(KimiLiteError, match="no GPU"),
     ):
         trace(engine, 1, None)

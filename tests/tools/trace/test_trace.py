@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.tools.bench import bench
+from kimi_lite.tools.bench import bench, command
 from kimi_lite.tools.bench.roofline import Bandwidth
 from kimi_lite.tools.trace.trace import Span, Tracer, between_tokens_ns, stage_table, write_chrome_trace
 from tests.model.runner import Runner
@@ -77,7 +77,7 @@ def test_bench_traces(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "measure_bandwidth", lambda team: Bandwidth(20.0, False, 0.0))
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
     flags = ["-m", path, "-p", "0", "-n", "4", "-d", "0,100", "-r", "1", "-t", "1", "--trace", tmp_path / "out.json"]
-    done = CliRunner().invoke(bench.app, [*map(str, flags)])
+    done = CliRunner().invoke(command.app, [*map(str, flags)])
     assert done.exit_code == 0, done.output
     assert "tg8 @ d100" in done.stdout and "| experts" in done.stdout
     names = [e["name"] for e in json.loads((tmp_path / "out.json").read_text())["traceEvents"]]

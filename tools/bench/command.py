@@ -1,0 +1,114 @@
+"""`kimi-lite bench`: flags and what is written; measuring is in `tools.bench.bench`, imported when it begins."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from kimi_lite.apps.flags import with_options
+from kimi_lite.options import Options
+
+if TYPE_CHECKING:
+    from kimi_lite.tools.bench.bench import Measured
+    from kimi_lite.tools.bench.report import Report
+
+_REGRESSED = 1  # exit code
+
+
+@with_options("bench")
+def bench(
+    options: Options,
+    prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt tokens, comma-separated; 0: none.")] = "512",
+    generate: Annotated[str, typer.Option("-n", "--n-gen", help="Generated tokens, comma-separated; 0: none.")] = "128",
+    depth: Annotated[str, typer.Option("-d", "--n-depth", help="Tokens of context before the clock starts.")] = "0",
+    batch: Annotated[str, typer.Option("-b", "--sequences", help="Sequences at once, comma-separated.")] = "1",
+    repeats: Annotated[int, typer.Option("-r", "--repetitions", help="Undisturbed warm runs.", min=1)] = 5,
+    output: Annotated[
+        Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="The results on stdout.")
+    ] = "md",
+    sweep: Annotated[bool, typer.Option("--sweep", help="From the first depth to the last in steps of -p.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Random tokens instead of text.")] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Ask the system to forget the file before it is opened.")
+    ] = False,
+    compare_with: Annotated[
+        Literal["llama.cpp"] | None, typer.Option("--compare", help="The same through llama-cpp-python, in turns.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Write a timeline by layer and stage.", dir_okay=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw speed against depth (.svg or .png).", dir_okay=False)
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option("--baseline", help="An earlier output: say which ratio fell, and exit with 1.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Measure tokens per second, next to the limit that memory bandwidth sets."""
+    from kimi_lite.tools.bench.plan import plan_tests
+
+    tests = plan_tests(prompt, generate, depth, batch, sweep)
+    if compare_with:
+        from kimi_lite.tools.bench.llama import import_llama_cpp
+
+        import_llama_cpp()
+    if plot:
+        from kimi_lite.tools.plot import check_plotting
+
+        check_plotting(plot)
+    from kimi_lite.tools.bench import bench as work
+    from kimi_lite.tools.bench.report import Report
+
+    before = work.read_document(baseline) if baseline else None
+    report = Report(sys.stdout if output == "md" else sys.stderr)
+    job = work.Job(work.with_model(options), tuple(tests), repeats, random, sweep, compare_with is not None, trace)
+    if cold:
+        work.forget_file(job, report)
+    measured = work.bench(job, report)
+    document = work.rounded(work.make_document(job, measured))
+    if plot:
+        from kimi_lite.tools.plot import draw
+
+        draw(plot, [document])
+    regressions = _check_baseline(before, document, report) if before else []
+    _write(output, measured, document)
+    if regressions:
+        raise typer.Exit(_REGRESSED)
+
+
+def _check_baseline(before: dict, document: dict, report: "Report") -> list[str]:
+    """Prints and returns what fell."""
+    from kimi_lite.tools.bench.result import find_regressions, num_comparable
+
+    found = find_regressions(before, document)
+    report.say()
+    for sentence in found:
+        report.say(f"regression: {sentence}")
+    if not found:
+        report.say(
+            f"no regression in {num_comparable(before, document)} ratios against {before['environment']['commit']}"
+        )
+    return found
+
+
+def _write(output: str, measured: "Measured", document: dict) -> None:
+    """The chosen form. The document ends JSON, and Markdown where that goes into a file: `--baseline` reads it."""
+    if output == "csv":
+        from kimi_lite.tools.bench.report import write_csv
+
+        write_csv(measured.results, sys.stdout)
+        return
+    if output == "jsonl":
+        for result in document["results"]:
+            print(json.dumps(result))
+    if output != "md" or not sys.stdout.isatty():
+        print(json.dumps(document))
+
+
+app = typer.Typer(
+    pretty_exceptions_enable=False, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+app.command()(bench)
