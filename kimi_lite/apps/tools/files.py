@@ -3,15 +3,13 @@ time."""
 
 import codecs
 import time
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import islice
-from pathlib import Path
 
-from kimi_lite.apps.tools.folder import Folder
+from kimi_lite.apps.tools.folder import Entry, Folder
 from kimi_lite.apps.tools.tool import LONGEST_RESULT, ShouldStop, Tool, ToolError, parameters
 
-MOST_ENTRIES, MOST_DEPTH = 500, 8
+MOST_ENTRIES, MOST_DEPTH, MOST_SEARCHED_DEPTH = 500, 8, 64
 MOST_LINES, LONGEST_LINE = 2000, 2000  # of one answer; characters
 MOST_MATCHES, LONGEST_MATCH = 100, 200
 LARGEST_SEARCHED_BYTES, SEARCH_S = 4 * 1024**2, 10.0
@@ -39,7 +37,7 @@ def file_tools(folder: Folder) -> list[Tool]:
                 first_line={"type": "integer", "description": "Number of the first line. Default: 1.", "minimum": 1},
                 num_lines={"type": "integer", "description": f"Default and maximum: {MOST_LINES}.", "minimum": 1},
             ),
-            lambda arguments, _: read_file(folder, **arguments),
+            lambda arguments, should_stop: read_file(folder, should_stop, **arguments),
         ),
         Tool(
             "search_files",
@@ -56,33 +54,35 @@ def file_tools(folder: Folder) -> list[Tool]:
 
 
 def list_files(folder: Folder, path: str = ".", depth: int = 1) -> str:
-    start = folder.locate(path)
-    if not start.is_dir():
-        raise ToolError(f"{path!r} is a file; read_file reads it")
     rows = []
-    for entry in islice(folder.walk(start, min(depth, MOST_DEPTH)), MOST_ENTRIES + 1):
-        name = folder.name(Path(entry.path))
-        if entry.is_symlink():
-            rows.append(f"{name} (link)")
-        elif entry.is_dir():
-            rows.append(f"{name}/")
-        else:
-            rows.append(f"{name} {entry.stat(follow_symlinks=False).st_size}")
+    with folder.find(path) as start:
+        if not start.is_folder:
+            raise ToolError(f"{path!r} is a file; read_file reads it")
+        for entry in islice(start.walk(min(depth, MOST_DEPTH)), MOST_ENTRIES + 1):
+            kind = " (link)" if entry.is_link else "/" if entry.is_folder else f" {entry.status.st_size}"
+            rows.append(entry.name + kind)
     if len(rows) > MOST_ENTRIES:
         rows[MOST_ENTRIES:] = [f"[more than {MOST_ENTRIES} entries; list a folder inside]"]
     return "\n".join(rows) or "(empty)"
 
 
-def read_file(folder: Folder, path: str, first_line: int = 1, num_lines: int = MOST_LINES) -> str:
+def read_file(
+    folder: Folder, should_stop: ShouldStop, path: str, first_line: int = 1, num_lines: int = MOST_LINES
+) -> str:
     """The lines, and a note where there are more."""
-    real = folder.locate(path)
-    if real.is_dir():
-        raise ToolError(f"{path!r} is a folder; list_files lists it")
     start, most, size, rows = int(max(first_line, 1)), int(min(num_lines, MOST_LINES)), 0, []
-    with folder.open(real) as file:
+    end_s = time.monotonic() + SEARCH_S
+    with folder.find(path) as entry:
+        if entry.is_folder:
+            raise ToolError(f"{path!r} is a folder; list_files lists it")
+        file = entry.open()
+    with file:
         _require_text(file.read(PROBE_BYTES), path)
         file.seek(0)
         for number, line in enumerate(iter(lambda: file.readline(1024**2), b""), start=1):
+            if should_stop() or time.monotonic() > end_s:
+                rows.append(f"[stopped after {SEARCH_S:g} s at line {number}]")
+                break
             if number < start:
                 continue
             if len(rows) == most or size > LONGEST_RESULT * 3 // 4:
@@ -100,39 +100,33 @@ def search_files(folder: Folder, should_stop: ShouldStop, text: str, path: str =
     """`file:line: text` for every match; notes where it was cut short."""
     if not text:
         raise ToolError("the text to search for is empty")
-    start, wanted, rows = folder.locate(path), text.casefold(), []
-    files = [start] if start.is_file() else _files(folder, start, name)
-    end_s = time.monotonic() + SEARCH_S
-    for file in files:
-        if should_stop() or time.monotonic() > end_s:
-            rows.append(f"[stopped after {SEARCH_S:g} s; search a folder inside]")
-            break
-        rows += _matches(folder, file, wanted)
-        if len(rows) > MOST_MATCHES:
-            rows[MOST_MATCHES:] = [f"[more than {MOST_MATCHES} matches; search for something rarer]"]
-            break
+    wanted, rows, end_s = text.casefold(), [], time.monotonic() + SEARCH_S
+    with folder.find(path) as start:
+        for entry in start.walk(MOST_SEARCHED_DEPTH) if start.is_folder else [start]:
+            if should_stop() or time.monotonic() > end_s:
+                rows.append(f"[stopped after {SEARCH_S:g} s; search a folder inside]")
+                break
+            if entry is start or (entry.is_file and fnmatch(entry.base, name)):
+                rows += _matches(entry, wanted)
+            if len(rows) > MOST_MATCHES:
+                rows[MOST_MATCHES:] = [f"[more than {MOST_MATCHES} matches; search for something rarer]"]
+                break
     return "\n".join(rows) or "(no match)"
 
 
-def _files(folder: Folder, start: Path, name: str) -> Iterator[Path]:
-    for entry in folder.walk(start, depth=64):
-        if entry.is_file(follow_symlinks=False) and fnmatch(entry.name, name):
-            yield Path(entry.path)
-
-
-def _matches(folder: Folder, path: Path, wanted: str) -> list[str]:
+def _matches(entry: Entry, wanted: str) -> list[str]:
     """Matches in one file; none in files that are large, unreadable or no text."""
     try:
-        with folder.open(path) as file:
+        with entry.open() as file:
             data = file.read(LARGEST_SEARCHED_BYTES + 1)
-        _require_text(data[:PROBE_BYTES], str(path))
+        _require_text(data[:PROBE_BYTES], entry.name)
     except (ToolError, OSError):
         return []
     if len(data) > LARGEST_SEARCHED_BYTES:
         return []
     lines = enumerate(data.decode("utf-8", "replace").split("\n"), start=1)
     found = [(number, line.strip()) for number, line in lines if wanted in line.casefold()]
-    return [f"{folder.name(path)}:{number}: {line[:LONGEST_MATCH]}" for number, line in found[: MOST_MATCHES + 1]]
+    return [f"{entry.name}:{number}: {line[:LONGEST_MATCH]}" for number, line in found[: MOST_MATCHES + 1]]
 
 
 def _require_text(beginning: bytes, path: str) -> None:
