@@ -120,19 +120,10 @@ def test_links_inside_are_followed_wherever_they_stand(folder: Folder) -> None:
     (folder.root / "sub" / "back").symlink_to("../sub/deep/..")
     (folder.root / "all").symlink_to(folder.root)
     (folder.root / "chain").symlink_to("all/sub/back/b.py")
-    for path in (
-        "sub/b.py",
-        "sub/back/b.py",
-        "all/in/../sub/b.py",
-        "all/sub/b.py",
-        "chain",
-        f"{folder.root}/sub//b.py/",
-    ):
-        if "in/.." in path:
-            with pytest.raises(ToolError, match="there is no"):  # a file has no folder above it
-                read_file(folder, go_on, path)
-        else:
-            assert read_file(folder, go_on, path) == "x = 'TWO'"
+    for path in ("sub/b.py", "sub/back/b.py", "all/sub/b.py", "chain", f"{folder.root}/sub//b.py/"):
+        assert read_file(folder, go_on, path) == "x = 'TWO'"
+    with pytest.raises(ToolError, match="there is no"):
+        read_file(folder, go_on, "in/../sub/b.py")  # a file has no folder above it
     assert list_files(folder, "all/sub/back").split("\n") == ["sub/b.py 10", "sub/back (link)", "sub/deep/"]
     (folder.root / "loop").symlink_to("loop")
     with pytest.raises(ToolError, match="there is no"):
@@ -140,7 +131,7 @@ def test_links_inside_are_followed_wherever_they_stand(folder: Folder) -> None:
 
 
 _PARTS = st.sampled_from(
-    ["sub", "deep", "..", ".", "", "in", "out", "up", "all", "b.py", "secret.txt", "root", "/", "none"]
+    [*["sub", "deep", "..", ".", "in", "out", "up", "all", "b.py", "secret.txt", "root", "none"], "", "/"]
 )
 
 
@@ -208,8 +199,8 @@ def test_a_race_of_a_folder_against_a_link(folder: Folder, tmp_path: Path) -> No
         [
             sys.executable,
             "-c",
-            "import os\nwhile True:\n    for a, b in (('sub', 'real'), ('link', 'sub'), ('sub', 'link'), ('real', 'sub')):\n"
-            "        os.rename(a, b)",
+            "import os\nwhile True:\n    for names in ('sub real', 'link sub', 'sub link', 'real sub'):\n"
+            "        os.rename(*names.split())",
         ],
         cwd=folder.root,
     )
