@@ -4,6 +4,7 @@ encodings they have; and the folder of files that can be made again.
 
 import codecs
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,17 @@ def whole_file(path: Path, mode: str = "w", permissions: int = 0o666) -> Iterato
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def rescue(text: str, suffix: str = ".txt") -> str:
+    """Write what must not be lost into the folder for temporary files; a sentence that says where it is."""
+    try:
+        descriptor, name = tempfile.mkstemp(suffix, "kimi-lite-")  # for its owner only
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        return f"Nor into {tempfile.gettempdir()}: {error.strerror}. It was:\n{text}"
+    return f"It is in {name}."
 
 
 def require_writable(path: Path, what: str) -> None:

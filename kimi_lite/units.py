@@ -55,3 +55,18 @@ def gib_apart(need_bytes: float, have_bytes: float) -> tuple[str, str]:
         if need != have:
             break
     return f"{need} GiB", f"{have} GiB"
+
+
+def tokens_flag(num_tokens: int) -> str:
+    """A number of tokens as `-c` takes it: 13K where it is whole, else in full."""
+    return f"{num_tokens // 1024}K" if num_tokens % 1024 == 0 else str(num_tokens)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 line`, `2 lines`"""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shortened(text: str, num_chars: int) -> str:
+    """At most so many characters; the last is `…` where some are missing."""
+    return text if len(text) <= num_chars else text[: num_chars - 1] + "…"

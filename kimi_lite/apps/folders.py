@@ -1,6 +1,6 @@
 """Where the program keeps what is the user's: conversations and history (state), and the configuration file.
 
-Both are for their owner's eyes only: folders get mode 0700 and files 0600.
+Both are for their owner alone: folders get mode 0700 and files 0600.
 """
 
 import os
@@ -24,10 +24,16 @@ def config_path() -> Path:
     return Path(chosen).expanduser() if chosen else user_config_path("kimi-lite") / "config.toml"
 
 
-def make_private(folder: Path) -> Path:
-    """Create `folder` for this user alone; KimiLiteError where that is impossible."""
+def make_private(folder: Path, is_ours: bool = False) -> Path:
+    """Create `folder` and what is missing above it for this user alone; one that `is_ours` is closed to others where it
+    exists, too. KimiLiteError where that is impossible."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.is_dir():
+            for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+                missing.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)  # says what is wrong where something else has the name
+        elif is_ours and folder.stat().st_mode & 0o077 and folder.stat().st_uid == os.getuid():
+            folder.chmod(0o700)
     except OSError as error:
         raise KimiLiteError(
             f"The folder {folder} cannot be made: {error.strerror}.", "Name another one in KIMI_LITE_STATE."

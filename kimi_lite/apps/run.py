@@ -4,7 +4,6 @@ stderr."""
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from kimi_lite.apps.tools.choice import open_tools, require_place
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.files import read_text, require_writable, whole_file
+from kimi_lite.files import read_text, require_writable, rescue, whole_file
 from kimi_lite.options import Options
 from kimi_lite.terminal import Console, show_plain, write
 
@@ -169,14 +168,3 @@ def _write(text: str, path: Path | None, out: TextIO) -> None:
         raise
     except OSError as error:
         raise KimiLiteError(f"The answer cannot be written to {where}: {error.strerror}.", rescue(text)) from error
-
-
-def rescue(text: str, suffix: str = ".txt") -> str:
-    """Write what must not be lost into the folder for temporary files; a sentence that says where it is."""
-    try:
-        descriptor, name = tempfile.mkstemp(suffix, "kimi-lite-")  # for its owner only
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        return f"Nor into {tempfile.gettempdir()}: {error.strerror}. It was:\n{text}"
-    return f"It is in {name}."

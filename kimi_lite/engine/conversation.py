@@ -7,6 +7,7 @@ both say only how a prompt becomes tokens. `chat` and `run` see nothing else.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class Conversation(ABC):
 
     info: ModelInfo
     context_length: int | None  # tokens; None: only the other side knows
+    max_context_length: int | None = None  # tokens that the model is made for; None: not known, or not ours to choose
     can_think: bool  # whether there is a thinking mode
     can_see: bool  # whether messages may have images
     can_call: bool  # whether it can be told of tools
@@ -41,7 +43,6 @@ class Conversation(ABC):
     def __init__(self, system: str = "", settings: AnswerSettings | None = None) -> None:
         self.system, self.settings = system, settings or AnswerSettings()
         self.tools: tuple[Mapping[str, Any], ...] = ()  # as declared with the last message
-        self.created = now()
         self.clear()
 
     @abstractmethod
@@ -60,6 +61,10 @@ class Conversation(ABC):
     def count_tokens(self, content: Content | None = None, num_dropped: int | None = None) -> int | None:
         """Tokens of the next prompt, with a message `content` and without the first turns; None where nobody can
         say."""
+        return None
+
+    def count_messages(self, messages: list[dict[str, Any]]) -> int | None:
+        """Tokens of a prompt that is not the next one; None where that is not known here."""
         return None
 
     def pieces(self, ids: Sequence[int]) -> list[str] | None:
@@ -93,20 +98,24 @@ class Conversation(ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         settings: AnswerSettings | None = None,
     ) -> Generator[Token, None, None]:
-        """Send a message and stream the answer. However it ends, what was said stays in the conversation.
+        """Send a message, which is a turn at once, and stream the answer. However it ends, what was said stays in the
+        conversation.
 
         `content` is text or OpenAI content parts; `tools` are OpenAI declarations, None: as before; `settings` are for
         this answer only. After finish reason "tool_calls" `pending_calls` wait for `answer_calls`.
         """
         require_utf8(text_of(content))
+        require_utf8(self.system, "The system prompt")
         if tools and not self.can_call:
-            raise KimiLiteError(f"The chat template of {self.info.name} has no place for tools.", "Leave them out.")
+            raise KimiLiteError(
+                f"The chat template of {self.info.name} has no place for tools.", "Remove --tools and --mcp-config."
+            )
         before = list(self.turns)
         self.turns += [Turn("tool", _NOT_RUN, call_id=call.id, name=call.name) for call in self.pending_calls]
         self.turns.append(Turn("user", content if num_images(content) else text_of(content)))
         if tools is not None:
             self.tools = tuple(tools)
-        yield from self._answer(before, settings, on_prefill)
+        return self._answer(before, settings, on_prefill)
 
     def answer_calls(
         self,
@@ -119,7 +128,7 @@ class Conversation(ABC):
         assert results and all(call_id in names for call_id, _ in results), (results, names)
         before = list(self.turns)
         self.turns += [Turn("tool", text, call_id=call_id, name=names[call_id]) for call_id, text in results]
-        yield from self._answer(before, settings, on_prefill)
+        return self._answer(before, settings, on_prefill)
 
     def regenerate(
         self, on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
@@ -128,7 +137,7 @@ class Conversation(ABC):
         start = self._last_exchange()
         before = list(self.turns)
         del self.turns[start + 1 :]
-        yield from self._answer(before, settings, on_prefill)
+        return self._answer(before, settings, on_prefill)
 
     def undo(self) -> Content:
         """Take the last message and all that followed back; what the message was."""
@@ -138,7 +147,8 @@ class Conversation(ABC):
         return content
 
     def clear(self) -> None:
-        """Forget the conversation; the system prompt and the settings stay."""
+        """Begin another conversation; the system prompt and the settings stay."""
+        self.created = now()
         self.turns: list[Turn] = []
         self.known_ids: list[int] = []  # of the last prompt and its answer
         self.num_dropped = 0  # of the first turns, which are kept but no longer sent
@@ -178,29 +188,55 @@ class Conversation(ABC):
     def set_thinking(self, is_thinking: bool) -> None:
         """Let the model reason before it answers, or not; refused where it cannot."""
         if is_thinking and not self.can_think:
-            raise KimiLiteError(f"{self.info.name} has no thinking mode.", "Leave --think or /think out.")
+            raise KimiLiteError(f"{self.info.name} has no thinking mode.", "Remove --think, or say /think off.")
         self.settings = self.settings.with_thinking(is_thinking)
 
     def require_budget(self) -> None:
         """Refuse a thinking budget where thinking cannot be ended from here."""
         if not self.can_think:
-            raise KimiLiteError(f"{self.info.name} has no thinking mode.", "Leave the budget out.")
+            raise KimiLiteError(f"{self.info.name} has no thinking mode.", "Remove the budget.")
 
     def drop_oldest(self, num_exchanges: int, summary: str = "") -> None:
         """No longer send the oldest exchanges; they stay in the record. `summary` goes to the model in their place."""
         self.num_dropped = self.start_after(num_exchanges)
         self.summary = summary or self.summary
 
+    @property
+    def summary_tokens(self) -> int:
+        """The longest summary: a quarter of a small context."""
+        return SUMMARY_TOKENS if self.context_length is None else min(SUMMARY_TOKENS, max(self.context_length // 4, 1))
+
+    def num_summarisable(self, num_exchanges: int) -> int:
+        """How many of the oldest exchanges, at most so many, fit into the context with the request for their
+        summary."""
+        if self.context_length is None:
+            return num_exchanges
+        for number in range(num_exchanges, 0, -1):
+            turns = self.turns[self.num_dropped : self.start_after(number)]
+            need = self.count_messages(self._summary_messages(turns))
+            if need is None or need + self.summary_tokens <= self.context_length:
+                return number
+        return 0
+
+    def can_summarise(self, num_exchanges: int) -> bool:
+        """Whether so many of the oldest exchanges can be summarised, if need be one after the other."""
+        if num_exchanges == 0 or self.context_length is None:
+            return num_exchanges > 0
+        starts = [*self.exchanges, len(self.turns)][: num_exchanges + 1]
+        for start, end in pairwise(starts):
+            need = self.count_messages(self._summary_messages(self.turns[start:end]))
+            if need is not None and need + 2 * self.summary_tokens > self.context_length:  # the last and the next one
+                return False
+        return True
+
     def summarise_oldest(self, num_exchanges: int, on_prefill: OnPrefill | None = None) -> Generator[Token, None, None]:
         """Have the model sum the oldest exchanges up (the tokens are the summary), then send the summary in their
         place."""
         turns = self.turns[self.num_dropped : self.start_after(num_exchanges)]
-        messages = [turn.to_message() for turn in turns if turn.says_something]
-        messages = [*self._system_messages(), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
-        sampling = replace(self.settings.sampling, max_tokens=SUMMARY_TOKENS)
+        sampling = replace(self.settings.sampling, max_tokens=self.summary_tokens)
         record = AnswerRecord()
         settings = replace(self.settings, is_thinking=False, sampling=sampling)
-        for token in self._stream(messages, settings, on_prefill, True):
+        for token in self._stream(self._summary_messages(turns), settings, on_prefill, True):
             record.add(token)
             yield token
         assert record.last is not None
@@ -209,6 +245,11 @@ class Conversation(ABC):
         if not record.texts["content"].strip():
             raise KimiLiteError("The model gave an empty summary; nothing was dropped.", "Try /ctx drop.")
         self.drop_oldest(num_exchanges, record.texts["content"].strip())
+
+    def _summary_messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """The request for a summary of these turns and of the summary that stands for those before them."""
+        messages = [turn.to_message() for turn in turns if turn.says_something]
+        return [*self._system_messages(), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
 
     def _answer(
         self, before: list[Turn], settings: AnswerSettings | None, on_prefill: OnPrefill | None

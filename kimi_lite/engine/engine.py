@@ -7,6 +7,7 @@ Not thread-safe, but for `cancel`, which any thread or signal handler may call. 
 its caller closes it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
@@ -29,7 +30,9 @@ from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK, Piece, StreamParser
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
+from kimi_lite.units import tokens_flag
 
+_ANSWER_TOKENS = 256  # that a recommended context leaves for the answer
 OnProgress = Callable[[str, int, int], None]  # what is being loaded, units done, units in all
 
 
@@ -63,13 +66,16 @@ class Engine:
         clock_s: Callable[[], float] = time.perf_counter,
         holdings: Many[Closeable] = (),
         plan: Plan | None = None,
+        max_context_length: int | None = None,
     ) -> None:
         """max_step_tokens: default and most, what the model takes at once. holdings: closed, in order, after the model.
-        plan: what lies where, for front ends to show."""
+        plan: what lies where, for front ends to show. max_context_length: what the model is made for; None: not
+        known."""
         assert context_length <= kv.num_pages * PAGE_TOKENS, (context_length, kv.num_pages)
         assert max_step_tokens is None or max_step_tokens <= model.max_batch_tokens, max_step_tokens
         self.model, self.tokenizer, self.template, self.info = model, tokenizer, template, info
         self.kv, self.context_length, self.plan = kv, context_length, plan
+        self.max_context_length = max_context_length
         self.scheduler = Scheduler(kv, max_step_tokens or model.max_batch_tokens)
         self.clock_s = clock_s
         self.is_closed = False
@@ -138,9 +144,12 @@ class Engine:
         need, have = len(request.prompt_ids), self.context_length
         assert need > 0, request.id
         if need >= have:
+            most = self.max_context_length or math.inf
+            wanted = -(-(need + _ANSWER_TOKENS) // 1024) * 1024
+            longer = f"-c {tokens_flag(min(wanted, most))} or " if need < most else ""
             raise KimiLiteError(
                 f"The prompt and the answer's first token need a context of {need + 1:,} tokens; it has {have:,}.",
-                f"Try -c {need // 1024 + 2}K, a shorter prompt, or /clear in a chat.",
+                f"Try {longer}a shorter prompt.",
             )
 
     def step(self, on_prefill: OnPrefill | None = None) -> list[Token]:

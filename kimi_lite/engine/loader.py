@@ -54,7 +54,15 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     report("ready", 4, 4)
     holdings = [*attach_tiers(kv, store, options), store]
     return Engine(
-        model, kv, tokenizer, template, plan.context_length, describe(store, config), holdings=holdings, plan=plan
+        model,
+        kv,
+        tokenizer,
+        template,
+        plan.context_length,
+        describe(store, config),
+        holdings=holdings,
+        plan=plan,
+        max_context_length=config.context_length,
     )
 
 

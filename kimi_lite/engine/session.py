@@ -30,6 +30,7 @@ class Session(Conversation):
 
     def __init__(self, engine: Engine, system: str = "", settings: AnswerSettings | None = None) -> None:
         self.engine, self.info, self.context_length = engine, engine.info, engine.context_length
+        self.max_context_length = engine.max_context_length
         self._lead_ids: tuple[int, ...] = ()
         self._request_id = ""
         self._is_cancelled = False
@@ -70,6 +71,9 @@ class Session(Conversation):
         if content is not None:
             messages.append({"role": "user", "content": content})
         return len(self._encode(messages, self.settings, is_asking=content is not None).ids) if messages else 0
+
+    def count_messages(self, messages: list[dict[str, Any]]) -> int:
+        return len(self._encode(messages, self.settings.with_thinking(False)).ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self.engine.tokenizer.decode([i]) for i in ids]

@@ -143,13 +143,13 @@ def num_images(content: Content) -> int:
     return 0 if isinstance(content, str) else sum(part.get("type") in IMAGE_PARTS for part in content)
 
 
-def require_utf8(text: str) -> None:
-    """Refuse text with bytes that were no UTF-8 when it was read (Python keeps them as lone surrogates)."""
+def require_utf8(text: str, what: str = "The message") -> None:
+    """Refuse text with bytes that were not UTF-8 when it was read (Python keeps them as lone surrogates)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) & 0xFF
         raise KimiLiteError(
-            f"The message is not UTF-8 text: byte 0x{byte:02X} after {error.start:,} characters.",
+            f"{what} is not UTF-8 text: byte 0x{byte:02X} after {error.start:,} characters.",
             "Try iconv -f LATIN1 -t UTF-8.",
         ) from error

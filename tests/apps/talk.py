@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_lite.apps.chat.chat import Chat, ChatOptions
+from kimi_lite.apps.chat.chat import Chat
 from kimi_lite.apps.chat.sessions import Autosave, SessionStore
 from kimi_lite.engine.session import Session
+from kimi_lite.options import Options
 from kimi_lite.terminal import Console
 from tests.apps.fake_main import repeat
 from tests.engine.fakes import fake_engine, scripted_logits
@@ -45,18 +46,18 @@ class Talk:
     ) -> None:
         engine = fake_engine(context_length=context_length)
         engine.model.next_logits = scripted_logits(engine.tokenizer, repeat)
-        self.session, self._aside, self._capture = Session(engine), io.StringIO(), capture
+        self.session, self._status, self._capture = Session(engine), io.StringIO(), capture
         self.store = SessionStore(folder)
-        console = Console(file=self._aside, width=100)
-        self.chat = Chat(self.session, console, Autosave(self.session, self.store), ChatOptions(**options))
+        console = Console(file=self._status, width=100)
+        self.chat = Chat(self.session, console, Autosave(self.session, self.store), Options(**options))
         self.answers = ""
         self.input = ScriptedInput([], "", True)
 
     def say(self, *lines: str | None, answers: str = "", is_interactive: bool = True) -> str:
         self.input = ScriptedInput(list(lines), answers, is_interactive)
-        self._aside.truncate(0)
-        self._aside.seek(0)
+        self._status.truncate(0)
+        self._status.seek(0)
         self.chat.is_over = False
         self.chat.loop(self.input)
         self.answers = self._capture.readouterr().out
-        return self._aside.getvalue()
+        return self._status.getvalue()

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from kimi_lite.engine.turns import Content
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import decode_text
+from kimi_lite.units import counted
 
 MAX_TEXT_BYTES = 4_000_000  # about a million tokens: more than any context
 MAX_IMAGE_BYTES = 20_000_000
@@ -33,27 +34,22 @@ class Attachment:
         return f"{self.name} (image)" if self.url else f"{self.name} ({counted(num_lines, 'line')})"
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 line`, `2 lines`"""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def read_text(argument: str) -> Attachment:
-    """A text file for the next message; KimiLiteError when it is missing, too large or no text."""
+    """A text file for the next message; KimiLiteError when it is missing, too large or not text."""
     path = to_path(argument)
     data = _read(path, MAX_TEXT_BYTES)
     return Attachment(path.name, decode_text(data, str(path)))
 
 
 def read_image(argument: str) -> Attachment:
-    """An image for the next message; KimiLiteError when it is missing, too large or no image."""
+    """An image for the next message; KimiLiteError when it is missing, too large or not an image."""
     path = to_path(argument)
     data = _read(path, MAX_IMAGE_BYTES)
     mime = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         mime = "image/webp"
     if mime is None:
-        raise KimiLiteError(f"{path} is no PNG, JPEG, GIF or WebP image.", "Convert it, or use /read for text.")
+        raise KimiLiteError(f"{path} is not a PNG, JPEG, GIF or WebP image.", "Convert it, or use /read for text.")
     return Attachment(path.name, url=f"data:{mime};base64,{base64.b64encode(data).decode()}")
 
 

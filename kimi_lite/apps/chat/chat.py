@@ -1,39 +1,41 @@
 """`kimi-lite chat`: read a message, stream the answer, say how fast it was; again.
 
-At a terminal messages come from an editable prompt (`apps.input`). From a pipe every line is a message; then the
-answers go to stdout and everything else to stderr. What begins with / is a command (`apps.commands`). Every turn is
-saved (`apps.sessions`).
+At a terminal messages come from an editable prompt (`chat.input`). From a pipe every line is a message; then the
+answers go to stdout and everything else to stderr. What begins with / is a command (`chat.commands`). The conversation
+is saved before and after every answer (`chat.sessions`); where that is impossible the chat goes on.
 """
 
 import sys
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kimi_lite.apps.chat.attachments import Attachment, compose, counted, dropped_images, read_image
+from kimi_lite.apps.chat.attachments import Attachment, compose, dropped_images, read_image
 from kimi_lite.apps.chat.commands.registry import all_commands, is_command
-from kimi_lite.apps.chat.context import make_room, warn_when_nearly_full
-from kimi_lite.apps.chat.interrupt import Forced, as_exit, on_interrupt, silent_keys
+from kimi_lite.apps.chat.context import ensure_fits, warn_when_nearly_full
+from kimi_lite.apps.chat.interrupt import Forced, Interrupt, as_exit, on_interrupt, silent_keys
 from kimi_lite.apps.chat.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, stats_line
-from kimi_lite.apps.chat.sessions import Autosave, SessionStore
+from kimi_lite.apps.chat.sessions import Autosave, Claim, HeldElsewhere, NotWritable
 from kimi_lite.apps.folders import state_folder
+from kimi_lite.apps.model_files import ModelFiles
 from kimi_lite.engine.answer_settings import AnswerSettings
-from kimi_lite.engine.conversation import Conversation, OnPrefill
-from kimi_lite.engine.turns import Content
+from kimi_lite.engine.conversation import Conversation
+from kimi_lite.engine.turns import require_utf8
 from kimi_lite.engine.types import Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import rescue
+from kimi_lite.options import Options
 from kimi_lite.terminal import Console, show_plain
+from kimi_lite.units import counted, shortened
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.tool_loop import ToolLoop
     from kimi_lite.apps.tools.box import ToolBox
     from kimi_lite.apps.tools.confirm import Permission, Question
 
-Answering = Callable[[OnPrefill], Generator[Token, None, None]]
 _INDENT = "  "
 
 
@@ -49,64 +51,53 @@ class Input(Protocol):
         """One of the letters; the last one for Ctrl-C, `default` for an empty line (without one it asks again)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatOptions:
-    """What the command line says about the chat itself."""
-
-    is_quiet: bool = False
-    is_plain: bool = False
-    shows_reasoning: bool = True
-    is_continuing: bool = False
-    session_name: str | None = None
-    images: tuple[str, ...] = ()
-    is_thinking: bool | None = None
-    system: str = ""
-    answer: AnswerSettings = field(
-        default_factory=AnswerSettings
-    )  # what of it is not the default goes before what was saved
-
-
 class Chat:
-    """A conversation at a terminal or a pipe."""
+    """A conversation at a terminal or a pipe. `status` shows everything but the answers."""
 
     def __init__(
         self,
-        session: Conversation,
-        aside: Console,
+        conversation: Conversation,
+        status: Console,
         autosave: Autosave,
-        options: ChatOptions,
+        options: Options,
         tools: "ToolBox | None" = None,
+        is_unsaved: bool = False,
     ) -> None:
-        self.session, self.aside, self.autosave, self.options, self.tools = session, aside, autosave, options, tools
+        """is_unsaved: it was said that conversations cannot be saved."""
+        self.conversation, self.status, self.autosave = conversation, status, autosave
+        self.options, self.tools = options, tools
         self.commands = all_commands()
-        self.can_think = session.can_think  # asked at every key
-        self.shows_reasoning = options.shows_reasoning and aside.is_terminal
+        self.can_think = conversation.can_think  # asked at every key
+        self.shows_reasoning = not options.is_hiding_thinking and status.is_terminal
         self.attachments: list[Attachment] = [read_image(path) for path in options.images]
         self.draft = ""  # what the prompt begins with
         self.is_editing = False  # the next message replaces the last one
         self.is_over = False
         self._input: Input | None = None
         self._has_said_how_to_leave = False
+        self._is_unsaved = is_unsaved  # and it was said
+        self._files = ModelFiles(conversation.info.path)
+        self._progress = WorkProgress(status, least=LEAST_PREFILL_TOKENS)
+        self._interrupt = Interrupt(lambda: None)  # of the answer in progress
+        self._num_read = 0  # tokens of its prompt
 
     @property
     def is_interactive(self) -> bool:
         return self._input is not None and self._input.is_interactive
 
-    def begin(self) -> None:
-        """Take up what the command line names. What it says beside that goes before what was saved."""
-        if self.attachments and not self.session.can_see:
+    def begin(self, claim: Claim | None = None) -> None:
+        """Open what the command line names. What else it says has precedence over what was saved."""
+        if self.attachments and not self.conversation.can_see:
             raise KimiLiteError(
-                f"--image needs a model with a vision tower; {self.session.info.name} has none here.",
-                "Leave it out, or use --endpoint URL of a server whose model sees.",
+                f"--image needs a model with a vision tower; {self.conversation.info.name} has none here.",
+                "Remove --image, or use --endpoint URL of a server whose model sees.",
             )
-        if self.options.is_continuing:
-            self.take_up(self.autosave.store.latest())
-        elif self.options.session_name:
-            self.take_up(self.options.session_name, is_new_allowed=True)
-        self.session.settings = self.session.settings.overridden(self.options.answer)
+        if claim is not None:
+            self._open(claim)
+        self.conversation.settings = self.conversation.settings.overridden(AnswerSettings.from_options(self.options))
         if self.options.is_thinking is not None:
-            self.session.set_thinking(self.options.is_thinking)
-        self.session.system = self.options.system or self.session.system
+            self.conversation.set_thinking(self.options.is_thinking)
+        self.conversation.system = self.options.system or self.conversation.system
 
     def loop(self, source: Input) -> None:
         """Until the user leaves."""
@@ -126,29 +117,32 @@ class Chat:
         """A remark of the program's own, wrapped between words; whole lines into a pipe."""
         self._say(text, "dim")
 
+    def warn(self, text: str) -> None:
+        """Something is wrong, and the chat goes on."""
+        self._say(text, "red")
+
     def _say(self, text: str, style: str) -> None:
-        if not self.aside.is_terminal or not text:
-            show_plain(self.aside, text, style=style)
+        if not self.status.is_terminal or not text:
+            show_plain(self.status, text, style=style)
             return
         body = text.lstrip(" ")
-        self.aside.print(
-            Padding(Text(body), (0, 0, 0, len(text) - len(body)), expand=False), style=style, highlight=False
-        )
+        indented = Padding(Text(body), (0, 0, 0, len(text) - len(body)), expand=False)
+        self.status.print(indented, style=style, highlight=False)
 
     def say_table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Names and what belongs to them, in two columns."""
         table = Table.grid(padding=(0, 2, 0, 0), expand=False)
-        table.add_column(max_width=max(self.aside.width // 3, 20))
+        table.add_column(max_width=max(self.status.width // 3, 20))
         table.add_column()
         for name, text in rows:
             table.add_row(Text(name), Text(text))
-        self.aside.print(Padding(table, (0, 0, 0, len(_INDENT))), style="dim")
+        self.status.print(Padding(table, (0, 0, 0, len(_INDENT))), style="dim")
 
     def say_flow(self, words: Sequence[str]) -> None:
         """Words in lines as long as the screen is wide."""
         line = _INDENT
         for word in words:
-            if len(line) + len(word) + 2 > self.aside.width and line.strip():
+            if len(line) + len(word) + 2 > self.status.width and line.strip():
                 self.say(line)
                 line = _INDENT
             line += word + "  "
@@ -161,88 +155,142 @@ class Chat:
     def ask(self, text: str, settings: AnswerSettings | None = None) -> None:
         """Send a message with its attachments; what is refused comes back into the prompt."""
         declarations = self.tools.declarations if self.tools else ()
-        num_turns = len(self.session.turns)
+        num_turns = len(self.conversation.turns)
         try:
+            require_utf8(text)
+            self.require_files()
             content = compose(text, [*self.attachments, *self._dropped(text)])
-            if self._has_room(content):
-                self.answer(lambda report: self.session.ask(content, report, declarations, settings), settings)
+            if ensure_fits(self, content):
+                tokens = self.conversation.ask(content, self.on_prefill, declarations, settings)
+                self.save()  # whatever ends the program while the model answers
+                self.answer(tokens, settings)
         finally:
-            if len(self.session.turns) > num_turns:
+            if len(self.conversation.turns) > num_turns:
                 self.attachments.clear()
             else:
                 self.draft = text
 
-    def _has_room(self, content: Content) -> bool:
-        try:
-            return make_room(self, content)
-        except KeyboardInterrupt:
-            self.say("not sent")
-            return False
-
     def replace(self, text: str) -> None:
         """Ask `text` in place of the last message, which stays when `text` is refused."""
-        before = list(self.session.turns)
-        self.session.undo()
-        num_turns = len(self.session.turns)
+        before = list(self.conversation.turns)
+        self.conversation.undo()
+        num_turns = len(self.conversation.turns)
         try:
             self.ask(text)
         finally:
-            if len(self.session.turns) == num_turns:
-                self.session.turns = before
+            if len(self.conversation.turns) == num_turns:
+                self.conversation.turns = before
+                self.save()
 
-    def answer(self, answering: Answering, settings: AnswerSettings | None = None) -> None:
+    def answer(self, tokens: Iterator[Token], settings: AnswerSettings | None = None) -> None:
         """Show an answer, and those that follow from its tool calls; whatever happens it is saved."""
         try:
-            last = self.stream(answering, settings)
+            last = self.stream(tokens, settings)
         finally:
             with on_interrupt(lambda: None):  # a Ctrl-C that comes too late for the answer
-                self.autosave.save()
+                self.save()
         warn_when_nearly_full(self, last.stats.prompt_tokens + last.stats.generated_tokens)
 
-    def stream(self, answering: Answering, settings: AnswerSettings | None = None) -> Token:
-        """Show an answer of the model; its last token."""
-        view = AnswerView(sys.stdout, self.aside, self.shows_reasoning, self.options.is_plain, think_hint="/think show")
+    def stream(self, tokens: Iterator[Token], settings: AnswerSettings | None = None) -> Token:
+        """Show an answer of the model, asked with `on_prefill`; its last token."""
+        view = AnswerView(
+            sys.stdout, self.status, self.shows_reasoning, self.options.is_plain, think_hint="/think show"
+        )
         loop = self._tool_loop(view)
+        tokens = loop.follow(tokens, self.on_prefill, settings=settings) if loop else tokens
+        self._num_read = 0
         with (
             silent_keys(),
-            WorkProgress(self.aside, least=LEAST_PREFILL_TOKENS) as progress,
-            on_interrupt(loop.cancel if loop else self.session.cancel) as interrupt,
+            self._progress,
+            on_interrupt(loop.cancel if loop else self.conversation.cancel) as interrupt,
         ):
-
-            def report(request_id: str, done: int, total: int) -> None:
-                interrupt.again()
-                if not self.options.is_quiet:
-                    progress("reading the prompt", done, total)
-
-            tokens = answering(report)
-            tokens = loop.follow(tokens, report, settings=settings) if loop else tokens
+            self._interrupt = interrupt
+            if not self.options.is_quiet:
+                self._progress.wait(f"waiting for {self.conversation.info.name}")
             try:
                 for token in tokens:
                     interrupt.again()
-                    progress.close()
+                    self._progress.close()
                     view.show(token)
             finally:
                 tokens.close()  # at once: what was said becomes a turn before it is saved
-                progress.close()
+                self._progress.close()
                 view.close()
         assert view.last is not None
-        if not self.options.is_quiet:
-            self.say(f"{_INDENT}{stats_line(view.last)}")
-            if view.last.finish_reason == "cancelled" and not view.last.stats.generated_tokens:
-                self.say(f"{_INDENT}the message stays in the conversation: /undo takes it back, /edit changes it")
-            if self.is_interactive:
-                self.say("")
+        self._say_statistics(view.last, settings or self.conversation.settings)
         return view.last
 
-    def take_up(self, name: str, is_new_allowed: bool = False) -> None:
-        """Go on with a saved conversation, and say where it stands."""
-        if not self.autosave.open(name, is_new_allowed):
-            self.say(f"{name} is a new conversation")
+    def require_files(self) -> None:
+        """Before the model works: refuse where its file has become shorter, warn where it was written."""
+        if warning := self._files.changes():
+            self.warn(warning)
+
+    def on_prefill(self, request_id: str, done: int, total: int) -> None:
+        """So much of the prompt is read."""
+        self._interrupt.again()
+        self._num_read = done
+        if not self.options.is_quiet:
+            self._progress("reading the prompt", done, total)
+
+    def _say_statistics(self, last: Token, settings: AnswerSettings) -> None:
+        if self.options.is_quiet:
             return
-        session = self.session
-        self.say(f"{name}: {counted(len(session.exchanges), 'exchange')}{self._last_words()}")
-        if self.autosave.made_by != session.info.name:
-            self.say(f"it was held with {self.autosave.made_by}; {session.info.name} reads all of it anew")
+        max_tokens, context_length = settings.params.max_tokens, self.conversation.context_length
+        self.say(f"{_INDENT}{stats_line(last, max_tokens, context_length, self._num_read)}")
+        if last.finish_reason == "cancelled" and not last.stats.generated_tokens:
+            self.say(f"{_INDENT}the message stays in the conversation: /undo takes it back, /edit changes it")
+        if self.is_interactive:
+            self.say("")
+
+    def save(self) -> None:
+        """Write the conversation down. Where that is impossible it is said once and the chat goes on."""
+        try:
+            self.autosave.save()
+        except (HeldElsewhere, NotWritable) as error:
+            if not self._is_unsaved:
+                self.warn(f"{error.message} The chat goes on unsaved.")
+                self.warn(error.hint)
+            self._is_unsaved = True
+        else:
+            if self._is_unsaved and self.conversation.turns:
+                self.say("the conversation is saved again")
+            self._is_unsaved = self._is_unsaved and not self.conversation.turns
+
+    def leave(self) -> None:
+        """Save the conversation for good, into the folder for temporary files where it can be nowhere else."""
+        try:
+            self.autosave.save()
+        except (HeldElsewhere, NotWritable) as error:
+            if self.conversation.turns:
+                self.warn(f"{error.message} {rescue(self.autosave.text(), '.json')}")
+
+    def start_new(self) -> str:
+        """Leave this conversation for a new one; the name of this one, "" where it has no name or is not saved."""
+        self.leave()
+        old = self.autosave.name if self.autosave.is_saved else ""
+        self.autosave.start_new()
+        return old
+
+    def load(self, name: str) -> None:
+        """Leave this conversation for a saved one."""
+        name = self.autosave.store.find(name)
+        if name == self.autosave.name and self.autosave.is_saved:
+            raise KimiLiteError(f"{name!r} is the conversation you are in.", "/sessions lists the others.")
+        claim = Claim.of(self.autosave.store, name)
+        self.leave()
+        self._open(claim)
+
+    def _open(self, claim: Claim) -> None:
+        """Go on with a claimed conversation, and say where it stands."""
+        if not self.autosave.open(claim):
+            self.say(f"{claim.name} is a new conversation")
+            return
+        conversation = self.conversation
+        self.say(f"{claim.name}: {counted(len(conversation.exchanges), 'exchange')}{self._last_words()}")
+        if conversation.turns and conversation.turns[-1].role == "user":
+            self.say("the last message has no answer: /regen asks again")
+        if self.autosave.made_by != conversation.info.name:
+            self.say(f"it was held with {self.autosave.made_by}; {conversation.info.name} reads all of it anew")
 
     def _handle(self, line: str) -> None:
         """A mistake in one line must not end the conversation, so its error is shown here and not by `cli`."""
@@ -257,7 +305,7 @@ class Chat:
         except KeyboardInterrupt:  # between the answer and the prompt: nothing is left to stop
             self.say("")
         except KimiLiteError as error:
-            self._say(error.message, "red")
+            self.warn(error.message)
             if error.hint:
                 self._say(error.hint, "")
             if not self.is_interactive:
@@ -274,19 +322,21 @@ class Chat:
     def _dropped(self, text: str) -> list[Attachment]:
         """Images whose paths stand in the message."""
         paths = dropped_images(text)
-        if paths and not self.session.can_see:
-            self.say(
-                f"{self.session.info.name} has no vision tower here: {paths[0]} is sent as a name, not as an image"
-            )
+        if paths and not self.conversation.can_see:
+            name = self.conversation.info.name
+            self.say(f"{name} has no vision tower here: {paths[0]} is sent as a name, not as an image")
             return []
-        return [read_image(path) for path in paths]
+        images = [read_image(path) for path in paths]
+        for image in images:
+            self.say(f"{image.describe()} goes with this message")
+        return images
 
     def _tool_loop(self, view: AnswerView) -> "ToolLoop | None":
         if self.tools is None:
             return None
         from kimi_lite.apps.chat.tool_loop import ToolLoop
 
-        return ToolLoop(self.session, self.tools, self._permit, self.say, view.close)
+        return ToolLoop(self.conversation, self.tools, self._permit, self.say, view.close)
 
     def _permit(self, question: "Question") -> "Permission":
         """Ask the user about a tool call; a pipe cannot be asked."""
@@ -300,37 +350,29 @@ class Chat:
         return ANSWERS[self.choose(question.prompt, "".join(ANSWERS), question.default)]
 
     def _last_words(self) -> str:
-        text = next((" ".join(turn.text.split()) for turn in reversed(self.session.turns) if turn.role == "user"), "")
-        width = max(self.aside.width - 40, 20)
-        return f", the last about: {text[:width]}" if text else ""
+        texts = [turn.text for turn in self.conversation.turns if turn.role == "user"]
+        text = " ".join(texts[-1].split()) if texts else ""
+        return f", the last about: {shortened(text, max(self.status.width - 40, 20))}" if text else ""
 
 
-def chat(
-    session: Conversation,
-    aside: Console,
-    options: ChatOptions,
-    greet: Callable[[], None],
-    tools: "ToolBox | None" = None,
-) -> None:
+def run_chat(chat: Chat, claim: Claim | None, greet: Callable[[], None]) -> None:
     """Talk until the user leaves. `greet` shows what the conversation begins with."""
-    autosave = Autosave(session, SessionStore(state_folder() / "sessions"))
-    conversation = Chat(session, aside, autosave, options, tools)
     with as_exit("SIGTERM", "SIGHUP"):
         try:
-            if not options.is_quiet:
+            if not chat.options.is_quiet:
                 greet()
-            conversation.begin()
-            conversation.loop(_make_input(conversation))
+            chat.begin(claim)
+            chat.loop(_make_input(chat))
         finally:
-            autosave.save()
-            autosave.close()
+            chat.leave()
+            chat.autosave.close()
 
 
-def _make_input(conversation: Chat) -> Input:
+def _make_input(chat: Chat) -> Input:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         from kimi_lite.apps.chat.input_pipe import PipeInput
 
         return PipeInput(sys.stdin)
     from kimi_lite.apps.chat.input import TerminalInput
 
-    return TerminalInput(conversation, state_folder() / "history")
+    return TerminalInput(chat, state_folder() / "history")

@@ -1,49 +1,74 @@
-"""`kimi-lite chat`: from its options to a conversation in progress."""
+"""`kimi-lite chat`: from its options to a conversation in progress. What can fail early fails before the model is
+loaded."""
 
+import os
 import sys
 import textwrap
 from contextlib import ExitStack, closing
 
-from kimi_lite.apps.chat.chat import ChatOptions, chat
+from kimi_lite.apps.chat.chat import Chat, run_chat
+from kimi_lite.apps.chat.sessions import Autosave, Claim, SessionStore
+from kimi_lite.apps.folders import make_private, state_folder
+from kimi_lite.apps.model_files import guard_terminal
 from kimi_lite.apps.opening import greeting, open_session
 from kimi_lite.apps.tools.choice import open_tools, require_place
-from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
 from kimi_lite.terminal import Console, show_plain
 
 
 def start_chat(options: Options) -> None:
-    """Load, greet, talk, and let go of everything."""
-    if options.is_continuing and options.session_name:
-        raise KimiLiteError("--continue and --session are both given.", "Give one: --session NAME goes on with NAME.")
-    sys.stdin.reconfigure(errors="surrogateescape")  # the conversation refuses what is not UTF-8
-    aside = Console(stderr=not sys.stdout.isatty())
-    chat_options = ChatOptions(
-        is_quiet=options.is_quiet,
-        is_plain=options.is_plain,
-        shows_reasoning=not options.is_hiding_thinking,
-        is_continuing=options.is_continuing,
-        session_name=options.session_name,
-        images=options.images,
-        is_thinking=options.is_thinking,
-        system=options.system,
-        answer=AnswerSettings.from_options(options),
-    )
+    """Check, load, greet, talk, and let go of everything."""
+    status = Console(stderr=not sys.stdout.isatty())
+    store = SessionStore(state_folder() / "sessions")
 
     def greet() -> None:
-        for line in [*greeting(session, options), *(tools.notes if tools else ())]:
-            show_plain(
-                aside, textwrap.fill(line, aside.width, subsequent_indent="  ", break_on_hyphens=False), style="dim"
-            )
-        if aside.is_terminal:
-            show_plain(aside, "")
+        for line in [*greeting(chat.conversation, options), *(tools.notes if tools else ())]:
+            show_plain(status, wrapped(line, status.width), style="dim")
+        if status.is_terminal:
+            show_plain(status, "")
 
     with ExitStack() as stack:
+        claim = claim_session(store, options.is_continuing, options.session_name)
+        if claim is not None:
+            stack.callback(claim.release)
+        problem = prepare_folder(store)
+        if problem:
+            show_plain(status, f"{problem} The chat goes on unsaved.", style="red")
         tools = open_tools(options)
         if tools is not None:
             stack.enter_context(tools)
-        session = stack.enter_context(closing(open_session(options, aside)))
+        conversation = stack.enter_context(closing(open_session(options, status)))
         if tools is not None:
-            require_place(session)
-        chat(session, aside, chat_options, greet, tools)
+            require_place(conversation)
+        if conversation.info.path.exists():
+            guard_terminal("" if problem else "; the conversation is saved: kimi-lite chat --continue")
+        chat = Chat(conversation, status, Autosave(conversation, store), options, tools, is_unsaved=bool(problem))
+        run_chat(chat, claim, greet)
+
+
+def claim_session(store: SessionStore, is_continuing: bool, name: str | None) -> Claim | None:
+    """The conversation that `--continue` or `--session NAME` asks for, checked and under its lock."""
+    if is_continuing and name:
+        raise KimiLiteError("--continue and --session are both given.", "Give one: --session NAME goes on with NAME.")
+    if is_continuing:
+        return Claim.of(store, store.latest())
+    return Claim.of(store, name, is_new_allowed=True) if name else None
+
+
+def prepare_folder(store: SessionStore) -> str:
+    """Make the folder for conversations, clean it, and say why none can be saved there ("" where they can)."""
+    try:
+        make_private(store.folder.parent)
+        folder = make_private(store.folder, is_ours=True) if store.folder.is_dir() else store.folder.parent
+    except KimiLiteError as error:
+        return error.message
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"Conversations cannot be saved: the folder {folder} is not writable."
+    store.clean()
+    return ""
+
+
+def wrapped(line: str, width: int) -> str:
+    """At most `width` columns, broken between words; what follows is indented."""
+    return textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False)

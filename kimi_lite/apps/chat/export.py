@@ -1,6 +1,7 @@
 """A conversation as a document for people: `/export md`. `/export json` is the session's own document."""
 
 import json
+from datetime import datetime
 
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.documents import to_document
@@ -14,7 +15,7 @@ def export(conversation: Conversation, form: str) -> str:
     if form == "json":
         return json.dumps(to_document(conversation), ensure_ascii=False, indent=2) + "\n"
     assert form == "md", form
-    parts = [f"# A conversation with {conversation.info.name}", f"{conversation.created} · {conversation.mode}"]
+    parts = [f"# A conversation with {conversation.info.name}", f"{_when(conversation.created)} · {conversation.mode}"]
     if conversation.system:
         parts.append(f"**System prompt**\n\n{_quoted(conversation.system)}")
     for index, turn in enumerate(conversation.turns):
@@ -22,6 +23,11 @@ def export(conversation: Conversation, form: str) -> str:
             parts.append("*What is above was no longer sent to the model" + _summary(conversation) + "*")
         parts.append(_turn(turn))
     return "\n\n".join(parts) + "\n"
+
+
+def _when(created: str) -> str:
+    """`28 Nov 2026, 19:16`, the clock of this place."""
+    return datetime.fromisoformat(created).astimezone().strftime("%d %b %Y, %H:%M")
 
 
 def _turn(turn: Turn) -> str:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.styles import Style
 
-from kimi_lite.apps.chat.attachments import counted
 from kimi_lite.apps.chat.completion import ChatCompleter
 from kimi_lite.apps.chat.input_pipe import is_open_block, unquote_block
 from kimi_lite.apps.folders import make_private
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.terminal import open_prompt
+from kimi_lite.units import counted
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.chat import Chat
@@ -64,7 +67,7 @@ class Pastes:
 
 
 class PrivateHistory(FileHistory):
-    """What was typed, in a file for its owner's eyes only."""
+    """What was typed, in a file for its owner only. OSError where there can be none."""
 
     def __init__(self, path: Path, pastes: Pastes) -> None:
         make_private(path.parent)
@@ -76,7 +79,16 @@ class PrivateHistory(FileHistory):
     def store_string(self, string: str) -> None:
         text = self._pastes.expand(string)
         if len(text) <= MAX_HISTORY_CHARS:
-            super().store_string(text)
+            with suppress(OSError):  # a full disk: what was typed stays in memory
+                super().store_string(text)
+
+
+def open_history(path: Path, pastes: Pastes) -> History:
+    """In memory where no file can be written."""
+    try:
+        return PrivateHistory(path, pastes)
+    except (OSError, KimiLiteError):
+        return InMemoryHistory()
 
 
 class TerminalInput:
@@ -95,7 +107,7 @@ class TerminalInput:
             completer=ChatCompleter(chat),
             complete_while_typing=is_command,
             reserve_space_for_menu=MENU_ROWS,
-            history=PrivateHistory(history_path, self._pastes),
+            history=open_history(history_path, self._pastes),
             prompt_continuation="  ",
             enable_suspend=True,
             tempfile_suffix=".md",
@@ -106,6 +118,7 @@ class TerminalInput:
         return unquote_block(self._pastes.expand(self._session.prompt(default=self._pastes.collapse(draft))))
 
     def choose(self, question: str, answers: str, default: str = "") -> str:
+        question = textwrap.fill(question, shutil.get_terminal_size().columns - 2) + " "
         while True:
             try:
                 answer = self._question.prompt(question).strip().lower()[:1] or default
@@ -125,7 +138,7 @@ class TerminalInput:
         if self._chat.is_editing:
             return "editing the last message"
         return (
-            {True: "thinking", False: "instant"}[self._chat.session.settings.is_thinking]
+            {True: "thinking", False: "instant"}[self._chat.conversation.settings.is_thinking]
             if self._chat.can_think
             else ""
         )
@@ -157,6 +170,6 @@ class TerminalInput:
         @keys.add("escape", "t")
         def _toggle(event: KeyPressEvent) -> None:
             if self._chat.can_think:
-                self._chat.session.set_thinking(not self._chat.session.settings.is_thinking)
+                self._chat.conversation.set_thinking(not self._chat.conversation.settings.is_thinking)
 
         return keys

@@ -1,21 +1,28 @@
-"""Messages from a pipe: a line each, or several lines between triple quotation marks."""
+"""Messages from a pipe: a line each, or several lines between triple quotation marks; in UTF-8, or in UTF-16 as
+PowerShell pipes it.
+"""
 
+import codecs
 from typing import TextIO
 
 QUOTES = '"""'
 
 
 class PipeInput:
-    """Reads messages from `stream`. Nobody is there to be asked."""
+    """Reads messages from `stream`. It cannot be asked anything."""
 
     is_interactive = False
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._has_begun = False
 
     def read(self, draft: str) -> str:
         """The next message; EOFError at the end. A block that is never closed ends there too."""
-        line = self._stream.readline()
+        if not self._has_begun:
+            self._has_begun = True
+            _set_encoding(self._stream)
+        line = self._stream.readline().removeprefix("\ufeff")
         if not line:
             raise EOFError
         if not line.lstrip().startswith(QUOTES):
@@ -26,6 +33,18 @@ class PipeInput:
 
     def choose(self, question: str, answers: str, default: str = "") -> str:
         raise AssertionError(question)
+
+
+def _set_encoding(stream: TextIO) -> None:
+    """By how it begins, whatever the locale. Bytes that are not text are kept, for the message is refused then."""
+    head = stream.buffer.peek(4)[:4] if hasattr(stream.buffer, "peek") else b""
+    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (len(head) == 4 and not any(head[1::2]))
+    if not is_utf16:
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        stream.reconfigure(encoding="utf-16", errors="replace")
+    else:
+        stream.reconfigure(encoding="utf-16-le", errors="replace")
 
 
 def is_open_block(text: str) -> bool:

@@ -1,5 +1,6 @@
 """What `/set` and `/retry-with` change: the settings of answers by the names of their flags."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -10,6 +11,12 @@ from kimi_lite.engine.types import SamplingParams
 from kimi_lite.errors import KimiLiteError
 
 DEFAULT = "default"
+_ESCAPE = re.compile(r"\\([nt\\])")
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+_STARTS = {  # what is chosen when the program starts, by the names that other programs have for it
+    ("num-ctx", "ctx", "context", "ctx-size"): "The context's length is set at the start: kimi-lite chat -c 64K.",
+    ("model",): "The model is chosen at the start: kimi-lite chat -m FILE.",
+}
 _SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
 
 
@@ -30,7 +37,7 @@ class Parameter:
         """The value as it is typed; None is what the default does."""
         value = self.value(settings)
         if self.field == "temperature" and value is None:
-            return f"{settings.sampling_temperature:g} (by the mode)"
+            return f"{settings.sampling_temperature:g} (set by the thinking mode)"
         if value is None:
             return {"seed": "random", "max_tokens": "no limit", "thinking_budget": "no limit"}[self.field]
         if isinstance(value, bool):
@@ -41,7 +48,7 @@ class Parameter:
         if self.field in _SAMPLING_FIELDS and self.field != "temperature":
             return replace(settings, sampling=replace(settings.sampling, **{self.field: value}))
         if self.field == "temperature":
-            SamplingParams(temperature=0.0 if value is None else value)  # refuses what is no temperature
+            SamplingParams(temperature=0.0 if value is None else value)  # refuses what is not a temperature
         return replace(settings, **{self.field: value})
 
 
@@ -54,7 +61,7 @@ def _limit(text: str) -> int | None:
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    return () if text == "none" else (text.encode().decode("unicode_escape") if "\\" in text else text,)
+    return () if text == "none" else (_ESCAPE.sub(lambda match: _ESCAPES[match[1]], text),)
 
 
 PARAMETERS = (
@@ -73,16 +80,17 @@ PARAMETERS = (
 
 
 def find(name: str) -> Parameter:
-    """By name, underscores or dashes; KimiLiteError with the nearest where there is none."""
+    """By name, with underscores or dashes; KimiLiteError with the nearest where there is none."""
     by_name = {parameter.name: parameter for parameter in PARAMETERS} | {
         "temperature": PARAMETERS[0],
         "thinking": PARAMETERS[8],
     }
     wanted = name.lower().replace("_", "-")
+    start = next((hint for names, hint in _STARTS.items() if wanted in names), "")
     if wanted not in by_name:
         near = get_close_matches(wanted, by_name, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else "/set lists them."
-        raise KimiLiteError(f"There is no setting {name!r}.", hint)
+        raise KimiLiteError(f"There is no setting {name!r}.", start or hint)
     return by_name[wanted]
 
 
@@ -98,20 +106,20 @@ def changed(conversation: Conversation, settings: AnswerSettings, name: str, tex
             f"{parameter.name} cannot be {text!r}.", f"It is: {parameter.help}; or {DEFAULT}."
         ) from None
     if parameter.field == "is_thinking" and value and not conversation.can_think:
-        raise KimiLiteError(f"{conversation.info.name} has no thinking mode.", "Leave think off.")
+        raise KimiLiteError(f"{conversation.info.name} has no thinking mode.", "It answers without.")
     if parameter.field == "thinking_budget" and value is not None:
         if value < 0:
             raise KimiLiteError(f"think-budget is {value}; it must be 0 or more.", "-1 takes the limit away.")
         conversation.require_budget()
     if parameter.field == "preserve_thinking" and value and not conversation.can_preserve:
         raise KimiLiteError(
-            f"The chat template of {conversation.info.name} always drops past reasoning.", "Leave it off."
+            f"The chat template of {conversation.info.name} always drops past reasoning.", "Keep it off."
         )
     return parameter.change(settings, value)
 
 
 def parse_pairs(argument: str) -> list[tuple[str, str]]:
-    """`temp=0.7 top-p=0.9` as pairs; KimiLiteError for what is no pair."""
+    """`temp=0.7 top-p=0.9` as pairs; KimiLiteError for anything else."""
     pairs = [word.partition("=") for word in argument.split()]
     if not pairs or not all(name and sign and value for name, sign, value in pairs):
         raise KimiLiteError(f"{argument!r} is not name=value.", "For example /retry-with temp=0.7 top-p=0.9")

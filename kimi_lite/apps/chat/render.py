@@ -1,14 +1,15 @@
 """What a terminal shows: the answer as it comes, reasoning dim, progress, the statistics line, errors.
 
-Two streams: `out` carries the answer and nothing else, `aside` (a rich console, often stderr) everything about it.
+Two streams: `out` carries the answer and nothing else, `status` (a rich console, often stderr) everything about it.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TextIO
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from kimi_lite.apps.markdown.live import LiveRows
@@ -16,12 +17,13 @@ from kimi_lite.apps.markdown.rows import Row
 from kimi_lite.apps.markdown.stream import MarkdownStream
 from kimi_lite.engine.turns import AnswerRecord
 from kimi_lite.engine.types import ModelInfo, Stats, Token
-from kimi_lite.errors import KimiLiteError
 from kimi_lite.terminal import Console, show_plain, write
+from kimi_lite.units import counted, gib
 
 LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
+LEAST_RATED_TOKENS = 16  # below it a prompt's speed is that of the first token
+SILENCE_S = 1.0  # then it is shown what is waited for
 REASONING_ROWS = 12  # of the screen, while the model thinks
-MIB, GIB = 1024**2, 1024**3
 
 
 class AnswerView:
@@ -35,19 +37,19 @@ class AnswerView:
     def __init__(
         self,
         out: TextIO,
-        aside: Console,
+        status: Console,
         shows_reasoning: bool,
         is_plain: bool = False,
         shows_calls: bool = True,
         think_hint: str = "",
     ) -> None:
-        self.out, self.aside = out, aside
+        self.out, self.status = out, status
         self._records: list[AnswerRecord] = []  # of this answer, or of each that calls led to
         self.last: Token | None = None
-        is_counted = shows_calls and not is_plain and can_redraw(aside)  # hidden, but one sees that something goes on
+        is_counted = shows_calls and not is_plain and can_redraw(status)  # hidden, but one sees that something goes on
         shows_any = shows_reasoning or is_counted
         self._thinking = (
-            ReasoningView(aside, is_plain, think_hint, is_hidden=not shows_reasoning) if shows_any else None
+            ReasoningView(status, is_plain, think_hint, is_hidden=not shows_reasoning) if shows_any else None
         )
         self._shows_calls = shows_calls
         screen = Console(file=out)
@@ -132,7 +134,7 @@ class AnswerView:
             self._dim(f"{token.error}\n")
 
     def _dim(self, text: str) -> None:
-        show_plain(self.aside, text, end="", style="dim")
+        show_plain(self.status, text, end="", style="dim")
 
 
 class ReasoningView:
@@ -167,7 +169,7 @@ class ReasoningView:
 
     @property
     def _amount(self) -> str:
-        tokens = f" · {self._num_tokens:,} tokens" if self._num_tokens else ""
+        tokens = f" · {counted(self._num_tokens, 'token')}" if self._num_tokens else ""
         return f"{time.perf_counter() - self._began_s:.0f} s{tokens}"
 
     def _rows(self) -> list[Row]:
@@ -183,20 +185,19 @@ def can_redraw(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
-def show_reasoning(console: Console, text: str) -> None:
-    """All of a past answer's reasoning, dim: `/think show`."""
-    show_plain(console, text.strip("\n"), style="dim")
-
-
 class WorkProgress:
-    """A bar for work of known length that goes away when done; nothing where `console` is no terminal."""
+    """What goes on until the first token: a bar for work of known length, or after a second of silence what is waited
+    for and how long. Gone when closed; nothing where `console` is no terminal."""
 
     def __init__(self, console: Console, unit: Callable[[int], str] = "{:,}".format, least: int = 1) -> None:
         amount = TextColumn("[dim]{task.fields[amount]}")
         columns = (TextColumn("[dim]{task.description}"), BarColumn(28), amount, TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._line = Progress(_Waited(), console=console, transient=True, disable=not can_redraw(console))
         self._unit, self._least = unit, least
         self._task: TaskID | None = None
+        self._timer: threading.Timer | None = None  # until the line is shown; kept while it is
+        self._lock = threading.RLock()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show that `done` of `total` units of `what` are done. The bar appears when there is enough to do."""
@@ -204,14 +205,24 @@ class WorkProgress:
             return
         amount = f"{self._unit(done)} / {self._unit(total)}"
         if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task(what, total=total, amount=amount)
-        self._progress.update(self._task, description=what, completed=done, total=total, amount=amount)
+            self._stop_waiting()
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total, amount=amount)
+        self._bar.update(self._task, description=what, completed=done, total=total, amount=amount)
+
+    def wait(self, what: str) -> None:
+        """From now on something is waited for: `waiting for kimi-k2.5` becomes `waiting for kimi-k2.5 · 5 s`."""
+        self._stop_waiting()
+        self._timer = threading.Timer(SILENCE_S, self._show_waiting, [what, time.monotonic()])
+        self._timer.daemon = True
+        self._timer.start()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Take away what is shown."""
+        self._stop_waiting()
         if self._task is not None:
-            self._progress.stop()
+            self._bar.stop()
+            self._bar.remove_task(self._task)
             self._task = None
 
     def __enter__(self) -> "WorkProgress":
@@ -220,19 +231,65 @@ class WorkProgress:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _show_waiting(self, what: str, since_s: float) -> None:
+        """In the timer's thread."""
+        with self._lock:
+            if self._timer is threading.current_thread():
+                self._line.add_task(what, total=None, since_s=since_s)
+                self._line.start()
 
-def stats_line(token: Token) -> str:
-    """`prompt 24 tok 38.2 t/s (12 cached) · gen 212 tok 6.2 t/s · TTFT 0.7 s`, and why it ended if not by itself."""
+    def _stop_waiting(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+                self._line.stop()
+                for task in self._line.task_ids:
+                    self._line.remove_task(task)
+
+
+class _Waited(ProgressColumn):
+    """`waiting for kimi-k2.5 · 5 s`"""
+
+    max_refresh = 0.2
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.description} · {time.monotonic() - task.fields['since_s']:.0f} s", style="dim")
+
+
+def stats_line(
+    token: Token, max_tokens: int | None = None, context_length: int | None = None, num_read: int = 0
+) -> str:
+    """`prompt 24 tok 38.2 t/s (12 cached) · gen 212 tok 6.2 t/s · TTFT 0.7 s`, and why it ended if not by itself.
+
+    `max_tokens` and `context_length` are the limits it had, `num_read` how much of the prompt was read when it was
+    stopped.
+    """
     s = token.stats
     cached = f" ({s.cached_tokens:,} cached)" if s.cached_tokens else ""
-    parts = (
-        [f"prompt {s.prompt_tokens:,} tok{_rate(s.prompt_tok_s)}{cached}"] if s.prompt_tokens else []
-    )  # 0: not known
+    is_rated = s.prompt_tokens - s.cached_tokens >= LEAST_RATED_TOKENS
+    rate = _rate(s.prompt_tok_s) if is_rated else ""
+    is_half_read = token.finish_reason == "cancelled" and not s.generated_tokens and 0 < num_read < s.prompt_tokens
+    read = f"{num_read:,} of " if is_half_read else ""
+    parts = [f"prompt {read}{s.prompt_tokens:,} tok{rate}{cached}"] if s.prompt_tokens else []  # 0: not known
     parts.append(f"gen {s.generated_tokens:,} tok{_rate(s.generation_tok_s)}")
     if s.generated_tokens:
         parts.append(f"TTFT {s.time_to_first_token_s:.1f} s")
-    endings = {"cancelled": "stopped", "length": "cut: token limit or full context"}
-    return " · ".join([*parts, *filter(None, [endings.get(token.finish_reason)])])
+    return " · ".join([*parts, *filter(None, [_ending(token, max_tokens, context_length)])])
+
+
+def _ending(token: Token, max_tokens: int | None, context_length: int | None) -> str:
+    """Why an answer ended that the model had not ended."""
+    if token.finish_reason == "cancelled":
+        return "stopped"
+    if token.finish_reason != "length":
+        return ""
+    num_generated = token.stats.generated_tokens
+    if max_tokens is not None and num_generated >= max_tokens:
+        return f"cut: limit of {max_tokens:,} tokens (-n)"
+    if context_length is not None and token.stats.prompt_tokens + num_generated >= context_length:
+        return f"cut: the context of {context_length:,} tokens is full"
+    return "cut: the server's limit"
 
 
 def _rate(tok_s: float | None) -> str:
@@ -252,14 +309,4 @@ def describe_model(info: ModelInfo) -> str:
     total = sum(num_bytes for _, num_bytes in info.bytes_by_type)
     shares = [(name, round(100 * num_bytes / total)) for name, num_bytes in info.bytes_by_type]
     types = ", ".join(f"{name} {share} %" for name, share in shares if share >= 1)
-    size = (
-        f"{info.total_bytes / GIB:,.1f} GiB" if info.total_bytes >= GIB / 10 else f"{info.total_bytes / MIB:,.1f} MiB"
-    )
-    return f"{types} · {size}"
-
-
-def show_error(console: Console, error: KimiLiteError) -> None:
-    """What failed, then what to do."""
-    show_plain(console, error.message, style="red")
-    if error.hint:
-        show_plain(console, error.hint)
+    return f"{types} · {gib(info.total_bytes)}"

@@ -1,14 +1,15 @@
 """Answers that call tools: run the calls, give the results back, go on, until there is an answer or enough is enough.
 
-    loop = ToolLoop(session, box, ask, say)
-    tokens = session.ask("How many lines has README.md?", report, box.declarations)
+    loop = ToolLoop(conversation, box, ask, say)
+    tokens = conversation.ask("How many lines has README.md?", report, box.declarations)
     for token in loop.follow(tokens, report): view.show(token)
 
 Works with any `engine.conversation.Conversation`, local or remote: call ids go back as they came. `cancel` may come at
 any time from a signal handler.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 
 from kimi_lite.apps.tools.box import Ask, Stopped, ToolBox
 from kimi_lite.engine.answer_settings import AnswerSettings
@@ -29,29 +30,33 @@ class ToolLoop:
 
     def __init__(
         self,
-        session: Conversation,
+        conversation: Conversation,
         box: ToolBox,
         ask: Ask,
         say: Callable[[str], None],
         pause: Callable[[], None] = lambda: None,
         most_rounds: int = MOST_ROUNDS,
     ) -> None:
-        self.session, self.box, self.most_rounds = session, box, most_rounds
+        self.conversation, self.box, self.most_rounds = conversation, box, most_rounds
         self._ask, self._say, self._pause = ask, say, pause
         self._is_cancelled = False
 
     def follow(
-        self, tokens: Iterator[Token], on_prefill: OnPrefill | None = None, settings: AnswerSettings | None = None
+        self,
+        tokens: Generator[Token, None, None],
+        on_prefill: OnPrefill | None = None,
+        settings: AnswerSettings | None = None,
     ) -> Iterator[Token]:
         """The tokens of an answer, then those of the answers that follow from its calls; each ends with a finish
         reason."""
         self._is_cancelled = False
         for num_rounds in range(self.most_rounds + 2):
             last, error = None, ""
-            for token in tokens:
-                last, error = token, token.error or error
-                yield token
-            calls = self.session.pending_calls
+            with closing(tokens):  # at once, also where what reads us stops: what was said becomes a turn
+                for token in tokens:
+                    last, error = token, token.error or error
+                    yield token
+            calls = self.conversation.pending_calls
             is_ended = last is None or last.finish_reason not in ("stop", "tool_calls")
             if self._is_cancelled or is_ended or not (calls or error):
                 return
@@ -64,15 +69,15 @@ class ToolLoop:
                 if results is None:
                     self._say("stopped; calls without a result were not run")
                     return
-                tokens = self.session.answer_calls(results, on_prefill, settings)
+                tokens = self.conversation.answer_calls(results, on_prefill, settings)
             else:
-                tokens = self.session.ask(_UNUSABLE.format(error=error), on_prefill, settings=settings)
+                tokens = self.conversation.ask(_UNUSABLE.format(error=error), on_prefill, settings=settings)
 
     def cancel(self) -> None:
         """Stop the answer or the call that is running, and call nothing more."""
         self._is_cancelled = True
         self.box.cancel()
-        self.session.cancel()
+        self.conversation.cancel()
 
     def _run(self, calls: Sequence[ToolCall], num_rounds: int) -> list[tuple[str, str]] | None:
         """A result for every call; None when the user stopped between them: then those there are stay in the
@@ -88,7 +93,7 @@ class ToolLoop:
                     raise Stopped
         except Stopped:
             done = zip(calls, results, strict=False)
-            self.session.turns += [Turn("tool", text, call_id=call.id, name=call.name) for call, (_, text) in done]
+            self.conversation.turns += [Turn("tool", text, call_id=call.id, name=call.name) for call, (_, text) in done]
             return None
         return results
 

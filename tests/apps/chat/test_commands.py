@@ -65,7 +65,7 @@ def test_clear_begins_anew_and_keeps_the_old_one_saved(talk: Talk) -> None:
     assert f"saved as {old}" in talk.say("/clear")
     assert (said(talk), talk.session.system) == ([], "be brief")
     talk.say("there")
-    assert [one.num_turns for one in talk.store.summaries()] == [2, 2]
+    assert [one.num_exchanges for one in talk.store.summaries()] == [1, 1]
 
 
 def test_system_is_shown_set_and_taken_away(talk: Talk) -> None:
@@ -114,9 +114,14 @@ def test_set_changes_what_answers_are_made_with(talk: Talk) -> None:
         ("/export", "nothing to export"),
         ("/load", "There is no name"),
         ("/load nobody", "no conversation 'nobody'"),
-        ("/load ../../etc/passwd", "is no name"),
+        ("/load ../../etc/passwd", "is not a valid name"),
         ("/sessions delete nobody", "no conversation 'nobody'"),
-        ("/sessions burn", "/sessions burn is not known"),
+        ("/sessions burn", "no saved conversation has 'burn'"),
+        ("/sessions delete", "There is no name"),
+        ("/export html x", "There is no format 'html'"),
+        ("/export html", "There is no format 'html'"),
+        ("/set num_ctx 8192", "kimi-lite chat -c 64K"),
+        ("/set model x", "kimi-lite chat -m FILE"),
         ("/ctx drop", "nothing in the context"),
         ("/ctx burn", "/ctx burn is not known"),
         ("/stats", "no answer yet"),
@@ -163,9 +168,9 @@ def test_regen_and_retry_with_answer_again(talk: Talk) -> None:
 
 
 def test_undo_takes_back_what_was_said_last(talk: Talk) -> None:
-    assert "taken back: two (1 left)" in talk.say("one", "two", "/undo")
+    assert "removed: two (1 exchange left)" in talk.say("one", "two", "/undo")
     assert said(talk) == ["one", "you said: one"]
-    assert [one.num_turns for one in talk.store.summaries()] == [2]
+    assert [one.num_exchanges for one in talk.store.summaries()] == [1]
 
 
 def test_edit_brings_the_message_back_and_replaces_it_only_when_sent(talk: Talk) -> None:
@@ -176,7 +181,7 @@ def test_edit_brings_the_message_back_and_replaces_it_only_when_sent(talk: Talk)
     assert said(talk) == ["two", "you said: two"]
     talk.say("/edit three", is_interactive=False)
     assert said(talk) == ["three", "you said: three"]
-    assert "Say /edit TEXT" in talk.say("/edit", is_interactive=False)
+    assert "Use /edit TEXT" in talk.say("/edit", is_interactive=False)
     assert "it has 2,048" in talk.say("/edit " + "long " * 2000)
     assert said(talk) == ["three", "you said: three"]
 
@@ -192,7 +197,7 @@ def test_ctx_shows_drops_and_summarises(talk: Talk) -> None:
     assert "replaced by this summary" in shown
     assert talk.session.summary.startswith("you said: Summarise our conversation")
     assert len(said(talk)) == 6
-    assert "is no number of exchanges from 1 to 1" in talk.say("/ctx drop 7")
+    assert "is not a number of exchanges from 1 to 1" in talk.say("/ctx drop 7")
 
 
 def test_stats_and_tokens_and_experts_tell_what_happened(talk: Talk) -> None:
@@ -208,7 +213,7 @@ def test_stats_and_tokens_and_experts_tell_what_happened(talk: Talk) -> None:
     assert "not known here" in talk.say("/tokens")
     shown = talk.say("/experts")
     assert "kv pages" in shown
-    assert "there is no picture" in shown
+    assert "counted only with a GPU or with --ram below" in shown
 
 
 def test_experts_shows_hit_rates_and_heat_where_there_are_some(talk: Talk) -> None:
@@ -302,7 +307,12 @@ def test_export_writes_both_forms(talk: Talk, tmp_path: Path, monkeypatch: pytes
     assert [turn["content"] for turn in document["turns"]] == said(talk)
     assert (tmp_path / f"{talk.chat.autosave.name}.md").read_text() == text
     assert (tmp_path / "a.json").exists()
-    assert "exists already" in talk.say("/export md out.md")
+    assert "exists already" in talk.say("/export md out.md", is_interactive=False)
+    (tmp_path / "out.md").write_text("mine")
+    assert "not written" in talk.say("/export md out.md", answers="c")
+    assert (tmp_path / "out.md").read_text() == "mine"
+    talk.say("/export md out.md", answers="o")
+    assert (tmp_path / "out.md").read_text() == text
     assert "There is no format" in talk.say("/export out.docx")
     assert "cannot be written" in talk.say("/export md no/such/folder/x.md")
 
@@ -344,7 +354,8 @@ def test_tools_are_listed_and_may_be_allowed(talk: Talk, tmp_path: Path) -> None
         assert "asks" in talk.say("/tools")
         assert "runs ·" in talk.say(f"/tools {name} on")
         assert "runs ·" not in talk.say(f"/tools {name} ask")
-        assert "is not known" in talk.say("/tools nothing on")
+        assert "There is no tool 'nothing'" in talk.say("/tools nothing on")
+        assert "is not known" in talk.say(f"/tools {name} off")
 
 
 def test_a_tool_call_is_asked_about_run_and_answered(talk: Talk, tmp_path: Path) -> None:

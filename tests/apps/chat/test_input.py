@@ -140,7 +140,7 @@ def test_images_dropped_into_the_prompt_are_found(tmp_path: Path) -> None:
     for word in dropped_images(text):
         assert read_image(word).url.startswith("data:image/png;base64,")
     (tmp_path / "no.png").write_text("text")
-    with pytest.raises(KimiLiteError, match="is no PNG"):
+    with pytest.raises(KimiLiteError, match="is not a PNG"):
         read_image(str(tmp_path / "no.png"))
     assert dropped_images("x" * 100_000 + ".png") == []
     assert os.sep in str(tmp_path)

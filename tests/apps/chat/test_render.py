@@ -12,7 +12,6 @@ from kimi_lite.apps.chat.render import (
     AnswerView,
     ReasoningView,
     describe_model,
-    show_reasoning,
     stats_line,
 )
 from kimi_lite.apps.markdown.stream import MarkdownStream
@@ -36,13 +35,13 @@ def token(kind: str, text: str, **more: object) -> Token:
 
 
 def show(*tokens: Token, shows_reasoning: bool = True) -> tuple[str, str]:
-    """(stdout, aside)"""
-    out, aside = io.StringIO(), io.StringIO()
-    view = AnswerView(out, Console(file=aside), shows_reasoning)
+    """(stdout, status)"""
+    out, status = io.StringIO(), io.StringIO()
+    view = AnswerView(out, Console(file=status), shows_reasoning)
     for one in tokens:
         view.show(one)
     view.close()
-    return out.getvalue(), aside.getvalue()
+    return out.getvalue(), status.getvalue()
 
 
 def test_reasoning_and_answer_go_their_ways_without_the_empty_lines_between() -> None:
@@ -52,24 +51,24 @@ def test_reasoning_and_answer_go_their_ways_without_the_empty_lines_between() ->
         token("content", "\n\n"),
         token("content", "yes\n\nno"),
     ]
-    out, aside = show(*tokens)
+    out, status = show(*tokens)
     assert out == "yes\n\nno\n"
-    assert aside == "hmm\n▸ thought for 0 s · 2 tokens\n"
+    assert status == "hmm\n▸ thought for 0 s · 2 tokens\n"
     assert show(*tokens, shows_reasoning=False) == ("yes\n\nno\n", "")
 
 
 def test_reasoning_without_an_answer_is_closed_too() -> None:
-    assert show(token("reasoning", "hm")) == ("", "hm\n▸ thought for 0 s · 1 tokens\n")
+    assert show(token("reasoning", "hm")) == ("", "hm\n▸ thought for 0 s · 1 token\n")
 
 
 def test_tool_calls_are_no_part_of_the_answer() -> None:
     call = token("tool_call", "", call=ToolCall("functions.add:0", "add"))
     broken = token("tool_call", "", error="Tool call 'x' cannot be used.")
-    out, aside = show(
+    out, status = show(
         token("content", "I add."), call, token("tool_call", '{"a": 1}'), broken, token("content", "Done")
     )
     assert out == "I add.\nDone\n"
-    assert aside == "→ add {\"a\": 1}\nTool call 'x' cannot be used.\n"
+    assert status == "→ add {\"a\": 1}\nTool call 'x' cannot be used.\n"
 
 
 class Tty(io.StringIO):
@@ -137,7 +136,7 @@ def test_hidden_reasoning_is_counted() -> None:
 
 def test_plain_is_as_it_comes_but_for_controls() -> None:
     screen = on_screen(token("reasoning", "hm"), token("content", "**y**\x1b[31m"), is_plain=True)
-    assert screen.text == "hm\n▸ thought for 0 s · 1 tokens\n**y**�[31m"
+    assert screen.text == "hm\n▸ thought for 0 s · 1 token\n**y**�[31m"
 
 
 @settings(deadline=None, max_examples=20)
@@ -146,17 +145,11 @@ def test_any_stream_of_tokens_can_be_shown(pieces: list[tuple[str, str]]) -> Non
     tokens = [token(kind, text) for kind, text in pieces]
     said = "".join(text for kind, text in pieces if kind == "content").lstrip("\n")
     thought = "".join(text for kind, text in pieces if kind == "reasoning")
-    out, aside = show(*tokens)
+    out, status = show(*tokens)
     assert "".join(out.split()) == "".join(said.split())
-    assert aside.count("▸") <= len(pieces)
-    assert bool(aside) == bool(thought.strip("\n"))
+    assert status.count("▸") <= len(pieces)
+    assert bool(status) == bool(thought.strip("\n"))
     assert "▸" in on_screen(*tokens).text or not thought.strip("\n")
-
-
-def test_show_reasoning_opens_it_again() -> None:
-    screen = Screen()
-    show_reasoning(screen.console, "\nfirst\nsecond\x1b[2J\n")
-    assert screen.text == "first\nsecond�[2J"
 
 
 def test_the_statistics_line() -> None:

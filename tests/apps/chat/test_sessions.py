@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_lite.apps.chat.sessions import Autosave, SessionLock, SessionStore
+from kimi_lite.apps.chat.sessions import Autosave, Claim, SessionLock, SessionStore
 from kimi_lite.engine.session import Session
 from kimi_lite.errors import KimiLiteError
 from tests.apps.fake_main import repeat
@@ -70,12 +70,12 @@ def test_one_conversation_is_held_by_one_program(autosave: Autosave) -> None:
     other = open_autosave(autosave.store.folder)
     before = list(other.conversation.turns)
     with pytest.raises(KimiLiteError, match=rf"open in another kimi-lite \(pid {os.getpid()}\)"):
-        other.open("mine")
+        Claim.of(other.store, "mine")
     with pytest.raises(KimiLiteError, match="open in another"):
         other.store.delete("mine")
     assert other.conversation.turns == before
     autosave.close()
-    assert other.open("mine")
+    assert other.open(Claim.of(other.store, "mine"))
     other.close()
     assert {path.suffix for path in autosave.store.folder.iterdir()} == {".json"}
 
@@ -123,7 +123,7 @@ def test_a_kill_during_a_save_loses_nothing_that_was_saved(tmp_path: Path) -> No
         (summary,) = store.summaries()
         assert not summary.error
         other = open_autosave(folder)
-        assert other.open("mine")  # the killed program holds nothing
+        assert other.open(Claim.of(store, "mine"))  # the killed program holds nothing
         other.close()
 
 
@@ -139,7 +139,8 @@ def test_a_killed_chat_goes_on_where_it_was(tmp_path: Path) -> None:
     terminal.wait()
     terminal.close()
     again = Terminal(FAKE, "chat", "-m", "x", "--continue")
-    again.wait_for("1 exchange, the last about: first words")
+    again.wait_for("2 exchanges, the last about: slow")
+    again.wait_for("the last message has no answer: /regen asks again")
     again.close()
 
 
@@ -171,7 +172,7 @@ def test_foreign_and_damaged_files_are_a_sentence(autosave: Autosave, text: str,
     autosave.store.path("bad").write_text(text, encoding="latin-1")
     before = list(autosave.conversation.turns)
     with pytest.raises(KimiLiteError, match=message):
-        autosave.open("bad")
+        autosave.open(Claim.of(autosave.store, "bad"))
     assert autosave.conversation.turns == before
     assert {one.name: bool(one.error) for one in autosave.store.summaries()} == {"bad": True, autosave.name: False}
     assert autosave.store.latest() == autosave.name

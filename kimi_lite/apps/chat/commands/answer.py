@@ -8,6 +8,7 @@ from kimi_lite.apps.chat.commands.registry import Registry
 from kimi_lite.apps.chat.parameters import changed, parse_pairs
 from kimi_lite.engine.turns import num_images, text_of
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import counted, shortened
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.chat import Chat
@@ -19,39 +20,40 @@ _SHOWN_CHARS = 60
 @COMMANDS.command("regen", "retry")
 def _regen(chat: Chat, argument: str) -> None:
     """answer the last message again"""
-    chat.answer(lambda report: chat.session.regenerate(report))
+    chat.require_files()
+    chat.answer(chat.conversation.regenerate(chat.on_prefill))
 
 
 @COMMANDS.command("retry-with", usage="NAME=VALUE ...", arguments="pairs")
 def _retry_with(chat: Chat, argument: str) -> None:
     """answer the last message again with other settings, this once: /retry-with temp=0.7"""
-    settings = chat.session.settings
+    settings = chat.conversation.settings
     for name, value in parse_pairs(argument):
-        settings = changed(chat.session, settings, name, value)
-    chat.answer(lambda report: chat.session.regenerate(report, settings))
+        settings = changed(chat.conversation, settings, name, value)
+    chat.require_files()
+    chat.answer(chat.conversation.regenerate(chat.on_prefill, settings), settings)
 
 
 @COMMANDS.command("undo")
 def _undo(chat: Chat, argument: str) -> None:
-    """take the last message and its answer back"""
-    text = " ".join(text_of(chat.session.undo()).split())
-    chat.autosave.save()
-    left = len(chat.session.exchanges)
-    short = text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1] + "…"
-    chat.say(f"taken back: {short} ({left} left)")
+    """remove the last message and its answer"""
+    text = " ".join(text_of(chat.conversation.undo()).split())
+    chat.save()
+    left = len(chat.conversation.exchanges)
+    chat.say(f"removed: {shortened(text, _SHOWN_CHARS)} ({counted(left, 'exchange')} left)")
 
 
 @COMMANDS.command("edit", usage="[TEXT]")
 def _edit(chat: Chat, argument: str) -> None:
-    """take the last message back into the prompt to change it, or replace it by TEXT"""
-    if not chat.session.exchanges:
+    """put the last message into the prompt again to change it, or replace it by TEXT"""
+    if not chat.conversation.exchanges:
         raise KimiLiteError("There is no message yet to edit.", "Type one.")
-    last = chat.session.turns[chat.session.exchanges[-1]].content
+    last = chat.conversation.turns[chat.conversation.exchanges[-1]].content
     if argument:
         chat.replace(argument)
     elif not chat.is_interactive:
-        raise KimiLiteError("There is no prompt here to edit in.", "Say /edit TEXT.")
+        raise KimiLiteError("There is no prompt here to edit in.", "Use /edit TEXT.")
     else:
         if num_images(last):
-            chat.say("its images are not taken along; attach them again by /image")
+            chat.say("its images are not kept; attach them again with /image")
         chat.draft, chat.is_editing = text_of(last), True

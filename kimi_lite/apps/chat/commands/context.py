@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kimi_lite.apps.chat.attachments import counted
 from kimi_lite.apps.chat.commands.registry import Registry
 from kimi_lite.apps.chat.context import drop_oldest, summarise_oldest
 from kimi_lite.apps.chat.pictures import bar, heat_rows
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.units import gib
+from kimi_lite.units import counted, gib
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.chat import Chat
@@ -36,33 +35,35 @@ def _ctx(chat: Chat, argument: str) -> None:
 
 def _num_exchanges(chat: Chat, text: str) -> int:
     """As typed, or half of them."""
-    have = len(chat.session.exchanges)
+    have = len(chat.conversation.exchanges)
     if have == 0:
         raise KimiLiteError("There is nothing in the context yet.")
     if text and not (text.isdecimal() and 0 < int(text) <= have):
-        raise KimiLiteError(f"{text!r} is no number of exchanges from 1 to {have}.", "/ctx shows how many there are.")
+        raise KimiLiteError(
+            f"{text!r} is not a number of exchanges from 1 to {have}.", "/ctx shows how many there are."
+        )
     return int(text) if text else max(have // 2, 1)
 
 
 def _show_context(chat: Chat) -> None:
-    session = chat.session
-    used, total = _num_used(chat), session.context_length
-    num_hidden = sum(turn.role == "user" for turn in session.turns[: session.num_dropped])
-    parts = [counted(len(session.exchanges), "exchange")]
+    conversation = chat.conversation
+    used, total = _num_used(chat), conversation.context_length
+    num_hidden = sum(turn.role == "user" for turn in conversation.turns[: conversation.num_dropped])
+    parts = [counted(len(conversation.exchanges), "exchange")]
     if num_hidden:
-        parts.append(f"{num_hidden} older {'summarised' if session.summary else 'dropped'}")
+        parts.append(f"{num_hidden} older {'summarised' if conversation.summary else 'dropped'}")
     if total is None:
         chat.say(" · ".join([f"{used:,} tokens of a context whose length the endpoint does not say", *parts]))
         return
-    width = max(min(chat.aside.width - 60, 32), 8)
+    width = max(min(chat.status.width - 60, 32), 8)
     parts = [f"{used:,} of {total:,} tokens ({100 * used / total:.0f} %)", *parts]
     chat.say(f"{bar(used / total, width)} " + " · ".join(parts))
 
 
 def _num_used(chat: Chat) -> int:
     """Counted here, or what the endpoint said with its last answer."""
-    used = chat.session.count_tokens()
-    last = next((turn.stats for turn in reversed(chat.session.turns) if turn.stats is not None), None)
+    used = chat.conversation.count_tokens()
+    last = next((turn.stats for turn in reversed(chat.conversation.turns) if turn.stats is not None), None)
     if used is None:
         used = 0 if last is None else last.prompt_tokens + last.generated_tokens
     return used
@@ -71,7 +72,7 @@ def _num_used(chat: Chat) -> int:
 @COMMANDS.command("stats")
 def _stats(chat: Chat, argument: str) -> None:
     """what the conversation took: tokens, how many came from the cache, speeds, memory"""
-    all_stats = [turn.stats for turn in chat.session.turns if turn.stats is not None]
+    all_stats = [turn.stats for turn in chat.conversation.turns if turn.stats is not None]
     if not all_stats:
         raise KimiLiteError("There is no answer yet.", "Ask something.")
     prompt, cached, generated = (
@@ -86,7 +87,7 @@ def _stats(chat: Chat, argument: str) -> None:
         ),
         ("generated", f"{generated:,} tokens{_speed(generated - len(all_stats), [s.generation_s for s in all_stats])}"),
         ("first token", _times([s.time_to_first_token_s for s in all_stats])),
-        ("settings", chat.session.mode),
+        ("settings", chat.conversation.mode),
         ("conversation", chat.autosave.name),
     ]
     chat.say_table([*rows, ("memory", _memory())])
@@ -110,11 +111,11 @@ def _memory() -> str:
 @COMMANDS.command("tokens", usage="[all]", arguments=("all",))
 def _tokens(chat: Chat, argument: str) -> None:
     """ids and pieces of the last answer, as sampled"""
-    turn = next((turn for turn in reversed(chat.session.turns) if turn.role == "assistant"), None)
+    turn = next((turn for turn in reversed(chat.conversation.turns) if turn.role == "assistant"), None)
     if turn is None:
         raise KimiLiteError("There is no answer yet.", "Ask something.")
     ids = turn.ids if argument == "all" else turn.ids[-_SHOWN_TOKENS:]
-    pieces = chat.session.pieces(ids)
+    pieces = chat.conversation.pieces(ids)
     if not ids or pieces is None:
         raise KimiLiteError("The ids of the last answer are not known here.", "An endpoint or another model made it.")
     if len(ids) < len(turn.ids):
@@ -125,14 +126,14 @@ def _tokens(chat: Chat, argument: str) -> None:
 @COMMANDS.command("experts")
 def _experts(chat: Chat, argument: str) -> None:
     """where experts were found (GPU, RAM, disk) and how often each was used lately, as a picture"""
-    counters, heat = chat.session.counters(), chat.session.heat()
+    counters, heat = chat.conversation.counters(), chat.conversation.heat()
     chat.say_table([_counter(name, value) for name, value in counters.items()] + _hit_rates(counters))
     if heat is None and not counters:
         chat.say("the endpoint does not say where its experts lie")
     elif heat is None:
-        chat.say("this path computes experts where they lie and counts no choices: there is no picture of their use")
+        chat.say("expert use is counted only with a GPU or with --ram below the model's size")
     else:
-        for line in heat_rows(heat, max(chat.aside.width - 8, 16), is_ascii="utf" not in chat.aside.encoding.lower()):
+        for line in heat_rows(heat, max(chat.status.width - 8, 16), is_ascii="utf" not in chat.status.encoding.lower()):
             chat.say(line)
 
 

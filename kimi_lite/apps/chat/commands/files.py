@@ -1,4 +1,4 @@
-"""/read, /image and /tools: what the model is given beside words."""
+"""/read, /image and /tools: what the model is given apart from words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _read(chat: Chat, argument: str) -> None:
         chat.attachments.clear()
     elif argument:
         one = read_text(argument)
-        num_tokens = chat.session.count_tokens(one.text, num_dropped=len(chat.session.turns))
+        num_tokens = chat.conversation.count_tokens(one.text, num_dropped=len(chat.conversation.turns))
         chat.attachments.append(one)
         size = "" if num_tokens is None else f", about {num_tokens:,} tokens,"
         chat.say(f"{one.describe()}{size} goes with your next message")
@@ -36,7 +36,9 @@ def _tools(chat: Chat, argument: str) -> None:
     if chat.tools is None:
         raise KimiLiteError("The model has no tools here.", "Start with --tools FOLDER or --mcp-config FILE.")
     name, _, word = argument.partition(" ")
-    if name and (name not in chat.tools.tools or word.strip() not in ("on", "ask")):
+    if name and name not in chat.tools.tools:
+        raise KimiLiteError(f"There is no tool {name!r}.", f"There are {', '.join(chat.tools.tools)}.")
+    if name and word.strip() not in ("on", "ask"):
         raise KimiLiteError(f"/tools {argument} is not known.", "It is /tools, /tools NAME on or /tools NAME ask.")
     if name:
         (chat.tools.allowed.add if word.strip() == "on" else chat.tools.allowed.discard)(name)
@@ -51,13 +53,13 @@ def _tools(chat: Chat, argument: str) -> None:
 @COMMANDS.command("image", usage="FILE", arguments="file")
 def _image(chat: Chat, argument: str) -> None:
     """put an image into the next message; a path dropped into the prompt does the same"""
-    if not chat.session.can_see:
+    if not chat.conversation.can_see:
         raise KimiLiteError(
-            f"An image needs a model with a vision tower; {chat.session.info.name} has none here.",
+            f"An image needs a model with a vision tower; {chat.conversation.info.name} has none here.",
             "Describe it in words, or use --endpoint URL of a server whose model sees.",
         )
     if not argument:
-        raise KimiLiteError("There is no image.", "Say /image FILE.")
+        raise KimiLiteError("There is no image.", "Use /image FILE.")
     one = read_image(argument)
     chat.attachments.append(one)
     chat.say(f"{one.describe()} goes with your next message")

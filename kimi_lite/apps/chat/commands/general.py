@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kimi_lite.apps.chat.commands.registry import Registry
 from kimi_lite.apps.chat.parameters import PARAMETERS, changed, find
+from kimi_lite.engine.turns import require_utf8
 from kimi_lite.errors import KimiLiteError
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ def _exit(chat: Chat, argument: str) -> None:
 @COMMANDS.command("clear", "new")
 def _clear(chat: Chat, argument: str) -> None:
     """begin a new conversation; the old one stays saved, system prompt and settings stay"""
-    old = chat.autosave.name if chat.session.turns else ""
-    chat.autosave.start_new()
+    old = chat.start_new()
     chat.attachments.clear()
     chat.say("a new conversation" + (f"; the old one is saved as {old}" if old else ""))
 
@@ -57,18 +57,22 @@ def _clear(chat: Chat, argument: str) -> None:
 def _system(chat: Chat, argument: str) -> None:
     """show the system prompt, or set it from the next message on"""
     if argument:
-        chat.session.system = "" if argument == "off" else argument
-    chat.say(f"system prompt: {chat.session.system}" if chat.session.system else "no system prompt")
+        require_utf8(argument, "The system prompt")
+        chat.conversation.system = "" if argument == "off" else argument
+    chat.say(f"system prompt: {chat.conversation.system}" if chat.conversation.system else "no system prompt")
 
 
 @COMMANDS.command("set", usage="[NAME VALUE]", arguments="setting")
 def _set(chat: Chat, argument: str) -> None:
     """show the settings of answers, or change one: /set temp 0.7, /set seed default"""
     name, _, value = argument.replace("=", " ", 1).partition(" ")
+    if name == "system":
+        _system(chat, value.strip())
+        return
     if value.strip():
-        chat.session.settings = changed(chat.session, chat.session.settings, name, value.strip())
+        chat.conversation.settings = changed(chat.conversation, chat.conversation.settings, name, value.strip())
     shown = [find(name)] if name else PARAMETERS
-    chat.say_table([(p.name, f"{p.show(chat.session.settings):<16} {p.help}") for p in shown])
+    chat.say_table([(p.name, f"{p.show(chat.conversation.settings):<16} {p.help}") for p in shown])
 
 
 @COMMANDS.command(
@@ -78,25 +82,29 @@ def _think(chat: Chat, argument: str) -> None:
     """reason before answering or not; show the last reasoning; hide it while it comes; limit it"""
     word, _, rest = argument.partition(" ")
     if word in ("on", "off"):
-        chat.session.set_thinking(word == "on")
+        chat.conversation.set_thinking(word == "on")
         chat.shows_reasoning = chat.shows_reasoning or word == "on"
     elif word == "budget":
-        chat.session.settings = changed(chat.session, chat.session.settings, "think-budget", rest.strip() or "-1")
+        chat.conversation.settings = changed(
+            chat.conversation, chat.conversation.settings, "think-budget", rest.strip() or "-1"
+        )
     elif word == "show":
         _show_reasoning(chat)
         return
     elif word == "hide":
         chat.shows_reasoning = False
     elif word:
-        raise KimiLiteError(f"/think {argument} is not known", "It is /think on, off, show, hide or budget N.")
-    hidden = "" if chat.shows_reasoning or not chat.session.settings.is_thinking else ", hidden (/think show)"
-    chat.say(chat.session.mode + hidden)
+        raise KimiLiteError(f"/think {argument} is not known.", "It is /think on, off, show, hide or budget N.")
+    hidden = "" if chat.shows_reasoning or not chat.conversation.settings.is_thinking else ", hidden (/think show)"
+    chat.say(chat.conversation.mode + hidden)
 
 
 def _show_reasoning(chat: Chat) -> None:
     """The last answer's, and from now on all."""
     was_hidden, chat.shows_reasoning = not chat.shows_reasoning, True
-    reasoning = next((turn.reasoning for turn in reversed(chat.session.turns) if turn.role == "assistant"), "").strip()
+    reasoning = next(
+        (turn.reasoning for turn in reversed(chat.conversation.turns) if turn.role == "assistant"), ""
+    ).strip()
     chat.say(reasoning or "the last answer came without reasoning")
     if was_hidden:
         chat.say("reasoning is shown again")
@@ -111,12 +119,12 @@ def _instant(chat: Chat, argument: str) -> None:
 @COMMANDS.command("reason", usage="TEXT")
 def _reason(chat: Chat, argument: str) -> None:
     """ask this one message with thinking"""
-    if not chat.session.can_think:
-        raise KimiLiteError(f"{chat.session.info.name} has no thinking mode.", "Ask it without /reason.")
+    if not chat.conversation.can_think:
+        raise KimiLiteError(f"{chat.conversation.info.name} has no thinking mode.", "Ask it without /reason.")
     _ask_in_mode(chat, argument, is_thinking=True)
 
 
 def _ask_in_mode(chat: Chat, text: str, is_thinking: bool) -> None:
     if not text:
-        raise KimiLiteError("There is no message.", "Write it behind the command.")
-    chat.ask(text, replace(chat.session.settings, is_thinking=is_thinking))
+        raise KimiLiteError("There is no message.", "Write it after the command.")
+    chat.ask(text, replace(chat.conversation.settings, is_thinking=is_thinking))

@@ -1,13 +1,13 @@
 """The table of slash commands: one registry feeds the dispatch, /help, completion and the tests.
 
 A command is a function of the chat and the text after its name; its docstring is its help. They are defined in
-`apps.commands_*`; `all_commands` brings them together.
+the modules of this folder; `all_commands` brings them together.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 Action = Callable[["Chat", str], None]
 Arguments = Literal["file", "session", "setting", "pairs"]  # what completion looks up; else words
+_ELSEWHERE = {  # commands of other programs
+    "stop": "Ctrl-C stops an answer; /set stop TEXT ends answers at a text.",
+    "model": "The model is chosen at the start: kimi-lite chat -m FILE.",
+    "models": "The model is chosen at the start: kimi-lite chat -m FILE.",
+    "show": "/stats and /ctx show what the conversation holds.",
+    "history": "The arrow keys bring back what was typed; /export md FILE writes the conversation.",
+    "copy": "/export md FILE writes the conversation.",
+    "file": "/read FILE puts a file into the next message.",
+    "context": "/ctx shows the context.",
+    "compact": "/ctx summarise replaces old exchanges by a summary.",
+    "reset": "/clear begins a new conversation.",
+    "temp": "/set temp 0.7 sets the temperature.",
+}
 _COMMAND = re.compile(r"/[A-Za-z?][\w?-]*(\s|$)")
 
 
@@ -69,12 +82,20 @@ class Registry:
         name, *rest = line.removeprefix("/").split(maxsplit=1)
         known = self.by_name
         if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            near = nearest(name, known)
+            known_elsewhere = _ELSEWHERE.get(name, "")
             raise KimiLiteError(
-                f"unknown command /{name}" + (f" - did you mean /{near[0]}?" if near else ""),
-                "/help lists them. To send the line as it is, begin it with a blank.",
+                f"unknown command /{name}" + (f" - did you mean /{near}?" if near and not known_elsewhere else ""),
+                f"{known_elsewhere or '/help lists them.'} To send the line as it is, start it with a space.",
             )
         known[name].action(chat, rest[0].strip() if rest else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The one known name that begins so, or the most similar one; "" where none is like it."""
+    beginning = sorted({one for one in known if len(name) > 1 and one.startswith(name)})
+    similar = get_close_matches(name, [one for one in known if len(one) > 1], n=1, cutoff=0.65)
+    return beginning[0] if len(beginning) == 1 else similar[0] if similar else ""
 
 
 def is_command(line: str) -> bool:

@@ -6,11 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kimi_lite.apps.chat.attachments import counted
 from kimi_lite.apps.chat.commands.registry import Registry
 from kimi_lite.apps.chat.export import FORMATS, export
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.files import whole_file
+from kimi_lite.files import require_writable, whole_file
+from kimi_lite.units import counted
 
 if TYPE_CHECKING:
     from kimi_lite.apps.chat.chat import Chat
@@ -21,50 +21,50 @@ _MOST_LISTED = 30
 
 @COMMANDS.command("save", usage="[NAME]")
 def _save(chat: Chat, argument: str) -> None:
-    """save the conversation (it is, after every answer), under a name of yours"""
-    if not chat.session.turns:
+    """name the conversation; it is saved after every answer in any case"""
+    if not chat.conversation.turns:
         raise KimiLiteError("There is nothing to save yet.", "Say something first.")
-    if argument:
-        chat.autosave.save_as(argument)
-    else:
-        chat.autosave.save()
+    chat.autosave.save_as(argument) if argument else chat.autosave.save()
     chat.say(f"saved as {chat.autosave.name}")
 
 
 @COMMANDS.command("load", "resume", usage="NAME", arguments="session")
 def _load(chat: Chat, argument: str) -> None:
-    """take up a saved conversation; the present one stays saved"""
+    """open a saved conversation, by its name or how that begins; this one stays saved"""
     if not argument:
         raise KimiLiteError("There is no name.", "/sessions lists the conversations that are saved.")
-    chat.take_up(argument)
+    chat.load(argument)
     chat.attachments.clear()
 
 
-@COMMANDS.command("sessions", usage="[delete NAME]", arguments=("delete",))
+@COMMANDS.command("sessions", usage="[WORD | delete NAME]", arguments=("delete",))
 def _sessions(chat: Chat, argument: str) -> None:
-    """list the saved conversations, or delete one"""
+    """list the saved conversations, or those with WORD in name or first message; delete one"""
     word, _, name = argument.partition(" ")
-    if word:
-        _delete(chat, word, name.strip())
+    if word == "delete":
+        _delete(chat, name.strip())
         return
-    found = chat.autosave.store.summaries()
+    found = [one for one in chat.autosave.store.summaries() if one.num_exchanges or one.error]
+    found = [one for one in found if argument.lower() in f"{one.name} {one.title}".lower()]
     if not found:
-        chat.say("no conversation is saved yet")
+        chat.say(f"no saved conversation has {argument!r}" if argument else "no conversation is saved yet")
     rows = []
     for one in found[:_MOST_LISTED]:
         mark = " · this one" if one.name == chat.autosave.name else ""
         when = datetime.fromtimestamp(one.updated_s).strftime("%d %b %H:%M")
-        rows.append((one.name, one.error or f"{when} · {counted(one.num_turns, 'turn')}{mark} · {one.title}"))
+        rows.append((one.name, one.error or f"{when} · {counted(one.num_exchanges, 'exchange')}{mark} · {one.title}"))
     chat.say_table(rows)
     if len(found) > _MOST_LISTED:
-        chat.say(f"and {len(found) - _MOST_LISTED} older ones in {chat.autosave.store.folder}")
+        chat.say(
+            f"and {len(found) - _MOST_LISTED} older ones in {chat.autosave.store.folder}: /sessions WORD finds them"
+        )
 
 
-def _delete(chat: Chat, word: str, name: str) -> None:
-    if word != "delete" or not name:
-        raise KimiLiteError(f"/sessions {word} is not known.", "It is /sessions or /sessions delete NAME.")
-    if name == chat.autosave.name:
-        raise KimiLiteError(f"{name!r} is the conversation you are in.", "/clear begins another one; delete it then.")
+def _delete(chat: Chat, name: str) -> None:
+    if not name:
+        raise KimiLiteError("There is no name.", "It is /sessions delete NAME.")
+    if name == chat.autosave.name and chat.autosave.is_saved:
+        raise KimiLiteError(f"{name!r} is the conversation you are in.", "/clear begins another one; then delete it.")
     chat.autosave.store.delete(name)
     chat.say(f"deleted {name}")
 
@@ -72,24 +72,34 @@ def _delete(chat: Chat, word: str, name: str) -> None:
 @COMMANDS.command("export", usage="[md | json] [FILE]", arguments=FORMATS)
 def _export(chat: Chat, argument: str) -> None:
     """write the conversation to a file, as Markdown or JSON; without FILE into this folder"""
-    first, _, rest = argument.partition(" ")
-    form = first if first in FORMATS else Path(first).suffix.removeprefix(".") or "md"
-    name = rest.strip() if first in FORMATS else argument
-    if form not in FORMATS:
-        raise KimiLiteError(f"There is no format {form!r}.", "It is /export md FILE or /export json FILE.")
-    if not chat.session.turns:
+    form, name = _form_and_name(argument)
+    if not chat.conversation.turns:
         raise KimiLiteError("There is nothing to export yet.", "Say something first.")
     path = Path(name or f"{chat.autosave.name}.{form}").expanduser()
+    require_writable(path, "The conversation")
     if path.exists():
-        raise KimiLiteError(f"{path} exists already.", "Choose another name, or delete it first.")
-    _write(path, export(chat.session, form))
+        if not chat.is_interactive:
+            raise KimiLiteError(f"{path} exists already.", "Choose another name, or delete it first.")
+        if chat.choose(f"{path} exists already: [o]verwrite it or [c]ancel? ", "oc") == "c":
+            chat.say("not written")
+            return
+    try:
+        with whole_file(path) as file:
+            file.write(export(chat.conversation, form))
+    except OSError as error:
+        raise KimiLiteError(
+            f"The conversation cannot be written to {path}: {error.strerror}.",
+            "Name a file elsewhere.",
+        ) from error
     chat.say(f"written to {path}")
 
 
-def _write(path: Path, text: str) -> None:
-    """The file appears only when it is complete."""
-    try:
-        with whole_file(path) as file:
-            file.write(text)
-    except OSError as error:
-        raise KimiLiteError(f"The conversation cannot be written to {path}: {error.strerror}.") from error
+def _form_and_name(argument: str) -> tuple[str, str]:
+    """`md notes`, `notes.md`, `my notes.json`, `json` or nothing; KimiLiteError for what is no form of ours."""
+    first, _, rest = argument.partition(" ")
+    if not argument or first in FORMATS:
+        return first or FORMATS[0], rest.strip()
+    form = Path(argument).suffix.removeprefix(".")
+    if form not in FORMATS:
+        raise KimiLiteError(f"There is no format {form or first!r}.", "It is /export md FILE or /export json FILE.")
+    return form, argument
