@@ -1,5 +1,5 @@
-"""The command line: `kimi-lite chat | run | quantize | bench`. Parses flags; a command's code is imported only when it
-runs.
+"""The command line: every command is listed here, its code is in `apps/<command>`, `quantize` or `tools.bench` and
+imported only when it runs.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can fix, 130 interrupted.
 """
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kimi_lite import __version__
+from kimi_lite.apps.commands import Command, Group
 from kimi_lite.apps.doctor.command import main as doctor
 from kimi_lite.apps.flags import with_options
 from kimi_lite.apps.imatrix import main as imatrix
@@ -22,7 +23,7 @@ from kimi_lite.quantize.__main__ import main as quantize
 from kimi_lite.tools.bench.command import bench
 
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=Group,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Settings can also come from the environment: --top-p 0.9 is KIMI_LITE_TOP_P=0.9.",
@@ -46,7 +47,7 @@ def _root(
     """Kimi K2.5, a trillion-parameter mixture of experts, on one desk."""
 
 
-@app.command()
+@app.command(cls=Command)
 @with_options("chat")
 def chat(options: Options) -> None:
     """Talk with the model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
@@ -55,7 +56,7 @@ def chat(options: Options) -> None:
     start_chat(options)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_options("run")
 def run(
     options: Options,
@@ -79,13 +80,13 @@ def run(
     raise typer.Exit(start_run(options, prompt, prompt_option, file, as_json, output))
 
 
-app.command("plan")(plan)
-app.command("doctor")(doctor)
-app.command("quantize")(quantize)
-app.command("imatrix")(imatrix)
+app.command("plan", cls=Command)(plan)
+app.command("doctor", cls=Command)(doctor)
+app.command("quantize", cls=Command)(quantize)
+app.command("imatrix", cls=Command)(imatrix)
 
 
-app.command("bench")(bench)
+app.command("bench", cls=Command)(bench)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import DECIMAL_HELP, SIZE_HELP
 
 Src = Annotated[Path, typer.Argument(help="A Hugging Face folder (config.json, safetensors, tokenizer), or GGUF.")]
 Dst = Annotated[
@@ -31,7 +32,9 @@ Calibrate = Annotated[
     typer.Option("--calibrate", help="Run the source (GGUF) on this text; TQ1_0, TQ2_0, Q2_0 lose far less by it."),
 ]
 CalibrateChunks = Annotated[int, typer.Option("--chunks", help="Of 512 tokens of that text; 0: up to 64.", min=0)]
-MaxRam = Annotated[str | None, typer.Option("--max-ram", metavar="SIZE", help="Most memory to use, e.g. 6G.")]
+MaxRam = Annotated[
+    str | None, typer.Option("--max-ram", metavar="SIZE", help=f"Most memory to use, e.g. 6G. {SIZE_HELP}.")
+]
 Mmproj = Annotated[
     str | None,
     typer.Option("--mmproj", metavar="TYPE", help="Vision tower to mmproj-NAME.gguf as well: bf16, f16, q8_0, f32."),
@@ -39,7 +42,7 @@ Mmproj = Annotated[
 CheckSource = Annotated[
     bool, typer.Option("--check-source", help="First compare the source with its repository's checksums.")
 ]
-SplitSize = Annotated[str, typer.Option("--split-max-size", help="Largest file, e.g. 45G or 500M.")]
+SplitSize = Annotated[str, typer.Option("--split-max-size", help=f"Largest file, e.g. 45G or 500M. {DECIMAL_HELP}.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity beside the source.")

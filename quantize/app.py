@@ -17,8 +17,8 @@ from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
 from kimi_lite.quantize.recipe.recipe import Recipe, find_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.source.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from kimi_lite.quantize.write.checksums import check_source
-from kimi_lite.quantize.write.sharding import parse_size
 from kimi_lite.quantize.write.writer import OnProgress, existing_output
+from kimi_lite.units import parse_size
 
 if TYPE_CHECKING:
     from kimi_lite.quantize.calibrate.calibration import CalibrationText
@@ -64,7 +64,7 @@ def _run(
 ) -> list[str]:
     importance = read_imatrix(settings.imatrix) if settings.imatrix else None
     has_importance = importance is not None or calibration is not None
-    split_bytes = parse_size(settings.split_size)
+    split_bytes = parse_size(settings.split_size, "--split-max-size", is_decimal=True)
     src, dst = settings.src.expanduser(), settings.dst.expanduser()
     model = open_model(src)
     recipe = None if _is_fitting(settings) else _choose_recipe(settings, has_importance)
@@ -79,7 +79,7 @@ def _run(
             model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance
         )
         return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(plan.notes)]
-    max_ram_bytes = parse_size(settings.max_ram) if settings.max_ram else None
+    max_ram_bytes = parse_size(settings.max_ram, "--max-ram") if settings.max_ram else None
     options = (on_progress, settings.is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
     report = convert(model, dst, recipe, *options)
     lines = [*_note_lines(report.notes), *fit_lines, *_report_lines(report)]

@@ -3,15 +3,11 @@
 A tensor never spans shards, and a shard is closed before the tensor that would make it larger than asked.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.write.writer import ALIGNMENT, Tensor
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}  # as llama.cpp's gguf-split counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +24,6 @@ class Shard:
     @property
     def partial(self) -> Path:
         return self.path.with_name(f"{self.path.name}.partial")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `45G`, `500M` or `1000000`; decimal units, as llama.cpp's tools and the sellers of disks count."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", text.strip().upper())
-    num_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if num_bytes < 1:
-        raise KimiLiteError(f"{text!r} is not a size.", "Write a number and a unit, such as 45G or 500M.")
-    return num_bytes
 
 
 def padded_bytes(tensor: Tensor) -> int:

@@ -1,0 +1,68 @@
+"""How typer's commands behave here: they understand llama.cpp's flags, a bare `kimi-lite` is help, and a command that
+people know from elsewhere is answered with ours."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from kimi_lite.apps.llama_flags import Accepted, translate
+from kimi_lite.errors import KimiLiteError
+
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("list", "ls", "models"),
+        "kimi-lite keeps no list of models: -m names a file or a folder. The demo needs none.",
+    ),
+    "ps": "A model is loaded by the command that uses it and leaves memory with it.",
+    "show": "kimi-lite doctor -m FILE checks and describes a file, kimi-lite plan -m FILE says how it would run.",
+    **dict.fromkeys(("rm", "delete"), "Delete the file. The demo and caches are in the folder that doctor names."),
+    **dict.fromkeys(
+        ("pull", "download", "get"),
+        "kimi-lite downloads no models: hf download REPO --local-dir FOLDER, then -m FOLDER.",
+    ),
+    **dict.fromkeys(
+        ("serve", "server", "start"), "There is no server yet. kimi-lite chat --endpoint URL uses another program's."
+    ),
+    **dict.fromkeys(("cli", "generate", "completion"), "kimi-lite run answers one prompt, kimi-lite chat talks."),
+    **dict.fromkeys(("perplexity", "ppl"), "python -m tools.quality measures perplexity."),
+    **dict.fromkeys(("convert", "create", "import"), "kimi-lite quantize makes a GGUF of a checkpoint."),
+}
+
+
+class Command(TyperCommand):
+    """With llama.cpp's flags."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        options = [each for each in self.params if isinstance(each, TyperOption)]
+        help_names = frozenset(self.get_help_option_names(ctx))
+        switches = frozenset(n for o in options if o.is_flag for n in (*o.opts, *o.secondary_opts)) | help_names
+        with_value = frozenset(n for o in options if not o.is_flag for n in o.opts)
+        is_quiet = not {"-q", "--quiet"}.isdisjoint(args)
+        say = (lambda line: None) if is_quiet else _say
+        return super().parse_args(ctx, translate(ctx.info_name or "", Accepted(with_value, switches), args, say))
+
+
+class Group(TyperGroup):
+    """The commands together."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        elif args[:1] == ["version"]:
+            args = ["--version"]
+        return super().parse_args(ctx, args or ["--help"])
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name = args[0]
+        if name not in self.commands and name in _ELSEWHERE:
+            raise KimiLiteError(f"There is no command {name!r}.", _ELSEWHERE[name])
+        return super().resolve_command(ctx, args)
+
+
+def _say(line: str) -> None:
+    from kimi_lite.terminal import echo
+
+    sys.stdout.flush()
+    echo(line, to_stderr=True)
