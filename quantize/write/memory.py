@@ -10,6 +10,7 @@ import psutil
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.write.writer import OnProgress, Tensor, piece_weights
+from kimi_lite.units import MIB, gib_apart
 
 if TYPE_CHECKING:
     from kimi_lite.quantize.calibrate.calibration import CalibrationText
@@ -62,9 +63,10 @@ def pieces_ahead(
     if calibration:
         fixed += calibration.num_bytes
     if fixed + 2 * piece > max_ram_bytes:
-        hint = "Allow more, or take fewer --chunks." if calibration else "Allow more."
+        need, have = gib_apart(fixed + 2 * piece, max_ram_bytes)
+        less = ", or fewer --chunks" if calibration else ""
         raise KimiLiteError(
-            f"--max-ram is {max_ram_bytes / 1e9:.2f} GB; this conversion needs {(fixed + 2 * piece) / 1e9:.2f} GB.",
-            hint,
+            f"--max-ram is {have}; this conversion needs {need}.",
+            f"Try --max-ram {-(-(fixed + 2 * piece) // MIB)}M{less}.",
         )
     return min(2 * (os.cpu_count() or 1), (max_ram_bytes - fixed) // piece - 1)

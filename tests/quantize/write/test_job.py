@@ -16,7 +16,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.write import job as quantize_job
 from kimi_lite.quantize.write.job import Job, run_job
-from kimi_lite.quantize.write.sharding import parse_size, plan_shards
+from kimi_lite.quantize.write.sharding import plan_shards
 from kimi_lite.quantize.write.writer import Tensor, write_gguf
 from tests.quantize.write.test_writer import METADATA
 
@@ -256,16 +256,3 @@ def test_the_log_has_type_bytes_checksum_and_error(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out.quantize.jsonl").read_text().splitlines()]
     assert [line["type"] for line in lines[1:]] == list(TYPES)
     assert all(len(line["sha256"]) == 64 for line in lines[1:])
-
-
-@pytest.mark.parametrize(
-    ("text", "num_bytes"), [("45G", 45 * 10**9), ("1.5m", 1_500_000), ("7", 7), ("2TB", 2 * 10**12)]
-)
-def test_sizes(text, num_bytes):
-    assert parse_size(text) == num_bytes
-
-
-@pytest.mark.parametrize("text", ["", "G", "0", "-3G", "4X"])
-def test_words_that_are_no_sizes(text):
-    with pytest.raises(KimiLiteError, match="is not a size"):
-        parse_size(text)
