@@ -58,7 +58,7 @@ def guard_terminal(more: str = "") -> None:
         return
     address = _machine_function((_LOST.format(more=more) + (_SHOW_CURSOR if sys.stderr.isatty() else "")).encode())
     libc = ctypes.CDLL(None)
-    libc.signal.argtypes = libc.signal.restype = ctypes.c_int, ctypes.c_void_p
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGBUS, address)
 

@@ -20,6 +20,7 @@ from kimi_lite.apps.chat.render import (
     stats_document,
     stats_line,
 )
+from kimi_lite.apps.model_files import guard_terminal
 from kimi_lite.apps.opening import open_session, say_demo
 from kimi_lite.apps.piped import read_piped
 from kimi_lite.apps.tools.choice import open_tools, require_place
@@ -92,6 +93,8 @@ def start_run(
             require_place(conversation)
             for remark in () if output.is_quiet else tools.notes:
                 say(remark)
+        if conversation.info.path.exists():
+            guard_terminal()
         return run(conversation, compose(text, attachments), output, tools)
 
 
@@ -107,6 +110,8 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
         view = AnswerView(nowhere if is_whole else out, stderr, shows_reasoning, output.is_plain, not output.is_quiet)
         ids = []
         report = None if output.is_quiet else lambda _, done, total: progress("reading the prompt", done, total)
+        if not output.is_quiet:
+            progress.wait(f"waiting for {conversation.info.name}")
         loop = None if tools is None else _tool_loop(conversation, tools, view, stderr, output.is_quiet)
         with on_interrupt(loop.cancel if loop else conversation.cancel):
             tokens = conversation.ask(prompt, report, tools.declarations if tools else None)
@@ -120,7 +125,8 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
         answer = _document(conversation, view, ids) if output.is_json else _ended(view.texts["content"].lstrip("\n"))
         _write(answer, output.path, out)
     if not output.is_quiet:
-        show_plain(stderr, stats_line(view.last), style="dim")
+        max_tokens, context_length = conversation.settings.params.max_tokens, conversation.context_length
+        show_plain(stderr, stats_line(view.last, max_tokens, context_length), style="dim")
     return INTERRUPTED if view.last.finish_reason == "cancelled" else 0
 
 

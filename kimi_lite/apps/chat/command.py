@@ -59,12 +59,11 @@ def claim_session(store: SessionStore, is_continuing: bool, name: str | None) ->
 def prepare_folder(store: SessionStore) -> str:
     """Make the folder for conversations, clean it, and say why none can be saved there ("" where they can)."""
     try:
-        make_private(store.folder.parent)
-        folder = make_private(store.folder, is_ours=True) if store.folder.is_dir() else store.folder.parent
+        make_private(store.folder, is_ours=True)
     except KimiLiteError as error:
         return error.message
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return f"Conversations cannot be saved: the folder {folder} is not writable."
+    if not os.access(store.folder, os.W_OK | os.X_OK):
+        return f"Conversations cannot be saved: the folder {store.folder} is not writable."
     store.clean()
     return ""
 

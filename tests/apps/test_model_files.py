@@ -1,0 +1,92 @@
+"""A model's files while it is in use: written, shortened, replaced; and the terminal after the end that a shorter file
+is."""
+
+import os
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kimi_lite.apps.model_files import ModelFiles
+from kimi_lite.errors import KimiLiteError
+from tests.apps.terminal import ROOT, Terminal
+from tests.tiny import write_tiny_gguf
+
+_FAULT = """
+import mmap, os, sys, threading
+from kimi_lite.apps.model_files import guard_terminal
+guard_terminal("; all is well")
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+    os.truncate(sys.argv[1], 0)
+work = lambda: print(mapped[5000])
+if sys.argv[2] == "thread":
+    threading.Thread(target=work).start()
+else:
+    work()
+"""
+
+
+@pytest.mark.parametrize("where", ["thread", "main"])
+def test_a_fault_ends_in_a_sentence_whoever_holds_the_interpreter(tmp_path: Path, where: str) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"x" * 10_000)
+    command = [sys.executable, "-c", _FAULT, str(path), where]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "model's file could no longer be read: it became shorter, or its disk failed" in done.stderr
+    assert "start again; all is well." in done.stderr
+
+
+def test_a_model_that_shrinks_under_a_chat_leaves_the_terminal_and_the_message(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), context_length=1024)
+    terminal = Terminal("kimi_lite", "chat", "-m", str(path), "--no-prefix-cache", "-n", "2000", "--temp", "0")
+    terminal.timeout_s = 120.0
+    terminal.wait_for("❯")
+    terminal.type("never to be lost\r")
+    deadline_s = time.monotonic() + 60
+    sessions = Path(os.environ["KIMI_LITE_STATE"]) / "sessions"
+    while not list(sessions.glob("*.json")) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    os.truncate(path, 4096)
+    assert terminal.wait() == 2, terminal.seen
+    assert termios.tcgetattr(terminal._master)[3] & termios.ECHO
+    assert termios.tcgetattr(terminal._master)[3] & termios.ICANON
+    assert "could no longer be read" in terminal.seen
+    terminal.close()
+    (saved,) = sessions.glob("*.json")
+    assert "never to be lost" in saved.read_text()
+
+
+def test_changes_are_noticed_by_kind(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"0123456789")
+    files = ModelFiles(path)
+    assert files.changes() == ""
+    os.utime(path, ns=(1, 1))
+    assert "was written since it was loaded" in files.changes()
+    assert files.changes() == ""  # said once
+    path.write_bytes(b"0123456789abc")
+    assert "was written" in files.changes()
+    os.truncate(path, 3)
+    for _ in range(2):
+        with pytest.raises(KimiLiteError, match="has become shorter since it was loaded: 3 of 13 bytes"):
+            files.changes()
+
+
+@pytest.mark.parametrize("kind", ["replaced", "deleted", "an endpoint"])
+def test_what_does_not_touch_the_mapped_file_is_not_reported(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "m.gguf"
+    if kind != "an endpoint":
+        path.write_bytes(b"0123456789")
+    files = ModelFiles(path)
+    if kind == "replaced":
+        (tmp_path / "new").write_bytes(b"0")
+        (tmp_path / "new").replace(path)
+    elif kind == "deleted":
+        path.unlink()
+    assert files.changes() == ""
