@@ -49,10 +49,11 @@ class ToolBox:
             tools = [*file_tools(Folder(folder)), runner]
             notes = [f"run_python is asked for every time ({risk})." for risk in runner.risks]
         if mcp_config is not None:
+            from kimi_lite.apps.folders import state_folder
             from kimi_lite.apps.tools.mcp_client import McpServers
             from kimi_lite.apps.tools.mcp_config import read_mcp_config
 
-            servers = McpServers(read_mcp_config(mcp_config))
+            servers = McpServers(read_mcp_config(mcp_config), state_folder() / "mcp")
             tools, notes = [*tools, *servers.tools], [*notes, *servers.problems]
         try:
             box = cls(tools, allow, notes)

@@ -159,7 +159,7 @@ class Keeper:
         if self.is_separate:
             enter_namespaces()
         else:
-            _prctl(_SUBREAPER, 1)  # children of its children become ours, not everyone's
+            become_subreaper()
         status_in, status_out = os.pipe()
         child = os.fork()
         if child == 0:
@@ -167,7 +167,7 @@ class Keeper:
             _in_child(lambda: self._first_process(code, status_out))
         os.close(status_out)
         ending = self._watch(child, end_s)
-        self._end_all(child)
+        end_descendants()  # where there are namespaces, all of them end with init
         status = os.read(status_in, 8)  # nothing: init itself was refused something, or killed
         return (struct.unpack("q", status)[0] if status else self._code_of_init), ending
 
@@ -238,19 +238,25 @@ class Keeper:
             return "disk"
         return ""
 
-    def _end_all(self, child: int) -> None:
-        """Kill until there is nothing left: with namespaces one signal to init ends everything in them."""
-        end_s = time.monotonic() + _KEEPER_S
-        while time.monotonic() < end_s:
-            for pid in [child] if self.is_separate else descendants(os.getpid()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            try:
-                while os.waitpid(-1, 0 if self.is_separate else os.WNOHANG)[0]:
-                    pass
-            except ChildProcessError:
-                return
-            time.sleep(0.002)
+
+def end_descendants(seconds: float = _KEEPER_S) -> None:
+    """Kill children, their children, ... until there are none; what they leave behind comes to a subreaper."""
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.002)
+
+
+def become_subreaper() -> None:
+    """Descendants whose parents end become ours, not the system's."""
+    _prctl(_SUBREAPER, 1)
 
 
 def run_program(*arguments: str) -> None:

@@ -1,5 +1,8 @@
 """MCP servers: real ones, started over stdio or reached over HTTP, and those that are not there."""
 
+import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -7,11 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kimi_lite.apps.tools.mcp_client import McpServers
 from kimi_lite.apps.tools.mcp_config import McpServer, read_mcp_config
-from kimi_lite.apps.tools.tool import Tool, ToolError
+from kimi_lite.apps.tools.tool import Tool, ToolError, check_arguments
 from kimi_lite.errors import KimiLiteError
 
 pytest.importorskip("mcp")
@@ -19,14 +25,14 @@ SCRIPT = str(Path(__file__).with_name("mcp_server.py"))
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[McpServers]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[McpServers]:
     entries = [
         McpServer("tests", sys.executable, (SCRIPT,), {"SET_BY_CONFIG": "yes"}),
         McpServer("gone", "no-such-program-here"),
         McpServer("broken", sys.executable, ("-c", "import sys; sys.exit('no configuration')")),
         McpServer("nowhere", url="http://127.0.0.1:9/mcp"),
     ]
-    servers = McpServers(entries, start_s=60.0)
+    servers = McpServers(entries, tmp_path_factory.mktemp("log"), start_s=60.0)
     yield servers
     servers.close()
 
@@ -75,8 +81,8 @@ def test_a_call_can_be_stopped_and_takes_no_longer_than_allowed(servers: McpServ
     servers._call_s = before
 
 
-def test_a_server_that_ends_is_an_error_for_the_model() -> None:
-    servers = McpServers([McpServer("tests", sys.executable, (SCRIPT,))])
+def test_a_server_that_ends_is_an_error_for_the_model(tmp_path: Path) -> None:
+    servers = McpServers([McpServer("tests", sys.executable, (SCRIPT,))], tmp_path)
     tools = {tool.name: tool for tool in servers.tools}
     for name in ("die", "fail"):
         with pytest.raises(ToolError, match="closed"):
@@ -87,7 +93,7 @@ def test_a_server_that_ends_is_an_error_for_the_model() -> None:
     assert time.monotonic() - began_s < 5.0
 
 
-def test_over_http() -> None:
+def test_over_http(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +106,7 @@ def test_over_http() -> None:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        servers = McpServers([McpServer("web", url=f"http://127.0.0.1:{port}/mcp", headers={"X-Test": "1"})])
+        servers = McpServers([McpServer("web", url=f"http://127.0.0.1:{port}/mcp", headers={"X-Test": "1"})], tmp_path)
         assert servers.problems == []
         assert run({tool.name: tool for tool in servers.tools}["add"], a=20, b=22) == "42"
         servers.close()
@@ -140,6 +146,10 @@ def test_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ('{"mcpServers": {"x": {}}}', "'x'.*needs"),
         ('{"mcpServers": {"x": {"command": "a", "url": "b"}}}', "'x'.*needs"),
         ('{"mcpServers": {"x": {"command": "a", "args": "b"}}}', "'x'.*needs"),
+        ('{"mcpServers": {"x": {"command": "a", "args": [["b"]]}}}', "'x'.*needs"),
+        ('{"mcpServers": {"x": {"command": "a", "env": {"b": {}}}}}', "'x'.*needs"),
+        ('{"servers": {"x": {"command": "a", "env": {"KEY": "${input:key}"}}}}', "input:key"),
+        ("[" * 100_000, "no JSON"),
     ],
 )
 def test_mistakes_in_the_configuration(tmp_path: Path, text: str | None, message: str) -> None:
@@ -148,4 +158,166 @@ def test_mistakes_in_the_configuration(tmp_path: Path, text: str | None, message
         path.write_text(text)
     with pytest.raises(KimiLiteError, match=message) as caught:
         read_mcp_config(path)
-    assert "mcpServers" in caught.value.hint
+    assert "mcpServers" in caught.value.hint or "${env:NAME}" in caught.value.hint
+
+
+BAD = str(Path(__file__).with_name("bad_mcp_server.py"))
+
+
+def bad_server(mode: str) -> tuple[McpServer, str]:
+    """It, and a mark by which what it starts is known."""
+    mark = f"{1000 + os.getpid() / 1e8 + time.monotonic() % 1:.12f}"
+    return McpServer("bad", sys.executable, (BAD, mode, mark)), mark
+
+
+def is_gone(mark: str) -> bool:
+    end_s = time.monotonic() + 3.0
+    while time.monotonic() < end_s:
+        if not any(mark in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("mode", ["hangs", "hangs in list", "hangs in calls", "leaves a child"])
+def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path, mode: str) -> None:
+    server, mark = bad_server(mode)
+    servers = McpServers([server], tmp_path, start_s=5.0 if "call" in mode or "child" in mode else 1.5, call_s=0.5)
+    if servers.tools:
+        with pytest.raises(ToolError, match=r"within 0\.5 s|closed"):
+            run(servers.tools[0])
+    else:
+        assert servers.problems == ["MCP server bad is left out: it did not answer within 1.5 s."]
+    began_s = time.monotonic()
+    servers.close()
+    assert time.monotonic() - began_s < 5.0
+    assert is_gone(mark)
+
+
+@pytest.mark.parametrize("mode", ["hangs in calls", "hangs"])
+def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path, mode: str) -> None:
+    server, mark = bad_server(mode)
+    code = (
+        "import sys, threading\nfrom pathlib import Path\nfrom kimi_lite.apps.tools.mcp_client import McpServers\n"
+        "from kimi_lite.apps.tools.mcp_config import McpServer\n"
+        f"servers = McpServers([McpServer('bad', sys.executable, {server.args!r})], Path({str(tmp_path)!r}))\n"
+        "servers.tools[0].run({}, lambda: False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    end_s = time.monotonic() + 30.0
+    while not any(p.info["cmdline"] == ["sleep", mark] for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert is_gone(mark)
+
+
+def test_noise_goes_to_a_log_of_bounded_size(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for mode in ("noise", "log"):
+        servers = McpServers([bad_server(mode)[0]], tmp_path / mode)
+        assert [tool.name for tool in servers.tools] == ["t"]
+        assert len(run(servers.tools[0])) == 100_000
+        servers.close()
+        logs = {path.name: path.stat() for path in (tmp_path / mode).iterdir()}
+        assert logs["bad.log"].st_mode & 0o777 == 0o600
+        assert 0 < sum(log.st_size for log in logs.values()) < 4 * 1024**2
+    assert b"no JSON" in (tmp_path / "noise" / "bad.log").read_bytes()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "problem"),
+    [
+        ("dies", r"is left out: .*\(.*fatal\)\.$"),
+        ("refuses", "is left out: .*no"),
+        ("endless line", "is left out: .*line of more than 16,777,216 bytes"),
+        ("many", "4744 tools are left out"),
+        ("large", "1 tools are left out"),
+        ("endless pages", None),
+        ("schemas", "is left out: .*valid"),
+        ("names", None),
+    ],
+)
+def test_bad_servers_are_sentences(tmp_path: Path, mode: str, problem: str | None) -> None:
+    servers = McpServers([bad_server(mode)[0]], tmp_path, start_s=20.0)
+    try:
+        assert len(servers.problems) == (problem is not None)
+        assert problem is None or re.search(problem, servers.problems[0]), servers.problems
+        for tool in servers.tools:
+            assert re.fullmatch(r"[\w.\-]{1,64}", tool.name, re.ASCII)
+            assert tool.parameters["type"] == "object"
+            check_arguments({}, tool.parameters)
+    finally:
+        servers.close()
+
+
+def test_a_result_too_large_is_an_error(tmp_path: Path) -> None:
+    servers = McpServers([bad_server("huge")[0]], tmp_path)
+    assert servers.problems == []
+    with pytest.raises(ToolError):
+        run(servers.tools[0])
+    servers.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '\ufeff{"servers": {"x": {"command": "a"}}}',
+        '{"mcp": {"servers": {"x": {"command": "a"}}}}',
+        '{"context_servers": {"x": {"command": "a"}}, "theme": 5}',
+        '{\n  // mine\n  "servers": {"x": {"command": "a", /**/ "args": ["//none", "/* nor this */",],},},\n}',
+        '{"inputs": [], "servers": {"x": {"type": "stdio", "command": "a"}, "y": {"command": "b", "enabled": false}}}',
+    ],
+)
+def test_configurations_of_other_programs(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_text(text, encoding="utf-8")
+    (server,) = read_mcp_config(path)
+    assert (server.name, server.command) == ("x", "a")
+    assert server.args in ((), ("//none", "/* nor this */"))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["", "a", "b", "${A}", "stdio"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "mcpServers",
+                    "servers",
+                    "mcp",
+                    "command",
+                    "args",
+                    "env",
+                    "url",
+                    "headers",
+                    "cwd",
+                    "type",
+                    "disabled",
+                    "x",
+                ]
+            ),
+            inner,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_JSON | st.text())
+def test_any_configuration_is_read_or_a_sentence(tmp_path: Path, document: object) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_bytes((document if isinstance(document, str) else json.dumps(document)).encode("utf-8", "surrogatepass"))
+    problem = None
+    try:
+        servers = read_mcp_config(path)
+    except KimiLiteError as error:
+        problem = error
+    if problem is not None:
+        assert problem.message.endswith(".")
+        assert problem.hint
+    else:
+        assert all(bool(server.command) != bool(server.url) or "${A}" in str(document) for server in servers)
