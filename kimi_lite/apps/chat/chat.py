@@ -132,7 +132,7 @@ class Chat:
     def say_table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Names and what belongs to them, in two columns."""
         table = Table.grid(padding=(0, 2, 0, 0), expand=False)
-        table.add_column(max_width=max(self.status.width // 3, 20))
+        table.add_column(max_width=max(self.status.width // 3, 20), overflow="fold")
         table.add_column()
         for name, text in rows:
             table.add_row(Text(name), Text(text))

@@ -9,6 +9,7 @@ from kimi_lite.apps.chat.commands.registry import Registry
 from kimi_lite.apps.chat.context import drop_oldest, summarise_oldest
 from kimi_lite.apps.chat.pictures import bar, heat_rows
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.units import counted, gib
 
 if TYPE_CHECKING:
@@ -16,6 +17,30 @@ if TYPE_CHECKING:
 
 COMMANDS = Registry()
 _SHOWN_TOKENS = 200
+_CACHE_COUNTERS = ("kv_", "prefix_")
+_COUNTERS = {
+    "expert_hits": "found in RAM",
+    "expert_late": "found in RAM, but late",
+    "expert_misses": "read from disk",
+    "expert_guesses": "read ahead by a guess",
+    "expert_right_guesses": "guesses that were right",
+    "expert_wait_s": "time waited for experts",
+    "expert_slots": "experts that fit in RAM",
+    "expert_resident_bytes": "experts in RAM",
+    "expert_reads_from_ram": "copied from RAM",
+    "expert_reads_from_file": "copied from the file",
+    "disk_bytes": "read from disk",
+    "disk_busy_s": "time the disk was busy",
+    "disk_is_direct": "disk read past the page cache",
+    "gpu_expert_slots": "experts that fit in VRAM",
+    "gpu_experts": "experts in VRAM",
+    "gpu_expert_hits": "found in VRAM",
+    "gpu_expert_misses": "computed on the CPU",
+    "expert_promotions": "copied to VRAM",
+    "expert_promotions_cancelled": "copies to VRAM given up",
+    "streamed_experts": "streamed to the GPU for prompts",
+    "dense_gpu_bytes": "other weights in VRAM",
+}
 
 
 @COMMANDS.command("ctx", usage="[drop [N] | summarise [N]]", arguments=("drop", "summarise"))
@@ -90,7 +115,20 @@ def _stats(chat: Chat, argument: str) -> None:
         ("settings", chat.conversation.mode),
         ("conversation", chat.autosave.name),
     ]
-    chat.say_table([*rows, ("memory", _memory())])
+    chat.say_table([*rows, *_cache_rows(chat.conversation.counters()), ("memory", _memory())])
+
+
+def _cache_rows(counters: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What is kept of prompts and answers, here and on disk."""
+    rows = []
+    if "kv_pages" in counters:
+        held, total = (counters[name] * PAGE_TOKENS for name in ("kv_pages_held", "kv_pages"))
+        kept = counters["kv_pages_idle"] * PAGE_TOKENS
+        rows.append(("cache", f"{held + kept:,.0f} of {total:,.0f} tokens kept"))
+    if "prefix_pages_found" in counters:
+        found, saved = (counters[f"prefix_pages_{what}"] * PAGE_TOKENS for what in ("found", "saved"))
+        rows.append(("prompts on disk", f"{found:,.0f} tokens found, {saved:,.0f} saved"))
+    return rows
 
 
 def _speed(num_tokens: int, times_s: list[float]) -> str:
@@ -127,7 +165,8 @@ def _tokens(chat: Chat, argument: str) -> None:
 def _experts(chat: Chat, argument: str) -> None:
     """where experts were found (GPU, RAM, disk) and how often each was used lately, as a picture"""
     counters, heat = chat.conversation.counters(), chat.conversation.heat()
-    chat.say_table([_counter(name, value) for name, value in counters.items()] + _hit_rates(counters))
+    of_experts = {name: value for name, value in counters.items() if not name.startswith(_CACHE_COUNTERS)}
+    chat.say_table([_counter(name, value) for name, value in of_experts.items()] + _hit_rates(of_experts))
     if heat is None and not counters:
         chat.say("the endpoint does not say where its experts lie")
     elif heat is None:
@@ -138,17 +177,19 @@ def _experts(chat: Chat, argument: str) -> None:
 
 
 def _counter(name: str, value: float) -> tuple[str, str]:
-    """By the unit at the end of its name."""
-    words = name.replace("_", " ")
+    """In words, by the unit at the end of its name."""
+    words = _COUNTERS.get(name, name.removesuffix("_bytes").removesuffix("_s").replace("_", " "))
+    if name.startswith("disk_is"):
+        return words, "yes" if value else "no"
     if name.endswith("_bytes"):
-        return words.removesuffix(" bytes"), gib(value)
+        return words, gib(value)
     if name.endswith("_s"):
-        return words.removesuffix(" s"), f"{value:,.2f} s"
+        return words, f"{value:,.2f} s"
     return words, f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"
 
 
 def _hit_rates(counters: Mapping[str, float]) -> list[tuple[str, str]]:
-    """`x_hits` beside `x_late` and `x_misses` say how often x had it in time."""
+    """`x_hits`, `x_late` and `x_misses` say how often x had it in time."""
     rates = []
     for name, hits in counters.items():
         if not name.endswith("hits") or name.replace("hits", "misses") not in counters:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kimi_lite.apps.chat.chat import Chat
 
 COMMANDS = Registry()
+_WIDE = 80  # columns, where values stand in a column of their own
 _KEYS = (
     ("Ctrl-C", "stops an answer and keeps it; at the prompt it clears the line"),
     ("Ctrl-D", "leaves"),
@@ -72,7 +73,8 @@ def _set(chat: Chat, argument: str) -> None:
     if value.strip():
         chat.conversation.settings = changed(chat.conversation, chat.conversation.settings, name, value.strip())
     shown = [find(name)] if name else PARAMETERS
-    chat.say_table([(p.name, f"{p.show(chat.conversation.settings):<16} {p.help}") for p in shown])
+    pad, gap = (16, " ") if chat.status.width >= _WIDE else (0, " · ")
+    chat.say_table([(p.name, f"{p.show(chat.conversation.settings):<{pad}}{gap}{p.help}") for p in shown])
 
 
 @COMMANDS.command(
