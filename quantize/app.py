@@ -14,7 +14,8 @@ from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import ConvertReport, convert, make_job, open_model
 from kimi_lite.quantize.recipe.budget import fit_recipe, parse_budget
 from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
-from kimi_lite.quantize.recipe.recipe import Recipe, find_recipe, uniform_recipe, with_overrides
+from kimi_lite.arch.recipe import Recipe
+from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.source.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from kimi_lite.quantize.write.checksums import check_source
 from kimi_lite.quantize.write.writer import OnProgress, existing_output

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.codecs import find_layout
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
+from kimi_lite.quantize.recipe.choose import uniform_recipe
 from kimi_lite.quantize.recipe.plan import Plan, PlannedTensor, make_plan
-from kimi_lite.quantize.recipe.recipe import Recipe, uniform_recipe
 from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from kimi_lite.quantize.source.hf_model import open_hf_model
 from kimi_lite.quantize.source.model import SourceModel
@@ -116,7 +117,7 @@ def make_job(
     if dst.is_dir():
         example = dst / f"model-{plan.recipe.name}.gguf"
         raise KimiLiteError(f"{dst} is a folder, and the name of a GGUF file is needed.", f"For example: {example}")
-    with_feedback = [t.source.name for t in plan.tensors if calibration and _takes_feedback(t)]
+    with_feedback = [t.source.role for t in plan.tensors if calibration and _takes_feedback(t)]
     statistics = calibration.start(with_feedback) if calibration and with_feedback else None
     tensors = [_make_tensor(planned, importance, statistics) for planned in plan.tensors]
     for planned, tensor in zip(plan.tensors, tensors, strict=True):
@@ -131,15 +132,23 @@ def make_job(
 
 
 def _takes_feedback(planned: PlannedTensor) -> bool:
-    return planned.layout.name in FEEDBACK_TYPES and not planned.is_exact and planned.source.name != "token_embd.weight"
+    return planned.layout.name in FEEDBACK_TYPES and not planned.is_exact and planned.source.role != "token_embd.weight"
 
 
 def _make_tensor(planned: PlannedTensor, importance: Importance | None, statistics: "Calibration | None") -> Tensor:
     source = planned.source
-    curvature = partial(statistics.curvature, source.name) if statistics and _takes_feedback(planned) else None
+    curvature = partial(statistics.curvature, source.role) if statistics and _takes_feedback(planned) else None
+    encoded = source.open_encoded(planned.layout)
+    if encoded:
+        return Tensor(source.name, source.shape, planned.layout, lambda: encoded, is_encoded=True)
     vectors = importance.find(source.name, source.shape) if importance else None
     return Tensor(
-        source.name, source.shape, planned.layout, partial(source.open_rows, planned.layout), vectors, curvature
+        name=source.name,
+        shape=source.shape,
+        layout=planned.layout,
+        open_rows=source.open_rows,
+        importance=vectors,
+        curvature=curvature,
     )
 
 

@@ -127,6 +127,22 @@ KNOWN: dict[str, KnownModel] = {
 }
 
 
+def slice_of(
+    config: ModelConfig, num_dense_layers: int, num_moe_layers: int, num_experts: int, vocab_size: int
+) -> ModelConfig:
+    """The model with fewer layers, experts or tokens: one of its layers costs what a layer of the whole model does.
+    Raises KimiLiteError where the numbers contradict each other."""
+    num_layers = num_dense_layers + num_moe_layers
+    return replace(
+        config,
+        name=f"{config.name}, random slice of {num_layers} layers",
+        num_layers=num_layers,
+        num_dense_layers=num_dense_layers,
+        num_experts=num_experts,
+        vocab_size=vocab_size,
+    )
+
+
 def find_known(name: str) -> KnownModel | None:
     """The model that a user means by `name`, in any case; None where it is none."""
     wanted = name.strip().lower().replace("_", "-").removesuffix("-gguf")

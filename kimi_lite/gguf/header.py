@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from kimi_lite.gguf.metadata import DAMAGED_HINT, U32, U64, Cursor, quoted, read_metadata
+from kimi_lite.gguf.metadata import DAMAGED_HINT, U32, U64, Cursor, Value, quoted, read_metadata
 from kimi_lite.native.layouts import LAYOUTS, Layout
 
 MAX_TENSORS = 262_144
@@ -35,8 +35,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a GGUF file says about itself. Metadata: str, int, float, bool, list[str] or a read-only numpy array."""
+    """What a GGUF file says about itself. Metadata: str, int, float, bool, list[str] or a read-only numpy array, each
+    with its type in `values`."""
 
+    values: dict[str, Value]
     metadata: dict[str, object]
     tensors: tuple[TensorInfo, ...]
 
@@ -48,7 +50,8 @@ def read_header(path: Path, data: memoryview) -> GGUFHeader:
     _check_magic(cursor)
     num_tensors = cursor.unpack(U64, "the number of tensors")
     num_keys = cursor.unpack(U64, "the number of metadata keys")
-    metadata = read_metadata(cursor, num_keys)
+    values = read_metadata(cursor, num_keys)
+    metadata = {key: value.value for key, value in values.items()}
     cursor.check_count(num_tensors, _MIN_TENSOR_BYTES, "tensors", MAX_TENSORS)
     entries = [_read_tensor_entry(cursor, index, num_tensors) for index in range(num_tensors)]
     alignment = _checked_alignment(cursor, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
@@ -56,7 +59,7 @@ def read_header(path: Path, data: memoryview) -> GGUFHeader:
     tensors = tuple(_place_tensor(cursor, entry, alignment, data_start) for entry in entries)
     _check_unique(cursor, tensors)
     _check_places(cursor, tensors)
-    return GGUFHeader(metadata, tensors)
+    return GGUFHeader(values, metadata, tensors)
 
 
 def _check_magic(cursor: Cursor) -> None:

@@ -6,8 +6,11 @@ GGUF specification in ggml's docs, versions 2 and 3, little-endian.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,10 +21,69 @@ MAX_KEYS = 65_536
 DAMAGED_HINT = "The file is damaged: download it again and compare its checksum with the publisher's."
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
-_BOOL, _STRING, _ARRAY = 7, 8, 9
+
+
+class ValueType(IntEnum):
+    """The types of metadata values, by their numbers in the file."""
+
+    UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
+
+
+class Value(NamedTuple):
+    """A metadata value with its exact type; `element_type` for arrays. llama.cpp refuses a u32 where it wants an
+    i32."""
+
+    value: object
+    value_type: ValueType
+    element_type: ValueType | None = None
+
+
+def text(value: str) -> Value:
+    return Value(value, ValueType.STRING)
+
+
+def u32(value: int) -> Value:
+    return Value(int(value), ValueType.UINT32)
+
+
+def f32(value: float) -> Value:
+    return Value(float(value), ValueType.FLOAT32)
+
+
+def boolean(value: bool) -> Value:
+    return Value(bool(value), ValueType.BOOL)
+
+
+def array(values: Sequence[str] | Sequence[int] | np.ndarray) -> Value:
+    """Strings, or integers as i32: the two kinds of array that tokenizers need."""
+    element_type = ValueType.STRING if isinstance(values[0], str) else ValueType.INT32
+    return Value([value if isinstance(value, str) else int(value) for value in values], ValueType.ARRAY, element_type)
+
+
+_BOOL, _STRING, _ARRAY = ValueType.BOOL, ValueType.STRING, ValueType.ARRAY
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10: "Q", 11: "q", 12: "d"}
 _SCALARS = {value_type: struct.Struct(f"<{code}") for value_type, code in _CODES.items()}
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1  # length, one letter, value type, one byte of value
+
+
+def pack_text(value: str) -> bytes:
+    """Length and UTF-8, as names and texts stand in a file."""
+    encoded = value.encode()
+    return U64.pack(len(encoded)) + encoded
+
+
+def pack_value(value: Value) -> bytes:
+    """Type and value, as they stand behind a key."""
+    kind = U32.pack(value.value_type)
+    if value.value_type == _STRING:
+        return kind + pack_text(value.value)
+    if value.value_type != _ARRAY:
+        return kind + _SCALARS[value.value_type].pack(value.value)
+    head = kind + U32.pack(value.element_type) + U64.pack(len(value.value))
+    if value.element_type == _STRING:
+        return head + b"".join(map(pack_text, value.value))
+    code = _CODES[value.element_type]
+    return head + np.asarray(value.value).astype(f"<{np.dtype(code).str[1:]}").tobytes()
 
 
 def quoted(value: object, limit: int = 80) -> str:
@@ -84,10 +146,11 @@ class Cursor:
         return KimiLiteError(f"{self.path}: {problem}.", hint)
 
 
-def read_metadata(cursor: Cursor, num_keys: int) -> dict[str, object]:
-    """The key-value pairs under the cursor: str, int, float, bool, list[str] or a read-only numpy array."""
+def read_metadata(cursor: Cursor, num_keys: int) -> dict[str, Value]:
+    """The key-value pairs under the cursor with their types: str, int, float, bool, list[str] or a read-only numpy
+    array."""
     cursor.check_count(num_keys, _MIN_KEY_BYTES, "metadata keys", MAX_KEYS)
-    metadata: dict[str, object] = {}
+    metadata: dict[str, Value] = {}
     for index in range(num_keys):
         key = cursor.string(f"the name of metadata key {index + 1:,} of {num_keys:,}")
         if not key or key in metadata:
@@ -99,13 +162,13 @@ def read_metadata(cursor: Cursor, num_keys: int) -> dict[str, object]:
     return metadata
 
 
-def _read_value(cursor: Cursor, key: str) -> object:
+def _read_value(cursor: Cursor, key: str) -> Value:
     value_type = cursor.unpack(U32, f"the type of {key}")
     if value_type == _STRING:
-        return cursor.string(f"the text of {key}")
+        return text(cursor.string(f"the text of {key}"))
     if value_type == _ARRAY:
         return _read_array(cursor, key)
-    return _read_scalar(cursor, value_type, key)
+    return Value(_read_scalar(cursor, value_type, key), ValueType(value_type))
 
 
 def _read_scalar(cursor: Cursor, value_type: int, key: str) -> int | float | bool:
@@ -119,14 +182,14 @@ def _read_scalar(cursor: Cursor, value_type: int, key: str) -> int | float | boo
     return bool(byte)
 
 
-def _read_array(cursor: Cursor, key: str) -> list[str] | np.ndarray:
+def _read_array(cursor: Cursor, key: str) -> Value:
     item_type = cursor.unpack(U32, f"the item type of {key}")
     count = cursor.unpack(U64, f"the length of {key}")
     if item_type == _ARRAY:
         raise cursor.error(f"{key} is a list of lists, which no key of a language model is", DAMAGED_HINT)
     if item_type == _STRING:
         cursor.check_count(count, 8, f"texts in {key}")
-        return _read_strings(cursor, count, key)
+        return Value(_read_strings(cursor, count, key), _ARRAY, _STRING)
     if item_type not in _SCALARS:
         raise cursor.error(f"{key} has items of type {item_type:,}, and types 0 to 12 are known", DAMAGED_HINT)
     cursor.check_count(count, _SCALARS[item_type].size, f"numbers in {key}")
@@ -138,7 +201,7 @@ def _read_array(cursor: Cursor, key: str) -> list[str] | np.ndarray:
             raise cursor.error(f"{key} is a list of true or false, and has bytes up to {numbers.max()}", DAMAGED_HINT)
         numbers = numbers.astype(np.bool_)
     numbers.flags.writeable = False
-    return numbers
+    return Value(numbers, _ARRAY, ValueType(item_type))
 
 
 def _read_strings(cursor: Cursor, count: int, key: str) -> list[str]:

@@ -9,7 +9,7 @@ stopped half-way, a shard of another model or a flipped bit is one sentence at s
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.header import GGUFHeader, TensorInfo, read_header
-from kimi_lite.gguf.metadata import DAMAGED_HINT, quoted
+from kimi_lite.gguf.metadata import DAMAGED_HINT, Value, quoted
 from kimi_lite.gguf.shards import find_shards, shard_number_and_count
 from kimi_lite.native.layouts import Layout
 
@@ -43,13 +43,15 @@ class TensorView:
 
 
 class GGUFStore:
-    """An open model: its `metadata`, its `tensors` by name, and the `shards` they lie in. Made by `open`."""
+    """An open model: its `metadata` (with types in `values`), its `tensors` by name, and the `shards` they lie in.
+    Made by `open`."""
 
     def __init__(
-        self, shards: tuple[Path, ...], metadata: Mapping[str, object], tensors: dict[str, TensorView]
+        self, shards: tuple[Path, ...], values: Mapping[str, Value], tensors: Mapping[str, TensorView]
     ) -> None:
         self.shards = shards
-        self.metadata = MappingProxyType(metadata)
+        self.values: Mapping[str, Value] = MappingProxyType(dict(values))
+        self.metadata = MappingProxyType({key: value.value for key, value in values.items()})
         self.tensors: Mapping[str, TensorView] = MappingProxyType(tensors)
 
     @classmethod
@@ -65,7 +67,14 @@ class GGUFStore:
         _check_completeness(shards, headers)
         opened = zip(shards, files, headers, strict=True)
         tensors = {info.name: _view(info, shard, file) for shard, file, header in opened for info in header.tensors}
-        return cls(shards, headers[0].metadata, tensors)
+        return cls(shards, headers[0].values, tensors)
+
+    def renamed(self, names: Mapping[str, str]) -> "GGUFStore":
+        """The same files, with the tensors of `names` under other names (from the file's to the new one)."""
+        tensors = {}
+        for name, view in self.tensors.items():
+            tensors[names.get(name, name)] = replace(view, name=names[name]) if name in names else view
+        return GGUFStore(self.shards, self.values, tensors)
 
     @property
     def path(self) -> Path:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5, KNOWN, find_known, moonvit_bytes, unknown_model
+from kimi_lite.arch.recipe import named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
-from kimi_lite.arch.tensors import tensor_shapes
+from kimi_lite.arch.tensors import open_model, tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.probe import Hardware
 from kimi_lite.options import Options
@@ -49,13 +51,7 @@ class Subject:
 
     def sizes_in(self, recipe_name: str) -> ModelSizes:
         """The model in the types of a recipe. Raises KimiLiteError for an unknown one."""
-        from kimi_lite.quantize.recipe.recipe import named_recipe
-
-        recipe = named_recipe(recipe_name)
-        shapes = dict(tensor_shapes(self.config, ()))
-        if self.config.expert_gating == "sigmoid":
-            first, last = self.config.num_dense_layers, self.config.num_layers
-            shapes |= {f"blk.{layer}.exp_probs_b.bias": (self.config.num_experts,) for layer in range(first, last)}
+        recipe, shapes = named_recipe(recipe_name), tensor_shapes(self.config)
         tensors = ((name, shape, recipe.choose(name, shape).layout) for name, shape in shapes.items())
         return sizes_of(self.config, tensors, self.vision_bytes)
 
@@ -130,10 +126,7 @@ def smaller_model(hardware: Hardware, limits: Options) -> tuple[str, str] | None
 
 
 def _gguf(path: Path, is_seeing: bool) -> Subject:
-    from kimi_lite.gguf.store import GGUFStore
-
-    store = GGUFStore.open(path)
-    config = ModelConfig.from_metadata(store.metadata, store.path.name)
+    store, config = open_model(path)
     eyes = sorted(store.path.parent.glob("mmproj*.gguf")) if is_seeing else []
     vision_bytes = min((file.stat().st_size for file in eyes), default=0)
     return Subject(config, str(path), store_sizes(store, config, vision_bytes), vision_bytes)
@@ -141,17 +134,10 @@ def _gguf(path: Path, is_seeing: bool) -> Subject:
 
 def _checkpoint(folder: Path, is_seeing: bool) -> Subject:
     """From config.json alone: weights need not be there yet."""
-    from kimi_lite.native.layouts import BY_NAME
-    from kimi_lite.quantize.source.config import read_config
-    from kimi_lite.quantize.source.metadata import model_metadata
-
-    fields = read_config(folder)
-    name = str(fields.get("_name_or_path") or folder.resolve().name)
-    metadata = model_metadata(fields, name, BY_NAME["Q8_0"])
-    config = ModelConfig.from_metadata({key: value.value for key, value in metadata.items()}, name)
-    scheme = fields.get("quantization_config") or {}
+    checkpoint = read_checkpoint_config(folder)
+    config, scheme = checkpoint.config, checkpoint.object("quantization_config")
     is_int4 = scheme.get("quant_method") == "compressed-tensors"
-    vision_bytes = moonvit_bytes(fields.get("vision_config") or {}, config.hidden_size) if is_seeing else 0
+    vision_bytes = moonvit_bytes(checkpoint.vision, config.hidden_size) if is_seeing else 0
     return Subject(config, str(folder), vision_bytes=vision_bytes, has_int4_experts=is_int4)
 
 

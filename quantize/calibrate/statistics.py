@@ -12,17 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from gguf import GGUFValueType
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.tensors import check_tensors
+from kimi_lite.arch.tensors import file_name, open_model
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.gguf.metadata import Value, ValueType, text, u32
 from kimi_lite.model.cpu.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.calibrate.imatrix import mean_squares
-from kimi_lite.quantize.source.metadata import text, u32
-from kimi_lite.quantize.write.writer import Tensor, Value, check_output, write_gguf
+from kimi_lite.quantize.write.writer import Tensor, check_output, write_gguf
 from kimi_lite.text.tokenizer import Tokenizer
 
 OnLayer = Callable[[str, int, int], None]  # (what is being done, layers done, layers in all)
@@ -58,6 +56,13 @@ class ImportanceSums:
         """Mean squares by tensor name, as a file of these sums is read."""
         return {name: mean_squares(sums, self.counts[name][:, None]) for name, sums in self.sums.items()}
 
+    def named(self, config: ModelConfig) -> "ImportanceSums":
+        """The same under the names that files of the architecture have."""
+        renamed = ImportanceSums()
+        renamed.sums = {file_name(name, config.table): sums for name, sums in self.sums.items()}
+        renamed.counts = {file_name(name, config.table): counts for name, counts in self.counts.items()}
+        return renamed
+
     def finish_layer(self) -> None:
         """Halves the memory of what will not grow any more."""
         for name in self._names:
@@ -70,9 +75,7 @@ def open_walk(
 ) -> tuple[LayerWalk, Tokenizer]:
     """Raises KimiLiteError where the file is damaged or no model that runs here."""
     report = on_layer or (lambda name, done, total: None)
-    store = GGUFStore.open(model)
-    config = ModelConfig.from_metadata(store.metadata, store.path.name)
-    check_tensors(store, config)
+    store, config = open_model(model)
     walk = LayerWalk(store, config, num_threads, lambda done, total: report("preparing kernels", done, total))
     return walk, Tokenizer.from_metadata(store.metadata)
 
@@ -134,7 +137,7 @@ def collect_importance(
         for layer in walk.layers(chunks, sums.observe):
             sums.finish_layer()
             report(f"layer {layer}", layer + 1, walk.config.num_layers + 1)
-        num_bytes = write_imatrix(output, sums, text_file.name, len(chunks), chunk_tokens, is_overwriting)
+        num_bytes = write_imatrix(output, sums.named(walk.config), text_file.name, len(chunks), chunk_tokens, is_overwriting)
     finally:
         walk.close()
     return [_summary(output, sums, len(chunks), chunk_tokens, num_bytes), *_warnings(sums)]
@@ -161,7 +164,7 @@ def write_imatrix(
     metadata: dict[str, Value] = {
         "general.architecture": text("imatrix"),
         "general.type": text("imatrix"),
-        "imatrix.datasets": Value([dataset], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "imatrix.datasets": Value([dataset], ValueType.ARRAY, ValueType.STRING),
         "imatrix.chunk_count": u32(num_chunks),
         "imatrix.chunk_size": u32(chunk_tokens),
     }

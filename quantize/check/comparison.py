@@ -15,7 +15,8 @@ import psutil
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.quantize.convert import convert, open_model
-from kimi_lite.quantize.recipe.recipe import LOSSLESS, Recipe, find_recipe, uniform_recipe
+from kimi_lite.arch.recipe import LOSSLESS, Recipe
+from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe
 from kimi_lite.quantize.write.writer import OnProgress
 
 _NUM_CHUNKS = 4

@@ -16,7 +16,6 @@ import numpy as np
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.native.cpu.matrix import dequantize
-from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.convert import open_model
 from kimi_lite.quantize.source.model import SourceTensor
 from kimi_lite.quantize.write.job import log_path
@@ -80,7 +79,7 @@ def _check_bytes(view: TensorView, entry: Entry | None, path: Path) -> None:
 
 def _measure(source: SourceTensor, view: TensorView, pool: ThreadPoolExecutor) -> float:
     """The relative RMS error over all weights."""
-    read_rows = source.open_rows(BY_NAME["F32"])
+    read_rows = source.open_rows()
     data = view.data.reshape(-1, view.data.shape[-1])
     error_squares = weight_squares = 0.0
     for error, weight in _compare(read_rows, data, view, pool):
@@ -97,8 +96,7 @@ def _compare(
 
     def compare(start: int) -> tuple[float, float]:
         stop = min(start + step, len(data))
-        rows = read_rows(start, stop)
-        weights = rows.view("<f4") if rows.dtype == np.uint8 else rows
+        weights = read_rows(start, stop)
         error = dequantize(data[start:stop], view.layout.name) - weights
         return float(np.vdot(error, error)), float(np.vdot(weights, weights))
 

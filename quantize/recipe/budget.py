@@ -21,12 +21,12 @@ import numpy as np
 import psutil
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.recipe import EXPERTS, Recipe, exact_override, group_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.codecs import encode, find_layout
-from kimi_lite.quantize.recipe.recipe import EXPERTS, Recipe, exact_override, group_of
 from kimi_lite.quantize.source.model import SourceModel, SourceTensor
 
 _GIB = 1 << 30
@@ -87,7 +87,7 @@ def _gpu_bytes() -> int:
 
 def fit_recipe(model: SourceModel, budget: Budget, importance: Importance | None = None) -> Fit:
     """Chooses the types. Raises KimiLiteError where even the smallest are too large, with need and have."""
-    experts = [tensor for tensor in model.tensors if group_of(tensor.name, tensor.shape) == EXPERTS]
+    experts = [tensor for tensor in model.tensors if group_of(tensor.role, tensor.shape) == EXPERTS]
     rest, rest_bytes = _choose_rest(model, budget)
     cache_bytes = _cache_bytes(model)
     gpu_left = budget.gpu - rest_bytes - cache_bytes - _GPU_BYTES * bool(budget.gpu)
@@ -165,9 +165,9 @@ def _choose_rest(model: SourceModel, budget: Budget) -> tuple[Layout, int]:
         num_bytes = sum(
             tensor.num_weights
             // tensor.shape[-1]
-            * recipe.choose(tensor.name, tensor.shape).layout.row_bytes(tensor.shape[-1])
+            * recipe.choose(tensor.role, tensor.shape).layout.row_bytes(tensor.shape[-1])
             for tensor in model.tensors
-            if group_of(tensor.name, tensor.shape) != EXPERTS
+            if group_of(tensor.role, tensor.shape) != EXPERTS
         )
         if num_bytes + _cache_bytes(model) + _GPU_BYTES <= budget.gpu or not budget.gpu:
             break
@@ -186,8 +186,8 @@ def _measure(tensor: SourceTensor, importance: Importance | None) -> list[Option
     rows_in_all, row = tensor.num_weights // tensor.shape[-1], tensor.shape[-1]
     vectors = importance.find(tensor.name, tensor.shape) if importance else None
     places = np.unique(np.linspace(0, rows_in_all - 1, _SAMPLED_ROWS).astype(int))
-    read_rows = tensor.open_rows(BY_NAME["F32"])
-    samples = [read_rows(int(place), int(place) + 1).view(np.float32) for place in places]
+    read_rows = tensor.open_rows()
+    samples = [read_rows(int(place), int(place) + 1) for place in places]
     weights = [None if vectors is None else vectors[place // tensor.shape[-2]] for place in places]
     options = []
     for layout in _list_layouts(row, vectors is not None):

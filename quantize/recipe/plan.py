@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_lite.arch.recipe import GROUPS, LOSSLESS, Recipe, group_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import encode
-from kimi_lite.quantize.recipe.recipe import GROUPS, LOSSLESS, Recipe, group_of
 from kimi_lite.quantize.source.model import SourceModel, SourceTensor
 from kimi_lite.quantize.write.sharding import Shard
 
@@ -67,7 +67,7 @@ class Plan:
 
 def make_plan(model: SourceModel, recipe: Recipe) -> Plan:
     """Raises KimiLiteError where a lossless recipe would change a weight, or an exception names no tensor."""
-    choices = [recipe.choose(tensor.name, tensor.shape) for tensor in model.tensors]
+    choices = [recipe.choose(tensor.role, tensor.shape, tensor.name) for tensor in model.tensors]
     tensors = tuple(PlannedTensor(tensor, choice.layout) for tensor, choice in zip(model.tensors, choices, strict=True))
     for override in recipe.overrides:
         if not any(override.pattern.search(tensor.name) for tensor in model.tensors):
@@ -114,7 +114,7 @@ def describe_plan(plan: Plan, shards: Sequence[Shard], folder: Path) -> list[str
     """The table of `--dry-run`, a line a group."""
     lines = [f"{'group':<20}{'tensors':>8}{'params':>12}  {'from -> to':<28}{'size':>12}{'bpw':>8}"]
     for group in GROUPS:
-        members = [tensor for tensor in plan.tensors if group_of(tensor.source.name, tensor.source.shape) == group]
+        members = [tensor for tensor in plan.tensors if group_of(tensor.source.role, tensor.source.shape) == group]
         if members:
             before = "+".join(sorted({tensor.source.stored for tensor in members}))
             after = "+".join(sorted({tensor.layout.name.lower() for tensor in members}))
@@ -149,7 +149,7 @@ def _verdict(plan: Plan, folder: Path) -> str:
     config = ModelConfig.from_metadata(
         {key: value.value for key, value in plan.model.make_metadata(plan.main_layout).items()}
     )
-    sizes = sizes_of(config, ((tensor.source.name, tensor.source.shape, tensor.layout) for tensor in plan.tensors))
+    sizes = sizes_of(config, ((tensor.source.role, tensor.source.shape, tensor.layout) for tensor in plan.tensors))
     return verdict_line(memory_plan.make_plan(sizes, hardware.probe(folder)))
 
 

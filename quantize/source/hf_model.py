@@ -2,47 +2,49 @@
 read.
 """
 
-from collections.abc import Callable
 from functools import cache
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
+from kimi_lite.arch.tensors import file_name
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import Value
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import int2, int4
 from kimi_lite.quantize.source.metadata import model_metadata
-from kimi_lite.quantize.source.model import SourceModel, SourceTensor, describe_files
+from kimi_lite.quantize.source.model import FileState, SourceModel, SourceTensor
 from kimi_lite.quantize.source.names import Source, list_sources
 from kimi_lite.quantize.source.open import Checkpoint
-from kimi_lite.quantize.source.stored import Fp8Weight, Int2Weight, Int4Weight, PlainWeight, StoredWeight
-from kimi_lite.quantize.source.tokenizer import tokenizer_metadata
-from kimi_lite.quantize.write.writer import RowReader, Value
+from kimi_lite.quantize.source.stored import StoredWeight
+from kimi_lite.quantize.source.tokenizer import TOKENIZER_FILES, tokenizer_metadata
+from kimi_lite.quantize.write.writer import RowReader
 
 _INCOMPLETE_HINT = "Check that config.json belongs to these weights and that all files are there."
 _EXACT = {"f16": ("F16", "F32"), "bf16": ("BF16", "F32")}  # types that hold every value, by how it is stored; else F32
 _KEPT = {"Q4_0": int4, "Q2_0": int2}  # types that hold the very codes
-_Repack = Callable[[StoredWeight, int, int], np.ndarray]
 
 
 def open_hf_model(folder: Path) -> SourceModel:
     """Raises KimiLiteError where files are missing or damaged, or do not belong together."""
+    names = ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+    states = [FileState.of(folder / name) for name in names if (folder / name).is_file()]
     checkpoint = Checkpoint.open(folder)
-    sources = list(list_sources(checkpoint.config, {name: weight.shape for name, weight in checkpoint.weights.items()}))
+    config = checkpoint.config.config
+    is_tied = checkpoint.config.fields.get("tie_word_embeddings") is True
+    sources = list(list_sources(config, checkpoint.weights, is_tied))
     _check_sources(checkpoint, sources)
-    name = str(checkpoint.config.get("_name_or_path") or folder.resolve().name)
 
     @cache
     def tokenizer() -> dict[str, Value]:
-        return tokenizer_metadata(folder, checkpoint.config)
+        return tokenizer_metadata(folder, config.vocab_size, checkpoint.config.fields)
 
-    files = sorted({*folder.glob("*.safetensors"), *folder.glob("*.json")})
     return SourceModel(
         tensors=tuple(_source_tensor(checkpoint, source) for source in sources),
-        make_metadata=lambda layout: model_metadata(checkpoint.config, name, layout) | tokenizer(),
+        make_metadata=lambda layout: model_metadata(config, layout) | tokenizer(),
         notes=checkpoint.notes,
-        origin=describe_files(files),
+        files=(*states, *map(FileState.of, checkpoint.files)),
     )
 
 
@@ -57,7 +59,7 @@ def _check_sources(checkpoint: Checkpoint, sources: list[Source]) -> None:
                     f"{checkpoint.folder} has no {part.weight}, from which {source.name} is made.", _INCOMPLETE_HINT
                 )
             row = source.shape[-2] if part.is_transposed else source.shape[-1]
-            if weight.shape[-1] != row:
+            if not weight.shape or weight.shape[-1] != row:
                 have = f"have {list(weight.shape)}"
                 raise KimiLiteError(f"{part.weight}: need rows of {row} for {source.name}, {have}.", _INCOMPLETE_HINT)
             needed_rows[part.weight] = max(needed_rows.get(part.weight, 0), part.stop)
@@ -68,48 +70,50 @@ def _check_sources(checkpoint: Checkpoint, sources: list[Source]) -> None:
     unknown = [name for name in checkpoint.weights if name not in needed_rows]
     if unknown:
         some = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        problem = f"{checkpoint.folder} has {len(unknown)} weights that this architecture lacks: {some}"
         raise KimiLiteError(
-            f"{checkpoint.folder} has {len(unknown)} weights that this architecture lacks: {some}.", _INCOMPLETE_HINT
+            f"{problem}: without them the rest may mean something else, so they are not left out.", _INCOMPLETE_HINT
         )
 
 
 def _source_tensor(checkpoint: Checkpoint, source: Source) -> SourceTensor:
     weights = [checkpoint.weights[part.weight] for part in source.parts]
-    kinds = {_stored_as(weight) for weight in weights}
+    kinds = {weight.kind for weight in weights}
     kept = next((name for name, codec in _KEPT.items() if all(map(codec.can_repack, weights))), None)
     exact = set.intersection(*({*_EXACT.get(kind, ("F32",))} for kind in kinds)) | ({kept} if kept else set())
 
-    def open_rows(layout: Layout) -> RowReader:
-        return _row_reader(source, weights, _KEPT[kept].repack_rows if layout.name == kept else None)
+    def open_encoded(layout: Layout) -> RowReader | None:
+        if layout.name != kept:
+            return None
+        repack = _KEPT[kept].repack_rows
 
-    return SourceTensor(source.name, source.shape, "+".join(sorted(kinds)), frozenset(exact), open_rows)
+        def read_part(index: int, start: int, stop: int) -> np.ndarray:
+            first = source.parts[index].start
+            return repack(weights[index], first + start, first + stop)
 
-
-def _stored_as(weight: StoredWeight) -> str:
-    match weight:
-        case PlainWeight():
-            return weight.raw.dtype.lower()
-        case Int4Weight():
-            return "int4"
-        case Int2Weight():
-            return "int2"
-        case Fp8Weight():
-            return "fp8"
-    raise AssertionError(type(weight))
-
-
-def _row_reader(source: Source, weights: list[StoredWeight], repack: _Repack | None) -> RowReader:
-    """Reads rows of the GGUF tensor from its parts, which all give the same number of rows; encoded already where codes
-    can be kept, by `repack`."""
-    rows_of_part = prod(source.shape[:-1]) // len(source.parts)
+        return _joined(source, read_part)
 
     def read_part(index: int, start: int, stop: int) -> np.ndarray:
         part, weight = source.parts[index], weights[index]
         if part.is_transposed:
             return np.ascontiguousarray(weight.read_rows(part.start, part.stop)[:, start:stop].T)
-        if repack:
-            return repack(weight, part.start + start, part.start + stop)
         return weight.read_rows(part.start + start, part.start + stop)
+
+    return SourceTensor(
+        name=file_name(source.name, checkpoint.config.config.table),
+        role=source.name,
+        shape=source.shape,
+        stored="+".join(sorted(kinds)),
+        exact=frozenset(exact),
+        open_rows=lambda: _joined(source, read_part),
+        open_encoded=open_encoded,
+    )
+
+
+def _joined(source: Source, read_part) -> RowReader:
+    """Reads rows of the GGUF tensor from its parts, which all give the same number of rows. `read_part(index, start,
+    stop)`: rows of one part."""
+    rows_of_part = prod(source.shape[:-1]) // len(source.parts)
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         pieces = []

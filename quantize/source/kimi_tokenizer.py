@@ -6,11 +6,13 @@ makes a token is what the algorithm itself leaves when it may use only the token
 
 import base64
 import binascii
-import json
+import codecs
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from kimi_lite.arch.checkpoint import inner_object, read_json_object
+from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, Vocabulary, bytes_to_text
 
@@ -20,7 +22,10 @@ _NUM_RESERVED = 256  # control ids after the ranks; those without a name are cal
 
 def read_kimi_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """From tiktoken.model and tokenizer_config.json. Raises KimiLiteError where they are damaged or too large."""
-    pieces = read_ranks(folder / "tiktoken.model")
+    file = folder / "tiktoken.model"
+    pieces = read_ranks(file)
+    if len({*pieces}) != len(pieces) or b"" in pieces:
+        raise KimiLiteError(f"{file} has an empty piece, or one piece twice.", "Download the file again.")
     if len(pieces) > vocab_size:
         raise KimiLiteError(f"tiktoken.model has {len(pieces):,} ranks, config.json a vocabulary of {vocab_size:,}.")
     named = _read_added_tokens(folder / "tokenizer_config.json")
@@ -35,18 +40,22 @@ def read_kimi_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
 
 def read_ranks(file: Path) -> list[bytes]:
-    """The pieces of a tiktoken.model in rank order: on each line a piece in base64 and its rank."""
+    """The pieces of a tiktoken.model in rank order: on each line a piece in base64 and its rank. Empty lines, CRLF and
+    a byte order mark are no damage; tiktoken's own loader skips them too."""
     pieces: list[bytes] = []
-    for number, line in enumerate(file.read_bytes().splitlines()):
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             piece, rank = line.split()
             pieces.append(base64.b64decode(piece, validate=True))
-            is_in_order = int(rank) == number
+            is_in_order = int(rank) == len(pieces) - 1
         except (ValueError, binascii.Error) as error:
-            raise KimiLiteError(f"{file}, line {number + 1}: {error}.", "Download the file again.") from error
+            shown_error = "".join(filter(str.isprintable, str(error)))[:200]
+            raise KimiLiteError(f"{file}, line {number}: {shown_error}.", "Download the file again.") from error
         if not is_in_order:
             raise KimiLiteError(
-                f"{file}, line {number + 1}: need rank {number}, have {int(rank)}.", "Download the file again."
+                f"{file}, line {number}: need rank {len(pieces) - 1}, have {int(rank)}.", "Download the file again."
             )
     return pieces
 
@@ -84,5 +93,12 @@ def _read_added_tokens(file: Path) -> dict[int, str]:
         raise KimiLiteError(
             f"{file} is missing: it names the control tokens.", "Download it from the model's repository."
         )
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
-    return {int(i): token["content"] for i, token in added.items()}
+    added = inner_object(read_json_object(file), "added_tokens_decoder", str(file))
+    names: dict[int, str] = {}
+    for i, token in added.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not (i.isascii() and i.isdecimal() and len(i) < 10 and isinstance(content, str)):
+            problem = f"{file}: added_tokens_decoder has {shown(i)}: {shown(token)}, and must have ids and contents"
+            raise KimiLiteError(f"{problem}.", "Download the file again.")
+        names[int(i)] = content
+    return names

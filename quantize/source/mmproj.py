@@ -7,7 +7,6 @@ rows; the checkpoint has them in turns. Matrices get the type asked for; norms, 
 positions stay float32. Tests let llama.cpp's own vision code run both files.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,20 +14,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGUFValueType
 
+from kimi_lite.arch.checkpoint import inner_object, read_json_object
+from kimi_lite.arch.reader import Reader, shown
+from kimi_lite.arch.recipe import choose
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import Value, ValueType, boolean, f32, text, u32
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs import find_layout
-from kimi_lite.quantize.recipe.recipe import choose
-from kimi_lite.quantize.source.metadata import boolean, f32, quantization_metadata, text, u32
+from kimi_lite.quantize.source.metadata import quantization_metadata
+from kimi_lite.quantize.source.model import FileState
 from kimi_lite.quantize.source.names import VISION_PREFIXES
+from kimi_lite.quantize.source.shards import RawTensor, find_raw_tensors
 from kimi_lite.quantize.source.stored import make_weight
-from kimi_lite.quantize.write.shards import RawTensor, find_raw_tensors
-from kimi_lite.quantize.write.writer import OnProgress, Tensor, Value, write_gguf
+from kimi_lite.quantize.write.writer import OnProgress, Tensor, write_gguf
 
 _HINT = "Kimi K2.5, K2.6 and Kimi-VL have a vision tower that this program knows."
 _TYPES = ("F32", "F16", "BF16", "Q8_0")
+_PROJECTORS = {"kimi_k25": "kimik25", "kimi_vl": "kimivl"}  # by config.json's model_type
+_MAX_SIZE = 1 << 20  # far beyond what exists: more is damage
 _MIN_PATCHES, _MAX_PATCHES = 8, 16384  # of an image, by the vendor's preprocessor
 _ROPE_AXES = 2  # of an image: columns and rows
 _FIELDS = {  # ours: the names that K2.5's, transformers' and Kimi-VL's config.json have
@@ -129,33 +133,47 @@ def find_mmproj_layout(type_name: str) -> Layout:
 def read_tower(folder: Path) -> tuple[Tower, dict]:
     """The sizes by config.json, and its content. Raises KimiLiteError where it has none."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KimiLiteError(f"{file} cannot be read: {error}.", _HINT) from error
-    vision = config.get("vision_config") or {}
-    projector = {"kimi_k25": "kimik25", "kimi_vl": "kimivl"}.get(config.get("model_type"))
-    sizes = {ours: next((vision[name] for name in names if vision.get(name)), None) for ours, names in _FIELDS.items()}
-    missing = [" or ".join(_FIELDS[ours]) for ours, value in sizes.items() if value is None]
+    config = read_json_object(file, _HINT)
+    vision = inner_object(config, "vision_config", str(file), _HINT)
+    kind = config.get("model_type")
+    projector = _PROJECTORS.get(kind) if isinstance(kind, str) else None
+    read = Reader(vision, "", f"{file}, vision_config", _HINT, is_null_missing=True)
+    names = {ours: next((name for name in theirs if read.has(name)), None) for ours, theirs in _FIELDS.items()}
+    missing = [" or ".join(_FIELDS[ours]) for ours, name in names.items() if name is None]
     if projector is None or missing:
-        what = (
-            f"lacks {', '.join(missing)} in vision_config" if projector else f"is of type {config.get('model_type')!r}"
-        )
+        what = f"lacks {', '.join(missing)} in vision_config" if projector else f"is of type {shown(kind)}"
         raise KimiLiteError(f"{file} {what}.", _HINT)
-    merge = vision.get("merge_kernel_size") or (2, 2)
+    sizes = {ours: read.integer(name, 1, _MAX_SIZE) for ours, name in names.items() if name}
+    text_config = Reader(inner_object(config, "text_config", str(file), _HINT), "", str(file), _HINT, True)
+    outer = Reader(config, "", str(file), _HINT, is_null_missing=True)
     tower = Tower(
         projector=projector,
         **sizes,
-        time=vision.get("init_pos_emb_time") or vision.get("pos_emb_time") or 1,
-        merge=merge[0] if isinstance(merge, list | tuple) else int(merge),
-        eps=vision.get("projector_ln_eps") or config.get("projection_layer_norm_eps") or 1e-5,
-        text_hidden=(config.get("text_config") or {}).get("hidden_size") or vision.get("text_hidden_size") or 0,
+        time=read.integer(
+            "init_pos_emb_time" if read.has("init_pos_emb_time") else "pos_emb_time", 1, _MAX_SIZE, default=1
+        ),
+        merge=_merge_size(read),
+        eps=(read if read.has("projector_ln_eps") else outer).number(
+            "projector_ln_eps" if read.has("projector_ln_eps") else "projection_layer_norm_eps", 0, 1, default=1e-5
+        ),
+        text_hidden=(text_config if text_config.has("hidden_size") else read).integer(
+            "hidden_size" if text_config.has("hidden_size") else "text_hidden_size", 1, _MAX_SIZE
+        ),
     )
     if tower.hidden % tower.heads or tower.hidden // tower.heads % (2 * _ROPE_AXES):
         raise KimiLiteError(
             f"{file}: {tower.hidden} does not divide into {tower.heads} heads with two axes of pairs.", _HINT
         )
     return tower, config
+
+
+def _merge_size(read: Reader) -> int:
+    """Patches along one side of what becomes one token: a number, or the same for both axes."""
+    merge = read.value("merge_kernel_size", default=2)
+    first = merge[0] if isinstance(merge, list) and len(merge) == 2 and merge[0] == merge[1] else merge
+    if type(first) is not int or not 1 <= first <= 16:
+        raise read.error("merge_kernel_size", merge, "a whole number from 1 to 16, or twice the same")
+    return first
 
 
 def _bare(name: str) -> str:
@@ -301,4 +319,4 @@ def _metadata(tower: Tower, config: Mapping, name: str, layout: Layout) -> dict[
 
 
 def _floats(values: list[float]) -> Value:
-    return Value(values, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+    return Value(values, ValueType.ARRAY, ValueType.FLOAT32)

@@ -9,20 +9,27 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import Value
 from kimi_lite.native.layouts import Layout
-from kimi_lite.quantize.write.writer import RowReader, Value
+from kimi_lite.quantize.write.writer import RowReader
 
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """A tensor of the model. `stored` says in a word how it lies there; `open_rows` takes the type to be written, since
-    some are kept as they are, and returns the reader of its rows. `exact` are the types that lose nothing."""
+    """A tensor of the model. `stored` says in a word how it lies there, `exact` are the types that lose nothing.
 
-    name: str
+    `open_rows` returns the reader of its rows as float32. `open_encoded` takes the type to be written and returns the
+    reader of its bytes in that type, uint8 (rows, row_bytes), where the source has exactly these; else None.
+    """
+
+    name: str  # in the file to be written
+    role: str  # as the model's code calls it: another name only where the architecture's table has one
     shape: tuple[int, ...]  # numpy order: the last axis is the row
     stored: str
     exact: frozenset[str]
-    open_rows: Callable[[Layout], RowReader]
+    open_rows: Callable[[], RowReader]
+    open_encoded: Callable[[Layout], RowReader | None]
 
     @property
     def num_weights(self) -> int:
@@ -30,16 +37,54 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class FileState:
+    """A source file as it was when the conversion began: what tells a changed one from the same one."""
+
+    path: Path
+    num_bytes: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileState":
+        """Raises KimiLiteError where the file cannot be seen."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise KimiLiteError(f"{path} cannot be read: {error.strerror}.", _CHANGED_HINT) from error
+        return cls(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+    def check(self) -> None:
+        """Raises KimiLiteError where the file is not what it was."""
+        now = FileState.of(self.path)
+        if now.num_bytes != self.num_bytes:
+            change = f"it had {self.num_bytes:,} bytes and has {now.num_bytes:,}"
+        elif (now.modified_ns, now.inode) != (self.modified_ns, self.inode):
+            change = "it was written again or replaced"
+        else:
+            return
+        raise KimiLiteError(f"{self.path} changed while it was converted: {change}.", _CHANGED_HINT)
+
+
+_CHANGED_HINT = "Leave the source alone while it is read, and repeat the command: the conversion begins anew."
+
+
+@dataclass(frozen=True, slots=True)
 class SourceModel:
-    """`make_metadata` takes the type of most weights; `notes` say what is left out; `origin` names files, sizes and
-    times."""
+    """`make_metadata` takes the type of most weights; `notes` say what is left out; `files` is every file that the
+    model is read from."""
 
     tensors: tuple[SourceTensor, ...]
     make_metadata: Callable[[Layout], Mapping[str, Value]]
     notes: tuple[str, ...]
-    origin: str
+    files: tuple[FileState, ...]
 
+    @property
+    def origin(self) -> str:
+        """Names, sizes and times of the files."""
+        return repr([(file.path.name, file.num_bytes, file.modified_ns) for file in self.files])
 
-def describe_files(paths: list[Path]) -> str:
-    """Names, sizes and times of change: what tells a changed source from the same one."""
-    return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+    def check_unchanged(self) -> None:
+        """Raises KimiLiteError where a file is not what it was when the model was opened."""
+        for file in self.files:
+            file.check()

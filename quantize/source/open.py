@@ -4,80 +4,120 @@ checkpoint = Checkpoint.open(Path("Kimi-K2.5"))
 checkpoint.weights["model.layers.1.mlp.experts.0.up_proj.weight"].read_rows(0, 64)  # float32 (64, 7168)
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from kimi_lite.arch.checkpoint import CheckpointConfig, inner_object, read_checkpoint_config
+from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.source.config import read_config
 from kimi_lite.quantize.source.names import canonical_name, layer_number
-from kimi_lite.quantize.source.stored import StoredWeight, make_weight
-from kimi_lite.quantize.write.shards import find_raw_tensors
+from kimi_lite.quantize.source.shards import RawTensor, find_raw_tensors
+from kimi_lite.quantize.source.stored import FACTOR_SUFFIXES, StoredWeight, make_weight
 
-_FACTOR_SUFFIXES = ("_packed", "_scale", "_shape", "_scale_inv", "_zero_point", "_g_idx")  # after ".weight"
 _FP8_BLOCK = (128, 128)
+_PREDICTION = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.")  # what only next-token-prediction layers have
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`config`: the text model's fields (quantize.source.config); `weights`: its tensors by canonical name
-    (quantize.source.names); `notes`: what the folder holds beside them and why it is left out."""
+    """`config`: config.json; `weights`: its tensors by canonical name (quantize.source.names); `files`: what they lie
+    in; `notes`: what the folder holds besides and why it is left out."""
 
     folder: Path
-    config: Mapping
+    config: CheckpointConfig
     weights: Mapping[str, StoredWeight]
+    files: tuple[Path, ...]
     notes: tuple[str, ...]
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Raises KimiLiteError where config.json, a shard or a header is missing, damaged or of an unknown kind."""
-        config = read_config(folder)
+        config = read_checkpoint_config(folder)
         fp8_block = _check_quantization(config)
-        raw, num_vision, num_extra = {}, 0, 0
-        for stored_name, tensor in find_raw_tensors(folder).items():
+        num_layers, unused = config.config.num_layers, config.config.table.unused_weights
+        raw, vision, extra, stored_names = {}, [], [], {}
+        tensors = find_raw_tensors(folder)
+        for stored_name, tensor in tensors.items():
             name = canonical_name(stored_name)
             if name is None:
-                num_vision += prod(tensor.shape)
-            elif layer_number(name) >= config["num_hidden_layers"]:
-                num_extra += prod(tensor.shape)
-            elif not name.endswith(".rotary_emb.inv_freq"):  # computed from config.json, as everywhere
+                vision.append(tensor)
+                continue
+            if name in stored_names:
+                both = f"{stored_names[name]} and {stored_name}"
+                raise KimiLiteError(
+                    f"{folder}: {both} are the same weight of the text model.", "Keep the files of one model."
+                )
+            stored_names[name] = stored_name
+            if layer_number(name) >= num_layers:
+                extra.append(tensor)
+            elif not any(re.fullmatch(pattern, name) for pattern in unused):
                 raw[name] = tensor
+        _check_prediction_layers(config, extra)
         notes = []
-        if num_vision:
-            what = f"vision tower and projector left out ({num_vision / 1e6:,.1f} M values)"
+        if vision:
+            what = f"vision tower and projector left out ({_num_values(vision)})"
             notes.append(f"{what}: this file is the text model; --mmproj bf16 writes them to a file of their own")
-        if num_extra:
-            notes.append(f"next-token-prediction layers left out ({num_extra / 1e6:,.1f} M values)")
+        if extra:
+            notes.append(f"next-token-prediction layers left out ({_num_values(extra)})")
         names = dict.fromkeys(map(_weight_name, raw))
-        return cls(folder, config, {name: make_weight(name, raw, fp8_block) for name in names}, tuple(notes))
+        weights = {name: make_weight(name, raw, fp8_block) for name in names}
+        files = tuple(sorted({tensor.file for tensor in tensors.values()}))
+        return cls(folder, config, weights, files, tuple(notes))
+
+
+def _num_values(tensors: Iterable[RawTensor]) -> str:
+    return f"{sum(prod(tensor.shape) for tensor in tensors) / 1e6:,.1f} M values"
+
+
+def _check_prediction_layers(config: CheckpointConfig, extra: list[RawTensor]) -> None:
+    """Layers after the last are left out only where they are such: else config.json is of a smaller model."""
+    by_layer: dict[int, list[str]] = {}
+    for tensor in extra:
+        by_layer.setdefault(layer_number(canonical_name(tensor.name) or ""), []).append(tensor.name)
+    for layer, names in sorted(by_layer.items()):
+        if not any(mark in name for name in names for mark in _PREDICTION):
+            raise KimiLiteError(
+                f"{config.file} has num_hidden_layers {config.config.num_layers}, and there are weights of layer "
+                f"{layer}: {names[0]}.",
+                "Check that config.json belongs to these weights.",
+            )
 
 
 def _weight_name(name: str) -> str:
     """`X.weight` for each of the tensors that store it together."""
-    for suffix in _FACTOR_SUFFIXES:
+    for suffix in FACTOR_SUFFIXES:
         if name.endswith(f".weight{suffix}"):
             return name.removesuffix(suffix)
     return name
 
 
-def _check_quantization(config: Mapping) -> tuple[int, int]:
+def _check_quantization(config: CheckpointConfig) -> tuple[int, int]:
     """Raises KimiLiteError for a way of quantizing that is not read here; returns the FP8 block's rows and columns."""
-    quantization = config.get("quantization_config")
+    quantization = config.object("quantization_config")
     if not quantization:
         return _FP8_BLOCK
     method = quantization.get("quant_method")
     if method == "fp8":
-        rows, columns = quantization.get("weight_block_size") or _FP8_BLOCK
-        return rows, columns
+        block = quantization.get("weight_block_size") or _FP8_BLOCK
+        is_pair = isinstance(block, list | tuple) and len(block) == 2
+        if not is_pair or not all(type(size) is int and size > 0 for size in block):
+            raise KimiLiteError(
+                f"{config.file}: weight_block_size is {shown(block)}, and must be two whole numbers above 0.",
+                "Download config.json again.",
+            )
+        return block[0], block[1]
     if method == "humming" and quantization.get("b_dtype") == "uint2" and not quantization.get("has_zero_point"):
         return _FP8_BLOCK
-    groups = quantization.get("config_groups") or {}
-    weights = [group.get("weights") or {} for group in groups.values()]
+    source = f"{config.file}, quantization_config"
+    groups = inner_object(quantization, "config_groups", source)
+    weights = [inner_object(inner_object(groups, name, source), "weights", source) for name in groups]
     is_int4 = all(w.get("num_bits") == 4 and w.get("type") == "int" and w.get("symmetric", True) for w in weights)
     if method == "compressed-tensors" and quantization.get("format") == "pack-quantized" and is_int4:
         return _FP8_BLOCK
-    have = f"quant_method {method!r}, format {quantization.get('format')!r}"
+    have = f"quant_method {shown(method)}, format {shown(quantization.get('format'))}"
     raise KimiLiteError(
         f"The checkpoint is quantized by {have}.",
         "Read are: none, block FP8, pack-quantized symmetric INT4, and uint2.",

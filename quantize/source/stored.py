@@ -11,16 +11,22 @@ from typing import Protocol
 
 import numpy as np
 
+from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.write.shards import RawTensor
+from kimi_lite.quantize.source.shards import RawTensor
 
 FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
+# what may stand behind "X.weight" and say what the weight means
+FACTOR_SUFFIXES = ("_packed", "_scale", "_shape", "_scale_inv", "_zero_point", "_g_idx")
 _CODES_PER_WORD = 8
 _FORMATS_HINT = "It reads float32, float16, bfloat16, block FP8 (e4m3), pack-quantized INT4 and Humming's uint2."
 
 
 class StoredWeight(Protocol):
-    """A logical weight: its `shape`, and its rows."""
+    """A logical weight: its `shape`, its rows, and in a word how they are stored."""
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -34,6 +40,10 @@ class PlainWeight:
     """float32, float16 or bfloat16."""
 
     raw: RawTensor
+
+    @property
+    def kind(self) -> str:
+        return self.raw.dtype.lower()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,6 +61,10 @@ class Fp8Weight:
     raw: RawTensor
     factors: RawTensor  # (ceil(N / block rows), ceil(M / block columns))
     block: tuple[int, int]
+
+    @property
+    def kind(self) -> str:
+        return "fp8"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,6 +87,10 @@ class Int4Weight:
 
     packed: RawTensor  # (N, M / 8) int32
     scales: RawTensor  # (N, M / group)
+
+    @property
+    def kind(self) -> str:
+        return "int4"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,6 +127,10 @@ class Int2Weight:
     scales: RawTensor  # (N, M / group)
 
     @property
+    def kind(self) -> str:
+        return "int2"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.packed.shape[0], self.packed.shape[1] * _CODES_PER_WORD * 2
 
@@ -133,27 +155,37 @@ class Int2Weight:
 
 def make_weight(name: str, raw: dict[str, RawTensor], fp8_block: tuple[int, int]) -> StoredWeight:
     """The weight `name` (ending in ".weight", or plain), from whichever tensors of `raw` store it. Raises
-    KimiLiteError."""
+    KimiLiteError, also for a tensor beside it that this way of storing does not use: it would change the weight."""
     if f"{name}_packed" in raw:
-        return _make_int4(name, raw)
-    if name not in raw:
-        raise KimiLiteError(f"{name} has a scale or a shape, but no weights beside them.", _FORMATS_HINT)
-    tensor = raw[name]
-    if tensor.dtype == "F8_E4M3":
-        return _make_fp8(name, raw, fp8_block)
-    if tensor.dtype == "I32":
-        return _make_int2(name, raw)
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise KimiLiteError(f"{name} is stored as {tensor.dtype}, which this program does not read.", _FORMATS_HINT)
-    return PlainWeight(tensor)
+        weight, used = _make_int4(name, raw), {"_packed", "_scale", "_shape"}
+    elif name not in raw:
+        raise KimiLiteError(f"{name} has a scale or a shape, but no weights with them.", _FORMATS_HINT)
+    else:
+        tensor = raw[name]
+        if tensor.dtype == "F8_E4M3":
+            weight, used = _make_fp8(name, raw, fp8_block), {"", "_scale_inv"}
+        elif tensor.dtype == "I32":
+            weight, used = _make_int2(name, raw), {"", "_scale", "_shape"}
+        elif tensor.dtype in FLOAT_DTYPES:
+            weight, used = PlainWeight(tensor), {""}
+        else:
+            problem = f"{name} is stored as {shown(tensor.dtype)}, which this program does not read"
+            raise KimiLiteError(f"{problem}.", _FORMATS_HINT)
+    unused = [name + suffix for suffix in ("", *FACTOR_SUFFIXES) if suffix not in used and name + suffix in raw]
+    if unused:
+        problem = f"{name} is {weight.kind}, and {unused[0]} would change it in a way that is not known here"
+        raise KimiLiteError(f"{problem}.", _FORMATS_HINT)
+    return weight
 
 
 def _make_fp8(name: str, raw: dict[str, RawTensor], block: tuple[int, int]) -> Fp8Weight:
     tensor, factors = raw[name], raw.get(f"{name}_scale_inv")
     if factors is None:
         raise KimiLiteError(f"{name} is FP8 without {name}_scale_inv.", _FORMATS_HINT)
-    need = tuple(-(-size // width) for size, width in zip(tensor.shape[-2:], block, strict=True))
-    if len(tensor.shape) != 2 or factors.shape != need or factors.dtype not in FLOAT_DTYPES:
+    if len(tensor.shape) != 2:
+        raise KimiLiteError(f"{name} is FP8 of shape {list(tensor.shape)}, and must be a matrix.", _FORMATS_HINT)
+    need = tuple(-(-size // width) for size, width in zip(tensor.shape, block, strict=True))
+    if factors.shape != need or factors.dtype not in FLOAT_DTYPES:
         have = f"{factors.dtype} {list(factors.shape)}"
         raise KimiLiteError(
             f"{factors.name}: need floats {list(need)} for blocks of {block}, have {have}.", _FORMATS_HINT
@@ -164,10 +196,8 @@ def _make_fp8(name: str, raw: dict[str, RawTensor], block: tuple[int, int]) -> F
 def _make_int4(name: str, raw: dict[str, RawTensor]) -> Int4Weight:
     """`weight_shape` says nothing that the packed shape and config.json do not, and reading 70,000 of them is slow."""
     packed, scales = raw[f"{name}_packed"], raw.get(f"{name}_scale")
-    if scales is None or f"{name}_zero_point" in raw or f"{name}_g_idx" in raw:
-        raise KimiLiteError(
-            f"{name} is packed without its scale, or with zero points or reordered columns.", _FORMATS_HINT
-        )
+    if scales is None:
+        raise KimiLiteError(f"{name} is packed without its scale.", _FORMATS_HINT)
     is_sound = packed.dtype == "I32" and scales.dtype in FLOAT_DTYPES and len(packed.shape) == len(scales.shape) == 2
     if is_sound:
         columns = packed.shape[1] * _CODES_PER_WORD

@@ -3,28 +3,32 @@
 Two kinds of folder: Moonshot's, with `tiktoken.model`, and those with a fast byte-level `tokenizer.json`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from kimi_lite.arch.checkpoint import read_json_object
+from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import Value, array, boolean, text, u32
 from kimi_lite.quantize.source.hf_tokenizer import read_hf_vocabulary
 from kimi_lite.quantize.source.kimi_tokenizer import read_kimi_vocabulary
-from kimi_lite.quantize.source.metadata import array, boolean, text, u32
 from kimi_lite.quantize.source.vocabulary import Vocabulary
-from kimi_lite.quantize.write.writer import Value
+
+TOKENIZER_FILES = (
+    "tiktoken.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
 
 _KIMI_END_OF_TURN = "<|im_end|>"
 _KEY_BY_ROLE = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 
-def tokenizer_metadata(folder: Path, config: Mapping) -> dict[str, Value]:
-    """Tokens, merges, control ids and the chat template. Raises KimiLiteError where there is no tokenizer to
+def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping) -> dict[str, Value]:
+    """Tokens, merges, control ids and the chat template; `config` are config.json's fields. Raises KimiLiteError where there is no tokenizer to
     convert."""
     if (folder / "tiktoken.model").is_file():
-        vocabulary = read_kimi_vocabulary(folder, config["vocab_size"])
+        vocabulary = read_kimi_vocabulary(folder, vocab_size)
     elif (folder / "tokenizer.json").is_file():
-        vocabulary = read_hf_vocabulary(folder, config["vocab_size"])
+        vocabulary = read_hf_vocabulary(folder, vocab_size)
     else:
         raise KimiLiteError(
             f"{folder} has neither tiktoken.model nor tokenizer.json.", "Download the tokenizer's files too."
@@ -57,9 +61,16 @@ def _find_ids(folder: Path, config: Mapping, settings: Mapping, vocabulary: Voca
         named = named.get("content") if isinstance(named, Mapping) else named
         found = vocabulary.find(named) if isinstance(named, str) else None
         ids[key] = config.get(f"{role}_token_id") if found is None else found
-    generation_eos = _read_json(folder / "generation_config.json").get("eos_token_id")
-    ids["eos_token_id"] = generation_eos or vocabulary.find(_KIMI_END_OF_TURN) or ids["eos_token_id"]
-    firsts = {key: i[0] if isinstance(i, list) else i for key, i in ids.items()}
+    generation = _read_json(folder / "generation_config.json")
+    own = vocabulary.find(_KIMI_END_OF_TURN)
+    ids["eos_token_id"] = generation.get("eos_token_id") or (ids["eos_token_id"] if own is None else own)
+    firsts = {key: i[0] if isinstance(i, list) and i else i for key, i in ids.items()}
+    for key, i in firsts.items():
+        if i is not None and (type(i) is not int or not 0 <= i < len(vocabulary.tokens)):
+            raise KimiLiteError(
+                f"{folder}: {key} is {shown(i)}, and must be a token's id, 0 to {len(vocabulary.tokens) - 1:,}.",
+                "Download generation_config.json and config.json again.",
+            )
     return {key: i for key, i in firsts.items() if i is not None}
 
 
@@ -68,12 +79,19 @@ def _read_chat_template(folder: Path, settings: Mapping) -> str:
     ones."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise KimiLiteError(f"{file} cannot be read as UTF-8: {error}.", "Download it again.") from error
     template = settings.get("chat_template") or ""
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default") or ""
+    if not isinstance(template, str):
+        problem = f"{folder / 'tokenizer_config.json'}: chat_template is {shown(template)}, and must be a text"
+        raise KimiLiteError(f"{problem}.", "Download it again.")
     return template
 
 
 def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json_object(file) if file.is_file() else {}

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from gguf import GGUFValueType
-
 from kimi_lite import __version__
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import Value, ValueType
 from kimi_lite.quantize.write.journal import Entry, Journal
 from kimi_lite.quantize.write.sharding import Shard
 from kimi_lite.quantize.write.writer import (
@@ -24,7 +23,6 @@ from kimi_lite.quantize.write.writer import (
     HEADER_BYTES,
     OnProgress,
     Tensor,
-    Value,
     check_folder,
     check_space,
     encode_pieces,
@@ -202,7 +200,7 @@ def _shard_metadata(job: Job, number: int) -> dict[str, Value]:
     if len(job.shards) == 1:
         return first_only
     return first_only | {
-        "split.no": Value(number, GGUFValueType.UINT16),
-        "split.count": Value(len(job.shards), GGUFValueType.UINT16),
-        "split.tensors.count": Value(len(job.tensors), GGUFValueType.INT32),
+        "split.no": Value(number, ValueType.UINT16),
+        "split.count": Value(len(job.shards), ValueType.UINT16),
+        "split.tensors.count": Value(len(job.tensors), ValueType.INT32),
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_lite.quantize.write.writer import ALIGNMENT, Tensor
+from kimi_lite.quantize.write.writer import Tensor, padded_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,6 @@ class Shard:
     @property
     def partial(self) -> Path:
         return self.path.with_name(f"{self.path.name}.partial")
-
-
-def padded_bytes(tensor: Tensor) -> int:
-    return -(-tensor.num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def plan_shards(path: Path, tensors: Sequence[Tensor], max_bytes: int) -> tuple[Shard, ...]:

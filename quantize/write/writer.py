@@ -9,6 +9,7 @@ import glob
 import os
 import secrets
 import shutil
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,31 +21,23 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import psutil
-from gguf import GGUFValueType, GGUFWriter
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import Value, ValueType, pack_text, pack_value
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import encode
 from kimi_lite.quantize.codecs.feedback import Curvature, encode_with_feedback
 
 ALIGNMENT = 32  # bytes; GGUF's default
+_VERSION = 3
 _CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
 _FEEDBACK_WEIGHTS = 1 << 21  # rows that share a product with the whole curvature of their matrix
 _MEASURED_EVERY = 8  # pieces: an error known to a per cent for an eighth of the time that decoding all would take
 HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer and all padding take
 
-# (first row, end row) -> float32 (rows, n), or uint8 (rows, row_bytes) where the source holds the encoded bytes already
+# (first row, end row) -> float32 (rows, n) to be encoded, or uint8 (rows, row_bytes) of a tensor that says `is_encoded`
 RowReader = Callable[[int, int], np.ndarray]
 OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
-
-
-class Value(NamedTuple):
-    """A metadata value with its exact GGUF type; `element_type` for arrays. llama.cpp refuses a u32 where it wants an
-    i32."""
-
-    value: object
-    value_type: GGUFValueType
-    element_type: GGUFValueType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +49,7 @@ class Tensor:
     shape: tuple[int, ...]  # numpy order: the last axis is the row
     layout: Layout
     open_rows: Callable[[], RowReader]
+    is_encoded: bool = False  # its reader gives the bytes to be written
     importance: np.ndarray | None = None  # float32 (matrices, row): weighs the squared errors of each matrix's columns
     curvature: Callable[[int], Curvature | None] | None = None  # of a matrix's inputs, asked for when its turn comes
 
@@ -166,21 +160,30 @@ def _partial_file(path: Path) -> Iterator[Path]:
 
 
 def write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> BinaryIO:
-    """Magic, metadata and tensor infos, padded; returns the file, open where the first tensor goes."""
-    header = GGUFWriter(None, str(metadata["general.architecture"].value))
-    for key, (value, value_type, element_type) in metadata.items():
-        if key != "general.architecture":  # the writer put it first itself
-            header.add_key_value(key, value, value_type, element_type)
+    """Magic, metadata and tensor infos, padded; returns the file, open where the first tensor goes. Arrays without
+    items are left out: readers know no type for them."""
+    first = {"general.architecture": metadata["general.architecture"]}
+    values = {key: value for key, value in (first | dict(metadata)).items() if not _is_empty(value)}
+    file = open(partial, "wb")  # noqa: SIM115  the caller closes it
+    file.write(b"GGUF" + struct.pack("<IQQ", _VERSION, len(tensors), len(values)))
+    for key, value in values.items():
+        file.write(pack_text(key) + pack_value(value))
+    offset = 0
     for tensor in tensors:
-        header.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=tensor.layout.ggml_id
-        )
-    header.write_header_to_file(partial)
-    header.write_kv_data_to_file()
-    header.write_ti_data_to_file()
-    (file,) = header.fout
+        dims = tensor.shape[::-1]
+        file.write(pack_text(tensor.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
+        file.write(struct.pack("<IQ", tensor.layout.ggml_id, offset))
+        offset += padded_bytes(tensor)
     file.write(bytes(-file.tell() % ALIGNMENT))
     return file
+
+
+def padded_bytes(tensor: Tensor) -> int:
+    return -(-tensor.num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _is_empty(value: Value) -> bool:
+    return value.value_type == ValueType.ARRAY and not len(value.value)
 
 
 class Piece(NamedTuple):
@@ -203,7 +206,8 @@ def encode_pieces(
 
     def encode_piece(index: int, matrix: int, start: int, stop: int) -> Piece:
         rows = read_rows(start, stop)
-        if rows.dtype == np.uint8:
+        if tensor.is_encoded:
+            assert rows.dtype == np.uint8, (tensor.name, rows.dtype)
             return Piece(rows)
         curvature = tensor.curvature(matrix) if tensor.curvature else None
         if curvature:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -42,7 +43,7 @@ def source(tmp_path, monkeypatch) -> dict[str, np.ndarray]:
     writer.write_tensors_to_file()
     writer.close()
     monkeypatch.setattr(rehouse, "NUM_LAYERS", 2)
-    monkeypatch.setattr(rehouse, "CONFIG", dict(rehouse.CONFIG) | {"vocab_size": VOCAB, "num_hidden_layers": 2})
+    monkeypatch.setattr(rehouse, "CONFIG", replace(rehouse.CONFIG, vocab_size=VOCAB, num_layers=2))
     monkeypatch.setattr(
         build, "fetch_source_gguf", lambda folder, cache, report: shutil.copy(file, folder / "source.gguf")
     )

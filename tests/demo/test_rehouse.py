@@ -19,6 +19,8 @@ from kimi_lite.text.tokenizer import Tokenizer
 VOCAB, PAIRS = 64, rehouse.HEAD_DIM // 2
 TEXTS = Path(__file__).parents[2] / "../shared/data/text"
 
+_ROPE = {"rope_type": "default", "rope_theta": rehouse.CONFIG.rope.freq_base}
+
 
 def random_source(num_layers: int, seed: int = 0) -> dict[str, np.ndarray]:
     """SmolLM2's shapes under their llama.cpp names, with fewer layers and tokens."""
@@ -65,7 +67,7 @@ def make_llama(source: dict[str, np.ndarray], num_layers: int) -> LlamaForCausal
         vocab_size=len(embedding), hidden_size=rehouse.HIDDEN, intermediate_size=rehouse.FFN,
         num_hidden_layers=num_layers,
         num_attention_heads=rehouse.NUM_HEADS, num_key_value_heads=rehouse.NUM_KV_HEADS, head_dim=rehouse.HEAD_DIM,
-        rms_norm_eps=1e-5, tie_word_embeddings=True, rope_parameters=rehouse.CONFIG["rope_parameters"],
+        rms_norm_eps=1e-5, tie_word_embeddings=True, rope_parameters=_ROPE,
     )  # fmt: skip
     state = {
         "model.embed_tokens.weight": embedding,
@@ -84,7 +86,7 @@ def make_llama(source: dict[str, np.ndarray], num_layers: int) -> LlamaForCausal
 def make_rehoused(source: dict[str, np.ndarray], num_layers: int) -> DeepseekV3ForCausalLM:
     """The re-housed tensors in transformers' own DeepSeek-V3."""
     sizes = {"vocab_size": len(source["token_embd.weight"]), "num_hidden_layers": num_layers}
-    fields = dict(rehouse.CONFIG) | sizes | {"num_key_value_heads": rehouse.NUM_HEADS, "num_mtp_layers": 0}
+    fields = rehouse.CONFIG.to_json() | sizes | {"rope_parameters": _ROPE} | {"num_key_value_heads": rehouse.NUM_HEADS, "num_mtp_layers": 0}
     config = DeepseekV3Config(**fields)
     tensors = rehouse.rehouse_globals(source["token_embd.weight"], source["output_norm.weight"])
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

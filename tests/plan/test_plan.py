@@ -16,8 +16,8 @@ from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.refusal import find_problem
 from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, pass_s, rates_of
+from kimi_lite.arch.recipe import named_recipe
 from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan
-from kimi_lite.quantize.recipe.recipe import named_recipe
 from kimi_lite.units import GIB
 
 GPU = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)

@@ -26,8 +26,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kimi_lite.arch.known import K2_5
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.tools.make.kimi_dims import KimiDims
 
 _REST_TYPE = "Q8_0"  # of everything but routed experts
 
@@ -71,13 +71,13 @@ class Kernel:
 
 def experts_s(kernel: Kernel, machine: Machine) -> float:
     """Seconds a token for K2.5's routed experts."""
-    config = KimiDims().to_model_config()
+    config = K2_5
     return config.num_moe_layers * config.num_experts_used * config.expert_parameters * kernel.seconds(machine)
 
 
 def rest_s(kernel: Kernel, machine: Machine) -> float:
     """Seconds a token for every other matrix, on the CPU."""
-    config = KimiDims().to_model_config()
+    config = K2_5
     routed = config.num_moe_layers * config.num_experts_used * config.expert_parameters
     return (config.active_parameters - routed) * kernel.seconds(machine)
 

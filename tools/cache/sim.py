@@ -24,11 +24,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from kimi_lite.arch.known import K2_5
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.recorder import RoutingTrace, read_trace
 from kimi_lite.tools.cache.policies import BeladyCache, Cache, HeatCache, LruCache
 from kimi_lite.tools.cache.routing_synthetic import make_trace
-from kimi_lite.tools.make.kimi_dims import KimiDims
 
 _LFU_HALF_LIFE = (256.0,)
 _SKIPPED_SHARE = 0.25  # of the tokens: the caches fill
@@ -81,14 +81,14 @@ class Machine:
 
     def slot_share(self, bits: float) -> float:
         """Of all routed experts that the GPU has room for."""
-        dense_gb = KimiDims().to_model_config().other_parameters * _DENSE_BITS / 8e9
-        routed_gb = KimiDims().to_model_config().routed_parameters * bits / 8e9
+        dense_gb = K2_5.other_parameters * _DENSE_BITS / 8e9
+        routed_gb = K2_5.routed_parameters * bits / 8e9
         return min(1.0, max(0.0, self.vram_gb - dense_gb - _WORK_GB - _CACHE_GB) / routed_gb)
 
     def tok_s(self, hit_share: float, bits: float, num_copies: float) -> float:
         """Decoding: dense weights and hits on the GPU, then misses on the CPU; copies take bandwidth from its
         reads."""
-        c = KimiDims().to_model_config()
+        c = K2_5
         expert_gb = c.expert_parameters * bits / 8e9
         used_gb = c.num_moe_layers * c.num_experts_used * expert_gb
         dense_gb = (
@@ -140,7 +140,7 @@ def run(
 ) -> list[Outcome]:
     layers = trace.moe_layers.tolist()
     num_experts = len(layers) * trace.num_experts
-    scale = KimiDims().to_model_config().num_moe_layers / len(layers)  # a budget is for all of K2.5's layers
+    scale = K2_5.num_moe_layers / len(layers)  # a budget is for all of K2.5's layers
     outcomes = []
     for share in shares:
         num_slots = round(share * num_experts)

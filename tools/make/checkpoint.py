@@ -22,11 +22,12 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.known import K2_5, slice_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.codecs.floats import encode_bf16
 from kimi_lite.quantize.source.names import Source, list_sources
 from kimi_lite.quantize.write.writer import check_space
-from kimi_lite.tools.make.kimi_dims import KimiDims
 
 _GROUP = 32
 _TILE_ROWS, _TILE_COLUMNS = 512, 8192
@@ -46,12 +47,12 @@ class _Stored(NamedTuple):
         return prod(self.shape) * _DTYPE_BYTES[self.dtype]
 
 
-def make_checkpoint(folder: Path, dims: KimiDims, seed: int = 0) -> int:
+def make_checkpoint(folder: Path, config: ModelConfig, seed: int = 0) -> int:
     """Writes config.json, tokenizer, index and shards; returns the bytes of weights. Raises KimiLiteError."""
     if folder.exists() and any(folder.iterdir()):
         raise KimiLiteError(f"{folder} is not empty.", "Name a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _group_tensors(dims)
+    shards = _group_tensors(config)
     total_bytes = sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors)
     check_space(folder / "weights", total_bytes)
     tiles = _make_tiles(np.random.default_rng(seed))
@@ -60,20 +61,20 @@ def make_checkpoint(folder: Path, dims: KimiDims, seed: int = 0) -> int:
     weight_map = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    _write_config(folder, dims)
+    _write_config(folder, config)
     return total_bytes
 
 
-def _group_tensors(dims: KimiDims) -> dict[str, list[_Stored]]:
+def _group_tensors(config: ModelConfig) -> dict[str, list[_Stored]]:
     """Shard names to tensors: one shard a layer, the rest in the last."""
-    config = dims.to_checkpoint_config()
     biases = {
-        f"model.layers.{i}.mlp.gate.e_score_correction_bias": (dims.num_experts,) for i in range(_num_layers(dims))
+        f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+        for layer in range(config.num_dense_layers, config.num_layers)
     }
     by_shard: dict[int, list[_Stored]] = {}
     seen: set[str] = set()
     for source in list_sources(config, biases):
-        shard = int(source.name.split(".")[1]) if source.name.startswith("blk.") else _num_layers(dims)
+        shard = int(source.name.split(".")[1]) if source.name.startswith("blk.") else config.num_layers
         by_shard.setdefault(shard, [])
         for tensor in _list_stored(source, config):
             if tensor.name not in seen:
@@ -85,11 +86,7 @@ def _group_tensors(dims: KimiDims) -> dict[str, list[_Stored]]:
     }
 
 
-def _num_layers(dims: KimiDims) -> int:
-    return dims.num_dense_layers + dims.num_expert_layers
-
-
-def _list_stored(source: Source, config: Mapping) -> Iterator[_Stored]:
+def _list_stored(source: Source, config: ModelConfig) -> Iterator[_Stored]:
     """What the checkpoint holds for the parts of a GGUF tensor."""
     for part in source.parts:
         name = f"language_model.{part.weight}"
@@ -99,8 +96,7 @@ def _list_stored(source: Source, config: Mapping) -> Iterator[_Stored]:
             yield _Stored(f"{name}_scale", "BF16", (rows, row // _GROUP))
             yield _Stored(f"{name}_shape", "I32", (2,))
         elif name.endswith("kv_b_proj.weight"):
-            heads, latent = config["num_attention_heads"], config["kv_lora_rank"]
-            yield _Stored(name, "BF16", (heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), latent))
+            yield _Stored(name, "BF16", (config.num_heads * config.kv_head_dim, config.kv_lora_rank))
         else:
             yield _Stored(name, "F32" if name.endswith("bias") else "BF16", source.shape)
 
@@ -160,7 +156,7 @@ def _pieces(tensor: _Stored, number: int, tiles: Mapping[str, np.ndarray]) -> It
         start = 0
 
 
-def _write_config(folder: Path, dims: KimiDims) -> None:
+def _write_config(folder: Path, config: ModelConfig) -> None:
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -174,9 +170,9 @@ def _write_config(folder: Path, dims: KimiDims) -> None:
         "format": "pack-quantized",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
     }
-    text = dims.to_checkpoint_config() | {"model_type": "kimi_k2", "quantization_config": quantization}
-    config = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "text_config": text}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    text = config.to_json() | {"model_type": "kimi_k2", "quantization_config": quantization}
+    content = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "text_config": text}
+    (folder / "config.json").write_text(json.dumps(content, indent=1))
     lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
     (folder / "tiktoken.model").write_text("\n".join(lines) + "\n")
     controls = {str(256 + i): {"content": f"<|control_{i}|>", "special": True} for i in range(3, _NUM_CONTROL)}
@@ -198,7 +194,7 @@ def main(
     if not (dense.isdecimal() and experts.isdecimal() and int(dense) + int(experts) > 0):
         raise typer.BadParameter(f"{layers!r} is not dense + expert layers, such as 0+1")
     try:
-        num_bytes = make_checkpoint(folder, KimiDims(int(dense), int(experts), num_experts, vocab))
+        num_bytes = make_checkpoint(folder, slice_of(K2_5, int(dense), int(experts), num_experts, vocab))
     except KimiLiteError as error:
         typer.echo(f"make_checkpoint: {error}", err=True)
         raise typer.Exit(2) from error

@@ -24,14 +24,15 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.known import K2_5, slice_of
+from kimi_lite.arch.recipe import choose
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME, Layout
-from kimi_lite.quantize.recipe.recipe import choose
 from kimi_lite.quantize.source.metadata import model_metadata
 from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
 from kimi_lite.tools.kernels.random_blocks import random_rows
-from kimi_lite.tools.make.kimi_dims import KimiDims
 from kimi_lite.tools.make.slice_tokenizer import slice_tokenizer
 
 _TILE_BYTES = 4 << 20
@@ -48,26 +49,22 @@ class SliceReport:
 
 
 def make_slice(
-    path: Path, dims: KimiDims, types: Mapping[str, str], seed: int = 0, is_overwriting: bool = False
+    path: Path, config: ModelConfig, types: Mapping[str, str], seed: int = 0, is_overwriting: bool = False
 ) -> SliceReport:
     """Writes the file. `types`: patterns of tensor names without ".weight", such as "blk.*.attn_*", to types; the last
     match counts, and a tensor without one is Q8_0. Raises KimiLiteError."""
     start_s = time.perf_counter()
-    num_layers = dims.num_dense_layers + dims.num_expert_layers
-    if num_layers in _LITE_LAYERS:
+    if config.num_layers in _LITE_LAYERS:
         raise KimiLiteError(
-            f"llama.cpp takes a model of {num_layers} layers for a DeepSeek Lite.", "Ask for one layer more."
+            f"llama.cpp takes a model of {config.num_layers} layers for a DeepSeek Lite.", "Ask for one layer more."
         )
     layouts = {pattern: _find_layout(type_name) for pattern, type_name in types.items()}
-    config = dims.to_model_config()
-    biases = [f"blk.{layer}.exp_probs_b.bias" for layer in range(dims.num_dense_layers, num_layers)]
-    shapes = tensor_shapes(config, biases)
+    shapes = tensor_shapes(config)
     choices = {name: choose(name, shape, _match(name, layouts)) for name, shape in shapes.items()}
-    tensors = [Tensor(name, shapes[name], choice.layout, _opener(name, shapes[name], choice.layout, seed))
+    tensors = [Tensor(name, shapes[name], choice.layout, _opener(name, shapes[name], choice.layout, seed), True)
                for name, choice in choices.items()]  # fmt: skip
-    layout = _match(f"blk.{num_layers - 1}.ffn_up_exps.weight", layouts)
-    metadata = model_metadata(dims.to_checkpoint_config(), f"Kimi K2.5, random slice of {num_layers} layers", layout)
-    num_bytes = write_gguf(path, metadata | slice_tokenizer(dims.vocab_size), tensors, is_overwriting=is_overwriting)
+    metadata = model_metadata(config, _match(f"blk.{config.num_layers - 1}.ffn_up_exps.weight", layouts))
+    num_bytes = write_gguf(path, metadata | slice_tokenizer(config.vocab_size), tensors, is_overwriting=is_overwriting)
     by_type = Counter(choice.layout.name for choice in choices.values())
     notes = tuple(choice.reason for choice in choices.values() if choice.reason)
     return SliceReport(num_bytes, by_type, notes, time.perf_counter() - start_s)
@@ -173,9 +170,9 @@ def main(
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
         dense_layers, expert_layers = _parse_layers(layers)
-        dims = KimiDims(dense_layers, expert_layers, num_experts, vocab)
+        config = slice_of(K2_5, dense_layers, expert_layers, num_experts, vocab)
         parts = (experts, experts_gate, experts_up, experts_down, attention, shared, dense, embedding)
-        report = make_slice(out, dims, _gather_types(*parts, type_ or []), seed, force)
+        report = make_slice(out, config, _gather_types(*parts, type_ or []), seed, force)
     except KimiLiteError as error:
         console.print(f"Error: {error}")
         sys.exit(2)

@@ -5,9 +5,8 @@ by `tools.make.slice`.
 """
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.source.metadata import array, text, u32
+from kimi_lite.gguf.metadata import Value, array, text, u32
 from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, bytes_to_text
-from kimi_lite.quantize.write.writer import Value
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _NUM_CONTROL = 256

@@ -12,7 +12,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.quantize.app import Settings, run
 from kimi_lite.quantize.calibrate.calibration import Calibration, CalibrationText
 from kimi_lite.quantize.convert import convert
-from kimi_lite.quantize.recipe.recipe import find_recipe, uniform_recipe
+from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe
 from kimi_lite.quantize.source.names import file_order
 from kimi_lite.text.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint

@@ -11,7 +11,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.calibrate.imatrix import read_imatrix
 from kimi_lite.quantize.convert import convert
-from kimi_lite.quantize.recipe.recipe import find_recipe
+from kimi_lite.quantize.recipe.choose import find_recipe
 from tests.checkpoints import make_checkpoint
 
 EXPERTS = "blk.1.ffn_up_exps.weight"

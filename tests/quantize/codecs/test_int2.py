@@ -11,7 +11,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.codecs import int2
 from kimi_lite.quantize.convert import convert
-from kimi_lite.quantize.recipe.recipe import find_recipe
+from kimi_lite.quantize.recipe.choose import find_recipe
 from kimi_lite.quantize.source.stored import Int2Weight, make_weight
 from tests.checkpoints import make_checkpoint
 from tests.quantize.source.raw import raw_tensor

@@ -11,7 +11,8 @@ from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.codecs import find_layout, ggml
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.plan import describe_plan, estimate_seconds, make_plan
-from kimi_lite.quantize.recipe.recipe import find_recipe, group_of, uniform_recipe, with_overrides
+from kimi_lite.arch.recipe import group_of
+from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from kimi_lite.quantize.write.sharding import plan_shards
 from tests.checkpoints import make_checkpoint

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_lite.quantize.write.shards import RawTensor
+from kimi_lite.quantize.source.shards import RawTensor
 
 
 def raw_tensor(folder: Path, name: str, dtype: str, values: np.ndarray) -> RawTensor:

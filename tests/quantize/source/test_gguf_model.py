@@ -15,7 +15,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.check.verify import verify
 from kimi_lite.quantize.convert import convert
-from kimi_lite.quantize.recipe.recipe import find_recipe, with_overrides
+from kimi_lite.quantize.recipe.choose import find_recipe, with_overrides
 from kimi_lite.quantize.source.gguf_model import read_values
 from tests.checkpoints import make_checkpoint
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.write.shards import find_raw_tensors
+from kimi_lite.quantize.source.shards import find_raw_tensors
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -1,5 +1,5 @@
 """Which type each tensor gets: a recipe for groups of tensors, exceptions by name, float32 where precision is nearly
-free.
+free. `plan` estimates files by it that are yet to be made, `quantize` makes them.
 
 A recipe named after a type gives that type to the routed experts, 99 % of a Kimi, and Q8_0 to everything that all
 tokens pass; `--type` gives one type to all. The F32 list is llama.cpp's own (its converter and its quantizer never
@@ -7,13 +7,12 @@ touch these), so files made here and there agree.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from kimi_lite.arch.architecture import find_row
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME, Layout
-from kimi_lite.quantize.codecs import find_layout
 
 _FALLBACKS = ("Q8_0", "F16")  # tried in turn where a row is not a whole number of blocks
 LOSSLESS = "q4_0-lossless"
@@ -45,33 +44,20 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     is_lossless: bool = False
 
-    def choose(self, tensor: str, shape: tuple[int, ...]) -> Choice:
-        """The type of the tensor with this GGUF name and shape (last axis is the row)."""
+    def choose(self, tensor: str, shape: tuple[int, ...], file_name: str = "") -> Choice:
+        """The type of a tensor by the name that the model's code uses and its shape (last axis is the row).
+        `file_name`: what overrides look at, where the architecture's files call it otherwise."""
         group = group_of(tensor, shape)
         if group == KEPT:
             return choose(tensor, shape, self.rest)
         for override in self.overrides:
-            if override.pattern.search(tensor):
+            if override.pattern.search(file_name or tensor):
                 return choose(tensor, shape, override.layout)
         return choose(tensor, shape, self.experts if group == EXPERTS else self.rest)
 
     @property
     def layouts(self) -> set[Layout]:
         return {self.experts, self.rest, *(override.layout for override in self.overrides)}
-
-
-def uniform_recipe(type_name: str, has_importance: bool = False) -> Recipe:
-    """One type for every matrix."""
-    layout = find_layout(type_name, has_importance)
-    return Recipe(type_name.lower(), layout, layout)
-
-
-def find_recipe(name: str, has_importance: bool = False) -> Recipe:
-    """The recipe of a name, which this machine can encode. Raises KimiLiteError."""
-    recipe = named_recipe(name)
-    if not recipe.is_lossless:
-        find_layout(name, has_importance)
-    return recipe
 
 
 def named_recipe(name: str) -> Recipe:
@@ -86,38 +72,25 @@ def named_recipe(name: str) -> Recipe:
     return Recipe(name.lower(), layout, rest)
 
 
-def with_overrides(recipe: Recipe, texts: Sequence[str], has_importance: bool = False) -> Recipe:
-    """The recipe with exceptions written `REGEX=TYPE`. Raises KimiLiteError."""
-    return replace(recipe, overrides=tuple(_parse_override(text, has_importance) for text in texts) + recipe.overrides)
-
-
-def _parse_override(text: str, has_importance: bool) -> Override:
-    pattern, equals, type_name = text.rpartition("=")
-    if not (equals and pattern and type_name):
-        raise KimiLiteError(f"{text!r} is not REGEX=TYPE.", "For example: --tensor-type 'ffn_down_exps=q3_k'.")
-    try:
-        return Override(re.compile(pattern), find_layout(type_name, has_importance))
-    except re.error as error:
-        raise KimiLiteError(f"{pattern!r} is not a regular expression: {error}.", "Python's rules count.") from error
-
-
 def exact_override(name: str, layout: Layout) -> Override:
     """An exception for the one tensor of this name."""
     return Override(re.compile(f"^{re.escape(name)}$"), layout)
 
 
 def group_of(name: str, shape: tuple[int, ...]) -> str:
-    """The group of a tensor, one of GROUPS."""
-    is_norm_or_router = name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
-    if len(shape) < 2 or is_norm_or_router or not name.endswith(".weight"):
+    """The group of a tensor, one of GROUPS: by its architecture's table, else (vision, next-token prediction) by its
+    form."""
+    row = find_row(name)
+    if row is None:
+        is_norm = len(shape) < 2 or name.endswith("norm.weight") or not name.endswith(".weight")
+        return KEPT if is_norm else OTHERS
+    if row.is_exact:
         return KEPT
-    if name.endswith("_exps.weight"):
-        return EXPERTS
-    return ATTENTION if ".attn_" in name else OTHERS
+    return {"routed": EXPERTS, "attention": ATTENTION}.get(row.part, OTHERS)
 
 
 def choose(name: str, shape: tuple[int, ...], wanted: Layout) -> Choice:
-    """The type of tensor `name` (GGUF name) with `shape` (last axis is the row) when `wanted` is asked for."""
+    """The type of tensor `name` with `shape` (last axis is the row) when `wanted` is asked for."""
     if group_of(name, shape) == KEPT:
         return Choice(BY_NAME["F32"])
     row = shape[-1]
