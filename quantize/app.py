@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import read_imatrix
 from kimi_lite.quantize.check.verify import verify_lines
@@ -13,9 +14,8 @@ from kimi_lite.quantize.codecs import EXACT_TYPES
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import ConvertReport, convert, make_job, open_model
 from kimi_lite.quantize.recipe.budget import fit_recipe, parse_budget
-from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
-from kimi_lite.arch.recipe import Recipe
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
+from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
 from kimi_lite.quantize.source.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from kimi_lite.quantize.write.checksums import check_source
 from kimi_lite.quantize.write.writer import OnProgress, existing_output

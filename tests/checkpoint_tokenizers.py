@@ -7,6 +7,8 @@ import base64
 import json
 from pathlib import Path
 
+from kimi_lite.text.pretokenizers import SPLITS
+
 NUM_PIECES = 480
 _KIMI_SPECIALS = {
     0: ("[BOS]", True), 1: ("[EOS]", True), 2: ("<|im_end|>", True), 3: ("<|im_user|>", True), 4: ("<|im_assistant|>",
@@ -40,13 +42,7 @@ _DEEPSEEK_V3_PATTERNS = (
     rf"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{{|}}~][A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?{_CLASS}+| ?[\p{{P}}\p{{S}}]+[\r\n]*"""  # noqa: E501
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_DEEPSEEK_LLM_PATTERNS = (
-    r"[\r\n]",
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+",
-    r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
-    r"\s+$",
-    "[一-龥ࠀ-一가-\ud7ff]+",
-)
+_DEEPSEEK_LLM_PATTERNS = SPLITS["deepseek-llm"][:-1]  # the last step is Digits there
 
 
 def write_kimi_tokenizer(path: Path, vocab_size: int) -> None:

@@ -142,7 +142,6 @@ DEEPSEEK2 = Architecture(
     },
     unused={
         r"blk\.\d+\.attn_rot_embd\.weight": "rotary frequencies are computed from the metadata",
-        r"blk\.\d+\.nextn\..*": "next-token prediction is not used",
     },
     unused_weights={r".*\.rotary_emb\.inv_freq": "rotary frequencies are computed from config.json"},
 )

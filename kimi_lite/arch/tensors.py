@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kimi_lite.arch.architecture import Architecture, Row, layer_of, role_of
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.reader import Reader
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import quoted
 from kimi_lite.gguf.store import GGUFStore
@@ -64,7 +65,12 @@ def check_tensors(store: GGUFStore, config: ModelConfig) -> None:
         if have != shape:
             problem = f"{store.path}: tensor {name} has shape {have}, and the metadata asks for {shape}"
             raise KimiLiteError(f"{problem}.", "The file is damaged or its metadata was edited: fetch it again.")
-    unread = [name for name in store.tensors if name not in shapes and not why_unused(name, config, store.tensors)]
+    num_blocks = Reader(store.metadata, f"{config.architecture}.", store.path.name).integer("block_count", 1, 1 << 20)
+    unread = [
+        name
+        for name in store.tensors
+        if name not in shapes and not why_unused(name, config, store.tensors, num_blocks - config.num_layers)
+    ]
     if unread:
         raise _unread(store.path, unread)
 
@@ -96,10 +102,10 @@ def _variant(rows: list[Row], prefix: str, config: ModelConfig, names: Collectio
             yield row
 
 
-def why_unused(name: str, config: ModelConfig, names: Collection[str]) -> str:
+def why_unused(name: str, config: ModelConfig, names: Collection[str], num_prediction_layers: int = 0) -> str:
     """Why a tensor may stay unread: empty where it may not."""
     role, layer = role_of(name), layer_of(name)
-    if layer >= config.num_layers:
+    if config.num_layers <= layer < config.num_layers + num_prediction_layers:
         return "next-token prediction is not used"
     row = config.table.by_name.get(role)
     if row and row.cut == "keys and values" and all(name.removesuffix(role) + other in names for other in row.replaces):

@@ -16,6 +16,7 @@ import psutil
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from kimi_lite.arch.recipe import choose
 from kimi_lite.demo import rehouse
 from kimi_lite.demo.fetch import OnProgress, fetch_source_gguf
 from kimi_lite.errors import KimiLiteError
@@ -24,7 +25,6 @@ from kimi_lite.gguf.metadata import Value, array, text, u32
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import find_layout
-from kimi_lite.arch.recipe import choose
 from kimi_lite.quantize.source.metadata import model_metadata
 from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
 

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.tensors import check_tensors
+from kimi_lite.arch.tensors import open_model
 from kimi_lite.engine.device import choose_device, find_gpu
 from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.planning import choose_tier, plan_load
@@ -41,9 +41,7 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     options = options or Options()
     report = on_progress or (lambda stage, done, total: None)
     report("reading headers", 0, 4)
-    store = GGUFStore.open(path)
-    config = ModelConfig.from_metadata(store.metadata, store.path.name)
-    check_tensors(store, config)
+    store, config = open_model(path)
     report("reading the vocabulary", 1, 4)
     tokenizer = Tokenizer.from_metadata(store.metadata)
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)

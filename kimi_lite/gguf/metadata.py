@@ -22,7 +22,6 @@ DAMAGED_HINT = "The file is damaged: download it again and compare its checksum 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
-
 class ValueType(IntEnum):
     """The types of metadata values, by their numbers in the file."""
 

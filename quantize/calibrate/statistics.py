@@ -137,7 +137,9 @@ def collect_importance(
         for layer in walk.layers(chunks, sums.observe):
             sums.finish_layer()
             report(f"layer {layer}", layer + 1, walk.config.num_layers + 1)
-        num_bytes = write_imatrix(output, sums.named(walk.config), text_file.name, len(chunks), chunk_tokens, is_overwriting)
+        num_bytes = write_imatrix(
+            output, sums.named(walk.config), text_file.name, len(chunks), chunk_tokens, is_overwriting
+        )
     finally:
         walk.close()
     return [_summary(output, sums, len(chunks), chunk_tokens, num_bytes), *_warnings(sums)]

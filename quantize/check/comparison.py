@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from kimi_lite.arch.recipe import LOSSLESS, Recipe
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.quantize.convert import convert, open_model
-from kimi_lite.arch.recipe import LOSSLESS, Recipe
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe
 from kimi_lite.quantize.write.writer import OnProgress
 

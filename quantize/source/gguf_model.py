@@ -4,7 +4,8 @@ Metadata keys go over as they are, with their exact types, but for those that de
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def open_gguf_model(path: Path) -> SourceModel:
     )
 
 
-def _source_tensors(store: GGUFStore, table: Architecture | None):
+def _source_tensors(store: GGUFStore, table: Architecture | None) -> Iterator[SourceTensor]:
     roles = in_our_names(store, table).tensors if table else store.tensors
     for view, role in zip(store.tensors.values(), roles, strict=True):
         yield SourceTensor(
@@ -51,9 +52,13 @@ def _source_tensors(store: GGUFStore, table: Architecture | None):
             shape=view.shape,
             stored=view.layout.name.lower(),
             exact=frozenset({view.layout.name, "F32"}),
-            open_rows=lambda view=view: _decoded_rows(view),
-            open_encoded=lambda layout, view=view: _file_rows(view) if layout is view.layout else None,
+            open_rows=partial(_decoded_rows, view),
+            open_encoded=partial(_kept_rows, view),
         )
+
+
+def _kept_rows(view: TensorView, layout: Layout) -> RowReader | None:
+    return _file_rows(view) if layout is view.layout else None
 
 
 def _file_rows(view: TensorView) -> RowReader:

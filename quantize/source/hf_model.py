@@ -17,7 +17,6 @@ from kimi_lite.quantize.source.metadata import model_metadata
 from kimi_lite.quantize.source.model import FileState, SourceModel, SourceTensor
 from kimi_lite.quantize.source.names import Source, list_sources
 from kimi_lite.quantize.source.open import Checkpoint
-from kimi_lite.quantize.source.stored import StoredWeight
 from kimi_lite.quantize.source.tokenizer import TOKENIZER_FILES, tokenizer_metadata
 from kimi_lite.quantize.write.writer import RowReader
 
@@ -38,7 +37,7 @@ def open_hf_model(folder: Path) -> SourceModel:
 
     @cache
     def tokenizer() -> dict[str, Value]:
-        return tokenizer_metadata(folder, config.vocab_size, checkpoint.config.fields)
+        return tokenizer_metadata(folder, checkpoint.config.fields)
 
     return SourceModel(
         tensors=tuple(_source_tensor(checkpoint, source) for source in sources),

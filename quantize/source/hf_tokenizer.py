@@ -73,7 +73,7 @@ def _checked_id(file: Path, i: object, token: str) -> int:
 
 
 def _merges(file: Path, model: Mapping) -> Iterator[str]:
-    """"left right" each; newer files have pairs, in which a piece may hold a space."""
+    """ "left right" each; newer files have pairs, in which a piece may hold a space."""
     merges = model.get("merges") or []
     for merge in merges if isinstance(merges, list) else [merges]:
         pair = merge.split(" ") if isinstance(merge, str) else merge

@@ -24,10 +24,10 @@ def read_kimi_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """From tiktoken.model and tokenizer_config.json. Raises KimiLiteError where they are damaged or too large."""
     file = folder / "tiktoken.model"
     pieces = read_ranks(file)
-    if len({*pieces}) != len(pieces) or b"" in pieces:
-        raise KimiLiteError(f"{file} has an empty piece, or one piece twice.", "Download the file again.")
     if len(pieces) > vocab_size:
         raise KimiLiteError(f"tiktoken.model has {len(pieces):,} ranks, config.json a vocabulary of {vocab_size:,}.")
+    if len({*pieces}) != len(pieces) or b"" in pieces:
+        raise KimiLiteError(f"{file} has an empty piece, or one piece twice.", "Download the file again.")
     named = _read_added_tokens(folder / "tokenizer_config.json")
     tokens = [bytes_to_text(piece) for piece in pieces]
     types = [NORMAL] * len(pieces)

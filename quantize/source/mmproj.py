@@ -23,7 +23,6 @@ from kimi_lite.gguf.metadata import Value, ValueType, boolean, f32, text, u32
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs import find_layout
 from kimi_lite.quantize.source.metadata import quantization_metadata
-from kimi_lite.quantize.source.model import FileState
 from kimi_lite.quantize.source.names import VISION_PREFIXES
 from kimi_lite.quantize.source.shards import RawTensor, find_raw_tensors
 from kimi_lite.quantize.source.stored import make_weight

@@ -11,13 +11,14 @@ from math import prod
 from pathlib import Path
 
 from kimi_lite.arch.checkpoint import CheckpointConfig, inner_object, read_checkpoint_config
-from kimi_lite.arch.reader import shown
+from kimi_lite.arch.reader import Reader, shown
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.source.names import canonical_name, layer_number
 from kimi_lite.quantize.source.shards import RawTensor, find_raw_tensors
 from kimi_lite.quantize.source.stored import FACTOR_SUFFIXES, StoredWeight, make_weight
 
 _FP8_BLOCK = (128, 128)
+_CONFIG_HINT = "Check that config.json belongs to these weights."
 _PREDICTION = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.")  # what only next-token-prediction layers have
 
 
@@ -74,15 +75,19 @@ def _num_values(tensors: Iterable[RawTensor]) -> str:
 
 def _check_prediction_layers(config: CheckpointConfig, extra: list[RawTensor]) -> None:
     """Layers after the last are left out only where they are such: else config.json is of a smaller model."""
+    stated = Reader(config.fields, "", str(config.file), _CONFIG_HINT, is_null_missing=True).integer(
+        "num_nextn_predict_layers", 0, 1 << 10, default=0
+    )
     by_layer: dict[int, list[str]] = {}
     for tensor in extra:
         by_layer.setdefault(layer_number(canonical_name(tensor.name) or ""), []).append(tensor.name)
     for layer, names in sorted(by_layer.items()):
-        if not any(mark in name for name in names for mark in _PREDICTION):
+        is_stated = layer < config.config.num_layers + stated
+        if not is_stated and not any(mark in name for name in names for mark in _PREDICTION):
             raise KimiLiteError(
                 f"{config.file} has num_hidden_layers {config.config.num_layers}, and there are weights of layer "
                 f"{layer}: {names[0]}.",
-                "Check that config.json belongs to these weights.",
+                _CONFIG_HINT,
             )
 
 

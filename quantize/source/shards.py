@@ -7,7 +7,6 @@ FP8, no sizes in its errors, and needs torch for the rest. Format: https://huggi
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -67,12 +66,11 @@ def find_raw_tensors(folder: Path) -> dict[str, RawTensor]:
     """All tensors of a checkpoint by name: those that the index names, or of the only file. Raises KimiLiteError.
 
     The index decides: a tensor that another shard holds too, and files that it does not name (a consolidated copy), are
-    not looked at. Without an index the weights are one file, or shards whose names say how many they are.
+    not looked at. Without an index the weights are one file.
     """
     index = folder / _INDEX
     if not index.is_file():
-        files = _files_without_index(folder)
-        return _all_different(tensor for file in files for tensor in read_header(file))
+        return {tensor.name: tensor for tensor in read_header(_file_without_index(folder))}
     weight_map = inner_object(read_json_object(index, _DOWNLOAD_HINT), "weight_map", str(index), _DOWNLOAD_HINT)
     if not weight_map:
         raise KimiLiteError(f"{index} is not a safetensors index: it has no weight_map.", _DOWNLOAD_HINT)
@@ -100,40 +98,24 @@ def _checked_name(index: Path, tensor: str, name: object) -> str:
     return name
 
 
-def _all_different(tensors: Iterable[RawTensor]) -> dict[str, RawTensor]:
-    """By name; without an index nothing says which of two is meant."""
-    found: dict[str, RawTensor] = {}
-    for tensor in tensors:
-        if tensor.name in found:
-            both = f"{found[tensor.name].file.name} and {tensor.file.name}"
-            raise KimiLiteError(f"{shown(tensor.name)} is in {both}.", f"Download {_INDEX}, which says which counts.")
-        found[tensor.name] = tensor
-    return found
-
-
-def _files_without_index(folder: Path) -> list[Path]:
-    """The one file, or every one of numbered shards."""
+def _file_without_index(folder: Path) -> Path:
+    """The one file: the only one, or `model.safetensors` where others (a consolidated copy, an adapter) lie there
+    too."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".safetensors" and path.is_file())
     if not files:
         have = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise KimiLiteError(
             f"{folder} holds no .safetensors file; it has {have}.", "Name the folder with config.json and weights."
         )
-    if len(files) == 1 and not _NUMBERED.fullmatch(files[0].name):
-        return files
-    if (single := folder / "model.safetensors") in files:  # a consolidated or adapter file besides
-        return [single]
-    numbered: dict[tuple[str, str], list[Path]] = {}
-    for path in files:
-        if match := _NUMBERED.fullmatch(path.name):
-            numbered.setdefault((match["stem"], match["count"]), []).append(path)
-    whole = [shards for (_, count), shards in numbered.items() if len(shards) == int(count)]
-    if len(whole) == 1:
-        return whole[0]
-    raise KimiLiteError(
-        f"{folder} has {len(files)} .safetensors files and no {_INDEX}, and they are not one whole set of shards.",
-        "Download the index, or the shards that are missing.",
-    )
+    single = folder / "model.safetensors"
+    file = single if single in files else files[0]
+    numbered = _NUMBERED.fullmatch(file.name)
+    if file != single and (len(files) > 1 or (numbered and int(numbered["count"]) > 1)):
+        raise KimiLiteError(
+            f"{folder} has {len(files)} .safetensors file{'s' if len(files) > 1 else ''} and no {_INDEX}.",
+            "Download the index.",
+        )
+    return file
 
 
 def read_header(file: Path) -> list[RawTensor]:

@@ -22,13 +22,13 @@ _KIMI_END_OF_TURN = "<|im_end|>"
 _KEY_BY_ROLE = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 
-def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping) -> dict[str, Value]:
-    """Tokens, merges, control ids and the chat template; `config` are config.json's fields. Raises KimiLiteError where there is no tokenizer to
-    convert."""
+def tokenizer_metadata(folder: Path, config: Mapping) -> dict[str, Value]:
+    """Tokens, merges, control ids and the chat template; `config` are config.json's checked fields. Raises
+    KimiLiteError where there is no tokenizer to convert."""
     if (folder / "tiktoken.model").is_file():
-        vocabulary = read_kimi_vocabulary(folder, vocab_size)
+        vocabulary = read_kimi_vocabulary(folder, config["vocab_size"])
     elif (folder / "tokenizer.json").is_file():
-        vocabulary = read_hf_vocabulary(folder, vocab_size)
+        vocabulary = read_hf_vocabulary(folder, config["vocab_size"])
     else:
         raise KimiLiteError(
             f"{folder} has neither tiktoken.model nor tokenizer.json.", "Download the tokenizer's files too."
@@ -63,7 +63,9 @@ def _find_ids(folder: Path, config: Mapping, settings: Mapping, vocabulary: Voca
         ids[key] = config.get(f"{role}_token_id") if found is None else found
     generation = _read_json(folder / "generation_config.json")
     own = vocabulary.find(_KIMI_END_OF_TURN)
-    ids["eos_token_id"] = generation.get("eos_token_id") or (ids["eos_token_id"] if own is None else own)
+    stated = generation.get("eos_token_id")
+    if stated is not None or own is not None:
+        ids["eos_token_id"] = own if stated is None else stated
     firsts = {key: i[0] if isinstance(i, list) and i else i for key, i in ids.items()}
     for key, i in firsts.items():
         if i is not None and (type(i) is not int or not 0 <= i < len(vocabulary.tokens)):

@@ -1,19 +1,18 @@
 """Built-in models against the published numbers, and sizes by group against the files they describe."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.known import KNOWN, find_known, moonvit_bytes, unknown_model
+from kimi_lite.arch.known import KNOWN, find_known, moonvit_bytes, slice_of, unknown_model
 from kimi_lite.arch.sizes import sizes_of, store_sizes
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import BY_NAME
-from kimi_lite.tools.make.kimi_dims import KimiDims
 from tests.model.family import family_metadata
 from tests.tiny import write_tiny_gguf
 
@@ -37,22 +36,30 @@ def test_dimensions_are_those_of_a_converted_checkpoint(name):
     assert replace(KNOWN[name].config, name=converted.name) == converted
 
 
-def test_k25_is_what_the_tools_slice():
-    sliced = KimiDims().to_model_config()
+def test_a_slice_differs_in_what_was_asked_for_alone():
     known = KNOWN["kimi-k2.5"].config
-    assert replace(sliced, name=known.name, rope=known.rope) == known
+    sliced = slice_of(known, 1, 2, 64, 1024)
+    assert (sliced.num_layers, sliced.num_dense_layers, sliced.num_experts, sliced.vocab_size) == (3, 1, 64, 1024)
+    assert replace(slice_of(known, 1, 60, 384, 163_840), name=known.name) == known
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_config_json_and_metadata_of_every_model_read_back(name):
+    """The table is read and written in both languages: each known model comes back from its own words."""
+    known = KNOWN[name].config
+    metadata = {"general.architecture": "deepseek2", "general.name": known.name}
+    metadata |= {key: value.value for key, value in known.metadata().items()}
+    assert ModelConfig.from_metadata(metadata) == known
+    again = ModelConfig.from_json(known.to_json(), known.table, known.name, "config.json", "")
+    assert replace(again, rope=known.rope) == known
+    assert again.rope.log_multiplier == pytest.approx(known.rope.log_multiplier)
 
 
 @pytest.mark.skipif(not _KIMI_CONFIG.exists(), reason="needs ../shared/data/kimi-tokenizer/config.json")
 def test_k26_is_what_its_config_json_says(tmp_path):
-    from kimi_lite.quantize.source.config import read_config
-
-    fields = read_config(_KIMI_CONFIG.parent)
-    config = KNOWN["kimi-k2.6"].config
-    assert (config.hidden_size, config.num_layers) == (fields["hidden_size"], fields["num_hidden_layers"])
-    assert (config.num_experts, config.num_experts_used) == (fields["n_routed_experts"], fields["num_experts_per_tok"])
-    vision = json.loads(_KIMI_CONFIG.read_text())["vision_config"]
-    assert moonvit_bytes(vision, 7168) == pytest.approx(KNOWN["kimi-k2.6"].vision_bytes, rel=0.002)
+    checkpoint = read_checkpoint_config(_KIMI_CONFIG.parent)
+    assert replace(checkpoint.config, name="") == replace(KNOWN["kimi-k2.6"].config, name="")
+    assert moonvit_bytes(checkpoint.vision, 7168) == pytest.approx(KNOWN["kimi-k2.6"].vision_bytes, rel=0.002)
 
 
 def test_models_are_found_as_people_type_them():

@@ -86,7 +86,12 @@ def make_llama(source: dict[str, np.ndarray], num_layers: int) -> LlamaForCausal
 def make_rehoused(source: dict[str, np.ndarray], num_layers: int) -> DeepseekV3ForCausalLM:
     """The re-housed tensors in transformers' own DeepSeek-V3."""
     sizes = {"vocab_size": len(source["token_embd.weight"]), "num_hidden_layers": num_layers}
-    fields = rehouse.CONFIG.to_json() | sizes | {"rope_parameters": _ROPE} | {"num_key_value_heads": rehouse.NUM_HEADS, "num_mtp_layers": 0}
+    fields = (
+        rehouse.CONFIG.to_json()
+        | sizes
+        | {"rope_parameters": _ROPE}
+        | {"num_key_value_heads": rehouse.NUM_HEADS, "num_mtp_layers": 0}
+    )
     config = DeepseekV3Config(**fields)
     tensors = rehouse.rehouse_globals(source["token_embd.weight"], source["output_norm.weight"])
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.arch.known import KNOWN
+from kimi_lite.arch.recipe import named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
@@ -16,7 +17,6 @@ from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.refusal import find_problem
 from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, pass_s, rates_of
-from kimi_lite.arch.recipe import named_recipe
 from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan
 from kimi_lite.units import GIB
 

@@ -28,6 +28,7 @@ import typer
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
+from kimi_lite.arch.tensors import open_model
 from kimi_lite.engine.loader import load
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.index import ExpertIndex
@@ -146,8 +147,7 @@ def main(
 ) -> None:
     """Measure the disk tier."""
     try:
-        store = GGUFStore.open(model)
-        config = ModelConfig.from_metadata(store.metadata, store.path.name)
+        store, config = open_model(model)
         index = ExpertIndex.find(store, config)
         mapped = Options(num_threads=threads, maps_beyond_ram=True)
         tier = Options(

@@ -27,8 +27,8 @@ from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.codecs import OWN_TYPES, ggml
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import convert, open_model
-from kimi_lite.quantize.recipe.plan import PlannedTensor, make_plan
 from kimi_lite.quantize.recipe.choose import find_recipe
+from kimi_lite.quantize.recipe.plan import PlannedTensor, make_plan
 from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
 from kimi_lite.tools.bench.plan import TEXT
 from kimi_lite.tools.quality.quality import score_text

@@ -8,7 +8,7 @@ from pathlib import Path
 from kimi_lite.apps.doctor.system import Check, Facts
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
-from kimi_lite.arch.tensors import check_tensors
+from kimi_lite.arch.tensors import open_model
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.plan.plan import make_plan
@@ -31,9 +31,7 @@ _ROUND_TRIPS = (*GOLDEN, "def f(x):\n    return x**2\n", "\u3000\u3000全角", "
 def model_checks(path: Path, facts: Facts) -> Iterator[Check]:
     """Nothing is loaded: headers, vocabulary and arithmetic."""
     try:
-        store = GGUFStore.open(path)
-        config = ModelConfig.from_metadata(store.metadata, store.path.name)
-        check_tensors(store, config)
+        store, config = open_model(path)
     except KimiLiteError as error:
         yield Check("model", "fail", error.message, error.hint)
         return

@@ -38,7 +38,10 @@ def small(monkeypatch):
 
 
 def random_options(rng: np.random.Generator, num_tensors: int) -> dict[SourceTensor, list[Option]]:
-    tensors = [SourceTensor(f"t{i}", (1,), "bf16", frozenset(), lambda layout: None) for i in range(num_tensors)]
+    tensors = [
+        SourceTensor(f"t{i}", f"t{i}", (1,), "bf16", frozenset(), lambda: None, lambda layout: None)
+        for i in range(num_tensors)
+    ]
     sizes, losses = np.array([10, 13, 14, 18, 40]), np.array([0.19, 0.14, 0.12, 0.07, 0.001])
     return {
         tensor: [

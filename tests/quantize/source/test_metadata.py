@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader, GGUFValueType
-from hypothesis import given
-from hypothesis import strategies as st
 
+from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.convert import convert
-from kimi_lite.quantize.source.config import read_config
-from kimi_lite.quantize.source.metadata import guess_value, model_metadata
+from kimi_lite.quantize.source.metadata import model_metadata
 from tests.checkpoints import KINDS, make_checkpoint
 
 KIMI = Path(__file__).parents[3] / "../shared/data/kimi-tokenizer"
@@ -39,7 +37,7 @@ K2_5 = {
 
 @pytest.mark.skipif(not KIMI.is_dir(), reason="needs ../shared/data/kimi-tokenizer")
 def test_kimi_k2_5_keys_equal_the_published_table():
-    keys = model_metadata(read_config(KIMI), "Kimi-K2.5", BY_NAME["Q8_0"])
+    keys = model_metadata(read_checkpoint_config(KIMI).config, BY_NAME["Q8_0"])
     model = {
         key.removeprefix("deepseek2."): value[1::-1] for key, value in keys.items() if key.startswith("deepseek2.")
     }
@@ -122,37 +120,15 @@ def test_folders_without_a_configuration(tmp_path, content, word):
     if content:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(KimiLiteError, match=word):
-        read_config(tmp_path)
+        read_checkpoint_config(tmp_path)
     with pytest.raises(KimiLiteError, match="is not a folder"):
-        read_config(tmp_path / "model.gguf")
+        read_checkpoint_config(tmp_path / "model.gguf")
 
 
 def test_defaults_are_the_models_own(tmp_path):
     folder = write_config(
         tmp_path, scoring_func="absent", norm_topk_prob="absent", n_group=None, first_k_dense_replace="absent"
     )
-    config = read_config(folder)
-    assert (config["scoring_func"], config["norm_topk_prob"], config["n_group"], config["first_k_dense_replace"]) == (
-        "sigmoid",
-        True,
-        1,
-        0,
-    )
-
-
-@given(
-    st.one_of(
-        st.text(),
-        st.booleans(),
-        st.integers(0, 2**32 - 1),
-        st.lists(st.text(), min_size=1),
-        st.lists(st.integers(-9, 9), min_size=1),
-    )
-)
-def test_guessed_types_are_those_of_tokenizer_keys(value):
-    guessed = guess_value(value)
-    assert guessed.value == value
-    expected = {str: TEXT, bool: BOOL, int: U32, list: GGUFValueType.ARRAY}[type(value)]
-    assert guessed.value_type == expected
-    if expected == GGUFValueType.ARRAY:
-        assert guessed.element_type == (TEXT if isinstance(value[0], str) else GGUFValueType.INT32)
+    config = read_checkpoint_config(folder).config
+    assert (config.expert_gating, config.is_expert_weights_norm) == ("sigmoid", True)
+    assert (config.num_expert_groups, config.num_dense_layers) == (1, 0)

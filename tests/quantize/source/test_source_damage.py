@@ -8,8 +8,8 @@ import pytest
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.app import Settings, run
 from kimi_lite.quantize.convert import convert, open_model
-from kimi_lite.quantize.write.checksums import check_source
 from kimi_lite.quantize.source.shards import find_raw_tensors
+from kimi_lite.quantize.write.checksums import check_source
 from tests.checkpoints import make_checkpoint
 
 

@@ -69,7 +69,7 @@ def test_int4_word_of_the_published_example(tmp_path):
 @pytest.mark.parametrize(
     ("stored", "word"),
     [
-        ({"w.weight": ("U8", (2, 2))}, "stored as U8"),
+        ({"w.weight": ("U8", (2, 2))}, "stored as 'U8'"),
         ({"w.weight": ("I32", (2, 2)), "w.weight_scale": ("F32", (2, 3))}, "not 2-bit weights in groups"),
         ({"w.weight": ("F8_E4M3", (2, 2))}, "without w.weight_scale_inv"),
         ({"w.weight": ("F8_E4M3", (300, 2)), "w.weight_scale_inv": ("F32", (2, 1))}, r"need floats \[3, 1\]"),
@@ -81,13 +81,19 @@ def test_int4_word_of_the_published_example(tmp_path):
                 "w.weight_scale": ("F32", (2, 1)),
                 "w.weight_zero_point": ("I32", (2, 1)),
             },
-            "zero points",
+            "is int4, and w.weight_zero_point would change it",
         ),
-        ({"w.weight_scale": ("F32", (2, 1))}, "no weights beside"),
+        ({"w.weight": ("F32", (2, 2)), "w.weight_scale": ("F32", (2, 1))}, "is f32, and w.weight_scale would change"),
+        ({"w.weight": ("BF16", (2, 2)), "w.weight_scale_inv": ("F32", (1, 1))}, "is bf16, and w.weight_scale_inv"),
+        (
+            {"w.weight": ("F8_E4M3", (2, 2)), "w.weight_scale_inv": ("F32", (1, 1)), "w.weight_scale": ("F32", (1, 1))},
+            "is fp8, and w.weight_scale would",
+        ),
+        ({"w.weight_scale": ("F32", (2, 1))}, "no weights with them"),
     ],
 )
 def test_unknown_ways_of_storing_are_refused(tmp_path, stored, word):
-    itemsize = {"U8": "u1", "I32": "<i4", "F32": "<f4", "F8_E4M3": "u1"}
+    itemsize = {"U8": "u1", "I32": "<i4", "F32": "<f4", "F8_E4M3": "u1", "BF16": "<u2"}
     raw = {
         name: raw_tensor(tmp_path, name, dtype, np.zeros(shape, itemsize[dtype]))
         for name, (dtype, shape) in stored.items()

@@ -124,7 +124,7 @@ def test_llama_cpp_cuts_text_as_tokenizers_does(tmp_path):
         ("tiktoken.model", "YQ== 0\n!!! 1\n", "line 2"),
         ("tiktoken.model", "YQ==\n", "line 1"),
         ("tiktoken.model", "".join(f"YQ== {i}\n" for i in range(600)), "600 ranks, config.json a vocabulary of 512"),
-        ("tokenizer.json", '{"model": {"type": "Unigram"}}', "is Unigram"),
+        ("tokenizer.json", '{"model": {"type": "Unigram"}}', "is 'Unigram'"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 512}, "merges": []}}', "token 512 'a'"),
         (
             "tokenizer.json",

@@ -13,8 +13,8 @@ import pytest
 from gguf import GGUFReader
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.metadata import array, text, u32
 from kimi_lite.native.layouts import BY_NAME
-from kimi_lite.quantize.source.metadata import array, text, u32
 from kimi_lite.quantize.write import writer
 from kimi_lite.quantize.write.writer import Tensor, write_gguf
 

@@ -3,25 +3,26 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.known import K2_5, slice_of
 from kimi_lite.arch.tensors import check_tensors
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
-from kimi_lite.tools.make.kimi_dims import KimiDims
 from kimi_lite.tools.make.slice import make_slice
 from kimi_lite.tools.make.slice_tokenizer import MIN_VOCAB_SIZE
 from tests.llama import open_llama
 from tests.model.family import family_metadata
 
-TINY = KimiDims(
-    num_expert_layers=2, num_experts=8, vocab_size=640, hidden_size=256, feed_forward_size=512,
+TINY = replace(
+    K2_5, num_layers=3, num_experts=8, vocab_size=640, hidden_size=256, feed_forward_size=512,
     expert_feed_forward_size=256,
     num_heads=4, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=64,
 )  # fmt: skip
@@ -33,7 +34,7 @@ def write(path, dims=TINY, seed=0, **types):
 
 def test_full_size_metadata_is_k25s():
     """Everything that K2.5's own metadata says, up to the name."""
-    ours, real = KimiDims().to_model_config(), ModelConfig.from_metadata(family_metadata("K2.5"))
+    ours, real = slice_of(K2_5, 1, 60, 384, 163_840), ModelConfig.from_metadata(family_metadata("K2.5"))
     assert {f: getattr(ours, f) for f in ours.__slots__ if f != "name"} == {
         f: getattr(real, f) for f in real.__slots__ if f != "name"
     }
@@ -74,7 +75,9 @@ def test_types_by_pattern_and_the_rows_that_do_not_fit(tmp_path):
 
 def test_large_tensors_repeat_their_tile_without_equal_neighbours(tmp_path):
     """A tensor of more than a tile: all rows are valid, experts differ, norms are near one."""
-    dims = KimiDims(0, 1, 16, 640, 1024, 512, 2048, 4, 256, 256, 32, 16, 64)
+    dims = replace(
+        TINY, num_layers=1, num_dense_layers=0, num_experts=16, hidden_size=1024, expert_feed_forward_size=2048
+    )
     write(tmp_path / "slice.gguf", dims)
     store = GGUFStore.open(tmp_path / "slice.gguf")
     experts = store.tensors["blk.0.ffn_up_exps.weight"]
@@ -119,16 +122,20 @@ def test_full_vocabulary_has_k25s_control_ids():
 @pytest.mark.parametrize(
     ("dims", "types", "message"),
     [
-        (KimiDims(1, 25), {}, "26 layers"),
+        (slice_of(K2_5, 1, 25, 384, 163_840), {}, "26 layers"),
         (TINY, {"*": "q9_z"}, "no type 'q9_z'"),
-        (KimiDims(1, 1, vocab_size=100), {}, f"--vocab is 100, and the tokenizer has {MIN_VOCAB_SIZE}"),
-        (KimiDims(1, 1, num_experts=4), {}, "num_experts"),
+        (slice_of(K2_5, 1, 1, 384, 100), {}, f"--vocab is 100, and the tokenizer has {MIN_VOCAB_SIZE}"),
     ],
 )
 def test_refusals(tmp_path, dims, types, message):
     with pytest.raises(KimiLiteError, match=message):
         make_slice(tmp_path / "slice.gguf", dims, types)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_experts():
+    with pytest.raises(KimiLiteError, match="num_experts_used is 8, and must be at most num_experts, 4"):
+        slice_of(K2_5, 1, 1, 4, 1024)
 
 
 def test_command_line(tmp_path):
