@@ -149,3 +149,24 @@ def test_run_asks_at_a_terminal_and_ctrl_c_stops_the_calls(folder: Path) -> None
         assert terminal.wait() == 0
         terminal.close()
     assert len(fake.bodies) == 1
+
+
+RUN = sse(
+    call_delta(0, '{"code": "import os\\nprint(6 * 7) # \\u202eok"}', "run_python", "functions.run_python:0"),
+    reason="tool_calls",
+    usage={"prompt_tokens": 20, "completion_tokens": 7},
+)
+
+
+@pytest.mark.parametrize("flags", [(), ("-q",), ("--plain",), ("-q", "--json")])
+def test_code_is_shown_before_it_is_approved(folder: Path, flags: tuple[str, ...]) -> None:
+    with FakeOpenAI(RUN, DONE) as fake:
+        terminal = Terminal("kimi_lite", "run", "--endpoint", fake.url, "--tools", str(folder), *flags, "hi")
+        shown = terminal.wait_for("run run_python? ")
+        assert "│ import os" in shown
+        assert "│ print(6 * 7) # ⟨U+202E⟩ok" in shown
+        terminal.wait_for("[s]top")
+        terminal.type("y\r")
+        assert terminal.wait() == 0
+        terminal.close()
+    assert fake.bodies[1]["messages"][-1]["content"] == "42"

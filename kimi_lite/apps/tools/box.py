@@ -53,8 +53,10 @@ class ToolBox:
             from kimi_lite.apps.tools.mcp_client import McpServers
             from kimi_lite.apps.tools.mcp_config import read_mcp_config
 
-            servers = McpServers(read_mcp_config(mcp_config), state_folder() / "mcp")
+            named = read_mcp_config(mcp_config)
+            servers = McpServers(named, state_folder() / "mcp")
             tools, notes = [*tools, *servers.tools], [*notes, *servers.problems]
+            notes += [] if named else [f"{mcp_config} names no MCP server that is switched on."]
         try:
             box = cls(tools, allow, notes)
         except KimiLiteError:
@@ -87,6 +89,18 @@ class ToolBox:
             text = f"Error: {type(error).__name__}: {error}"
         return shortened(text.encode("utf-8", "replace").decode())
 
+    def is_allowed(self, name: str) -> bool:
+        """Whether it runs without a question. "*" does not allow what this system does not confine."""
+        return name in self.allowed or ("*" in self.allowed and not self.tools[name].risks)
+
+    def allow(self, name: str) -> None:
+        """Let it run without a question."""
+        self.allowed.add(name)
+
+    def disallow(self, name: str) -> None:
+        """Ask before it runs, also where all were allowed."""
+        self.allowed = {one for one in self.tools if one != name and self.is_allowed(one)}
+
     def cancel(self) -> None:
         """Stop the call that is running; from a signal handler or another thread."""
         self._is_stopped.set()
@@ -116,7 +130,7 @@ class ToolBox:
         return tool, arguments
 
     def _permit(self, tool: Tool, arguments: Mapping[str, Any], ask: Ask) -> None:
-        if tool.name in self.allowed or ("*" in self.allowed and not tool.risks):
+        if self.is_allowed(tool.name):
             return
         permission = ask(Question(tool.name, arguments, tool.risks))
         if permission == "stop":
@@ -124,7 +138,7 @@ class ToolBox:
         if permission == "no":
             raise ToolError("the user did not allow this call. Do not repeat it; go on without it or ask")
         if permission == "always":
-            self.allowed.add(tool.name)
+            self.allow(tool.name)
 
     def _add(self, tool: Tool) -> None:
         """Under its own name; where that is taken with its server's name before it."""

@@ -92,6 +92,8 @@ class McpServers:
         if connection.problem:
             self.problems.append(f"MCP server {connection.server.name} is left out: {connection.problem}.")
             return
+        if not connection.listed:
+            self.problems.append(f"MCP server {connection.server.name} has no tools.")
         left_out = len(connection.listed) - MOST_TOOLS
         for tool in connection.listed[:MOST_TOOLS]:
             schema = _schema(tool.input_schema)

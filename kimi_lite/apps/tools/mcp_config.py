@@ -65,10 +65,12 @@ def _entries(document: Any) -> dict[str, Any] | None:
     """The servers by name, wherever the program that the file is from has them."""
     if not isinstance(document, dict):
         return None
-    found = next((document[key] for key in _KEYS if key in document), None)
-    if found is None and isinstance(document.get("mcp"), dict):
-        return _entries(document["mcp"])
-    return found if isinstance(found, dict) else None
+    inner = document.get("mcp")
+    found = [document[key] for key in _KEYS if key in document]
+    found += [inner[key] for key in _KEYS if key in inner] if isinstance(inner, dict) else []
+    if not found or not all(isinstance(entries, dict) for entries in found):
+        return None
+    return {name: entry for entries in reversed(found) for name, entry in entries.items()}
 
 
 def _server(name: str, entry: object, path: Path) -> McpServer:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kimi_lite.apps.tools.box import Stopped, ToolBox
+from kimi_lite.apps.tools.confirm import Question
 from kimi_lite.apps.tools.tool import LONGEST_RESULT, Tool, ToolError, parameters
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tool_calls import ToolCall
@@ -92,6 +93,35 @@ def test_permission_is_asked_for_once_or_always() -> None:
         box.call(ToolCall("x", "crash", "{}"), ask("stop"))
     assert ToolBox(TOOLS, allow=["*"]).call(one, ask("no")) == "2"
     assert len(asked) == 4
+
+
+def test_a_tool_can_be_asked_for_again_also_where_all_are_allowed() -> None:
+    box = ToolBox(TOOLS, allow=["*"])
+    box.disallow("add_one")
+    assert [name for name in box.tools if not box.is_allowed(name)] == ["add_one"]
+    assert "did not allow" in call(box, "add_one", '{"a": 1}', "no")
+    assert call(box, "fail", "{}", "no") == "Error: not today"
+    box.allow("add_one")
+    assert call(box, "add_one", '{"a": 1}', "no") == "2"
+
+
+def test_questions_show_all_arguments_and_what_hides_in_them() -> None:
+    asked: list[Question] = []
+    box = ToolBox([Tool("t", "", {"type": "object", "properties": {}}, add_one)])
+    code = "x = 1  # \u202e evil\nimport\u200b os\x1b[2J\np\u0430y()"
+    arguments = {"code": code, "short": "a b", "deep": {"x": ["\u2066"]}, "na\u202eme": 5}
+    box.call(ToolCall("x", "t", json.dumps(arguments)), lambda question: asked.append(question) or "no")
+    assert asked[0].lines == [
+        "  code:",
+        "  │ x = 1  # ⟨U+202E⟩ evil",
+        "  │ import⟨U+200B⟩ os⟨U+001B⟩[2J",
+        "  │ p\u0430y()",
+        "  ! p\u0430y: Latin and Cyrillic letters",
+        "  short: a b",
+        '  deep: {"x": ["⟨U+2066⟩"]}',
+        "  na⟨U+202E⟩me: 5",
+    ]
+    assert asked[0].default == ""
 
 
 def test_nobody_is_asked_about_a_call_that_cannot_run() -> None:

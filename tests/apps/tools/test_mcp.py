@@ -265,6 +265,7 @@ def test_a_result_too_large_is_an_error(tmp_path: Path) -> None:
     [
         '\ufeff{"servers": {"x": {"command": "a"}}}',
         '{"mcp": {"servers": {"x": {"command": "a"}}}}',
+        '{"mcpServers": {}, "servers": {"x": {"command": "a"}}}',
         '{"context_servers": {"x": {"command": "a"}}, "theme": 5}',
         '{\n  // mine\n  "servers": {"x": {"command": "a", /**/ "args": ["//none", "/* nor this */",],},},\n}',
         '{"inputs": [], "servers": {"x": {"type": "stdio", "command": "a"}, "y": {"command": "b", "enabled": false}}}',

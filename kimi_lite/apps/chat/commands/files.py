@@ -41,10 +41,9 @@ def _tools(chat: Chat, argument: str) -> None:
     if name and word.strip() not in ("on", "ask"):
         raise KimiLiteError(f"/tools {argument} is not known.", "It is /tools, /tools NAME on or /tools NAME ask.")
     if name:
-        (chat.tools.allowed.add if word.strip() == "on" else chat.tools.allowed.discard)(name)
-    free = chat.tools.allowed
+        (chat.tools.allow if word.strip() == "on" else chat.tools.disallow)(name)
     rows = [
-        (one.name, f"{'runs' if {'*', one.name} & free else 'asks'} · {one.description}")
+        (one.name, f"{'runs' if chat.tools.is_allowed(one.name) else 'asks'} · {one.description}")
         for one in chat.tools.tools.values()
     ]
     chat.say_table(rows)
