@@ -54,6 +54,7 @@ class Option:
     is_setting: bool = True  # may also come from the configuration file and the environment
     help_in: Mapping[str, str] = field(default_factory=dict)  # other words for a command
     convert: Callable[[Any], Any] | None = None  # from the parsed value to the field's
+    unused: "Callable[[Options, Situation], str]" = lambda options, situation: ""  # why it has no effect; "": it has
 
     @property
     def long_flag(self) -> str:
@@ -129,6 +130,95 @@ class Option:
         return KimiLiteError(f"{source} is {value!r}; it must be {expected}.", f"{self.long_flag}: {self.help}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What decides which options have an effect; known when the model is loaded, or the endpoint reached."""
+
+    is_endpoint: bool = False
+    is_on_gpu: bool = False
+    has_experts: bool = True
+    is_from_disk: bool = False  # some experts do not fit into memory
+    is_split: bool = False  # some experts, and not all, are where they are computed fastest
+    is_ram_limited: bool = False  # --ram is less than what is free
+    is_warmed: bool = False  # the whole model fits into free memory and may be read there
+    can_think: bool = True
+    is_terminal: bool = True  # answers or remarks go to one
+
+
+def _local(options: "Options", situation: Situation) -> str:
+    return "the model runs at the endpoint" if situation.is_endpoint else ""
+
+
+def _remote(options: "Options", situation: Situation) -> str:
+    return "" if situation.is_endpoint else "it is for --endpoint"
+
+
+def _on_gpu(options: "Options", situation: Situation) -> str:
+    return _local(options, situation) or ("" if situation.is_on_gpu else "no GPU is used")
+
+
+def _vram(options: "Options", situation: Situation) -> str:
+    return _local(options, situation) or ("" if options.vram_bytes == 0 else _on_gpu(options, situation))
+
+
+def _gpu_experts(options: "Options", situation: Situation) -> str:
+    return _on_gpu(options, situation) or _experts(options, situation)
+
+
+def _experts(options: "Options", situation: Situation) -> str:
+    return _local(options, situation) or ("" if situation.has_experts else "the model has no routed experts")
+
+
+def _ram(options: "Options", situation: Situation) -> str:
+    return _local(options, situation) or ("" if situation.is_ram_limited else "less is free")
+
+
+def _loading(options: "Options", situation: Situation) -> str:
+    if reason := _experts(options, situation):
+        return reason
+    if situation.is_from_disk:
+        needed = "experts do not fit into RAM and are read when they are needed"
+        return "" if options.loading == "lock" else needed
+    return (
+        "with a GPU, experts that fit into RAM are mapped" if situation.is_on_gpu and options.loading != "map" else ""
+    )
+
+
+def _cache_bias(options: "Options", situation: Situation) -> str:
+    if reason := _experts(options, situation):
+        return reason
+    return "" if situation.is_split or not options.cache_bias else "no expert is in faster memory than another"
+
+
+def _prefix_bytes(options: "Options", situation: Situation) -> str:
+    return _local(options, situation) or ("" if options.prefix_folder else "processed prompts are not kept")
+
+
+def _warm(options: "Options", situation: Situation) -> str:
+    if reason := _local(options, situation):
+        return reason
+    return "" if situation.is_warmed or not options.is_warm else "the model is larger than what it may take of RAM"
+
+
+def _greedy(options: "Options", situation: Situation) -> str:
+    return "--temp 0 takes the likeliest token" if options.temperature == 0 else ""
+
+
+def _thinks(options: "Options", situation: Situation) -> str:
+    is_off = options.is_thinking is False or not situation.can_think
+    return "the model does not think" if is_off else ""
+
+
+def _shown_thinking(options: "Options", situation: Situation) -> str:
+    if options.is_quiet or not situation.is_terminal:
+        return "reasoning is only shown on a terminal, and without -q"
+    return _thinks(options, situation)
+
+
+def _on_terminal(options: "Options", situation: Situation) -> str:
+    return "" if situation.is_terminal else "Markdown is only drawn on a terminal"
+
+
 def _option(
     *flags: str,
     help: str,
@@ -171,12 +261,15 @@ class Options:
         commands=ANSWERING,
         metavar="URL",
     )
-    api_key: str | None = _option("--api-key", help="For --endpoint.", panel=MODEL, commands=ANSWERING, metavar="KEY")
+    api_key: str | None = _option(
+        "--api-key", help="For --endpoint.", unused=_remote, panel=MODEL, commands=ANSWERING, metavar="KEY"
+    )
     context_length: int | None = _option(  # tokens of one sequence; 0: as many as the model was made for
         "-c",
         "--ctx",
         help="Context in tokens, as 32K; 0: all that the model has. Default: up to 32K.",
         kind="tokens",
+        unused=_local,
         panel=MODEL,
         commands=(*ANSWERING, "plan"),
         metavar="TOKENS",
@@ -187,6 +280,7 @@ class Options:
         help="Type of the KV cache; q8 takes half of f16's memory.",
         kind="choice",
         choices=("f16", "bf16", "q8", "f32"),
+        unused=_local,
         panel=MODEL,
         commands=PLANNED,
         default="f16",
@@ -200,12 +294,14 @@ class Options:
         help="CPU threads. Default: all cores.",
         kind="integer",
         least=1,
+        unused=_local,
         panel=MACHINE,
         commands=PLANNED,
     )
     device: str | None = _option(  # a torch device; None: CUDA where there is one
         "--device",
         help="cuda, cuda:1 or cpu. Default: the GPU where one can be used.",
+        unused=_local,
         panel=MACHINE,
         commands=PLANNED,
         help_in={"plan": "cpu: leave the GPU out."},
@@ -215,6 +311,7 @@ class Options:
         help=f"VRAM it may take, never exceeded; 0: no GPU. {SIZE_HELP}.",
         kind="size",
         least=0,
+        unused=_vram,
         panel=MACHINE,
         commands=PLANNED,
         metavar="SIZE",
@@ -224,6 +321,7 @@ class Options:
         "--ram",
         help="RAM it may take; experts beyond it stay on disk.",
         kind="size",
+        unused=_ram,
         panel=MACHINE,
         commands=PLANNED,
         metavar="SIZE",
@@ -234,6 +332,7 @@ class Options:
         help="Experts kept in VRAM. Default: as many as fit.",
         kind="integer",
         least=0,
+        unused=_gpu_experts,
         panel=MACHINE,
         commands=PLANNED,
     )
@@ -242,6 +341,7 @@ class Options:
         help="Type in VRAM of the weights that every token uses; file: as they are.",
         kind="choice",
         choices=("q8_0", "bf16", "file"),
+        unused=_on_gpu,
         panel=MACHINE,
         commands=PLANNED,
         default="q8_0",
@@ -252,6 +352,7 @@ class Options:
         help="Experts that fit into RAM: map the file (mmap), read it, or read and lock it (mlock).",
         kind="choice",
         choices=("map", "read", "lock"),
+        unused=_loading,
         panel=MACHINE,
         commands=LOADING,
         default="map",
@@ -266,6 +367,7 @@ class Options:
         "--warm/--no-warm",
         help="Read the model into memory first, where it fits.",
         kind="switch",
+        unused=_warm,
         panel=MACHINE,
         commands=("chat",),
         default=False,
@@ -277,6 +379,7 @@ class Options:
         help="Add this to the router's score of experts in fast memory; changes answers. 0: off.",
         kind="number",
         least=0,
+        unused=_cache_bias,
         panel=MACHINE,
         commands=LOADING,
         default=0.0,
@@ -286,6 +389,7 @@ class Options:
         help="Keep processed prompts on disk.",
         kind="switch",
         convert=_prefix_folder,
+        unused=_local,
         panel=MACHINE,
         commands=ANSWERING,
         command_default=True,
@@ -295,6 +399,7 @@ class Options:
         "--prefix-cache-size",
         help="Most disk space for them.",
         kind="size",
+        unused=_prefix_bytes,
         panel=MACHINE,
         commands=ANSWERING,
         metavar="SIZE",
@@ -305,6 +410,7 @@ class Options:
         "--record-routing",
         help="Write which experts every token chose (.npz), for tools.cache.sim.",
         kind="path",
+        unused=_experts,
         panel=MACHINE,
         commands=LOADING,
         metavar="FILE",
@@ -324,6 +430,7 @@ class Options:
         help="Most tokens of reasoning; -1: no limit.",
         kind="tokens",
         none_text="-1",
+        unused=_thinks,
         panel=PROMPT,
         commands=ANSWERING,
         metavar="TOKENS",
@@ -370,6 +477,7 @@ class Options:
         help="Keep the k likeliest tokens; 0: off.",
         kind="integer",
         least=0,
+        unused=_greedy,
         panel=SAMPLING,
         commands=ANSWERING,
         default=0,
@@ -380,6 +488,7 @@ class Options:
         kind="number",
         least=0,
         most=1,
+        unused=_greedy,
         panel=SAMPLING,
         commands=ANSWERING,
         default=0.95,
@@ -391,6 +500,7 @@ class Options:
         kind="number",
         least=0,
         most=1,
+        unused=_greedy,
         panel=SAMPLING,
         commands=ANSWERING,
         default=0.0,
@@ -407,6 +517,7 @@ class Options:
         "--seed",
         help="The same seed gives the same answer. Default: random.",
         kind="integer",
+        unused=_greedy,
         panel=SAMPLING,
         commands=ANSWERING,
         none_text="-1",
@@ -460,6 +571,7 @@ class Options:
         "--hide-thinking",
         help="Do not show reasoning.",
         kind="switch",
+        unused=_shown_thinking,
         panel=OUTPUT,
         commands=ANSWERING,
         default=False,
@@ -468,6 +580,7 @@ class Options:
         "--plain",
         help="Show answers as they come, without Markdown.",
         kind="switch",
+        unused=_on_terminal,
         panel=OUTPUT,
         commands=ANSWERING,
         default=False,
@@ -498,6 +611,17 @@ class Options:
     @property
     def allows_gpu(self) -> bool:
         return self.device != "cpu" and self.vram_bytes != 0
+
+
+def unused_options(options: Options, situation: Situation) -> list[str]:
+    """A line for each flag that was given and has no effect. What only the environment or the configuration file says
+    is a default, and no line."""
+    lines = []
+    for name, source in options.given.items():
+        reason = OPTIONS[name].unused(options, situation) if source.startswith("-") else ""
+        if reason:
+            lines.append(f"{source} has no effect here: {reason}.")
+    return lines
 
 
 def _declared() -> dict[str, Option]:

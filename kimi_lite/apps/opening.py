@@ -1,8 +1,8 @@
 """From options to a conversation: find the model or build the demo, load it with progress, say what it is."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
-
-import psutil
 
 from kimi_lite import __version__
 from kimi_lite.apps.chat.interrupt import on_interrupt, silent_keys
@@ -12,30 +12,79 @@ from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import load
+from kimi_lite.engine.planning import situation_of
 from kimi_lite.engine.session import Session
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.options import Options
+from kimi_lite.files import require_writable
+from kimi_lite.options import Options, Situation, unused_options
 from kimi_lite.terminal import Console, show_plain
+from kimi_lite.units import gib
 
 DEMO_REMARKS = (
     "no -m given: this is the demo, a 135 M model in Kimi K2.5's architecture",
     "the real one: -m FOLDER, a GGUF from elsewhere or by kimi-lite quantize",
 )
-_RAM_SHARE = 0.9  # of the free memory that a model's files may fill
+_SMALL_RECIPE = "tq1_0"  # whose size is named for a model that is not here
 
 
-def open_session(options: Options, aside: Console) -> Conversation:
-    """Load the model, or reach the endpoint, and begin a conversation. Progress goes to `aside`."""
+def open_session(options: Options, status: Console) -> Conversation:
+    """Load the model, or reach the endpoint, and begin a conversation. Progress and remarks go to `status`."""
+    check_before_loading(options)
     answer = AnswerSettings.from_options(options)
-    session = _open_remote(options, answer) if options.endpoint else _open_local(options, answer, aside)
+    session = _open_remote(options, answer) if options.endpoint else _open_local(options, answer, status)
     session.set_thinking(session.can_think if options.is_thinking is None else options.is_thinking)
     if options.thinking_budget is not None:
         session.require_budget()
     if options.preserve_thinking and not session.can_preserve:
         raise KimiLiteError(
-            f"The chat template of {session.info.name} always drops past reasoning.", "Leave --preserve-thinking out."
+            f"The chat template of {session.info.name} always drops past reasoning.", "Remove --preserve-thinking."
         )
+    for line in () if options.is_quiet else unused_options(options, _situation(session, options, status)):
+        show_plain(status, line, style="dim")
     return session
+
+
+def check_before_loading(options: Options) -> None:
+    """What can be known to fail before minutes of loading. Raises KimiLiteError."""
+    if options.routing_trace:
+        require_writable(options.routing_trace, "The record of routing")
+    if options.endpoint:
+        return
+    if options.images:
+        raise KimiLiteError(
+            "--image needs a model that sees, and no vision tower is loaded here yet.",
+            "Remove it, or use --endpoint URL of a server whose model sees.",
+        )
+    if options.model and not Path(options.model).expanduser().exists():
+        _refuse_known(options.model)
+
+
+def _refuse_known(name: str) -> None:
+    """Raises KimiLiteError, which says where it comes from, for a model that is known and not here."""
+    from kimi_lite.arch.known import find_known
+    from kimi_lite.plan.subject import find_subject
+
+    alias = name.rpartition("/")[2].lower()
+    known = find_known(alias)
+    if known is None:
+        return
+    size = gib(find_subject(alias, is_seeing=False).sizes_in(_SMALL_RECIPE).total_bytes)
+    repository = name if "/" in name else "REPO"
+    raise KimiLiteError(
+        f"{name} names {known.config.name}, {known.config.total_parameters / 1e9:,.0f} G parameters; -m wants its file "
+        f"or folder.",
+        f"1. kimi-lite plan -m {alias}: what of it would run here.\n"
+        f"2. Download a GGUF of it, or its checkpoint: hf download {repository} --local-dir FOLDER.\n"
+        f"3. kimi-lite quantize FOLDER {alias}.gguf --recipe {_SMALL_RECIPE} makes {size} of the checkpoint, then "
+        f"-m {alias}.gguf.",
+    )
+
+
+def _situation(session: Conversation, options: Options, status: Console) -> Situation:
+    plan = session.engine.plan if isinstance(session, Session) else None
+    found = Situation(is_endpoint=True) if plan is None else situation_of(plan, options)
+    is_terminal = status.is_terminal or sys.stdout.isatty()
+    return replace(found, can_think=session.can_think, is_terminal=is_terminal)
 
 
 def greeting(session: Conversation, options: Options) -> list[str]:
@@ -59,8 +108,8 @@ def _open_remote(options: Options, answer: AnswerSettings) -> Conversation:
     return RemoteSession.open(options.endpoint, options.api_key, options.model, options.system, answer)
 
 
-def _open_local(options: Options, answer: AnswerSettings, aside: Console) -> Session:
-    with silent_keys(), LoadProgress(aside if not options.is_quiet else Console(quiet=True)) as progress:
+def _open_local(options: Options, answer: AnswerSettings, status: Console) -> Session:
+    with silent_keys(), LoadProgress(status if not options.is_quiet else Console(quiet=True)) as progress:
         path = Path(options.model).expanduser() if options.model else _demo_path(progress)
         engine = load(path, options, None if options.is_quiet else progress)
         try:
@@ -78,9 +127,7 @@ def _warm(engine: Engine, options: Options, progress: LoadProgress) -> None:
     from kimi_lite.gguf.shards import find_shards
 
     path = engine.info.path
-    if options.ram_bytes is not None or not path.is_file():
-        return
-    if engine.info.total_bytes > _RAM_SHARE * psutil.virtual_memory().available:
+    if not path.is_file() or not situation_of(engine.plan, options).is_warmed:
         return
     with on_interrupt(lambda: None) as interrupt:
         warm(
@@ -95,7 +142,7 @@ def _demo_path(progress: LoadProgress) -> Path:
     return ensure_demo_model(progress)
 
 
-def say_demo(aside: Console) -> None:
+def say_demo(status: Console) -> None:
     """For `run`, which has no panel."""
     for line in DEMO_REMARKS:
-        show_plain(aside, line, style="dim")
+        show_plain(status, line, style="dim")

@@ -10,9 +10,11 @@ from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.probe import Gpu, probe
-from kimi_lite.options import Options
+from kimi_lite.options import Options, Situation
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.types import Plan
+
+WARM_SHARE = 0.9  # of the free memory that a model's files may fill before they are read there
 
 
 def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu | None = None) -> Plan:
@@ -42,4 +44,17 @@ def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: Opti
         heat_path=heat_path(store.path) if options.keeps_heat and not is_loading_all else None,
         is_loading_all=is_loading_all,
         is_locked=options.loading == "lock",
+    )
+
+
+def situation_of(plan: Plan, options: Options) -> Situation:
+    """What of the plan decides which options have an effect; of a model that runs here."""
+    num_experts, has_disk = plan.sizes.num_experts, plan.disk_expert_bytes > 0
+    return Situation(
+        is_on_gpu=plan.is_on_gpu,
+        has_experts=num_experts > 0,
+        is_from_disk=has_disk,
+        is_split=0 < plan.num_vram_slots < num_experts if plan.is_on_gpu else has_disk,
+        is_ram_limited=any(budget.source == "--ram" for budget in plan.budgets),
+        is_warmed=options.ram_bytes is None and plan.sizes.total_bytes <= WARM_SHARE * plan.hardware.ram_free_bytes,
     )

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware import speed as hardware_speed
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.options import Options
+from kimi_lite.options import Options, unused_options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.types import Plan
 from kimi_lite.plan.view import verdict_line
@@ -85,6 +86,8 @@ def bench(job: Job, report: Report) -> Measured:
         if job.trace and ours.is_on_gpu:
             problem = "--trace shows the CPU path, and this model runs on a GPU."
             raise KimiLiteError(problem, "Try python -m tools.trace, or --device cpu.")
+        for line in unused_options(job.options, situation_of(ours.plan, job.options)):
+            report.say(line)
         num_threads = ours.num_threads
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
         report.print_machine(environment, model)
