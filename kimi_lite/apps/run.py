@@ -103,7 +103,7 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
     out, stderr = sys.stdout, Console(stderr=True)
     is_whole = output.is_json or output.path is not None  # written at the end, in one piece
     with (
-        open(os.devnull, "w") as nowhere,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
         WorkProgress(stderr, least=LEAST_PREFILL_TOKENS) as progress,
     ):
         shows_reasoning = stderr.is_terminal and output.shows_reasoning and not output.is_quiet
