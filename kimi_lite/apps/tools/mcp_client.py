@@ -194,13 +194,18 @@ async def _transport(server: McpServer, errors: BinaryIO):
     elif server.is_sse:
         from mcp.client.sse import sse_client
 
-        async with sse_client(server.url, headers=dict(server.headers)) as streams:
+        from kimi_lite.apps.tools.mcp_http import bounded_client
+
+        headers = dict(server.headers)
+        async with sse_client(server.url, headers=headers, httpx_client_factory=bounded_client) as streams:
             yield streams
     else:
-        from httpx2 import AsyncClient, Timeout  # what `mcp` itself depends on
+        from httpx2 import Timeout  # what `mcp` itself depends on
         from mcp.client.streamable_http import streamable_http_client
 
-        http = AsyncClient(headers=dict(server.headers), timeout=Timeout(START_S, read=CALL_S))
+        from kimi_lite.apps.tools.mcp_http import bounded_client
+
+        http = bounded_client(server.headers, Timeout(START_S, read=CALL_S))
         async with http, streamable_http_client(server.url, http_client=http) as streams:
             yield streams
 

@@ -1,13 +1,18 @@
 """MCP servers: real ones, started over stdio or reached over HTTP, and those that are not there."""
 
+import asyncio
+import gzip
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -258,6 +263,74 @@ def test_a_result_too_large_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolError):
         run(servers.tools[0])
     servers.close()
+
+
+class BadHttp(BaseHTTPRequestHandler):
+    """Answers every request with what is too long, in the way that its path names."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        kind = "text/event-stream" if "event" in self.path else "application/json"
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        if "gzip" in self.path:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with suppress(OSError):
+            if "gzip" in self.path:
+                self.wfile.write(gzip.compress(b" " * 10_000_000))
+            for _ in range(0 if "gzip" in self.path else 2000):
+                self.wfile.write(b"data: " + b"x" * 100_000 if "event" in self.path else b" " * 100_000)
+                type(self).num_sent += 1
+
+    num_sent = 0
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("path", ["json", "event", "gzip"])
+def test_answers_without_end_over_http(tmp_path: Path, path: str) -> None:
+    BadHttp.num_sent = 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), BadHttp) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        began_s = time.monotonic()
+        servers = McpServers(
+            [McpServer("bad", url=f"http://127.0.0.1:{http.server_port}/{path}")], tmp_path, start_s=20.0
+        )
+        assert servers.tools == []
+        assert len(servers.problems) == 1
+        servers.close()
+        http.shutdown()
+    assert BadHttp.num_sent < 400  # of 2,000: it was not read to the end
+    assert time.monotonic() - began_s < 15.0
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(0, 100), min_size=1, max_size=8), st.sampled_from([b"\n\n", b"\r\n\r\n"]), st.integers(1, 9)
+)
+def test_events_are_bounded_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], end: bytes, piece: int
+) -> None:
+    """However they are cut: by the largest event, not by how many there are."""
+    from kimi_lite.apps.tools import mcp_http
+
+    monkeypatch.setattr(mcp_http, "MOST_LINE_BYTES", 50)
+    data = b"".join(b"x" * size + end for size in sizes)
+
+    async def pieces():
+        for start in range(0, len(data), piece):
+            yield data[start : start + piece]
+
+    async def read() -> bytes:
+        return b"".join([got async for got in mcp_http._BoundedStream(pieces(), True)])
+
+    if max(sizes) > 50 + piece + len(end):
+        with pytest.raises(mcp_http.RemoteProtocolError):
+            asyncio.run(read())
+    elif max(sizes) <= 50 - 2 * len(end) - piece:  # between them it depends on the cut
+        assert asyncio.run(read()) == data
 
 
 @pytest.mark.parametrize(
