@@ -291,7 +291,7 @@ class Options:
     num_threads: int | None = _option(
         "-t",
         "--threads",
-        help="CPU threads. Default: all cores.",
+        help="CPU threads. Default: all usable cores.",
         kind="integer",
         least=1,
         unused=_local,
@@ -304,7 +304,7 @@ class Options:
         unused=_local,
         panel=MACHINE,
         commands=PLANNED,
-        help_in={"plan": "cpu: leave the GPU out."},
+        help_in={"plan": "cpu: without the GPU."},
     )
     vram_bytes: int | None = _option(
         "--vram",
@@ -315,7 +315,7 @@ class Options:
         panel=MACHINE,
         commands=PLANNED,
         metavar="SIZE",
-        help_in={"plan": f"The GPU's memory, or a limit; 0: no GPU. {SIZE_HELP}."},
+        help_in={"plan": f"VRAM, or less of it; more than is here: a hypothetical machine. 0: no GPU. {SIZE_HELP}."},
     )
     ram_bytes: int | None = _option(
         "--ram",
@@ -325,11 +325,11 @@ class Options:
         panel=MACHINE,
         commands=PLANNED,
         metavar="SIZE",
-        help_in={"plan": "RAM, or a limit; more than this machine has: a hypothetical machine."},
+        help_in={"plan": "RAM, or less of it; more than is here: the same CPU with more."},
     )
     num_gpu_experts: int | None = _option(  # slots in VRAM for routed experts
         "--gpu-experts",
-        help="Experts kept in VRAM. Default: as many as fit.",
+        help="Experts cached in VRAM. Default: as many as fit.",
         kind="integer",
         least=0,
         unused=_gpu_experts,

@@ -5,11 +5,14 @@ taken out here, whoever prints it. Our own colours and cursor movements are styl
     Console      rich's, for what has styles, tables and progress
     show_plain   a text on such a console, as it is
     echo         a line without a console; `write` for an answer to stdout
+    width        columns of a table or of wrapped lines
     open_prompt  prompt_toolkit's line editor
     report_crash as `sys.excepthook`
 """
 
+import os
 import re
+import shutil
 import sys
 import traceback
 import unicodedata
@@ -77,6 +80,13 @@ def echo(text: str = "", *, to_stderr: bool = False, end: str = "\n", colour: st
 
     text = harmless(text)
     typer.echo((typer.style(text, fg=colour) if colour else text) + end, err=to_stderr, nl=False)
+
+
+def width(most: int = 200) -> int:
+    """Columns for tables and wrapped lines: the terminal's, or what COLUMNS says; 80 where output goes to a pipe or a
+    file. From 40 to `most`."""
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return max(40, min(most, shutil.get_terminal_size((80, 24)).columns)) if is_known else 80
 
 
 def write(stream: TextIO, text: str) -> None:

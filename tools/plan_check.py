@@ -73,9 +73,9 @@ def compare(path: Path, context_length: int, num_threads: int | None) -> Compari
     return Comparison(
         planned_bytes=plan.process_bytes,
         resident_bytes=resident_bytes,
-        decode_ceiling_tok_s=plan.decode.tok_s,
+        decode_ceiling_tok_s=plan.decode.limit_tok_s,
         decode_tok_s=last.stats.generation_tok_s or 0.0,
-        prompt_ceiling_tok_s=plan.prompt.tok_s,
+        prompt_ceiling_tok_s=plan.prompt.limit_tok_s,
         prompt_tok_s=last.stats.prompt_tok_s or 0.0,
     )
 

@@ -57,6 +57,12 @@ class ModelSizes:
         return self.config.num_moe_layers * self.config.num_experts
 
     @property
+    def expert_bits(self) -> float:
+        """Of a weight of the routed experts; 0 where there are none."""
+        weights = self.num_experts * self.config.expert_parameters
+        return 8 * self.expert_bytes / weights if weights else 0.0
+
+    @property
     def embedding_row_bytes(self) -> float:
         return self.embedding_bytes / self.config.vocab_size
 

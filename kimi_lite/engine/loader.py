@@ -3,13 +3,11 @@
 The heavy parts (Numba through the model) are imported here, when a model is really loaded.
 """
 
-import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import open_model
@@ -25,8 +23,6 @@ from kimi_lite.kv.pages import KVCache
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import Options
 from kimi_lite.plan.types import Plan
-
-_SPILL_SHARE = 0.05  # of the free RAM, for pages of the cache that a GPU has no room for
 
 
 def load(path: str | Path, options: Options | None = None, on_progress: OnProgress | None = None) -> Engine:
@@ -50,7 +46,7 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     plan = plan_load(store, config, options, find_gpu(device))
     model, kv = _open_model(store, config, options, device, plan, report)
     report("ready", 4, 4)
-    holdings = [*attach_tiers(kv, store, options), store]
+    holdings = [*attach_tiers(kv, store, options, plan), store]
     return Engine(
         model,
         kv,
@@ -70,27 +66,24 @@ def _open_model(
     """On the CPU path or the hybrid path."""
     recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
     tier = choose_tier(store, config, plan, options)
-    num_pages = options.num_sequences * -(-plan.context_length // PAGE_TOKENS)
     if device != "cpu":
         from kimi_lite.model.hybrid.load import load_hybrid
 
-        return load_hybrid(store, config, options, num_pages * PAGE_TOKENS, device, report, tier, recorder)
+        return load_hybrid(store, config, options, plan.num_cache_pages * PAGE_TOKENS, device, report, tier, recorder)
     from kimi_lite.model.cpu.transformer import Transformer
 
-    kv = KVCache(config.num_layers, config.kv_latent_size, num_pages, options.kv_dtype)
+    kv = KVCache(config.num_layers, config.kv_latent_size, plan.num_cache_pages, options.kv_dtype)
     on_compile = partial(report, "preparing kernels")
     on_load = partial(report, "reading experts")
-    return Transformer(store, config, kv, options.num_threads, on_compile, tier, recorder, on_load), kv
+    return Transformer(store, config, kv, plan.num_threads, on_compile, tier, recorder, on_load), kv
 
 
-def attach_tiers(kv: KVCache, store: GGUFStore, options: Options) -> list[PrefixStore]:
+def attach_tiers(kv: KVCache, store: GGUFStore, options: Options, plan: Plan) -> list[PrefixStore]:
     """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be
     closed."""
     is_on_cpu = isinstance(kv.storage, np.ndarray)
     if not is_on_cpu:
-        page_bytes = math.prod(kv.page_shape)
-        num_pages = min(kv.num_pages, int(psutil.virtual_memory().available * _SPILL_SHARE) // page_bytes)
-        kv.host = HostPages(num_pages, kv.storage) if num_pages else None
+        kv.host = HostPages(plan.num_spill_pages, kv.storage) if plan.num_spill_pages else None
     if options.prefix_folder is None:
         return []
     key = model_key(store, options.kv_dtype, options.cache_bias, is_on_cpu or options.dense_type)

@@ -1,25 +1,30 @@
-"""How fast memory and a disk can be read here: the kernels' own team of threads reads memory, a few threads read a
-file.
+"""How fast memory is read, int8 products are summed and a disk is read here: the kernels' own team of threads for the
+first two, a few reading threads for the file.
 
-A short look of about a second each. `tools.bench.roofline` measures memory more patiently with the same kernel.
+`tools.bench.roofline` measures memory more patiently with the same kernel.
 """
 
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numba import cfunc
 
 from kimi_lite.native.cpu.compiler import KERNEL
 from kimi_lite.native.cpu.threads import Program, Team, next_task
-from kimi_lite.native.simd import load_i32x16, load_i64, store_i32, sum_i32x16, zero_i32x16
+from kimi_lite.native.simd import load_i8x64, load_i32x16, load_i64, store_i32, sum_i32x16, zero_i32x16
+from kimi_lite.native.simd_dot import dot_u8x64
 
 _TASK_BYTES = 1 << 16
 _BUFFER_BYTES, _PART_BYTES = 512 << 20, 4 << 20  # larger than a desktop's caches; each thread's share of a run
+_FREE_SHARE = 0.25  # of the free memory: the most that the buffer takes
+_ROUNDS, _MACS_A_ROUND = 20_000, 12 * 64  # of the loop that only multiplies: 0.1 to 1 ms
 _LINE_BYTES = 64
 _FILE_READ_BYTES, _NUM_READERS = 8 << 20, 8  # an NVMe disk needs a queue to be fast
 
@@ -44,23 +49,60 @@ def read_program(data: np.ndarray, sums: np.ndarray) -> Program:
     return Program([(_read_kernel.address, arguments)])
 
 
-def measure_ram(num_threads: int, seconds: float = 1.0) -> float:
+@cfunc(KERNEL, cache=True)
+def _multiply_kernel(args, thread, team):
+    """Twelve sums of int8 products that wait for nothing but themselves: the dot-product instruction at its peak."""
+    codes, inputs, num_rounds, out = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
+    w0, w1, w2, w3 = load_i8x64(codes), load_i8x64(codes + 64), load_i8x64(codes + 128), load_i8x64(codes + 192)
+    a0, a1, a2, a3 = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
+    b0, b1, b2, b3 = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
+    c0, c1, c2, c3 = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
+    for number in range(num_rounds):
+        at = inputs + 192 * (number & 7)  # other inputs each time, or a compiler multiplies only once
+        x, y, z = load_i8x64(at), load_i8x64(at + 64), load_i8x64(at + 128)
+        a0, a1, a2, a3 = dot_u8x64(a0, w0, x), dot_u8x64(a1, w1, x), dot_u8x64(a2, w2, x), dot_u8x64(a3, w3, x)
+        b0, b1, b2, b3 = dot_u8x64(b0, w0, y), dot_u8x64(b1, w1, y), dot_u8x64(b2, w2, y), dot_u8x64(b3, w3, y)
+        c0, c1, c2, c3 = dot_u8x64(c0, w0, z), dot_u8x64(c1, w1, z), dot_u8x64(c2, w2, z), dot_u8x64(c3, w3, z)
+    a, b, c = (a0 + a1) + (a2 + a3), (b0 + b1) + (b2 + b3), (c0 + c1) + (c2 + c3)
+    store_i32(out + _LINE_BYTES * thread, sum_i32x16(a + b + c))
+
+
+def measure_macs(num_threads: int, seconds: float = 0.1) -> float:
+    """Int8 multiply-accumulates/s of all threads together at the instruction's peak: the best tenth of the runs."""
+    team = Team(num_threads)
+    try:
+        codes, inputs = np.ones(256, np.uint8), np.ones(8 * 192, np.int8)
+        sums = np.zeros(num_threads * _LINE_BYTES, np.uint8)
+        arguments = np.array([codes.ctypes.data, inputs.ctypes.data, _ROUNDS, sums.ctypes.data], np.int64)
+        program = Program([(_multiply_kernel.address, arguments)])
+        rates = _rates(lambda: team.run(program), num_threads * _ROUNDS * _MACS_A_ROUND, seconds)
+        return float(np.percentile(rates, 90))
+    finally:
+        team.close()
+
+
+def _rates(run: Callable[[], None], amount: float, seconds: float) -> list[float]:
+    """Amounts/s of one run after another until the time is over."""
+    run()  # threads are awake, memory is there
+    rates, start_s = [], time.perf_counter()
+    while not rates or time.perf_counter() - start_s < seconds:
+        run_s = time.perf_counter()
+        run()
+        rates.append(amount / (time.perf_counter() - run_s))
+    return rates
+
+
+def measure_ram(num_threads: int, seconds: float = 1.0, buffer_bytes: int = _BUFFER_BYTES) -> float:
     """Bytes/s of plain reading by all threads: the best tenth of the runs, as other programs only make it look
     slower."""
     team = Team(num_threads)
     try:
         part_bytes = _PART_BYTES * num_threads
-        parts = np.ones((max(2, _BUFFER_BYTES // part_bytes), part_bytes // 4), np.int32)
+        buffer_bytes = min(buffer_bytes, int(_FREE_SHARE * psutil.virtual_memory().available))
+        parts = np.ones((max(2, buffer_bytes // part_bytes), part_bytes // 4), np.int32)
         sums = np.zeros(num_threads * _LINE_BYTES, np.uint8)
-        programs = [read_program(part, sums) for part in parts]
-        team.run(programs[0])
-        rates, start_s = [], time.perf_counter()
-        while time.perf_counter() - start_s < seconds:
-            program = programs[len(rates) % len(programs)]
-            run_s = time.perf_counter()
-            team.run(program)
-            rates.append(part_bytes / (time.perf_counter() - run_s))
-        return float(np.percentile(rates, 90))
+        programs = cycle([read_program(part, sums) for part in parts])
+        return float(np.percentile(_rates(lambda: team.run(next(programs)), part_bytes, seconds), 90))
     finally:
         team.close()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from kimi_lite.hardware.probe import Disk
+from kimi_lite.hardware.probe import Cores, Disk
 
 _NO_LIMIT_BYTES = 1 << 60  # cgroups say "none" with numbers near 2^63
 _USUAL_PERIOD_US = 100_000
@@ -96,26 +96,6 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
             group = top / path.lstrip("/")
             folders += [group, *(parent for parent in group.parents if parent == top or top in parent.parents)]
     return list(dict.fromkeys([*folders, *tops, base / controller]))
-
-
-@dataclass(frozen=True, slots=True)
-class Cores:
-    """What this process may compute with."""
-
-    num_usable: int  # cores, without their second hardware threads: how many threads start where nobody says
-    most_threads: int  # hardware threads; more threads than these only wait for each other
-    num_machine: int  # cores of the whole machine
-    reasons: tuple[str, ...] = ()  # why not all of the machine's, in words
-
-    def choose_threads(self, asked: int | None) -> tuple[int, str]:
-        """Threads to start, and the warning that is due where they are fewer than asked for (else empty)."""
-        if asked is None:
-            return self.num_usable, ""
-        if asked <= self.most_threads:
-            return asked, ""
-        why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
-        cores = f"{self.most_threads} hardware thread{'s' if self.most_threads > 1 else ''}"
-        return self.most_threads, f"-t {asked}: this process can use {cores}{why}, so {self.most_threads} are started."
 
 
 def usable_cores(root: Path = Path("/")) -> Cores:

@@ -1,14 +1,15 @@
 """What lies where, what comes first to its limit, and how fast it could be: pure arithmetic over (model, machine,
-limits).
+options).
 
     plan = make_plan(sizes, hardware, Options(context_length=32_768))
     plan.require()  # KimiLiteError with need, have, remedy where it cannot run
 
-No torch, no files. Flags of the user are constraints that every plan keeps; a plan that cannot be is still a plan, with
-its `refusal`. Shown by `apps.plan_view` for `plan`, the start of a chat, `quantize --dry-run` and `bench`; the loader
-takes `ram_expert_bytes`, `num_vram_slots` and `prompt_chunk_tokens` from it.
+No torch, no files. What the user asks are constraints that every plan keeps; a plan that cannot be is still a plan,
+with its `refusal`. Shown by `plan.view` for `plan`, the start of a chat, `quantize --dry-run` and `bench`; the engine
+allocates the plan's numbers: cache pages, slots in VRAM, RAM for experts, a prompt's chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from kimi_lite.arch.sizes import ModelSizes
@@ -17,7 +18,7 @@ from kimi_lite.kv.pages import bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import Options
 from kimi_lite.plan.refusal import find_problem, find_remedies
-from kimi_lite.plan.speed import Split, decode_speed, expect, pass_s, prompt_speed, rates_of
+from kimi_lite.plan.speed import Split, forecast_decode, forecast_prompt, rates_of
 from kimi_lite.plan.types import (
     DENSE,
     EMBEDDING,
@@ -27,6 +28,7 @@ from kimi_lite.plan.types import (
     PINNED,
     PROGRAM,
     SLOTS,
+    SPILL,
     VISION,
     WORK,
     Budget,
@@ -34,6 +36,7 @@ from kimi_lite.plan.types import (
     Plan,
     Refusal,
     Row,
+    Situation,
     Verdict,
 )
 from kimi_lite.plan.workspace import (
@@ -42,6 +45,7 @@ from kimi_lite.plan.workspace import (
     cpu_work_bytes,
     gpu_margin_bytes,
     gpu_work_bytes,
+    num_spill_pages,
     pinned_bytes,
     program_bytes,
     ram_margin_bytes,
@@ -52,68 +56,79 @@ DEFAULT_CONTEXT = 32_768  # tokens, when the model can have more; 2.1 GiB of cac
 _TIGHT_SHARE = 0.03  # of the budget: less than this free is called tight
 
 
-def make_plan(sizes: ModelSizes, hardware: Hardware, limits: Options | None = None) -> Plan:
-    """The one plan for this model here. Uses the GPU where there is one and `limits` allow it."""
-    limits = limits or Options()
-    plan = lay_out(sizes, hardware, limits)
+def make_plan(
+    sizes: ModelSizes,
+    hardware: Hardware,
+    limits: Options | None = None,
+    *,
+    file_bytes: int = 0,
+    with_rest: Callable[[str], ModelSizes] | None = None,
+) -> Plan:
+    """The one plan for this model here. Uses the GPU where there is one and `limits` allow it. `file_bytes`:
+    what must still be written to the disk; `with_rest`: the model's sizes with another type for all but its routed
+    experts, where that can still be chosen."""
+    situation = Situation(sizes, hardware, limits or Options(), file_bytes, with_rest)
+    plan = lay_out(situation)
     if not (problem := find_problem(plan)):
         return plan
     return replace(plan, verdict="refused", refusal=Refusal(problem, tuple(find_remedies(plan, lay_out))))
 
 
-def lay_out(sizes: ModelSizes, hardware: Hardware, limits: Options) -> Plan:
+def lay_out(situation: Situation) -> Plan:
     """The plan, whether it can be or not."""
-    sizes = sizes.with_dense_type(limits.dense_type)
+    hardware, limits = situation.hardware, situation.limits
+    sizes = situation.sizes.with_dense_type(limits.dense_type)
     is_on_gpu = hardware.gpu is not None and limits.allows_gpu
     context_length = choose_context(sizes, limits.context_length)
-    hardware_used = replace(hardware, num_cores=limits.num_threads or hardware.num_cores)
+    num_threads, warning = _choose_threads(hardware, limits)
     budgets = find_budgets(hardware, limits, is_on_gpu)
-    cache = limits.num_sequences * kv_bytes(sizes, context_length, limits.kv_dtype)
-    on_gpu, chunk, num_slots = (
-        _lay_out_gpu(sizes, hardware, limits, budgets, cache) if is_on_gpu else ([], STEP_TOKENS, 0)
-    )
-    in_ram = _ram_rows(sizes, hardware_used, cache, chunk if is_on_gpu else 0)
     have_bytes = next(budget.have_bytes for budget in budgets if budget.place == "RAM")
+    num_pages = limits.num_sequences * -(-context_length // PAGE_TOKENS)
+    page_bytes = PAGE_TOKENS * bytes_per_token(sizes.config, limits.kv_dtype)
+    on_gpu, chunk, num_slots, num_spilled = [], STEP_TOKENS, 0, 0
+    if is_on_gpu:
+        on_gpu, chunk, num_slots = _lay_out_gpu(situation, sizes, budgets, num_pages * page_bytes)
+    in_ram = _ram_rows(sizes, hardware, num_threads, num_pages * page_bytes, chunk if is_on_gpu else 0)
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
+    wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
+    if is_on_gpu:
+        num_spilled = num_spill_pages(num_pages, page_bytes, left_bytes, wanted_bytes)
+        in_ram.append(Row("RAM", SPILL, num_spilled * page_bytes))
+        left_bytes -= num_spilled * page_bytes
     if limits.ram_expert_bytes is not None:
         left_bytes = min(left_bytes, limits.ram_expert_bytes)
-    wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
     ram_bytes = min(wanted_bytes, left_bytes)
     rows = [*on_gpu, *in_ram, Row("RAM", EXPERTS, ram_bytes), Row("disk", EXPERTS, wanted_bytes - ram_bytes)]
-    ram_share = ram_bytes / wanted_bytes if wanted_bytes else 1.0
-    gpu_share = num_slots / sizes.num_experts if sizes.num_experts else 0.0
-    split = Split(ram_share, gpu_share, is_on_gpu, value_bytes=value_bytes(sizes.config, limits.kv_dtype))
-    rates = rates_of(hardware_used)
-    decode = decode_speed(sizes, split, rates)
+    split = Split(
+        ram_share=ram_bytes / wanted_bytes if wanted_bytes else 1.0,
+        gpu_share=num_slots / sizes.num_experts if sizes.num_experts else 0.0,
+        is_on_gpu=is_on_gpu,
+        value_bytes=value_bytes(sizes.config, limits.kv_dtype),
+    )
+    rates = rates_of(hardware, num_threads)
+    decode = forecast_decode(sizes, split, rates)
     return Plan(
-        sizes=sizes,
-        hardware=hardware,
-        limits=limits,
-        context_length=context_length,
+        situation=situation,
         is_on_gpu=is_on_gpu,
         rows=tuple(row for row in rows if row.num_bytes),
         budgets=budgets,
+        context_length=context_length,
+        num_cache_pages=num_pages,
+        num_spill_pages=num_spilled,
         num_vram_slots=num_slots,
+        prompt_chunk_tokens=chunk,
         ram_expert_bytes=ram_bytes,
         disk_expert_bytes=wanted_bytes - ram_bytes,
-        prompt_chunk_tokens=chunk,
-        num_threads=hardware_used.num_cores,
+        num_threads=num_threads,
         split=split,
         rates=rates,
         decode=decode,
-        decode_full=decode_speed(sizes, replace(split, depth=context_length), rates),
-        prompt=prompt_speed(sizes, split, rates, chunk),
-        expert_pass_s=pass_s(sizes, split, rates) if is_on_gpu else 0.0,
-        expected=expect(sizes, split, rates),
-        first_limit=_first_limit(decode.limit, wanted_bytes, ram_bytes),
+        decode_full=forecast_decode(sizes, replace(split, depth=context_length), rates),
+        prompt=forecast_prompt(sizes, split, rates, chunk),
+        bottleneck=_bottleneck(decode.bottleneck, wanted_bytes, ram_bytes),
         verdict=_judge(wanted_bytes - ram_bytes, left_bytes - ram_bytes, have_bytes),
+        warnings=(warning,) if warning else (),
     )
-
-
-def kv_bytes(sizes: ModelSizes, num_tokens: int, kv_dtype: str) -> int:
-    """The latent cache, in whole pages."""
-    num_pages = -(-num_tokens // PAGE_TOKENS)
-    return num_pages * PAGE_TOKENS * bytes_per_token(sizes.config, kv_dtype)
 
 
 def choose_context(sizes: ModelSizes, asked: int | None) -> int:
@@ -135,15 +150,23 @@ def _budget(place: Place, free_bytes: int, limit_bytes: int | None, flag: str) -
     return Budget(place, limit_bytes if is_limited else free_bytes, flag if is_limited else "free")
 
 
+def _choose_threads(hardware: Hardware, limits: Options) -> tuple[int, str]:
+    """How many threads start, and the warning where they are fewer than asked for."""
+    if hardware.cores:
+        return hardware.cores.choose_threads(limits.num_threads)
+    return limits.num_threads or hardware.num_cores, ""
+
+
 def _lay_out_gpu(
-    sizes: ModelSizes, hardware: Hardware, limits: Options, budgets: tuple[Budget, ...], cache: int
+    situation: Situation, sizes: ModelSizes, budgets: tuple[Budget, ...], cache_bytes: int
 ) -> tuple[list[Row], int, int]:
     """Rows, tokens of a prompt's chunk, and expert slots, which get what is left."""
+    limits = situation.limits
     fixed = [
         Row("VRAM", DENSE, sizes.gpu_dense_bytes),
-        Row("VRAM", KV, cache),
+        Row("VRAM", KV, cache_bytes),
         Row("VRAM", VISION, sizes.vision_bytes),
-        Row("VRAM", MARGIN, gpu_margin_bytes(hardware.gpu.vram_total_bytes)),
+        Row("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu.vram_total_bytes)),
     ]
     left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
     chunk = choose_chunk(sizes, left_bytes)
@@ -154,21 +177,21 @@ def _lay_out_gpu(
     return rows, chunk, num_slots
 
 
-def _ram_rows(sizes: ModelSizes, hardware: Hardware, cache: int, gpu_chunk: int) -> list[Row]:
+def _ram_rows(sizes: ModelSizes, hardware: Hardware, num_threads: int, cache_bytes: int, gpu_chunk: int) -> list[Row]:
     """All but the experts; `gpu_chunk`: tokens that go through the GPU at a time, 0 where there is none."""
     always = [
         Row("RAM", EMBEDDING, sizes.embedding_bytes),
-        Row("RAM", WORK, cpu_work_bytes(sizes.config, hardware.num_cores)),
+        Row("RAM", WORK, cpu_work_bytes(sizes.config, num_threads)),
         Row("RAM", PROGRAM, program_bytes(sizes)),
         Row("RAM", MARGIN, ram_margin_bytes(hardware.ram_total_bytes)),
     ]
     if gpu_chunk:
         return [Row("RAM", PINNED, pinned_bytes(sizes, gpu_chunk)), *always]
     weights = Row("RAM", DENSE, sizes.dense_bytes + sizes.converted_bytes)
-    return [weights, Row("RAM", KV, cache), Row("RAM", VISION, sizes.vision_bytes), *always]
+    return [weights, Row("RAM", KV, cache_bytes), Row("RAM", VISION, sizes.vision_bytes), *always]
 
 
-def _first_limit(slowest: str, wanted_bytes: int, ram_bytes: int) -> str:
+def _bottleneck(slowest: str, wanted_bytes: int, ram_bytes: int) -> str:
     if ram_bytes < wanted_bytes:
         need, have = gib_apart(wanted_bytes, ram_bytes)
         return f"RAM: {have} of {need} of experts fit, the rest comes from disk"

@@ -1,25 +1,27 @@
-"""Why a plan cannot be, and what would do instead: every remedy has been planned and fits."""
+"""Why a plan cannot be, and what would do instead: every remedy has been planned for this very situation and runs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
-from kimi_lite.arch.sizes import ModelSizes
-from kimi_lite.hardware.probe import Hardware, free_of
+from kimi_lite.hardware.probe import free_of
 from kimi_lite.options import Options
-from kimi_lite.plan.types import EXPERTS, Place, Plan
+from kimi_lite.plan.types import EXPERTS, Place, Plan, Remedy, Situation
 from kimi_lite.units import GIB, gib, gib_apart
 
-LayOut = Callable[[ModelSizes, Hardware, Options], Plan]
+LayOut = Callable[[Situation], Plan]
 _LEAST_TOKENS_CACHED = 2  # tokens whose experts a cache of experts must hold, or it would never help
 _LEAST_CONTEXT = 1024
-_BOARDS_GIB = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # as memory is sold
+_BOARDS_GIB = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # as memory is sold
+_REST_TYPE = "q4_k"  # of the weights that every token uses, where a GPU is too small for Q8_0
+_MOST_FLAGS = 4  # remedies by flags, best first
 
 
 def find_problem(plan: Plan) -> str:
     """Why the plan cannot be, with need and have; empty where it can."""
-    asked, model = plan.context_length, plan.sizes.config.context_length
-    if plan.limits.device not in (None, "cpu") and not plan.hardware.gpu:
-        return f"--device {plan.limits.device} is asked for, and there is no GPU that can be used."
+    asked, model, limits = plan.context_length, plan.sizes.config.context_length, plan.limits
+    if limits.device not in (None, "cpu") and not plan.hardware.gpu:
+        return f"--device {limits.device} is asked for, and there is no GPU that can be used."
     if asked > model:
         return f"A context of {asked:,} tokens is wanted; the model is made for {model:,}."
     for budget in plan.budgets:
@@ -36,68 +38,147 @@ def find_problem(plan: Plan) -> str:
                 parts.append(f"{EXPERTS} {'at least ' if lacking_bytes else ''}{gib(experts_bytes)}")
             source = f"{have} are free" if budget.source == "free" else f"{budget.source} allows {have}"
             return f"At least {need} of {budget.place} are needed ({', '.join(parts)}); {source}."
+    if lacking_bytes := _lacking_disk_bytes(plan):
+        disk = plan.hardware.disk
+        need, have = gib_apart(disk.free_bytes + lacking_bytes, disk.free_bytes)
+        return f"The file needs {need} of disk; {have} are free at {disk.path}."
     return ""
 
 
-def find_remedies(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, str]]:
-    """(flags or action, what it gives), each of which would run."""
-    sizes, limits, hardware = plan.sizes, plan.limits, plan.hardware
-    for flags, changed in _smaller_wishes(plan, lay_out):
-        other = lay_out(sizes, hardware, changed)
-        if changed != limits and not find_problem(other):
-            yield flags, f"at most {other.decode.tok_s:.1f} tokens/s"
-    if limits.num_gpu_experts:
-        most = lay_out(sizes, hardware, replace(limits, num_gpu_experts=None))
-        if not find_problem(most):
-            yield f"--gpu-experts {most.num_vram_slots}", "as many as fit"
-    for budget in plan.budgets:
-        flag = {"VRAM": "vram_bytes", "RAM": "ram_bytes"}[budget.place]
-        if budget.source != "free" and not find_problem(lay_out(sizes, hardware, replace(limits, **{flag: None}))):
-            have = hardware.gpu.vram_free_bytes if budget.place == "VRAM" else hardware.ram_free_bytes
-            yield f"without {budget.source}", f"{gib(have)} of {budget.place} are free"
-    if board := _enough_ram(plan, lay_out):
-        yield "a machine with more memory", f"{board} GiB of RAM would do"
+def find_remedies(plan: Plan, lay_out: LayOut) -> Iterator[Remedy]:
+    """Flags first, the least change first; then what no flag can do."""
+    tried = _Trial(plan, lay_out)
+    here = [*islice(tried.by_flags(), _MOST_FLAGS), *tried.with_smaller_rest(), *tried.without_limits()]
+    yield from here
+    yield from tried.with_more_ram(is_last_hope=not here)
+    yield from tried.with_more_disk()
 
 
-def _smaller_wishes(plan: Plan, lay_out: LayOut) -> Iterator[tuple[str, Options]]:
-    """The longest context that fits, an 8-bit cache (with less context where it must be), no GPU."""
-    limits = plan.limits
-    small = replace(limits, kv_dtype="q8")
-    for flags, base in (("", limits), (" --kv-dtype q8", small)):
-        if flags and not find_problem(lay_out(plan.sizes, plan.hardware, base)):
-            yield flags.strip(), base
-        elif length := _longest_context(plan, base, lay_out):
-            yield f"-c {length // 1024}K{flags}", replace(base, context_length=length)
-    if plan.is_on_gpu or plan.limits.device not in (None, "cpu"):
-        yield "--device cpu", replace(limits, device="cpu")
+class _Trial:
+    """Plans other wishes and other machines in place of a plan that cannot be."""
+
+    def __init__(self, plan: Plan, lay_out: LayOut) -> None:
+        self._plan, self._lay_out, self._situation = plan, lay_out, plan.situation
+
+    def by_flags(self) -> Iterator[Remedy]:
+        """Fewer slots, an 8-bit cache, the CPU, and these together, each with the longest context that fits."""
+        seen = set()
+        for flags, limits in self._wishes():
+            length = self._longest_context(limits)
+            if length and length < self._plan.context_length:
+                flags += f" -c {length // 1024}K" if length % 1024 == 0 else f" -c {length}"
+                limits = replace(limits, context_length=length)
+            if length and flags.strip() and flags not in seen:
+                seen.add(flags)
+                yield Remedy(flags.strip(), _effect(self._run(limits)))
+
+    def with_smaller_rest(self) -> Iterator[Remedy]:
+        """The weights that every token uses in fewer bits, in the file and so on the GPU."""
+        situation = self._situation
+        if not (self._plan.is_on_gpu and situation.with_rest):
+            return
+        sizes = situation.with_rest(_REST_TYPE)
+        for flags, kv_dtype in (("", situation.limits.kv_dtype), (" --kv-dtype q8", "q8")):
+            limits = replace(situation.limits, dense_type="file", kv_dtype=kv_dtype)
+            file_bytes = sizes.total_bytes if situation.file_bytes else 0
+            found = self._lay_out(replace(situation, sizes=sizes, limits=limits, file_bytes=file_bytes))
+            if not find_problem(found):
+                yield Remedy(f"--rest {_REST_TYPE} --dense file{flags}", _effect(found))
+                return
+
+    def without_limits(self) -> Iterator[Remedy]:
+        """Leaving out --vram or --ram, or both, where that is what lacks."""
+        fields = {"--vram": "vram_bytes", "--ram": "ram_bytes"}
+        limiting = [budget.source for budget in self._plan.budgets if budget.source != "free"]
+        hardware = self._plan.hardware
+        free = {"--vram": hardware.gpu.vram_free_bytes if hardware.gpu else 0, "--ram": hardware.ram_free_bytes}
+        for flags in [*([flag] for flag in limiting), limiting]:
+            if flags and self._run(replace(self._plan.limits, **dict.fromkeys((fields[flag] for flag in flags), None))):
+                effect = " and ".join(f"{gib(free[flag])} of {flag[2:].upper()} are free" for flag in flags)
+                yield Remedy("", effect, f"without {' and '.join(flags)}")
+                return
+
+    def with_more_ram(self, is_last_hope: bool) -> Iterator[Remedy]:
+        """The smallest usual amount of RAM that would hold everything else as it is; where nothing else helps, also
+        with flags."""
+        limits = replace(self._plan.limits, ram_bytes=None)
+        context = min(self._plan.context_length, self._plan.sizes.config.context_length)
+        on_cpu = replace(limits, device="cpu", context_length=context)
+        changes = [("", limits), (" and --device cpu", on_cpu)]
+        changes.append((" and --device cpu --kv-dtype q8", replace(on_cpu, kv_dtype="q8")))
+        for flags, changed in changes if is_last_hope else changes[:1]:
+            if context < self._plan.context_length and flags:
+                flags += f" -c {context}"
+            if board := self._enough_ram(changed):
+                yield Remedy("", f"{board} GiB of RAM would do", f"a machine with more memory{flags}")
+                return
+
+    def _enough_ram(self, limits: Options) -> int:
+        """GiB as memory is sold; 0 where none is enough."""
+        hardware = replace(self._plan.hardware, is_described=True)  # its disk is another, too
+        for total_bytes in (board * GIB for board in _BOARDS_GIB if board * GIB > hardware.ram_total_bytes):
+            larger = replace(hardware, ram_total_bytes=total_bytes, ram_free_bytes=free_of(total_bytes))
+            if not find_problem(self._lay_out(replace(self._situation, hardware=larger, limits=limits))):
+                return total_bytes // GIB
+        return 0
+
+    def with_more_disk(self) -> Iterator[Remedy]:
+        """Where the disk is what lacks, and nothing else."""
+        lacking_bytes = _lacking_disk_bytes(self._plan)
+        if lacking_bytes and not find_problem(self._lay_out(replace(self._situation, file_bytes=0))):
+            yield Remedy("", f"{gib(lacking_bytes)} more must be free for the file", "a folder on a larger disk")
+
+    def _wishes(self) -> Iterator[tuple[str, Options]]:
+        """Flags and what they make of the limits: the least change first."""
+        limits = self._plan.limits
+        most = self._lay_out(replace(self._situation, limits=replace(limits, num_gpu_experts=None))).num_vram_slots
+        if limits.num_gpu_experts and most < limits.num_gpu_experts:
+            yield f"--gpu-experts {most}", replace(limits, num_gpu_experts=most)
+        if limits.dense_type != "q8_0" and self._plan.is_on_gpu:
+            yield "--dense q8_0", replace(limits, dense_type="q8_0")
+        caches = [("", limits.kv_dtype)] + [(" --kv-dtype q8", "q8")] * (limits.kv_dtype != "q8")
+        devices = [("", limits.device)]
+        if self._plan.is_on_gpu or limits.device not in (None, "cpu"):
+            devices.append(("--device cpu", "cpu"))
+        for device_flag, device in devices:
+            for cache_flag, kv_dtype in caches:
+                yield f"{device_flag}{cache_flag}", replace(limits, device=device, kv_dtype=kv_dtype)
+
+    def _run(self, limits: Options) -> Plan | None:
+        """The plan with these wishes, where it can be."""
+        plan = self._lay_out(replace(self._situation, limits=limits))
+        return None if find_problem(plan) else plan
+
+    def _longest_context(self, limits: Options) -> int:
+        """Tokens of the longest context, at most what was asked, that fits: in whole K, or all that the model can have;
+        0 where none does."""
+        model = self._plan.sizes.config.context_length
+        most = min(self._plan.context_length, model)
+        if self._run(replace(limits, context_length=most)):
+            return most
+        low, high = 0, (most - 1) // _LEAST_CONTEXT
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._run(replace(limits, context_length=middle * _LEAST_CONTEXT))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low * _LEAST_CONTEXT
 
 
-def _longest_context(plan: Plan, limits: Options, lay_out: LayOut) -> int:
-    """The longest context below the asked one that fits, in whole K; 0 where none does."""
-    low, high = 0, min(plan.context_length - 1, plan.sizes.config.context_length) // _LEAST_CONTEXT
-    while low < high:
-        middle = (low + high + 1) // 2
-        other = lay_out(plan.sizes, plan.hardware, replace(limits, context_length=middle * _LEAST_CONTEXT))
-        low, high = (low, middle - 1) if find_problem(other) else (middle, high)
-    return low * _LEAST_CONTEXT
-
-
-def _enough_ram(plan: Plan, lay_out: LayOut) -> int:
-    """GiB of the smallest usual board that would hold everything else as it is; 0 where memory is not what lacks."""
-    for board in _BOARDS_GIB:
-        total_bytes = board * GIB
-        if total_bytes <= plan.hardware.ram_total_bytes:
-            continue
-        larger = replace(plan.hardware, ram_total_bytes=total_bytes, ram_free_bytes=free_of(total_bytes))
-        if not find_problem(lay_out(plan.sizes, larger, replace(plan.limits, ram_bytes=None))):
-            return board
-    return 0
+def _effect(plan: Plan) -> str:
+    where = f", with {gib(plan.disk_expert_bytes)} of experts on disk" if plan.disk_expert_bytes else ""
+    return f"{plan.decode.expected_tok_s:.1f} tokens/s expected{where}"
 
 
 def _lacking_expert_bytes(plan: Plan, place: Place) -> int:
-    """What a cache of experts in memory lacks to be of any use: room for the experts of two tokens."""
+    """What a cache of experts in RAM lacks to be of any use: the experts of two tokens."""
     if place != "RAM" or not plan.disk_expert_bytes:
         return 0
     config = plan.sizes.config
     least = _LEAST_TOKENS_CACHED * config.num_moe_layers * config.num_experts_used * plan.sizes.slot_bytes
     return max(0, min(least, plan.sizes.expert_bytes) - plan.ram_expert_bytes)
+
+
+def _lacking_disk_bytes(plan: Plan) -> int:
+    """Of the disk where the file is still to be written; a described machine's disk is not known."""
+    disk = plan.hardware.disk
+    return max(0, plan.situation.file_bytes - disk.free_bytes) if disk and not plan.hardware.is_described else 0

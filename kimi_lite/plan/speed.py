@@ -1,11 +1,13 @@
-"""How fast a plan could be: bytes over bandwidth for a token, and for a pass over all experts for a prompt.
+"""How fast a plan can be: bytes over bandwidth for a token, and for a pass over all experts for a prompt.
 
-Decode, a layer: attention and router on the GPU, then shared experts on the GPU beside routed experts in memory, and
-a join; the next layer waits. So a token takes the GPU's own time plus the longer of the two sides. Ceilings count no
-hit in the GPU's cache and a uniform choice of experts; what hits may give is told apart, as a range, because published
-runs differ by a factor of two (hits by share of experts that are resident: 25 to 41 % at 4.6 %, 43 to 72 % at 18 %, 62
-to 93 % at 37 %). A bandwidth that was not measured is a typical one, and a ceiling from it is as good as the
-assumption.
+Decode, a layer: attention and router on the GPU, then shared experts on the GPU while the CPU computes routed experts,
+and a join; the next layer waits. So a token takes the GPU's own time plus the longer of the two sides.
+
+Two numbers with one name each, everywhere. `limit`: what memory, buses and arithmetic allow if nothing else took time,
+with as many of the chosen experts found in a cache as the best of the published runs found there (by share of experts
+that are resident: 41 % at 4.6 %, 67 % at 12 %, 93 % at 37 %). `expected`: with the mean of those runs' hits, the share
+of the bandwidth that our kernels reach, and the time of a layer that is not memory. A speed that was not measured is a
+typical one, and both numbers are as good as that assumption.
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,10 @@ from kimi_lite.plan.workspace import STEP_TOKENS
 # Share of the experts that is resident -> share of choices found there; lowest and highest of the published runs.
 HITS_LOW = ((0, 0), (0.046, 0.25), (0.18, 0.435), (0.36, 0.62), (0.54, 0.72), (0.73, 0.79), (1, 1))
 HITS_HIGH = ((0, 0), (0.046, 0.408), (0.125, 0.67), (0.25, 0.81), (0.37, 0.93), (1, 1))
-_PRODUCTS_A_CYCLE = {"avx512-vnni": 128, "avx-vnni": 64, "avx2": 32, "portable": 16}  # int8, of a core at its best
+# Of the limit, measured on two Zen 4 cores at 2.6 GHz (README): a slice of K2.5 with TQ1_0 decodes 22.2 tokens/s where
+# its bytes allow 26.4, the demo 72.8 where they allow 162; prompts of 512 tokens reach 221 of 333 GMAC/s.
+_DECODE_SHARE, _PROMPT_SHARE = 0.85, 0.65
+_LAYER_CYCLES = 0.5e6  # of a layer's decode that are not memory: router, norms, barriers, the ends of its products
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,8 @@ class Rates:
     vram: Rate
     pcie: Rate
     gpu_flops: Rate
-    cpu_products: Rate
+    cpu_macs: Rate  # int8 multiply-accumulates/s
+    clock_hz: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,36 +69,42 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens/s, and what sets them: `RAM bandwidth`, `disk`, `VRAM bandwidth`, `PCIe`, `CPU arithmetic`, `GPU
-    arithmetic`."""
+    """Tokens/s if nothing else took time, and what sets them: `RAM bandwidth`, `disk`, `VRAM bandwidth`, `PCIe`, `CPU
+    arithmetic`, `GPU arithmetic`."""
 
     tok_s: float
-    limit: str
+    limited_by: str
 
 
 @dataclass(frozen=True, slots=True)
-class Expectation:
-    """Decode with the hits that others have published at this residency, lowest and highest."""
+class Forecast:
+    """Tokens/s to expect, and those that cannot be exceeded; `bottleneck`: what the expected speed waits for, as
+    `Speed.limited_by`. `hit_share`, `best_hit_share`: of the chosen experts that
+    both count as found in a cache (the GPU's, or RAM where the rest comes from disk); 0 where nothing is cached."""
 
-    tok_s: tuple[float, float]
-    hit_share: tuple[float, float]
+    expected_tok_s: float
+    limit_tok_s: float
+    bottleneck: str
+    hit_share: float = 0.0
+    best_hit_share: float = 0.0
 
 
-def rates_of(hardware: Hardware) -> Rates:
-    """The machine's speeds, and typical ones where nobody measured."""
+def rates_of(hardware: Hardware, num_threads: int | None = None) -> Rates:
+    """The machine's speeds, and typical ones where none was measured. Arithmetic is of as many cores as threads run."""
+    share = min(1.0, num_threads / hardware.num_cores) if num_threads else 1.0
     gpu, disk, origins = hardware.gpu, hardware.disk, hardware.origins
 
     def rate(place: str, known: float | None, typical: float) -> Rate:
         return Rate(known, origins.get(place, "given")) if known else Rate(typical, "assumed")
 
-    products = hardware.num_cores * _PRODUCTS_A_CYCLE.get(hardware.isa, 64) * (hardware.clock_hz or TYPICAL_CLOCK_HZ)
     return Rates(
         ram=rate("ram", hardware.ram_bytes_s, TYPICAL_RAM_BYTES_S),
         disk=rate("disk", disk.read_bytes_s if disk else None, TYPICAL_DISK_BYTES_S),
         vram=rate("vram", gpu.vram_bytes_s if gpu else None, TYPICAL_VRAM_BYTES_S),
         pcie=rate("pcie", gpu.pcie_bytes_s if gpu else None, TYPICAL_PCIE_BYTES_S),
         gpu_flops=Rate(gpu.flops_s, "computed") if gpu and gpu.flops_s else Rate(TYPICAL_GPU_FLOPS_S, "assumed"),
-        cpu_products=Rate(products, "computed" if hardware.clock_hz else "assumed"),
+        cpu_macs=rate("cpu", share * (hardware.cpu_macs_s or 0), share * hardware.assume_macs_s()),
+        clock_hz=hardware.clock_hz or TYPICAL_CLOCK_HZ,
     )
 
 
@@ -112,30 +124,33 @@ def decode_speed(
     beside_s = (sizes.shared_expert_bytes + cost.expert_bytes * gpu_hits) / rates.vram.per_s
     alone_s = (cost.resident_bytes + cost.cache_bytes - sizes.shared_expert_bytes) / rates.vram.per_s
     times |= {"RAM bandwidth": missed_bytes / rates.ram.per_s, "VRAM bandwidth": beside_s}
-    limit = max(times, key=lambda name: times[name] + (alone_s if name == "VRAM bandwidth" else 0))
-    return Speed(split.num_sequences / (alone_s + max(times.values())), limit)
+    limited_by = max(times, key=lambda name: times[name] + (alone_s if name == "VRAM bandwidth" else 0))
+    return Speed(split.num_sequences / (alone_s + max(times.values())), limited_by)
 
 
-def expect(sizes: ModelSizes, split: Split, rates: Rates) -> Expectation | None:
-    """None where nothing can hit or miss: all experts lie in one place."""
-    is_cached = 0 < split.gpu_share < 1
-    if not sizes.num_experts or not (is_cached or split.ram_share < 1):
-        return None
-    low, high = (
-        decode_speed(
-            sizes,
-            split,
-            rates,
-            interpolate(curve, split.gpu_share) if is_cached else 0.0,
-            interpolate(curve, split.ram_share),
-        ).tok_s
-        for curve in (HITS_LOW, HITS_HIGH)
-    )
-    share = split.gpu_share if is_cached else split.ram_share
-    floor = 0.0 if is_cached else share
-    return Expectation(
-        (low, high), (max(floor, interpolate(HITS_LOW, share)), max(floor, interpolate(HITS_HIGH, share)))
-    )
+def forecast_decode(sizes: ModelSizes, split: Split, rates: Rates) -> Forecast:
+    """All sequences together; each has `split.depth` earlier tokens."""
+    is_gpu_cache = 0 < split.gpu_share < 1
+    is_cached = bool(sizes.num_experts) and (is_gpu_cache or split.ram_share < 1)
+
+    def hits(share: float) -> tuple[float, float]:
+        """Of the mean and of the best published run; by choice alone `share` is found."""
+        low, best = (max(share, interpolate(curve, share)) for curve in (HITS_LOW, HITS_HIGH))
+        return (low + best) / 2, best
+
+    on_gpu = hits(split.gpu_share) if is_cached and is_gpu_cache else (0.0, 0.0)
+    in_ram = hits(split.ram_share) if is_cached and split.ram_share < 1 else (1.0, 1.0)
+    usual, best = (decode_speed(sizes, split, rates, *shares) for shares in zip(on_gpu, in_ram, strict=True))
+    layers_s = sizes.config.num_layers * _LAYER_CYCLES / rates.clock_hz
+    step_s = split.num_sequences / usual.tok_s / _DECODE_SHARE + layers_s
+    found = (on_gpu if is_gpu_cache else in_ram) if is_cached else (0.0, 0.0)
+    return Forecast(split.num_sequences / step_s, best.tok_s, usual.limited_by, *found)
+
+
+def forecast_prompt(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: int) -> Forecast:
+    """Of a long prompt in chunks."""
+    speed = prompt_speed(sizes, split, rates, chunk_tokens)
+    return Forecast(_PROMPT_SHARE * speed.tok_s, speed.tok_s, speed.limited_by)
 
 
 def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: int) -> Speed:
@@ -147,14 +162,14 @@ def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: in
         step = STEP_TOKENS
         needed = sizes.expert_bytes * expected_expert_share(config, step)
         times = {
-            "CPU arithmetic": step * products / rates.cpu_products.per_s,
+            "CPU arithmetic": step * products / rates.cpu_macs.per_s,
             "RAM bandwidth": (sizes.dense_bytes + needed) / rates.ram.per_s,
             "disk": needed * (1 - split.ram_share) / rates.disk.per_s,
         }
         return Speed(*_slowest(step, times))
     needed = sizes.expert_bytes * expected_expert_share(config, chunk_tokens) * (1 - split.gpu_share)
     routed = config.num_moe_layers * config.num_experts_used * config.expert_parameters * (1 - split.gpu_share)
-    stream_s, cpu_s = needed / rates.pcie.per_s, chunk_tokens * routed / rates.cpu_products.per_s
+    stream_s, cpu_s = needed / rates.pcie.per_s, chunk_tokens * routed / rates.cpu_macs.per_s
     times = {
         "PCIe": 1 / (1 / stream_s + 1 / cpu_s) if needed else 0.0,
         "RAM bandwidth": needed / rates.ram.per_s,

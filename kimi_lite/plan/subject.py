@@ -3,8 +3,9 @@
 For the last two a recipe says which types the weights will get.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from kimi_lite.arch.checkpoint import read_checkpoint_config
@@ -16,10 +17,11 @@ from kimi_lite.arch.tensors import open_model, tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.probe import Hardware
 from kimi_lite.options import Options
-from kimi_lite.plan.plan import Plan, make_plan
+from kimi_lite.plan.plan import make_plan
+from kimi_lite.plan.quality import LOSSLESS, loss_order, quality_of
+from kimi_lite.plan.types import Plan
 
-# From fine to coarse. Those that need llama.cpp's library and an importance matrix are left out where nobody names a
-# recipe.
+# From fine to coarse.
 RECIPES = (
     "q8_0",
     "q6_k",
@@ -36,7 +38,6 @@ RECIPES = (
     "iq1_s",
 )
 _SMALLER = ("deepseek-v3", "moonlight", "deepseek-v2-lite")
-_LOSSLESS = "q4_0-lossless"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,12 @@ class Subject:
     vision_bytes: int = 0
     has_int4_experts: bool = False
 
-    def sizes_in(self, recipe_name: str) -> ModelSizes:
-        """The model in the types of a recipe. Raises KimiLiteError for an unknown one."""
+    def sizes_in(self, recipe_name: str, rest: str | None = None) -> ModelSizes:
+        """The model in the types of a recipe; `rest`: the type of all but the routed experts, where it is another.
+        Raises KimiLiteError for an unknown one."""
         recipe, shapes = named_recipe(recipe_name), tensor_shapes(self.config)
+        if rest:
+            recipe = replace(recipe, rest=named_recipe(rest).experts)
         tensors = ((name, shape, recipe.choose(name, shape).layout) for name, shape in shapes.items())
         return sizes_of(self.config, tensors, self.vision_bytes)
 
@@ -69,7 +73,7 @@ class Subject:
     @property
     def recipes(self) -> tuple[str, ...]:
         """From fine to coarse."""
-        return (_LOSSLESS, *(name for name in RECIPES if name != "q4_0")) if self.has_int4_experts else RECIPES
+        return (LOSSLESS, *(name for name in RECIPES if name != "q4_0")) if self.has_int4_experts else RECIPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,65 +83,111 @@ class Choice:
     recipe: str
     plan: Plan
 
+    @property
+    def loss_order(self) -> tuple[float, float]:
+        return loss_order(self.recipe, self.plan.sizes.expert_bits)
 
-def find_subject(model: str | None, is_seeing: bool = True) -> Subject:
+    @property
+    def needs_ggml(self) -> bool:
+        """Whether quantize encodes it with ggml's library, which `pip install 'kimi-lite[ggml]'` brings."""
+        from kimi_lite.quantize.codecs import OWN_TYPES
+
+        return self.recipe != LOSSLESS and self.recipe.upper() not in OWN_TYPES
+
+
+def find_subject(model: str | None, has_vision: bool = True) -> Subject:
     """`model`: a path, a name such as kimi-k2.5, or None for that one. Raises KimiLiteError."""
     path = Path(model).expanduser() if model else None
     if path and path.exists():
-        return _checkpoint(path, is_seeing) if (path / "config.json").is_file() else _gguf(path, is_seeing)
+        return _checkpoint(path, has_vision) if (path / "config.json").is_file() else _gguf(path, has_vision)
     known = find_known(model) if model else KNOWN["kimi-k2.5"]
     if known is None:
         raise unknown_model(model or K2_5.name)
-    vision_bytes = known.vision_bytes if is_seeing else 0
+    vision_bytes = known.vision_bytes if has_vision else 0
     return Subject(
         known.config, model or "kimi-k2.5", vision_bytes=vision_bytes, has_int4_experts=known.has_int4_experts
     )
 
 
-def choices(subject: Subject, hardware: Hardware, limits: Options) -> Iterator[Choice]:
+def plan_in(subject: Subject, recipe: str, hardware: Hardware, limits: Options, rest: str | None = None) -> Plan:
+    """The plan of a model that is still to be made in this recipe: its file must find place on the disk."""
+    sizes = subject.sizes_in(recipe, rest)
+    with_rest = None if rest else partial(subject.sizes_in, recipe)
+    return make_plan(sizes, hardware, limits, file_bytes=sizes.total_bytes, with_rest=with_rest)
+
+
+def choices(subject: Subject, hardware: Hardware, limits: Options, rest: str | None = None) -> Iterator[Choice]:
     """Every recipe's plan, from fine to coarse."""
     for recipe in subject.recipes:
-        yield Choice(recipe, make_plan(subject.sizes_in(recipe), hardware, limits))
+        yield Choice(recipe, plan_in(subject, recipe, hardware, limits, rest))
 
 
-def best_choice(candidates: list[Choice]) -> Choice:
-    """The finest recipe that lies in memory whole and that quantize makes unaided; else the smallest that runs, else
-    any."""
-    from kimi_lite.quantize.codecs import OWN_TYPES
-
-    unaided = [c for c in candidates if c.recipe == _LOSSLESS or c.recipe.upper() in OWN_TYPES]
-    whole = [c for c in unaided if c.plan.verdict in ("fits", "tight")]
-    running = [c for c in unaided if c.plan.verdict != "refused"]
-    smallest = min(running or unaided, key=lambda choice: choice.plan.sizes.total_bytes)
-    return whole[0] if whole else smallest
+def best_choice(candidates: Sequence[Choice]) -> Choice:
+    """The recipe that loses least among those that lie in memory whole; else the smallest that runs, else the
+    smallest."""
+    whole = [choice for choice in candidates if choice.plan.verdict in ("fits", "tight")]
+    if whole:
+        return min(whole, key=lambda choice: choice.loss_order)
+    running = [choice for choice in candidates if choice.plan.verdict != "refused"]
+    return min(running or candidates, key=lambda choice: choice.plan.sizes.total_bytes)
 
 
-def smaller_model(hardware: Hardware, limits: Options) -> tuple[str, str] | None:
-    """The largest other model of the family that lies in memory here, with its recipe."""
+def explain_choice(candidates: Sequence[Choice], chosen: str) -> str:
+    """Why a recipe was taken where none was named, and what making it needs: a sentence."""
+    choice = next(each for each in candidates if each.recipe == chosen)
+    if choice.plan.verdict == "refused":
+        reason = "the smallest"
+    elif choice.plan.verdict == "from disk":
+        reason = "none fits into memory; the smallest reads least from disk"
+    elif chosen == LOSSLESS:
+        reason = "it fits and keeps the experts as they were trained"
+    else:
+        reason = "the least loss of quality among those that fit"
+    needs = " To make it: pip install 'kimi-lite[ggml]' and an importance matrix." if choice.needs_ggml else ""
+    return f"{chosen}: {reason}.{needs}{_calibrated(candidates, choice)}"
+
+
+def _calibrated(candidates: Sequence[Choice], chosen: Choice) -> str:
+    """A recipe that loses less than the chosen one when it is made with --calibrate."""
+    loss = quality_of(chosen.recipe).kl_nats
+    if not loss:
+        return ""
+    better = [
+        (quality_of(choice.recipe).calibrated_nats, choice.recipe)
+        for choice in candidates
+        if choice.plan.verdict in ("fits", "tight") and (quality_of(choice.recipe).calibrated_nats or loss) < loss
+    ]
+    return (
+        f" With --calibrate, which takes hours, {min(better)[1]} loses less ({min(better)[0]:.2f})." if better else ""
+    )
+
+
+def smaller_model(hardware: Hardware, limits: Options) -> str:
+    """Flags that name the largest other model of the family that lies in memory here, and on the disk, in its best
+    recipe; empty where there is none."""
     for name in _SMALLER:
-        for recipe in ("q4_0", "tq1_0"):
-            context_length = min(limits.context_length or 0, KNOWN[name].config.context_length) or None
-            plan = make_plan(
-                find_subject(name).sizes_in(recipe), hardware, replace(limits, context_length=context_length)
-            )
-            if plan.verdict in ("fits", "tight"):
-                return name, recipe
-    return None
+        model_context = KNOWN[name].config.context_length
+        wanted = replace(limits, context_length=min(limits.context_length or 0, model_context) or None)
+        best = best_choice(list(choices(find_subject(name), hardware, wanted)))
+        if best.plan.verdict in ("fits", "tight"):
+            context = f" -c {best.plan.context_length}" if limits.context_length is not None else ""
+            return f"-m {name} --recipe {best.recipe}{context}"
+    return ""
 
 
-def _gguf(path: Path, is_seeing: bool) -> Subject:
+def _gguf(path: Path, has_vision: bool) -> Subject:
     store, config = open_model(path)
-    eyes = sorted(store.path.parent.glob("mmproj*.gguf")) if is_seeing else []
-    vision_bytes = min((file.stat().st_size for file in eyes), default=0)
+    towers = sorted(store.path.parent.glob("mmproj*.gguf")) if has_vision else []
+    vision_bytes = min((file.stat().st_size for file in towers), default=0)
     return Subject(config, str(path), store_sizes(store, config, vision_bytes), vision_bytes)
 
 
-def _checkpoint(folder: Path, is_seeing: bool) -> Subject:
+def _checkpoint(folder: Path, has_vision: bool) -> Subject:
     """From config.json alone: weights need not be there yet."""
     checkpoint = read_checkpoint_config(folder)
     config, scheme = checkpoint.config, checkpoint.object("quantization_config")
     is_int4 = scheme.get("quant_method") == "compressed-tensors"
-    vision_bytes = moonvit_bytes(checkpoint.vision, config.hidden_size) if is_seeing else 0
+    vision_bytes = moonvit_bytes(checkpoint.vision, config.hidden_size) if has_vision else 0
     return Subject(config, str(folder), vision_bytes=vision_bytes, has_int4_experts=is_int4)
 
 
@@ -145,7 +195,7 @@ def check_recipe(subject: Subject, recipe: str | None) -> None:
     """Raises KimiLiteError where a recipe is named for a file that has its types already."""
     if recipe and subject.sizes:
         raise KimiLiteError(
-            f"{subject.origin} is GGUF with {subject.sizes.label} already, and --recipe {recipe} is for what is "
-            f"yet to be made.",
-            "Leave --recipe out, or plan for the checkpoint or the model's name.",
+            f"{subject.origin} has its types already ({subject.sizes.label}); {recipe} is for a model that is still "
+            "to be made.",
+            "Remove --recipe, or plan for the checkpoint or the model's name.",
         )

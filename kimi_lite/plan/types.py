@@ -1,21 +1,38 @@
-"""What a plan says: rows of bytes by place, budgets, slots, ceilings, a verdict. Made by `plan.plan`, shown by
-`apps`."""
+"""What a plan says: what lies where and how much of it is allocated, how fast it is expected to be and can be at most,
+a verdict. Made by `plan.plan`, shown by `plan.view`, followed by `engine`.
+"""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.probe import Hardware
 from kimi_lite.options import Options
-from kimi_lite.plan.speed import Expectation, Rates, Speed, Split, decode_speed
+from kimi_lite.plan.speed import Forecast, Rates, Split, forecast_decode
 
 Place = Literal["VRAM", "RAM", "disk"]
 Verdict = Literal["fits", "tight", "from disk", "refused"]
 
 # Parts, as the rows call them.
-DENSE, EMBEDDING, KV, VISION, EXPERTS = "dense weights", "embedding", "KV cache", "vision", "experts"
-WORK, PINNED, PROGRAM, SLOTS, MARGIN = "work", "pinned buffers", "program", "expert slots", "margin"
+DENSE, EMBEDDING, KV, SPILL, VISION, EXPERTS = (
+    *("dense weights", "embedding", "KV cache", "KV pages in RAM", "vision", "experts"),
+)
+WORK, PINNED, PROGRAM, SLOTS, MARGIN = (
+    *("compute buffers", "pinned buffers", "Python + libraries", "cached experts", "safety margin"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a plan is made for: a model in its types, a machine, what the user asks."""
+
+    sizes: ModelSizes
+    hardware: Hardware
+    limits: Options = field(default_factory=Options)
+    file_bytes: int = 0  # what must still be written to the machine's disk; 0 for a file that is there
+    with_rest: Callable[[str], ModelSizes] | None = None  # the model to be made with another type for all but experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,47 +54,80 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Remedy:
+    """Something that makes a plan run, tried on the very model and machine. `flags` are added to the command; where
+    `action` is set instead, it is no flag: other memory, another disk."""
+
+    flags: str
+    effect: str
+    action: str = ""
+
+    def __str__(self) -> str:
+        return f"Try {self.flags or self.action}: {self.effect}."
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why it cannot run: `problem` has need and have, `remedies` are (flags or action, what they give)."""
+    """Why it cannot run: `problem` has need and have."""
 
     problem: str
-    remedies: tuple[tuple[str, str], ...]
+    remedies: tuple[Remedy, ...]
 
     @property
     def hint(self) -> str:
-        return "\n".join(f"Try {action}: {effect}." for action, effect in self.remedies)
+        return "\n".join(map(str, self.remedies))
+
+    @property
+    def has_flags(self) -> bool:
+        """Whether it runs on this very machine with other flags."""
+        return any(remedy.flags for remedy in self.remedies)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rows` add up to what each place holds. Where `refusal` is set, rows are what would be needed."""
+    """`rows` add up to what each place holds. What follows them is what the engine allocates: nothing decides again.
+    Where `refusal` is set, rows are what would be needed."""
 
-    sizes: ModelSizes
-    hardware: Hardware
-    limits: Options
-    context_length: int
+    situation: Situation
     is_on_gpu: bool
     rows: tuple[Row, ...]
     budgets: tuple[Budget, ...]
+    # What is allocated
+    context_length: int  # tokens of one sequence
+    num_cache_pages: int  # pages of the KV cache, for all sequences
+    num_spill_pages: int  # pages in RAM for those that a GPU's cache has no place for; 0 without a GPU
     num_vram_slots: int  # experts that have a place on the GPU
-    ram_expert_bytes: int  # experts that memory holds
+    prompt_chunk_tokens: int  # of a prompt in one forward pass
+    ram_expert_bytes: int  # experts that RAM holds
     disk_expert_bytes: int  # experts that do not fit, read from disk when they are chosen
-    prompt_chunk_tokens: int
     num_threads: int
+    # What comes of it
     split: Split
     rates: Rates
-    decode: Speed  # a ceiling: no hits in the GPU's cache, experts chosen uniformly, an empty context
-    decode_full: Speed  # the same at the end of the context
-    prompt: Speed
-    expert_pass_s: float  # in which all experts would cross the bus; 0 without a GPU
-    expected: Expectation | None  # decode with the hits of published runs
-    first_limit: str
+    decode: Forecast  # with an empty context
+    decode_full: Forecast  # at the end of the context
+    prompt: Forecast
+    bottleneck: str
     verdict: Verdict
+    warnings: tuple[str, ...] = ()
     refusal: Refusal | None = None
 
-    def decode_at(self, depth: float, num_sequences: int = 1) -> Speed:
-        """The ceiling for several sequences together, each with so many earlier tokens."""
-        return decode_speed(self.sizes, replace(self.split, depth=depth, num_sequences=num_sequences), self.rates)
+    @property
+    def sizes(self) -> ModelSizes:
+        """In the types that weights get here: `--dense` counted."""
+        return self.situation.sizes.with_dense_type(self.limits.dense_type)
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.situation.hardware
+
+    @property
+    def limits(self) -> Options:
+        return self.situation.limits
+
+    def decode_at(self, depth: float, num_sequences: int = 1) -> Forecast:
+        """Decode of several sequences together, each with so many earlier tokens."""
+        return forecast_decode(self.sizes, replace(self.split, depth=depth, num_sequences=num_sequences), self.rates)
 
     def place_bytes(self, place: Place) -> int:
         return sum(row.num_bytes for row in self.rows if row.place == place)
@@ -90,7 +140,7 @@ class Plan:
 
     @property
     def process_bytes(self) -> int:
-        """Memory that the process comes to hold when every weight and the whole context has been used."""
+        """RAM that the process comes to hold when every weight and the whole context has been used."""
         return self.place_bytes("RAM") - self.part_bytes("RAM", MARGIN)
 
     def require(self) -> "Plan":
@@ -100,30 +150,29 @@ class Plan:
         return self
 
     def to_json(self) -> dict:
-        """JSON-ready: everything that the tables show, in bytes, bytes/s and tokens/s."""
+        """JSON-ready: everything that the tables show, in bytes, bytes/s and tokens/s. A refused plan has no speeds."""
         plain = (
-            "context_length",
-            "is_on_gpu",
-            "num_vram_slots",
-            "ram_expert_bytes",
-            "disk_expert_bytes",
-            "prompt_chunk_tokens",
+            *("context_length", "is_on_gpu", "num_cache_pages", "num_spill_pages", "num_vram_slots"),
+            *("ram_expert_bytes", "disk_expert_bytes", "prompt_chunk_tokens", "num_threads", "bottleneck", "verdict"),
         )
-        more = ("num_threads", "expert_pass_s", "first_limit", "verdict")
-        nested = ("rates", "decode", "decode_full", "prompt", "expected", "refusal")
+        speeds = ("decode", "decode_full", "prompt")
         return {
             "model": self.sizes.config.name,
             "types": self.sizes.label,
             "weights_bytes": self.sizes.total_bytes,
             "kv_dtype": self.limits.kv_dtype,
+            "num_sequences": self.limits.num_sequences,
             "slot_bytes": self.sizes.slot_bytes,
             "num_experts": self.sizes.num_experts,
             "process_bytes": self.process_bytes,
             "hardware": hardware_json(self.hardware),
             "rows": [asdict(row) for row in self.rows],
             "budgets": [asdict(budget) for budget in self.budgets],
-            **{name: getattr(self, name) for name in (*plain, *more)},
-            **{name: asdict(value) if (value := getattr(self, name)) else None for name in nested},
+            **{name: getattr(self, name) for name in plain},
+            "rates": asdict(self.rates),
+            **{name: None if self.refusal else asdict(getattr(self, name)) for name in speeds},
+            "warnings": list(self.warnings),
+            "refusal": asdict(self.refusal) if self.refusal else None,
         }
 
 
@@ -131,17 +180,12 @@ def hardware_json(hardware: Hardware) -> dict:
     """JSON-ready."""
     gpu, disk = hardware.gpu, hardware.disk
     plain = (
-        "cpu_name",
-        "num_cores",
-        "isa",
-        "ram_total_bytes",
-        "ram_free_bytes",
-        "ram_bytes_s",
-        "clock_hz",
-        "is_described",
+        *("cpu_name", "num_cores", "isa", "ram_total_bytes", "ram_free_bytes", "ram_bytes_s", "clock_hz"),
+        *("cpu_macs_s", "is_described", "has_assumed_cpu"),
     )
     return {
         **{name: getattr(hardware, name) for name in plain},
+        "cores": asdict(hardware.cores) if hardware.cores else None,
         "gpu": asdict(gpu) if gpu else None,
         "disk": asdict(disk) | {"path": str(disk.path)} if disk else None,
         "origins": dict(hardware.origins),

@@ -1,133 +1,233 @@
 """A plan as people read it: the tables of `kimi-lite plan`, the few lines above a chat, the verdict under `quantize
 --dry-run`.
 
-Everything fits 80 columns. Memory is in GiB, speeds are in GB/s and tokens/s; an assumed speed carries a star.
+Lines are as wide as they are asked to be, from 40 columns on, and break between words. Memory is in GiB, speeds are in
+GB/s and tokens/s; an assumed speed carries a star. Two numbers tell how fast: what is `expected`, and the `limit`.
 """
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.cells import cell_len
+
 from kimi_lite import __version__
 from kimi_lite.arch.costs import decode_cost
-from kimi_lite.plan.speed import Rate
-from kimi_lite.plan.subject import Choice
-from kimi_lite.plan.types import EXPERTS, MARGIN, Place, Plan
+from kimi_lite.plan.quality import describe
+from kimi_lite.plan.speed import Forecast, Rate
+from kimi_lite.plan.subject import Choice, explain_choice
+from kimi_lite.plan.types import DENSE, EXPERTS, KV, MARGIN, PINNED, SLOTS, Place, Plan
 from kimi_lite.units import GIB, gib
 
-_WIDTH, _LABEL = 80, 10
+WIDTH, NARROWEST = 80, 40
 _NAMES = {"ram": "RAM", "vram": "VRAM", "pcie": "PCIe", "disk": "disk"}
 _NAMED_SHARE = 0.02  # of a place: parts of the panel that are smaller go together
-_PANEL_PARTS = {"dense weights": "dense", "KV cache": "KV", "pinned buffers": "pinned", "expert slots": "experts"}
+_PANEL_PARTS = {DENSE: "dense", KV: "KV", PINNED: "pinned"}
+_LEAST_HITS = 0.01  # of the chosen experts: fewer are not worth a word
+# Of the table of recipes: title, width, and whether a terminal of 40, 60 or 80 columns shows it.
+_COLUMNS = (
+    *(("", -16, 40), ("loss", 6, 60), ("experts", 8, 80), ("file", 7, 60), ("", -11, 40), ("expected", 8, 40)),
+    *(("limit", 6, 60),),
+)
 
 
-def plan_lines(plan: Plan) -> list[str]:
+def plan_lines(plan: Plan, width: int = WIDTH) -> list[str]:
     """Machine, what lies where, speeds, verdict."""
     sizes = plan.sizes
     head = f"{sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)} of weights"
-    return [head, "", *_machine_lines(plan), "", *place_lines(plan), "", *_speed_lines(plan), *_verdict_lines(plan)]
+    machine, places, ends = _machine_lines(plan, width), place_lines(plan, width), _ending_lines(plan, width)
+    return [*_wrap("", head, width, 0), "", *machine, "", *places, "", *ends]
 
 
-def recipe_lines(choices: Sequence[Choice], chosen: str) -> list[str]:
-    """What the other recipes would give on the same machine."""
-    lines = [f"  {'recipe':<14}{'experts':>13}{'weights':>13}   {'':<11}{'tokens/s at most':>17}"]
-    for recipe, plan in ((choice.recipe, choice.plan) for choice in choices):
-        mark = "*" if recipe == chosen else " "
-        speed = "-" if plan.refusal else _rate(plan.decode.tok_s)
-        sizes = f"{gib(plan.sizes.expert_bytes):>13}{gib(plan.sizes.total_bytes):>13}"
-        lines.append(f"{mark} {recipe:<14}{sizes}   {plan.verdict:<11}{speed:>17}")
-    return [*lines, f"* {chosen}: planned above"]
+def recipe_lines(choices: Sequence[Choice], chosen: str, is_named: bool, width: int = WIDTH) -> list[str]:
+    """What each type of the routed experts would give on the same machine, and why one was taken."""
+
+    def row(cells: Sequence[str]) -> str:
+        shown = zip(_COLUMNS, cells, strict=True)
+        aligned = (
+            f"{cell:<{-size}}" if size < 0 else f"{cell:>{size}}"
+            for (_, size, at), cell in shown
+            if at <= max(width, NARROWEST)
+        )
+        return " ".join(aligned).rstrip()
+
+    head = "Types of the routed experts. loss: KL divergence, measured on the demo model; sizes in GiB; tokens/s"
+    lines = [*_wrap("", head, width, 0), row([title for title, _, _ in _COLUMNS])]
+    for choice in choices:
+        plan, sizes = choice.plan, choice.plan.sizes
+        name = f"{'*' if choice.recipe == chosen else ' '} {choice.recipe}{'+' if choice.needs_ggml else ''}"
+        speeds = ("-", "-") if plan.refusal else (_rate(plan.decode.expected_tok_s), _rate(plan.decode.limit_tok_s))
+        memory = (f"{sizes.expert_bytes / GIB:,.1f}", f"{sizes.total_bytes / GIB:,.1f}")
+        verdict = "needs flags" if plan.refusal and plan.refusal.has_flags else plan.verdict
+        lines.append(row([name, describe(choice.recipe), *memory, verdict, *speeds]))
+    lines += _wrap("*", "named: planned above" if is_named else explain_choice(choices, chosen), width, 2)
+    if any(choice.plan.refusal and choice.plan.refusal.has_flags for choice in choices):
+        lines += _wrap("", "needs flags: it runs with what this command proposes when --recipe names it", width, 2)
+    if any(choice.needs_ggml for choice in choices):
+        lines += _wrap("+", "kimi-lite quantize needs pip install 'kimi-lite[ggml]' for it", width, 2)
+    return lines
 
 
-def start_panel(plan: Plan, *more: str) -> list[str]:
-    """The lines above a chat: model, what lies where, context and ceiling; `more` joins the last line (thinking,
+def start_panel(plan: Plan, *more: str, width: int = WIDTH) -> list[str]:
+    """The lines above a chat: model, what lies where, context and speed; `more` joins the last line (thinking,
     sampling)."""
     sizes = plan.sizes
-    lines = [f"kimi-lite {__version__} · {sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)}"]
+    head = f"kimi-lite {__version__} · {sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)}"
+    lines = _wrap("", head, width, 2)
     if plan.is_on_gpu and plan.hardware.gpu:
-        lines += _wrap("  GPU", f"{plan.hardware.gpu.name}: {_parts(plan, 'VRAM')}", 7)
-    lines += _wrap("  RAM", f"{gib(plan.have_bytes('RAM'))} {_source(plan, 'RAM')}: {_parts(plan, 'RAM')}", 7)
+        lines += _wrap("  GPU", f"{plan.hardware.gpu.name}: {_parts(plan, 'VRAM')}", width, 7)
+    lines += _wrap("  RAM", f"{gib(plan.have_bytes('RAM'))} {_source(plan, 'RAM')}: {_parts(plan, 'RAM')}", width, 7)
     if plan.disk_expert_bytes:
         disk = plan.rates.disk
-        lines += _wrap("  disk", f"{gib(plan.disk_expert_bytes)} of experts stay there: {_gb_s(disk)} {disk.origin}", 7)
-    place = {"VRAM bandwidth": "vram", "disk": "disk"}.get(plan.decode.limit, "ram")
+        text = f"{gib(plan.disk_expert_bytes)} of experts stay there: {_gb_s(disk)} {disk.origin}"
+        lines += _wrap("  disk", text, width, 7)
+    return [*lines, *_wrap("  ", " · ".join([f"context {plan.context_length:,}", *more, speed_text(plan)]), width, 2)]
+
+
+def speed_text(plan: Plan) -> str:
+    """`expected 12.3 tok/s, limit 15.2 (RAM 80 GB/s, assumed)`."""
+    place = {"VRAM bandwidth": "vram", "disk": "disk"}.get(plan.decode.bottleneck, "ram")
     rate: Rate = getattr(plan.rates, place)
-    ceiling = f"ceiling {_rate(plan.decode.tok_s)} tok/s at {_gb_s(rate)} {_NAMES[place]} ({rate.origin})"
-    return [*lines, *_wrap("  ", " · ".join([f"context {plan.context_length:,}", *more, ceiling]), 2)]
+    return f"{_forecast(plan.decode, 'tok/s')} ({_NAMES[place]} {_gb_s(rate)}, {rate.origin})"
 
 
 def verdict_line(plan: Plan) -> str:
-    """One line for other commands: whether the model would run on the machine, and how fast at most."""
+    """One line for other commands: whether the model would run on the machine, and how fast."""
     if plan.refusal:
         return f"here it would not run: {plan.refusal.problem}"
-    speed = f"at most {_rate(plan.decode.tok_s)} tokens/s ({plan.decode.limit})"
+    speed = f"{_forecast(plan.decode, 'tokens/s')} ({plan.decode.bottleneck})"
     if plan.verdict == "from disk":
         return f"here {gib(plan.disk_expert_bytes)} of its experts would come from disk: {speed}"
-    return (
-        f"here it {'fits, but tightly' if plan.verdict == 'tight' else 'fits'}, context "
-        f"{plan.context_length:,}: {speed}"
-    )
+    fits = "fits, but tightly" if plan.verdict == "tight" else "fits"
+    return f"here it {fits}, context {plan.context_length:,}: {speed}"
 
 
-def _machine_lines(plan: Plan) -> Iterator[str]:
-    hardware = plan.hardware
-    isa = f", {hardware.isa}" if hardware.isa else ""
-    whose = "another machine than this one, " if hardware.is_described else ""
-    yield from _wrap("Machine", f"{whose}{hardware.cpu_name}, {plan.num_threads} threads{isa}")
-    yield from _wrap(
-        "", f"RAM {_total_and_free(hardware.ram_total_bytes, hardware.ram_free_bytes)}{_flag(plan, 'RAM')}"
-    )
-    if gpu := hardware.gpu:
-        remark = _flag(plan, "VRAM") if plan.is_on_gpu else ", not used"
-        yield from _wrap("", f"{gpu.name}: {_total_and_free(gpu.vram_total_bytes, gpu.vram_free_bytes)}{remark}")
-    else:
-        yield from _wrap("", "no GPU: everything runs on the CPU")
-    if disk := hardware.disk:
-        yield from _wrap("", f"disk {gib(disk.free_bytes)} free at {short_folder(disk.path)}")
-
-
-def place_lines(plan: Plan) -> Iterator[str]:
+def place_lines(plan: Plan, width: int = WIDTH) -> Iterator[str]:
     """A row a thing, then the sum."""
+    label = _label_width(width)
     for place in ("VRAM", "RAM", "disk"):
         rows = [row for row in plan.rows if row.place == place]
-        for row in rows:
-            label = place if row is rows[0] else ""
-            yield f"{label:<{_LABEL}}{row.part:<18}{gib(row.num_bytes):>12}{_remark(plan, row.place, row.part)}"
+        entries = [(row.part, row.num_bytes, _remark(plan, place, row.part)) for row in rows]
         if place != "disk" and rows:
-            of = f" of {gib(plan.have_bytes(place))} {_source(plan, place)}"
-            yield f"{'':<{_LABEL}}{'all':<18}{gib(plan.place_bytes(place)):>12}{of}"
+            entries.append(
+                ("total", plan.place_bytes(place), f"of {gib(plan.have_bytes(place))} {_source(plan, place)}")
+            )
+        for number, (part, num_bytes, remark) in enumerate(entries):
+            line = f"{place if number == 0 else '':<{label}}{part:<18}{gib(num_bytes):>11}"
+            if not remark or len(line) + 2 + cell_len(remark) <= width:
+                yield f"{line}  {remark}".rstrip()
+            else:
+                yield line
+                yield from _wrap("", remark, width, label + 2)
+
+
+def next_line(plan: Plan, origin: str, recipe: str | None, is_checkpoint: bool) -> str:
+    """The command that does what was planned; empty for a model that is not here, or a plan that cannot be."""
+    if plan.refusal:
+        return ""
+    if is_checkpoint:
+        return f"kimi-lite quantize {origin} OUT.gguf --recipe {recipe}"
+    if recipe:
+        return ""
+    return f"kimi-lite chat -m {origin} -c {plan.context_length}{limit_flags(plan)}"
+
+
+def limit_flags(plan: Plan) -> str:
+    """The flags that the plan was made with, for another command: type of the cache, memory, device."""
+    limits = plan.limits
+    flags = [f"--kv-dtype {limits.kv_dtype}" if limits.kv_dtype != "f16" else ""]
+    for name, num_bytes in (("ram", limits.ram_bytes), ("vram", limits.vram_bytes)):
+        flags.append("" if num_bytes is None else f"--{name} {num_bytes / GIB:g}G" if num_bytes else f"--{name} 0")
+    flags.append(f"--device {limits.device}" if limits.device else "")
+    return "".join(f" {flag}" for flag in flags if flag)
+
+
+def labelled(label: str, text: str, width: int = WIDTH) -> list[str]:
+    """A line of the plan's form: `label` in the first column, `text` after it."""
+    return _wrap(label, text, width, _label_width(width))
+
+
+def command_lines(label: str, command: str, width: int = WIDTH) -> list[str]:
+    """A command that can be copied: lines that go on end in a backslash."""
+    indent = _label_width(width)
+    *lines, last = _wrap(label, command, width - 2, indent)
+    return [*(f"{line} \\" for line in lines), last]
+
+
+def short_folder(path: Path) -> str:
+    """The folder of a file, short."""
+    folder = path.parent if path.suffix in (".gguf", ".safetensors") else path
+    home = Path.home()
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+
+
+def _machine_lines(plan: Plan, width: int) -> Iterator[str]:
+    hardware = plan.hardware
+    isa = f", {hardware.isa}" if hardware.isa else ""
+    threads = f"{plan.num_threads} thread{'s' if plan.num_threads > 1 else ''}"
+    cpu = f"{hardware.cpu_name}, {threads}{isa}"
+    if hardware.has_assumed_cpu:
+        cpu = f"hypothetical: {hardware.cpu_name}" + (f", {threads}" if plan.limits.num_threads else "")
+    elif hardware.is_described:
+        cpu = f"hypothetical: this one with more memory; {cpu}"
+    yield from labelled("Machine", cpu, width)
+    ram = f"RAM {_total_and_free(hardware.ram_total_bytes, hardware.ram_free_bytes)}{_flag(plan, 'RAM')}"
+    yield from labelled("", ram, width)
+    if gpu := hardware.gpu:
+        remark = _flag(plan, "VRAM") if plan.is_on_gpu else ", not used"
+        text = f"{gpu.name}: {_total_and_free(gpu.vram_total_bytes, gpu.vram_free_bytes)}{remark}"
+        yield from labelled("", text, width)
+    else:
+        yield from labelled("", "no GPU: everything runs on the CPU", width)
+    if (disk := hardware.disk) and not hardware.is_described:
+        yield from labelled("", f"disk {gib(disk.free_bytes)} free at {short_folder(disk.path)}", width)
+    for warning in plan.warnings:
+        yield from labelled("", warning, width)
 
 
 def _remark(plan: Plan, place: Place, part: str) -> str:
-    sizes = plan.sizes
-    if part == "expert slots":
-        return f"   {plan.num_vram_slots:,} of {sizes.num_experts:,} experts, copies"
-    if part == "KV cache":
-        return f"   {plan.context_length:,} tokens in {plan.limits.kv_dtype}"
+    sizes, num_sequences = plan.sizes, plan.limits.num_sequences
+    if part == SLOTS:
+        return f"{plan.num_vram_slots:,} of {sizes.num_experts:,} experts"
+    if part == KV:
+        tokens = f"{plan.context_length:,} tokens in {plan.limits.kv_dtype}"
+        return f"{num_sequences} x {tokens}" if num_sequences > 1 else tokens
     if (place, part) == ("RAM", EXPERTS) and plan.disk_expert_bytes:
-        return f"   {plan.ram_expert_bytes / sizes.expert_bytes:.0%} of {gib(sizes.expert_bytes)}"
-    if part == EXPERTS and place == "disk":
-        return "   read when they are chosen"
+        return f"{plan.ram_expert_bytes / sizes.expert_bytes:.0%} of {gib(sizes.expert_bytes)}"
+    if (place, part) == ("disk", EXPERTS):
+        return "read when they are chosen"
     return ""
 
 
-def _speed_lines(plan: Plan) -> Iterator[str]:
-    yield from _wrap("A token", f"reads {_token_text(plan)}")
+def _ending_lines(plan: Plan, width: int) -> Iterator[str]:
+    """Speeds and verdict; a plan that cannot be has no speeds."""
+    if plan.refusal:
+        how = " like this; what to try stands below" if plan.refusal.has_flags else ""
+        yield from labelled("Verdict", f"it cannot run{how}", width)
+        return
     decode, full = plan.decode, plan.decode_full
-    later = f"; {_rate(full.tok_s)} at the end of the context" if _rate(full.tok_s) != _rate(decode.tok_s) else ""
-    yield from _wrap("Decode", f"at most {_rate(decode.tok_s)} tokens/s, by {decode.limit}{later}")
-    if plan.expected:
-        low, high = map(_rate, plan.expected.tok_s)
-        hits = " to ".join(f"{share:.0%}" for share in plan.expected.hit_share)
-        where = f"the {plan.num_vram_slots:,} slots" if plan.num_vram_slots else "RAM"
-        found = f"{hits} of the chosen experts are found in {where}, as in published runs of others"
-        yield from _wrap("", f"{low} to {high} if {found}")
-    alone = ""
-    if plan.expert_pass_s:
-        each = f"{plan.prompt_chunk_tokens:,} tokens in each pass of {plan.expert_pass_s:.1f} s"
-        alone = f"; over PCIe alone {_rate(plan.prompt_chunk_tokens / plan.expert_pass_s)}: {each}"
-    yield from _wrap("Prompt", f"at most {_rate(plan.prompt.tok_s)} tokens/s, by {plan.prompt.limit}{alone}")
-    yield from _wrap("Speeds", _rates_text(plan))
+    yield from labelled("A token", f"reads {_token_text(plan)}", width)
+    yield from labelled("Decode", f"{_forecast(decode, 'tokens/s')} (bottleneck: {decode.bottleneck})", width)
+    if _rate(full.expected_tok_s) != _rate(decode.expected_tok_s):
+        yield from labelled("", f"at the end of the context {_forecast(full, 'tokens/s')}", width)
+    if decode.hit_share >= _LEAST_HITS:
+        where = f"the {plan.num_vram_slots:,} cached in VRAM" if plan.num_vram_slots else "RAM"
+        text = (
+            f"of the chosen experts {decode.hit_share:.0%} are expected in {where}, {decode.best_hit_share:.0%} at best"
+        )
+        yield from labelled("", f"{text} (published runs of others)", width)
+    yield from labelled("Prompt", f"{_forecast(plan.prompt, 'tokens/s')} (bottleneck: {plan.prompt.bottleneck})", width)
+    yield from labelled("Speeds", _rates_text(plan), width)
+    spare = gib(plan.have_bytes("RAM") - plan.place_bytes("RAM"))
+    texts = {
+        "fits": f"fits; {spare} of RAM are left after the safety margin",
+        "tight": f"fits tightly; {spare} of RAM are left after the safety margin",
+        "from disk": f"runs, with {gib(plan.disk_expert_bytes)} of experts on disk",
+    }
+    yield from labelled("Verdict", texts[plan.verdict], width)
+
+
+def _forecast(forecast: Forecast, unit: str) -> str:
+    return f"expected {_rate(forecast.expected_tok_s)} {unit}, limit {_rate(forecast.limit_tok_s)}"
 
 
 def _token_text(plan: Plan) -> str:
@@ -145,55 +245,12 @@ def _rates_text(plan: Plan) -> str:
     names = ["ram", *(["vram", "pcie"] if plan.is_on_gpu else []), *(["disk"] if plan.disk_expert_bytes else [])]
     rates: dict[str, Rate] = {name: getattr(plan.rates, name) for name in names}
     known = ", ".join(f"{_NAMES[name]} {_gb_s(rate)}{_star(rate)}" for name, rate in rates.items())
-    products = plan.rates.cpu_products
-    text = f"{known}, CPU {products.per_s / 1e9:,.0f} G products/s{_star(products)}"
-    assumed = [name for name, rate in rates.items() if rate.origin == "assumed"]
-    if not assumed and products.origin != "assumed":
+    macs = plan.rates.cpu_macs
+    text = f"{known}, CPU {macs.per_s / 1e9:,.0f} GMAC/s (int8){_star(macs)}"
+    if macs.origin != "assumed" and all(rate.origin != "assumed" for rate in rates.values()):
         return text
-    help_text = "--measure measures, --ram-speed 60 says better" if "ram" in assumed else "typical for a desk"
-    return f"{text} (* assumed: {help_text})"
-
-
-def _verdict_lines(plan: Plan) -> Iterator[str]:
-    if plan.refusal:
-        yield from _wrap("Verdict", "it cannot run")
-        return
-    yield from _wrap("Limit", plan.first_limit)
-    spare = gib(plan.have_bytes("RAM") - plan.place_bytes("RAM"))
-    texts = {
-        "fits": f"fits, {spare} of RAM to spare beyond the margin",
-        "tight": f"fits tightly, {spare} of RAM to spare beyond the margin",
-        "from disk": f"runs, with {gib(plan.disk_expert_bytes)} of experts on disk",
-    }
-    yield from _wrap("Verdict", texts[plan.verdict])
-
-
-def next_line(plan: Plan, origin: str, recipe: str | None, is_checkpoint: bool) -> str:
-    """The command that does what was planned; empty for a model that is not here."""
-    if is_checkpoint:
-        return f"Next      kimi-lite quantize {origin} OUT.gguf --recipe {recipe}"
-    if recipe or plan.refusal:
-        return ""
-    limits = plan.limits
-    flags = [f"-c {plan.context_length}", f"--kv-dtype {limits.kv_dtype}" if limits.kv_dtype != "f16" else ""]
-    flags += [f"--ram {limits.ram_bytes / GIB:g}G" if limits.ram_bytes else ""]
-    flags += [f"--vram {limits.vram_bytes / GIB:g}G" if limits.vram_bytes else ""]
-    return f"Next      kimi-lite chat -m {origin} {' '.join(filter(None, flags))}"
-
-
-def disk_warning(plan: Plan) -> str:
-    """Where the model is not here yet and its disk has no room for it; else empty."""
-    disk, need_bytes = plan.hardware.disk, plan.sizes.total_bytes
-    if plan.hardware.is_described or not disk or disk.free_bytes >= need_bytes:
-        return ""
-    return f"the file needs {gib(need_bytes)} of disk, and {gib(disk.free_bytes)} are free at {short_folder(disk.path)}"
-
-
-def short_folder(path: Path) -> str:
-    """The folder of a file, short."""
-    folder = path.parent if path.suffix in (".gguf", ".safetensors") else path
-    home = Path.home()
-    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+    better = "; --ram-speed 60 sets another" if rates["ram"].origin == "assumed" else ""
+    return f"{text} (* assumed: typical desktop{better})"
 
 
 def _parts(plan: Plan, place: Place) -> str:
@@ -202,9 +259,11 @@ def _parts(plan: Plan, place: Place) -> str:
     large = [row for row in rows if row.num_bytes >= _NAMED_SHARE * sum(row.num_bytes for row in rows)]
     small_bytes = sum(row.num_bytes for row in rows if row not in large)
     parts = [(_PANEL_PARTS.get(row.part, row.part), row.num_bytes) for row in large]
-    parts += [("other", small_bytes)] if small_bytes else []
-    slots = f" ({plan.num_vram_slots:,} slots)" if place == "VRAM" and plan.num_vram_slots else ""
-    return f"{' + '.join(f'{name} {num_bytes / GIB:,.1f}' for name, num_bytes in parts)} GiB{slots}"
+    parts += [("other", small_bytes)] if small_bytes >= 0.05 * GIB or not parts else []
+    slots = f" ({plan.num_vram_slots:,} experts)" if place == "VRAM" and plan.num_vram_slots else ""
+    named = [(name, f"{num_bytes / GIB:,.1f}") for name, num_bytes in parts]
+    told = [f"{name} {size}" for name, size in named if size != "0.0"] or [gib(sum(size for _, size in parts))]
+    return f"{' + '.join(told)}{' GiB' if any(size != '0.0' for _, size in named) else ''}{slots}"
 
 
 def _flag(plan: Plan, place: Place) -> str:
@@ -233,5 +292,18 @@ def _star(rate: Rate) -> str:
     return "*" if rate.origin == "assumed" else ""
 
 
-def _wrap(label: str, text: str, indent: int = _LABEL) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=f"{label:<{indent}}", subsequent_indent=" " * indent)
+def _label_width(width: int) -> int:
+    return 10 if width >= 60 else 8
+
+
+def _wrap(label: str, text: str, width: int, indent: int) -> list[str]:
+    """Words of `text` in lines of at most `width` columns; one word that is longer alone is a line of its own."""
+    lines, line = [], f"{label:<{indent}}"
+    is_begun = False
+    for word in text.split():
+        if is_begun and cell_len(line) + 1 + cell_len(word) > width:
+            lines.append(line)
+            line, is_begun = " " * indent, False
+        line += f" {word}" if is_begun else word
+        is_begun = True
+    return [*lines, line.rstrip()]

@@ -1,5 +1,5 @@
-"""Room that is not weights: activations, scratch, buffers for streaming, the program itself. Bounds, by the sizes of a
-model.
+"""Memory that is not weights: activations, scratch, buffers for streaming, the program itself. Bounds, by the sizes of
+a model.
 
 The CPU's sums follow `model.buffers`, `native.cpu.attention` and `native.cpu.run` array by array; a test compares the
 whole with what a loaded model really takes.
@@ -13,17 +13,13 @@ STEP_TOKENS = 512  # of one forward pass on the CPU
 PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a GPU, tried in turn
 STREAM_EXPERTS = 8  # experts of one transfer; two transfers are under way
 _ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
-_PROGRAM_BYTES = (
-    155 * MIB
-)  # Python, Numba and LLVM, measured with kernels from the cache; compiling them takes 75 MiB more
+_PROGRAM_BYTES = 155 * MIB  # Python, Numba and LLVM with kernels from the cache; compiling takes 75 MiB more (measured)
 _KERNEL_BYTES = MIB  # compiled code of a type of weights
-_VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = (
-    730,
-    2400,
-)  # objects of Python for a token, and for an expert's three matrices
+_VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 2400  # Python objects: a token, an expert's three matrices
 _WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
 _PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
 _GPU_BYTES, _GPU_SHARE = 700 * MIB, 0.02  # CUDA's context and libraries; what allocation leaves between pieces
+_SPILL_SHARES = 0.002, 0.05  # of the RAM that is left, for pages of a GPU's cache: where experts lack RAM, else
 
 
 def program_bytes(sizes: ModelSizes) -> int:
@@ -101,6 +97,12 @@ def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
     CPU."""
     copies = chunk_tokens * 4 * (2 * sizes.config.hidden_size + 2 * sizes.config.num_experts_used)
     return stream_bytes(sizes) + _PROMOTIONS * sizes.slot_bytes + _LOADING_BYTES + copies
+
+
+def num_spill_pages(num_cache_pages: int, page_bytes: int, left_bytes: int, expert_bytes: int) -> int:
+    """Pages in RAM behind a GPU's cache; `left_bytes`: RAM for them and for `expert_bytes` of experts."""
+    least, most = (share * max(0, left_bytes) for share in _SPILL_SHARES)
+    return min(num_cache_pages, int(min(most, max(least, left_bytes - expert_bytes))) // page_bytes)
 
 
 def gpu_margin_bytes(vram_total_bytes: int) -> int:

@@ -12,7 +12,7 @@ import pytest
 from kimi_lite.hardware import gpu as hardware_gpu
 from kimi_lite.hardware import host
 from kimi_lite.hardware import speed as hardware_speed
-from kimi_lite.hardware.bandwidth import measure_disk, measure_ram
+from kimi_lite.hardware.bandwidth import measure_disk, measure_macs, measure_ram
 from kimi_lite.hardware.probe import Hardware, described, free_of, probe
 from kimi_lite.units import GIB, MIB
 
@@ -28,7 +28,9 @@ def test_this_machine(tmp_path, monkeypatch):
     assert 0 < found.ram_free_bytes <= found.ram_total_bytes <= psutil.virtual_memory().total
     assert found.num_cores >= 1 and found.cpu_name and found.isa
     assert found.disk.path == tmp_path / "not" / "there.gguf" and found.disk.free_bytes > 0
-    assert found.ram_bytes_s is None and not found.is_described
+    assert not found.is_described and found.cores.num_usable == found.num_cores
+    assert 1e9 < found.ram_bytes_s < 2000e9 and 1e9 < found.cpu_macs_s < 1e14
+    assert found.origins["ram"] == found.origins["cpu"] == "measured", "looked at for 0.2 s, not assumed"
 
 
 def test_probing_imports_no_torch():
@@ -159,37 +161,58 @@ def test_described_machines():
     assert other.is_described and other.ram_total_bytes == 256 * GIB and other.ram_bytes_s is None
     assert other.ram_free_bytes == free_of(256 * GIB) < 256 * GIB
     assert other.gpu.vram_total_bytes == 24 * GIB > other.gpu.vram_free_bytes
+    assert other.has_assumed_cpu and (other.num_cores, other.cpu_name) == (16, "16-core desktop (assumed)")
     with_gpu = described(here, None, 24 * GIB)
-    assert with_gpu.is_described and with_gpu.ram_bytes_s == 30e9 and with_gpu.gpu
+    assert with_gpu.has_assumed_cpu and with_gpu.ram_bytes_s is None and with_gpu.ram_total_bytes == 32 * GIB
+    larger = described(here, 64 * GIB, None)
+    assert larger.is_described and not larger.has_assumed_cpu
+    assert (larger.num_cores, larger.ram_bytes_s, larger.ram_free_bytes) == (2, 30e9, 62 * GIB)
+    assert described(here, None, None, 6).num_cores == 6
     assert described(with_gpu, None, 0).gpu is None
 
 
 def test_speeds_are_remembered_for_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
     found = probe(tmp_path)
-    hardware_speed.remember(found, ram=40e9, disk=2e9)
+    hardware_speed.remember(found, ram=1400e9, disk=2e9)
     again = probe(tmp_path)
-    assert (again.ram_bytes_s, again.disk.read_bytes_s) == (40e9, 2e9)
+    assert (again.ram_bytes_s, again.disk.read_bytes_s) == (1400e9, 2e9)
     assert again.origins["ram"] == again.origins["disk"] == "measured"
-    assert hardware_speed.recall(replace(found, cpu_name="another")).ram_bytes_s is None
+    unknown = replace(found, ram_bytes_s=None)
+    assert hardware_speed.recall(unknown).ram_bytes_s == 1400e9
+    assert hardware_speed.recall(replace(unknown, cpu_name="another")).ram_bytes_s is None
     for damage in ("", "[]", '{"a": 1}', '{"ram of x": {"bytes_s": "fast"}}'):
         (tmp_path / "speeds.json").write_text(damage)
-        assert probe(tmp_path).ram_bytes_s is None
-    hardware_speed.remember(found, ram=41e9)
-    assert probe(tmp_path).ram_bytes_s == 41e9
+        assert probe(tmp_path).ram_bytes_s == found.ram_bytes_s, "looked at again"
+    hardware_speed.remember(found, ram=1500e9)
+    hardware_speed.remember(found, ram=1e9)
+    assert probe(tmp_path).ram_bytes_s == 1500e9, "the fastest of a month"
     assert json.loads((tmp_path / "speeds.json").read_text())
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "file"))
-    hardware_speed.remember(probe(tmp_path), ram=40e9)
-    assert probe(tmp_path).ram_bytes_s is None
+    hardware_speed.remember(probe(tmp_path), ram=1400e9)
+    assert probe(tmp_path).ram_bytes_s < 1000e9, "nothing is remembered"
+
+
+def test_a_glance_is_taken_once_a_day(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
+    looks = []
+    monkeypatch.setattr(hardware_speed, "_look", lambda num_cores: looks.append(num_cores) or (20e9 + len(looks), 5e11))
+    assert [probe(tmp_path).ram_bytes_s for _ in range(3)] == [20e9 + 1] * 3 and len(looks) == 1
+    record = json.loads((tmp_path / "speeds.json").read_text())
+    for entry in record.values():
+        entry |= {"last": "2020-01-01"}
+    (tmp_path / "speeds.json").write_text(json.dumps(record))
+    assert probe(tmp_path).ram_bytes_s == 20e9 + 2 and len(looks) == 2
 
 
 def test_measuring(tmp_path, monkeypatch):
     monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
-    assert 0.5e9 < measure_ram(1, seconds=0.05) < 2000e9
+    assert 0.5e9 < measure_ram(1, seconds=0.05, buffer_bytes=16 << 20) < 2000e9
+    assert 1e9 < measure_macs(1, seconds=0.02) < 2e12
     model = tmp_path / "model.gguf"
     model.write_bytes(b"\1" * (32 << 20))
     speed = measure_disk(model, seconds=0.05)

@@ -67,5 +67,5 @@ def find_ceilings(plan: Plan, tests: Sequence[BenchTest]) -> list[Ceiling]:
             by_place = {RAM: parts[1], "VRAM": parts[0] + parts[2]}
         if split.ram_share < 1:
             by_place["disk"] = parts[1] * (1 - split.ram_share)
-        ceilings.append(Ceiling(test, by_place, *parts, plan.decode_at(test.mean_depth, count).tok_s))
+        ceilings.append(Ceiling(test, by_place, *parts, plan.decode_at(test.mean_depth, count).limit_tok_s))
     return ceilings
