@@ -1,4 +1,4 @@
-"""A conversation, whoever answers: its turns; asking, undoing, asking again, answering tool calls, dropping old turns.
+"""A conversation, with a model here or behind an endpoint: its turns; asking, undoing, asking again, answering tool calls, dropping old turns.
 
 `engine.session.Session` answers with a loaded model, `apps.remote.RemoteSession` with an OpenAI-compatible endpoint;
 both say only how a prompt becomes tokens. `chat` and `run` see nothing else.
@@ -59,8 +59,8 @@ class Conversation(ABC):
         """Stop the answer; from a signal handler or another thread. What it said so far is kept."""
 
     def count_tokens(self, content: Content | None = None, num_dropped: int | None = None) -> int | None:
-        """Tokens of the next prompt, with a message `content` and without the first turns; None where nobody can
-        say."""
+        """Tokens of the next prompt, with a message `content` and without the first turns; None where they are
+        not known."""
         return None
 
     def count_messages(self, messages: list[dict[str, Any]]) -> int | None:
@@ -76,7 +76,7 @@ class Conversation(ABC):
         return {}
 
     def heat(self) -> np.ndarray | None:
-        """(layers, experts): how much each routed expert was used lately; None where nobody keeps account."""
+        """(layers, experts): how much each routed expert was used lately; None where it is not counted."""
         return None
 
     def lead_ids(self) -> Sequence[int]:

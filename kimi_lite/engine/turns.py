@@ -127,7 +127,7 @@ class AnswerRecord:
             is_thinking=is_thinking,
             ids=tuple(self.ids),
             lead_ids=tuple(lead_ids),
-            finish_reason=self.last.finish_reason or "cancelled",  # whoever read the tokens went away
+            finish_reason=self.last.finish_reason or "cancelled",  # the reader of the tokens went away
             stats=self.last.stats,
         )
 

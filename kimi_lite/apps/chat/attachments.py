@@ -79,7 +79,7 @@ def to_path(argument: str) -> Path:
 
 
 def compose(text: str, attachments: list[Attachment]) -> Content:
-    """A message with its files: text files quoted behind it, images as parts before it."""
+    """A message with its files: text files quoted after it, images as parts before it."""
     quoted = [f"File `{one.name}`:\n{_fence(one.text)}" for one in attachments if not one.url]
     text = "\n\n".join([*filter(None, [text]), *quoted])
     images: list[dict[str, Any]] = [
@@ -98,7 +98,7 @@ def _fence(text: str) -> str:
 def _exists(word: str) -> bool:
     try:
         return to_path(word).is_file()
-    except OSError:  # a name too long for the file system is no file
+    except OSError:  # a name too long for the file system is not a file
         return False
 
 

@@ -290,7 +290,7 @@ class Chat:
         if conversation.turns and conversation.turns[-1].role == "user":
             self.say("the last message has no answer: /regen asks again")
         if self.autosave.made_by != conversation.info.name:
-            self.say(f"it was held with {self.autosave.made_by}; {conversation.info.name} reads all of it anew")
+            self.say(f"it was held with {self.autosave.made_by}; {conversation.info.name} reads all of it again")
 
     def _handle(self, line: str) -> None:
         """A mistake in one line must not end the conversation, so its error is shown here and not by `cli`."""

@@ -127,7 +127,7 @@ def longer_context(conversation: Conversation, need: int) -> str:
 def drop_oldest(chat: Chat, num_exchanges: int) -> None:
     chat.conversation.drop_oldest(num_exchanges)
     chat.save()
-    chat.say(f"{_exchanges(num_exchanges)} no longer sent; the record keeps them")
+    chat.say(f"{_exchanges(num_exchanges)} no longer sent; the saved conversation keeps them")
 
 
 def summarise_oldest(chat: Chat, num_exchanges: int) -> bool:
@@ -149,7 +149,7 @@ def summarise_oldest(chat: Chat, num_exchanges: int) -> bool:
             return False
         chat.save()
         left -= number
-    chat.say(f"{_exchanges(num_exchanges)} replaced by this summary; the record keeps them")
+    chat.say(f"{_exchanges(num_exchanges)} replaced by this summary; the saved conversation keeps them")
     return True
 
 

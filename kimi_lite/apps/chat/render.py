@@ -187,7 +187,7 @@ def can_redraw(console: Console) -> bool:
 
 class WorkProgress:
     """What goes on until the first token: a bar for work of known length, or after a second of silence what is waited
-    for and how long. Gone when closed; nothing where `console` is no terminal."""
+    for and how long. Gone when closed; nothing where `console` is not a terminal."""
 
     def __init__(self, console: Console, unit: Callable[[int], str] = "{:,}".format, least: int = 1) -> None:
         amount = TextColumn("[dim]{task.fields[amount]}")

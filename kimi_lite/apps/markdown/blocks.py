@@ -65,7 +65,7 @@ class Leaf:
 
     @property
     def language(self) -> str:
-        """The first word behind the opening fence."""
+        """The first word after the opening fence."""
         return self.tokens[0].info.strip().partition(" ")[0]
 
 

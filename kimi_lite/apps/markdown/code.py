@@ -34,10 +34,6 @@ class CodeColours:
             self._forget(lines)
         return _as_text(lines[-1], line)
 
-    def peek(self, line: str) -> Text:
-        """A line that is not complete yet; it is not remembered."""
-        return Text(line) if self._lexer is None else _as_text(self._colour([*self._lines, line])[-1], line)
-
     def _forget(self, lines: list[Coloured]) -> None:
         """Start later from now on, where that changes nothing that is in sight."""
         start = next((i for i in range(len(lines) // 2, len(lines) - 4) if self._lines[i][:1].strip()), None)

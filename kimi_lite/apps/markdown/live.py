@@ -2,7 +2,7 @@
 the end.
 
 `apps.markdown` shows the unfinished block here and `apps.render` the reasoning. What has scrolled off is never touched:
-the rows are always fewer than the screen has. If the window changes its width meanwhile, a fragment may stay behind,
+the rows are always fewer than the screen has. If the window changes its width meanwhile, a fragment may remain,
 but nothing is lost.
 """
 

@@ -44,7 +44,7 @@ class MarkdownStream:
             rows = [row for line in complete for row in self._take(line)]
             self._print(rows)
         if self._console.is_terminal:
-            self._live.draw(self._unsettled)
+            self._live.draw(self._unfinished)
 
     def finish(self) -> None:
         """The answer is over: print what is left."""
@@ -61,7 +61,7 @@ class MarkdownStream:
                 self._console.print(Rows(rows), end="", crop=False, soft_wrap=True)
 
     def _take(self, line: str) -> list[Row]:
-        """Take in a complete line; the rows that it settles."""
+        """Take in a complete line; the rows that it completes."""
         self._lines.append(harmless(line.removesuffix("\r")))
         leaves, rows = self._unprinted(self._lines), []
         for i, leaf in enumerate(leaves):
@@ -123,8 +123,8 @@ class MarkdownStream:
         self._lines, self._base = self._lines[start - self._base :], start
         self._first_number = top[0].number if top else None
 
-    def _unsettled(self) -> list[Row]:
-        """What is not settled, as it looks for now."""
+    def _unfinished(self) -> list[Row]:
+        """What can still change, as it looks for now."""
         open_line = harmless(self._open.removesuffix("\r"))
         if self._code is not None:
             return self._console.render_lines(Text(open_line, overflow="fold"), pad=False) if open_line else []

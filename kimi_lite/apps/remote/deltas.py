@@ -49,7 +49,9 @@ class DeltaReader:
     def feed(self, event: Mapping[str, Any]) -> list[Token]:
         """The tokens of one event; KimiLiteError where the event is an error."""
         if event.get("error"):
-            raise KimiLiteError(f"The server broke off: {message_of(event)}", "What came is kept; /regen asks again.")
+            raise KimiLiteError(
+                f"The server broke off: {message_of(event)}", "What came is kept. Ask again (in a chat: /regen)."
+            )
         self._usage = event.get("usage") or self._usage
         tokens: list[Token] = []
         for choice in event.get("choices") or []:

@@ -114,7 +114,7 @@ class Server:
             return KimiLiteError(f"{self.url} was silent for too long.", "Look at the server's log; what came is kept.")
         reason = self._redacted(str(error)) or type(error).__name__
         return KimiLiteError(
-            f"The connection to {self.url} was lost: {reason}.", "What came is kept; /regen asks again."
+            f"The connection to {self.url} was lost: {reason}.", "What came is kept. Ask again (in a chat: /regen)."
         )
 
     def _refusal(self, status: int, headers: Mapping[str, str], body: str) -> Refused:

@@ -116,7 +116,7 @@ class RemoteSession(Conversation):
             if content_type and "json" not in content_type and "event-stream" not in content_type:
                 raise self.server.no_stream(content_type)
             message = f"{self.server.url} ended the answer in the middle: no finish reason, no [DONE]."
-            raise KimiLiteError(message, "What came is kept; /regen asks again.")
+            raise KimiLiteError(message, "What came is kept. Ask again (in a chat: /regen).")
         yield from reader.finish()
 
     def _read(self, reader: DeltaReader, event: str) -> list[Token]:

@@ -1,6 +1,7 @@
 """Every slash command: what it does, what it says, what it refuses."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kimi_lite.apps.chat.commands.registry import all_commands, is_command
+from kimi_lite.apps.chat.commands.registry import _ELSEWHERE, all_commands, is_command
 from kimi_lite.apps.chat.parameters import PARAMETERS
 from kimi_lite.apps.tools.box import ToolBox
 from kimi_lite.engine.types import SamplingParams
@@ -43,6 +44,23 @@ def test_help_has_every_command_and_explains_one(talk: Talk) -> None:
 )
 def test_unknown_commands_suggest_the_nearest(talk: Talk, typed: str, nearest: str) -> None:
     assert f"unknown command {typed} - did you mean {nearest}?" in talk.say(typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [("/foo", "/help lists them"), ("/?x", "/help lists them"), ("/stop", "Ctrl-C stops"), ("/model", "chat -m FILE")],
+)
+def test_nothing_is_suggested_that_is_not_alike(talk: Talk, typed: str, hint: str) -> None:
+    shown = talk.say(typed)
+    assert "did you mean" not in shown
+    assert hint in shown
+
+
+def test_hints_for_commands_of_other_programs_name_commands_that_exist() -> None:
+    known = {f"/{name}" for name in all_commands().by_name}
+    for name, hint in _ELSEWHERE.items():
+        assert f"/{name}" not in known
+        assert set(re.findall(r"(?<!\w)/[a-z]+", hint)) <= known
 
 
 @pytest.mark.parametrize("line", ["/* a comment */", "/home/me/a.png what is it?", "//", " /help me", "/ help"])

@@ -95,7 +95,7 @@ def _export(chat: Chat, argument: str) -> None:
 
 
 def _form_and_name(argument: str) -> tuple[str, str]:
-    """`md notes`, `notes.md`, `my notes.json`, `json` or nothing; KimiLiteError for what is no form of ours."""
+    """`md notes`, `notes.md`, `my notes.json`, `json` or nothing; KimiLiteError for other formats."""
     first, _, rest = argument.partition(" ")
     if not argument or first in FORMATS:
         return first or FORMATS[0], rest.strip()
