@@ -1,4 +1,5 @@
-"""A conversation, with a model here or behind an endpoint: its turns; asking, undoing, asking again, answering tool calls, dropping old turns.
+"""A conversation with a model, here or behind an endpoint: its turns; asking, undoing, asking again, answering tool
+calls, dropping old turns.
 
 `engine.session.Session` answers with a loaded model, `apps.remote.RemoteSession` with an OpenAI-compatible endpoint;
 both say only how a prompt becomes tokens. `chat` and `run` see nothing else.

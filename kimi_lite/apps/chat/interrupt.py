@@ -52,7 +52,7 @@ def on_interrupt(action: Callable[[], None]) -> Iterator[Interrupt]:
 
 @contextmanager
 def silent_keys() -> Iterator[None]:
-    """Inside the block what is typed is not shown; it waits for the next prompt. Nothing where stdin is not a terminal."""
+    """Inside the block what is typed is not shown but kept for the next prompt; at a terminal only."""
     if not sys.stdin.isatty():
         yield
         return

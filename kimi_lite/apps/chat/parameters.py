@@ -95,7 +95,7 @@ def find(name: str) -> Parameter:
 
 
 def changed(conversation: Conversation, settings: AnswerSettings, name: str, text: str) -> AnswerSettings:
-    """`settings` with one of them as typed; KimiLiteError where the text is not such a value or the model cannot do it."""
+    """`settings` with one of them as typed; KimiLiteError for a wrong value or one the model cannot have."""
     parameter = find(name)
     if text == DEFAULT:
         return parameter.change(settings, parameter.value(AnswerSettings(is_thinking=conversation.can_think)))

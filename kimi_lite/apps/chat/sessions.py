@@ -2,8 +2,8 @@
 program at a time.
 
 A file appears under its name only when it is complete, so a kill at any moment leaves what was saved before. The hold
-is a lock on `NAME.lock`, which the system releases with the process, and which holds the process's id for the one that comes
-second. A name is taken under its lock, so two chats that begin in the same second get two names.
+is a lock on `NAME.lock`, which the system releases with the process; the file tells the next program its id. A name is
+taken under its lock, so two chats that begin in the same second get two names.
 """
 
 import fcntl
