@@ -15,11 +15,11 @@ from kimi_lite import __version__
 from kimi_lite.apps.commands import Command, Group
 from kimi_lite.apps.doctor.command import main as doctor
 from kimi_lite.apps.flags import with_options
-from kimi_lite.apps.imatrix import main as imatrix
 from kimi_lite.apps.plan import main as plan
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import OUTPUT, PROMPT, Options
 from kimi_lite.quantize.__main__ import main as quantize
+from kimi_lite.quantize.imatrix import main as imatrix
 from kimi_lite.tools.bench.command import bench
 
 app = typer.Typer(

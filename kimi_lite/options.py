@@ -250,9 +250,13 @@ class Options:
         "--model",
         help="GGUF file, first shard or folder. Default: a demo.",
         panel=MODEL,
-        commands=PLANNED,
+        commands=(*PLANNED, "doctor", "imatrix"),
         metavar="PATH",
-        help_in={"plan": "GGUF, checkpoint folder, or a name. Default: kimi-k2.5."},
+        help_in={
+            "plan": "GGUF, checkpoint folder, or a name. Default: kimi-k2.5.",
+            "doctor": "Look at this model too: shards, tokenizer, plan.",
+            "imatrix": "GGUF file, first shard or folder; best unquantized or Q8_0.",
+        },
     )
     endpoint: str | None = _option(
         "--endpoint",
@@ -296,7 +300,7 @@ class Options:
         least=1,
         unused=_local,
         panel=MACHINE,
-        commands=PLANNED,
+        commands=(*PLANNED, "imatrix"),
     )
     device: str | None = _option(  # a torch device; None: CUDA where there is one
         "--device",

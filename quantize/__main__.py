@@ -45,7 +45,7 @@ CheckSource = Annotated[
 SplitSize = Annotated[str, typer.Option("--split-max-size", help=f"Largest file, e.g. 45G or 500M. {DECIMAL_HELP}.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, sizes and time; read no weights, write nothing.")]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity beside the source.")
+    bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity next to the source's.")
 ]
 FitInto = Annotated[
     str | None, typer.Option("--fit", metavar="GPU+MEMORY", help="Best types for e.g. 24G+256G, or `this` machine.")
@@ -71,16 +71,30 @@ def main(
     verify: Verify = False,
     force: Force = False,
 ) -> None:
-    """Convert a model of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to GGUF. Killed, it goes on when
-    repeated."""
+    """Convert a model of the deepseek family (Kimi K2 to K2.6, Moonlight, DeepSeek) to GGUF. Resumes after an
+    interruption."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from kimi_lite.quantize.app import Settings, run
     from kimi_lite.terminal import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    more = (calibrate, chunks, max_ram, mmproj, check_source)
-    settings = Settings(src, dst, recipe, type_name, tuple(tensor_types or ()), imatrix, split_size, force, fit, *more)
+    settings = Settings(
+        src=src,
+        dst=dst,
+        recipe=recipe,
+        type_name=type_name,
+        tensor_types=tuple(tensor_types or ()),
+        imatrix=imatrix,
+        split_size=split_size,
+        is_overwriting=force,
+        fit=fit,
+        calibrate=calibrate,
+        calibrate_chunks=chunks,
+        max_ram=max_ram,
+        mmproj=mmproj,
+        checks_source=check_source,
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -88,7 +102,7 @@ def main(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("checking")
 
         def show(name: str, done: int, total: int) -> None:

@@ -50,6 +50,8 @@ class Settings:
 
 def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying: bool) -> list[str]:
     """Does the work, or only describes it; returns what to tell the user. Raises KimiLiteError."""
+    split_bytes = parse_size(settings.split_size, "--split-max-size", is_decimal=True)
+    max_ram_bytes = parse_size(settings.max_ram, "--max-ram") if settings.max_ram else None
     with ExitStack() as stack:
         if settings.mmproj:
             _check_mmproj(settings)
@@ -57,15 +59,20 @@ def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying:
         calibration = _open_calibration(settings, on_progress)
         if calibration:
             stack.callback(calibration.close)
-        return [*lines, *_run(settings, calibration, on_progress, is_dry, is_verifying)]
+        return [*lines, *_run(settings, split_bytes, max_ram_bytes, calibration, on_progress, is_dry, is_verifying)]
 
 
 def _run(
-    settings: Settings, calibration: "CalibrationText | None", on_progress: OnProgress, is_dry: bool, is_verifying: bool
+    settings: Settings,
+    split_bytes: int,
+    max_ram_bytes: int | None,
+    calibration: "CalibrationText | None",
+    on_progress: OnProgress,
+    is_dry: bool,
+    is_verifying: bool,
 ) -> list[str]:
     importance = read_imatrix(settings.imatrix) if settings.imatrix else None
     has_importance = importance is not None or calibration is not None
-    split_bytes = parse_size(settings.split_size, "--split-max-size", is_decimal=True)
     src, dst = settings.src.expanduser(), settings.dst.expanduser()
     model = open_model(src)
     recipe = None if _is_fitting(settings) else _choose_recipe(settings, has_importance)
@@ -80,9 +87,17 @@ def _run(
             model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance
         )
         return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(plan.notes)]
-    max_ram_bytes = parse_size(settings.max_ram, "--max-ram") if settings.max_ram else None
-    options = (on_progress, settings.is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
-    report = convert(model, dst, recipe, *options)
+    report = convert(
+        model,
+        dst,
+        recipe,
+        on_progress,
+        is_overwriting=settings.is_overwriting,
+        split_bytes=split_bytes,
+        importance=importance,
+        calibration=calibration,
+        max_ram_bytes=max_ram_bytes,
+    )
     lines = [*_note_lines(report.notes), *fit_lines, *_report_lines(report)]
     if settings.mmproj:
         vision = write_mmproj(src, mmproj_path(dst), settings.mmproj, on_progress, settings.is_overwriting)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.apps.flags import resolve
@@ -23,7 +23,7 @@ from kimi_lite.plan.plan import make_plan
 from kimi_lite.units import GIB, MIB
 from tests.tiny import write_tiny_gguf
 
-COMMANDS = ("chat", "run", "bench", "plan")
+COMMANDS = ("chat", "run", "bench", "plan", "imatrix")
 GOOD = {  # what may be typed for a kind, and what it is
     "text": ("abc", "abc"),
     "path": ("~/abc", Path("~/abc").expanduser()),
@@ -108,6 +108,7 @@ def test_a_list_is_no_value_of_one_thing(name):
         resolve(OPTIONS[name].commands[0], {})
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(OPTIONS)), st.text(max_size=12))
 def test_any_text_is_a_value_or_a_sentence(name, text):
     option = OPTIONS[name]

@@ -1,7 +1,7 @@
 """Sizes and counts of tokens as people write them: memory is binary, a forgotten unit is asked about."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.errors import KimiLiteError
@@ -10,6 +10,7 @@ from kimi_lite.units import GIB, MIB, gib, gib_apart, parse_size, parse_token_co
 POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9999), st.sampled_from("KMGTkmgt"), st.sampled_from(["", "B", "iB", "b"]), st.booleans())
 def test_memory_is_binary_and_files_are_decimal_unless_they_say_ib(number, unit, suffix, has_space):
     text = f"{number}{' ' * has_space}{unit}{suffix}"
@@ -25,6 +26,7 @@ def test_sizes(text, expected):
     assert parse_size(text) == expected
 
 
+@settings(deadline=None)
 @given(st.integers(1, MIB - 1), st.sampled_from(["", "B"]))
 def test_a_forgotten_unit_is_asked_about(number, suffix):
     with pytest.raises(KimiLiteError, match="--vram is") as caught:

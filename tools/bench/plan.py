@@ -10,6 +10,7 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tokenizer import Tokenizer
+from kimi_lite.units import parse_token_count
 
 TEXT = Path(__file__).parents[1] / "data" / "emma.txt"
 _SEQUENCE_STRIDE, _PASSAGE_STRIDE = 997, 641  # tokens of the text between two beginnings
@@ -80,13 +81,7 @@ def plan_tests(prompt: str, generate: str, depths: str, batches: str, is_sweep: 
 
 def _numbers(flag: str, text: str) -> list[int]:
     """`0,4096`; each may be written 4K."""
-    numbers = []
-    for part in (part.strip().upper() for part in text.split(",") if part.strip()):
-        digits = part.removesuffix("K")
-        if not digits.isdecimal():
-            raise KimiLiteError(f"{flag} has {part!r}, which is not a number of tokens.", f"Try {flag} 0,4096.")
-        numbers.append(int(digits) * (1024 if part != digits else 1))
-    return numbers
+    return [parse_token_count(part, flag) for part in text.split(",") if part.strip()]
 
 
 def load_tokens(tokenizer: Tokenizer, is_random: bool, num_at_least: int = 0) -> np.ndarray:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kimi_lite.apps.flags import with_options
+from kimi_lite.options import Options
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -17,18 +20,18 @@ if TYPE_CHECKING:
 _FAILED = 2  # something the user can mend
 _LABEL = 17
 
-Model = Annotated[Path | None, typer.Option("-m", "--model", help="Look at this model too: shards, tokenizer, plan.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Do not measure memory and disk: two seconds less.")]
 Warm = Annotated[bool, typer.Option("--warm", help="Compile the model's kernels now. Default model: the demo.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for bug reports.")]
 
 
-def main(model: Model = None, quick: Quick = False, warm: Warm = False, as_json: AsJson = False) -> None:
+@with_options("doctor")
+def main(options: Options, quick: Quick = False, warm: Warm = False, as_json: AsJson = False) -> None:
     """Check this machine: each line is ok, warn or fail, with what to do about it."""
     from kimi_lite.apps.doctor.system import gather
     from kimi_lite.terminal import echo
 
-    path = model.expanduser() if model else None
+    path = Path(options.model).expanduser() if options.model else None
     if warm and path is None:
         from kimi_lite.demo.build import ensure_demo_model
 
