@@ -1,16 +1,16 @@
 """Chooses the next token from a row of logits.
 
-Order, as in Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p; each filter sees what the
-one before left. Over 163,840 logits a sort would cost more than everything else, so the filters find their cut with a
-histogram and sort one bin of it. One `Sampler` per request: its random numbers depend on the request's seed and on
-nothing else.
+Order, as in Hugging Face transformers: repetition penalty (then frequency and presence penalties and biases as OpenAI's
+API has them, then a grammar's mask), temperature, top-k, top-p, min-p; each filter sees what the one before left. Over
+163,840 logits a sort would cost more than everything else, so the filters find their cut with a histogram and sort one
+bin of it. One `Sampler` per request: its random numbers depend on the request's seed and on nothing else.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
 
-from kimi_lite.engine.types import SamplingParams
+from kimi_lite.engine.types import Logprob, Logprobs, SamplingParams
 from kimi_lite.errors import KimiLiteError
 
 BINS_PER_NAT, NUM_BINS = 32, 2048  # the histogram reaches 64 nats (a factor of 1e28) below the best token
@@ -18,43 +18,65 @@ NEAR_NATS = 7.0  # tokens less than a thousandth as likely as the best are looke
 
 
 class Sampler:
-    """The state of one request: its random generator and the tokens its repetition penalty knows."""
+    """The state of one request: its random generator and what its penalties know of the tokens so far."""
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int], vocab_size: int) -> None:
+        """Raises KimiLiteError where a biased token does not exist."""
         self.params = params
         self.random = np.random.default_rng(params.seed)
-        self.is_seen = None
+        self.is_seen: np.ndarray | None = None  # (vocab,) bool, prompt included
+        self.counts: np.ndarray | None = None  # (vocab,) int32 of generated tokens
         if params.repetition_penalty != 1:
             self.is_seen = np.zeros(vocab_size, np.bool_)
             self.is_seen[list(prompt_ids)] = True
+        if params.frequency_penalty or params.presence_penalty:
+            self.counts = np.zeros(vocab_size, np.int32)
+        unknown = [token_id for token_id, _ in params.logit_bias if not 0 <= token_id < vocab_size]
+        if unknown:
+            raise KimiLiteError(f"A bias is given for token {unknown[0]}; the ids go from 0 to {vocab_size - 1}.")
 
-    def sample(self, logits: np.ndarray) -> int:
-        """`logits` (vocab,) float32 -> a token id. Raises KimiLiteError on logits that are no numbers."""
+    def sample(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
+        """`logits` (vocab,) float32 -> a token id; `allowed`: a `Constraint`'s bits.
+
+        Raises KimiLiteError on logits that are not numbers.
+        """
         assert (logits.dtype, logits.ndim) == (np.float32, 1), (logits.dtype, logits.shape)
-        if self.is_seen is not None:
-            logits = self._penalize(logits)
-        best = int(logits.argmax())  # finds NaN and +inf too, if there are any
-        if not np.isfinite(logits[best]):
-            problem = (
-                f"The model's output is no number: the best logit is {logits[best]} (token {best}). A weight is broken."
-            )
-            raise KimiLiteError(
-                problem, "Fetch the file again, or check one of your own with kimi-lite quantize --verify."
-            )
+        require_numbers(logits)
+        logits = self._penalize(logits)
+        if allowed is not None:
+            logits = np.where(unpack_bits(allowed, len(logits)), logits, -np.inf)
+        best = int(logits.argmax())
         chosen = best if self.params.temperature == 0 else self._draw(logits, logits[best])
         if self.is_seen is not None:
             self.is_seen[chosen] = True
+        if self.counts is not None:
+            self.counts[chosen] += 1
         return chosen
 
+    def forced(self, token_id: int) -> None:
+        """This token came without being sampled."""
+        if self.is_seen is not None:
+            self.is_seen[token_id] = True
+        if self.counts is not None:
+            self.counts[token_id] += 1
+
     def _penalize(self, logits: np.ndarray) -> np.ndarray:
-        """Seen tokens become less likely: positive logits are divided by the penalty, negative ones multiplied."""
-        seen = np.flatnonzero(self.is_seen)
-        values = logits[seen]
-        penalized = logits.copy()
-        penalized[seen] = np.where(
-            values > 0, values / self.params.repetition_penalty, values * self.params.repetition_penalty
-        )
-        return penalized
+        """Seen tokens become less likely: positive logits are divided by the repetition penalty, negative ones
+        multiplied; what was generated loses the other penalties; biases are added last."""
+        params = self.params
+        if self.is_seen is None and self.counts is None and not params.logit_bias:
+            return logits
+        logits = logits.copy()
+        if self.is_seen is not None:
+            seen = np.flatnonzero(self.is_seen)
+            values = logits[seen]
+            logits[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        if self.counts is not None:
+            generated = np.flatnonzero(self.counts)
+            logits[generated] -= params.frequency_penalty * self.counts[generated] + params.presence_penalty
+        for token_id, bias in params.logit_bias:
+            logits[token_id] += bias
+        return logits
 
     def _draw(self, logits: np.ndarray, best_logit: np.float32) -> int:
         depths = (best_logit - logits) * np.float32(1 / self.params.temperature)  # (vocab,) nats below the best token
@@ -63,6 +85,35 @@ class Sampler:
         index = np.searchsorted(cumulative, self.random.random() * cumulative[-1], side="right")
         index = min(int(index), len(weights) - 1)  # random() is below 1, but the product may round up to the sum
         return index if ids is None else int(ids[index])
+
+
+def require_numbers(logits: np.ndarray) -> None:
+    """Refuse a row whose best logit is NaN or infinite: sampling from it would write one token for ever."""
+    best = int(logits.argmax())  # finds NaN and +inf too, if there are any
+    if np.isfinite(logits[best]):
+        return
+    problem = (
+        f"The model's output is not a number: the best logit is {logits[best]} (token {best}). A weight is broken."
+    )
+    raise KimiLiteError(problem, "Fetch the file again, or check one of your own with kimi-lite quantize --verify.")
+
+
+def unpack_bits(bits: np.ndarray, count: int) -> np.ndarray:
+    """A `Constraint`'s uint32 words -> (count,) bool; tokens past the last word are not allowed."""
+    flags = np.unpackbits(bits.view(np.uint8), bitorder="little").view(np.bool_)
+    if len(flags) >= count:
+        return flags[:count]
+    return np.concatenate([flags, np.zeros(count - len(flags), np.bool_)])
+
+
+def logprobs(logits: np.ndarray, chosen: int, num_top: int) -> Logprobs:
+    """Log-probabilities of the model's own distribution: of `chosen` and of the `num_top` likeliest, ties by id."""
+    depths = logits.astype(np.float64)
+    depths -= depths.max()
+    values = depths - np.log(np.exp(depths).sum())
+    near = np.argpartition(-values, min(num_top, len(values) - 1))[:num_top] if num_top else np.empty(0, np.int64)
+    ranked = sorted(near, key=lambda i: (-values[i], i))
+    return Logprobs(Logprob(chosen, float(values[chosen])), tuple(Logprob(int(i), float(values[i])) for i in ranked))
 
 
 def candidates(depths: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:

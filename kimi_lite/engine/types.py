@@ -8,13 +8,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.stream import Kind
 from kimi_lite.text.tool_calls import ToolCall
 
-FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls", "repetition"]
 
 THINKING_TEMPERATURE, INSTANT_TEMPERATURE, TOP_P = 1.0, 0.6, 0.95  # the vendor's recommendation for Kimi K2.5
 
@@ -29,6 +31,10 @@ class SamplingParams:
     top_p: float = TOP_P
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # over the prompt and what was generated
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time it was generated
+    presence_penalty: float = 0.0  # taken once from the logits of tokens that were generated
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    num_logprobs: int | None = None  # log-probabilities of the chosen and of so many likeliest tokens; None: not wanted
     seed: int | None = None  # None: another answer every time
     max_tokens: int | None = None  # None: until the model stops or the context is full
     stop: tuple[str, ...] = ()  # the answer ends before any of these; reasoning is not searched
@@ -40,9 +46,39 @@ class SamplingParams:
         _require("Top-p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1)
         _require("Min-p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1)
         _require("Repetition penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
+        for name, value in (("Frequency", self.frequency_penalty), ("Presence", self.presence_penalty)):
+            _require(f"{name} penalty", value, "from -2 to 2", -2 <= value <= 2)
+        for token_id, bias in self.logit_bias:
+            _require(f"The bias of token {token_id}", bias, "from -100 to 100", -100 <= bias <= 100)
+        wanted = self.num_logprobs
+        _require("The number of log-probabilities", wanted, "from 0 to 20", wanted is None or 0 <= wanted <= 20)
         _require("Seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
         _require("Max tokens", self.max_tokens, "1 or more", self.max_tokens is None or self.max_tokens >= 1)
         _require("Stop", self.stop, "texts that are not empty", all(self.stop))
+
+
+class Constraint(Protocol):
+    """A grammar's state for one answer: which tokens may come next. Made anew for every request."""
+
+    def allowed(self) -> np.ndarray | None:
+        """uint32 bits, (ceil(vocab / 32),): bit i % 32 of word i // 32 says whether token i may come. None: any may."""
+
+    def accept(self, token_id: int) -> None:
+        """This token came."""
+
+
+class Logprob(NamedTuple):
+    """Of the model's own distribution (temperature 1, before penalties and filters), natural logarithm."""
+
+    token_id: int
+    logprob: float
+
+
+class Logprobs(NamedTuple):
+    """Of one sampled token: its own, and the likeliest ones in falling order."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
 
 
 def _require(name: str, value: object, allowed: str, is_allowed: bool) -> None:

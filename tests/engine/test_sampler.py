@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_lite.engine.sampler import Sampler, candidates
+from kimi_lite.engine.sampler import Sampler, candidates, logprobs
 from kimi_lite.engine.types import SamplingParams
 from kimi_lite.errors import KimiLiteError
 
@@ -152,3 +152,46 @@ def test_a_token_of_minus_infinity_is_never_drawn() -> None:
 def test_settings_out_of_range_are_refused_with_the_range(wrong: dict) -> None:
     with pytest.raises(KimiLiteError, match="it must be"):
         SamplingParams(**wrong)
+
+
+def test_penalties_and_biases_as_the_api_has_them() -> None:
+    """logit - count * frequency - presence, over generated tokens only; then the bias."""
+    logits = np.array([3.0, 2.9, 2.0, 0.0], np.float32)
+    params = SamplingParams(temperature=0, frequency_penalty=0.3, presence_penalty=0.5, logit_bias=((3, 1.5),))
+    sampler = Sampler(params, (0, 0, 0), 4)
+    chosen = [sampler.sample(logits) for _ in range(6)]
+    counts, want = np.zeros(4), []
+    for _ in range(6):
+        x = logits - 0.3 * counts - 0.5 * (counts > 0) + np.array([0, 0, 0, 1.5])
+        want.append(int(x.argmax()))
+        counts[want[-1]] += 1
+    assert chosen == want and len(set(want)) > 2
+    assert Sampler(SamplingParams(temperature=0, logit_bias=((2, 100.0),)), (), 4).sample(logits) == 2
+    assert Sampler(SamplingParams(temperature=0, logit_bias=((0, -100.0),)), (), 4).sample(logits) == 1
+    with pytest.raises(KimiLiteError, match="token 4; the ids go from 0 to 3"):
+        Sampler(SamplingParams(logit_bias=((4, 1.0),)), (), 4)
+
+
+def test_a_mask_leaves_only_what_it_allows() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(scale=4, size=1000).astype(np.float32)
+    allowed_ids = np.sort(rng.choice(990, 7, replace=False))
+    bits = np.zeros(31, np.uint32)  # 992 tokens: those past the last word are not allowed
+    for i in allowed_ids:
+        bits[i // 32] |= np.uint32(1) << np.uint32(i % 32)
+    assert Sampler(SamplingParams(temperature=0), (), 1000).sample(logits, bits) == max(
+        allowed_ids, key=lambda i: logits[i]
+    )
+    sampler = Sampler(SamplingParams(temperature=2.0, top_p=1.0, seed=0), (), 1000)
+    drawn = {sampler.sample(logits, bits) for _ in range(3000)}
+    assert drawn <= set(allowed_ids.tolist()) and len(drawn) > 3
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = np.random.default_rng(4).normal(scale=3, size=500).astype(np.float32)
+    exact = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
+    found = logprobs(logits, 17, 5)
+    assert found.chosen == (17, pytest.approx(exact[17]))
+    assert [entry.token_id for entry in found.top] == np.argsort(-exact)[:5].tolist()
+    assert [entry.logprob for entry in found.top] == pytest.approx(np.sort(exact)[::-1][:5])
+    assert logprobs(logits, 3, 0).top == ()
