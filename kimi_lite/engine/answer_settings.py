@@ -74,7 +74,9 @@ class AnswerSettings:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "AnswerSettings":
         sampling = dict(value["sampling"])
-        return cls(**{**value, "sampling": SamplingParams(**{**sampling, "stop": tuple(sampling["stop"])})})
+        biases = tuple((int(token_id), float(bias)) for token_id, bias in sampling.get("logit_bias", ()))
+        lists = {"stop": tuple(sampling["stop"]), "logit_bias": biases}
+        return cls(**{**value, "sampling": SamplingParams(**{**sampling, **lists})})
 
 
 def _differences(value: Any, default: Any) -> dict[str, Any]:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
-from kimi_lite.engine.sampler import Sampler
+from kimi_lite.engine.loop_guard import LoopGuard
+from kimi_lite.engine.sampler import Sampler, logprobs
 from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
 from kimi_lite.engine.sequence import Sequence
 from kimi_lite.engine.types import FinishReason, ModelInfo, Request, Stats, Token
@@ -114,7 +116,10 @@ class Engine:
             for request in requests:
                 self.add(request)
             while any(request.id in self._live for request in requests):
-                yield from self.step(on_prefill)
+                for token in self.step(on_prefill):
+                    yield token
+                    if token.failure is not None:
+                        raise token.failure
         finally:
             for request in requests:
                 if request.id in self._live:
@@ -135,7 +140,9 @@ class Engine:
             self.tokenizer, request.starts_in_reasoning, request.sampling.stop, request.tools, request.num_calls
         )
         sampler = Sampler(request.sampling, request.prompt_ids, self.tokenizer.vocab_size)
-        sequence = Sequence(request, sampler, parser, added_s=self.clock_s())
+        guard = request.loop_limits and LoopGuard(request.loop_limits, request.earlier_calls)
+        constraint = request.constraint and request.constraint()
+        sequence = Sequence(request, sampler, parser, self.clock_s(), constraint, guard)
         self._live[request.id] = sequence
         self.scheduler.add(sequence)
 
@@ -172,10 +179,14 @@ class Engine:
         ]
 
     def _sample(self, sequence: Sequence, logits: np.ndarray) -> list[Token]:
-        """Choose the next token and say what it adds to the output."""
-        token_id = sequence.sampler.sample(logits[: self.tokenizer.vocab_size])
-        if self._is_thought_out(sequence):
-            token_id = self.tokenizer.special[END_THINK]
+        """Choose the next token and say what it adds to the output. What is wrong with one request ends it alone."""
+        logits = logits[: self.tokenizer.vocab_size]
+        try:
+            token_id = self._choose(sequence, logits)
+        except KimiLiteError as error:
+            self._drop(sequence)
+            *rest, last = self._tokens(sequence, None, sequence.parser.finish(), "error")
+            return [*rest, replace(last, failure=error)]
         sequence.append(token_id, self.clock_s())
         is_end = token_id in self.tokenizer.eos_ids and not sequence.request.sampling.ignore_eos
         pieces = [] if is_end else sequence.parser.feed(token_id)
@@ -185,16 +196,29 @@ class Engine:
             self._drop(sequence)
         if finish_reason == "stop" and sequence.parser.tool_calls:
             finish_reason = "tool_calls"
-        return self._tokens(sequence, token_id, pieces, finish_reason)
+        first, *rest = self._tokens(sequence, token_id, pieces, finish_reason)
+        if (num_top := sequence.request.sampling.num_logprobs) is not None:
+            first = replace(first, logprobs=logprobs(logits, token_id, num_top))
+        return [first, *rest]
 
-    def _is_thought_out(self, sequence: Sequence) -> bool:
-        """Whether the answer still reasons after as many tokens as it may; all tokens so far were reasoning then."""
-        limit = sequence.request.max_reasoning_tokens
-        return limit is not None and sequence.num_generated >= limit and sequence.parser.kind == "reasoning"
+    def _choose(self, sequence: Sequence, logits: np.ndarray) -> int:
+        """`logits` (vocab,) -> the next token, by the sampler within the grammar; the end of a thinking budget is
+        written without being asked."""
+        if sequence.is_thought_out:
+            token_id = self.tokenizer.special[END_THINK]
+            sequence.sampler.forced(token_id)
+            return token_id
+        if sequence.constraint is None or sequence.is_reasoning:
+            return sequence.sampler.sample(logits)
+        token_id = sequence.sampler.sample(logits, sequence.constraint.allowed())
+        sequence.constraint.accept(token_id)
+        return token_id
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.parser.is_stopped:
             return "stop"
+        if sequence.is_in_a_loop:
+            return "repetition"
         is_at_limit = sequence.num_generated == sequence.request.sampling.max_tokens
         return "length" if is_at_limit or len(sequence.token_ids) >= self.context_length else None
 
@@ -227,5 +251,7 @@ class Engine:
 
 def _token(name: str, token_id: int | None, piece: Piece, reason: FinishReason | None, stats: Stats) -> Token:
     call_index = None if piece.call_index < 0 else piece.call_index
-    error, unsaid = piece.error or None, piece.unsaid
-    return Token(name, token_id, piece.text, piece.kind, reason, stats, piece.call, call_index, error, unsaid)
+    error = piece.error or None
+    return Token(
+        name, token_id, piece.text, piece.kind, reason, stats, piece.call, call_index, error, unsaid=piece.unsaid
+    )

@@ -26,14 +26,11 @@ class LoopGuard:
 
     def __init__(self, limits: LoopLimits, earlier_calls: Sequence[tuple[str, str]] = ()) -> None:
         self._limits, self._earlier = limits, tuple(earlier_calls)
-        self._num_since_check = 0
 
     def repeats_itself(self, generated: Sequence[int]) -> bool:
-        """Whether the ids generated so far end in a loop; asked after every token, looked at every few."""
-        self._num_since_check += 1
-        if self._num_since_check < _CHECK_EVERY:
+        """Whether the ids generated so far end in a loop. Asked after every token, it looks at every 32nd."""
+        if len(generated) % _CHECK_EVERY:
             return False
-        self._num_since_check = 0
         return period_of_tail(generated, self._limits) is not None
 
     def repeats_calls(self, calls: Sequence[tuple[str, str]]) -> bool:

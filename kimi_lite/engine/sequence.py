@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from kimi_lite.engine.loop_guard import LoopGuard
 from kimi_lite.engine.sampler import Sampler
-from kimi_lite.engine.types import Request, Stats
+from kimi_lite.engine.types import Constraint, Request, Stats
 from kimi_lite.kv.pages import SequencePages
 from kimi_lite.text.stream import StreamParser
 
@@ -16,6 +17,8 @@ class Sequence:
     sampler: Sampler
     parser: StreamParser
     added_s: float
+    constraint: Constraint | None = None
+    guard: LoopGuard | None = None
     token_ids: list[int] = field(init=False)  # the prompt and everything sampled
     pages: SequencePages | None = None
     num_cached: int = 0  # tokens of the prompt that were in the cache when it first ran
@@ -31,9 +34,32 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
+    def generated_ids(self) -> list[int]:
+        return self.token_ids[len(self.request.prompt_ids) :]
+
+    @property
     def num_left(self) -> int:
         """Tokens that must still run before the next one can be sampled: 1 when decoding."""
         return len(self.token_ids) - self.pages.num_computed
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the next token belongs to the reasoning, as far as is known."""
+        return self.parser.kind == "reasoning"
+
+    @property
+    def is_thought_out(self) -> bool:
+        """Whether it still reasons after as many tokens as it may; all tokens so far were reasoning then."""
+        limit = self.request.max_reasoning_tokens
+        return limit is not None and self.num_generated >= limit and self.is_reasoning
+
+    @property
+    def is_in_a_loop(self) -> bool:
+        """Whether the answer repeats itself, or its calls those before them. Asked once after every token."""
+        if self.guard is None:
+            return False
+        calls = [(call.name, call.arguments) for call in self.parser.tool_calls]
+        return self.guard.repeats_calls(calls) or self.guard.repeats_itself(self.generated_ids)
 
     def append(self, token_id: int, now_s: float) -> None:
         self.token_ids.append(token_id)

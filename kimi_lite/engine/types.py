@@ -5,18 +5,19 @@ Apps, server and benchmark all consume the same stream of `Token`, so they canno
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.stream import Kind
 from kimi_lite.text.tool_calls import ToolCall
 
-FinishReason = Literal["stop", "length", "cancelled", "tool_calls", "repetition"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls", "repetition", "error"]
 
 THINKING_TEMPERATURE, INSTANT_TEMPERATURE, TOP_P = 1.0, 0.6, 0.95  # the vendor's recommendation for Kimi K2.5
 
@@ -97,9 +98,11 @@ class Request:
     starts_in_reasoning: bool = False  # the prompt ends inside <think>
     tools: tuple[Mapping, ...] = ()  # as declared to the model; they name calls whose id does not
     num_calls: int = 0  # of the conversation so far; new ids count on from it
-    max_reasoning_tokens: int | None = (
-        None  # then the model's </think> is put in its mouth; None: it thinks as long as it likes
-    )
+    max_reasoning_tokens: int | None = None  # then </think> is put in the model's mouth; None: no limit
+    constraint: Callable[[], Constraint] | None = None  # the grammar of the answer; reasoning stays free
+    loop_limits: LoopLimits | None = None  # None: an answer may repeat itself
+    earlier_calls: tuple[tuple[str, str], ...] = ()  # (name, arguments) of the conversation, for the loop guard
+    client: str = ""  # whose request it is: clients take turns in the queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,8 @@ class Token:
     call: ToolCall | None = None  # id and name, with the first piece of a tool call
     call_index: int | None = None  # which call of this answer a piece belongs to, from 0
     error: str | None = None  # what is wrong with a tool call: it has no tool, or its arguments are no JSON object
+    logprobs: Logprobs | None = None  # of `id`, where they were asked for
+    failure: KimiLiteError | None = None  # with finish reason "error": why this request alone could not go on
     unsaid: str = ""  # came as content (or reasoning) before and is this token's text instead: a late `</think>`
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.types import Request, SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.kv.host import HostPages
@@ -433,3 +435,82 @@ def _padded(forward):
         return np.pad(logits, ((0, 0), (0, 4)), constant_values=99.0)
 
     return padded
+
+
+def test_log_probabilities_go_with_the_tokens_they_are_of() -> None:
+    engine = fake_engine()
+    tokens = list(engine.generate([request("a", (1, 2, 3), temperature=0, num_logprobs=2)]))
+    with_ids = [token for token in tokens if token.id is not None]
+    assert all(token.logprobs.chosen.token_id == token.id == token.logprobs.top[0].token_id for token in with_ids)
+    assert all(len(token.logprobs.top) == 2 for token in with_ids)
+    assert not any(token.logprobs for token in tokens if token.id is None)
+
+
+class OnlyEven:
+    """A grammar of even ids, which after three of them allows the end alone."""
+
+    def __init__(self, eos_id: int) -> None:
+        self.eos_id, self.ids = eos_id, []
+
+    def allowed(self) -> np.ndarray:
+        ids = [self.eos_id] if len(self.ids) == 3 else range(0, 256, 2)
+        bits = np.zeros(10, np.uint32)
+        for i in ids:
+            bits[i // 32] |= np.uint32(1) << np.uint32(i % 32)
+        return bits
+
+    def accept(self, token_id: int) -> None:
+        self.ids.append(token_id)
+
+
+def test_a_grammar_decides_what_may_come_and_begins_behind_the_reasoning() -> None:
+    engine = fake_engine()
+    eos_id = min(engine.tokenizer.eos_ids)
+    grammars = []
+
+    def make() -> OnlyEven:
+        grammars.append(OnlyEven(eos_id))
+        return grammars[-1]
+
+    plain = replace(request("a", (1, 2, 3), 50), constraint=make)
+    ids = [token.id for token in engine.generate([plain]) if token.id is not None]
+    assert len(ids) == 4 and ids[-1] == eos_id and not any(i % 2 for i in ids[:3]), ids
+    thinking = replace(plain, id="b", starts_in_reasoning=True, max_reasoning_tokens=6)
+    ids = [token.id for token in engine.generate([thinking]) if token.id is not None]
+    end = engine.tokenizer.special["</think>"]
+    assert ids[6] == end and ids[-1] == eos_id and len(ids) == 11 and any(i % 2 for i in ids[:6]), ids
+    assert [len(grammar.ids) for grammar in grammars] == [4, 4]  # one for each request, fed its answer alone
+
+
+def test_an_answer_in_a_loop_ends_and_says_so() -> None:
+    def always(context: list[int]) -> np.ndarray:
+        logits = np.full(VOCAB_SIZE, -50.0, np.float32)
+        logits[[65, 66, 67][len(context) % 3]] = 1.0
+        return logits
+
+    engine = fake_engine(always)
+    limits = LoopLimits(num_repeats=4, num_tokens=48, max_period=8)
+    tokens = list(engine.generate([replace(request("a", (1, 2), 200, temperature=0), loop_limits=limits)]))
+    assert tokens[-1].finish_reason == "repetition" and tokens[-1].stats.generated_tokens == 64
+    free = list(engine.generate([request("b", (1, 2), 200, temperature=0)]))
+    assert free[-1].finish_reason == "length" and free[-1].stats.generated_tokens == 200
+
+
+def test_a_broken_row_of_logits_ends_its_own_request_only() -> None:
+    def broken_for_some(context: list[int]) -> np.ndarray:
+        logits = hashed_logits(context)
+        if context[0] == 9 and len(context) > 6:
+            logits[0] = np.nan
+        return logits
+
+    engine = fake_engine(broken_for_some)
+    good, bad = request("good", (1, 2, 3), 12), request("bad", (9, 2, 3), 12)
+    engine.add(good), engine.add(bad)
+    tokens = []
+    while not {"good", "bad"} <= {token.request_id for token in tokens if token.finish_reason}:
+        tokens += engine.step()
+    last = {token.request_id: token for token in tokens if token.finish_reason}
+    assert (last["good"].finish_reason, last["bad"].finish_reason) == ("length", "error")
+    assert "not a number" in last["bad"].failure.message
+    with pytest.raises(KimiLiteError, match="not a number"):
+        list(engine.generate([request("again", (9, 2, 3), 12)]))
