@@ -73,7 +73,7 @@ class Isolation:
         else:
             found.append("it can change modes and dates of your files, and sees their names and sizes")
         if self.landlock_version < _SIGNAL_SCOPE:
-            found.append("it can end your other programs")
+            found.append("it can end your other programs, and the one that keeps its time")
         if not self.has_seccomp:
             found.append("it can leave shared memory behind")
         return tuple(found)

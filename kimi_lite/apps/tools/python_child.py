@@ -21,6 +21,7 @@ import os
 import platform
 import resource
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -95,7 +96,9 @@ _ALWAYS_REFUSED_EVERYWHERE = (
     *(424, 425, 426, 427, 428, 429, 430, 431, 432, 433, 434, 438, 440),  # pidfd, io_uring, mounts, process_madvise
     *(442, 443, 447),  # mount_setattr, quotactl_fd, memfd_secret
 )
-_SOCKET = {"x86_64": (41, 42), "aarch64": (198, 203)}  # socket, connect; socketpair is harmless and stays
+_SOCKET = {"x86_64": (41, 42), "aarch64": (198, 203)}  # socket, connect
+# Pairs stay, but those of datagrams: one can send from them to any local socket by its path.
+_SOCKETPAIR, _UNIX, _STREAM, _PACKETS = {"x86_64": 53, "aarch64": 199}, 1, 1, 5
 _CLONE, _CLONE3, _PRLIMIT = {"x86_64": 56, "aarch64": 220}, 435, {"x86_64": 302, "aarch64": 261}
 # Without a mount namespace: Landlock has no right for modes, owners, dates and attributes of files outside, and before
 # version 3 none for truncating.
@@ -104,7 +107,10 @@ _ON_ANY_FILE = {
     "aarch64": (5, 6, 7, 14, 15, 16, 45, 52, 53, 54, 55, 88, 452),
 }
 # Without a PID namespace: queued signals and priorities of others. kill, which is needed, is Landlock's to scope.
-_ON_ANY_PROCESS = {"x86_64": (129, 141, 144, 251, 297, 314), "aarch64": (30, 119, 138, 140, 240, 274)}
+_ON_ANY_PROCESS = {
+    "x86_64": (129, 141, 142, 144, 203, 251, 297, 314),
+    "aarch64": (30, 118, 119, 122, 138, 140, 240, 274),
+}
 
 
 class NotAllowed(Exception):
@@ -234,7 +240,7 @@ class Keeper:
             return "processes"
         if _sum(pids, resident_bytes) > self.limits.memory_bytes and _sum(pids, owned_bytes) > self.limits.memory_bytes:
             return "memory"
-        if not self.is_separate and folder_bytes(self.folder) > self.limits.disk_bytes:
+        if not self.is_separate and folder_bytes(self.folder, pids) > self.limits.disk_bytes:
             return "disk"
         return ""
 
@@ -424,8 +430,8 @@ def refused_calls(is_separate: bool) -> dict[int, int]:
 def refuse_calls(refused: dict[int, int]) -> None:
     """For good, for this process and all that it starts: seccomp(2), a program in classic BPF."""
     machine = platform.machine()
-    load, equal, greater, any_of, give = 0x20, 0x15, 0x25, 0x45, 0x06
-    number, architecture, first = 0, 4, 16  # in struct seccomp_data: first is an argument
+    load, equal, greater, any_of, mask, give = 0x20, 0x15, 0x25, 0x45, 0x54, 0x06
+    number, architecture, first, second = 0, 4, 16, 24  # in struct seccomp_data; the last two are arguments
     kill, allow = 0x80000000, 0x7FFF0000
 
     def fail(code: int) -> int:
@@ -435,6 +441,9 @@ def refuse_calls(refused: dict[int, int]) -> None:
     program += [(load, 0, 0, number), (greater, 0, 1, _LAST_KNOWN), (give, 0, 0, fail(errno.ENOSYS))]  # also x32's
     for call, code in refused.items():
         program += [(equal, 0, 1, call), (give, 0, 0, fail(code))]
+    program += [(equal, 0, 7, _SOCKETPAIR[machine]), (load, 0, 0, first), (equal, 0, 4, _UNIX)]
+    program += [(load, 0, 0, second), (mask, 0, 0, 0xF), (equal, 2, 0, _STREAM), (equal, 1, 0, _PACKETS)]
+    program += [(give, 0, 0, fail(errno.EPERM)), (load, 0, 0, number)]
     program += [(equal, 0, 3, _CLONE[machine]), (load, 0, 0, first), (any_of, 0, 1, _NEW_ANY)]
     program += [(give, 0, 0, fail(errno.EPERM)), (load, 0, 0, number)]
     program += [
@@ -512,14 +521,21 @@ def owned_bytes(pid: int) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
 
 
-def folder_bytes(folder: str) -> int:
-    """Of the files in a folder, at any depth."""
-    total = 0
+def folder_bytes(folder: str, pids: list[int]) -> int:
+    """Of the files in a folder, at any depth, and of those that processes hold open though they are removed."""
+    found = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
-    return total
+                status = os.lstat(os.path.join(parent, name))
+                found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                status = os.stat(f"/proc/{pid}/fd/{descriptor}")
+                if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+                    found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(found.values())
 
 
 def _in_child(work: object) -> None:

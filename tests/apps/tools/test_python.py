@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -108,6 +109,12 @@ def test_limits_count_all_its_processes_together(how: Isolation) -> None:
     files = "import time\nfor i in range(8): open(f'f{i}', 'wb').write(bytes(1 << 20))\ntime.sleep(20)"
     shown = run(files, how=how, disk_bytes=4 * MIB, time_s=15.0)
     assert ("No space left" in shown) if how.has_namespaces else ("files took more than 4 MiB" in shown)
+    unlinked = files.replace("write(bytes(1 << 20))", "write(bytes(1 << 20)), os.unlink(f'f{i}')").replace(
+        "time", "os, time", 1
+    )
+    unlinked = unlinked.replace("open(", "kept.append(open(").replace(", 'wb').write", ", 'wb')), kept[-1].write")
+    shown = run(f"kept = []\n{unlinked}", how=how, disk_bytes=4 * MIB, time_s=15.0)
+    assert ("No space left" in shown) if how.has_namespaces else ("files took more than 4 MiB" in shown)
     shared = "import os, time\nb = bytearray(100 << 20)\nb[::4096] = b'x' * len(b[::4096])\n"
     shared += "children = [os.fork() or time.sleep(0.5) or os._exit(0) for _ in range(4)]\nprint('shared')"
     assert run(shared + "\ntime.sleep(0.3)", how=how, memory_bytes=300 * MIB) == "shared"
@@ -168,19 +175,25 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "home").mkdir(mode=0o700)
     (tmp_path / "home/key").write_text("s3cret")
     (tmp_path / "home/key").chmod(0o600)
-    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as hidden:
-        path = f"/tmp/kimi-lite-test-{os.getpid()}.sock"
-        Path(path).unlink(missing_ok=True)
-        server.bind(path)
-        server.listen()
-        hidden.bind(f"\0kimi-lite-test-{os.getpid()}")
-        hidden.listen()
-        (tmp_path / "home/socket").symlink_to(path)
+    paths = [f"/tmp/kimi-lite-test-{os.getpid()}-{name}" for name in ("socket", "datagrams")]
+    kinds = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_STREAM)
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(socket.AF_UNIX, kind)) for kind in kinds]
+        for one, path in zip(sockets, [*paths, f"\0kimi-lite-test-{os.getpid()}"], strict=True):
+            if path.startswith("/"):
+                stack.callback(os.unlink, path)
+                (tmp_path / "home" / path.rpartition("-")[2]).symlink_to(path)
+            one.bind(path)
+            one.setblocking(False)
+        sockets[0].listen()
+        sockets[2].listen()
         yield tmp_path / "home"
-        Path(path).unlink()
-        server.settimeout(0.0)
         with pytest.raises(BlockingIOError):  # nothing came
-            server.accept()
+            sockets[0].accept()
+        with pytest.raises(BlockingIOError):
+            sockets[1].recv(9)
+        with pytest.raises(BlockingIOError):
+            sockets[2].accept()
 
 
 def state(folder: Path) -> object:
@@ -218,6 +231,7 @@ ATTACKS = {
     "new fchmodat2": "call(452, -100, KEY.encode(), 0o666, 0)",
     "local socket": "s = socket.socket(socket.AF_UNIX); s.connect(SOCKET); s.send(b'x')",
     "local socket, datagram": "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'x', SOCKET)",
+    "local socket, from a pair": "a, b = socket.socketpair(type=socket.SOCK_DGRAM); a.sendto(b'x', DATAGRAMS)",
     "abstract socket": "socket.socket(socket.AF_UNIX).connect(ABSTRACT)",
     "TCP": "socket.create_connection(('127.0.0.1', 22), 1)",
     "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('1.1.1.1', 53))",
@@ -238,7 +252,11 @@ TOOLS = (
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_nothing_outside_is_reached(outside: Path, how: Isolation, attack: str) -> None:
     names = {"HOME": str(outside), "KEY": f"{outside}/key", "OUTER": os.getpid()}
-    names |= {"SOCKET": os.readlink(outside / "socket"), "ABSTRACT": f"\0kimi-lite-test-{os.getpid()}"}
+    names |= {
+        "DATAGRAMS": os.readlink(outside / "datagrams"),
+        "SOCKET": os.readlink(outside / "socket"),
+        "ABSTRACT": f"\0kimi-lite-test-{os.getpid()}",
+    }
     before, python, null = (
         state(outside),
         os.stat(os.path.realpath(sys.executable)).st_mode,
