@@ -1,6 +1,7 @@
 """From options to a conversation: find the model or build the demo, load it with progress, say what it is."""
 
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ DEMO_REMARKS = (
     "no -m given: this is the demo, a 135 M model in Kimi K2.5's architecture",
     "the real one: -m FOLDER, a GGUF from elsewhere or by kimi-lite quantize",
 )
+_WHOLE_LINE = 10_000  # columns
 _SMALL_RECIPE = "tq1_0"  # whose size is named for a model that is not here
 
 
@@ -40,7 +42,7 @@ def open_session(options: Options, status: Console) -> Conversation:
             f"The chat template of {session.info.name} always drops past reasoning.", "Remove --preserve-thinking."
         )
     for line in () if options.is_quiet else unused_options(options, _situation(session, options, status)):
-        show_plain(status, line, style="dim")
+        show_plain(status, wrapped(line, line_width(status)), style="dim")
     return session
 
 
@@ -87,19 +89,33 @@ def _situation(session: Conversation, options: Options, status: Console) -> Situ
     return replace(found, can_think=session.can_think, is_terminal=is_terminal)
 
 
-def greeting(session: Conversation, options: Options) -> list[str]:
-    """The lines before the first prompt: model, recipe, where things lie, context, mode, ceiling."""
-    plan = getattr(getattr(session, "engine", None), "plan", None)
-    mode = session.mode if session.can_think else f"no thinking mode ({session.settings.describe_sampling()})"
+def greeting(conversation: Conversation, options: Options, width: int) -> list[str]:
+    """The lines before the first prompt, of at most `width` columns: model, recipe, where things lie, context, mode,
+    speed."""
+    plan = conversation.engine.plan if isinstance(conversation, Session) else None
+    settings = conversation.settings
+    mode = conversation.mode if conversation.can_think else f"no thinking mode ({settings.describe_sampling()})"
     if plan is None:
-        context = "" if session.context_length is None else f" · context {session.context_length:,}"
-        place = f"  {options.endpoint}" if options.endpoint else f"  {describe_model(session.info)}"
-        lines = [f"kimi-lite {__version__} · {session.info.name}", f"{place}{context}", f"  {mode} · /help for help"]
+        info, length = conversation.info, conversation.context_length
+        context = "" if length is None else f" · context {length:,}"
+        place = f"  {options.endpoint}" if options.endpoint else f"  {describe_model(info)}"
+        lines = [f"kimi-lite {__version__} · {info.name}", f"{place}{context}", f"  {mode} · /help for help"]
     else:
         from kimi_lite.plan.view import start_panel
 
-        lines = start_panel(plan, mode, "/help for help")
-    return [*lines, *(f"  {line}" for line in DEMO_REMARKS if options.is_demo)]
+        lines = start_panel(plan, mode, "/help for help", width=width)
+    lines += [f"  {line}" for line in DEMO_REMARKS if options.is_demo]
+    return [wrapped(line, width) for line in lines]
+
+
+def wrapped(line: str, width: int) -> str:
+    """At most `width` columns, broken between words; what follows is indented."""
+    return textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def line_width(console: Console) -> int:
+    """Columns of a terminal; a pipe takes whole lines."""
+    return console.width if console.is_terminal else _WHOLE_LINE
 
 
 def _open_remote(options: Options, answer: AnswerSettings) -> Conversation:
@@ -145,4 +161,4 @@ def _demo_path(progress: LoadProgress) -> Path:
 def say_demo(status: Console) -> None:
     """For `run`, which has no panel."""
     for line in DEMO_REMARKS:
-        show_plain(status, line, style="dim")
+        show_plain(status, wrapped(line, line_width(status)), style="dim")

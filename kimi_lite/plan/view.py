@@ -72,7 +72,7 @@ def start_panel(plan: Plan, *more: str, width: int = WIDTH) -> list[str]:
     sampling)."""
     sizes = plan.sizes
     head = f"kimi-lite {__version__} · {sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)}"
-    lines = _wrap("", head, width, 2)
+    lines = _wrap("", head, width, 0)
     if plan.is_on_gpu and plan.hardware.gpu:
         lines += _wrap("  GPU", f"{plan.hardware.gpu.name}: {_parts(plan, 'VRAM')}", width, 7)
     lines += _wrap("  RAM", f"{gib(plan.have_bytes('RAM'))} {_source(plan, 'RAM')}: {_parts(plan, 'RAM')}", width, 7)

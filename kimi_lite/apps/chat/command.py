@@ -3,14 +3,13 @@ loaded."""
 
 import os
 import sys
-import textwrap
 from contextlib import ExitStack, closing
 
 from kimi_lite.apps.chat.chat import Chat, run_chat
 from kimi_lite.apps.chat.sessions import Autosave, Claim, SessionStore
 from kimi_lite.apps.folders import make_private, state_folder
 from kimi_lite.apps.model_files import guard_terminal
-from kimi_lite.apps.opening import greeting, open_session
+from kimi_lite.apps.opening import greeting, line_width, open_session, wrapped
 from kimi_lite.apps.tools.choice import open_tools, require_place
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
@@ -23,8 +22,10 @@ def start_chat(options: Options) -> None:
     store = SessionStore(state_folder() / "sessions")
 
     def greet() -> None:
-        for line in [*greeting(chat.conversation, options), *(tools.notes if tools else ())]:
-            show_plain(status, wrapped(line, status.width), style="dim")
+        width = line_width(status)
+        remarks = [wrapped(line, width) for line in (tools.notes if tools else ())]
+        for line in [*greeting(chat.conversation, options, width), *remarks]:
+            show_plain(status, line, style="dim")
         if status.is_terminal:
             show_plain(status, "")
 
@@ -66,8 +67,3 @@ def prepare_folder(store: SessionStore) -> str:
         return f"Conversations cannot be saved: the folder {store.folder} is not writable."
     store.clean()
     return ""
-
-
-def wrapped(line: str, width: int) -> str:
-    """At most `width` columns, broken between words; what follows is indented."""
-    return textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False)

@@ -79,7 +79,7 @@ def test_every_command_on_the_demo_model(folder: Path) -> None:
     start = terminal.wait_for_prompt()
     assert start[0].startswith(f"kimi-lite 0.1.0 · {NAME}")
     assert len(start) <= 10
-    for word in ("-m FOLDER", "RAM", "context 8,192", "no thinking mode", "ceiling"):
+    for word in ("-m FOLDER", "RAM", "context 8,192", "no thinking mode", "expected", "limit"):
         assert word in "\n".join(start)
     typed = {"help", "exit", "read"}
     for line, expected in conversation():

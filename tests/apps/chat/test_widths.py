@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kimi_lite.apps.chat.command import wrapped
 from kimi_lite.apps.chat.commands.registry import all_commands
+from kimi_lite.apps.opening import wrapped
 from kimi_lite.terminal import Console
 from tests.apps.talk import Talk
 from tests.apps.terminal import Terminal
+from tests.tiny import write_tiny_gguf
 
 WIDTHS = (40, 60, 80, 100, 200)
 COMMANDS = (
@@ -97,3 +98,16 @@ def test_a_line_is_wrapped_between_words_whatever_its_length(width: int) -> None
     rows = wrapped(line, width).split("\n")
     assert max(map(len, rows)) <= width
     assert words(rows) == words([line])
+
+
+@pytest.mark.parametrize("width", [40, 200])
+def test_the_header_of_a_file(tmp_path: Path, width: int) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), context_length=1024)
+    terminal = Terminal("kimi_lite", "chat", "-m", str(path), "--no-prefix-cache", num_columns=width)
+    terminal.timeout_s = 120.0
+    rows = terminal.wait_for_prompt()
+    terminal.close()
+    text = words(rows)
+    assert rows[0].startswith("kimi-lite 0.1.0 · tiny · ")
+    for part in ("RAM", "context 1,024 · thinking on (temp 1, top-p 0.95) · /help for help · expected", "tok/s"):
+        assert part in text
