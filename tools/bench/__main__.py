@@ -3,10 +3,11 @@
 import sys
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.terminal import echo
 from kimi_lite.tools.bench.command import app
 
 try:
     app()
 except KimiLiteError as error:
-    print(f"kimi-lite bench: {error}", file=sys.stderr)
+    echo(f"kimi-lite bench: {error}", to_stderr=True)
     sys.exit(2)

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from kimi_lite.plan.types import Plan
 from kimi_lite.plan.view import place_lines
+from kimi_lite.terminal import write
 from kimi_lite.tools.bench.result import Result, Spread
 from kimi_lite.tools.bench.roofline import Bandwidth, Ceiling
 
@@ -33,7 +34,7 @@ class Report:
         self.out = out
 
     def say(self, line: str = "") -> None:
-        print(line, file=self.out, flush=True)
+        write(self.out, line + "\n")
 
     def print_machine(self, environment: Mapping, model: Mapping) -> None:
         isa = environment["isa"]
