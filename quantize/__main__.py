@@ -48,7 +48,7 @@ Verify = Annotated[
     bool, typer.Option("--verify", help="Read all back: checksums, errors, perplexity next to the source's.")
 ]
 FitInto = Annotated[
-    str | None, typer.Option("--fit", metavar="GPU+MEMORY", help="Best types for e.g. 24G+256G, or `this` machine.")
+    str | None, typer.Option("--fit", metavar="VRAM+RAM", help="Best types for e.g. 24G+256G, or `this` machine.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists, or its unfinished part.")]
 

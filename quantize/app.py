@@ -13,7 +13,7 @@ from kimi_lite.quantize.check.verify import verify_lines
 from kimi_lite.quantize.codecs import EXACT_TYPES
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import ConvertReport, convert, make_job, open_model
-from kimi_lite.quantize.recipe.budget import fit_recipe, parse_budget
+from kimi_lite.quantize.recipe.budget import fit_recipe, parse_machine
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
 from kimi_lite.quantize.source.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
@@ -78,7 +78,7 @@ def _run(
     recipe = None if _is_fitting(settings) else _choose_recipe(settings, has_importance)
     if calibration and not importance and not is_dry and _needs_importance(recipe):
         importance = calibration.importance(settings.calibrate, on_progress)
-    fit = None if recipe else fit_recipe(model, parse_budget(settings.fit), importance)
+    fit = None if recipe else fit_recipe(model, parse_machine(settings.fit), importance)
     recipe = recipe or with_overrides(fit.recipe, settings.tensor_types, has_importance)
     fit_lines = [fit.summary] if fit else []
     if is_dry:

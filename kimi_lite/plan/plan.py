@@ -119,6 +119,7 @@ def lay_out(situation: Situation) -> Plan:
         prompt_chunk_tokens=chunk,
         ram_expert_bytes=ram_bytes,
         disk_expert_bytes=wanted_bytes - ram_bytes,
+        expert_capacity_bytes=max(left_bytes, _vram_left(budgets, on_gpu)),
         num_threads=num_threads,
         split=split,
         rates=rates,
@@ -175,6 +176,11 @@ def _lay_out_gpu(
     num_slots = most if limits.num_gpu_experts is None else min(limits.num_gpu_experts, sizes.num_experts)
     rows = [*fixed, Row("VRAM", WORK, work_bytes), Row("VRAM", SLOTS, num_slots * sizes.slot_bytes)]
     return rows, chunk, num_slots
+
+
+def _vram_left(budgets: tuple[Budget, ...], rows: list[Row]) -> int:
+    """Bytes of VRAM for experts; 0 without a GPU."""
+    return budgets[0].have_bytes - sum(row.num_bytes for row in rows if row.part != SLOTS) if rows else 0
 
 
 def _ram_rows(sizes: ModelSizes, hardware: Hardware, num_threads: int, cache_bytes: int, gpu_chunk: int) -> list[Row]:

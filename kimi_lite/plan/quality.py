@@ -7,7 +7,7 @@ suffers more than a trillion parameters do: the order is what counts.
 
 from dataclasses import dataclass
 
-LOSSLESS = "q4_0-lossless"  # INT4 experts as they were trained
+from kimi_lite.arch.recipe import LOSSLESS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from pathlib import Path
 from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5, KNOWN, find_known, moonvit_bytes, unknown_model
-from kimi_lite.arch.recipe import named_recipe
+from kimi_lite.arch.recipe import LOSSLESS, named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
 from kimi_lite.arch.tensors import open_model, tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.probe import Hardware
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
-from kimi_lite.plan.quality import LOSSLESS, loss_order, quality_of
+from kimi_lite.plan.quality import loss_order, quality_of
 from kimi_lite.plan.types import Plan
 
 # From fine to coarse.

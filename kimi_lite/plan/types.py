@@ -100,6 +100,7 @@ class Plan:
     prompt_chunk_tokens: int  # of a prompt in one forward pass
     ram_expert_bytes: int  # experts that RAM holds
     disk_expert_bytes: int  # experts that do not fit, read from disk when they are chosen
+    expert_capacity_bytes: int  # experts of this size that would fit: in RAM, or all of them in VRAM
     num_threads: int
     # What comes of it
     split: Split

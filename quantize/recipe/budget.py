@@ -1,47 +1,48 @@
 """`--fit 24G+256G`: the types of the routed experts' tensors that lose least within the memory of a machine.
 
-The GPU holds what every token passes (attention, shared experts, dense layers, embeddings, at Q8_0 or Q6_K),
-the cache of 32 K tokens and some room to work; experts get the main memory and what is left on the GPU. For each of
-their tensors every type is tried on sampled rows of the very weights, weighed by the importance matrix where there is
-one. Then all start at their cheapest type, and the upgrade that lowers the error most per byte is taken until the
-memory is full: on the lower convex hull of each tensor's (bytes, error) this is the Lagrangian optimum up to the last
-step (Shoham & Gersho 1988).
+What the machine has for experts is what `kimi-lite plan` says of it, by the same code: all of them must lie in RAM, or
+in VRAM, beside everything else. For each of their tensors every type is tried on sampled rows of the very weights,
+weighed by the importance matrix where there is one. Then all start at their cheapest type, and the upgrade that lowers
+the error most per byte is taken until the memory is full: on the lower convex hull of each tensor's (bytes, error) this
+is the Lagrangian optimum up to the last step (Shoham & Gersho 1988).
 """
 
 import heapq
-import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.recipe import EXPERTS, Recipe, exact_override, group_of
+from kimi_lite.arch.sizes import sizes_of
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.hardware.host import usable_cores
+from kimi_lite.hardware.probe import Hardware, described, probe
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import BY_NAME, Layout
+from kimi_lite.options import Options
+from kimi_lite.plan.plan import make_plan
+from kimi_lite.plan.types import Plan
+from kimi_lite.plan.view import verdict_line
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.codecs import encode, find_layout
 from kimi_lite.quantize.source.model import SourceModel, SourceTensor
+from kimi_lite.units import gib_apart, parse_size
 
-_GIB = 1 << 30
 _CANDIDATES = ("IQ1_S", "TQ1_0", "TQ2_0", "IQ2_XXS", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _REST_TYPES = ("Q8_0", "Q6_K")  # what every token passes keeps 6 to 8 bits
-_SYSTEM_BYTES, _GPU_BYTES = 8 * _GIB, 2 * _GIB  # of main memory for system and programs; of the GPU for work
-_CONTEXT_TOKENS, _CACHE_VALUE_BYTES = 32768, 2
 _SAMPLED_ROWS = 32
+_MOST_PLANS = 8
 
 
-class Budget(NamedTuple):
-    """Bytes of the GPU and of main memory."""
+class Machine(NamedTuple):
+    """What to fit into: a machine, and how much of it may be used."""
 
-    gpu: int
-    memory: int
+    hardware: Hardware
+    options: Options
 
 
 class Option(NamedTuple):
@@ -60,56 +61,37 @@ class Fit:
     summary: str
 
 
-def parse_budget(text: str) -> Budget:
-    """`24G+256G`: VRAM and main memory in GiB, as they are sold; `256G`: no GPU; `this`: this machine."""
+def parse_machine(text: str) -> Machine:
+    """`24G+256G`: VRAM and RAM, with the same meaning as `plan --vram 24G --ram 256G`; `256G`: no GPU; `this`: this
+    machine. Raises KimiLiteError."""
     if text.strip().lower() == "this":
-        return Budget(_gpu_bytes(), psutil.virtual_memory().total)
-    gpu, _, memory = text.replace(" ", "").upper().rpartition("+")
+        return Machine(probe(), Options())
+    vram, plus, ram = text.partition("+")
     try:
-        sizes = [float(size.removesuffix("B").removesuffix("G")) for size in (gpu or "0", memory)]
-    except ValueError:
-        sizes = []
-    if len(sizes) != 2 or not 0 <= sizes[0] < 1e6 or not 0 < sizes[1] < 1e6:
-        raise KimiLiteError(
-            f"{text!r} is no memory to fit into.", "Write VRAM and main memory, such as 24G+256G, or: this."
-        )
-    return Budget(int(sizes[0] * _GIB), int(sizes[1] * _GIB))
+        vram_bytes = parse_size(vram, "--fit", allows_zero=True) if plus else 0
+        ram_bytes = parse_size(ram if plus else text, "--fit")
+    except KimiLiteError as error:
+        problem = f"--fit {text!r} is no amount of memory."
+        raise KimiLiteError(problem, f"Write VRAM and RAM, such as 24G+256G, or: this. {error.hint}") from error
+    return Machine(described(probe(), ram_bytes, vram_bytes), Options(ram_bytes=ram_bytes, vram_bytes=vram_bytes))
 
 
-def _gpu_bytes() -> int:
-    """The largest GPU's memory by nvidia-smi; 0 where there is none."""
-    if not shutil.which("nvidia-smi"):
-        return 0
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return max((int(line) << 20 for line in done.stdout.split() if line.isdecimal()), default=0)
-
-
-def fit_recipe(model: SourceModel, budget: Budget, importance: Importance | None = None) -> Fit:
+def fit_recipe(model: SourceModel, machine: Machine, importance: Importance | None = None) -> Fit:
     """Chooses the types. Raises KimiLiteError where even the smallest are too large, with need and have."""
     experts = [tensor for tensor in model.tensors if group_of(tensor.role, tensor.shape) == EXPERTS]
-    rest, rest_bytes = _choose_rest(model, budget)
-    cache_bytes = _cache_bytes(model)
-    gpu_left = budget.gpu - rest_bytes - cache_bytes - _GPU_BYTES * bool(budget.gpu)
-    available = budget.memory - _SYSTEM_BYTES + gpu_left
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores().num_usable) as pool:
         options = dict(zip(experts, pool.map(lambda tensor: _measure(tensor, importance), experts), strict=True))
-    chosen = choose_options(options, available)
-    need = sum(option.num_bytes for option in chosen.values())
-    if need > available:
-        total = budget.memory + budget.gpu
-        raise KimiLiteError(
-            f"With the smallest types all needs {(total - available + need) / _GIB:.1f} GiB, VRAM and memory have "
-            f"{total / _GIB:.1f}.",
-            "Take a recipe such as tq1_0 and let the experts that do not fit be read from disk.",
-        )
-    overrides = tuple(exact_override(tensor.name, option.layout) for tensor, option in chosen.items())
-    summary = (
-        f"fit: experts {need / _GIB:,.3f} of {available / _GIB:,.3f} GiB, the rest {rest_bytes / _GIB:,.3f} GiB "
-        f"in {rest.name}, "
-        f"cache of up to {_CONTEXT_TOKENS:,} tokens {cache_bytes / _GIB:,.3f} GiB"
-    )
-    return Fit(Recipe("fit", BY_NAME["Q8_0"], rest, overrides), summary)
+    rest, plan = _choose_rest(model, machine, options)
+    for _ in range(_MOST_PLANS):
+        chosen = choose_options(options, plan.expert_capacity_bytes)
+        recipe = _recipe(rest, chosen)
+        plan = _plan(model, machine, recipe)  # larger experts need larger buffers, so there may be less for them
+        if plan.verdict in ("fits", "tight"):
+            break
+    else:
+        raise AssertionError((machine, plan.verdict))
+    need, have = gib_apart(_num_bytes(chosen), plan.expert_capacity_bytes)
+    return Fit(recipe, f"fit: experts {need} of {have}, the rest in {rest.name}; {verdict_line(plan)}")
 
 
 def choose_options(options: Mapping[SourceTensor, Sequence[Option]], available: int) -> dict[SourceTensor, Option]:
@@ -153,32 +135,49 @@ def _slope(hull: Sequence[Option], position: int) -> float:
     return _between(hull[position], hull[position + 1])
 
 
-def _choose_rest(model: SourceModel, budget: Budget) -> tuple[Layout, int]:
-    """The type of all but the experts, and their bytes: the larger one where it leaves the GPU room."""
-    layout, num_bytes = BY_NAME["Q8_0"], 0
+def _choose_rest(
+    model: SourceModel, machine: Machine, options: Mapping[SourceTensor, Sequence[Option]]
+) -> tuple[Layout, Plan]:
+    """The type of all but the experts, the larger one where everything fits with it, and the plan with the smallest
+    experts. Raises KimiLiteError where nothing fits."""
+    smallest = choose_options(options, 0)
+    plan = None
     for name in _REST_TYPES:
         try:
-            layout = find_layout(name)
+            rest = find_layout(name)
         except KimiLiteError:
-            break  # ggml's library is not here: stay with Q8_0
-        recipe = Recipe(name, layout, layout)
-        num_bytes = sum(
-            tensor.num_weights
-            // tensor.shape[-1]
-            * recipe.choose(tensor.role, tensor.shape).layout.row_bytes(tensor.shape[-1])
-            for tensor in model.tensors
-            if group_of(tensor.role, tensor.shape) != EXPERTS
-        )
-        if num_bytes + _cache_bytes(model) + _GPU_BYTES <= budget.gpu or not budget.gpu:
-            break
-    return layout, num_bytes
-
-
-def _cache_bytes(model: SourceModel) -> int:
-    config = ModelConfig.from_metadata(
-        {key: value.value for key, value in model.make_metadata(BY_NAME["Q8_0"]).items()}
+            break  # ggml's library is not here: only Q8_0
+        plan = _plan(model, machine, _recipe(rest, smallest))
+        if not plan.refusal and _num_bytes(smallest) <= plan.expert_capacity_bytes:
+            return rest, plan
+    least_bytes = _num_bytes(smallest)
+    if plan.refusal and (plan.expert_capacity_bytes <= 0 or least_bytes <= plan.expert_capacity_bytes):
+        raise KimiLiteError(plan.refusal.problem, "Name a larger machine, or choose a recipe: see kimi-lite plan.")
+    need, have = gib_apart(least_bytes, plan.expert_capacity_bytes)
+    raise KimiLiteError(
+        f"With the smallest types the experts need {need}; {have} are left for them on this machine.",
+        "Try a recipe such as tq1_0, and let the experts that do not fit be read from disk.",
     )
-    return int(config.kv_bytes_per_token(_CACHE_VALUE_BYTES)) * min(_CONTEXT_TOKENS, config.context_length)
+
+
+def _recipe(rest: Layout, chosen: Mapping[SourceTensor, Option]) -> Recipe:
+    overrides = tuple(exact_override(tensor.name, option.layout) for tensor, option in chosen.items())
+    return Recipe("fit", BY_NAME["Q8_0"], rest, overrides)
+
+
+def _plan(model: SourceModel, machine: Machine, recipe: Recipe) -> Plan:
+    """Of the file that the recipe would make."""
+    metadata = {key: value.value for key, value in model.make_metadata(BY_NAME["Q8_0"]).items()}
+    config = ModelConfig.from_metadata(metadata)
+    tensors = (
+        (tensor.role, tensor.shape, recipe.choose(tensor.role, tensor.shape, tensor.name).layout)
+        for tensor in model.tensors
+    )
+    return make_plan(sizes_of(config, tensors), machine.hardware, machine.options)
+
+
+def _num_bytes(chosen: Mapping[SourceTensor, Option]) -> int:
+    return sum(option.num_bytes for option in chosen.values())
 
 
 def _measure(tensor: SourceTensor, importance: Importance | None) -> list[Option]:
