@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can
 
 import os
 import sys
+import threading
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,6 +99,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     sys.excepthook = _report_crash
+    threading.excepthook = lambda crash: _report_crash(crash.exc_type, crash.exc_value, crash.exc_traceback)
+    warnings.showwarning = _report_warning
     try:
         app(prog_name="kimi-lite")
     except KimiLiteError as error:
@@ -110,3 +114,9 @@ def _report_crash(*crash: Any) -> None:
     from kimi_lite.terminal import report_crash
 
     report_crash(*crash)
+
+
+def _report_warning(*warning: Any) -> None:
+    from kimi_lite.terminal import echo
+
+    echo(warnings.formatwarning(*warning[:4]), to_stderr=True, end="")

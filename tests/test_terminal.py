@@ -46,6 +46,7 @@ WRITERS = {
     "answer": "write(sys.stdout, text + '\\n')",
     "error": "echo(text, to_stderr=True, colour='red')",
     "crash": "sys.excepthook = report_crash; raise ValueError(text)",
+    "warning": "from kimi_lite import cli; import warnings; cli._report_warning(text, UserWarning, text, 1)",
     "question": "q = Question(text, {text: text, 'code': text + '\\n' + text}, (text,)); "
     "[echo(line) for line in (*q.lines, q.prompt)]",
     "prompt": "open_prompt().prompt(text + 'ready> ')",
