@@ -70,3 +70,11 @@ def counted(number: int, noun: str) -> str:
 def shortened(text: str, num_chars: int) -> str:
     """At most so many characters; the last is `…` where some are missing."""
     return text if len(text) <= num_chars else text[: num_chars - 1] + "…"
+
+
+def one_line(text: str, num_chars: int) -> str:
+    """Foreign text for a sentence of ours: blanks are single spaces, what cannot be printed is escaped, the end cut."""
+    text = " ".join(text[: 4 * num_chars].split())
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return shortened(text, num_chars)

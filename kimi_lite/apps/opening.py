@@ -98,7 +98,7 @@ def greeting(conversation: Conversation, options: Options, width: int) -> list[s
     if plan is None:
         info, length = conversation.info, conversation.context_length
         context = "" if length is None else f" · context {length:,}"
-        place = f"  {options.endpoint}" if options.endpoint else f"  {describe_model(info)}"
+        place = f"  {_public(options.endpoint)}" if options.endpoint else f"  {describe_model(info)}"
         lines = [f"kimi-lite {__version__} · {info.name}", f"{place}{context}", f"  {mode} · /help for help"]
     else:
         from kimi_lite.plan.view import start_panel
@@ -116,6 +116,13 @@ def wrapped(line: str, width: int) -> str:
 def line_width(console: Console) -> int:
     """Columns of a terminal; a pipe takes whole lines."""
     return console.width if console.is_terminal else _WHOLE_LINE
+
+
+def _public(endpoint: str) -> str:
+    """The address without a password."""
+    from kimi_lite.apps.remote.http import address_of
+
+    return address_of(endpoint).url
 
 
 def _open_remote(options: Options, answer: AnswerSettings) -> Conversation:

@@ -102,6 +102,7 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
     """Answer `prompt`, with the tools there are; the process's exit code. Ctrl-C keeps what was said so far."""
     out, stderr = sys.stdout, Console(stderr=True)
     is_whole = output.is_json or output.path is not None  # written at the end, in one piece
+    conversation.is_watched = is_whole or out.isatty()
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         WorkProgress(stderr, least=LEAST_PREFILL_TOKENS) as progress,

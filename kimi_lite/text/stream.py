@@ -138,6 +138,11 @@ class TextParser:
         kinds: dict[_State, Kind] = {_State.REASONING: "reasoning", _State.CONTENT: "content"}
         return kinds.get(self._state, "tool_call")
 
+    @property
+    def may_be_reasoning(self) -> bool:
+        """Whether what came as content may still turn out to be reasoning."""
+        return self._knows_bare_end and self._said is not None
+
     def feed_text(self, text: str) -> list[Piece]:
         """The pieces that this text makes certain: often one, none while text is held back."""
         if not self.is_stopped:

@@ -228,6 +228,9 @@ class ArgumentReader:
         """Another object after the first: the same, an empty one, or the real one after an empty one."""
         rest, self._held = self._held.strip().lstrip(",;").lstrip(), ""
         second = read_arguments(rest, self._num_quoted) if rest.startswith("{") else Arguments("{}")
+        if second.error == SEVERAL:
+            self._parts = self._parts or [second.text]
+            return SEVERAL
         if second.error:
             second = Arguments("{}")  # words that begin with a brace
         if not self._parts:

@@ -58,6 +58,7 @@ class FakeOpenAI:
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.is_dropped = threading.Event()  # the client closed a connection before the answer's end
+        self.is_written = threading.Event()  # a whole POST's answer went out
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
@@ -89,6 +90,8 @@ class FakeOpenAI:
                     return
                 fake.bodies.append(body)
                 self._send(fake.answers.pop(0))
+                if not fake.is_dropped.is_set():
+                    fake.is_written.set()
 
             def _send(self, answer: Answer) -> None:
                 try:

@@ -1,142 +1,205 @@
-"""What an OpenAI-compatible server streams, as our own tokens: reasoning, content, tool calls by their index, usage.
+"""What an OpenAI-compatible server streams, as our own tokens: reasoning, content, tool calls, usage.
 
 Servers differ: reasoning comes as `reasoning_content` (vLLM, SGLang, llama-server, Kimi), as `reasoning` (vLLM,
-OpenRouter) or inside the content between think tags; usage beside the choices or in the last one; call ids may miss.
+OpenRouter) or inside the content, between think tags or up to a `</think>` whose beginning the server's template wrote;
+calls come as deltas (`text.call_deltas`) or inside the text in Kimi's markers, which a server without a parser passes
+on; usage beside the choices or in the last one.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kimi_lite.engine.types import FinishReason, Stats, Token
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.stream import END_THINK, THINK, Kind
-from kimi_lite.text.tool_calls import ToolCall, is_json_object
+from kimi_lite.text.call_deltas import CallDeltas
+from kimi_lite.text.stream import KIMI, Piece, TextParser
+from kimi_lite.units import one_line
 
 _REASONS: dict[str, FinishReason] = {
-    "stop": "stop",
     "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
     "tool_calls": "tool_calls",
+    "tool_call": "tool_calls",
+    "tool_use": "tool_calls",
     "function_call": "tool_calls",
-}
-
-
-@dataclass(slots=True)
-class _Call:
-    """A call as far as it has come."""
-
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-    num_shown: int = 0  # characters of the arguments
-    is_announced: bool = False
+}  # every other is "stop"
+MAX_SAID = 300  # characters of a server's error that are shown
 
 
 class DeltaReader:
-    """One answer. `num_calls` is how many calls the conversation had before, for those that come without an id."""
+    """One answer.
 
-    def __init__(self, request_id: str, num_calls: int = 0, clock_s: Callable[[], float] = time.perf_counter) -> None:
-        self._request_id, self._num_calls, self._clock_s = request_id, num_calls, clock_s
+    `num_calls` is how many calls the conversation had before, `tools` what was declared. With `is_thinking` content up
+    to a bare `</think>` is reasoning. `opens_thinking` says whether the server's answers begin so, None: not known yet;
+    the attribute says at the end what was learned. Unless it is known, content may have to be taken back
+    (`Token.unsaid`), or, with `is_held`, is not given out before that is decided.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        num_calls: int = 0,
+        clock_s: Callable[[], float] = time.perf_counter,
+        tools: Sequence[Mapping] = (),
+        is_thinking: bool = True,
+        opens_thinking: bool | None = None,
+        is_held: bool = False,
+    ) -> None:
+        self._request_id, self._clock_s = request_id, clock_s
         self._began_s = clock_s()
         self._first_s = self._last_s = None
         self._num_deltas = 0
         self._usage: Mapping[str, Any] = {}
-        self._think = _ThinkTags()
-        self._calls: dict[int, _Call] = {}
+        self.opens_thinking = opens_thinking
+        self._is_assumed = is_thinking and bool(opens_thinking)
+        self._parser = TextParser(
+            KIMI if tools else None,
+            has_think=True,
+            starts_in_reasoning=self._is_assumed,
+            tools=tools,
+            num_calls=num_calls,
+            knows_bare_end=is_thinking,
+        )
+        self._is_in_field = False  # the last text came in a field for reasoning
+        self._assumed: list[str] = []  # reasoning that only the assumption says is such
+        self._held: list[Piece] | None = [] if is_held and is_thinking and opens_thinking is None else None
+        self._spelled: list[Piece] = []  # calls written in markers: shown at the end, where they are no others' echo
+        self._calls, self._has_calls = CallDeltas(tools, num_calls), False
         self.reason: str | None = None  # why the server says it ended
 
     def feed(self, event: Mapping[str, Any]) -> list[Token]:
-        """The tokens of one event; KimiLiteError where the event is an error."""
-        if event.get("error"):
-            raise KimiLiteError(
-                f"The server broke off: {message_of(event)}", "What came is kept. Ask again (in a chat: /regen)."
-            )
-        self._usage = event.get("usage") or self._usage
+        """The tokens of one event; KimiLiteError where the event is an error, or nothing that the API has."""
+        self._require_no_error(event)
+        self._count(event.get("usage"))
         tokens: list[Token] = []
-        for choice in event.get("choices") or []:
-            self._usage = choice.get("usage") or self._usage
-            delta = choice.get("delta") or choice.get("message") or {}
-            tokens += self._delta(delta)
-            self.reason = choice.get("finish_reason") or self.reason
+        for choice in _list(event, "choices"):
+            if not isinstance(choice, Mapping):
+                raise _malformed("a choice", choice)
+            if choice.get("index") not in (None, 0, "0"):
+                continue  # one answer was asked for
+            self._count(choice.get("usage"))
+            delta = choice.get("delta")
+            if not delta and not self._num_deltas:  # a server that does not stream, or repeats the answer at its end
+                delta = choice.get("message")
+            if delta and not isinstance(delta, Mapping):
+                raise _malformed("a delta", delta)
+            tokens += self._delta(delta or {})
+            reason = choice.get("finish_reason")
+            self.reason = reason if isinstance(reason, str) and reason else self.reason
         return tokens
 
     def finish(self, reason: FinishReason | None = None) -> list[Token]:
         """What was held back, and the last token. `reason` None: as the server said."""
-        tokens = [self._token(kind, text) for kind, text in self._think.finish()]
-        for index in sorted(self._calls):
-            tokens += self._show_call(index) + self._check_call(index)
         own = _REASONS.get(self.reason or "", "stop")
-        if own == "stop" and self._calls:
-            own = "tool_calls"
-        return [*tokens, self._token("content", "", finish_reason=reason or own)]
+        pieces = self._parser.finish()
+        texts = self._texts(pieces)
+        if self._assumed and own != "length" and reason is None:  # the assumption was wrong: no thinking ended
+            said = "".join(self._assumed)
+            texts.append(Piece("content", said, unsaid=said))
+            self.opens_thinking = False
+        elif self._parser.may_be_reasoning and own != "length" and reason is None:
+            self.opens_thinking = False
+        calls = self._calls.finish()
+        spelled = _renumbered(self._spelled, self._parser.tool_calls, self._calls.tool_calls)
+        tokens = [self._token(piece) for piece in [*self._released(texts, is_last=True), *calls, *spelled]]
+        has_calls = bool(self._calls.tool_calls or any(piece.call for piece in spelled))
+        if own != "length":
+            own = "tool_calls" if has_calls else "stop"
+        return [*tokens, self._token(Piece("content"), finish_reason=reason or own)]
+
+    def _require_no_error(self, event: Mapping[str, Any]) -> None:
+        is_other = not event.get("choices") and any(event.get(key) for key in ("detail", "error_msg", "message"))
+        if event.get("error") or (is_other and not event.get("usage")):
+            raise KimiLiteError(
+                f"The server broke off: {message_of(event)}", "What came is kept. Ask again (in a chat: /regen)."
+            )
+
+    def _count(self, usage: object) -> None:
+        self._usage = usage if isinstance(usage, Mapping) and usage else self._usage
 
     def _delta(self, delta: Mapping[str, Any]) -> list[Token]:
-        reasoning = _text(delta.get("reasoning_content")) or _text(delta.get("reasoning"))
-        content, calls = _text(delta.get("content")), delta.get("tool_calls") or []
+        reasoning = next((text for key in ("reasoning_content", "reasoning") if (text := _text(delta.get(key)))), "")
+        content = _text(delta.get("content")) or _text(delta.get("refusal"))
+        calls = delta.get("tool_calls") or (delta.get("function_call") if not self._has_calls else None)
+        self._has_calls = self._has_calls or bool(delta.get("tool_calls"))
         if not (reasoning or content or calls):
             return []
         self._num_deltas += 1
         self._last_s = self._clock_s()
         self._first_s = self._first_s or self._last_s
-        tokens = [self._token("reasoning", reasoning)] if reasoning else []
-        tokens += [self._token(kind, text) for kind, text in self._think.feed(content)]
-        for call in calls:
-            self._add_call(call)
-        if self._calls:
-            tokens += self._show_call(min(self._calls))  # the others when it is complete: at the end
-        return tokens
+        pieces: list[Piece] = []
+        if reasoning:
+            pieces += self._parser.enter("reasoning") + self._parser.feed_text(reasoning)
+            self._is_in_field, self._is_assumed, self._assumed = True, False, []
+        if content:
+            if self._is_in_field:
+                pieces += self._parser.enter("content")
+                self._is_in_field = False
+            pieces += self._parser.feed_text(content)
+        texts = self._texts(pieces)
+        shown = self._calls.feed(calls) if calls else []
+        return [self._token(piece) for piece in [*self._released(texts), *shown]]
 
-    def _add_call(self, delta: Mapping[str, Any]) -> None:
-        index = delta.get("index")
-        if not isinstance(index, int):
-            is_new = bool(delta.get("id")) and delta["id"] not in [call.id for call in self._calls.values()]
-            index = len(self._calls) if is_new or not self._calls else max(self._calls)
-        call, function = self._calls.setdefault(index, _Call()), delta.get("function") or {}
-        call.id, call.name = call.id or _text(delta.get("id")), call.name or _text(function.get("name"))
-        arguments = function.get("arguments")
-        call.arguments += arguments if isinstance(arguments, str) else ""
+    def _texts(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The pieces that are no calls; what they teach about the server."""
+        self._spelled += [piece for piece in pieces if piece.kind == "tool_call"]
+        texts = [piece for piece in pieces if piece.kind != "tool_call"]
+        for piece in texts:
+            if piece.unsaid:
+                self.opens_thinking = True
+            elif self._is_assumed and piece.kind == "reasoning":
+                self._assumed.append(piece.text)
+            elif self._is_assumed:
+                self._is_assumed, self._assumed = False, []
+        return texts
 
-    def _show_call(self, index: int) -> list[Token]:
-        """What is new of a call."""
-        call = self._calls[index]
-        if not call.name:
+    def _released(self, texts: list[Piece], is_last: bool = False) -> list[Piece]:
+        """What may be given out; content that may be reasoning after all is held, if it is to be."""
+        if self._held is None:
+            return texts
+        self._held += texts
+        if self._parser.may_be_reasoning and not is_last:
             return []
-        place = sorted(self._calls).index(index)
-        tokens = []
-        if not call.is_announced:
-            call.id = call.id or f"functions.{call.name}:{self._num_calls + place}"
-            tokens.append(self._token("tool_call", "", call=ToolCall(call.id, call.name), call_index=place))
-            call.is_announced = True
-        text = call.arguments[call.num_shown :]
-        call.num_shown = len(call.arguments)
-        return [*tokens, self._token("tool_call", text, call_index=place)] if text else tokens
+        held, self._held = self._held, None
+        unsaid = next((piece.unsaid for piece in held if piece.unsaid), "")
+        released = []
+        for piece in held:
+            if piece.unsaid:
+                released.append(Piece("reasoning", piece.text))
+            elif piece.kind == "content" and unsaid:
+                unsaid = unsaid.removeprefix(piece.text)
+            else:
+                released.append(piece)
+        return released
 
-    def _check_call(self, index: int) -> list[Token]:
-        """The end of a call: empty arguments are an empty object, what is no object is said to be none."""
-        call, place = self._calls[index], sorted(self._calls).index(index)
-        if not call.name:
-            return [self._token("tool_call", "", error=f"Tool call {call.id!r} cannot be used: it names no tool.")]
-        if not call.arguments.strip():
-            return [self._token("tool_call", "{}", call_index=place)]
-        if is_json_object(call.arguments):
-            return []
-        error = f"Tool call {call.id} has arguments that are not a JSON object (malformed, or cut off)."
-        return [self._token("tool_call", "", call_index=place, error=error)]
-
-    def _token(self, kind: Kind, text: str, finish_reason: FinishReason | None = None, **more: Any) -> Token:
-        return Token(self._request_id, None, text, kind, finish_reason, self._stats(), **more)
+    def _token(self, piece: Piece, finish_reason: FinishReason | None = None) -> Token:
+        index, error = (None if piece.call_index < 0 else piece.call_index), piece.error or None
+        return Token(
+            self._request_id,
+            None,
+            piece.text,
+            piece.kind,
+            finish_reason,
+            self._stats(),
+            piece.call,
+            index,
+            error,
+            piece.unsaid,
+        )
 
     def _stats(self) -> Stats:
         """From the server's usage; without it an answer has as many tokens as there were pieces, nearly always
         right."""
-        usage, details = self._usage, self._usage.get("prompt_tokens_details") or {}
+        usage, details = self._usage, self._usage.get("prompt_tokens_details")
+        cached = _number(details.get("cached_tokens")) if isinstance(details, Mapping) else 0
         until_first_s = (self._first_s or self._clock_s()) - self._began_s
         return Stats(
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            cached_tokens=int(details.get("cached_tokens") or usage.get("cached_tokens") or 0),
-            prompt_s=until_first_s if usage.get("prompt_tokens") else 0.0,
-            generated_tokens=int(usage.get("completion_tokens") or self._num_deltas),
+            prompt_tokens=_number(usage.get("prompt_tokens")),
+            cached_tokens=cached or _number(usage.get("cached_tokens")),
+            prompt_s=until_first_s if _number(usage.get("prompt_tokens")) else 0.0,
+            generated_tokens=_number(usage.get("completion_tokens")) or self._num_deltas,
             generation_s=(self._last_s - self._first_s)
             if self._first_s is not None and self._last_s is not None
             else 0.0,
@@ -144,54 +207,48 @@ class DeltaReader:
         )
 
 
-class _ThinkTags:
-    """Content that begins with `<think>` is reasoning up to `</think>`: servers without a reasoning parser send it
-    so."""
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._state: str = "start"  # then "reasoning" or "content"
-
-    def feed(self, text: str) -> list[tuple[Kind, str]]:
-        self._held += text
-        if self._state == "start":
-            if THINK.startswith(self._held.lstrip()) and len(self._held.lstrip()) < len(THINK):
-                return []
-            is_thinking = self._held.lstrip().startswith(THINK)
-            self._state = "reasoning" if is_thinking else "content"
-            self._held = self._held.lstrip().removeprefix(THINK) if is_thinking else self._held
-        if self._state == "reasoning":
-            reasoning, end, rest = self._held.partition(END_THINK)
-            if end:
-                self._state, self._held = "content", rest
-                return [*_piece("reasoning", reasoning), *self.feed("")]
-            size = next((n for n in range(len(END_THINK) - 1, 0, -1) if self._held.endswith(END_THINK[:n])), 0)
-            shown, self._held = self._held[: len(self._held) - size], self._held[len(self._held) - size :]
-            return _piece("reasoning", shown)
-        shown, self._held = self._held, ""
-        return _piece("content", shown)
-
-    def finish(self) -> list[tuple[Kind, str]]:
-        held, self._held = self._held, ""
-        return _piece("reasoning" if self._state == "reasoning" else "content", held)
+def _renumbered(spelled: Sequence[Piece], calls: Sequence[Any], others: Sequence[Any]) -> list[Piece]:
+    """The pieces of calls written in markers, numbered after the `others`; none where these are the same calls."""
+    known = {(call.name, call.arguments) for call in others}
+    if known and all((call.name, call.arguments) in known for call in calls):
+        return []
+    first = len(others)
+    return [
+        Piece("tool_call", p.text, p.call, p.call_index + first if p.call_index >= 0 else -1, p.error) for p in spelled
+    ]
 
 
-def _piece(kind: Kind, text: str) -> list[tuple[Kind, str]]:
-    return [(kind, text)] if text else []
+def _list(event: Mapping[str, Any], key: str) -> Sequence:
+    value = event.get(key) or ()
+    if not isinstance(value, (list, tuple)):
+        raise _malformed(key, value)
+    return value
+
+
+def _malformed(what: str, value: object) -> KimiLiteError:
+    said = one_line(str(value), 80)
+    return KimiLiteError(f"The server sent {what} that is a {type(value).__name__}: {said}.", "Is it OpenAI's API?")
+
+
+def _number(value: object) -> int:
+    """A count; 0 for anything else."""
+    is_count = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1 << 53
+    return int(value) if is_count else 0
 
 
 def _text(value: object) -> str:
     """A string that can be encoded; servers may send halves of surrogate pairs, null, or parts."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = "".join(part.get("text", "") for part in value if isinstance(part, Mapping))
+    if isinstance(value, (list, tuple)):
+        texts = [part.get("text") for part in value if isinstance(part, Mapping)]
+        value = "".join(text for text in texts if isinstance(text, str))
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def message_of(body: object) -> str:
     """What a server says about an error, whichever way it says it."""
-    if isinstance(body, Mapping):
-        for key in ("error", "message", "detail", "error_msg"):
-            if body.get(key):
-                return message_of(body[key])
-    text = " ".join((body if isinstance(body, str) else str(body)).split())
-    return text if len(text) <= 300 else text[:299] + "…"
+    while isinstance(body, Mapping):
+        said = next((body[key] for key in ("error", "message", "detail", "error_msg") if body.get(key)), None)
+        if said is None:
+            break
+        body = said
+    return one_line(body if isinstance(body, str) else str(body), MAX_SAID)

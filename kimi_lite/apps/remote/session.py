@@ -15,13 +15,14 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from kimi_lite.apps.remote.deltas import DeltaReader
-from kimi_lite.apps.remote.http import Refused, Server
+from kimi_lite.apps.remote.http import MAX_BODY_BYTES, MAX_STREAM_BYTES, Refused, Server, address_of
+from kimi_lite.apps.remote.portable import portable, typed_tools
 from kimi_lite.apps.remote.sse import EventReader
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation, OnPrefill
 from kimi_lite.engine.types import ModelInfo, Token
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.tool_calls import is_json_object
+from kimi_lite.text.tool_calls import declared_names
 
 KEY_VARIABLES = ("KIMI_LITE_API_KEY", "OPENAI_API_KEY")
 VENDOR_HOSTS = ("moonshot.ai", "moonshot.cn", "kimi.com")
@@ -43,6 +44,7 @@ class RemoteSession(Conversation):
         self.info = ModelInfo(model, Path(server.url), 0, ())
         self._is_cancelled = False
         self._refused: set[str] = set()  # optional fields that the server does not know
+        self._opens_thinking: bool | None = None  # whether its answers begin inside <think>; None: not known yet
         super().__init__(system, settings)
 
     @classmethod
@@ -55,7 +57,9 @@ class RemoteSession(Conversation):
         settings: AnswerSettings | None = None,
     ) -> "RemoteSession":
         """Reach the server and choose the model: the one named, or the only one there is."""
-        key = api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+        is_named = bool(address_of(endpoint).user)  # the address itself says who asks
+        names = () if is_named else KEY_VARIABLES
+        key = api_key or next((os.environ[name] for name in names if os.environ.get(name)), None)
         server = Server(endpoint, key)
         try:
             models = _models(server, is_needed=model is None)
@@ -86,21 +90,32 @@ class RemoteSession(Conversation):
         self._is_cancelled = False
         num_calls = sum(len(turn.calls) for turn in self.turns)
         while True:
-            reader = DeltaReader(uuid4().hex, num_calls)
+            reader = DeltaReader(
+                uuid4().hex,
+                num_calls,
+                tools=self.tools,
+                is_thinking=settings.is_thinking,
+                opens_thinking=self._opens_thinking,
+                is_held=not self.is_watched,
+            )
             try:
                 yield from self._answer_once(reader, self._body(messages, settings))
+                self._opens_thinking = reader.opens_thinking
                 return
             except Refused as error:
                 self._do_without(error, settings)
 
     def _answer_once(self, reader: DeltaReader, body: dict[str, Any]) -> Generator[Token, None, None]:
-        events, content_type, is_done, whole = EventReader(), "", False, b""
+        events, content_type, is_done, whole, num_bytes = EventReader(), "", False, bytearray(), 0
         pieces = self.server.post("/chat/completions", body, lambda: self._is_cancelled)
         try:
             for content_type, data in pieces:
+                num_bytes += len(data)
                 if "json" in content_type:  # a server that does not stream
                     whole += data
+                    self.server.require_size(num_bytes, MAX_BODY_BYTES)
                     continue
+                self.server.require_size(num_bytes, MAX_STREAM_BYTES)
                 for event in events.feed(data):
                     is_done = is_done or event.strip() == DONE
                     yield from self._read(reader, event)
@@ -114,7 +129,7 @@ class RemoteSession(Conversation):
             yield from self._read(reader, event)
         if not is_done and reader.reason is None:
             if content_type and "json" not in content_type and "event-stream" not in content_type:
-                raise self.server.no_stream(content_type)
+                raise self.server.no_api(content_type)
             message = f"{self.server.url} ended the answer in the middle: no finish reason, no [DONE]."
             raise KimiLiteError(message, "What came is kept. Ask again (in a chat: /regen).")
         yield from reader.finish()
@@ -124,18 +139,22 @@ class RemoteSession(Conversation):
             return []
         try:
             document = json.loads(event)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            said = self.server.redacted(event)[:80]
             raise KimiLiteError(
-                f"{self.server.url} sent an event that is no JSON: {event[:80]!r}.", "Is it OpenAI's API?"
+                f"{self.server.url} sent an event that is no JSON: {said!r}.", "Is it OpenAI's API?"
             ) from error
-        return reader.feed(document) if isinstance(document, Mapping) else []
+        try:
+            return reader.feed(document) if isinstance(document, Mapping) else []
+        except KimiLiteError as error:
+            raise KimiLiteError(self.server.redacted(error.message), error.hint) from error
 
     def _body(self, messages: Sequence[Mapping[str, Any]], settings: AnswerSettings) -> dict[str, Any]:
         """The request. What is as OpenAI's default is not sent: not every server knows every field."""
         params = settings.params
         body: dict[str, Any] = {
             "model": self.info.name,
-            "messages": [_portable(message) for message in messages],
+            "messages": self._portable(messages),
             "stream": True,
             "stream_options": {"include_usage": True},
             "temperature": params.temperature,
@@ -149,42 +168,38 @@ class RemoteSession(Conversation):
             "top_k": params.top_k or None,
             "min_p": params.min_p or None,
             "repetition_penalty": None if params.repetition_penalty == 1.0 else params.repetition_penalty,
-            "tools": list(self.tools) or None,
+            "tools": (typed_tools(self.tools) if self._is_vendor else list(self.tools)) or None,
         }
         body |= {name: value for name, value in optional.items() if value is not None}
         return {name: value for name, value in body.items() if name not in self._refused}
 
     def _thinking(self, settings: AnswerSettings) -> dict[str, Any]:
         """The switch: the vendor has a field of its own, servers pass arguments to the template."""
-        host = urlsplit(self.server.url).hostname or ""
-        if any(host == vendor or host.endswith("." + vendor) for vendor in VENDOR_HOSTS):
+        if self._is_vendor:
             return {"thinking": {"type": "enabled" if settings.is_thinking else "disabled"}}
         kept = {"preserve_thinking": True} if settings.preserve_thinking else {}
         return {"chat_template_kwargs": {"thinking": settings.is_thinking, **kept}}
 
+    @property
+    def _is_vendor(self) -> bool:
+        host = urlsplit(self.server.url).hostname or ""
+        return any(host == vendor or host.endswith("." + vendor) for vendor in VENDOR_HOSTS)
+
+    def _portable(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        sent = portable(messages, declared_names(self.tools))
+        if "reasoning_content" not in self._refused:
+            return sent
+        return [{key: value for key, value in one.items() if key != "reasoning_content"} for one in sent]
+
     def _do_without(self, error: Refused, settings: AnswerSettings) -> None:
         """Leave a field out that the server refused by name and that changes nothing; else the refusal stands."""
-        fields = ["stream_options", *(["chat_template_kwargs", "thinking"] if settings.is_thinking else [])]
+        fields = ["stream_options", "reasoning_content"]
+        fields += ["chat_template_kwargs", "thinking"] if settings.is_thinking else []
         named = [name for name in fields if name in error.said and name not in self._refused]
-        if error.status not in (400, 422) or not named:
+        is_wanted = any(word in error.said.lower() for word in ("missing", "required", "must be"))  # and not refused
+        if error.status not in (400, 422) or not named or is_wanted:
             raise error
         self._refused.add(named[0])
-
-
-def _portable(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as any server takes it: no empty reasoning, and arguments that are JSON, for servers parse those of the
-    past."""
-    result = {key: value for key, value in message.items() if key != "reasoning_content" or value}
-    if result.get("tool_calls"):
-        result["tool_calls"] = [
-            {**call, "function": _portable_function(call["function"])} for call in result["tool_calls"]
-        ]
-    return result
-
-
-def _portable_function(function: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = function["arguments"]
-    return {**function, "arguments": arguments if is_json_object(arguments) else json.dumps({"malformed": arguments})}
 
 
 def _models(server: Server, is_needed: bool) -> dict[str, Mapping[str, Any]]:

@@ -1,6 +1,8 @@
 """A conversation with an OpenAI-compatible endpoint: what is sent, what is read however it is cut, and every way to
 fail."""
 
+import copy
+import gzip
 import json
 import socket
 import threading
@@ -13,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.apps.remote.deltas import DeltaReader
-from kimi_lite.apps.remote.http import Server, base_url
+from kimi_lite.apps.remote.http import Server, address_of
 from kimi_lite.apps.remote.session import RemoteSession
 from kimi_lite.apps.remote.sse import EventReader
 from kimi_lite.engine.answer_settings import AnswerSettings
+from kimi_lite.engine.documents import to_document
+from kimi_lite.engine.turns import AnswerRecord
 from kimi_lite.engine.types import SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tool_calls import ToolCall
@@ -52,9 +56,9 @@ def texts(tokens: list[Token]) -> dict[str, str]:
     }
 
 
-def read(pieces: list[bytes]) -> list[Token]:
+def read(pieces: list[bytes], **options: object) -> list[Token]:
     """As the session reads a stream."""
-    events, reader, tokens = EventReader(), DeltaReader("a"), []
+    events, reader, tokens = EventReader(), DeltaReader("a", **options), []
     for event in [event for piece in pieces for event in events.feed(piece)] + events.finish():
         tokens += reader.feed(json.loads(event)) if event != "[DONE]" else []
     return tokens + reader.finish()
@@ -327,10 +331,220 @@ def test_a_budget_for_thinking_is_refused() -> None:
     ],
 )
 def test_addresses(endpoint: str, url: str) -> None:
-    assert base_url(endpoint) == url
+    assert address_of(endpoint) == (url, "", "")
 
 
 @pytest.mark.parametrize("endpoint", ["", "ftp://x", "http://", "http://x:99999"])
 def test_addresses_that_are_none(endpoint: str) -> None:
     with pytest.raises(KimiLiteError, match="no address"):
-        base_url(endpoint)
+        address_of(endpoint)
+
+
+def test_a_user_in_the_address_is_sent_and_never_shown(fake: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = fake.url.replace("http://", "http://ann:pass%20word@")
+    assert address_of(address) == (fake.url, "ann", "pass word")
+    monkeypatch.setenv("OPENAI_API_KEY", "of another server")
+    fake.answers.append(Answer([b'{"error": "ann, pass word and YW5uOnBhc3Mgd29yZA== are wrong"}'], 401))
+    session = RemoteSession.open(address, model="m")
+    with pytest.raises(KimiLiteError) as caught:
+        list(session.ask("?"))
+    assert fake.headers[-1]["Authorization"] == "Basic YW5uOnBhc3Mgd29yZA=="
+    for text in (str(caught.value), json.dumps(to_document(session)), session.model_key(), str(session.info)):
+        assert "pass word" not in text
+        assert "YW5u" not in text
+    with pytest.raises(KimiLiteError, match="a request carries one"):
+        RemoteSession.open(address, "key")
+    with pytest.raises(KimiLiteError) as refused:
+        address_of("ftp://ann:secret@h")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("event", [b"data: no json, key sk-1234\n\n", b'data: {"error": "key sk-1234 expired"}\n\n'])
+def test_a_key_in_an_event_is_not_shown(fake: FakeOpenAI, event: bytes) -> None:
+    session = opened(fake, event, api_key="sk-1234")
+    with pytest.raises(KimiLiteError) as caught:
+        list(session.ask("?"))
+    assert "sk-1234" not in str(caught.value)
+    assert "(key)" in str(caught.value)
+
+
+def test_what_a_library_says_is_told_without_numbers() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(KimiLiteError) as caught:
+        RemoteSession.open(f"http://127.0.0.1:{port}")
+    assert caught.value.message == f"Nothing answers at http://127.0.0.1:{port}/v1: connection refused."
+
+
+BOMB = gzip.compress(b" " * (40 << 20))
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+def test_an_answer_has_a_largest_size(fake: FakeOpenAI, encoding: str) -> None:
+    """40 MiB of blanks, compressed to 40 KB or not: as a list of models, a refusal and an answer."""
+    data = BOMB if encoding == "gzip" else b" " * (40 << 20)
+    header = {"Content-Encoding": encoding}
+    whole = Answer([data], 200, "application/json", header)
+    with FakeOpenAI(models=whole) as other, pytest.raises(KimiLiteError, match="more than the 32 MiB"):
+        RemoteSession.open(other.url)
+    session = opened(fake, whole, model="m")
+    with pytest.raises(KimiLiteError, match="more than the 32 MiB"):
+        list(session.ask("?"))
+    fake.answers.append(Answer([data], 500, "application/json", header))
+    with pytest.raises(KimiLiteError, match="answered 500"):
+        list(session.ask("?"))
+    fake.answers.append(Answer([b"data: ", data], 200, headers=header if encoding == "identity" else {}))
+    if encoding == "identity":
+        with pytest.raises(KimiLiteError, match="an event of more than 16 MiB"):
+            list(session.ask("?"))
+
+
+def test_compressed_streams_are_read_and_other_encodings_refused(fake: FakeOpenAI) -> None:
+    session = opened(fake, Answer([gzip.compress(sse({"content": "packed"}))], headers={"Content-Encoding": "gzip"}))
+    assert texts(list(session.ask("?")))["content"] == "packed"
+    for encoding, data in (("br", b"x"), ("gzip", b"no gzip")):
+        fake.answers.append(Answer([data], headers={"Content-Encoding": encoding}))
+        with pytest.raises(KimiLiteError, match="compresse"):
+            list(session.ask("?"))
+
+
+def test_a_fast_server_waits_for_its_reader(fake: FakeOpenAI) -> None:
+    """What nobody has read yet stays with the server: some MB in queues and sockets, not the whole stream."""
+    event = sse({"content": "word " * 2000}, reason=None, is_done=False)
+    session = opened(fake, Answer([event] * 6000))  # 60 MB
+    tokens = session.ask("?")
+    next(token for token in tokens if token.text)
+    time.sleep(1.0)
+    assert not fake.is_written.is_set()
+    tokens.close()
+    assert fake.is_dropped.wait(5.0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=10))
+def test_bytes_cut_anywhere_are_the_same_events(data: bytes, points: list[int]) -> None:
+    data = b"\xef\xbb\xbfdata: a\r\n" + data.replace(b"z", b"\ndata:\r").replace(b"y", b"\n\n")
+    whole, parts = EventReader(), EventReader()
+    expected = whole.feed(data) + whole.finish()
+    ends = [0, *sorted(point for point in points if point < len(data)), len(data)]
+    found = [event for a, b in pairwise(ends) for event in parts.feed(data[a:b])] + parts.finish()
+    assert found == expected
+
+
+VALUES = [None, -1, "x", [], {}, [None], [1], [[]], {"a": 1}, True, 1e999, "\ud800", 10**400, 3.5, ["x"], [{"text": 5}]]
+VALUES += [{"index": 10**30}, [{"index": -1}], [{"function": 5}], [{"delta": 5}], [{"name": 1}], float("nan")]
+EVENTS = [
+    {
+        "choices": [
+            {
+                "index": 0,
+                "delta": {
+                    "role": "assistant",
+                    "reasoning_content": "r",
+                    "content": "c",
+                    "tool_calls": [{"index": 0, "id": "i", "function": {"name": "f", "arguments": "{}"}}],
+                },
+                "finish_reason": None,
+                "usage": {"prompt_tokens": 1},
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}},
+    },
+    {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+]
+
+
+def paths(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """Where something stands in a document."""
+    if path:
+        yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from paths(item, (*path, key))
+
+
+@settings(deadline=None, max_examples=600)
+@given(st.data())
+def test_malformed_events_are_read_or_refused_in_a_sentence(data: st.DataObject) -> None:
+    events = copy.deepcopy(EVENTS)
+    for _ in range(data.draw(st.integers(1, 2))):
+        path = data.draw(st.sampled_from(list(paths(events))))
+        place = events
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = copy.deepcopy(data.draw(st.sampled_from(VALUES)))
+    reader, tokens, said = DeltaReader("a", tools=[TOOL]), [], ""
+    try:
+        for event in events:
+            tokens += reader.feed(event) if isinstance(event, dict) else []
+    except KimiLiteError as error:
+        said = error.message
+    assert said.isprintable()
+    tokens += reader.finish()
+    json.dumps([token.text for token in tokens]).encode()
+    assert tokens[-1].finish_reason
+
+
+def answered(tokens: list[Token]) -> AnswerRecord:
+    record = AnswerRecord()
+    for token in tokens:
+        record.add(token)
+    return record
+
+
+THOUGHT = [{"content": "Let me think"}, {"content": " about it.</thi"}, {"content": "nk>\n\nIt is 4."}]
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_an_end_of_thinking_that_nothing_began(fake: FakeOpenAI, is_watched: bool) -> None:
+    session = opened(
+        fake, sse(*THOUGHT), sse(*THOUGHT), sse({"content": "No thought this time."}), sse({"content": "x"})
+    )
+    session.is_watched = is_watched
+    first = list(session.ask("2+2?"))
+    record = answered(first)
+    assert (record.texts["reasoning"], record.texts["content"]) == ("Let me think about it.", "\n\nIt is 4.")
+    said = [token.text for token in first if token.kind == "content" and token.text]
+    assert ("Let me think" in said) is is_watched
+    second = list(session.ask("again?"))  # learned: it comes as reasoning from the beginning
+    assert (second[0].kind, second[0].text, second[0].unsaid) == ("reasoning", "Let me think", "")
+    third = answered(list(session.ask("and now?")))
+    assert (third.texts["reasoning"], third.texts["content"]) == ("", "No thought this time.")
+    list(session.ask("and then?"))
+    sent = [message for message in fake.bodies[-1]["messages"] if message["role"] == "assistant"]
+    assert [message["content"] for message in sent] == ["\n\nIt is 4.", "\n\nIt is 4.", "No thought this time."]
+    assert "think" not in json.dumps([message["content"] for message in sent])
+
+
+def test_think_tags_are_words_where_reasoning_has_its_field_or_is_off(fake: FakeOpenAI) -> None:
+    text = "Write </think> to end it."
+    session = opened(fake, sse({"reasoning_content": "hm"}, {"content": text}), sse({"content": text}))
+    assert answered(list(session.ask("?"))).texts["content"] == text
+    session.set_thinking(False)
+    assert answered(list(session.ask("?"))).texts["content"] == text
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning_content"])
+def test_kimis_markers_in_the_text_are_calls(fake: FakeOpenAI, field: str) -> None:
+    call = '<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>{"a": 1}'
+    call += "<|tool_call_end|><|tool_calls_section_end|>"
+    pieces = [{field: text} for text in ("I add.", call[:40], call[40:90], call[90:])]
+    session = opened(fake, sse(*pieces), sse({"content": "3"}))
+    record = answered(list(session.ask("?", tools=[TOOL])))
+    assert (record.calls, record.last.finish_reason) == ([ToolCall("functions.add:0", "add", '{"a": 1}')], "tool_calls")
+    assert "<|" not in record.texts["content"] + record.texts["reasoning"]
+    echoed = read([sse({"content": call}, call_delta(0, '{"a": 1}', "add", "functions.add:0"))], tools=[TOOL])
+    assert answered(echoed).calls == [ToolCall("functions.add:0", "add", '{"a": 1}')]
+    assert answered(read([sse({"content": call})])).texts["content"] == call  # no tools: it is text
+
+
+def test_only_the_first_choice_and_no_repeated_message_are_read() -> None:
+    events = [
+        {"choices": [{"index": 1, "delta": {"content": "other"}}, {"index": 0, "delta": {"content": "one"}}]},
+        {"choices": [{"index": 0, "delta": {}, "message": {"content": "one"}, "finish_reason": "stop"}]},
+    ]
+    data = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    assert texts(read([data.encode()]))["content"] == "one"
+    both = {"function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [{"function": {"name": "f"}}]}
+    assert len(answered(read([sse(both)], tools=[TOOL])).calls) == 1
