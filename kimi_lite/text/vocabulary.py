@@ -56,6 +56,8 @@ class Vocabulary:
         added = _added(tokens, kinds)
         words = {text: i for text, i in added.items() if kinds[i] != CONTROL and not _CONTROL_LIKE.fullmatch(text)}
         special = {text: i for text, i in added.items() if text not in words}
+        if words:  # one that reads as a normal token is written is that token, as `tokenizers` has it
+            words |= {tokens[i]: i for i in np.flatnonzero(kinds == NORMAL).tolist() if tokens[i] in words}
         id_of_rank = None
         merges = metadata.get("tokenizer.ggml.merges")
         # Kimi's ids are its ranks; a merge list in its files was only derived from them.
