@@ -183,10 +183,10 @@ class DeltaReader:
             piece.kind,
             finish_reason,
             self._stats(),
-            piece.call,
-            index,
-            error,
-            piece.unsaid,
+            call=piece.call,
+            call_index=index,
+            error=error,
+            unsaid=piece.unsaid,
         )
 
     def _stats(self) -> Stats:
