@@ -29,8 +29,10 @@ from kimi_lite.experts.memory import aligned_memory, lock_memory
 from kimi_lite.experts.policy import HALF_LIVES, HeatPolicy
 from kimi_lite.experts.reader import ExpertReader, ReadJob
 from kimi_lite.native.cpu.matrix import DATA
+from kimi_lite.options import Options
 from kimi_lite.units import gib_apart
 
+NUM_READERS = 8  # threads: a disk needs several reads under way
 SLOTS_PER_CHOICE = 2  # at least: one token's experts of a layer are read while those before are computed
 _LOADED_AT_ONCE = 64  # experts, between two reports of progress
 _GUESS_WORTH = len(HALF_LIVES) / 2  # a guess evicts no expert with a higher score: every second token chooses that one
@@ -67,10 +69,11 @@ class Pool:
         return self.memory[number * self.slot_bytes : (number + 1) * self.slot_bytes]
 
 
-def make_pools(index: ExpertIndex, budget_bytes: int, num_choices: int) -> dict[int, Pool]:
+def make_pools(index: ExpertIndex, budget_bytes: int | None, num_choices: int) -> dict[int, Pool]:
     """The budget, shared out by the bytes of each size's layers. Raises KimiLiteError for less than `num_choices` of a
     layer need."""
-    num_layers, whole_bytes = max(index.layers) + 1, sum(size * len(layers) for size, layers in index.ram_pools.items())
+    num_layers, whole_bytes = index.num_layers, sum(size * len(layers) for size, layers in index.ram_pools.items())
+    budget_bytes = index.ram_bytes if budget_bytes is None else budget_bytes
     counts = {
         size: min(len(layers) * index.num_experts, budget_bytes * len(layers) // whole_bytes)
         for size, layers in index.ram_pools.items()
@@ -90,15 +93,16 @@ def make_pools(index: ExpertIndex, budget_bytes: int, num_choices: int) -> dict[
 
 
 class RamSlots:
-    """Slots of at most `budget_bytes` over all routed experts of a model. `close` ends the readers' threads."""
+    """Slots of at most `budget_bytes` over all routed experts of a model, None: for all of them. `close` ends the
+    readers' threads."""
 
     def __init__(
         self,
         index: ExpertIndex,
         tables: Mapping[int, np.ndarray],
-        budget_bytes: int,
+        budget_bytes: int | None,
         num_choices: int,
-        num_readers: int = 8,
+        num_readers: int = NUM_READERS,
         is_direct: bool = True,
     ) -> None:
         """tables: of each layer with routed experts, int64 (at least experts, 3, 8); addresses are written into them.
@@ -251,10 +255,6 @@ class RamSlots:
             own[:, layers] = heat[:, layers]
             pool.policy.import_heat(own)
 
-    @property
-    def heat_shape(self) -> tuple[int, int, int]:
-        return len(HALF_LIVES), max(self.index.layers) + 1, self.index.num_experts
-
     def residents(self, layer: int) -> np.ndarray:
         """bool (experts,)"""
         return self._pool_of[layer].policy.residents(layer)
@@ -386,6 +386,37 @@ class RamSlots:
         if max(slot, late) in pool.unproved:
             pool.unproved.discard(max(slot, late))
             self.counts.right_guesses += 1
+
+
+def heat_shape(index: ExpertIndex) -> tuple[int, int, int]:
+    """(averages, layers, experts) of a model's heat."""
+    return len(HALF_LIVES), index.num_layers, index.num_experts
+
+
+def open_ram(
+    index: ExpertIndex,
+    tables: Mapping[int, np.ndarray],
+    num_choices: int,
+    options: Options,
+    budget_bytes: int | None,
+    heat: np.ndarray | None,
+    on_load: Callable[[int, int], None],
+) -> RamSlots | None:
+    """The slots that options and plan ask for, filled with what comes first; None where the mapped file is read.
+
+    budget_bytes: what the plan gives experts that do not all fit; None: they do, so that `--load` decides whether they
+    are all read now, and whether they are locked. heat: of earlier runs. The rest as `RamSlots` has it.
+    """
+    loads_all = budget_bytes is None
+    if loads_all and options.loading == "map":
+        return None
+    slots = RamSlots(index, tables, budget_bytes, num_choices, options.num_readers, options.reads_directly)
+    try:
+        slots.fill(heat, on_load if loads_all else None, is_locked=options.loading == "lock")
+    except BaseException:
+        slots.close()
+        raise
+    return slots
 
 
 class ExpertRequest:

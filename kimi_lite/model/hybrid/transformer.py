@@ -8,6 +8,7 @@ finds them. Batches of up to 16 tokens go through captured segments (`hybrid.dec
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from kimi_lite.model.cpu.transformer import check_sizes, choose_expanded
 from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
-from kimi_lite.model.hybrid.experts import HybridOptions, open_experts, thread_counts
+from kimi_lite.model.hybrid.experts import open_experts, thread_counts
 from kimi_lite.model.hybrid.feed_forward import ResidentGain
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.layer import Layer
@@ -32,6 +33,8 @@ from kimi_lite.model.hybrid.step import StepMaker, is_decoding, num_pages_seen
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.options import Options
+from kimi_lite.plan.types import Plan
 
 MAX_LOGITS = 64  # rows of logits made at once
 _NUM_DECODE_SHAPES = 6  # whose graphs are kept
@@ -47,29 +50,28 @@ class HybridTransformer:
         kv: KVCache,
         streams: GpuStreams,
         kernels: Kernels,
-        options: HybridOptions | None = None,
+        plan: Plan,
+        heat_file: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
         recorder: RoutingRecorder | None = None,
     ) -> None:
-        """kv: its storage is a tensor of the device. Raises KimiLiteError for what the model lacks or the device has no
-        room for.
+        """kv: its storage is a tensor of the device. plan: what experts and prompts get, and the options it is for.
 
-        on_progress(what is being done, units done, units in all): loading takes seconds. recorder: of what tokens
-        choose.
+        heat_file: where the experts' heat outlives the process; None: nowhere. on_progress(what is being done, units
+        done, units in all): loading takes seconds. recorder: of what tokens choose. Raises KimiLiteError for what the
+        model lacks, and where less VRAM is free than the plan was made for.
         """
         report = on_progress or (lambda stage, done, total: None)
         check_types(store)
         check_sizes(config)
-        options = options or HybridOptions()
         compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
         self.config, self.kv = config, kv
         self._streams, self._kernels = streams, kernels
         slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
-        self._load_dense(store, options, slot_table, report)
-        self.experts, self.max_batch_tokens = open_experts(
-            store, config, streams, kernels, options, slot_table, report, recorder
-        )
-        self._adaptive = Adaptive(self.experts, thread_counts(options.num_threads))
+        self._load_dense(store, plan.limits, slot_table, report)
+        self.experts = open_experts(store, config, streams, kernels, plan, slot_table, report, heat_file, recorder)
+        self.max_batch_tokens = plan.prompt_chunk_tokens
+        self._adaptive = Adaptive(self.experts, thread_counts(plan.limits.num_threads))
         self._maker = StepMaker(config, streams)
         self._shape = (
             *(config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim),
@@ -84,7 +86,7 @@ class HybridTransformer:
     def _load_dense(
         self,
         store: GGUFStore,
-        options: HybridOptions,
+        options: Options,
         slot_table: torch.Tensor,
         report: Callable[[str, int, int], None],
     ) -> None:
