@@ -278,8 +278,6 @@ class Options:
         commands=(*ANSWERING, "plan"),
         metavar="TOKENS",
     )
-    num_readers: int = 8  # threads that read experts from the disk
-    reads_directly: bool = True  # experts from the disk, past the page cache where the file system allows it
     num_sequences: int = 1  # that the cache serves at the same time, each with a whole context
     kv_dtype: str = _option(
         "--kv-dtype",

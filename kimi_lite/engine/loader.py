@@ -7,8 +7,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import open_model
 from kimi_lite.engine.device import choose_device, find_gpu
@@ -18,9 +16,7 @@ from kimi_lite.engine.types import ModelInfo
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.disk import PrefixStore, model_key
-from kimi_lite.kv.host import HostPages
-from kimi_lite.kv.pages import KVCache
-from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.kv.pages import KVCache, page_shape
 from kimi_lite.options import Options
 from kimi_lite.plan.types import Plan
 
@@ -44,9 +40,10 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     report("preparing the cache", 2, 4)
     device = choose_device(options.device if options.allows_gpu else "cpu")
     plan = plan_load(store, config, options, find_gpu(device))
-    model, kv = _open_model(store, config, options, device, plan, report)
+    prefixes = open_prefixes(store, config, plan)
+    model, kv = _open_model(store, config, options, device, plan, prefixes, report)
     report("ready", 4, 4)
-    holdings = [*attach_tiers(kv, store, options, plan), store]
+    holdings = [*([prefixes] if prefixes else []), store]
     return Engine(
         model,
         kv,
@@ -61,34 +58,36 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
 
 
 def _open_model(
-    store: GGUFStore, config: ModelConfig, options: Options, device: str, plan: Plan, report: OnProgress
+    store: GGUFStore,
+    config: ModelConfig,
+    options: Options,
+    device: str,
+    plan: Plan,
+    prefixes: PrefixStore | None,
+    report: OnProgress,
 ) -> tuple[Model, KVCache]:
     """On the CPU path or the hybrid path."""
     recorder = RoutingRecorder(options.routing_trace, config) if options.routing_trace else None
-    tier = choose_tier(store, config, plan, options)
     if device != "cpu":
         from kimi_lite.model.hybrid.load import load_hybrid
 
-        return load_hybrid(store, config, options, plan.num_cache_pages * PAGE_TOKENS, device, report, tier, recorder)
+        return load_hybrid(store, config, plan, device, report, prefixes, recorder)
     from kimi_lite.model.cpu.transformer import Transformer
 
-    kv = KVCache(config.num_layers, config.kv_latent_size, plan.num_cache_pages, options.kv_dtype)
+    tier = choose_tier(store, config, plan, options)
+    kv = KVCache(config.num_layers, config.kv_latent_size, plan.num_cache_pages, options.kv_dtype, prefixes=prefixes)
     on_compile = partial(report, "preparing kernels")
     on_load = partial(report, "reading experts")
     return Transformer(store, config, kv, plan.num_threads, on_compile, tier, recorder, on_load), kv
 
 
-def attach_tiers(kv: KVCache, store: GGUFStore, options: Options, plan: Plan) -> list[PrefixStore]:
-    """Give the cache where its pages go when they must leave: RAM behind a GPU, and files. Returns what is to be
-    closed."""
-    is_on_cpu = isinstance(kv.storage, np.ndarray)
-    if not is_on_cpu:
-        kv.host = HostPages(plan.num_spill_pages, kv.storage) if plan.num_spill_pages else None
+def open_prefixes(store: GGUFStore, config: ModelConfig, plan: Plan) -> PrefixStore | None:
+    """The pages of this model on disk, where the options want any; who opens them closes them."""
+    options = plan.limits
     if options.prefix_folder is None:
-        return []
-    key = model_key(store, options.kv_dtype, options.cache_bias, is_on_cpu or options.dense_type)
-    kv.prefixes = PrefixStore(options.prefix_folder, key, kv.page_shape, options.prefix_bytes)
-    return [kv.prefixes]
+        return None
+    key = model_key(store, options.kv_dtype, options.cache_bias, options.dense_type if plan.is_on_gpu else True)
+    return PrefixStore(options.prefix_folder, key, page_shape(config, options.kv_dtype), options.prefix_bytes)
 
 
 def describe(store: GGUFStore, config: ModelConfig) -> ModelInfo:

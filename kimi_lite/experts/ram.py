@@ -408,9 +408,9 @@ def open_ram(
     are all read now, and whether they are locked. heat: of earlier runs. The rest as `RamSlots` has it.
     """
     loads_all = budget_bytes is None
-    if loads_all and options.loading == "map":
+    if options.maps_beyond_ram or (loads_all and options.loading == "map"):
         return None
-    slots = RamSlots(index, tables, budget_bytes, num_choices, options.num_readers, options.reads_directly)
+    slots = RamSlots(index, tables, budget_bytes, num_choices, options.num_readers, options.is_reading_direct)
     try:
         slots.fill(heat, on_load if loads_all else None, is_locked=options.loading == "lock")
     except BaseException:

@@ -75,7 +75,6 @@ class KVCache:
         if storage is None:
             storage = np.zeros(shape, ROW_FORMS[dtype].storage)  # its memory is touched only when used
         self.storage = storage
-        self.page_shape = (num_layers, PAGE_TOKENS, row_bytes(dtype, latent_size))  # of its bytes
         assert tuple(self.storage.shape) == shape, (self.storage.shape, shape)
         self.host = HostPages(num_host_pages, self.storage) if num_host_pages else None
         self.prefixes = prefixes

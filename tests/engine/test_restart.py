@@ -3,19 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 from typer.testing import CliRunner
 
 from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
-from kimi_lite.engine.loader import attach_tiers, load
+from kimi_lite.engine.loader import load
 from kimi_lite.engine.types import Request, SamplingParams
-from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.kv.pages import KVCache
 from kimi_lite.options import Options
 from tests.tiny import write_tiny_gguf
 
@@ -89,19 +85,3 @@ def test_the_command_line_keeps_prefixes_unless_told_not_to(
     assert not (tmp_path / "cache" / "prefixes").exists()
     assert [cached_tokens(), cached_tokens()][1] >= 256
     assert cached_tokens("--no-prefix-cache") == 0
-
-
-def test_a_gpus_cache_has_pages_in_ram_behind_it(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as it has itself, within a twentieth of the free RAM; the cache in RAM has none."""
-    torch = pytest.importorskip("torch")
-    store = GGUFStore.open(model_path)
-    kv = KVCache(2, 8, 6, "f32", storage=torch.zeros(2, 6, 64, 8))
-    assert attach_tiers(kv, store, Options()) == []
-    assert kv.host.num_pages == 6
-    page_bytes = 2 * 64 * 8 * 4
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * 3 * page_bytes + 5))
-    attach_tiers(kv, store, Options())
-    assert kv.host.num_pages == 3
-    plain = KVCache(2, 8, 6, "f32")
-    attach_tiers(plain, store, Options())
-    assert plain.host is None

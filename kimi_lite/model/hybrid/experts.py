@@ -12,7 +12,7 @@ from kimi_lite.experts.costs import ExpertCosts
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.heat import load_heat
 from kimi_lite.experts.index import ExpertIndex
-from kimi_lite.experts.ram import open_ram
+from kimi_lite.experts.ram import heat_shape, open_ram
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.experts.store import ExpertStore
 from kimi_lite.experts.stream import PromptStream

@@ -31,7 +31,8 @@ def load_hybrid(
     recorder: RoutingRecorder | None = None,
 ) -> tuple[HybridTransformer, KVCache]:
     """Raises KimiLiteError where less VRAM is free than the plan was made for."""
-    streams, heat_file = GpuStreams(device, plan.limits.vram_bytes), heat_path(store.path)
+    streams = GpuStreams(device, plan.limits.vram_bytes)
+    heat_file = heat_path(store.path) if plan.limits.keeps_heat else None
     try:
         kv = make_device_cache(config, plan, streams, prefixes)
         return HybridTransformer(store, config, kv, streams, TritonKernels(), plan, heat_file, report, recorder), kv

@@ -1,24 +1,35 @@
 """Runs a GGUF file on the hybrid path: with a CPU device standing in as the GPU, or on a CUDA device."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.kv.pages import KVCache
-from kimi_lite.model.hybrid.experts import HybridOptions
+from kimi_lite.hardware.probe import Hardware
 from kimi_lite.model.hybrid.kernels import Kernels, TritonKernels
-from kimi_lite.model.hybrid.load import KV_STORAGE
+from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.transformer import HybridTransformer
-from kimi_lite.native.latent_rows import PAGE_TOKENS, row_length
-from tests.model.hybrid.stand_in import StandInKernels
+from kimi_lite.options import Options
+from kimi_lite.plan.plan import make_plan
+from kimi_lite.plan.types import Plan
+from tests.model.hybrid.stand_in import GPU, StandInKernels
 from tests.model.runner import NUM_PAGES, Runner
 
 DEVICE = os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu")
+CHUNK_TOKENS = 1024
+
+
+def plan_for(store: GGUFStore, config: ModelConfig, options: Options, **numbers: int) -> Plan:
+    """The plan for a large machine, with other numbers where the test says so."""
+    hardware = Hardware("a CPU", 8, "avx2", 256 << 30, 250 << 30, gpu=GPU)
+    return replace(make_plan(store_sizes(store, config), hardware, options).require(), **numbers)
 
 
 class HybridRunner(Runner):
@@ -31,16 +42,31 @@ class HybridRunner(Runner):
         kernels: Kernels | None = None,
         dense_type: str = "file",
         recorder: RoutingRecorder | None = None,
+        heat_file: Path | None = None,
+        num_gpu_experts: int = 0,
+        ram_expert_bytes: int | None = None,
+        group_size: int = 8,
         **options: object,
     ) -> None:
+        """ram_expert_bytes: for experts, which do not all fit; None: they do. group_size: of a prompt's stream."""
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata)
-        streams = GpuStreams(DEVICE)
-        shape = (self.config.num_layers, NUM_PAGES, PAGE_TOKENS, row_length(kv_dtype, self.config.kv_latent_size))
-        storage = streams.zeros(shape, KV_STORAGE[kv_dtype])
-        self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, NUM_PAGES, kv_dtype, storage=storage)
-        chosen = HybridOptions(**{"dense_type": dense_type, "num_threads": 1} | options)
+        streams, chosen = GpuStreams(DEVICE), {"num_threads": 1, "kv_dtype": kv_dtype, "dense_type": dense_type}
+        tier = {} if ram_expert_bytes is None else {"ram_expert_bytes": ram_expert_bytes, "disk_expert_bytes": 1}
+        plan = plan_for(
+            self.store,
+            self.config,
+            Options(**chosen | options),
+            num_cache_pages=NUM_PAGES,
+            num_spill_pages=0,
+            num_vram_slots=num_gpu_experts,
+            prompt_chunk_tokens=CHUNK_TOKENS,
+            **tier,
+        )
+        self.kv = make_device_cache(self.config, plan, streams)
         kernels = kernels or (StandInKernels() if DEVICE == "cpu" else TritonKernels())
-        parts = (self.store, self.config, self.kv, streams, kernels)
-        self.transformer = HybridTransformer(*parts, chosen, recorder=recorder)
+        with patch("kimi_lite.model.hybrid.experts.STREAM_EXPERTS", group_size):
+            self.transformer = HybridTransformer(
+                self.store, self.config, self.kv, streams, kernels, plan, heat_file, recorder=recorder
+            )
         self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)

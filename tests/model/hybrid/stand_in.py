@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kimi_lite.experts.index import RoutedLayer
+from kimi_lite.hardware.probe import Gpu
 from kimi_lite.model.hybrid.kernels import Angles, RouterRule
 from kimi_lite.model.hybrid.weights import DenseMatrix
 from kimi_lite.native.cpu.activations import Activations
@@ -18,6 +19,8 @@ from kimi_lite.native.cpu.matrix import dequantize, describe_matrix
 from kimi_lite.native.cpu.run import RunTable
 from kimi_lite.native.cpu.threads import Program, Team
 from kimi_lite.native.reference import route
+
+GPU = Gpu("a stand-in", 24 << 30, 23 << 30, vram_bytes_s=900e9, pcie_bytes_s=23e9)  # as plans see it
 
 
 class StandInKernels:

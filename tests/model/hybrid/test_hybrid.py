@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.recorder import RoutingRecorder, read_trace
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
@@ -255,13 +254,13 @@ def test_experts_from_the_disk(path, ids):
     with only_rows(HybridRunner(path, num_gpu_experts=3)) as runner:
         want = [runner.prefill(ids[:60]), runner.decode(ids[60:70], start=60)]
         slot_bytes = runner.transformer.experts.store.index.vram_slot_bytes
-    tier = TierOptions(budget_bytes=10 * slot_bytes, num_readers=2, is_direct=False)
-    with only_rows(HybridRunner(path, num_gpu_experts=3, tier=tier)) as runner:
+    tier = {"ram_expert_bytes": 10 * slot_bytes, "num_readers": 2, "is_reading_direct": False}
+    with only_rows(HybridRunner(path, num_gpu_experts=3, **tier)) as runner:
         assert same(runner.prefill(ids[:60]), want[0])
         assert same(runner.decode(ids[60:70], start=60), want[1])
         counters = runner.transformer.counters()
         assert counters["disk_bytes"] > 0 and counters["expert_misses"] > 0
-    with only_stream(HybridRunner(path, tier=tier)) as runner:
+    with only_stream(HybridRunner(path, **tier)) as runner:
         assert relative_error(runner.prefill(ids[:60]), want[0]) < F32_LIMIT
 
 
@@ -274,9 +273,8 @@ def test_resident_experts_are_never_read_from_the_file(tmp_path, ids):
         index = runner.transformer.experts.store.index
     with only_stream(HybridRunner(path, num_gpu_experts=3)) as runner:
         want_streamed = runner.prefill(ids[:60])
-    tier = TierOptions(budget_bytes=index.ram_bytes, num_readers=2, is_loading_all=True)
     for force in (only_rows, only_stream):
-        with force(HybridRunner(path, num_gpu_experts=3, tier=tier)) as runner:
+        with force(HybridRunner(path, num_gpu_experts=3, loading="read")) as runner:
             whole = path.read_bytes()
             with path.open("r+b") as file:
                 for layer in index.layers.values():

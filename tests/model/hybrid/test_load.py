@@ -12,7 +12,7 @@ from kimi_lite.model.hybrid import load
 from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.options import Options
 from tests.model.hybrid.runner import DEVICE
-from tests.model.hybrid.stand_in import StandInKernels
+from tests.model.hybrid.stand_in import GPU, StandInKernels
 from tests.tiny import write_tiny_gguf
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="test_hybrid.py covers CUDA")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="test_hybrid.py covers C
 def stand_in(monkeypatch):
     """A CPU device called by a name that is not the CPU path's."""
     monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu:0")
-    monkeypatch.setattr(loader, "find_gpu", lambda device: None)
+    monkeypatch.setattr(loader, "find_gpu", lambda device: None if device == "cpu" else GPU)
     monkeypatch.setattr(load, "TritonKernels", StandInKernels)
 
 

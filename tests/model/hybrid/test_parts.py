@@ -1,31 +1,33 @@
-"""The pieces of the hybrid path: dense weights on the device, what becomes of the VRAM, steps,
+"""The pieces of the hybrid path: dense weights on the device, what the plan gives, steps,
 adaptation."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.engine.device import choose_device
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
 from kimi_lite.model.hybrid.decode import Segment, pages_for, rows_for
-from kimi_lite.model.hybrid.experts import HybridOptions, divide_vram
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
+from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.model.hybrid.weights import DenseWeights, quantize_q8_0
 from kimi_lite.native.reference_types import dequantize
+from kimi_lite.options import Options
+from kimi_lite.plan.workspace import gpu_work_bytes
 from kimi_lite.quantize.codecs import q8_0
+from tests.model.hybrid.runner import plan_for
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.tiny import write_tiny_gguf
-
-GIB = 1024**3
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +80,6 @@ def test_a_router_is_never_rounded(store, tmp_path):
     )
 
 
-def test_vram_is_divided(store, config):
-    """The longest chunk that leaves room, and slots in the rest; what cannot be is refused with numbers."""
-    sizes, slot_bytes = store_sizes(store, config), 9 * 1024**2
-    roomy = divide_vram(sizes, slot_bytes, 10 * GIB, HybridOptions())
-    assert roomy.chunk_tokens == 8192 and roomy.num_slots == sizes.num_experts, "never more than there are experts"
-    tight = divide_vram(sizes, slot_bytes, GIB // 2 + 64 * 1024**2, HybridOptions())
-    assert tight.chunk_tokens < 8192 and tight.num_slots < 7
-    assert divide_vram(sizes, slot_bytes, 10 * GIB, HybridOptions(num_gpu_experts=3, chunk_tokens=700)).num_slots == 3
-    with pytest.raises(KimiLiteError, match=r"chunk of 512 tokens needs .* of VRAM .* is left"):
-        divide_vram(sizes, slot_bytes, GIB // 2, HybridOptions())
-    with pytest.raises(KimiLiteError, match="--gpu-experts 16: there is room in VRAM for"):
-        divide_vram(sizes, slot_bytes, GIB // 2 + 64 * 1024**2, HybridOptions(num_gpu_experts=16))
-
-
 def test_heads_at_a_time_bounds_memory(config):
     assert heads_at_a_time(config, 10, 2) == config.num_heads
     assert heads_at_a_time(config, 10**9, 2) == 1
@@ -108,28 +96,65 @@ def test_latents_in_eight_bits():
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16", "q8"])
 def test_cache_on_the_device(store, config, kv_dtype):
-    kv = make_device_cache(store, config, 200, kv_dtype, GpuStreams("cpu"))
-    assert kv.num_pages == 4 and isinstance(kv.storage, torch.Tensor)
+    """For as many sequences as the options say, with the plan's pages in RAM behind it."""
+    plan = plan_for(store, config, Options(context_length=200, num_sequences=3, kv_dtype=kv_dtype))
+    kv = make_device_cache(config, plan, GpuStreams("cpu"))
+    assert kv.num_pages == 3 * 4 and isinstance(kv.storage, torch.Tensor) and kv.host.num_pages == plan.num_spill_pages
+    kv = make_device_cache(config, replace(plan, num_cache_pages=7, num_spill_pages=0), GpuStreams("cpu"))
+    assert kv.num_pages == 7 and kv.host is None
 
 
-class SmallCard(GpuStreams):
-    """As if a GPU had this much room."""
+class SmallGpu(GpuStreams):
+    """As if a GPU had this much memory."""
 
-    def __init__(self, room_bytes: int) -> None:
+    def __init__(self, free_bytes: int) -> None:
         super().__init__("cpu")
-        self._room_bytes = room_bytes
+        self._free_bytes = free_bytes
 
     def free_bytes(self) -> int:
-        return self._room_bytes
+        return self._free_bytes
 
 
-def test_a_cache_that_does_not_fit_is_refused(store, config):
-    with pytest.raises(KimiLiteError, match=r"context of 4,096 tokens need 1.*GiB of VRAM; 0.*GiB is free") as caught:
-        make_device_cache(store, config, 4096, "f16", SmallCard(GIB // 2))
+def open_with(store, config, plan, streams):
+    kv = make_device_cache(config, plan, streams)
+    return HybridTransformer(store, config, kv, streams, StandInKernels(), plan)
+
+
+def test_what_is_allocated_is_what_the_plan_says(store, config):
+    """Slots in VRAM, a prompt's chunk, slots in RAM: another plan, other allocations."""
+    index = ExpertIndex.find(store, config)
+    plan = plan_for(store, config, Options(context_length=128, num_threads=1))
+    for num_slots, chunk, num_ram_slots in ((3, 512, 10), (9, 2048, 14)):
+        numbers = {"num_vram_slots": num_slots, "prompt_chunk_tokens": chunk, "disk_expert_bytes": 1}
+        ram_bytes = num_ram_slots * index.ram_bytes // (index.num_experts * len(index.layers))
+        model = open_with(store, config, replace(plan, ram_expert_bytes=ram_bytes, **numbers), GpuStreams("cpu"))
+        try:
+            assert tuple(model.experts.slots.slots.shape) == (num_slots, index.vram_slot_bytes)
+            assert (model.max_batch_tokens, model.experts.cpu.capacity) == (chunk, 512)
+            counters = model.counters()
+            assert (counters["gpu_expert_slots"], counters["expert_slots"]) == (num_slots, num_ram_slots)
+        finally:
+            model.close()
+    model = open_with(store, config, plan, GpuStreams("cpu"))
+    assert model.counters()["gpu_expert_slots"] == plan.num_vram_slots == 16 and model.experts.store.ram is None
+    model.close()
+
+
+def test_vram_that_others_took_since_the_plan_is_a_sentence(store, config):
+    """The remedy is what fits now: it is tried."""
+    plan = plan_for(store, config, Options(context_length=128, num_threads=1))
+    index = ExpertIndex.find(store, config)
+    work_bytes = gpu_work_bytes(plan.sizes, plan.prompt_chunk_tokens)
+    free = SmallGpu(work_bytes + 5 * index.vram_slot_bytes + 1)
+    with pytest.raises(
+        KimiLiteError, match=r"16 experts and a prompt's chunk of 8,192 tokens need"
+    ) as caught:
+        open_with(store, config, plan, free)
+    assert "--gpu-experts 5." in caught.value.hint
+    open_with(store, config, replace(plan, num_vram_slots=5), free).close()
+    with pytest.raises(KimiLiteError) as caught:
+        open_with(store, config, plan, SmallGpu(work_bytes // 2))
     assert "--device cpu" in caught.value.hint
-    assert make_device_cache(store, config, 4096, "f16", SmallCard(2 * GIB)).num_pages == 64
-    with pytest.raises(KimiLiteError, match="no cache type 'q3'"):
-        make_device_cache(store, config, 4096, "q3", SmallCard(2 * GIB))
 
 
 def test_shapes_of_decode_steps():

@@ -180,23 +180,12 @@ def test_bars_are_as_long_as_their_share():
 
 def test_the_gpu_path_is_measured(tiny, quick, monkeypatch):
     """With a CPU device standing in as the GPU."""
-    from kimi_lite.experts.gpu_streams import GpuStreams
-    from kimi_lite.hardware.probe import Gpu
     from kimi_lite.model.hybrid import load
-    from kimi_lite.model.hybrid.experts import HybridOptions
-    from kimi_lite.model.hybrid.transformer import HybridTransformer
-    from tests.model.hybrid.stand_in import StandInKernels
+    from tests.model.hybrid.stand_in import GPU, StandInKernels
 
-    def load_stand_in(store, config, options, context_length, device, report, tier, recorder):
-        streams = GpuStreams("cpu")
-        kv = load.make_device_cache(store, config, context_length, options.kv_dtype, streams)
-        return HybridTransformer(store, config, kv, streams, StandInKernels(), HybridOptions(num_threads=1), report), kv
-
-    monkeypatch.setattr("kimi_lite.engine.loader.choose_device", lambda wanted: "cuda")
-    monkeypatch.setattr(
-        "kimi_lite.engine.loader.find_gpu", lambda device: Gpu("a stand-in", 24 << 30, 23 << 30, 900e9, 23e9)
-    )
-    monkeypatch.setattr(load, "load_hybrid", load_stand_in)
+    monkeypatch.setattr("kimi_lite.engine.loader.choose_device", lambda wanted: "cpu:0")
+    monkeypatch.setattr("kimi_lite.engine.loader.find_gpu", lambda device: GPU)
+    monkeypatch.setattr(load, "TritonKernels", StandInKernels)
     done = run_bench("-m", tiny, "-p", "16", "-n", "4", "-r", "1", "-t", "1")
     assert done.exit_code == 0, done.output
     document = last_document(done.stdout)

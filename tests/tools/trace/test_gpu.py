@@ -10,7 +10,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.hybrid import load
 from kimi_lite.options import Options
 from kimi_lite.tools.trace.gpu import CPU_EXPERTS, common, shares_of, table, trace, united
-from tests.model.hybrid.stand_in import StandInKernels
+from tests.model.hybrid.stand_in import GPU, StandInKernels
 from tests.tiny import write_tiny_gguf
 
 
@@ -37,9 +37,9 @@ def path(tmp_path):
 
 def test_trace(path, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "choose_device", lambda wanted: "cpu:0")
-    monkeypatch.setattr(loader, "find_gpu", lambda device: None)
+    monkeypatch.setattr(loader, "find_gpu", lambda device: GPU)
     monkeypatch.setattr(load, "TritonKernels", StandInKernels)
-    with loader.load(path, Options(context_length=256, num_threads=1)) as engine:
+    with loader.load(path, Options(context_length=256, num_threads=1, num_gpu_experts=0)) as engine:
         shares = trace(engine, 4, tmp_path / "trace.json")
         assert 0 < shares.cpu_ms < shares.whole_ms and shares.gpu_ms == 0
         assert "compute" not in vars(engine.model.experts.cpu), "the spans are gone again"
