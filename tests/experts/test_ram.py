@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.index import ExpertIndex
-from kimi_lite.experts.ram import RamSlots
+from kimi_lite.experts.ram import RamSlots, heat_shape
 from kimi_lite.experts.store import ExpertStore
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.cpu.experts import layer_experts
@@ -176,7 +176,7 @@ def test_heat_brings_the_hottest_back(case):
 
 def test_what_is_needed_goes_before_what_is_warmed(case):
     c = case(num_readers=1)
-    heat = np.ones(c.cache.heat_shape, np.float32)
+    heat = np.ones(heat_shape(c.index), np.float32)
     c.cache.import_heat(heat)
     assert c.cache.warm() == 6
     c.run(1, [15, 14])

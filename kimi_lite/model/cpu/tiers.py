@@ -18,7 +18,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.heat import load_heat, save_heat
 from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.ram import ExpertRequest, RamSlots
+from kimi_lite.experts.ram import ExpertRequest, RamSlots, heat_shape
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Cancelled
 from kimi_lite.model.cpu.attention import Op
@@ -84,7 +84,7 @@ class TieredLayers:
 
     def _fill(self, on_load: Callable[[int, int], None]) -> None:
         options = self._options
-        heat = load_heat(options.heat_path, self.slots.heat_shape) if options.heat_path else None
+        heat = load_heat(options.heat_path, heat_shape(self.slots.index)) if options.heat_path else None
         self.slots.fill(heat, on_load if options.is_loading_all else None, options.is_locked)
 
     @property
