@@ -92,10 +92,9 @@ def _situation(session: Conversation, options: Options, status: Console) -> Situ
 def greeting(conversation: Conversation, options: Options, width: int) -> list[str]:
     """The lines before the first prompt, of at most `width` columns: model, recipe, where things lie, context, mode,
     speed."""
-    plan = conversation.engine.plan if isinstance(conversation, Session) else None
     settings = conversation.settings
     mode = conversation.mode if conversation.can_think else f"no thinking mode ({settings.describe_sampling()})"
-    if plan is None:
+    if conversation.plan is None:
         info, length = conversation.info, conversation.context_length
         context = "" if length is None else f" · context {length:,}"
         place = f"  {_public(options.endpoint)}" if options.endpoint else f"  {describe_model(info)}"
@@ -103,7 +102,7 @@ def greeting(conversation: Conversation, options: Options, width: int) -> list[s
     else:
         from kimi_lite.plan.view import start_panel
 
-        lines = start_panel(plan, mode, "/help for help", width=width)
+        lines = start_panel(conversation.plan, mode, "/help for help", width=width)
     lines += [f"  {line}" for line in DEMO_REMARKS if options.is_demo]
     return [wrapped(line, width) for line in lines]
 

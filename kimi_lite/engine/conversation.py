@@ -17,6 +17,7 @@ from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.turns import AnswerRecord, Content, Turn, now, num_images, require_utf8, text_of
 from kimi_lite.engine.types import ModelInfo, Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.plan.types import Plan
 from kimi_lite.text.tool_calls import ToolCall
 
 OnPrefill = Callable[[str, int, int], None]  # request id, prompt tokens done, prompt tokens in all
@@ -78,7 +79,12 @@ class Conversation(ABC):
         return {}
 
     def heat(self) -> np.ndarray | None:
-        """(layers, experts): how much each routed expert was used lately; None where it is not counted."""
+        """(layers, experts): how much each routed expert was used lately; None where that is not counted."""
+        return None
+
+    @property
+    def plan(self) -> Plan | None:
+        """What lies where and how fast it can be; None where the model runs elsewhere."""
         return None
 
     def lead_ids(self) -> Sequence[int]:

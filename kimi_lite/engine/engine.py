@@ -39,12 +39,18 @@ OnProgress = Callable[[str, int, int], None]  # what is being loaded, units done
 
 
 class Model(Protocol):
-    """What the engine needs of `model.cpu.transformer.Transformer`. One that keeps account also has `counters()`."""
+    """What the engine needs of a model: `model.cpu.transformer.Transformer`, or the hybrid path's."""
 
     max_batch_tokens: int  # rows of one forward pass
 
     def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
         """Asks `should_stop` before every layer of a long batch, which is also how far the prompt is known to be."""
+
+    def counters(self) -> Mapping[str, float]:
+        """What happened since the model was loaded, by name; nothing where nothing is counted."""
+
+    def heat(self) -> np.ndarray | None:
+        """float32 (layers, experts): how much each routed expert was used lately; None where that is not counted."""
 
     def close(self) -> None: ...
 
@@ -105,9 +111,8 @@ class Engine:
         self.close()
 
     def counters(self) -> Mapping[str, float]:
-        """What happened since the model was loaded, by name: of the cache, and of the model where it keeps account."""
-        model_counters = getattr(self.model, "counters", dict)
-        return {**self.kv.counters(), **model_counters()}
+        """What happened since the model was loaded, by name: of the cache and of the model."""
+        return {**self.kv.counters(), **self.model.counters()}
 
     def generate(self, requests: Many[Request], on_prefill: OnPrefill | None = None) -> Iterator[Token]:
         """Run requests to their ends, together. Whatever ends the iteration ends them; what they computed stays

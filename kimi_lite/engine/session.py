@@ -17,6 +17,7 @@ from kimi_lite.engine.splice import splice, with_sampled_ids
 from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Request, Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK
 from kimi_lite.text.template import EncodedPrompt
 
@@ -82,8 +83,11 @@ class Session(Conversation):
         return self.engine.counters()
 
     def heat(self) -> np.ndarray | None:
-        heat = getattr(self.engine.model, "heat", None)
-        return None if heat is None else heat()
+        return self.engine.model.heat()
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.engine.plan
 
     def lead_ids(self) -> Sequence[int]:
         return self._lead_ids

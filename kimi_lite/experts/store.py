@@ -14,6 +14,12 @@ from kimi_lite.experts.memory import aligned_memory
 from kimi_lite.experts.ram import RamSlots
 
 
+class _Scratch(threading.local):
+    """A thread's own memory, to which the disk can write."""
+
+    memory = np.empty(0, np.uint8)
+
+
 class ExpertStore:
     """The routed experts of a model. `ram`: slots in RAM for experts that come from the disk, None where all are
     mapped; `close` ends their threads. Reading is for any thread."""
@@ -22,7 +28,7 @@ class ExpertStore:
         self.index, self.ram = index, ram
         self.num_ram_reads = self.num_file_reads = 0
         self._lock = threading.Lock()  # of the counts
-        self._scratch = threading.local()
+        self._scratch = _Scratch()
 
     def read(self, layer: int, expert: int) -> np.ndarray:
         """uint8 (vram_slot_bytes of the layer,): the expert as a slot in VRAM holds it. Raises as `read_into`."""
@@ -64,7 +70,6 @@ class ExpertStore:
         return [room[run.start - run.first_block :][: run.num_bytes] for run, room in rooms]
 
     def _thread_memory(self, num_bytes: int) -> np.ndarray:
-        memory = getattr(self._scratch, "memory", None)
-        if memory is None or len(memory) < num_bytes:
-            memory = self._scratch.memory = aligned_memory(max(self.index.ram_pools))
-        return memory
+        if len(self._scratch.memory) < num_bytes:
+            self._scratch.memory = aligned_memory(max(self.index.ram_pools))
+        return self._scratch.memory

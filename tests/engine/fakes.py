@@ -44,6 +44,12 @@ class FakeModel:
         self.max_batch_tokens = 512
         self.num_closed = 0
 
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def heat(self) -> None:
+        return None
+
     def close(self) -> None:
         self.num_closed += 1
 

@@ -146,9 +146,7 @@ def test_vram_that_others_took_since_the_plan_is_a_sentence(store, config):
     index = ExpertIndex.find(store, config)
     work_bytes = gpu_work_bytes(plan.sizes, plan.prompt_chunk_tokens)
     free = SmallGpu(work_bytes + 5 * index.vram_slot_bytes + 1)
-    with pytest.raises(
-        KimiLiteError, match=r"16 experts and a prompt's chunk of 8,192 tokens need"
-    ) as caught:
+    with pytest.raises(KimiLiteError, match=r"16 experts and a prompt's chunk of 8,192 tokens need") as caught:
         open_with(store, config, plan, free)
     assert "--gpu-experts 5." in caught.value.hint
     open_with(store, config, replace(plan, num_vram_slots=5), free).close()
