@@ -35,7 +35,7 @@ class Done:
 
 
 class GpuStreams:
-    """One device; its `copy` stream is for uploads that run beside the computing on the current stream."""
+    """One device; its `copy` stream is for uploads that run while the current stream computes."""
 
     def __init__(self, name: str, limit_bytes: int | None = None) -> None:
         """name: "cuda", "cuda:1", or "cpu" to stand in as one. limit_bytes: of VRAM, the driver's own part included.
@@ -96,7 +96,7 @@ class GpuStreams:
             torch.cuda.synchronize(self.device)
 
     def give_back(self) -> None:
-        """What torch holds and nobody uses goes back to the driver, so that what is free is in one piece."""
+        """What torch holds unused goes back to the driver, so that what is free is in one piece."""
         if self.is_cuda:
             torch.cuda.empty_cache()
 

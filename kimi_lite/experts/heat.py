@@ -1,7 +1,7 @@
-"""How hot every expert was, kept beside the model between runs, so that the next start knows what to bring first.
+"""How hot every expert was, kept next to the model between runs, so that the next start knows what to bring first.
 
-`kimi-k2.5-00001-of-00006.gguf` has its heat in `kimi-k2.5.heat.npz` beside it; where that folder cannot be written, in
-the cache folder. Heat is a help and never a need: a file that is missing, damaged or of another model is passed over.
+`kimi-k2.5-00001-of-00006.gguf` has its heat in `kimi-k2.5.heat.npz`, or, where that folder cannot be written, in the cache
+folder. Heat is a help and never a need: a file that is missing, damaged or of another model is passed over.
 """
 
 import os
@@ -20,9 +20,9 @@ _SHARD_END = re.compile(r"-\d{5}-of-\d{5}$")
 def heat_path(model: Path) -> Path:
     """Where the heat of the model with this first shard is kept."""
     name = _SHARD_END.sub("", model.stem) + ".heat.npz"
-    beside = model.with_name(name)
-    if os.access(beside if beside.exists() else model.parent, os.W_OK):
-        return beside
+    neighbour = model.with_name(name)
+    if os.access(neighbour if neighbour.exists() else model.parent, os.W_OK):
+        return neighbour
     return cache_folder() / "heat" / f"{blake2b(str(model.resolve()).encode(), digest_size=8).hexdigest()}-{name}"
 
 

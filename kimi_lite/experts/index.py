@@ -4,7 +4,7 @@ Gate, up and down of an expert are three runs of bytes in one or more shards (in
 fused, gate first). A slot holds them one behind the other:
 
     in VRAM   packed: each on a border of 256 bytes, exactly as the file has them; `offset` says where
-    in RAM    in whole blocks of the disk, so that they can be read past the page cache; `rooms` says where
+    in RAM    in whole blocks of the disk, so that they can be read past the page cache; `reads` says where
 
 The CPU's tables (`model.cpu.experts`), slots in VRAM and prompt streams (through `experts.store`), the disk reader
 (`experts.ram`) and the GPU's kernels (`native.gpu.experts`, as an `ExpertForm` of `ExpertMatrix`) all read this index.
@@ -98,15 +98,15 @@ class RoutedLayer:
 
     @property
     def ram_slot_bytes(self) -> int:
-        return sum(matrix.run(0).room_bytes for matrix in self.matrices)
+        return sum(matrix.run(0).target_bytes for matrix in self.matrices)
 
-    def rooms(self, expert: int, slot: np.ndarray) -> list[tuple[FileRun, np.ndarray]]:
+    def reads(self, expert: int, slot: np.ndarray) -> list[tuple[FileRun, np.ndarray]]:
         """Each of the expert's runs with its part of a slot in RAM (uint8, at least `ram_slot_bytes`)."""
         found, at = [], 0
         for matrix in self.matrices:
             run = matrix.run(expert)
-            found.append((run, slot[at : at + run.room_bytes]))
-            at += run.room_bytes
+            found.append((run, slot[at : at + run.target_bytes]))
+            at += run.target_bytes
         return found
 
 

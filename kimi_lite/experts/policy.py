@@ -27,7 +27,7 @@ _FREE, _LOADING, _RESIDENT = range(3)
 
 
 class Promotion(NamedTuple):
-    """An expert that deserves `slot` more than who is in it (or it is free). Nothing has happened yet: see `begin`."""
+    """An expert that deserves `slot` more than what is in it (or it is free). Nothing has happened yet: see `begin`."""
 
     layer: int
     expert: int
@@ -170,7 +170,7 @@ class HeatPolicy:
     def admit(self, layer: int, expert_ids: Sequence[int], max_score: float = np.inf) -> list[int]:
         """Gives each of these absent experts a slot, free ones first, then those of the coldest: loading from now on.
 
-        -1 from where on there is nobody left to evict whose score is at most `max_score`.
+        -1 from where on no expert is left to evict whose score is at most `max_score`.
         """
         num_victims = max(0, len(expert_ids) - len(self._free))
         victims = self.choose_victims(num_victims) if num_victims else []

@@ -142,9 +142,9 @@ class RamSlots:
         """A guess of what a layer will need: read while nothing else is, into slots that are free or cold."""
         pool = self._pool_of[layer]
         absent = [e for e in np.unique(expert_ids).tolist() if pool.policy.is_absent(layer, e)]
-        room = pool.policy.num_slots // 2 - len(pool.jobs)
+        most = pool.policy.num_slots // 2 - len(pool.jobs)
         slots = self._guesses.setdefault(layer, [])
-        for expert in absent[: max(0, room)]:
+        for expert in absent[: max(0, most)]:
             slot = self._begin_read(pool, layer, expert, is_urgent=False)
             if slot < 0:
                 return
@@ -304,8 +304,8 @@ class RamSlots:
             else:
                 pool.policy.commit(slot)
                 pool.owners[slot] = (layer, expert)
-                rooms = self.index.layers[layer].rooms(expert, pool.slot(slot))
-                found = [room[run.start - run.first_block :][: run.num_bytes] for run, room in rooms]
+                reads = self.index.layers[layer].reads(expert, pool.slot(slot))
+                found = [run.inside(target) for run, target in reads]
                 self._tables[layer][expert] = [data.ctypes.data for data in found]
                 self._resident[layer, expert] = found
 
@@ -326,8 +326,8 @@ class RamSlots:
     def _begin_read(self, pool: Pool, layer: int, expert: int, is_urgent: bool) -> int:
         slot = self._admit(pool, layer, expert, is_urgent)
         if slot >= 0:
-            rooms = self.index.layers[layer].rooms(expert, pool.slot(slot))
-            pool.jobs[slot] = self.reader.submit(rooms, is_urgent, (pool, slot, layer, expert))
+            reads = self.index.layers[layer].reads(expert, pool.slot(slot))
+            pool.jobs[slot] = self.reader.submit(reads, is_urgent, (pool, slot, layer, expert))
         return slot
 
     def _admit(self, pool: Pool, layer: int, expert: int, is_urgent: bool) -> int:

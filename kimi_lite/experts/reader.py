@@ -7,7 +7,7 @@ What is needed now goes before what is guessed. `os.preadv` lets go of the GIL, 
 while the disk works.
 
 With O_DIRECT the disk writes straight into the slots: a copy less, and no second copy of the model in the page cache,
-where it would push out what the budget left room for. Offset, length and address must then be multiples of 4096, so a
+where it would push out what the budget is for. Offset, length and address must then be multiples of 4096, so a
 piece reads whole blocks and the expert begins somewhere in the first one.
 """
 
@@ -40,9 +40,13 @@ class FileRun:
         return self.start // BLOCK_BYTES * BLOCK_BYTES
 
     @property
-    def room_bytes(self) -> int:
-        """Whole blocks that hold the run wherever it begins in the first one."""
+    def target_bytes(self) -> int:
+        """Whole blocks that hold the run wherever it begins in the first one: what its target must have."""
         return (-(-self.num_bytes // BLOCK_BYTES) + 1) * BLOCK_BYTES
+
+    def inside(self, target: np.ndarray) -> np.ndarray:
+        """The run's bytes, uint8 (num_bytes,), in the target to which its blocks were read."""
+        return target[self.start - self.first_block :][: self.num_bytes]
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +110,8 @@ class ExpertReader:
             thread.start()
 
     def submit(self, runs: Sequence[tuple[FileRun, np.ndarray]], is_urgent: bool, tag: object = None) -> ReadJob:
-        """Begin to read. Each run comes with its room (uint8, `room_bytes` of it, on a border of BLOCK_BYTES)."""
-        pieces = deque(piece for run, room in runs for piece in self._cut(run, room))
+        """Begin to read. Each run has its target (uint8, at least `target_bytes`, on a border of BLOCK_BYTES)."""
+        pieces = deque(piece for run, target in runs for piece in self._cut(run, target))
         job = ReadJob(pieces, len(pieces), is_urgent, tag=tag)
         with self._lock:
             (self._urgent if is_urgent else self._early).append(job)
@@ -167,8 +171,8 @@ class ExpertReader:
 
     def read(self, runs: Sequence[tuple[FileRun, np.ndarray]]) -> None:
         """The same by the calling thread, which waits: any but the reader's own. Raises OSError."""
-        for run, room in runs:
-            for shard, offset, place in self._cut(run, room):
+        for run, target in runs:
+            for shard, offset, place in self._cut(run, target):
                 with self._lock:
                     self.stats.begin()
                 num_bytes = 0
@@ -178,11 +182,15 @@ class ExpertReader:
                     with self._lock:
                         self.stats.end(num_bytes)
 
-    def _cut(self, run: FileRun, room: np.ndarray) -> list[tuple[Path, int, np.ndarray]]:
-        assert room.ctypes.data % BLOCK_BYTES == 0 and len(room) >= run.room_bytes, (room.ctypes.data, len(room), run)
+    def _cut(self, run: FileRun, target: np.ndarray) -> list[tuple[Path, int, np.ndarray]]:
+        assert target.ctypes.data % BLOCK_BYTES == 0 and len(target) >= run.target_bytes, (
+            target.ctypes.data,
+            len(target),
+            run,
+        )
         first, end = run.first_block, run.start + run.num_bytes
         return [
-            (run.shard, at, room[at - first : min(at + _PIECE_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES) - first])
+            (run.shard, at, target[at - first : min(at + _PIECE_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES) - first])
             for at in range(first, end, _PIECE_BYTES)
         ]
 

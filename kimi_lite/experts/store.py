@@ -62,12 +62,12 @@ class ExpertStore:
         found = self.index.layers[layer]
         if self.ram is None:
             return [matrix.data[expert].reshape(-1) for matrix in found.matrices]
-        rooms = found.rooms(expert, self._thread_memory(found.ram_slot_bytes))
+        reads = found.reads(expert, self._thread_memory(found.ram_slot_bytes))
         try:
-            self.ram.reader.read(rooms)
+            self.ram.reader.read(reads)
         except OSError as error:
             raise self.ram.failure(layer, expert, error) from error
-        return [room[run.start - run.first_block :][: run.num_bytes] for run, room in rooms]
+        return [run.inside(target) for run, target in reads]
 
     def _thread_memory(self, num_bytes: int) -> np.ndarray:
         if len(self._scratch.memory) < num_bytes:

@@ -91,7 +91,7 @@ class PromptStream:
             try:
                 if self._take().group is not None:
                     self._give_back()
-            except KimiLiteError:  # could not be read: who wants this group later will see it again
+            except KimiLiteError:  # could not be read; a later request for it will fail again
                 continue
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ Key = int | tuple[int, bytes]  # token id, with the digest of a salt where there
 
 
 class Salt(NamedTuple):
-    """What stands at `position` besides its token id, as any bytes that say so: an image, or a digest of it."""
+    """What stands at `position` in addition to its token id, as any bytes: an image, or a digest of it."""
 
     position: int
     value: bytes

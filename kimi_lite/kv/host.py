@@ -1,4 +1,4 @@
-"""Where a page of the cache can be besides the cache: as bytes for a file, and in a second storage in RAM.
+"""Where a page of the cache can be outside the cache: as bytes for a file, and in a second storage in RAM.
 
 A storage is a numpy array or, on a GPU, a torch tensor of shape (layers, pages, 64, row). Both are read and written by
 slices; torch is imported only for tensors, so by a process that has it already.

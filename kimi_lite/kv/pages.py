@@ -67,8 +67,8 @@ class KVCache:
         prefixes: PrefixStore | None = None,
     ) -> None:
         """storage: memory of another place (a GPU's) for the pages, of the shape that numpy's would have.
-        num_host_pages: that RAM has memory for when they leave a GPU's. prefixes: files for pages of `page_shape`; who
-        made the store closes it, after the cache's last use."""
+        num_host_pages: in RAM, for pages that leave a GPU's memory. prefixes: files for pages of `page_shape`; closed
+        by its maker after the cache's last use."""
         assert min(num_layers, latent_size, num_pages) > 0, (num_layers, latent_size, num_pages)
         self.dtype, self.num_layers, self.num_pages = dtype, num_layers, num_pages
         shape = (num_layers, num_pages, PAGE_TOKENS, row_length(dtype, latent_size))

@@ -11,7 +11,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.index import ExpertIndex
-from kimi_lite.experts.memory import BLOCK_BYTES, aligned_memory
+from kimi_lite.experts.memory import aligned_memory
 from kimi_lite.experts.ram import RamSlots
 from kimi_lite.experts.reader import ExpertReader
 from kimi_lite.experts.store import ExpertStore
@@ -75,9 +75,9 @@ def test_all_who_look_an_expert_up_find_its_bytes(model, seed, tmp_path_factory)
                 assert ctypes.string_at(int(row[DATA // 8]), part.nbytes) == part.tobytes()
                 assert matrix.offset % 256 == 0 and matrix.end <= found.vram_slot_bytes <= index.vram_slot_bytes
             memory = aligned_memory(found.ram_slot_bytes)
-            reader.read(found.rooms(expert, memory))
-            for part, (run, room) in zip(want, found.rooms(expert, memory), strict=True):
-                assert room[run.start % BLOCK_BYTES :][: run.num_bytes].tobytes() == part.tobytes()
+            reader.read(found.reads(expert, memory))
+            for part, (run, target) in zip(want, found.reads(expert, memory), strict=True):
+                assert run.inside(target).tobytes() == part.tobytes()
             read = [each.read(layer, expert) for each in stores]  # mapped, and past the page cache
             with slots.request(layer, np.array([expert])) as request:
                 assert request.take() == [expert]

@@ -56,7 +56,7 @@ def measure_disk(index: ExpertIndex, num_readers: int, is_direct: bool, seconds:
             while under_way < 16 and time.perf_counter() - start_s < seconds:
                 layer, slot_bytes = layers[rng.integers(len(layers))], max(index.ram_pools)
                 slot = memory[count % 16 * slot_bytes : (count % 16 + 1) * slot_bytes]
-                reader.submit(index.layers[layer].rooms(int(rng.integers(index.num_experts)), slot), True)
+                reader.submit(index.layers[layer].reads(int(rng.integers(index.num_experts)), slot), True)
                 under_way, count = under_way + 1, count + 1
             for job in reader.finished(is_waiting=True):
                 under_way -= 1
@@ -173,7 +173,7 @@ def _compare(store: GGUFStore, config: ModelConfig, index: ExpertIndex, tier: Op
     limit_bytes = others_bytes + tier.ram_expert_bytes + _SLACK_BYTES
     drop_page_cache(store.shards)
     disk_b_s = measure_disk(index, tier.num_readers, tier.is_reading_direct)
-    print(f"routed experts {index.routed_bytes / 1e9:.2f} GB, room for {tier.ram_expert_bytes / 1e9:.2f} GB; "
+    print(f"routed experts {index.routed_bytes / 1e9:.2f} GB, in RAM {tier.ram_expert_bytes / 1e9:.2f} GB; "
           f"everything else "
           f"{others_bytes / 1e9:.2f} GB; limit {limit_bytes / 1e9:.2f} GB")  # fmt: skip
     print(
