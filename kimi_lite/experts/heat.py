@@ -1,7 +1,7 @@
 """How hot every expert was, kept next to the model between runs, so that the next start knows what to bring first.
 
-`kimi-k2.5-00001-of-00006.gguf` has its heat in `kimi-k2.5.heat.npz`, or, where that folder cannot be written, in the cache
-folder. Heat is a help and never a need: a file that is missing, damaged or of another model is passed over.
+`kimi-k2.5-00001-of-00006.gguf` has its heat in `kimi-k2.5.heat.npz`, or, where that folder cannot be written, in the
+cache folder. Heat is a help and never a need: a file that is missing, damaged or of another model is passed over.
 """
 
 import os
