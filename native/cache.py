@@ -2,42 +2,80 @@
 
 Numba decides by the date of the file a function stands in whether its cached code is still good; ours are put together
 from several files. So the folder is named after the content of all of them: an edit anywhere compiles anew, and going
-back finds the old code again.
+back finds the old code again. A process locks the state that it uses (shared, while it lives); when a new state is
+begun, the oldest beyond a few that no process uses are deleted.
 """
 
 import os
 import shutil
+from contextlib import suppress
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
 import platformdirs
 
 _KEPT = 4  # states of the sources
+_LOCK = "in-use"
 
 
 def kernel_cache() -> Path:
-    """The folder for the sources as they are now; KIMI_LITE_CACHE moves it."""
+    """The folder for the sources as they are now, in $KIMI_LITE_CACHE or the platform's cache folder."""
+    base = os.environ.get("KIMI_LITE_CACHE")
+    folder = Path(base).expanduser() if base else platformdirs.user_cache_path("kimi-lite")
+    return folder / "kernels" / _state_of_sources()
+
+
+@cache
+def _state_of_sources() -> str:
     digest, here = blake2b(digest_size=8), Path(__file__).parent
     for path in sorted(here.rglob("*.py")):
-        if (here / "gpu") not in path.parents:  # Triton has a cache of its own
+        if "gpu" not in path.relative_to(here).with_suffix("").parts:  # Triton has a cache of its own
             digest.update(path.read_bytes())
-    base = os.environ.get("KIMI_LITE_CACHE") or platformdirs.user_cache_path("kimi-lite")
-    return Path(base) / "kernels" / digest.hexdigest()
+    return digest.hexdigest()
 
 
+@cache
 def use_kernel_cache() -> None:
-    """Makes Numba keep its code there, unless NUMBA_CACHE_DIR says otherwise; forgets old states."""
+    """Makes Numba keep its code there, unless NUMBA_CACHE_DIR says otherwise. Called before anything is compiled."""
     from numba.core import config
 
     if config.CACHE_DIR:
         return
     folder = kernel_cache()
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
-        states = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in states[_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        _lock(folder, is_shared=True)
     except OSError:
-        return  # Numba then looks for a place of its own, beside the sources or in the home folder
+        return  # Numba then looks for a place of its own, in the sources' folder or in the home folder
     config.CACHE_DIR = str(folder)
+    if is_new:
+        _delete_old_states(folder.parent)
+
+
+def _delete_old_states(states: Path) -> None:
+    with suppress(OSError):  # another process may be deleting them too
+        by_age = sorted(states.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in by_age[_KEPT:]:
+            lock = _lock(old, is_shared=False)
+            if lock is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path, is_shared: bool) -> int | None:
+    """Locks a state for as long as the descriptor is open; None where another process stands in the way, or where the
+    system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,4 +1,5 @@
-"""How one position of the latent cache lies in memory, for every dtype: drawn once for kernels, cache, planner and GPU.
+"""The sizes of latent attention, and how one position of its cache lies in memory, for every dtype: drawn once for
+kernels, cache, planner and GPU.
 
 A row is the position's `latent` values: the normed latent and the rotated key. f32, f16 and bf16 store them as they
 are; q8 stores an int8 code for each, then a float16 scale per 32 values (the last group may be shorter):
@@ -14,6 +15,21 @@ import numpy as np
 
 PAGE_TOKENS = 64  # positions in one page
 GROUP_VALUES = 32  # values that share a scale
+
+
+class MlaShape(NamedTuple):
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in values."""
+
+    heads: int
+    nope: int  # of a head's query and key, without rotation
+    rope: int  # rotated
+    kv_lora: int  # of a position's latent
+    value: int  # of a head
+
+    @property
+    def latent(self) -> int:
+        """Values of a cached row."""
+        return self.kv_lora + self.rope
 
 
 class RowForm(NamedTuple):

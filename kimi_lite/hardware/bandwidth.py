@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from numba import cfunc
 
-from kimi_lite.native.cpu.compiler import KERNEL
-from kimi_lite.native.cpu.threads import Program, Team, next_task
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.program import Op, Program
+from kimi_lite.native.cpu.threads import Team, next_task
 from kimi_lite.native.simd import load_i8x64, load_i32x16, load_i64, store_i32, sum_i32x16, zero_i32x16
 from kimi_lite.native.simd_dot import dot_u8x64
 
@@ -29,7 +29,7 @@ _LINE_BYTES = 64
 _FILE_READ_BYTES, _NUM_READERS = 8 << 20, 8  # an NVMe disk needs a queue to be fast
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _read_kernel(args, thread, team):
     address, num_tasks, out = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     a, b, c, d = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
@@ -45,11 +45,10 @@ def _read_kernel(args, thread, team):
 
 def read_program(data: np.ndarray, sums: np.ndarray) -> Program:
     """Reads whole tasks of contiguous `data`; `sums`: a cache line for each thread, so that no read can be left out."""
-    arguments = np.array([data.ctypes.data, data.nbytes // _TASK_BYTES, sums.ctypes.data], np.int64)
-    return Program([(_read_kernel.address, arguments)])
+    return Program([Op.of(_read_kernel, data, data.nbytes // _TASK_BYTES, sums)])
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _multiply_kernel(args, thread, team):
     """Twelve sums of int8 products that wait for nothing but themselves: the dot-product instruction at its peak."""
     codes, inputs, num_rounds, out = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
@@ -73,8 +72,7 @@ def measure_macs(num_threads: int, seconds: float = 0.1) -> float:
     try:
         codes, inputs = np.ones(256, np.uint8), np.ones(8 * 192, np.int8)
         sums = np.zeros(num_threads * _LINE_BYTES, np.uint8)
-        arguments = np.array([codes.ctypes.data, inputs.ctypes.data, _ROUNDS, sums.ctypes.data], np.int64)
-        program = Program([(_multiply_kernel.address, arguments)])
+        program = Program([Op.of(_multiply_kernel, codes, inputs, _ROUNDS, sums)])
         rates = _rates(lambda: team.run(program), num_threads * _ROUNDS * _MACS_A_ROUND, seconds)
         return float(np.percentile(rates, 90))
     finally:

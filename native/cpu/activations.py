@@ -3,7 +3,7 @@
 `Activations` owns the buffers for up to `capacity` tokens of K values and an int64 table of their addresses, which is
 what kernels receive. Layout of the table, in bytes:
 
-    K_SLOT  K                    X_F32  float32 (T, K)
+    NUM_VALUES  K                    X_F32  float32 (T, K)
     KIND32 / KIND256 +  X_CODES  int8 (T, K)            value = code * scale
                         X_SCALES float32 (T, K / 32)    KIND256 repeats a scale 8 times, so both read alike X_SUMS16
                         float32 (T, K / 16)    sums of 16 codes, for types with minima or offsets X_SUMS32 float32 (T, K
@@ -39,7 +39,7 @@ from kimi_lite.native.simd import (
     zero_i32x16,
 )
 
-K_SLOT, X_F32, KIND32, KIND256 = 0, 8, 16, 56
+NUM_VALUES, X_F32, KIND32, KIND256 = 0, 8, 16, 56
 X_CODES, X_SCALES, X_SUMS16, X_SUMS32, X_MINUS16 = 0, 8, 16, 24, 32
 KINDS = {32: KIND32, 256: KIND256}
 SMALLEST_PEAK = 1e-36  # 127 / peak must be finite
@@ -50,9 +50,9 @@ def aligned_zeros(shape: tuple[int, ...], dtype: type, padding_bytes: int = 0) -
     """Zeros on a cache line, so that vectors of 64 bytes do not straddle two; `padding_bytes` may be read behind
     them."""
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.zeros(num_bytes + padding_bytes + 63, np.uint8)
-    first = -room.ctypes.data % 64
-    return room[first : first + num_bytes].view(dtype).reshape(shape)
+    memory = np.zeros(num_bytes + padding_bytes + 63, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + num_bytes].view(dtype).reshape(shape)
 
 
 class Activations:
@@ -63,7 +63,7 @@ class Activations:
         self.capacity, self.k, self.kinds = capacity, k, frozenset(kinds)
         self.values = np.zeros((capacity, k), np.float32)
         self.table = np.zeros(12, np.int64)
-        self.table[K_SLOT // 8], self.table[X_F32 // 8] = k, self.values.ctypes.data
+        self.table[NUM_VALUES // 8], self.table[X_F32 // 8] = k, self.values.ctypes.data
         self.quantized: dict[int, tuple[np.ndarray, ...]] = {}
         for kind in sorted(kinds):
             buffers = (
@@ -132,7 +132,7 @@ def _quantize_span(activations, kind, length, token, first, last):
     codes = load_i64(activations + kind + X_CODES)
     if codes == 0:
         return
-    k = load_i64(activations + K_SLOT)
+    k = load_i64(activations + NUM_VALUES)
     at = token * k + first
     x = load_i64(activations + X_F32)
     scales, sums16 = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + X_SUMS16)
@@ -146,6 +146,6 @@ def _quantize_span(activations, kind, length, token, first, last):
 @njit
 def quantize_token(activations, token):
     """Brings all int8 forms of one token up to date with its float32 values."""
-    k = load_i64(activations + K_SLOT)
+    k = load_i64(activations + NUM_VALUES)
     _quantize_span(activations, KIND32, 32, token, 0, k)
     _quantize_span(activations, KIND256, 256, token, 0, k)

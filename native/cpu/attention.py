@@ -15,11 +15,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from kimi_lite.native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from kimi_lite.native.cpu.activations import NUM_VALUES, X_F32, Activations, quantize_token
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.latent import PAGE_POSITIONS
-from kimi_lite.native.cpu.linear import arguments, float_bits, thread_scratch
-from kimi_lite.native.cpu.matrix import matrix_rows
+from kimi_lite.native.cpu.latent import check_storage
+from kimi_lite.native.cpu.linear import thread_scratch
+from kimi_lite.native.cpu.matrix import Matrix, matrix_rows
+from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import (
     ABSORBED,
     COS,
@@ -30,11 +31,12 @@ from kimi_lite.native.cpu.run import (
     RECORD_POSITION,
     RECORD_TOKEN,
     SIN,
+    RunTable,
 )
 from kimi_lite.native.cpu.threads import next_task
 from kimi_lite.native.cpu.tiles import MAX_HEADS, SCORE_STRIDE, score_tile, value_tile
 from kimi_lite.native.cpu.vector_math import exp_f32x16, rotate_pairs
-from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
+from kimi_lite.native.latent_rows import GROUP_VALUES, PAGE_TOKENS, ROW_FORMS, MlaShape
 from kimi_lite.native.simd import (
     fma_f32x16,
     largest_f32x16,
@@ -53,7 +55,7 @@ from kimi_lite.native.simd import (
 _MINUS_INFINITY = types.float32(-np.inf)
 SPLIT_POSITIONS, _TASKS = 512, 64  # a span is at least this long; tasks that keep 16 cores busy to the end
 
-# int64 slots of the arguments shared by the three kernels
+# int64 cells of the arguments shared by the three kernels
 _RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE = (8 * i for i in range(11))
 _QUERY_ACT, _LATENT_Q, _STORAGE, _PARTIAL, _CONTEXT_ACT, _OUT, _GROUP = (8 * i for i in range(11, 18))
 
@@ -74,7 +76,7 @@ def _absorb_kernel(args, thread, team):
         record, head = load_i64(run + ABSORBED) + RECORD_BYTES * (task // heads), task % heads
         token = load_i64(record + RECORD_TOKEN)
         q = load_i64(args + _Q) + token * load_i64(args + _Q_STRIDE) + 4 * head * (nope + rope)
-        x = load_i64(act + X_F32) + 4 * load_i64(act + K_SLOT) * task
+        x = load_i64(act + X_F32) + 4 * load_i64(act + NUM_VALUES) * task
         for i in range(0, 4 * nope, 64):
             store_f32x16(x + i, load_f32x16(q + i))
         quantize_token(act, task)
@@ -127,7 +129,7 @@ def _choose_page_scores(heads, dtype, page, row_bytes, count, latent, q, q_strid
         for p in range(count):
             tile(page + p * row_bytes, q, q_stride, latent, scores + 4 * p)
         for g in range(heads):
-            for p in range(count, PAGE_POSITIONS):
+            for p in range(count, PAGE_TOKENS):
                 store_f32(scores + SCORE_STRIDE * g + 4 * p, types.float32(-1e30))
 
     return page_scores
@@ -166,10 +168,10 @@ def _attend_kernel(group: int, dtype: str, value_bytes: int, scale_bytes: int):
                 store_f32x16(state + i, zero_f32x16())
             for h in range(group):
                 store_f32(state + size * h + 4 * kv_lora, _MINUS_INFINITY)
-            num_pages = -(-length // PAGE_POSITIONS)
+            num_pages = -(-length // PAGE_TOKENS)
             for n in range(num_pages * split // splits, num_pages * (split + 1) // splits):
-                page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * row_bytes
-                count = min(PAGE_POSITIONS, length - n * PAGE_POSITIONS)
+                page = storage + load_i32(pages + 4 * n) * PAGE_TOKENS * row_bytes
+                count = min(PAGE_TOKENS, length - n * PAGE_TOKENS)
                 _page_scores(group, dtype, page, row_bytes, count, latent, q, 4 * latent, scores)
                 for h in range(group):
                     at = state + size * h + 4 * kv_lora
@@ -216,7 +218,9 @@ def _combine_kernel(args, thread, team):
         for i in range(0, 4 * kv_lora, 64):
             store_f32x16(x + i, load_f32x16(x + i) * inverse)
         quantize_token(act, task)
-        target = load_i64(out + X_F32) + 4 * (load_i64(out + K_SLOT) * load_i64(record + RECORD_TOKEN) + head * value)
+        target = load_i64(out + X_F32) + 4 * (
+            load_i64(out + NUM_VALUES) * load_i64(record + RECORD_TOKEN) + head * value
+        )
         matrix_rows(load_i64(args + _V_B), head * value, value, act, task, target)
         task = next_task(team)
 
@@ -224,46 +228,44 @@ def _combine_kernel(args, thread, team):
 class AttentionBuffers:
     """What absorbed attention needs for up to `capacity` tokens at once; shared by all layers."""
 
-    def __init__(self, capacity: int, num_heads: int, sizes: tuple[int, int, int], kinds: tuple[set, set]):
-        """sizes: (nope, rope, kv_lora); kinds: int8 forms for the k_b and v_b products."""
-        nope, rope, kv_lora = sizes
+    def __init__(self, capacity: int, shape: MlaShape, k_b_kinds: set[int], v_b_kinds: set[int]):
+        """k_b_kinds, v_b_kinds: int8 forms that the products with these matrices need."""
         self.capacity = capacity
         self.max_spans = capacity + _TASKS  # tokens times splits
-        self.query = Activations(capacity * num_heads, nope, kinds[0])
-        self.latent_q = np.zeros((capacity * num_heads, kv_lora + rope), np.float32)
-        group = heads_per_group(num_heads)
-        heads = group * -(-num_heads // group)
-        self.partial = np.zeros((self.max_spans * heads, kv_lora + 16), np.float32)
-        self.context = Activations(capacity * num_heads, kv_lora, kinds[1])
+        rows, group = capacity * shape.heads, heads_per_group(shape.heads)
+        padded_heads = group * -(-shape.heads // group)
+        self.query = Activations(rows, shape.nope, k_b_kinds)
+        self.latent_q = np.zeros((rows, shape.latent), np.float32)
+        self.partial = np.zeros((self.max_spans * padded_heads, shape.kv_lora + 16), np.float32)
+        self.context = Activations(rows, shape.kv_lora, v_b_kinds)
 
 
 def attention_ops(
-    run: int,
+    run: RunTable,
     q: np.ndarray,
-    matrices: tuple[np.ndarray, np.ndarray],
-    storage: int,
+    k_b: Matrix,
+    v_b: Matrix,
+    storage: np.ndarray,
     buffers: AttentionBuffers,
     out: Activations,
-    shape: tuple[int, int, int, int, int],
+    shape: MlaShape,
     softmax_scale: float,
     dtype: str,
-) -> list[tuple[int, np.ndarray]]:
+) -> tuple[Op, Op, Op]:
     """The three operations of one layer for the absorbed tokens: out.values[t, h * v :] = attention of head h.
 
-    q: float32 (capacity, heads * (nope + rope)), not yet rotated. matrices: tables of k_b (heads * kv_lora, nope) and
-    v_b (heads * v, kv_lora). storage: address of the layer's pages. shape: (heads, nope, rope, kv_lora, v).
+    q: float32 (capacity, heads * (nope + rope)), not yet rotated. k_b: (heads * kv_lora, nope), v_b: (heads * value,
+    kv_lora). storage: the layer's pages (P, 64, row).
     """
-    heads, nope, rope, kv_lora, value = shape
-    assert nope % 16 == 0 and rope % 16 == 0 and kv_lora % 32 == 0, shape
-    k_b, v_b = matrices
-    table = arguments(
-        *(run, q.ctypes.data, q.strides[0], k_b.ctypes.data, v_b.ctypes.data, float_bits(softmax_scale)),
-        *(heads, nope, rope, kv_lora, value, buffers.query.address, buffers.latent_q.ctypes.data),
-        *(storage, buffers.partial.ctypes.data, buffers.context.address, out.address),
-        heads_per_group(heads),
+    assert shape.nope % 16 == 0 and shape.rope % 16 == 0 and shape.kv_lora % 32 == 0, shape
+    check_storage(storage, shape, dtype)
+    group = heads_per_group(shape.heads)
+    working = (buffers.query, buffers.latent_q, storage, buffers.partial, buffers.context)
+    arguments = (run, q, q.strides[0], k_b, v_b, float(softmax_scale), *shape, *working, out, group)
+    absorb, attend, combine = (
+        Op.of(kernel, *arguments) for kernel in (_absorb_kernel, _compiled_attend(group, dtype), _combine_kernel)
     )
-    kernels = (_absorb_kernel, _compiled_attend(heads_per_group(heads), dtype), _combine_kernel)
-    return [(kernel.address, table) for kernel in kernels]
+    return absorb, attend, combine
 
 
 def num_splits(num_tokens: int, longest: int, num_heads: int) -> int:

@@ -10,12 +10,13 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from kimi_lite.native.cpu.activations import K_SLOT, X_F32, Activations
+from kimi_lite.native.cpu.activations import NUM_VALUES, X_F32, Activations
 from kimi_lite.native.cpu.attention import softmax_block
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.latent import PAGE_POSITIONS, load_latent
-from kimi_lite.native.cpu.linear import arguments, float_bits, thread_scratch
-from kimi_lite.native.cpu.matrix import VALUES_PADDING, matrix_values
+from kimi_lite.native.cpu.latent import check_storage, load_latent
+from kimi_lite.native.cpu.linear import thread_scratch
+from kimi_lite.native.cpu.matrix import VALUES_PADDING, Matrix, matrix_values
+from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import (
     COS,
     EXPANDED,
@@ -26,11 +27,12 @@ from kimi_lite.native.cpu.run import (
     RECORD_POSITION,
     RECORD_TOKEN,
     SIN,
+    RunTable,
 )
 from kimi_lite.native.cpu.specialize import for_literals
 from kimi_lite.native.cpu.threads import next_task
 from kimi_lite.native.cpu.vector_math import rotate_pairs
-from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
+from kimi_lite.native.latent_rows import GROUP_VALUES, PAGE_TOKENS, ROW_FORMS, MlaShape
 from kimi_lite.native.simd import (
     broadcast_f32,
     fma_f32x16,
@@ -49,23 +51,21 @@ _FAST = {"fastmath": {"nsz", "contract"}, "error_model": "numpy"}
 _RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE, _STORAGE, _OUT = (
     8 * i for i in range(13)
 )
-_SCORES_BYTES = 4 * 4 * PAGE_POSITIONS  # a tile of 4 queries
+_SCORES_BYTES = 4 * 4 * PAGE_TOKENS  # a tile of 4 queries
 
 
-def expanded_is_cheaper(length: int, shape: tuple[int, int, int, int, int]) -> bool:
+def expanded_is_cheaper(length: int, shape: MlaShape) -> bool:
     """Whether `length` new tokens of a sequence repay making keys and values: multiply-adds per cached position and
     head."""
-    _, nope, rope, kv_lora, value = shape
-    saved = (2 * kv_lora + rope) - (nope + rope + value)
-    return length * saved > kv_lora * (nope + value)
+    saved = (shape.kv_lora + shape.latent) - (shape.nope + shape.rope + shape.value)
+    return length * saved > shape.kv_lora * (shape.nope + shape.value)
 
 
-def prefill_scratch_bytes(max_tokens: int, shape: tuple[int, int, int, int, int]) -> int:
+def prefill_scratch_bytes(max_tokens: int, shape: MlaShape) -> int:
     """Scratch a thread needs for one head: its projections, one page, and the state of every query."""
-    _, nope, rope, kv_lora, value = shape
-    projections = kv_lora * (2 * nope + 2 * value)
-    page = PAGE_POSITIONS * (2 * (kv_lora + rope) + nope + value)
-    return 4 * (projections + page + (max_tokens + 4) * (value + 2)) + _SCORES_BYTES + 2 * VALUES_PADDING + 4096
+    projections = shape.kv_lora * (2 * shape.nope + 2 * shape.value)
+    page = PAGE_TOKENS * (2 * shape.latent + shape.nope + shape.value)
+    return 4 * (projections + page + (max_tokens + 4) * (shape.value + 2)) + _SCORES_BYTES + 2 * VALUES_PADDING + 4096
 
 
 @njit(**_FAST)
@@ -108,14 +108,14 @@ def _mask(scores, first_position, key_position, count, num_rows):
     """Scores of keys behind a query's position, or behind the sequence, count for nothing."""
     for row in range(num_rows):
         visible = min(count, first_position + row - key_position + 1)
-        for p in range(max(0, visible), PAGE_POSITIONS):
+        for p in range(max(0, visible), PAGE_TOKENS):
             store_f32(scores + 256 * row + 4 * p, types.float32(-1e30))
 
 
 @for_literals
 def _load_page(dtype, page, row_bytes, count, latent, rows, columns):
     """The page as float32 rows (64, latent) and as 4 panels of columns (latent, 16); missing positions are zero."""
-    for p in range(PAGE_POSITIONS):
+    for p in range(PAGE_TOKENS):
         for i in range(0, latent, 16):
             value = load_latent(dtype, page + p * row_bytes, i, latent) if p < count else zero_f32x16()
             store_f32x16(rows + 4 * (p * latent + i), value)
@@ -131,15 +131,15 @@ def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
         latent, q_stride, scale = kv_lora + rope, load_i64(args + _Q_STRIDE), splat_f32x16(load_f32(args + _SCALE))
         out, storage = load_i64(args + _OUT), load_i64(args + _STORAGE)
         row_bytes = latent * value_bytes + -(-latent // GROUP_VALUES) * scale_bytes
-        out_stride = 4 * load_i64(out + K_SLOT)
+        out_stride = 4 * load_i64(out + NUM_VALUES)
         scores = thread_scratch(run, thread)
         w_uk = scores + _SCORES_BYTES  # (nope, kv_lora)
         w_uv = w_uk + 4 * nope * kv_lora  # (kv_lora, value)
         rows = w_uv + 4 * value * kv_lora  # (64, latent)
-        columns = rows + 4 * PAGE_POSITIONS * latent  # 4 x (latent, 16)
-        keys = columns + 4 * PAGE_POSITIONS * latent  # 4 x (nope, 16)
-        values = keys + 4 * PAGE_POSITIONS * nope  # (64, value)
-        state = values + 4 * PAGE_POSITIONS * value  # (T, value) context, then largest score and sum of each query
+        columns = rows + 4 * PAGE_TOKENS * latent  # 4 x (latent, 16)
+        keys = columns + 4 * PAGE_TOKENS * latent  # 4 x (nope, 16)
+        values = keys + 4 * PAGE_TOKENS * nope  # (64, value)
+        state = values + 4 * PAGE_TOKENS * value  # (T, value) context, then largest score and sum of each query
         task = next_task(team)
         while task < load_i64(run + NUM_EXPANDED) * heads:
             record, head = load_i64(run + EXPANDED) + RECORD_BYTES * (task // heads), task % heads
@@ -163,10 +163,10 @@ def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
                 store_f32(peaks + 8 * t, types.float32(-np.inf))
                 store_f32(peaks + 8 * t + 4, types.float32(0))
             end = start + length
-            for n in range(-(-end // PAGE_POSITIONS)):
-                page = storage + load_i32(pages + 4 * n) * PAGE_POSITIONS * row_bytes
-                position = n * PAGE_POSITIONS
-                count = min(PAGE_POSITIONS, end - position)
+            for n in range(-(-end // PAGE_TOKENS)):
+                page = storage + load_i32(pages + 4 * n) * PAGE_TOKENS * row_bytes
+                position = n * PAGE_TOKENS
+                count = min(PAGE_TOKENS, end - position)
                 _load_page(dtype, page, row_bytes, count, latent, rows, columns)
                 for panel in range(4):
                     c = columns + 64 * panel * latent
@@ -182,7 +182,7 @@ def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
                             64,
                             False,
                         )
-                for p in range(0, PAGE_POSITIONS, 4):
+                for p in range(0, PAGE_TOKENS, 4):
                     for j in range(0, value, 16):
                         at = values + 4 * (p * value + j)
                         _tile(
@@ -225,20 +225,18 @@ def _compiled_prefill(dtype: str):
 
 
 def prefill_attention_op(
-    run: int,
+    run: RunTable,
     q: np.ndarray,
-    matrices: tuple[np.ndarray, np.ndarray],
-    storage: int,
+    k_b: Matrix,
+    v_b: Matrix,
+    storage: np.ndarray,
     out: Activations,
-    shape: tuple[int, int, int, int, int],
+    shape: MlaShape,
     softmax_scale: float,
     dtype: str,
-) -> tuple[int, np.ndarray]:
+) -> Op:
     """Attention of one layer for the expanded sequences; arguments as `attention.attention_ops`. Changes q in place."""
-    heads, nope, rope, kv_lora, value = shape
-    assert nope % 16 == 0 and value % 16 == 0 and kv_lora % 16 == 0 and rope % 16 == 0, shape
-    k_b, v_b = matrices
-    return _compiled_prefill(dtype).address, arguments(
-        *(run, q.ctypes.data, q.strides[0], k_b.ctypes.data, v_b.ctypes.data, float_bits(softmax_scale)),
-        *(heads, nope, rope, kv_lora, value, storage, out.address),
-    )
+    assert all(size % 16 == 0 for size in shape[1:]), shape
+    check_storage(storage, shape, dtype)
+    kernel = _compiled_prefill(dtype)
+    return Op.of(kernel, run, q, q.strides[0], k_b, v_b, float(softmax_scale), *shape, storage, out)

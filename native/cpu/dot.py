@@ -16,9 +16,9 @@ from numba import types
 
 from kimi_lite.native.calls import clear_bytes, copy_bytes, prefetch_far, prefetch_near, stack_512
 from kimi_lite.native.cpu.activations import (
-    K_SLOT,
     KIND32,
     KIND256,
+    NUM_VALUES,
     X_CODES,
     X_F32,
     X_MINUS16,
@@ -42,7 +42,7 @@ def _float_rows(name: str, block_size: int, weight_bytes: int):
     step, lines = 16 * weight_bytes, weight_bytes  # bytes of 16 weights; cache lines of 16 weights of four rows
 
     def rows(weights, row_bytes, num_rows, activations, token, out):
-        k = load_i64(activations + K_SLOT)
+        k = load_i64(activations + NUM_VALUES)
         x, last = load_i64(activations + X_F32) + 4 * k * token, num_rows - 1
         for row in range(0, num_rows, 4):
             second, third, fourth = min(row + 1, last), min(row + 2, last), min(row + 3, last)
@@ -70,7 +70,7 @@ def _block32_rows(name: str, block_size: int, block_bytes: int):
     span_bytes = 256 // block_size * block_bytes
 
     def rows(weights, row_bytes, num_rows, activations, token, out):
-        k = load_i64(activations + K_SLOT)
+        k = load_i64(activations + NUM_VALUES)
         spans = k // 256
         x = load_i64(activations + KIND32 + X_CODES) + k * token
         scales = load_i64(activations + KIND32 + X_SCALES) + k // 8 * token
@@ -106,7 +106,7 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
     """One row at a time: memory is read in order, which the hardware prefetches best (tools/LOG.md)."""
 
     def rows(weights, row_bytes, num_rows, activations, token, out):
-        k = load_i64(activations + K_SLOT)
+        k = load_i64(activations + NUM_VALUES)
         blocks = k // 256
         x = load_i64(activations + KIND256 + X_CODES) + k * token
         scales = load_i64(activations + KIND256 + X_SCALES) + 32 * blocks * token

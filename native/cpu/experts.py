@@ -3,7 +3,7 @@
 Decode and batches go through the same entry: tokens are grouped by expert, each weight is read once for all tokens that
 chose it, and the work is handed out as (expert, block of rows) tasks so that cores finish together. The sum over
 experts runs in expert order whatever the threads do, so results do not depend on timing. A dense feed-forward layer is
-the case of one expert that everybody chooses; shared experts are experts of that kind.
+the case of one expert that every token takes; shared experts are experts of that kind.
 
 Where experts lie in several places, a choice whose id is -1 is left out, and with `per_choice` the product of each
 choice goes to a row of its own: `native.cpu.join` adds such rows exactly as this kernel would have done.
@@ -14,7 +14,7 @@ from numba import njit, types
 
 from kimi_lite.native.cpu.activations import X_F32, Activations, quantize_token
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.linear import arguments, thread_scratch
+from kimi_lite.native.cpu.linear import thread_scratch
 from kimi_lite.native.cpu.matrix import (
     GEMV_MAX_TOKENS,
     MATRIX_BYTES,
@@ -25,7 +25,8 @@ from kimi_lite.native.cpu.matrix import (
     panel_product,
 )
 from kimi_lite.native.cpu.panel import panel_bytes
-from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS
+from kimi_lite.native.cpu.program import Op
+from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS, RunTable
 from kimi_lite.native.cpu.threads import barrier, next_task
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
@@ -40,11 +41,11 @@ from kimi_lite.native.simd import (
     store_i32,
 )
 
-# int64 slots of the arguments, by byte offset
+# int64 cells of the arguments, by byte offset
 _RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _MATRICES, _HIDDEN = (
     8 * i for i in range(11)
 )
-_STARTS, _SLOT_TOKEN, _SLOT_WEIGHT, _SLOT_ROW, _ACTIVE, _PER_CHOICE = (8 * i for i in range(11, 17))
+_STARTS, _PAIR_TOKEN, _PAIR_WEIGHT, _PAIR_ROW, _ACTIVE, _PER_CHOICE = (8 * i for i in range(11, 17))
 _EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
 _GEMV_ROWS, _DOWN_ROWS = 64, 32
 
@@ -56,17 +57,17 @@ def experts_scratch_bytes(hidden_size: int, feed_forward_size: int, max_tokens: 
 
 @njit
 def _group_by_expert(args):
-    """Sorts (token, choice) pairs by expert: starts (E + 1), the tokens and weights of the slots, the active
+    """Sorts (token, choice) pairs by expert: starts (E + 1), the tokens and weights of the pairs, the active
     experts."""
     num_tokens, top_k = load_i64(load_i64(args + _RUN) + NUM_TOKENS), load_i64(args + _TOP_K)
     routed, always = load_i64(args + _NUM_ROUTED), load_i64(args + _NUM_ALWAYS)
     ids, weights, starts = load_i64(args + _IDS), load_i64(args + _WEIGHTS), load_i64(args + _STARTS)
-    slot_token, slot_weight, active = (
-        load_i64(args + _SLOT_TOKEN),
-        load_i64(args + _SLOT_WEIGHT),
+    pair_token, pair_weight, active = (
+        load_i64(args + _PAIR_TOKEN),
+        load_i64(args + _PAIR_WEIGHT),
         load_i64(args + _ACTIVE),
     )
-    slot_row, num_experts = load_i64(args + _SLOT_ROW), routed + always
+    pair_row, num_experts = load_i64(args + _PAIR_ROW), routed + always
     for e in range(num_experts + 1):
         store_i32(starts + 4 * e, types.int32(0))
     for i in range(num_tokens * top_k):
@@ -79,7 +80,7 @@ def _group_by_expert(args):
     num_active, total = 0, 0
     for e in range(num_experts):
         count = load_i32(starts + 4 * (e + 1))
-        store_i32(starts + 4 * e, types.int32(total))  # where this expert's next slot goes
+        store_i32(starts + 4 * e, types.int32(total))  # where this expert's next pair goes
         total += count
         if count > 0:
             store_i32(active + 4 * (1 + num_active), types.int32(e))
@@ -91,17 +92,17 @@ def _group_by_expert(args):
             if expert < 0:
                 continue
             at = starts + 4 * expert
-            slot = load_i32(at)
-            store_i32(slot_token + 4 * slot, types.int32(token))
-            store_i32(slot_row + 4 * slot, types.int32(token * (top_k + always) + i))
-            store_f32(slot_weight + 4 * slot, load_f32(weights + 4 * (token * top_k + i)))
-            store_i32(at, slot + types.int32(1))
+            pair = load_i32(at)
+            store_i32(pair_token + 4 * pair, types.int32(token))
+            store_i32(pair_row + 4 * pair, types.int32(token * (top_k + always) + i))
+            store_f32(pair_weight + 4 * pair, load_f32(weights + 4 * (token * top_k + i)))
+            store_i32(at, pair + types.int32(1))
     for e in range(routed, num_experts):
         for token in range(num_tokens):
-            slot = load_i32(starts + 4 * e) + token
-            store_i32(slot_token + 4 * slot, types.int32(token))
-            store_i32(slot_row + 4 * slot, types.int32(token * (top_k + always) + top_k + e - routed))
-            store_f32(slot_weight + 4 * slot, types.float32(1))
+            pair = load_i32(starts + 4 * e) + token
+            store_i32(pair_token + 4 * pair, types.int32(token))
+            store_i32(pair_row + 4 * pair, types.int32(token * (top_k + always) + top_k + e - routed))
+            store_f32(pair_weight + 4 * pair, types.float32(1))
         store_i32(starts + 4 * e, load_i32(starts + 4 * e) + types.int32(num_tokens))
     for e in range(num_experts, 0, -1):  # every start has moved to its end, which is the next expert's start
         store_i32(starts + 4 * e, load_i32(starts + 4 * (e - 1)))
@@ -123,21 +124,21 @@ def _swiglu(gate, up, out, count):
 
 @njit
 def _gate_up_task(args, hidden, expert, first, num_rows, scratch):
-    """Rows first.. of gate and up for all tokens of one expert, multiplied as SwiGLU into its slots."""
-    x, starts, slot_token = load_i64(args + _X), load_i64(args + _STARTS), load_i64(args + _SLOT_TOKEN)
+    """Rows first.. of gate and up for all tokens of one expert, multiplied as SwiGLU into the rows of its pairs."""
+    x, starts, pair_token = load_i64(args + _X), load_i64(args + _STARTS), load_i64(args + _PAIR_TOKEN)
     begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
     gate = load_i64(args + _MATRICES) + expert * _EXPERT_BYTES
     up, width = gate + MATRIX_BYTES, load_i64(gate + NUM_ROWS)
     target, count = load_i64(hidden + X_F32) + 4 * first, end - begin
     if count <= GEMV_MAX_TOKENS:
-        for slot in range(begin, end):
-            token = load_i32(slot_token + 4 * slot)
+        for pair in range(begin, end):
+            token = load_i32(pair_token + 4 * pair)
             matrix_rows(gate, first, num_rows, x, token, scratch)
             matrix_rows(up, first, num_rows, x, token, scratch + 4096)
-            _swiglu(scratch, scratch + 4096, target + 4 * width * slot, num_rows)
+            _swiglu(scratch, scratch + 4096, target + 4 * width * pair, num_rows)
         return
     gates, panel = scratch, scratch + 2 * 64 * (count + 1)
-    ups, tokens = gates + 64 * (count + 1), slot_token + 4 * begin
+    ups, tokens = gates + 64 * (count + 1), pair_token + 4 * begin
     matrix_panel(gate, first, num_rows, panel)
     panel_product(gate, panel, x, tokens, count, gates, 64, num_rows)
     matrix_panel(up, first, num_rows, panel)
@@ -170,13 +171,13 @@ def _copy(source, out, count):
 def _down_task(args, hidden, first, num_rows, scratch):
     """Rows first.. of every active expert's down product, added to the output in expert order, or each to its own
     row."""
-    starts, slot_token, slot_weight = (
+    starts, pair_token, pair_weight = (
         load_i64(args + _STARTS),
-        load_i64(args + _SLOT_TOKEN),
-        load_i64(args + _SLOT_WEIGHT),
+        load_i64(args + _PAIR_TOKEN),
+        load_i64(args + _PAIR_WEIGHT),
     )
     out, stride, active = load_i64(args + _OUT) + 4 * first, load_i64(args + _OUT_STRIDE), load_i64(args + _ACTIVE)
-    every, slot_row = load_i64(load_i64(args + _RUN) + EVERY_TOKEN), load_i64(args + _SLOT_ROW)
+    every, pair_row = load_i64(load_i64(args + _RUN) + EVERY_TOKEN), load_i64(args + _PAIR_ROW)
     is_per_choice = load_i64(args + _PER_CHOICE) != 0
     for a in range(load_i32(active)):
         expert = load_i32(active + 4 * (1 + a))
@@ -187,15 +188,15 @@ def _down_task(args, hidden, first, num_rows, scratch):
             matrix_panel(down, first, num_rows, panel)
             panel_product(down, panel, hidden, every + 4 * begin, count, scratch, 64, num_rows)
         for i in range(count):
-            slot, values = begin + i, scratch + 64 * i
+            pair, values = begin + i, scratch + 64 * i
             if count <= GEMV_MAX_TOKENS:
                 values = scratch
-                matrix_rows(down, first, num_rows, hidden, slot, values)
+                matrix_rows(down, first, num_rows, hidden, pair, values)
             if is_per_choice:
-                _copy(values, out + stride * load_i32(slot_row + 4 * slot), num_rows)
+                _copy(values, out + stride * load_i32(pair_row + 4 * pair), num_rows)
             else:
-                target = out + stride * load_i32(slot_token + 4 * slot)
-                add_scaled(values, load_f32(slot_weight + 4 * slot), target, num_rows)
+                target = out + stride * load_i32(pair_token + 4 * pair)
+                add_scaled(values, load_f32(pair_weight + 4 * pair), target, num_rows)
 
 
 @kernel
@@ -216,11 +217,11 @@ def _experts_kernel(args, thread, team):
         _gate_up_task(args, hidden, expert, first, min(step, width - first), scratch)
         task = next_task(team)
     barrier(team)
-    num_slots = load_i32(starts + 4 * (load_i64(args + _NUM_ROUTED) + load_i64(args + _NUM_ALWAYS)))
-    slot = next_task(team)
-    while slot < num_slots:
-        quantize_token(hidden, slot)
-        slot = next_task(team)
+    num_pairs = load_i32(starts + 4 * (load_i64(args + _NUM_ROUTED) + load_i64(args + _NUM_ALWAYS)))
+    pair = next_task(team)
+    while pair < num_pairs:
+        quantize_token(hidden, pair)
+        pair = next_task(team)
     barrier(team)
     num_rows = load_i64(gate + 2 * MATRIX_BYTES + NUM_ROWS)
     step = _DOWN_ROWS if is_gemv else 16
@@ -230,48 +231,39 @@ def _experts_kernel(args, thread, team):
         task = next_task(team)
 
 
-class ExpertsOp:
-    """One layer's experts: their matrix tables and the buffers of a run."""
+def experts_op(
+    run: RunTable,
+    x: Activations,
+    out: np.ndarray,
+    matrices: np.ndarray,
+    hidden: Activations,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    *,
+    num_always: int,
+    weights_owner: object,
+    per_choice: np.ndarray | None = None,
+) -> Op:
+    """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x). Choices with id -1 are left out.
 
-    def __init__(
-        self,
-        run: int,
-        x: Activations,
-        out: np.ndarray,
-        matrices: np.ndarray,
-        hidden: Activations,
-        top_k: int,
-        num_always: int,
-        ids: np.ndarray,
-        weights: np.ndarray,
-        per_choice: np.ndarray | None = None,
-    ) -> None:
-        """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x). Choices with id -1 are left out.
-
-        per_choice: float32 (capacity * (top_k + num_always), N). Where it is given, `out` and weights are left alone,
-        and the product of choice i of token t goes, without its weight, to row t * (top_k + num_always) + i; those of
-        the experts that everybody takes come behind the chosen ones, and the rows of absent choices are not touched.
-        matrices: int64 (experts, 3, 8) tables of gate, up, down (`describe_matrix`), the `num_always` experts that
-        every token takes (weight 1) last. ids int32, weights float32 (capacity, top_k). hidden: Activations for
-        capacity * (top_k + num_always) slots of the experts' width. Buffers may be shared by layers.
-        """
-        assert matrices.shape[1:] == (3, 8) and matrices.flags.c_contiguous, matrices.shape
-        assert (matrices[:, 2, K // 8] == hidden.k).all(), (matrices[:, 2], hidden.k)
-        num_experts, num_slots = len(matrices), hidden.capacity
-        self._buffers = (
-            np.zeros(num_experts + 1, np.int32),
-            np.zeros(num_slots, np.int32),
-            np.zeros(num_slots, np.float32),
-            np.zeros(num_slots, np.int32),
-            np.zeros(num_experts + 1, np.int32),
-            matrices,
-        )
-        starts, slot_token, slot_weight, slot_row, active, _ = (buffer.ctypes.data for buffer in self._buffers)
-        target = out if per_choice is None else per_choice
-        assert target.dtype == np.float32 and target.strides[1] == 4, (target.dtype, target.strides)
-        self.kernel = _experts_kernel.address
-        self.arguments = arguments(
-            *(run, x.address, target.ctypes.data, target.strides[0], ids.ctypes.data, weights.ctypes.data, top_k),
-            *(num_experts - num_always, num_always, matrices.ctypes.data, hidden.address),
-            *(starts, slot_token, slot_weight, slot_row, active, int(per_choice is not None)),
-        )
+    matrices: int64 (experts, 3, 8), `Matrix.table` of gate, up, down, the `num_always` experts that every token takes
+    (weight 1) last; whoever moves an expert changes it. weights_owner: keeps the bytes that it points to. ids int32,
+    weights float32 (capacity, K). hidden: Activations for capacity * (K + num_always) pairs of the experts' width.
+    per_choice: float32 (capacity * (K + num_always), N). Where it is given, `out` and weights are left alone, and the
+    product of choice i of token t goes, without its weight, to row t * (K + num_always) + i; those of the experts that
+    every token takes come behind the chosen ones, and the rows of absent choices are not touched. Buffers may be shared
+    by layers.
+    """
+    assert matrices.shape[1:] == (3, 8) and matrices.flags.c_contiguous, matrices.shape
+    assert (matrices[:, 2, K // 8] == hidden.k).all(), (matrices[:, 2], hidden.k)
+    assert ids.shape == weights.shape and ids.dtype == np.int32 and weights.dtype == np.float32, (ids.shape, ids.dtype)
+    target = out if per_choice is None else per_choice
+    assert target.dtype == np.float32 and target.strides[1] == 4, (target.dtype, target.strides)
+    num_experts, num_pairs, top_k = len(matrices), hidden.capacity, ids.shape[1]
+    starts, active = np.zeros(num_experts + 1, np.int32), np.zeros(num_experts + 1, np.int32)
+    pair_token, pair_row = np.zeros(num_pairs, np.int32), np.zeros(num_pairs, np.int32)
+    pair_weight = np.zeros(num_pairs, np.float32)
+    choices = (ids, weights, top_k, num_experts - num_always, num_always)
+    grouping = (starts, pair_token, pair_weight, pair_row, active)
+    cells = (run, x, target, target.strides[0], *choices, matrices, hidden, *grouping, per_choice is not None)
+    return Op.of(_experts_kernel, *cells, owners=(weights_owner,))

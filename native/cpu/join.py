@@ -1,7 +1,7 @@
 """Adds the products of single choices to the output, in the order in which `native.cpu.experts` would have added them.
 
 Experts that lie in several places are computed when and where they can be; each leaves its product in the row of its
-choice (`ExpertsOp(per_choice=...)`). The sum over a token's rows runs in expert order, so the result has the same bits
+choice (`experts_op(per_choice=...)`). The sum over a token's rows runs in expert order, so the result has the same bits
 as if all experts had lain in one place, however they came.
 """
 
@@ -10,8 +10,8 @@ from numba import njit, types
 
 from kimi_lite.native.cpu.compiler import kernel
 from kimi_lite.native.cpu.experts import add_scaled
-from kimi_lite.native.cpu.linear import arguments
-from kimi_lite.native.cpu.run import NUM_TOKENS
+from kimi_lite.native.cpu.program import Op
+from kimi_lite.native.cpu.run import NUM_TOKENS, RunTable
 from kimi_lite.native.cpu.threads import next_task
 from kimi_lite.native.simd import load_f32, load_i32, load_i64
 
@@ -53,11 +53,11 @@ def _join_kernel(args, thread, team):
 
 
 def join_op(
-    run: int, per_choice: np.ndarray, ids: np.ndarray, weights: np.ndarray, num_always: int, out: np.ndarray
-) -> tuple[int, np.ndarray]:
+    run: RunTable, per_choice: np.ndarray, ids: np.ndarray, weights: np.ndarray, num_always: int, out: np.ndarray
+) -> Op:
     """out[t] += sum over the choices of weight * row, in expert order; choices with id -1 are left out.
 
-    per_choice: float32 (capacity * (top_k + num_always), N), filled by `ExpertsOp`; out: float32 (capacity, >= N).
+    per_choice: float32 (capacity * (top_k + num_always), N), filled by `experts_op`; out: float32 (capacity, >= N).
     """
     assert ids.shape == weights.shape and ids.dtype == np.int32 and weights.dtype == np.float32, (
         ids.shape,
@@ -66,7 +66,6 @@ def join_op(
     assert per_choice.dtype == out.dtype == np.float32 and per_choice.strides[1] == out.strides[1] == 4, (
         per_choice.strides
     )
-    return _join_kernel.address, arguments(
-        *(run, per_choice.ctypes.data, per_choice.strides[0], ids.ctypes.data, weights.ctypes.data),
-        *(ids.shape[1], num_always, out.ctypes.data, out.strides[0], per_choice.shape[1]),
-    )
+    rows, row_bytes = per_choice, per_choice.strides[0]
+    sizes = (out.strides[0], per_choice.shape[1])
+    return Op.of(_join_kernel, run, rows, row_bytes, ids, weights, ids.shape[1], num_always, out, *sizes)

@@ -11,11 +11,12 @@ from numba import njit, types
 from numba.extending import overload
 
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.linear import arguments, float_bits, rms_norm, thread_scratch
-from kimi_lite.native.cpu.run import COS, NUM_TOKENS, SIN, SLOTS
+from kimi_lite.native.cpu.linear import rms_norm, thread_scratch
+from kimi_lite.native.cpu.program import Op
+from kimi_lite.native.cpu.run import CACHE_ROWS, COS, NUM_TOKENS, SIN, RunTable
 from kimi_lite.native.cpu.threads import next_task
 from kimi_lite.native.cpu.vector_math import rotate_pairs
-from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
+from kimi_lite.native.latent_rows import GROUP_VALUES, PAGE_TOKENS, ROW_FORMS, MlaShape, row_length
 from kimi_lite.native.simd import (
     clamp_f32x16,
     divide_f32x16,
@@ -45,7 +46,6 @@ from kimi_lite.native.simd import (
     zero_i32x16,
 )
 
-PAGE_POSITIONS = 64
 _OPTIONS = {"fastmath": {"nsz", "contract"}, "error_model": "numpy"}
 _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # of a float32's bits
 _LOADS = {"f32": load_f32x16, "f16": load_f16x16, "bf16": load_bf16x16}
@@ -130,7 +130,7 @@ def _write_kernel(dtype: str, value_bytes: int, scale_bytes: int):
             angles = 2 * rope * token  # rope / 2 float32 a token
             cos, sin = load_i64(run + COS) + angles, load_i64(run + SIN) + angles
             rotate_pairs(source + 4 * kv_lora, scratch + 4 * kv_lora, cos, sin, rope // 2)
-            store_row(dtype, storage + load_i64(load_i64(run + SLOTS) + 8 * token) * row_bytes, scratch, latent)
+            store_row(dtype, storage + load_i64(load_i64(run + CACHE_ROWS) + 8 * token) * row_bytes, scratch, latent)
             token = next_task(team)
 
     return write
@@ -143,15 +143,21 @@ def _compiled_write(dtype: str):
 
 
 def write_latent_op(
-    run: int, kv: np.ndarray, weight: np.ndarray, storage: int, sizes: tuple[int, int], eps: float, dtype: str
-) -> tuple[int, np.ndarray]:
-    """Writes each token's [RMSNorm(latent) | rotated key] into its cache slot.
+    run: RunTable, kv: np.ndarray, weight: np.ndarray, storage: np.ndarray, shape: MlaShape, eps: float, dtype: str
+) -> Op:
+    """Writes each token's [RMSNorm(latent) | rotated key] into its row of the cache.
 
-    kv: float32 (capacity, kv_lora + rope); weight: float32 (kv_lora,); storage: address of the layer's first page;
-    sizes: (kv_lora, rope), multiples of 16.
+    kv: float32 (capacity, kv_lora + rope); weight: float32 (kv_lora,); storage: the layer's pages (P, 64, row) of a
+    dtype of `latent_rows`; kv_lora and rope are multiples of 16.
     """
-    kv_lora, rope = sizes
-    assert kv_lora % 16 == 0 and rope % 16 == 0 and weight.shape == (kv_lora,), (sizes, weight.shape)
-    return _compiled_write(dtype).address, arguments(
-        run, kv.ctypes.data, kv.strides[0], weight.ctypes.data, storage, kv_lora, rope, float_bits(eps)
-    )
+    kv_lora, rope = shape.kv_lora, shape.rope
+    assert kv_lora % 16 == 0 and rope % 16 == 0 and weight.shape == (kv_lora,), (shape, weight.shape)
+    check_storage(storage, shape, dtype)
+    return Op.of(_compiled_write(dtype), run, kv, kv.strides[0], weight, storage, kv_lora, rope, float(eps))
+
+
+def check_storage(storage: np.ndarray, shape: MlaShape, dtype: str) -> None:
+    """Asserts that these are pages of one layer, one after another in memory."""
+    expected = (PAGE_TOKENS, row_length(dtype, shape.latent))
+    assert storage.shape[1:] == expected and storage.flags.c_contiguous, (storage.shape, expected, storage.strides)
+    assert storage.dtype == ROW_FORMS[dtype].storage, (storage.dtype, dtype)

@@ -1,27 +1,29 @@
 """Operations around the matrices: RMSNorm, quantizing, linear layers, embedding rows. All are program kernels.
 
-Arguments are int64 arrays made by the `*_op` functions below, which return (kernel address, arguments) for
-`threads.Program`. `run` is the address of the batch's `RunTable` (native.cpu.run): how many tokens there are now.
+Each has a function that makes it a `program.Op`. `run` is the batch's table (native.cpu.run): how many tokens there are
+now.
 """
 
-import struct
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
 
-from kimi_lite.native.cpu.activations import K_SLOT, X_F32, Activations, quantize_token
+from kimi_lite.native.cpu.activations import NUM_VALUES, X_F32, Activations, quantize_token
 from kimi_lite.native.cpu.compiler import kernel
 from kimi_lite.native.cpu.matrix import (
     GEMV_MAX_TOKENS,
     NUM_ROWS,
     K,
+    Matrix,
     matrix_panel,
     matrix_rows,
     matrix_values,
     panel_product,
 )
 from kimi_lite.native.cpu.panel import ADD
-from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS, SCRATCH, SCRATCH_STRIDE, TOKEN_IDS
+from kimi_lite.native.cpu.program import Op
+from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS, SCRATCH, SCRATCH_STRIDE, TOKEN_IDS, RunTable
 from kimi_lite.native.cpu.threads import next_task, team_size
 from kimi_lite.native.simd import (
     fma_f32x16,
@@ -37,15 +39,6 @@ from kimi_lite.native.simd import (
 )
 
 _TASK_ROWS = 64  # of a matrix-vector task: long runs of memory, for short ones break up the hardware's prefetching
-
-
-def float_bits(value: float) -> int:
-    """A float32 as an integer argument; `load_f32` of its address reads it back."""
-    return struct.unpack("<i", struct.pack("<f", value))[0]
-
-
-def arguments(*values: int) -> np.ndarray:
-    return np.array(values, np.int64)
 
 
 @njit
@@ -76,7 +69,7 @@ def rms_norm(x, weight, out, k, eps):
 def _rms_norm_kernel(args, thread, team):
     run, x, stride = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     weight, out, eps = load_i64(args + 24), load_i64(args + 32), load_f32(args + 40)
-    k = load_i64(out + K_SLOT)
+    k = load_i64(out + NUM_VALUES)
     token = next_task(team)
     while token < load_i64(run + NUM_TOKENS):
         rms_norm(x + token * stride, weight, load_i64(out + X_F32) + 4 * k * token, k, eps)
@@ -84,13 +77,11 @@ def _rms_norm_kernel(args, thread, team):
         token = next_task(team)
 
 
-def rms_norm_op(run: int, x: np.ndarray, weight: np.ndarray, out: Activations, eps: float) -> tuple[int, np.ndarray]:
+def rms_norm_op(run: RunTable, x: np.ndarray, weight: np.ndarray, out: Activations, eps: float) -> Op:
     """out[t] = RMSNorm(x[t, :K]), quantized. x: float32 (capacity, >= K); weight: float32 (K,)."""
     assert weight.dtype == np.float32 and weight.shape == (out.k,), (weight.dtype, weight.shape, out.k)
     assert x.dtype == np.float32 and x.strides[1] == 4, (x.dtype, x.strides)
-    return _rms_norm_kernel.address, arguments(
-        run, x.ctypes.data, x.strides[0], weight.ctypes.data, out.address, float_bits(eps)
-    )
+    return Op.of(_rms_norm_kernel, run, x, x.strides[0], weight, out, float(eps))
 
 
 # Linear layers --------------------------------------------------------------------------------------------------------
@@ -149,14 +140,22 @@ def _linear_kernel(args, thread, team):
         passed += num_tasks
 
 
-def linear_op(run: int, x: Activations, outputs: list[tuple[np.ndarray, np.ndarray, bool]]) -> tuple[int, np.ndarray]:
-    """For each (matrix table, out, is_added): out[t, :rows] = or += matrix @ x[t]. out: float32 (capacity, >= rows)."""
-    flat = [run, x.address, len(outputs)]
-    for matrix, out, is_added in outputs:
-        assert matrix[K // 8] == x.k and out.dtype == np.float32 and out.strides[1] == 4, (matrix, x.k, out.strides)
-        assert out.shape[1] >= matrix[NUM_ROWS // 8], (out.shape, matrix)
-        flat += [matrix.ctypes.data, out.ctypes.data, out.strides[0], int(is_added)]
-    return _linear_kernel.address, arguments(*flat)
+class Product(NamedTuple):
+    """out[t, :rows] = matrix @ x[t], or += it. out: float32 (capacity, >= rows)."""
+
+    matrix: Matrix
+    out: np.ndarray
+    is_added: bool = False
+
+
+def linear_op(run: RunTable, x: Activations, *products: Product) -> Op:
+    """Products of one input with one or several matrices."""
+    cells: list = [run, x, len(products)]
+    for matrix, out, is_added in products:
+        assert matrix.k == x.k and out.dtype == np.float32 and out.strides[1] == 4, (matrix.k, x.k, out.strides)
+        assert out.shape[1] >= matrix.num_rows, (out.shape, matrix.num_rows)
+        cells += [matrix, out, out.strides[0], is_added]
+    return Op.of(_linear_kernel, *cells)
 
 
 # Embedding rows -------------------------------------------------------------------------------------------------------
@@ -174,9 +173,9 @@ def _embed_kernel(args, thread, team):
         token = next_task(team)
 
 
-def embed_op(run: int, matrix: np.ndarray, out: np.ndarray) -> tuple[int, np.ndarray]:
+def embed_op(run: RunTable, matrix: Matrix, out: np.ndarray) -> Op:
     """out[t] = row token_ids[t] of the matrix, as float32 (capacity, K)."""
-    return _embed_kernel.address, arguments(run, matrix.ctypes.data, out.ctypes.data, out.strides[0])
+    return Op.of(_embed_kernel, run, matrix, out, out.strides[0])
 
 
 # Quantizing what an operation left as float32
@@ -192,6 +191,6 @@ def _quantize_kernel(args, thread, team):
         token = next_task(team)
 
 
-def quantize_op(run: int, x: Activations) -> tuple[int, np.ndarray]:
+def quantize_op(run: RunTable, x: Activations) -> Op:
     """Brings the int8 forms of every token up to date with its float32 values."""
-    return _quantize_kernel.address, arguments(run, x.address)
+    return Op.of(_quantize_kernel, run, x)

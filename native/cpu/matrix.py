@@ -1,5 +1,6 @@
 """A weight matrix as kernels see it: a table of its address, sizes and the kernels of its type."""
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -7,11 +8,11 @@ from numba import njit, types
 
 from kimi_lite.native.calls import call3, call5, call6, call7
 from kimi_lite.native.cpu import types as _types  # noqa: F401  registers every type's functions
-from kimi_lite.native.cpu.blocks import FORMATS, load16, unpack
+from kimi_lite.native.cpu.blocks import FORMATS, activation_kind, load16, unpack
 from kimi_lite.native.cpu.compiler import Kernel
 from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
-from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.native.simd import (
     int_to_f32x16,
     load_f32,
@@ -38,7 +39,7 @@ def _float_values(name: str, weight_bytes: int):
 
 
 def _block_values(name: str, block_size: int, block_bytes: int, group: int, is_signed: bool):
-    """Codes and scales go through the last bytes of `out` itself when there is room, so no stack is needed."""
+    """Codes and scales go through the VALUES_PADDING bytes behind the result, so no stack is needed."""
 
     def values(weights, num_weights, out):
         stage = out + 4 * num_weights  # the caller leaves VALUES_PADDING bytes behind the result
@@ -69,18 +70,46 @@ def values_kernel(name: str):
     return Kernel(values, VALUES_SIGNATURE)
 
 
-def describe_matrix(data: np.ndarray, layout_name: str, k: int) -> np.ndarray:
-    """The int64 table of a matrix: `data` uint8 (rows, row_bytes), rows of `k` weights, which must stay alive.
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """A weight matrix (rows, k) ready to be multiplied; keeps its bytes alive, or mapped."""
 
-    `k` may be less than a whole row (the columns from the start of `data`'s rows), in whole blocks.
-    """
-    layout = BY_NAME[layout_name]
-    assert data.ndim == 2 and data.dtype == np.uint8 and data.strides[1] == 1, (data.shape, data.dtype, data.strides)
-    assert k % layout.block_size == 0 and k % 16 == 0, (k, layout_name)
-    assert layout.row_bytes(k) <= data.shape[1], (k, data.shape)
-    kernels = (rows_kernel, panel_kernel, gemm_kernel, values_kernel)
-    addresses = [kernel(layout_name).address for kernel in kernels]
-    return np.array([data.ctypes.data, data.strides[0], data.shape[0], k, *addresses], np.int64)
+    data: np.ndarray  # uint8 (rows, >= row_bytes), read only
+    layout: Layout
+    k: int
+    table: np.ndarray  # int64 (8,), for kernels
+
+    @classmethod
+    def of(cls, data: np.ndarray, layout_name: str, k: int) -> "Matrix":
+        """`data` uint8 (rows, row_bytes), rows of `k` weights.
+
+        `k` may be less than a whole row (the columns from the start of `data`'s rows), in whole blocks.
+        """
+        layout = BY_NAME[layout_name]
+        assert data.ndim == 2 and data.dtype == np.uint8 and data.strides[1] == 1, (
+            data.shape,
+            data.dtype,
+            data.strides,
+        )
+        assert k % layout.block_size == 0 and k % 16 == 0, (k, layout_name)
+        assert layout.row_bytes(k) <= data.shape[1], (k, data.shape)
+        kernels = (rows_kernel, panel_kernel, gemm_kernel, values_kernel)
+        addresses = [kernel(layout_name).address for kernel in kernels]
+        table = np.array([data.ctypes.data, data.strides[0], data.shape[0], k, *addresses], np.int64)
+        return cls(data, layout, k, table)
+
+    @property
+    def address(self) -> int:
+        return self.table.ctypes.data
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.data)
+
+    @property
+    def kind(self) -> int:
+        """The int8 form of activations it multiplies (32 or 256), 0 for float32."""
+        return activation_kind(self.layout.name)
 
 
 def dequantize(data: np.ndarray, layout_name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from functools import cache
 from numba import njit, types
 from numba.extending import overload
 
-from kimi_lite.native.cpu.activations import K_SLOT, KINDS, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
+from kimi_lite.native.cpu.activations import KINDS, NUM_VALUES, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
 from kimi_lite.native.cpu.blocks import FORMATS, activation_kind, load16, unpack
 from kimi_lite.native.cpu.compiler import FASTMATH, Kernel
 from kimi_lite.native.layouts import BY_NAME
@@ -156,7 +156,7 @@ def _finish(value, out, num_rows, is_added):
 
 
 def _float_gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
-    k = load_i64(activations + K_SLOT)
+    k = load_i64(activations + NUM_VALUES)
     x, weights = load_i64(activations + X_F32), _codes_at(panel)
     num_rows, is_added = mode & 31, mode >= ADD
     for first in range(0, num_tokens, 4):
@@ -204,7 +204,7 @@ def _int8_gemm(kind: int, group: int, signedness: str):
     words, x_sums = group // 4, X_SUMS16 if group == 16 else X_SUMS32
 
     def gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
-        k = load_i64(activations + K_SLOT)
+        k = load_i64(activations + NUM_VALUES)
         x = load_i64(activations + kind + X_CODES)
         x_scale, x_sum = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + x_sums)
         codes, scales, minima = _codes_at(panel), _scales_at(panel, k), _minima_at(panel, k, group)

@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit, types
 
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.linear import arguments, float_bits
-from kimi_lite.native.cpu.run import NUM_TOKENS
+from kimi_lite.native.cpu.program import Op
+from kimi_lite.native.cpu.run import NUM_TOKENS, RunTable
 from kimi_lite.native.cpu.threads import next_task
 from kimi_lite.native.simd import load_f32, load_i64, store_f32, store_i32
 
@@ -117,7 +117,7 @@ def _route_kernel(args, thread, team):
 
 
 def route_op(
-    run: int,
+    run: RunTable,
     logits: np.ndarray,
     choice: np.ndarray,
     bias: np.ndarray | None,
@@ -128,7 +128,7 @@ def route_op(
     is_normalized: bool,
     scale: float,
     nudge: np.ndarray | None = None,
-) -> tuple[int, np.ndarray]:
+) -> Op:
     """logits, choice float32 (capacity, E) -> ids int32, weights float32 (capacity, top_k). groups: (number, kept).
 
     logits become scores; choice is working space. bias: float32 (E,) or None, for the choice alone. nudge: a second
@@ -137,8 +137,5 @@ def route_op(
     assert logits.shape == choice.shape and ids.shape == weights.shape, (logits.shape, choice.shape, ids.shape)
     assert nudge is None or (nudge.dtype, nudge.shape) == (np.float32, logits.shape[1:]), (nudge.dtype, nudge.shape)
     assert ids.dtype == np.int32 and weights.dtype == np.float32, (ids.dtype, weights.dtype)
-    return _route_kernel.address, arguments(
-        *(run, logits.ctypes.data, choice.ctypes.data, 0 if bias is None else bias.ctypes.data),
-        *(ids.ctypes.data, weights.ctypes.data, logits.shape[1], ids.shape[1], *groups),
-        *(int(is_sigmoid), int(is_normalized), float_bits(scale), 0 if nudge is None else nudge.ctypes.data),
-    )
+    arrays, sizes = (logits, choice, bias, ids, weights), (logits.shape[1], ids.shape[1], *groups)
+    return Op.of(_route_kernel, run, *arrays, *sizes, is_sigmoid, is_normalized, float(scale), nudge)

@@ -1,10 +1,14 @@
 """A team of threads that runs programs of kernels, the way a GPU runs a graph.
 
-A *program* is an array of (kernel address, argument address) pairs. Every thread of the team walks through it and calls
-each kernel as `kernel(args, thread, team)`; a kernel shares its work out with `next_task` and separates its phases
-with `barrier`. One call from Python thus runs a whole transformer: no per-operation dispatch, a barrier costs well
-under a microsecond. Threads spin for a short while after a program, then sleep in Python until the next one, so an
-idle team costs nothing.
+Every thread of the team walks through a `program.Program` and calls each kernel as `kernel(args, thread, team)`; a
+kernel shares its work out with `next_task` and separates its phases with `barrier`. One call from Python thus runs a
+whole transformer: no per-operation dispatch, a barrier costs well under a microsecond. Threads wait for a short while
+after a program, then sleep in Python until the next one, so an idle team costs nothing.
+
+Who waits at a barrier spins first, which costs least where every thread has a core of its own. Where that fails, cores
+are shared, with other threads of the team or with other programs: then waiting threads give their core away
+(`sched_yield`) and at last sleep in the kernel (futex, Linux), so that those they wait for can run. How long spinning
+is worth it is learned: each failure halves it, each success makes it grow again.
 
 Kernels are C functions (`compiler.kernel`): their addresses are plain numbers, so operations and tensor types combine
 at run time and each is compiled (and cached on disk) once.
@@ -12,28 +16,33 @@ at run time and each is compiled (and cached on disk) once.
 
 import atexit
 import ctypes
+import platform
 import sys
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from kimi_lite.native.calls import atomic_add, atomic_load, atomic_store, call3, pause
+from kimi_lite.native.calls import atomic_add, atomic_load, call3, pause
+from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.cpu.placement import keep_to_cores
+from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.simd import load_i64, store_i64
 
-# The team's shared memory, int64 slots each on a cache line of its own.
+# The team's shared memory: int64 cells, each on a cache line of its own. _PATIENCE: spins before a core is given away.
 _LINE = 64
-_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _STOP, _STOPPED, _QUIT, _SIZE, _YIELD = (
-    _LINE * i for i in range(11)
+_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE = (
+    _LINE * i for i in range(12)
 )
-_NUM_LINES = 11
+_NUM_LINES = 12
 
-_SPINS_BEFORE_YIELD = 4_000  # about 100 us: past that, another thread needs this core
-_YIELDS_BEFORE_SLEEP = 200
+_MAX_PATIENCE, _MIN_PATIENCE = 2048, 16  # spins of 25 to 50 ns
+_YIELDS_BEFORE_SLEEP = 32
+_IDLE_SPINS, _IDLE_YIELDS = 4_000, 200  # after a program: the next one often comes at once
+_FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98}  # Linux: the system call's number
+_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # private to the process
 
 
 @intrinsic
@@ -46,6 +55,21 @@ def _call_yield(typingctx, function):
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@intrinsic
+def _call_futex(typingctx, function, number, address, operation, value):
+    """syscall(number, address, operation, value, NULL, NULL, 0) through libc's address."""
+
+    def codegen(context, builder, sig, args):
+        i64 = ir.IntType(64)
+        kind = ir.FunctionType(i64, [i64], var_arg=True)
+        zero = ir.Constant(i64, 0)
+        call = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(call, [*args[1:], zero, zero, zero])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
 
 
 @njit
@@ -67,36 +91,56 @@ def barrier(team):
     if atomic_add(team + _ARRIVED, 1) == team_size(team) - 1:
         store_i64(team + _ARRIVED, 0)
         store_i64(team + _TASK, 0)
-        atomic_store(team + _GENERATION, generation + 1)
+        atomic_add(team + _GENERATION, 1)
+        if atomic_add(team + _SLEEPING, 0) != 0:
+            futex = team + _FUTEX
+            _call_futex(load_i64(futex), load_i64(futex + 8), team + _GENERATION, _FUTEX_WAKE, 0x7FFFFFFF)
         return
-    spins = 0
+    _wait(team, generation)
+
+
+@njit
+def _wait(team, generation):
+    """Returns when the generation has changed."""
+    patience, spins = load_i64(team + _PATIENCE), 0
     while atomic_load(team + _GENERATION) == generation:
-        pause()
-        spins += 1
-        if spins > _SPINS_BEFORE_YIELD:
+        if spins < patience:
+            pause()
+        elif spins < patience + _YIELDS_BEFORE_SLEEP:
             _call_yield(load_i64(team + _YIELD))
+        else:
+            _sleep(team, generation)
+        spins += 1
+    if spins > patience:
+        store_i64(team + _PATIENCE, max(_MIN_PATIENCE, patience // 2))
+    elif patience < _MAX_PATIENCE:
+        store_i64(team + _PATIENCE, min(_MAX_PATIENCE, patience + patience // 8))
+
+
+@njit
+def _sleep(team, generation):
+    """Until `barrier` wakes all; where the system has no futex, a turn of the scheduler."""
+    futex = team + _FUTEX
+    if load_i64(futex) == 0:
+        _call_yield(load_i64(team + _YIELD))
+        return
+    atomic_add(team + _SLEEPING, 1)  # before the kernel compares: the last to arrive changes, then looks for sleepers
+    low_half = generation & 0xFFFFFFFF
+    _call_futex(load_i64(futex), load_i64(futex + 8), team + _GENERATION, _FUTEX_WAIT, low_half)
+    atomic_add(team + _SLEEPING, -1)
 
 
 @njit
 def _run_ops(team, thread):
-    """Runs the published program; False when it was stopped between two operations."""
+    """Runs the published program."""
     program, num_ops = load_i64(team + _PROGRAM), load_i64(team + _NUM_OPS)
     for op in range(num_ops):
-        stopped = (
-            team + _STOPPED + 8 * (op % 2)
-        )  # two places: thread 0 may be at the next operation before others have looked
-        if thread == 0:
-            store_i64(stopped, atomic_load(team + _STOP))
         barrier(team)
-        if load_i64(stopped) != 0:
-            barrier(team)  # all have looked before the next program begins
-            return False
         call3(load_i64(program + 16 * op), load_i64(program + 16 * op + 8), thread, team)
     barrier(team)
-    return True
 
 
-@njit("int64(int64, int64, int64)", nogil=True, cache=True)
+@function("int64(int64, int64, int64)")
 def _work(team, thread, seen):
     """A worker's loop: runs programs as they come. Returns the last epoch seen when there was none for a while."""
     spins = 0
@@ -109,22 +153,22 @@ def _work(team, thread, seen):
             _run_ops(team, thread)
         spins += 1
         pause()
-        if spins > _SPINS_BEFORE_YIELD:
+        if spins > _IDLE_SPINS:
             _call_yield(load_i64(team + _YIELD))
-            if spins > _SPINS_BEFORE_YIELD + _YIELDS_BEFORE_SLEEP:
+            if spins > _IDLE_SPINS + _IDLE_YIELDS:
                 return seen
 
 
-@njit("void(int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64)")
 def _publish(team, program, num_ops):
     store_i64(team + _PROGRAM, program)
     store_i64(team + _NUM_OPS, num_ops)
     atomic_add(team + _EPOCH, 1)
 
 
-@njit("boolean(int64)", nogil=True, cache=True)
+@function("void(int64)")
 def _take_part(team):
-    return _run_ops(team, 0)
+    _run_ops(team, 0)
 
 
 def _yield_address() -> int:
@@ -133,26 +177,28 @@ def _yield_address() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-class Program:
-    """Operations in order, ready to run: keeps their argument arrays alive."""
-
-    def __init__(self, ops: Sequence[tuple[int, np.ndarray]]) -> None:
-        """`ops`: (kernel address, int64 argument array) pairs."""
-        self._arguments = [arguments for _, arguments in ops]
-        self.table = np.array([[kernel, arguments.ctypes.data] for kernel, arguments in ops], dtype=np.int64)
-        self.num_ops = len(ops)
+def _futex_call() -> tuple[int, int]:
+    """The address of libc's `syscall` and the number of futex; zeros where waiting threads can only yield."""
+    number = _FUTEX_NUMBERS.get(platform.machine())
+    if sys.platform != "linux" or number is None:
+        return 0, 0
+    return ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0, number
 
 
 class Team:
-    """`num_threads` threads, the caller being one of them. One program runs at a time; `stop` ends it early."""
+    """`num_threads` threads, the caller being one of them. One program runs at a time."""
 
     def __init__(self, num_threads: int) -> None:
         assert num_threads >= 1, num_threads
         self.num_threads = num_threads
         self._memory = np.zeros(_NUM_LINES * _LINE // 8 + 8, dtype=np.int64)
         self._address = -(-self._memory.ctypes.data // _LINE) * _LINE
-        self._slot(_SIZE, num_threads)
-        self._slot(_YIELD, _yield_address())
+        self._set(_SIZE, num_threads)
+        self._set(_YIELD, _yield_address())
+        self._set(_PATIENCE, _MAX_PATIENCE)
+        call, number = _futex_call()
+        self._set(_FUTEX, call)
+        self._set(_FUTEX + 8, number)
         self._condition = threading.Condition()
         self._num_sleeping = 0
         self._workers = [
@@ -163,14 +209,17 @@ class Team:
             worker.start()
         atexit.register(self.close)
 
-    def _slot(self, offset: int, value: int) -> None:
-        self._memory[(self._address + offset - self._memory.ctypes.data) // 8] = value
+    def _cell(self, offset: int) -> int:
+        return (self._address + offset - self._memory.ctypes.data) // 8
+
+    def _set(self, offset: int, value: int) -> None:
+        self._memory[self._cell(offset)] = value
 
     def _epoch(self) -> int:
-        return int(self._memory[(self._address + _EPOCH - self._memory.ctypes.data) // 8])
+        return int(self._memory[self._cell(_EPOCH)])
 
     def _is_closed(self) -> bool:
-        return bool(self._memory[(self._address + _QUIT - self._memory.ctypes.data) // 8])
+        return bool(self._memory[self._cell(_QUIT)])
 
     def _serve(self, thread: int) -> None:
         keep_to_cores(self.num_threads)
@@ -187,24 +236,19 @@ class Team:
             if self._num_sleeping:
                 self._condition.notify_all()
 
-    def run(self, program: Program) -> bool:
-        """Runs `program` to its end on all threads; False if `stop` was called meanwhile."""
+    def run(self, program: Program) -> None:
+        """Runs `program` to its end on all threads."""
         assert not self._is_closed()
-        self._slot(_STOP, 0)
-        _publish(self._address, program.table.ctypes.data, program.num_ops)
+        _publish(self._address, program.address, len(program.ops))
         if self._num_sleeping:
             self._wake()
-        return _take_part(self._address)
-
-    def stop(self) -> None:
-        """Ends the running program before its next operation. May be called from any thread."""
-        self._slot(_STOP, 1)
+        _take_part(self._address)
 
     def close(self) -> None:
         """Ends the threads; the team is of no use afterwards."""
         if self._is_closed():
             return
-        self._slot(_QUIT, 1)
+        self._set(_QUIT, 1)
         _publish(self._address, 0, 0)
         self._wake()
         for worker in self._workers:

@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kimi_lite.native.latent_rows import row_bytes
+from kimi_lite.native.latent_rows import PAGE_TOKENS, row_bytes
 
-PAGE_POSITIONS = 64
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 plus this has no fraction; ties go to even
 
 
@@ -69,7 +68,7 @@ def check_storage(storage: torch.Tensor, rank: int, rope: int) -> None:
     """Whether these are pages of such rows."""
     is_q8 = storage.dtype == torch.uint8
     row = row_bytes("q8", rank + rope) if is_q8 else rank + rope
-    assert storage.shape[1:] == (PAGE_POSITIONS, row) and storage.is_contiguous(), (
+    assert storage.shape[1:] == (PAGE_TOKENS, row) and storage.is_contiguous(), (
         storage.shape,
         storage.dtype,
         rank,

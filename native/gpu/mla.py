@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kimi_lite.native.gpu.latent import PAGE_POSITIONS, check_storage, write_latent
+from kimi_lite.native.gpu.latent import check_storage, write_latent
 from kimi_lite.native.gpu.support import factor_type
+from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 __all__ = ["mla_decode", "num_splits_for", "partial_size", "write_latent"]
 
@@ -148,7 +149,7 @@ def mla_decode(
     check_storage(storage, rank, rope)
     assert q_latent.stride(2) == q_rope.stride(2) == page_table.stride(1) == 1, (q_latent.stride(), q_rope.stride())
     if num_splits is None:
-        num_splits = num_splits_for(num_tokens, num_heads, max_pages * PAGE_POSITIONS)
+        num_splits = num_splits_for(num_tokens, num_heads, max_pages * PAGE_TOKENS)
     if out is None:
         out = torch.empty((num_tokens, num_heads, rank), dtype=torch.float32, device=q_latent.device)
     size = partial_size(num_tokens, num_heads, rank, num_splits)

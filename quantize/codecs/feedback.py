@@ -20,7 +20,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.cpu.activations import aligned_zeros
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs.fit import fit_scales
-from kimi_lite.quantize.codecs.lanes import LANES, descent_kernel, feed_kernel
+from kimi_lite.quantize.codecs.lanes import LANES, descend, feed
 from kimi_lite.quantize.codecs.ternary import pack_tq1_0
 from kimi_lite.quantize.codecs.two_bits import pack_q2_0, pack_tq2_0
 
@@ -107,7 +107,7 @@ def _try_scales(
         scales = (first * np.float32(ratio)).astype("<f2").astype(np.float32)
         inverses = _invert(scales)
         arrays = (block, coefficients, inverse_diagonal, scales, inverses, tried_codes, tried_lost, carry)
-        feed_kernel()(*(array.ctypes.data for array in arrays), size, num_rows, _LARGEST_CODE[layout.name])
+        feed(*(array.ctypes.data for array in arrays), size, num_rows, _LARGEST_CODE[layout.name])
         totals = np.einsum("ij,ij->j", tried_lost, tried_lost)
         better = totals < least
         best[better], least[better] = scales[better], totals[better]
@@ -132,7 +132,7 @@ def _descend(layout: Layout, columns: np.ndarray, codes: np.ndarray, scales: np.
         part = np.ascontiguousarray(part)
         inverse_diagonal = np.ascontiguousarray(1 / np.diag(part))
         arrays = (slopes, part, inverse_diagonal, after, _invert(after), block, carry)
-        descent_kernel()(*(array.ctypes.data for array in arrays), *block.shape, _LARGEST_CODE[layout.name])
+        descend(*(array.ctypes.data for array in arrays), *block.shape, _LARGEST_CODE[layout.name])
         scales[row] = after
         if stop < len(columns):
             gradient[stop:] += hessian[stop:, start:stop] @ (block * after - old)

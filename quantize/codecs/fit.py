@@ -8,12 +8,11 @@ taking the two rules in turns (Lloyd 1982). Tests compare the result with the ex
 Stock encoders scale by the largest weight, which throws away half of a Gaussian block's energy.
 """
 
-from functools import cache
-
 import numpy as np
 from numba import njit, types
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.native.cpu.compiler import function
 
 _STEP_TERNARY, _STEP_TWO_BITS = np.float32(1.15), np.float32(1.12)  # ratio of one tried scale to the next
 _MAX_STEPS = 64  # enough for an outlier 7,000 times as large as the mean; Gaussian blocks need ten
@@ -21,6 +20,7 @@ _NUM_POLISH = 3
 _FAST = {"fastmath": {"nsz", "contract", "reassoc", "nnan", "ninf", "arcp"}, "error_model": "numpy"}
 _BLOCKS = types.Array(types.float32, 2, "C", readonly=True)  # (B, block)
 _SCALES = types.Array(types.float32, 1, "C")  # (B,)
+_SIGNATURE = types.void(_BLOCKS, _BLOCKS, _SCALES)
 
 
 def fit_scales(blocks: np.ndarray, weights: np.ndarray, max_code: int) -> np.ndarray:
@@ -33,7 +33,8 @@ def fit_scales(blocks: np.ndarray, weights: np.ndarray, max_code: int) -> np.nda
             "A weight is not finite and cannot be stored in this type.", "Convert to F32 and look at it."
         )
     scales = np.empty(len(blocks), np.float32)
-    _kernel(max_code)(blocks, weights, scales)
+    fit = _fit_ternary if max_code == 1 else _fit_two_bits
+    fit(blocks, weights, scales)
     largest = np.abs(scales).max(initial=0)
     if largest >= 65520:  # rounds to infinity
         raise KimiLiteError(
@@ -50,12 +51,6 @@ def spread_importance(importance: np.ndarray | None, row: int, block: int) -> np
     assert importance.shape == (row,), (importance.shape, row)
     weights = importance / importance.mean(dtype=np.float64)
     return np.maximum(weights, 1e-4).astype(np.float32).reshape(-1, block)
-
-
-@cache
-def _kernel(max_code: int):
-    fit = _fit_ternary if max_code == 1 else _fit_two_bits
-    return njit(types.void(_BLOCKS, _BLOCKS, _SCALES), cache=True, nogil=True, **_FAST)(fit)
 
 
 @njit(**_FAST)
@@ -83,6 +78,7 @@ def _ternary_sums(x, w, scale):
     return a, b
 
 
+@function(_SIGNATURE, **_FAST)
 def _fit_ternary(blocks, weights, scales):
     for block in range(len(blocks)):
         x, w = blocks[block], weights[block % len(weights)]
@@ -120,6 +116,7 @@ def _two_bit_sums(x, w, scale):
     return a, b, a_minus, b_minus
 
 
+@function(_SIGNATURE, **_FAST)
 def _fit_two_bits(blocks, weights, scales):
     for block in range(len(blocks)):
         x, w = blocks[block], weights[block % len(weights)]

@@ -7,10 +7,9 @@ multiple of 16; `carry`, float32 (size, LANES), is working memory that the calle
 after the array's last use by name, whatever still knows its address.
 """
 
-from functools import cache
-
 from numba import njit, types
 
+from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.simd import (
     broadcast_f32,
     clamp_f32x16,
@@ -24,7 +23,6 @@ from kimi_lite.native.simd import (
 
 LANES = 16
 _OPTIONS = {"fastmath": {"nsz", "contract"}, "error_model": "numpy"}
-_ADDRESS = types.int64
 
 
 @njit(**_OPTIONS)
@@ -45,15 +43,9 @@ def _add_carried(start, carry, coefficients, count):
     return (sum0 + sum1) + (sum2 + sum3)
 
 
-@cache
-def feed_kernel():
-    """(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, carry, size, num_rows, largest_code):
-    codes[j] is the nearest to block[j] + what was carried, lost[j] what it misses, times inverse_diagonal[j]."""
-    signature = types.void(*[_ADDRESS] * 8, types.int64, types.int64, types.int64)
-    return njit(signature, cache=True, nogil=True, **_OPTIONS)(_feed)
-
-
-def _feed(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, carry, size, num_rows, largest_code):
+@function(types.void(*[types.int64] * 11), **_OPTIONS)
+def feed(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, carry, size, num_rows, largest_code):
+    """codes[j] is the nearest to block[j] + what was carried, lost[j] what it misses, times inverse_diagonal[j]."""
     low, high = splat_f32x16(types.float32(-1)), splat_f32x16(types.float32(largest_code))
     minus = splat_f32x16(types.float32(-1))
     stride = 4 * num_rows
@@ -69,15 +61,9 @@ def _feed(block, coefficients, inverse_diagonal, scales, inverses, codes, lost, 
             store_f32x16(lost + at, error)
 
 
-@cache
-def descent_kernel():
-    """(gradient, hessian, inverse_diagonal, scales, inverses, codes, carry, size, num_rows, largest_code): each code in
-    turn becomes the best one given the others; gradient is what it was before the first of them moved."""
-    signature = types.void(*[_ADDRESS] * 7, types.int64, types.int64, types.int64)
-    return njit(signature, cache=True, nogil=True, **_OPTIONS)(_descend)
-
-
-def _descend(gradient, hessian, inverse_diagonal, scales, inverses, codes, carry, size, num_rows, largest_code):
+@function(types.void(*[types.int64] * 10), **_OPTIONS)
+def descend(gradient, hessian, inverse_diagonal, scales, inverses, codes, carry, size, num_rows, largest_code):
+    """Each code in turn becomes the best one given the others; gradient: as before the first of them moved."""
     low, high = splat_f32x16(types.float32(-1)), splat_f32x16(types.float32(largest_code))
     minus = splat_f32x16(types.float32(-1))
     stride = 4 * num_rows

@@ -4,11 +4,10 @@ The scale is the one of least weighted squared error (`quantize.codecs.fit`): a 
 weights, where the stock encoder has 0.81 and IQ1_M, which is larger, 0.454.
 """
 
-from functools import cache
-
 import numpy as np
 from numba import njit, types
 
+from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.codecs.fit import fit_scales, spread_importance
 
@@ -37,14 +36,9 @@ def pack_tq1_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarr
 
 def _pack_blocks(blocks: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
     packed = np.empty((len(blocks), _LAYOUT.block_bytes), np.uint8)
-    _kernel()(blocks, scales, packed)
+    _pack(blocks, scales, packed)
     packed.view(_LAYOUT.dtype)["d"] = scales[:, None]
     return packed.reshape(num_rows, -1)
-
-
-@cache
-def _kernel():
-    return njit(_SIGNATURE, cache=True, nogil=True, error_model="numpy")(_pack)
 
 
 @njit(error_model="numpy")
@@ -53,6 +47,7 @@ def _digit(value, threshold):
     return np.uint32(1) + np.uint32(value > threshold) - np.uint32(value < -threshold)
 
 
+@function(_SIGNATURE, error_model="numpy")
 def _pack(blocks, scales, out):
     """Digits base 3, the first one highest; a byte holds the number as a fraction of 243, so that decoding is
     multiplying. Bytes 0..31 take weights 0..159, bytes 32..47 the next 80 and bytes 48..51 the last 16, four to a

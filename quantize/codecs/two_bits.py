@@ -6,11 +6,10 @@ long side of the values is on the longer side of the codes: relative errors of 0
 the stock ones have 0.81 and 0.72. Every known decoder reads the fourth code and a negative scale.
 """
 
-from functools import cache
-
 import numpy as np
-from numba import njit, types
+from numba import types
 
+from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs.fit import fit_scales, spread_importance
 
@@ -53,7 +52,7 @@ def _fit_codes(layout: Layout, rows: np.ndarray, importance: np.ndarray | None) 
     blocks = np.ascontiguousarray(rows).reshape(-1, layout.block_size)
     scales = fit_scales(blocks, spread_importance(importance, rows.shape[1], layout.block_size), max_code=2)
     codes = np.empty(blocks.shape, np.uint8)
-    _kernel()(blocks, scales, codes)
+    _choose(blocks, scales, codes)
     return codes, scales
 
 
@@ -63,11 +62,7 @@ def _join(layout: Layout, quads: np.ndarray, scales: np.ndarray, num_rows: int) 
     return packed.view(np.uint8).reshape(num_rows, -1)
 
 
-@cache
-def _kernel():
-    return njit(_SIGNATURE, cache=True, nogil=True, error_model="numpy")(_choose)
-
-
+@function(_SIGNATURE, error_model="numpy")
 def _choose(blocks, scales, codes):
     """The nearest of -1, 0, 1, 2 times the scale, plus 1."""
     for b in range(len(blocks)):

@@ -9,9 +9,9 @@ from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.attention import AttentionBuffers, attention_ops
 from kimi_lite.native.cpu.attention_prefill import prefill_attention_op, prefill_scratch_bytes
 from kimi_lite.native.cpu.blocks import activation_kind
-from kimi_lite.native.cpu.latent import PAGE_POSITIONS
-from kimi_lite.native.cpu.matrix import describe_matrix
-from kimi_lite.native.cpu.run import RECORD_BYTES, RunTable
+from kimi_lite.native.cpu.matrix import Matrix
+from kimi_lite.native.cpu.run import Attending, RunTable
+from kimi_lite.native.latent_rows import PAGE_TOKENS, MlaShape
 from kimi_lite.native.reference_types import dequantize
 from tests.native.harness import run_ops
 from tests.native.random_rows import random_rows
@@ -44,24 +44,24 @@ class Sequences:
         self,
         spans: Sequence[tuple[int, int]],
         rng: np.random.Generator,
-        shape: tuple[int, int, int, int, int] = (5, 32, 16, 64, 32),
+        shape: tuple[int, ...] = (5, 32, 16, 64, 32),
         types: tuple[str, str] = ("F32", "F32"),
         dtype: str = "f32",
     ) -> None:
-        self.spans, self.shape, self.types, self.dtype = spans, shape, types, dtype
+        self.spans, self.shape, self.types, self.dtype = spans, MlaShape(*shape), types, dtype
         heads, nope, rope, kv_lora, value = shape
         self.k_b, self.v_b = (
             random_rows(types[0], heads * kv_lora, nope, rng),
             random_rows(types[1], heads * value, kv_lora, rng),
         )
-        num_pages = [-(-(first + length) // PAGE_POSITIONS) for first, length in spans]
+        num_pages = [-(-(first + length) // PAGE_TOKENS) for first, length in spans]
         order = rng.permutation(sum(num_pages) + 2).astype(np.int32)
         self.pages = [order[sum(num_pages[:i]) :][:n].copy() for i, n in enumerate(num_pages)]
-        self.storage = round_to(rng.standard_normal((len(order), PAGE_POSITIONS, kv_lora + rope)), dtype)
+        self.storage = round_to(rng.standard_normal((len(order), PAGE_TOKENS, kv_lora + rope)), dtype)
         for pages, (first, length) in zip(
             self.pages, spans, strict=True
         ):  # what lies behind the last position is never read
-            self.storage[pages[-1], (first + length - 1) % PAGE_POSITIONS + 1 :] = _NAN[dtype]
+            self.storage[pages[-1], (first + length - 1) % PAGE_TOKENS + 1 :] = _NAN[dtype]
         self.num_tokens = sum(length for _, length in spans)
         self.q = (rng.standard_normal((self.num_tokens, heads * (nope + rope))) / np.sqrt(nope)).astype(np.float32)
         self.positions = np.concatenate([np.arange(first, first + length) for first, length in spans])
@@ -70,17 +70,17 @@ class Sequences:
 
     def run(self, expanded: Sequence[int] = (), num_threads: int = 1, num_splits: int = 1) -> np.ndarray:
         """float32 (T, H, V); the sequences in `expanded` attend in that form, the others absorbed."""
-        heads, nope, rope, kv_lora, value = self.shape
+        heads, nope, _, kv_lora, value = self.shape
         run = RunTable(self.num_tokens, num_threads, prefill_scratch_bytes(self.num_tokens, self.shape))
         run.set_tokens(np.zeros(self.num_tokens, np.int32))
         run.set_positions(np.zeros(self.num_tokens, np.int64), self.cos, self.sin)
-        run.set_attention(*self._records(expanded), num_splits, self.pages)
+        run.set_attention(*self._attending(expanded), num_splits)
         kinds = tuple({activation_kind(name)} - {0} for name in self.types)
-        buffers = AttentionBuffers(self.num_tokens * num_splits, heads, (nope, rope, kv_lora), kinds)
+        buffers = AttentionBuffers(self.num_tokens * num_splits, self.shape, *kinds)
         out = Activations(self.num_tokens, heads * value, set())
         q = self.q.copy()
-        matrices = (describe_matrix(self.k_b, self.types[0], nope), describe_matrix(self.v_b, self.types[1], kv_lora))
-        arguments = (run.address, q, matrices, self.storage.ctypes.data)
+        k_b, v_b = Matrix.of(self.k_b, self.types[0], nope), Matrix.of(self.v_b, self.types[1], kv_lora)
+        arguments = (run, q, k_b, v_b, self.storage)
         absorbed = attention_ops(*arguments, buffers, out, self.shape, SCALE, self.dtype)
         prefill = prefill_attention_op(*arguments, out, self.shape, SCALE, self.dtype)
         run_ops([*absorbed, prefill], num_threads)
@@ -103,13 +103,13 @@ class Sequences:
             row += length
         return np.concatenate(results)
 
-    def _records(self, expanded: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (n, 6) records of the absorbed tokens and of the expanded sequences."""
+    def _attending(self, expanded: Sequence[int]) -> tuple[list[Attending], list[Attending]]:
+        """The absorbed tokens and the expanded sequences."""
         absorbed_rows, expanded_rows, row = [], [], 0
         for i, (pages, (first, length)) in enumerate(zip(self.pages, self.spans, strict=True)):
             if i in expanded:
-                expanded_rows.append((row, length, first, pages.ctypes.data, 0, 0))
+                expanded_rows.append(Attending(row, length, first, pages))
             else:
-                absorbed_rows += [(row + j, 1, first + j, pages.ctypes.data, 0, 0) for j in range(length)]
+                absorbed_rows += [Attending(row + j, 1, first + j, pages) for j in range(length)]
             row += length
-        return tuple(np.array(rows, np.int64).reshape(-1, RECORD_BYTES // 8) for rows in (absorbed_rows, expanded_rows))
+        return absorbed_rows, expanded_rows

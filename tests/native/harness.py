@@ -10,24 +10,25 @@ from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.panel import ADD, PANEL_ROWS, gemm_kernel, panel_bytes, panel_kernel
+from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.run import RunTable
-from kimi_lite.native.cpu.threads import Program, Team
+from kimi_lite.native.cpu.threads import Team
 
 CANARY = np.float32(-12345.5)
 
 
-def run_ops(ops: Sequence[tuple[int, np.ndarray]], num_threads: int = 1) -> None:
+def run_ops(ops: Sequence[Op], num_threads: int = 1) -> None:
     """Runs operations as one program on a team of their own."""
     team = Team(num_threads)
     try:
-        assert team.run(Program(ops))
+        team.run(Program(ops))
     finally:
         team.close()
 
 
-def run_table(num_tokens: int, num_threads: int = 1, scratch_bytes: int = 1 << 20, num_slots: int = 0) -> RunTable:
+def run_table(num_tokens: int, num_threads: int = 1, scratch_bytes: int = 1 << 20, num_pairs: int = 0) -> RunTable:
     """A run of `num_tokens` tokens with ids 0, 1, 2, ..."""
-    run = RunTable(num_tokens, num_threads, scratch_bytes, num_slots)
+    run = RunTable(num_tokens, num_threads, scratch_bytes, num_pairs)
     run.set_tokens(np.arange(num_tokens, dtype=np.int32))
     return run
 
@@ -36,7 +37,7 @@ def activations(x: np.ndarray, *kinds: int) -> Activations:
     """float32 (T, K) with its int8 forms, made by the kernel. Kind 0 needs none."""
     result = Activations(len(x), x.shape[1], set(kinds) - {0})
     result.values[:] = x
-    run_ops([quantize_op(run_table(len(x)).address, result)])
+    run_ops([quantize_op(run_table(len(x)), result)])
     return result
 
 

@@ -33,7 +33,7 @@ def guarded_activations(x: np.ndarray, kind: int) -> Activations:
     with mock.patch("numpy.zeros", lambda *args: at_page_end(np.full(args[0], 0, args[1]))):
         result = Activations(len(x), x.shape[1], {kind} - {0})
     result.values[:] = x
-    run_ops([quantize_op(run_table(len(x)).address, result)])
+    run_ops([quantize_op(run_table(len(x)), result)])
     return result
 
 

@@ -12,7 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kimi_lite", "native", "quantize", "tools")
-COMPILERS = {"njit", "jit", "vectorize", "guvectorize", "cfunc", "kernel", "Kernel", "implements", "overload"}
+COMPILERS = {
+    "njit",
+    "jit",
+    "vectorize",
+    "guvectorize",
+    "cfunc",
+    "kernel",
+    "Kernel",
+    "function",
+    "Function",
+    "implements",
+    "overload",
+}
 COMPILERS |= {"for_literals", "stencil", "generated_jit"}
 ADDRESSES = {"ctypes", "data_as", "from_buffer", "addressof", "__array_interface__"}
 
@@ -38,7 +50,7 @@ def compiled_names(tree: ast.Module) -> set[str]:
 
 
 def is_entry(function: ast.FunctionDef) -> bool:
-    """Compiled for one signature, `@njit("void(int64)")`: Python calls it."""
+    """Compiled for one signature, `@function("void(int64)")`: Python calls it."""
     return any(isinstance(each, ast.Call) and each.args for each in function.decorator_list)
 
 

@@ -6,7 +6,7 @@ import pytest
 from kimi_lite.native import reference
 from kimi_lite.native.cpu.attention import AttentionBuffers, num_splits
 from kimi_lite.native.cpu.latent import write_latent_op
-from kimi_lite.native.latent_rows import row_length
+from kimi_lite.native.latent_rows import MlaShape, row_length
 from tests.native.attention_case import Sequences, round_to, stored_values
 from tests.native.harness import run_ops, run_table
 from tests.native.random_rows import assert_close
@@ -122,25 +122,27 @@ def test_number_of_spans():
     assert num_splits(1, 100_000, 64) == 8
     assert num_splits(64, 100_000, 64) == 1, "tokens are tasks enough"
     spans = {(t, h): t * num_splits(t, 10**6, h) for t in (1, 2, 3, 7, 64) for h in (1, 5, 16, 64, 128)}
-    assert all(AttentionBuffers(t, h, (16, 16, 32), (set(), set())).max_spans >= n for (t, h), n in spans.items())
+    assert all(
+        AttentionBuffers(t, MlaShape(h, 16, 16, 32, 16), set(), set()).max_spans >= n for (t, h), n in spans.items()
+    )
 
 
 def written_latents(kv, weight, rope, dtype, num_threads=1):
-    """What the writer leaves in a storage of two pages for tokens at scattered slots, and the oracle's values."""
+    """What the writer leaves in a storage of two pages for tokens in scattered rows, and the oracle's values."""
     num_tokens, latent = kv.shape
     rng = np.random.default_rng(11)
-    slots = rng.permutation(128)[:num_tokens].astype(np.int64)
+    rows = rng.permutation(128)[:num_tokens].astype(np.int64)
     angles = rng.uniform(-9, 9, (num_tokens, rope // 2))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     stored = round_to(kv, dtype)
     storage = np.full((128, stored.shape[1]), 3, stored.dtype)
     run = run_table(num_tokens, num_threads)
-    run.set_positions(slots, cos, sin)
-    sizes = (latent - rope, rope)
-    run_ops([write_latent_op(run.address, kv, weight, storage.ctypes.data, sizes, 1e-5, dtype)], num_threads)
-    assert (np.delete(storage, slots, axis=0) == 3).all()
+    run.set_positions(rows, cos, sin)
+    shape = MlaShape(heads=1, nope=16, rope=rope, kv_lora=latent - rope, value=16)
+    run_ops([write_latent_op(run, kv, weight, storage.reshape(2, 64, -1), shape, 1e-5, dtype)], num_threads)
+    assert (np.delete(storage, rows, axis=0) == 3).all()
     normed = reference.rms_norm(kv[:, :-rope], weight, 1e-5)
-    return storage[slots], np.concatenate([normed, reference.rotate_pairs(kv[:, -rope:], cos, sin)], axis=1)
+    return storage[rows], np.concatenate([normed, reference.rotate_pairs(kv[:, -rope:], cos, sin)], axis=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +167,8 @@ def test_writing_groups_of_every_size_in_8_bits(factor):
     storage = np.zeros((64, row_length("q8", 128)), np.uint8)
     run = run_table(1)
     run.set_positions(np.zeros(1, np.int64), np.ones((1, 48), np.float32), np.zeros((1, 48), np.float32))
-    run_ops([write_latent_op(run.address, kv, np.ones(32, np.float32), storage.ctypes.data, (32, 96), 1e-5, "q8")])
+    shape, pages = MlaShape(heads=1, nope=16, rope=96, kv_lora=32, value=16), storage[None]
+    run_ops([write_latent_op(run, kv, np.ones(32, np.float32), pages, shape, 1e-5, "q8")])
     expected = round_to(kv, "q8")[0]
     have = storage[0]
     assert np.array_equal(have[32:128], expected[32:128])
@@ -182,7 +185,8 @@ def test_rounding_of_the_cache(dtype):
     storage = np.zeros((64, stored.shape[1]), stored.dtype)
     run = run_table(1)
     run.set_positions(np.zeros(1, np.int64), np.ones((1, 8), np.float32), np.zeros((1, 8), np.float32))
-    run_ops([write_latent_op(run.address, kv, np.ones(16, np.float32), storage.ctypes.data, (16, 16), 1e-5, dtype)])
+    shape, pages = MlaShape(heads=1, nope=16, rope=16, kv_lora=16, value=16), storage[None]
+    run_ops([write_latent_op(run, kv, np.ones(16, np.float32), pages, shape, 1e-5, dtype)])
     assert np.array_equal(storage[0], round_to(kv, dtype)[0])
 
 

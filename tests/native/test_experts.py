@@ -6,8 +6,8 @@ import pytest
 
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
-from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
-from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, describe_matrix
+from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
+from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, Matrix
 from kimi_lite.native.reference import Expert, experts
 from kimi_lite.native.reference_types import dequantize
 from tests.native.harness import activations, run_ops, run_table
@@ -29,7 +29,7 @@ class Layer:
         self.data = [[random_rows(name, rows, k, rng) for name, rows, k in shapes] for _ in range(num_experts)]
         self.matrices = np.array(
             [
-                [describe_matrix(d, name, k) for d, (name, _, k) in zip(three, shapes, strict=True)]
+                [Matrix.of(d, name, k).table for d, (name, _, k) in zip(three, shapes, strict=True)]
                 for three in self.data
             ]
         )
@@ -37,20 +37,23 @@ class Layer:
             Expert(*(dequantize(d, s[0]) for d, s in zip(three, shapes, strict=True))) for three in self.data
         ]
 
+    def op(self, run, prepared, out, hidden, ids, weights, num_always, per_choice=None):
+        arguments = (run, prepared, out, self.matrices, hidden, ids, weights)
+        return experts_op(*arguments, num_always=num_always, weights_owner=self, per_choice=per_choice)
+
     def run(self, x, ids, weights, num_always=0, num_threads=1, start=None):
-        """ids int32, weights float32 (T, K); the last `num_always` experts are everybody's."""
+        """ids int32, weights float32 (T, K); every token takes the last `num_always` experts."""
         num_tokens, top_k = ids.shape
-        num_slots = num_tokens * (top_k + num_always)
+        num_pairs = num_tokens * (top_k + num_always)
         out = np.zeros((num_tokens, self.num_out + 3), np.float32)
         out[:, self.num_out :] = 7
         if start is not None:
             out[:, : self.num_out] = start
         scratch_bytes = experts_scratch_bytes(self.k, self.width, num_tokens)
-        run = run_table(num_tokens, num_threads, scratch_bytes, num_slots)
-        hidden = Activations(num_slots, self.width, {self.kinds[1]} - {0})
+        run = run_table(num_tokens, num_threads, scratch_bytes, num_pairs)
+        hidden = Activations(num_pairs, self.width, {self.kinds[1]} - {0})
         prepared = activations(x, self.kinds[0])
-        op = ExpertsOp(run.address, prepared, out, self.matrices, hidden, top_k, num_always, ids, weights)
-        run_ops([(op.kernel, op.arguments)], num_threads)
+        run_ops([self.op(run, prepared, out, hidden, ids, weights, num_always)], num_threads)
         assert (out[:, self.num_out :] == 7).all(), "wrote beside its rows"
         return out[:, : self.num_out]
 

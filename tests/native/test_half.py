@@ -7,17 +7,18 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kimi_lite.native import half
+from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.simd import load_f16x16, load_f32x16, store_f16x16, store_f32x16
 from kimi_lite.native.vectors import f32x16
 
 
-@njit("void(int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64)")
 def _widen(x, out, count):
     for i in range(0, count, 16):
         store_f32x16(out + 4 * i, load_f16x16(x + 2 * i))
 
 
-@njit("void(int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64)")
 def _narrow(x, out, count):
     for i in range(0, count, 16):
         store_f16x16(out + 2 * i, load_f32x16(x + 4 * i))

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from numba import njit
 from numba.core import config
 
+from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, target_features
 from kimi_lite.native.simd import load_i8x64, load_i32x16, store_i32x16
 from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
@@ -42,12 +42,12 @@ def test_this_process_has_a_path():
     assert (isa().name in (AVX512_VNNI, AVX_VNNI)) == HAS_FULL_UNSIGNED_DOT
 
 
-@njit("void(int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64)")
 def _unsigned(a, b, out):
     store_i32x16(out, dot_u8x64(load_i32x16(out), load_i8x64(a), load_i8x64(b)))
 
 
-@njit("void(int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64)")
 def _signed(a, b, out):
     store_i32x16(out, dot_i8x64(load_i32x16(out), load_i8x64(a), load_i8x64(b)))
 

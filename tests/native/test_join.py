@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
 from kimi_lite.native.cpu.join import join_op
 from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS
 from tests.native.harness import activations, run_ops, run_table
@@ -17,26 +17,21 @@ def per_choice(layer, x, parts, weights, num_always, num_threads=1):
     """Runs each of `parts` (ids with -1 where another part has the choice); the experts of everybody go with every
     part."""
     num_tokens, top_k = weights.shape
-    num_slots = num_tokens * (top_k + num_always)
-    rows = np.full((num_slots + 1, layer.num_out), CANARY, np.float32)
-    run = run_table(num_tokens, num_threads, experts_scratch_bytes(layer.k, layer.width, num_tokens), num_slots)
-    hidden = Activations(num_slots, layer.width, {layer.kinds[1]} - {0})
+    num_pairs = num_tokens * (top_k + num_always)
+    rows = np.full((num_pairs + 1, layer.num_out), CANARY, np.float32)
+    run = run_table(num_tokens, num_threads, experts_scratch_bytes(layer.k, layer.width, num_tokens), num_pairs)
+    hidden = Activations(num_pairs, layer.width, {layer.kinds[1]} - {0})
     prepared = activations(x, layer.kinds[0])
     out = np.zeros((num_tokens, layer.num_out), np.float32)
-    ops = [
-        ExpertsOp(
-            run.address, prepared, out, layer.matrices, hidden, top_k, num_always, ids, weights, per_choice=rows[:-1]
-        )
-        for ids in parts
-    ]
-    run_ops([(op.kernel, op.arguments) for op in ops], num_threads)
+    ops = [layer.op(run, prepared, out, hidden, ids, weights, num_always, rows[:-1]) for ids in parts]
+    run_ops(ops, num_threads)
     assert not out.any() and (rows[-1] == CANARY).all(), "wrote beside its rows"
     return rows[:-1]
 
 
 def join(rows, ids, weights, num_always, start, num_threads=1):
     out = start.copy()
-    run_ops([join_op(run_table(len(ids), num_threads).address, rows, ids, weights, num_always, out)], num_threads)
+    run_ops([join_op(run_table(len(ids), num_threads), rows, ids, weights, num_always, out)], num_threads)
     return out
 
 
@@ -75,8 +70,10 @@ def test_groups_in_expert_order_have_the_bits_of_the_whole():
         num_always = int(first + 2 == NUM_ROUTED)
         part = np.where((ids >= first) & (ids < first + 2), ids, -1).astype(np.int32)
         matrices = layer.matrices[: NUM_ROUTED + num_always]
-        op = ExpertsOp(run.address, prepared, out, matrices, hidden, TOP_K, num_always, part, weights)
-        run_ops([(op.kernel, op.arguments)])
+        op = experts_op(
+            *(run, prepared, out, matrices, hidden, part, weights), num_always=num_always, weights_owner=layer
+        )
+        run_ops([op])
     assert np.array_equal(out, whole)
 
 
@@ -103,7 +100,7 @@ def test_any_width_and_strided_output(width):
     rows = rng.standard_normal((4 * 3, width)).astype(np.float32)
     ids, weights = np.array([[5, 2], [2, 5], [7, 1], [3, 3]], np.int32), rng.standard_normal((4, 2)).astype(np.float32)
     room = np.ones((4, width + 5), np.float32)
-    run_ops([join_op(run_table(4, 2).address, rows, ids, weights, 1, room)], 2)
+    run_ops([join_op(run_table(4, 2), rows, ids, weights, 1, room)], 2)
     parts = rows.reshape(4, 3, width).astype(np.float64)
     want = 1 + weights[:, 0, None] * parts[:, 0] + weights[:, 1, None] * parts[:, 1] + parts[:, 2]
     assert np.allclose(room[:, :width], want, atol=1e-5) and (room[:, width:] == 1).all()

@@ -1,4 +1,5 @@
-"""Compiled kernels are found again while the sources stay as they are, and only then."""
+"""Compiled kernels are found again while the sources stay as they are, and only then; nothing happens at import, and no
+state that a process uses is deleted."""
 
 import os
 import shutil
@@ -6,33 +7,81 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from kimi_lite.native import cache as cache_module
+
 ROOT = Path(__file__).parents[2]
 PROBE = (
-    "from kimi_lite.native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0'); "
-    "print(k.compiled.cache_hits, k.address != 0)"
+    "from kimi_lite.native.cpu.matrix import rows_kernel; k = rows_kernel('Q8_0').compiled; "
+    "print(k.cache_hits, k.address != 0)"
 )
+IMPORTS = """
+import os, pkgutil, numba
+import kimi_lite.native.cpu as cpu
+names = [each.name for each in pkgutil.walk_packages(cpu.__path__, cpu.__name__ + ".")]
+for name in names:
+    __import__(name)
+print(len(names), os.path.exists(os.environ["KIMI_LITE_CACHE"]), numba.core.config.CACHE_DIR or "none")
+"""
 
 
-def cache_hits(package: Path, cache: Path) -> int:
+def run_python(code: str, package: Path, cache: Path) -> list[str]:
     environment = {**os.environ, "KIMI_LITE_CACHE": str(cache), "PYTHONPATH": str(package)}
     environment.pop("NUMBA_CACHE_DIR", None)
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True, cwd=package
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=package
     )
-    return int(run.stdout.split()[0])
+    return done.stdout.split()
 
 
 def test_an_edit_anywhere_compiles_anew(tmp_path):
     package, cache = tmp_path / "package", tmp_path / "cache"
     native = package / "kimi_lite" / "native"
     shutil.copytree(ROOT / "native", native, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "kimi_lite" / "__init__.py", native.parent)
-    assert cache_hits(package, cache) == 0
-    assert cache_hits(package, cache) == 1
-    edited = native / "cpu" / "types" / "blocks_of_32.py"
+    (package / "kimi_lite" / "__init__.py").touch()
+
+    def cache_hits() -> int:
+        return int(run_python(PROBE, package, cache)[0])
+
+    assert cache_hits() == 0
+    assert cache_hits() == 1
+    edited = native / "simd_bytes.py"
     original = edited.read_text()
     edited.write_text(original + "\n# edited\n")
-    assert cache_hits(package, cache) == 0
+    assert cache_hits() == 0
     edited.write_text(original)
-    assert cache_hits(package, cache) == 1  # going back finds the old code
+    assert cache_hits() == 1  # going back finds the old code
     assert len(os.listdir(cache / "kernels")) == 2
+
+
+def test_importing_kernels_does_nothing(tmp_path):
+    num_modules, has_cache, cache_dir = run_python(IMPORTS, ROOT, tmp_path / "cache")
+    assert int(num_modules) > 15
+    assert (has_cache, cache_dir) == ("False", "none")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_old_states_go_but_for_those_in_use(tmp_path):
+    states = tmp_path / "kernels"
+    for age in range(9):
+        (states / f"state{age}").mkdir(parents=True)
+        os.utime(states / f"state{age}", (1e9 - age, 1e9 - age))
+    held = cache_module._lock(states / "state7", is_shared=True)
+    os.utime(states / "state7", (1e9 - 7, 1e9 - 7))
+    cache_module._delete_old_states(states)
+    assert sorted(os.listdir(states)) == ["state0", "state1", "state2", "state3", "state7"]
+    os.close(held)
+    cache_module._delete_old_states(states)
+    assert sorted(os.listdir(states)) == ["state0", "state1", "state2", "state3"]
+
+
+def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    """Numba then looks for a place of its own."""
+    from numba.core import config
+
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "file"))
+    cache_module.use_kernel_cache.__wrapped__()
+    assert config.CACHE_DIR == ""

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from kimi_lite.native.cpu.blocks import activation_kind
-from kimi_lite.native.cpu.linear import embed_op, linear_op
-from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, describe_matrix
+from kimi_lite.native.cpu.linear import Product, embed_op, linear_op
+from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, Matrix
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
 from tests.native.harness import activations, run_ops, run_table
@@ -21,13 +21,13 @@ def run_linear(x, tensors, starts, num_threads=1):
     N)."""
     kinds = [activation_kind(name) for name, _ in tensors]
     run, prepared = run_table(len(x), num_threads), activations(x, *kinds)
-    matrices = [describe_matrix(data, name, x.shape[1]) for name, data in tensors]
+    matrices = [Matrix.of(data, name, x.shape[1]) for name, data in tensors]
     outs = [np.full((len(x), len(data) + 2), 7, np.float32) for _, data in tensors]
     for out, start in zip(outs, starts, strict=True):
         if start is not None:
             out[:, :-2] = start
-    outputs = [(m, out, start is not None) for m, out, start in zip(matrices, outs, starts, strict=True)]
-    run_ops([linear_op(run.address, prepared, outputs)], num_threads)
+    products = [Product(m, out, start is not None) for m, out, start in zip(matrices, outs, starts, strict=True)]
+    run_ops([linear_op(run, prepared, *products)], num_threads)
     assert all((out[:, -2:] == 7).all() for out in outs), "wrote beside its rows"
     return [out[:, :-2] for out in outs]
 
@@ -88,7 +88,7 @@ def test_embedding_rows(name):
     run, out = run_table(7, 2), np.zeros((7, K), np.float32)
     token_ids = np.array([0, 49, 3, 3, 17, 1, 48], np.int32)
     run.set_tokens(token_ids)
-    run_ops([embed_op(run.address, describe_matrix(data, name, K), out)], 2)
+    run_ops([embed_op(run, Matrix.of(data, name, K), out)], 2)
     expected = dequantize(data, name)[token_ids].astype(np.float64)
     assert_close(out, expected, np.abs(expected).max(axis=1, keepdims=True), 5e-7)
 
@@ -96,10 +96,10 @@ def test_embedding_rows(name):
 def test_sizes_are_checked():
     rng = np.random.default_rng(5)
     with pytest.raises(AssertionError):
-        describe_matrix(random_rows("Q8_0", 2, K, rng), "Q8_0", K - 1)
+        Matrix.of(random_rows("Q8_0", 2, K, rng), "Q8_0", K - 1)
     with pytest.raises(AssertionError):
-        describe_matrix(random_rows("Q8_0", 2, K, rng), "Q8_0", 2 * K)
-    matrix = describe_matrix(random_rows("Q8_0", 5, K, rng), "Q8_0", K)
+        Matrix.of(random_rows("Q8_0", 2, K, rng), "Q8_0", 2 * K)
+    matrix = Matrix.of(random_rows("Q8_0", 5, K, rng), "Q8_0", K)
     x = activations(np.zeros((1, K), np.float32), 32)
     with pytest.raises(AssertionError):
-        linear_op(0, x, [(matrix, np.zeros((1, 4), np.float32), False)])
+        linear_op(run_table(1), x, Product(matrix, np.zeros((1, 4), np.float32)))

@@ -15,7 +15,7 @@ def route(
     scores, choice = logits.astype(np.float32), np.empty(logits.shape, np.float32)
     ids, weights = np.full((num_tokens, top_k), -1, np.int32), np.empty((num_tokens, top_k), np.float32)
     run = run_table(num_tokens, num_threads)
-    op = route_op(run.address, scores, choice, bias, ids, weights, groups, is_sigmoid, is_normalized, scale, nudge)
+    op = route_op(run, scores, choice, bias, ids, weights, groups, is_sigmoid, is_normalized, scale, nudge)
     run_ops([op], num_threads)
     return ids, weights
 

@@ -2,29 +2,29 @@
 
 import numpy as np
 import pytest
-from numba import njit
 
 from kimi_lite.native import reference
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.linear import float_bits, rms_norm_op
+from kimi_lite.native.cpu.compiler import function
+from kimi_lite.native.cpu.linear import rms_norm_op
 from kimi_lite.native.cpu.vector_math import exp_f32x16, rotate_pairs, silu_f32x16
 from kimi_lite.native.simd import load_f32x16, store_f32x16
 from tests.native.harness import run_ops, run_table
 
 
-@njit("void(int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64)")
 def _exp(x, out, count):
     for i in range(0, 4 * count, 64):
         store_f32x16(out + i, exp_f32x16(load_f32x16(x + i)))
 
 
-@njit("void(int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64)")
 def _silu(x, out, count):
     for i in range(0, 4 * count, 64):
         store_f32x16(out + i, silu_f32x16(load_f32x16(x + i)))
 
 
-@njit("void(int64, int64, int64, int64, int64)", cache=True)
+@function("void(int64, int64, int64, int64, int64)")
 def _rotate(x, out, cos, sin, num_pairs):
     rotate_pairs(x, out, cos, sin, num_pairs)
 
@@ -81,7 +81,7 @@ def test_rotation_also_in_place(num_pairs):
 
 def norm(x, weight, eps=1e-5, width=None):
     out = Activations(len(x), len(weight), {32} if len(weight) % 32 == 0 else set())
-    run_ops([rms_norm_op(run_table(len(x)).address, x, weight, out, eps)])
+    run_ops([rms_norm_op(run_table(len(x)), x, weight, out, eps)])
     return out.values
 
 
@@ -101,8 +101,3 @@ def test_rms_norm_hides_no_overflow(hostile):
     x[1, 3] = hostile
     values = norm(x, np.ones(32, np.float32))
     assert np.isfinite(values[0]).all() and np.isnan(values[1]).any()
-
-
-def test_float_arguments_travel_as_bits():
-    for value in (1e-5, -2.5, 0.0):
-        assert np.array([float_bits(value)], np.int64).view(np.float32)[0] == np.float32(value)

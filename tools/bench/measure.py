@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kimi_lite.native.cpu.threads import Program, Team
+from kimi_lite.native.cpu.program import Program
+from kimi_lite.native.cpu.threads import Team
 
 MAX_LOST_SHARE = 0.02
 _TRIES = 8  # of a run

@@ -7,17 +7,18 @@ frequency.
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
 from kimi_lite.hardware.bandwidth import read_program
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.compiler import KERNEL
-from kimi_lite.native.cpu.linear import arguments, linear_op, quantize_op, thread_scratch
-from kimi_lite.native.cpu.matrix import describe_matrix, matrix_panel
+from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.linear import Product, linear_op, quantize_op, thread_scratch
+from kimi_lite.native.cpu.matrix import Matrix, matrix_panel
 from kimi_lite.native.cpu.panel import PANEL_ROWS, panel_bytes
+from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.run import RunTable
-from kimi_lite.native.cpu.threads import Program, Team, next_task
+from kimi_lite.native.cpu.threads import Team, next_task
 from kimi_lite.native.layouts import Layout
 from kimi_lite.native.simd import load_i64, store_i64
 from kimi_lite.tools.kernels.ggml_cpu import VecDot
@@ -42,7 +43,7 @@ def _call_vec_dot(typingctx, function, n, out, weights, x):
     return types.void(*[types.int64] * 5), codegen
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _ggml_kernel(args, thread, team):
     function, n, weights, row_bytes = load_i64(args), load_i64(args + 8), load_i64(args + 16), load_i64(args + 24)
     num_rows, x, out = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
@@ -53,7 +54,7 @@ def _ggml_kernel(args, thread, team):
         first = next_task(team) * _GGML_ROWS
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _clock_kernel(args, thread, team):
     value = types.uint64(load_i64(args))
     for _ in range(CLOCK_CYCLES // 6):  # xorshift: every instruction needs the one before
@@ -63,7 +64,7 @@ def _clock_kernel(args, thread, team):
     store_i64(args, types.int64(value))
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _unpack_kernel(args, thread, team):
     run, matrix, num_rows = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     panel = thread_scratch(run, thread)
@@ -74,7 +75,7 @@ def _unpack_kernel(args, thread, team):
 
 
 def clock_program() -> Program:
-    return Program([(_clock_kernel.address, arguments(88172645463325252))])
+    return Program([Op.of(_clock_kernel, 88172645463325252)])
 
 
 class Bench:
@@ -83,12 +84,11 @@ class Bench:
     def __init__(self, team: Team, k: int, capacity: int = 1) -> None:
         self.k = k
         self._run = RunTable(capacity, team.num_threads, panel_bytes(k))
-        self._kept: list[object] = []  # what programs hold addresses of
         self.sums = np.zeros((team.num_threads, 16), np.int32)
         self.x = Activations(capacity, k, {32, 256})
         self.x.values[:] = np.random.default_rng(0).standard_normal((capacity, k), np.float32)
         self.set_tokens(capacity)
-        team.run(Program([quantize_op(self._run.address, self.x)]))
+        team.run(Program([quantize_op(self._run, self.x)]))
 
     def set_tokens(self, num_tokens: int) -> None:
         """How many tokens the programs multiply with from now on."""
@@ -100,19 +100,14 @@ class Bench:
 
     def ours(self, layout: Layout, data: np.ndarray, out: np.ndarray, num_times: int = 1) -> Program:
         """data: uint8 (rows, row_bytes); out: float32 (capacity, rows)."""
-        matrix = describe_matrix(data, layout.name, self.k)
-        self._kept.append(matrix)
-        return Program([linear_op(self._run.address, self.x, [(matrix, out, False)])] * num_times)
+        matrix = Matrix.of(data, layout.name, self.k)
+        return Program([linear_op(self._run, self.x, Product(matrix, out))] * num_times)
 
     def ggml(self, vec_dot: VecDot, data: np.ndarray, out: np.ndarray, num_times: int = 1) -> Program:
         """out: float32 (rows,)."""
-        sizes = (self.k, data.ctypes.data, data.strides[0], len(data))
-        flat = arguments(vec_dot.address, *sizes, vec_dot.x.ctypes.data, out.ctypes.data)
-        self._kept.append(vec_dot)
-        return Program([(_ggml_kernel.address, flat)] * num_times)
+        op = Op.of(_ggml_kernel, vec_dot.address, self.k, data, data.strides[0], len(data), vec_dot.x, out)
+        return Program([op] * num_times)
 
     def unpack(self, layout: Layout, data: np.ndarray) -> Program:
         """Panels of all rows, one after the other into the same scratch."""
-        matrix = describe_matrix(data, layout.name, self.k)
-        self._kept.append(matrix)
-        return Program([(_unpack_kernel.address, arguments(self._run.address, matrix.ctypes.data, len(data)))])
+        return Program([Op.of(_unpack_kernel, self._run, Matrix.of(data, layout.name, self.k), len(data))])

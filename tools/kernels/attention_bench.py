@@ -22,17 +22,19 @@ from rich.table import Table
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.attention import AttentionBuffers, attention_ops, num_splits
 from kimi_lite.native.cpu.blocks import activation_kind
-from kimi_lite.native.cpu.latent import PAGE_POSITIONS, write_latent_op
-from kimi_lite.native.cpu.matrix import describe_matrix
-from kimi_lite.native.cpu.run import RECORD_BYTES, RunTable
-from kimi_lite.native.cpu.threads import Program, Team
-from kimi_lite.native.latent_rows import ROW_FORMS, row_bytes, row_length
+from kimi_lite.native.cpu.latent import write_latent_op
+from kimi_lite.native.cpu.matrix import Matrix
+from kimi_lite.native.cpu.program import Program
+from kimi_lite.native.cpu.run import Attending, RunTable
+from kimi_lite.native.cpu.threads import Team
+from kimi_lite.native.latent_rows import PAGE_TOKENS, ROW_FORMS, MlaShape, row_bytes, row_length
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.tools.bench.measure import Rounds, measure
 from kimi_lite.tools.bench.workloads import CLOCK_CYCLES, Bench, clock_program
 from kimi_lite.tools.kernels.random_blocks import random_rows
 
-HEADS, NOPE, ROPE, KV_LORA, VALUE = SHAPE = (64, 128, 64, 512, 128)
+SHAPE = MlaShape(heads=64, nope=128, rope=64, kv_lora=512, value=128)
+HEADS, NOPE, ROPE, KV_LORA, VALUE = SHAPE
 LAYERS = 61
 _SOFTMAX_SCALE = 0.08  # with the random queries here scores deviate by about 2
 _WRITTEN_TOKENS = 256  # at a time
@@ -56,42 +58,33 @@ class Layer:
     def __init__(self, team: Team, depth: int, dtype: str, latents: np.ndarray) -> None:
         """latents: float32 (depth, kv_lora + rope), written to the cache by the kernel that always does it."""
         rng = np.random.default_rng(1)
-        num_pages = -(-depth // PAGE_POSITIONS)
+        num_pages = -(-depth // PAGE_TOKENS)
         pages = rng.permutation(num_pages).astype(np.int32)
         form = ROW_FORMS[dtype]
-        self.storage = np.zeros((num_pages, PAGE_POSITIONS, row_length(dtype, KV_LORA + ROPE)), form.storage)
+        self.storage = np.zeros((num_pages, PAGE_TOKENS, row_length(dtype, KV_LORA + ROPE)), form.storage)
         self._write(team, latents, pages, dtype)
         self._run = RunTable(1, team.num_threads, 1 << 20)
         self._run.set_tokens(np.zeros(1, np.int32))
         self._run.set_positions(np.zeros(1, np.int64), *_no_turn(1))
-        record = np.zeros((1, RECORD_BYTES // 8), np.int64)
-        record[0, :4] = 0, 1, depth - 1, pages.ctypes.data
-        self._run.set_attention(record, record[:0], num_splits(1, depth, HEADS), [pages])
+        self._run.set_attention([Attending(0, 1, depth - 1, pages)], [], num_splits(1, depth, HEADS))
         self.out = Activations(1, HEADS * VALUE, set())
         self._q = rng.standard_normal((1, HEADS * (NOPE + ROPE)), np.float32)
-        weights = [
-            (_random_matrix(HEADS * KV_LORA, NOPE, rng), NOPE),
-            (_random_matrix(HEADS * VALUE, KV_LORA, rng), KV_LORA),
-        ]
-        tables = tuple(describe_matrix(data, "Q8_0", k) for data, k in weights)
-        self._kept = (weights, tables)
+        k_b, v_b = _random_matrix(HEADS * KV_LORA, NOPE, rng), _random_matrix(HEADS * VALUE, KV_LORA, rng)
         kind = {activation_kind("Q8_0")}
-        self._buffers = AttentionBuffers(1, HEADS, (NOPE, ROPE, KV_LORA), (kind, kind))
-        arguments = (self._run.address, self._q, tables, self.storage.ctypes.data, self._buffers, self.out, SHAPE)
-        ops = attention_ops(*arguments, _SOFTMAX_SCALE, dtype)
+        buffers = AttentionBuffers(1, SHAPE, kind, kind)
+        ops = attention_ops(self._run, self._q, k_b, v_b, self.storage, buffers, self.out, SHAPE, _SOFTMAX_SCALE, dtype)
         self.whole, self.attend = Program(ops), Program(ops[1:2])
 
     def _write(self, team: Team, latents: np.ndarray, pages: np.ndarray, dtype: str) -> None:
         run = RunTable(_WRITTEN_TOKENS, team.num_threads, 1 << 16)
         rows, weight = np.zeros((_WRITTEN_TOKENS, KV_LORA + ROPE), np.float32), np.ones(KV_LORA, np.float32)
-        op = write_latent_op(run.address, rows, weight, self.storage.ctypes.data, (KV_LORA, ROPE), 1e-6, dtype)
-        program = Program([op])
+        program = Program([write_latent_op(run, rows, weight, self.storage, SHAPE, 1e-6, dtype)])
         for first in range(0, len(latents), _WRITTEN_TOKENS):
             positions = np.arange(first, min(first + _WRITTEN_TOKENS, len(latents)))
             rows[: len(positions)] = latents[positions]
             run.set_tokens(np.zeros(len(positions), np.int32))
-            slots = pages[positions // PAGE_POSITIONS].astype(np.int64) * PAGE_POSITIONS + positions % PAGE_POSITIONS
-            run.set_positions(slots, *_no_turn(len(positions)))
+            cache_rows = pages[positions // PAGE_TOKENS].astype(np.int64) * PAGE_TOKENS + positions % PAGE_TOKENS
+            run.set_positions(cache_rows, *_no_turn(len(positions)))
             team.run(program)
 
 
@@ -100,9 +93,9 @@ def _no_turn(num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ones((num_tokens, ROPE // 2), np.float32), np.zeros((num_tokens, ROPE // 2), np.float32)
 
 
-def _random_matrix(num_rows: int, k: int, rng: np.random.Generator) -> np.ndarray:
+def _random_matrix(num_rows: int, k: int, rng: np.random.Generator) -> Matrix:
     """Rows of Q8_0 whose products are as large as what they multiply."""
-    return random_rows(BY_NAME["Q8_0"], num_rows, k, k**-0.5, rng)
+    return Matrix.of(random_rows(BY_NAME["Q8_0"], num_rows, k, k**-0.5, rng), "Q8_0", k)
 
 
 def attention_bench(depth: int, num_threads: int, num_rounds: int) -> dict[str, AttentionResult]:

@@ -23,7 +23,8 @@ import typer
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.cpu.blocks import FORMATS
-from kimi_lite.native.cpu.threads import Program, Team
+from kimi_lite.native.cpu.program import Program
+from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.isa import isa
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.tools.bench.measure import is_lost_time_known, measure, read_stolen_s

@@ -21,7 +21,7 @@ from kimi_lite.files import whole_file
 from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.native.calls import call3
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.linear import arguments
+from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.simd import load_i64, store_i64
 from kimi_lite.tools.bench.report import number
 
@@ -64,22 +64,20 @@ class Tracer:
         self._transformer = transformer
         self._notes = np.zeros(1 + 3 * capacity, np.int64)
         self._stages: list[tuple[str, str] | None] = []  # by operation number; None ends a program
-        self._kept: list[np.ndarray] = []
         clock = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value
-        self._clock = (clock, _CLOCK_MONOTONIC, self._notes.ctypes.data, capacity)
+        self._clock = (clock, _CLOCK_MONOTONIC, self._notes, capacity)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Programs note times inside this block."""
-        plain = [(program, program.table, program.num_ops) for program, _ in self._transformer.programs]
+        plain = [(program, program.ops) for program, _ in self._transformer.programs]
         try:
             for program, stages in self._transformer.programs:
-                program.table = self._with_clocks(program.table, stages)
-                program.num_ops = len(program.table)
+                program.replace(self._with_clocks(program.ops, stages))
             yield
         finally:
-            for program, table, num_ops in plain:
-                program.table, program.num_ops = table, num_ops
+            for program, ops in plain:
+                program.replace(ops)
 
     def spans(self) -> list[Span]:
         """What was noted, in order."""
@@ -93,18 +91,16 @@ class Tracer:
             if operation is not None
         ]
 
-    def _with_clocks(self, table: np.ndarray, stages: Sequence[tuple[str, str]]) -> np.ndarray:
-        assert len(table) == len(stages), (len(table), len(stages))
-        rows = []
-        for operation, stage in zip(table, stages, strict=True):
-            rows += [self._clock_row(stage), operation]
-        return np.array([*rows, self._clock_row(None)], np.int64)
+    def _with_clocks(self, ops: Sequence[Op], stages: Sequence[tuple[str, str]]) -> list[Op]:
+        assert len(ops) == len(stages), (len(ops), len(stages))
+        timed = []
+        for op, stage in zip(ops, stages, strict=True):
+            timed += [self._clock_op(stage), op]
+        return [*timed, self._clock_op(None)]
 
-    def _clock_row(self, stage: tuple[str, str] | None) -> tuple[int, int]:
-        flat = arguments(len(self._stages), *self._clock)
+    def _clock_op(self, stage: tuple[str, str] | None) -> Op:
         self._stages.append(stage)
-        self._kept.append(flat)
-        return _note_time_kernel.address, flat.ctypes.data
+        return Op.of(_note_time_kernel, len(self._stages) - 1, *self._clock)
 
 
 def write_chrome_trace(path: Path, spans: Sequence[Span]) -> None:

@@ -1,42 +1,48 @@
 """The feed-forward half of a layer as kernel operations: dense, or router, routed and shared experts."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.model.cpu.attention import Op
 from kimi_lite.model.cpu.buffers import Buffers, RouterBuffers
-from kimi_lite.model.cpu.experts import layer_experts
+from kimi_lite.model.cpu.experts import LayerExperts, layer_experts
+from kimi_lite.model.cpu.ops import LayerOp, Reads, by_choice, by_pair, every_token, side_by_side
 from kimi_lite.model.cpu.weights import matrix, vector
-from kimi_lite.native.cpu.experts import ExpertsOp
-from kimi_lite.native.cpu.linear import linear_op, rms_norm_op
+from kimi_lite.native.cpu.experts import experts_op
+from kimi_lite.native.cpu.linear import Product, linear_op, rms_norm_op
 from kimi_lite.native.cpu.router import route_op
+from kimi_lite.native.cpu.run import RunTable
 
 
 class ExpertGroup(NamedTuple):
-    """Experts that run in one step: all of them routed, or (`num_always`) all of them everybody's."""
+    """Experts that run in one step: all of them routed, or all (`num_always`) taken by every token."""
 
     table: np.ndarray  # int64 (experts, 3, 8): of the layer, so that moved experts are found
     width: int
     num_always: int
+    owner: LayerExperts  # of the bytes
 
 
 class FeedForward:
     """Weights of one layer, under their GGUF names; the experts are `model.cpu.experts`' business."""
 
     def __init__(self, store: GGUFStore, config: ModelConfig, layer: int) -> None:
-        block = f"blk.{layer}"
+        self._prefix = f"blk.{layer}."
         self.config = config
-        self.ffn_norm = vector(store, f"{block}.ffn_norm.weight")
+        self.ffn_norm = vector(store, self._name("ffn_norm"))
         self.is_dense = layer < config.num_dense_layers
         self.experts = layer_experts(store, config, layer)
         self.exp_probs_b: np.ndarray | None = None
         if not self.is_dense:
-            self.ffn_gate_inp = matrix(store, f"{block}.ffn_gate_inp.weight")
-            if f"{block}.exp_probs_b.bias" in store.tensors:
-                self.exp_probs_b = vector(store, f"{block}.exp_probs_b.bias")
+            self.ffn_gate_inp = matrix(store, self._name("ffn_gate_inp"))
+            if f"{self._prefix}exp_probs_b.bias" in store.tensors:
+                self.exp_probs_b = vector(store, f"{self._prefix}exp_probs_b.bias")
+
+    def _name(self, tensor: str) -> str:
+        return f"{self._prefix}{tensor}.weight"
 
     def input_kinds(self) -> set[int]:
         """int8 forms that the products with the normed hidden state need."""
@@ -48,48 +54,73 @@ class FeedForward:
         assert not self.is_dense
         first, *others = self.experts
         num_routed = len(first.table) - first.num_always
-        shared = [ExpertGroup(first.table[num_routed:], first.width, first.num_always)] if first.num_always else []
-        shared += [ExpertGroup(each.table, each.width, each.num_always) for each in others]
-        return ExpertGroup(first.table[:num_routed], first.width, 0), shared
+        shared = [ExpertGroup(each.table, each.width, each.num_always, each) for each in others]
+        if first.num_always:
+            shared.insert(0, ExpertGroup(first.table[num_routed:], first.width, first.num_always, first))
+        return ExpertGroup(first.table[:num_routed], first.width, 0, first), shared
 
-    def ops(self, run: int, buffers: Buffers) -> list[Op]:
+    def ops(self, run: RunTable, buffers: Buffers) -> list[LayerOp]:
         """x += feed_forward(norm(x))."""
         return [*self.choice_ops(run, buffers.x, buffers.router), *self.expert_ops(run, buffers)]
 
-    def choice_ops(self, run: int, x: np.ndarray, out: RouterBuffers, nudge: np.ndarray | None = None) -> list[Op]:
+    def choice_ops(
+        self, run: RunTable, x: np.ndarray, out: RouterBuffers, nudge: np.ndarray | None = None
+    ) -> list[LayerOp]:
         """The norm and, where the layer is not dense, the choice of experts. nudge: see `native.cpu.router`."""
         c = self.config
-        norm = Op("ffn_norm", *rms_norm_op(run, x, self.ffn_norm, out.normed, c.rms_norm_eps))
+        norm = LayerOp("ffn_norm", rms_norm_op(run, x, self.ffn_norm, out.normed, c.rms_norm_eps))
         if self.is_dense:
             return [norm]
         choice = route_op(
-            *(run, out.logits, out.choice, self.exp_probs_b, out.ids, out.weights),
-            (c.num_expert_groups, c.num_expert_groups_used),
+            run,
+            out.logits,
+            out.choice,
+            self.exp_probs_b,
+            out.ids,
+            out.weights,
+            groups=(c.num_expert_groups, c.num_expert_groups_used),
             is_sigmoid=c.expert_gating == "sigmoid",
             is_normalized=c.is_expert_weights_norm,
             scale=c.expert_weights_scale,
             nudge=nudge,
         )
-        logits = linear_op(run, out.normed, [(self.ffn_gate_inp.table, out.logits, False)])
-        return [norm, Op("ffn_gate_inp", *logits), Op("choose experts", *choice)]
+        logits = linear_op(run, out.normed, Product(self.ffn_gate_inp, out.logits))
+        reads = Reads((self._name("ffn_gate_inp"),), every_token(out.normed.values))
+        return [norm, LayerOp("ffn_gate_inp", logits, (reads,)), LayerOp("choose experts", choice)]
 
-    def expert_ops(self, run: int, buffers: Buffers) -> list[Op]:
-        """x += the experts of normed x: the chosen ones and those of everybody."""
+    def expert_ops(self, run: RunTable, buffers: Buffers) -> list[LayerOp]:
+        """x += the experts of normed x: the chosen ones and those that every token takes."""
         ops = []
         for experts in self.experts:
             has_routed = len(experts.matrices) > experts.num_always
-            step = ExpertsOp(
+            router = buffers.router if has_routed else buffers.no_router
+            op = experts_op(
                 run,
                 buffers.normed,
                 buffers.x,
                 experts.table,
                 buffers.hidden(experts.width),
-                self.config.num_experts_used if has_routed else 0,
-                experts.num_always,
-                buffers.expert_ids,
-                buffers.expert_weights,
+                router.ids,
+                router.weights,
+                num_always=experts.num_always,
+                weights_owner=experts,
             )
-            buffers.keep(step)
             stage = "experts" if has_routed else "dense ffn" if self.is_dense else "shared expert"
-            ops.append(Op(stage, step.kernel, step.arguments))
+            ops.append(LayerOp(stage, op, tuple(self._expert_reads(experts, buffers, has_routed))))
         return ops
+
+    def _expert_reads(self, experts: LayerExperts, buffers: Buffers, has_routed: bool) -> Iterator[Reads]:
+        """What gate and up take, and down, of the experts in one step."""
+        normed, hidden = buffers.normed.values, buffers.hidden(experts.width).values
+        ids, num_experts = buffers.router.ids, self.config.num_experts
+        if has_routed:
+            into = ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps")
+            yield Reads(tuple(map(self._name, into)), by_choice(normed, ids, num_experts))
+            yield Reads((self._name("ffn_down_exps"),), by_pair(hidden, ids, num_experts), is_after=True)
+        if experts.num_always:
+            into = ("ffn_gate", "ffn_up") if self.is_dense else ("ffn_gate_shexp", "ffn_up_shexp")
+            down = "ffn_down" if self.is_dense else "ffn_down_shexp"
+            yield Reads(tuple(map(self._name, into)), every_token(normed))
+            first_pair = ids.shape[1] if has_routed else 0
+            whole = side_by_side(hidden, first_pair, experts.num_always)
+            yield Reads((self._name(down),), whole, is_after=True)

@@ -21,13 +21,14 @@ from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.ram import ExpertRequest, RamSlots, heat_shape
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Cancelled
-from kimi_lite.model.cpu.attention import Op
-from kimi_lite.model.cpu.buffers import Buffers, RouterBuffers
-from kimi_lite.model.cpu.moe import ExpertGroup, FeedForward
+from kimi_lite.model.cpu.buffers import RouterBuffers
+from kimi_lite.model.cpu.layers import Layers
+from kimi_lite.model.cpu.moe import ExpertGroup
+from kimi_lite.model.cpu.ops import LayerOp, make_program
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.experts import ExpertsOp
+from kimi_lite.native.cpu.experts import experts_op
 from kimi_lite.native.cpu.join import join_op
-from kimi_lite.native.cpu.threads import Program, Team
+from kimi_lite.native.cpu.program import Program
 
 MAX_CHOICE_TOKENS = 8  # up to here experts are computed as they come; longer batches take them in order
 _MAX_GUESSES = 32  # experts of the next layer that are read ahead of a prompt
@@ -50,18 +51,14 @@ class TieredLayers:
         store: GGUFStore,
         config: ModelConfig,
         options: TierOptions,
-        run: int,
-        buffers: Buffers,
-        team: Team,
-        embedding: list[Op],
-        layers: Sequence[tuple[list[Op], FeedForward]],
+        layers: Layers,
         on_load: Callable[[int, int], None],
     ) -> None:
-        """run: address of the batch's table; layers: attention's operations and the rest; on_load(bytes done, bytes in
-        all): where everything is loaded at once. Raises KimiLiteError."""
+        """on_load(bytes done, bytes in all): where everything is loaded at once. Raises KimiLiteError."""
         self.config = config
-        self._options, self._run, self._buffers, self._team = options, run, buffers, team
-        self._feed_forward, self._is_closed = [rest for _, rest in layers], False
+        self._options, self._layers, self._is_closed = options, layers, False
+        self._run, self._buffers, self._team = layers.run, layers.buffers, layers.team
+        self._feed_forward = layers.feed_forward
         self.programs: list[tuple[Program, list[tuple[str, str]]]] = []  # with (part, stage) of each operation
         tables = {layer: rest.experts[0].table for layer, rest in enumerate(self._feed_forward) if not rest.is_dense}
         self.slots = RamSlots(
@@ -74,8 +71,8 @@ class TieredLayers:
         )
         self._nudges = {layer: np.zeros(config.num_experts, np.float32) for layer in tables if options.cache_bias}
         self._make_buffers()
-        self._embed = self._program("embedding", embedding)
-        self._steps = [self._lay_out(layer, attention) for layer, (attention, _) in enumerate(layers)]
+        self._embed = self._program("embedding", layers.embedding_ops())
+        self._steps = [self._lay_out(layer) for layer in range(config.num_layers)]
         try:
             self._fill(on_load)
         except BaseException:
@@ -115,7 +112,7 @@ class TieredLayers:
             self._team.run(steps.before)
             if steps.whole is steps.before:
                 continue
-            ids = self._buffers.expert_ids[:num_tokens]
+            ids = self._buffers.router.ids[:num_tokens]
             if on_choice:
                 on_choice(layer, ids)
             with self.slots.request(layer, ids, is_ordered=is_long) as request:
@@ -180,16 +177,16 @@ class TieredLayers:
         self._shared_rows = np.zeros((MAX_CHOICE_TOKENS * max(1, c.num_shared_experts), c.hidden_size), np.float32)
         self._no_choice = np.zeros((capacity, 0), np.int32), np.zeros((capacity, 0), np.float32)
         kinds = set().union(*({rest.ffn_gate_inp.kind} for rest in routed)) - {0}
-        self._guess = RouterBuffers.make(c, Activations(capacity, c.hidden_size, kinds))
+        self._guess = RouterBuffers.make(Activations(capacity, c.hidden_size, kinds), c.num_experts, c.num_experts_used)
 
-    def _program(self, part: str, ops: list[Op]) -> Program:
+    def _program(self, part: str, ops: list[LayerOp]) -> Program:
         """Registered for `tools.bench` and `tools.trace`."""
-        program = Program([(op.kernel, op.arguments) for op in ops])
+        program = make_program(ops)
         self.programs.append((program, [(part, op.stage) for op in ops]))
         return program
 
-    def _lay_out(self, layer: int, attention: list[Op]) -> _Steps:
-        rest, part = self._feed_forward[layer], f"layer {layer}"
+    def _lay_out(self, layer: int) -> _Steps:
+        rest, part, attention = self._feed_forward[layer], f"layer {layer}", self._layers.attention_ops(layer)
         run, buffers = self._run, self._buffers
         choice = rest.choice_ops(run, buffers.x, buffers.router, self._nudges.get(layer))
         if rest.is_dense:
@@ -206,29 +203,34 @@ class TieredLayers:
         steps.shared = self._program(part, [self._experts_op("shared expert", group, None) for group in shared])
         return steps
 
-    def _guess_ops(self, layer: int) -> list[Op]:
+    def _guess_ops(self, layer: int) -> list[LayerOp]:
         """The next layer's router on what this layer's experts have not been added to."""
         if layer == len(self._feed_forward):
             return []
         ops = self._feed_forward[layer].choice_ops(self._run, self._buffers.x, self._guess, self._nudges.get(layer))
-        return [Op("guess", op.kernel, op.arguments) for op in ops]
+        return [LayerOp("guess", each.op) for each in ops]
 
-    def _experts_op(self, stage: str, group: ExpertGroup, rows: np.ndarray | None) -> Op:
+    def _experts_op(self, stage: str, group: ExpertGroup, rows: np.ndarray | None) -> LayerOp:
         """A step of the routed experts (the choices in `_ids`) or of the shared ones: into rows of their own, or added
         to x."""
-        buffers, c = self._buffers, self.config
-        ids, weights = self._no_choice if group.num_always else (self._ids, buffers.expert_weights)
-        top_k = 0 if group.num_always else c.num_experts_used
-        hidden = buffers.hidden(group.width)
-        step = ExpertsOp(
-            *(self._run, buffers.normed, buffers.x, group.table, hidden, top_k, group.num_always, ids, weights),
+        buffers = self._buffers
+        ids, weights = self._no_choice if group.num_always else (self._ids, buffers.router.weights)
+        op = experts_op(
+            self._run,
+            buffers.normed,
+            buffers.x,
+            group.table,
+            buffers.hidden(group.width),
+            ids,
+            weights,
+            num_always=group.num_always,
+            weights_owner=(group.owner, self.slots),
             per_choice=rows,
         )
-        buffers.keep(step)
-        return Op(stage, step.kernel, step.arguments)
+        return LayerOp(stage, op)
 
-    def _join_op(self, group: ExpertGroup) -> Op:
-        buffers = self._buffers
+    def _join_op(self, group: ExpertGroup) -> LayerOp:
+        x, router = self._buffers.x, self._buffers.router
         if group.num_always:
-            return Op("join", *join_op(self._run, self._shared_rows, *self._no_choice, group.num_always, buffers.x))
-        return Op("join", *join_op(self._run, self._rows, buffers.expert_ids, buffers.expert_weights, 0, buffers.x))
+            return LayerOp("join", join_op(self._run, self._shared_rows, *self._no_choice, group.num_always, x))
+        return LayerOp("join", join_op(self._run, self._rows, router.ids, router.weights, 0, x))

@@ -1,38 +1,21 @@
 """GGUF tensors as the kernels' matrices: views into the mapped file, described by their kernel tables."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.cpu.blocks import FORMATS
 from kimi_lite.native.cpu.dot import rows_kernel
-from kimi_lite.native.cpu.matrix import dequantize, describe_matrix, values_kernel
+from kimi_lite.native.cpu.matrix import Matrix, dequantize, values_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
-from kimi_lite.native.layouts import BY_NAME, Layout
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Matrix:
-    """A weight matrix (rows, k) ready to be multiplied; keeps its bytes mapped."""
-
-    data: np.ndarray  # uint8 (rows, row_bytes), read-only
-    layout: Layout
-    k: int
-    table: np.ndarray  # int64 (8,), see native.cpu.matrix
-
-    @property
-    def kind(self) -> int:
-        """The int8 form of activations it multiplies (32 or 256), 0 for float32."""
-        return activation_kind(self.layout.name)
 
 
 def matrix_view(data: np.ndarray, layout_name: str, k: int) -> Matrix:
     """`data`: uint8 (..., row_bytes); leading axes become rows."""
     rows = data.reshape(-1, data.shape[-1]) if data.ndim != 2 else data
-    return Matrix(rows, BY_NAME[layout_name], k, describe_matrix(rows, layout_name, k))
+    return Matrix.of(rows, layout_name, k)
 
 
 def matrix(store: GGUFStore, name: str) -> Matrix:

@@ -12,10 +12,11 @@ from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.ram import RamSlots
 from kimi_lite.model.cpu.experts import LayerExperts
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
 from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.cpu.run import RunTable
-from kimi_lite.native.cpu.threads import Program, Team
+from kimi_lite.native.cpu.threads import Team
 
 
 class HostCopies:
@@ -53,7 +54,6 @@ class CpuExperts:
         """
         c, width = config, config.expert_feed_forward_size
         self.capacity, self._top_k, self._ram = capacity, c.num_experts_used, ram
-        self._layers = layers  # keeps the tables alive
         self.rows = streams.pinned((capacity * self._top_k, c.hidden_size), torch.float32)
         input_kinds = set().union(*(layer.input_kinds for layer in layers.values()))
         hidden_kinds = set().union(*(layer.hidden_kinds for layer in layers.values()))
@@ -66,11 +66,9 @@ class CpuExperts:
         self._run = RunTable(capacity, thread_counts[-1], scratch_bytes, capacity * self._top_k)
         self._teams = {count: Team(count) for count in thread_counts}
         self._sums = np.zeros((capacity, c.hidden_size), np.float32)
-        self._kept: list[ExpertsOp] = []
         self._nothing = Program([])
-        tables = {layer: experts.table[: c.num_experts] for layer, experts in layers.items()}
-        self._row_programs = {layer: self._program(table, is_summed=False) for layer, table in tables.items()}
-        self._sum_programs = {layer: self._program(table, is_summed=True) for layer, table in tables.items()}
+        self._row_programs = {layer: self._program(experts, is_summed=False) for layer, experts in layers.items()}
+        self._sum_programs = {layer: self._program(experts, is_summed=True) for layer, experts in layers.items()}
 
     def compute(self, layer: int, x: np.ndarray, expert_ids: np.ndarray, num_threads: int) -> None:
         """x float32 (t, D), expert_ids int32 (t, K), -1 for choices that are computed elsewhere; t <= capacity."""
@@ -114,11 +112,18 @@ class CpuExperts:
         for team in self._teams.values():
             team.close()
 
-    def _program(self, table: np.ndarray, is_summed: bool) -> Program:
-        """Quantize the inputs, then the experts of one layer."""
-        op = ExpertsOp(
-            *(self._run.address, self._x, self._sums, table, self._hidden, self._top_k, 0, self._ids, self._weights),
+    def _program(self, experts: LayerExperts, is_summed: bool) -> Program:
+        """Quantize the inputs, then the routed experts of one layer."""
+        op = experts_op(
+            self._run,
+            self._x,
+            self._sums,
+            experts.table[: len(experts.matrices) - experts.num_always],
+            self._hidden,
+            self._ids,
+            self._weights,
+            num_always=0,
+            weights_owner=(experts, self._ram),
             per_choice=None if is_summed else self.rows.numpy(),
         )
-        self._kept.append(op)
-        return Program([quantize_op(self._run.address, self._x), (op.kernel, op.arguments)])
+        return Program([quantize_op(self._run, self._x), op])

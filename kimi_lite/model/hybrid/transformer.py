@@ -21,7 +21,8 @@ from kimi_lite.experts.vram import make_table
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
-from kimi_lite.model.cpu.transformer import check_sizes, choose_expanded
+from kimi_lite.model.cpu.attention import mla_shape
+from kimi_lite.model.cpu.layers import check_sizes, choose_expanded
 from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
@@ -73,10 +74,7 @@ class HybridTransformer:
         self.max_batch_tokens = plan.prompt_chunk_tokens
         self._adaptive = Adaptive(self.experts, thread_counts(plan.limits.num_threads))
         self._maker = StepMaker(config, streams)
-        self._shape = (
-            *(config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim),
-            *(config.kv_lora_rank, config.v_head_dim),
-        )
+        self._shape = mla_shape(config)
         self._segments: OrderedDict[tuple[int, int], DecodeSegments] = OrderedDict()
         self._recorder = recorder
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False

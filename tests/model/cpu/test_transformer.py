@@ -7,8 +7,10 @@ import pytest
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
-from kimi_lite.model.cpu import transformer as transformer_module
+from kimi_lite.model.cpu import layers as layers_module
+from kimi_lite.model.cpu.attention import mla_shape
 from kimi_lite.model.cpu.weights import check_types
+from kimi_lite.native.latent_rows import MlaShape
 from tests.model.runner import Runner, relative_error, relative_errors
 from tests.tiny import write_tiny_gguf
 
@@ -56,17 +58,17 @@ def test_prefill_equals_decode(model, limit, ids, request):
 
 def test_absorbed_equals_expanded(f32_model, ids, monkeypatch):
     absorbed = [f32_model.prefill(ids[i : i + 30], start=i) for i in range(0, 150, 30)]
-    monkeypatch.setattr(transformer_module, "expanded_is_cheaper", lambda *_: True)
+    monkeypatch.setattr(layers_module, "expanded_is_cheaper", lambda *_: True)
     expanded = [f32_model.prefill(ids[i : i + 30], start=i) for i in range(0, 150, 30)]
     assert relative_error(np.concatenate(expanded), np.concatenate(absorbed)) < F32_LIMIT
 
 
 def test_form_of_attention_follows_length(f32_model):
-    shape = f32_model.transformer._shape
+    shape = mla_shape(f32_model.config)
     pieces = tuple(SequenceSlice(0, length, f32_model.pages) for length in (1, 40, 30, 300))
-    chosen = transformer_module.choose_expanded(pieces, (64, 128, 64, 512, 128))
+    chosen = layers_module.choose_expanded(pieces, MlaShape(64, 128, 64, 512, 128))
     assert [piece.length for piece in chosen] == [40, 300]  # 300 is cheaper expanded, 40 does not fit beside 30
-    assert not transformer_module.choose_expanded((SequenceSlice(0, 1, f32_model.pages),), shape)
+    assert not layers_module.choose_expanded((SequenceSlice(0, 1, f32_model.pages),), shape)
 
 
 @pytest.mark.parametrize(("model", "limit"), [("f32_model", F32_LIMIT), ("q8_model", INT8_LIMIT)])
@@ -132,6 +134,6 @@ def test_cancel_between_layers(f32_model, ids):
 def test_types_without_a_kernel_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "tiny.gguf"
     write_tiny_gguf(path, np.random.default_rng(0), types={"_exps": "Q8_0"})
-    monkeypatch.delitem(transformer_module.check_types.__globals__["FORMATS"], "Q8_0")
+    monkeypatch.delitem(check_types.__globals__["FORMATS"], "Q8_0")
     with pytest.raises(KimiLiteError, match="Q8_0, which this version cannot multiply"):
         check_types(GGUFStore.open(path))

@@ -13,11 +13,12 @@ from kimi_lite.model.hybrid.kernels import Angles, RouterRule
 from kimi_lite.model.hybrid.weights import DenseMatrix
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import activation_kind
-from kimi_lite.native.cpu.experts import ExpertsOp, experts_scratch_bytes
+from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
 from kimi_lite.native.cpu.linear import quantize_op
-from kimi_lite.native.cpu.matrix import dequantize, describe_matrix
+from kimi_lite.native.cpu.matrix import Matrix, dequantize
+from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.cpu.run import RunTable
-from kimi_lite.native.cpu.threads import Program, Team
+from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.reference import route
 
 GPU = Gpu("a stand-in", 24 << 30, 23 << 30, vram_bytes_s=900e9, pcie_bytes_s=23e9)  # as plans see it
@@ -127,11 +128,12 @@ def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: RoutedL
     run = RunTable(num_tokens, 1, experts_scratch_bytes(form.hidden_size, form.width, num_tokens), num_tokens * top_k)
     rows = np.zeros((num_tokens * top_k, form.hidden_size), np.float32)
     weights = np.zeros(ids.shape, np.float32)
-    op = ExpertsOp(run.address, inputs, rows, table, hidden, top_k, 0, ids, weights, per_choice=rows)
+    arguments = (run, inputs, rows, table, hidden, ids, weights)
+    op = experts_op(*arguments, num_always=0, weights_owner=None, per_choice=rows)
     inputs.values[:] = x
     run.set_tokens(np.zeros(num_tokens, np.int32))
     team = Team(1)
-    team.run(Program([quantize_op(run.address, inputs), (op.kernel, op.arguments)]))
+    team.run(Program([quantize_op(run, inputs), op]))
     team.close()
     return rows
 
@@ -143,4 +145,4 @@ def _matrices(slots: np.ndarray, form: RoutedLayer) -> np.ndarray:
 
 def _table(slot: np.ndarray, part: object) -> np.ndarray:
     data = slot[part.offset : part.offset + part.num_bytes].reshape(part.num_rows, part.row_bytes)
-    return describe_matrix(data, part.layout_name, part.k)
+    return Matrix.of(data, part.layout_name, part.k).table
