@@ -4,10 +4,12 @@ imported only when it runs.
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can fix, 130 interrupted.
 """
 
+import io
 import os
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,6 +100,8 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
+    encoding = sys.stderr.encoding
+    sys.stderr = sys.__stderr__ = _Remarks(sys.stderr.detach(), encoding, "replace", line_buffering=True)
     sys.excepthook = _report_crash
     threading.excepthook = lambda crash: _report_crash(crash.exc_type, crash.exc_value, crash.exc_traceback)
     warnings.showwarning = _report_warning
@@ -108,6 +112,19 @@ def main() -> None:
 
         echo(f"kimi-lite: {error}", to_stderr=True)
         sys.exit(2)
+
+
+class _Remarks(io.TextIOWrapper):
+    """stderr: on a full disk, or when its reader has left, the answer goes on without remarks."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 def _report_crash(*crash: Any) -> None:

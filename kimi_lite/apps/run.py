@@ -26,6 +26,7 @@ from kimi_lite.apps.piped import read_piped
 from kimi_lite.apps.tools.choice import open_tools, require_place
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
+from kimi_lite.engine.types import Token
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import read_text, require_writable, rescue, whole_file
 from kimi_lite.options import Options
@@ -109,18 +110,25 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
     ):
         shows_reasoning = stderr.is_terminal and output.shows_reasoning and not output.is_quiet
         view = AnswerView(nowhere if is_whole else out, stderr, shows_reasoning, output.is_plain, not output.is_quiet)
-        ids = []
+        ids, failure = [], None
         report = None if output.is_quiet else lambda _, done, total: progress("reading the prompt", done, total)
         if not output.is_quiet:
             progress.wait(f"waiting for {conversation.info.name}")
         loop = None if tools is None else _tool_loop(conversation, tools, view, stderr, output.is_quiet)
         with on_interrupt(loop.cancel if loop else conversation.cancel):
             tokens = conversation.ask(prompt, report, tools.declarations if tools else None)
-            for token in loop.follow(tokens, report) if loop else tokens:
-                progress.close()
-                view.show(token)
-                ids += [] if token.id is None else [token.id]
+            try:
+                for token in loop.follow(tokens, report) if loop else tokens:
+                    progress.close()
+                    ids += [] if token.id is None else [token.id]
+                    failure = _shown(view, token, nowhere) or failure
+            except KimiLiteError as error:
+                if is_whole and view.texts["content"]:
+                    raise KimiLiteError(error.message, f"What came: {rescue(view.texts['content'])}") from error
+                raise
         view.close()
+    if failure is not None:
+        raise _unwritten("stdout", failure, view.texts["content"]) from failure
     assert view.last is not None, prompt
     if is_whole:
         answer = _document(conversation, view, ids) if output.is_json else _ended(view.texts["content"].lstrip("\n"))
@@ -129,6 +137,22 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
         max_tokens, context_length = conversation.settings.params.max_tokens, conversation.context_length
         show_plain(stderr, stats_line(view.last, max_tokens, context_length), style="dim")
     return INTERRUPTED if view.last.finish_reason == "cancelled" else 0
+
+
+def _shown(view: AnswerView, token: Token, nowhere: TextIO) -> OSError | None:
+    """Show a token. Where stdout cannot be written (a full disk), the rest is only kept."""
+    try:
+        view.show(token)
+    except BrokenPipeError:  # its reader has left
+        raise
+    except OSError as error:
+        view.out = nowhere
+        return error
+    return None
+
+
+def _unwritten(where: str, error: OSError, text: str) -> KimiLiteError:
+    return KimiLiteError(f"The answer cannot be written to {where}: {error.strerror}.", rescue(text))
 
 
 def _tool_loop(
@@ -174,4 +198,4 @@ def _write(text: str, path: Path | None, out: TextIO) -> None:
     except BrokenPipeError:  # its reader has left
         raise
     except OSError as error:
-        raise KimiLiteError(f"The answer cannot be written to {where}: {error.strerror}.", rescue(text)) from error
+        raise _unwritten(where, error, text) from error

@@ -22,6 +22,7 @@ from kimi_lite.cli import app
 from kimi_lite.engine.engine import Engine
 from kimi_lite.errors import KimiLiteError
 from tests.apps.fake_main import open_fake
+from tests.apps.fake_openai import Answer, FakeOpenAI, sse
 from tests.apps.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
@@ -222,6 +223,49 @@ def test_an_answer_that_cannot_be_written_in_the_end_is_written_elsewhere(
     (kept,) = (tmp_path / "tmp").iterdir()
     assert str(kept) in str(result.exception)
     assert kept.read_text() == "you said: hi\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("flags", [[], ["--json"], ["-o", "/dev/full"]])
+def test_a_full_disk_behind_stdout_loses_no_answer(flags: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        env = os.environ | {"TMPDIR": str(tmp_path)}
+        process = spawn("run", "-m", "x", "all of it", *flags, stdout=full, env=env)
+        err = process.communicate(timeout=30)[1]
+    assert "cannot be written to" in err
+    assert "No space left on device." in err
+    assert "Traceback" not in err
+    (kept,) = tmp_path.glob("kimi-lite-*")
+    assert "you said: all of it" in kept.read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stderr_costs_only_the_remarks() -> None:
+    with open("/dev/full", "w") as full:
+        for command, stdin in ((["run", "-m", "x", "hi"], ""), (["chat", "-m", "x"], "hi\n")):
+            process = spawn(*command, stdin=subprocess.PIPE, stderr=full)
+            assert process.communicate(stdin, timeout=30)[0] == "you said: hi\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_chat_whose_answers_cannot_be_shown_goes_on() -> None:
+    with open("/dev/full", "w") as full:
+        process = spawn("chat", "-m", "x", stdin=subprocess.PIPE, stdout=full)
+        err = process.communicate("hi\nmore\n", timeout=30)[1]
+    assert err.count("The answer cannot be shown: No space left on device.") == 2
+    assert "Traceback" not in err
+
+
+def test_an_endpoint_that_breaks_off_loses_nothing_of_an_answer_for_a_file(tmp_path: Path) -> None:
+    answer = Answer([sse({"content": "half of it"}, reason=None, is_done=False)], is_cut=True)
+    with FakeOpenAI(answer) as server:
+        command = [sys.executable, "-m", "kimi_lite", "run", "--endpoint", server.url, "hi", "-o", str(tmp_path / "o")]
+        env = os.environ | {"TMPDIR": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 2
+    (kept,) = tmp_path.glob("kimi-lite-*")
+    assert str(kept) in done.stderr
+    assert kept.read_text() == "half of it"
 
 
 def test_a_device_is_written_and_not_replaced(opened: list[Engine], tmp_path: Path) -> None:

@@ -304,6 +304,11 @@ class Chat:
             raise
         except KeyboardInterrupt:  # between the answer and the prompt: nothing is left to stop
             self.say("")
+        except BrokenPipeError:  # the reader of the answers has left
+            raise
+        except OSError as error:
+            self.warn(f"The answer cannot be shown: {error.strerror or error}.")
+            self.say("the conversation has it: /export md FILE writes it")
         except KimiLiteError as error:
             self.warn(error.message)
             if error.hint:
@@ -336,7 +341,11 @@ class Chat:
             return None
         from kimi_lite.apps.chat.tool_loop import ToolLoop
 
-        return ToolLoop(self.conversation, self.tools, self._permit, self.say, view.close)
+        def pause() -> None:
+            view.close()
+            self.save()  # a tool may end us, too
+
+        return ToolLoop(self.conversation, self.tools, self._permit, self.say, pause)
 
     def _permit(self, question: "Question") -> "Permission":
         """Ask the user about a tool call; a pipe cannot be asked."""

@@ -21,7 +21,7 @@ from kimi_lite.engine.session import Session
 from kimi_lite.errors import KimiLiteError
 from tests.apps.chat.test_sessions import open_autosave
 from tests.apps.talk import Talk
-from tests.apps.terminal import ROOT
+from tests.apps.terminal import ROOT, Terminal
 from tests.engine.fakes import fake_engine
 
 FAKE = [sys.executable, "-m", "tests.apps.fake_main", "chat", "-m", "x"]
@@ -126,6 +126,20 @@ def test_a_state_folder_that_cannot_be_goes_unsaved_with_a_word_before_the_load(
     assert "Traceback" not in done.stderr
     (kept,) = re.findall(r"It is in (\S+)\.", done.stderr)
     assert "again" in Path(kept).read_text()
+    Path(kept).unlink()
+
+
+def test_at_a_terminal_what_was_typed_is_remembered_without_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    terminal = Terminal("tests.apps.fake_main", "chat", "-m", "x", KIMI_LITE_STATE=str(tmp_path / "file"))
+    terminal.wait_for_prompt()
+    terminal.enter("first words")
+    terminal.type("\x1b[A")  # arrow up
+    terminal.wait_until(lambda rows: rows[-1].startswith("❯ first words"))
+    terminal.type("\x03\x04")
+    assert terminal.wait() == 0
+    terminal.close()
+    (kept,) = re.findall(r"It is in\s(\S+)\.", terminal.seen)
     Path(kept).unlink()
 
 
