@@ -50,11 +50,11 @@ class Conversation(ABC):
 
     @abstractmethod
     def _stream(
-        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_aside: bool
+        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_turn: bool
     ) -> Generator[Token, None, None]:
         """Answer these messages (system prompt included) with `self.tools`; the last token has a finish reason.
 
-        Raises KimiLiteError before the first token where they cannot be answered. `is_aside`: the answer is not a turn.
+        Raises KimiLiteError before the first token where they cannot be answered. `is_turn`: the answer becomes one.
         """
 
     @abstractmethod
@@ -244,7 +244,7 @@ class Conversation(ABC):
         sampling = replace(self.settings.sampling, max_tokens=self.summary_tokens)
         record = AnswerRecord()
         settings = replace(self.settings, is_thinking=False, sampling=sampling)
-        for token in self._stream(self._summary_messages(turns), settings, on_prefill, True):
+        for token in self._stream(self._summary_messages(turns), settings, on_prefill, is_turn=False):
             record.add(token)
             yield token
         assert record.last is not None
@@ -265,7 +265,7 @@ class Conversation(ABC):
         """Stream the answer to `turns` and write it down. A refusal before its first token leaves the turns as they
         were."""
         settings, record = settings or self.settings, AnswerRecord()
-        tokens = self._stream([*self._system_messages(), *self.messages], settings, on_prefill, False)
+        tokens = self._stream([*self._system_messages(), *self.messages], settings, on_prefill, is_turn=True)
         try:
             self._require_sight()
             for token in tokens:

@@ -99,7 +99,7 @@ class Session(Conversation):
         self.engine.close()
 
     def _stream(
-        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_aside: bool
+        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_turn: bool
     ) -> Generator[Token, None, None]:
         self._request_id, self._is_cancelled = uuid4().hex, False
         prompt = self._encode(messages, settings)
@@ -118,12 +118,12 @@ class Session(Conversation):
         self.engine.require_room(request)
         if self._is_cancelled:  # while the prompt was encoded
             self.engine.cancel(request.id)
-        if not is_aside:
+        if is_turn:
             self.known_ids, self._lead_ids = ids, tuple(ids[-NUM_LEAD_IDS:])
         tokens = self.engine.generate([request], on_prefill)
         try:
             for token in tokens:
-                if token.id is not None and not is_aside:
+                if token.id is not None and is_turn:
                     self.known_ids.append(token.id)
                 yield token
         finally:

@@ -85,7 +85,7 @@ class RemoteSession(Conversation):
         )
 
     def _stream(
-        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_aside: bool
+        self, messages: list[dict[str, Any]], settings: AnswerSettings, on_prefill: OnPrefill | None, is_turn: bool
     ) -> Generator[Token, None, None]:
         self._is_cancelled = False
         num_calls = sum(len(turn.calls) for turn in self.turns)
