@@ -109,7 +109,6 @@ def main(
             progress.update(task, description=name, completed=done, total=total)
 
         lines = run(settings, show, dry_run, verify)
-        progress.remove_task(task)
     for line in lines:
         console.print(line)
 

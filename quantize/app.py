@@ -12,14 +12,15 @@ from kimi_lite.quantize.calibrate.imatrix import read_imatrix
 from kimi_lite.quantize.check.verify import verify_lines
 from kimi_lite.quantize.codecs import EXACT_TYPES
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
-from kimi_lite.quantize.convert import ConvertReport, convert, make_job, open_model
+from kimi_lite.quantize.convert import ConvertReport, convert, importance_notes, make_job, open_model
 from kimi_lite.quantize.recipe.budget import fit_recipe, parse_machine
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
+from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.source.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from kimi_lite.quantize.write.checksums import check_source
 from kimi_lite.quantize.write.writer import OnProgress, existing_output
-from kimi_lite.units import parse_size
+from kimi_lite.units import gib, parse_size
 
 if TYPE_CHECKING:
     from kimi_lite.quantize.calibrate.calibration import CalibrationText
@@ -86,7 +87,8 @@ def _run(
         job = make_job(
             model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance
         )
-        return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(plan.notes)]
+        notes = (*plan.notes, *importance_notes(plan, importance))
+        return [*describe_plan(plan, job.shards, dst.parent), *fit_lines, *_note_lines(notes)]
     report = convert(
         model,
         dst,
@@ -109,7 +111,8 @@ def _check_mmproj(settings: Settings) -> None:
     """Finds now, and not after hours, what would stop the vision tower's file."""
     src, path = settings.src.expanduser(), mmproj_path(settings.dst.expanduser())
     find_mmproj_layout(settings.mmproj)
-    check_mmproj(src, read_tower(src)[0])
+    _, raw = check_mmproj(src, read_tower(src)[0])
+    check_outputs([path], {tensor.file for tensor in raw.values()} | {src / "config.json"})
     if path.exists() and not settings.is_overwriting:
         raise existing_output(path)
 
@@ -155,11 +158,11 @@ def _report_lines(report: ConvertReport) -> Iterator[str]:
     types = ", ".join(f"{count} {name}" for name, count in report.tensors_by_type.items())
     files = f"{len(report.paths)} files, first " if len(report.paths) > 1 else ""
     yield (
-        f"{files}{report.path}: {report.num_bytes / 1e9:.3f} GB, {report.num_weights / 1e6:,.1f} M weights at "
+        f"{files}{report.path}: {gib(report.num_bytes)}, {report.num_weights / 1e6:,.1f} M weights at "
         f"{report.bits_per_weight:.2f} bits, {report.num_tensors} tensors ({types}), {report.seconds:.1f} s"
     )
     speed = report.num_bytes / report.seconds / 1e9
-    yield f"peak memory {report.peak_bytes / 1e9:.2f} GB, written at {speed:.2f} GB/s, log in {report.log}"
+    yield f"peak memory {gib(report.peak_bytes)}, written at {speed:.2f} GB/s, log in {report.log}"
     worst = sorted(report.errors.items(), key=lambda item: -item[1])[:_NUM_WORST]
     if worst and worst[0][1]:
         yield "largest relative errors: " + ", ".join(f"{name} {error:.4f}" for name, error in worst)

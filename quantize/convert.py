@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import Importance
-from kimi_lite.quantize.codecs import find_layout
+from kimi_lite.quantize.codecs import EXACT_TYPES, find_layout
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.recipe.choose import uniform_recipe
 from kimi_lite.quantize.recipe.plan import Plan, PlannedTensor, make_plan
+from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from kimi_lite.quantize.source.hf_model import open_hf_model
 from kimi_lite.quantize.source.model import SourceModel
@@ -95,7 +96,7 @@ def convert(
         num_weights=plan.num_weights,
         tensors_by_type=dict(Counter(tensor.layout.name for tensor in plan.tensors)),
         errors={entry.name: entry.error for entry in entries},
-        notes=plan.notes,
+        notes=(*plan.notes, *importance_notes(plan, importance)),
         seconds=time.perf_counter() - start_s,
         log=job.log_path,
         peak_bytes=peak.num_bytes,
@@ -128,7 +129,23 @@ def make_job(
     origin = f"{model.origin} {calibration.label}" if calibration else model.origin
     metadata = dict(model.make_metadata(plan.main_layout))
     max_ahead = pieces_ahead(tensors, importance, calibration, max_ram_bytes)
-    return Job(dst, plan_shards(dst, tensors, split_bytes), metadata, origin, is_overwriting, max_ahead=max_ahead)
+    job = Job(dst, plan_shards(dst, tensors, split_bytes), metadata, origin, is_overwriting, model.files, max_ahead)
+    inputs = [file.path for file in model.files]
+    inputs += [importance.path] if importance else []
+    check_outputs(job.outputs, [*inputs, *([calibration.text] if calibration else [])])
+    return job
+
+
+def importance_notes(plan: Plan, importance: Importance | None) -> list[str]:
+    """What of an importance matrix cannot be used."""
+    if importance is None:
+        return []
+    wanted = {
+        tensor.source.name: tensor.source.shape
+        for tensor in plan.tensors
+        if not tensor.is_exact and tensor.layout.name not in EXACT_TYPES and len(tensor.source.shape) > 1
+    }
+    return list(importance.notes(wanted))
 
 
 def _takes_feedback(planned: PlannedTensor) -> bool:

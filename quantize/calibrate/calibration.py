@@ -29,6 +29,7 @@ from kimi_lite.quantize.calibrate.statistics import (
 )
 from kimi_lite.quantize.codecs.feedback import Curvature
 from kimi_lite.quantize.source.names import file_order
+from kimi_lite.units import gib
 
 DEFAULT_CHUNKS = 64  # 32,768 tokens: each of 384 experts is chosen about 680 times
 _MAX_SHARE = 0.8  # of free memory
@@ -124,6 +125,7 @@ class CalibrationText:
     walk: LayerWalk
     chunks: tuple[np.ndarray, ...]
     label: str
+    text: Path
 
     @classmethod
     def open(cls, model: Path, text: Path, max_chunks: int, on_layer: OnLayer | None = None) -> "CalibrationText":
@@ -136,7 +138,7 @@ class CalibrationText:
             chunks = cut_text(content, tokenizer, walk.metadata, text, MAX_CHUNK_TOKENS, max_chunks)
             check_memory(walk.config, chunks)
             digest = hashlib.sha256(np.concatenate(chunks).tobytes()).hexdigest()
-            opened = cls(walk, tuple(chunks), f"calibrated on {digest}")
+            opened = cls(walk, tuple(chunks), f"calibrated on {digest}", text)
             opened.check_memory()
         except KimiLiteError:
             walk.close()
@@ -161,8 +163,7 @@ class CalibrationText:
         need, have = self.num_bytes, int(_MAX_SHARE * psutil.virtual_memory().available)
         if need > have:
             raise KimiLiteError(
-                f"The largest layer's statistics need {need / 1e9:.1f} GB of memory; {have / 1e9:.1f} GB are "
-                f"there for them.",
+                f"The largest layer's statistics need {gib(need)} of memory, and {gib(have)} are free for them.",
                 f"Take fewer than {len(self.chunks)} --chunks, or close other programs.",
             )
 

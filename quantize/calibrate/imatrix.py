@@ -6,7 +6,7 @@ llama.cpp's tools/imatrix.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.quantize.codecs.importance import fill_unknown, is_known
 
 _GGUF_MAGIC = b"GGUF"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -24,14 +25,43 @@ _KINDS_HINT = "Make one with `kimi-lite imatrix` or llama.cpp's llama-imatrix, o
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """Mean squares by tensor name, float32 (matrices, columns)."""
+    """Mean squares by tensor name, float32 (matrices, columns), as the file has them: what is not finite or not above
+    zero is unknown."""
 
     path: Path
     vectors: Mapping[str, np.ndarray]
 
     def find(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        """(matrices, row) for a tensor of this shape, or None where the file does not have it. Raises KimiLiteError
-        where the file is of another model."""
+        """(matrices, row) for a tensor of this shape, all above zero; None where the file does not have it. Raises
+        KimiLiteError where the file is of another model."""
+        found = self._find(name, shape)
+        return None if found is None else fill_unknown(found)
+
+    def notes(self, wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        """What was asked for and cannot be used, of the tensors (names and shapes) that the matrix is wanted for."""
+        if not wanted:
+            yield f"{self.path} is not used: no type here weighs errors"
+            return
+        found = {name: self._find(name, shape) for name, shape in wanted.items()}
+        if missing := [name for name, values in found.items() if values is None]:
+            what = f"has nothing for {len(missing)} tensors ({_some(missing)})"
+            yield f"{self.path} {what}: all their columns count alike"
+        known = {name: is_known(values) for name, values in found.items() if values is not None}
+        unreached = {name: int((~columns.any(axis=1)).sum()) for name, columns in known.items()}
+        if whole := [name for name, count in unreached.items() if count]:
+            num_matrices = sum(len(known[name]) for name in whole)
+            yield (
+                f"{self.path} does not say anything about {sum(unreached.values())} of {num_matrices} matrices "
+                f"({_some(whole)}): all their columns count alike"
+            )
+        partly = [name for name, columns in known.items() if (columns.any(axis=1) & ~columns.all(axis=1)).any()]
+        if partly:
+            yield (
+                f"{self.path} has zeros or no numbers for some columns of {len(partly)} tensors ({_some(partly)}): "
+                f"they count as the mean of the others"
+            )
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         found = self.vectors.get(name)
         if found is None or len(shape) < 2:
             return None
@@ -52,11 +82,10 @@ def read_imatrix(path: Path) -> Importance:
     with path.open("rb") as file:
         is_gguf = file.read(4) == _GGUF_MAGIC
     vectors = _read_gguf(path) if is_gguf else _read_dat(path)
-    for name, values in vectors.items():
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise KimiLiteError(f"{path}: {name} has values that are no mean squares.", _KINDS_HINT)
     if not vectors:
         raise KimiLiteError(f"{path} has no importance vectors.", _KINDS_HINT)
+    if not any(is_known(values).any() for values in vectors.values()):
+        raise KimiLiteError(f"{path}: all its values are zeros or no mean squares.", _KINDS_HINT)
     return Importance(path, vectors)
 
 
@@ -75,9 +104,14 @@ def _read_gguf(path: Path) -> dict[str, np.ndarray]:
 
 
 def mean_squares(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums (matrices, columns) over counts (matrices, 1) or (1, 1); ones for an expert that no token of the text
-    chose."""
-    return np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
+    """Sums (matrices, columns) over counts (matrices, 1) or (1, 1); zeros, which say "unknown", for an expert that no
+    token of the text chose."""
+    with np.errstate(invalid="ignore"):
+        return np.where(counts > 0, sums / np.maximum(counts, 1), 0).astype(np.float32)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def _read_dat(path: Path) -> dict[str, np.ndarray]:
@@ -105,5 +139,5 @@ def _read_dat(path: Path) -> dict[str, np.ndarray]:
         name = bytes(take(length)).decode(errors="replace")
         calls, num_values = integer(), integer()
         values = np.frombuffer(take(4 * num_values), "<f4")
-        vectors[name] = (values / max(calls, 1) if calls > 0 else np.ones_like(values)).astype(np.float32)
+        vectors[name] = mean_squares(values[None], np.array([[calls]]))
     return vectors

@@ -16,11 +16,14 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import file_name, open_model
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, ValueType, text, u32
+from kimi_lite.gguf.shards import find_shards
 from kimi_lite.model.cpu.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.calibrate.imatrix import mean_squares
+from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.write.writer import Tensor, check_output, write_gguf
 from kimi_lite.text.tokenizer import Tokenizer
+from kimi_lite.units import gib
 
 OnLayer = Callable[[str, int, int], None]  # (what is being done, layers done, layers in all)
 _MAX_SHARE = 0.5  # of free memory, for the hidden states of the text
@@ -103,8 +106,7 @@ def check_memory(config: ModelConfig, chunks: Sequence[np.ndarray]) -> None:
     need, have = 4 * num_tokens * config.hidden_size, int(_MAX_SHARE * psutil.virtual_memory().available)
     if need > have:
         raise KimiLiteError(
-            f"The hidden states of {num_tokens:,} tokens need {need / 1e9:.1f} GB, half of the free memory is "
-            f"{have / 1e9:.1f}.",
+            f"The hidden states of {num_tokens:,} tokens need {gib(need)}, and half of the free memory is {gib(have)}.",
             f"Take fewer chunks: --chunks {max(1, len(chunks) * have // need)}.",
         )
 
@@ -123,6 +125,7 @@ def collect_importance(
     cannot end well."""
     report = on_layer or (lambda name, done, total: None)
     check_output(output, 0, is_overwriting)
+    check_outputs([output], [*find_shards(model), text_file])
     content = read_text(text_file)
     if not 1 < chunk_tokens <= MAX_CHUNK_TOKENS:
         raise KimiLiteError(

@@ -18,6 +18,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe
 from kimi_lite.quantize.write.writer import OnProgress
+from kimi_lite.units import gib
 
 _NUM_CHUNKS = 4
 _MEMORY_SHARE = 0.6  # of free memory for both models
@@ -32,9 +33,7 @@ def compare_models(src: Path, path: Path, on_progress: OnProgress | None = None)
     )
     need, have = source_bytes + GGUFStore.open(path).total_bytes, _MEMORY_SHARE * psutil.virtual_memory().available
     if need > have:
-        return (
-            f"perplexity not compared: source and result need {need / 1e9:.1f} GB of memory, {have / 1e9:.1f} are there"
-        )
+        return f"perplexity not compared: source and result need {gib(need)} of memory, and {gib(have)} are free"
     try:
         with _runnable(src, path.parent, {t.stored for t in model.tensors}) as source:
             return _measure(source, path, on_progress or (lambda name, done, total: None))

@@ -21,6 +21,7 @@ from kimi_lite.quantize.source.model import SourceTensor
 from kimi_lite.quantize.write.job import log_path
 from kimi_lite.quantize.write.journal import Entry, read_log
 from kimi_lite.quantize.write.writer import OnProgress, RowReader
+from kimi_lite.units import gib
 
 _PIECE_WEIGHTS = 1 << 20
 _SHARD_SUFFIX = "-00001-of-"
@@ -37,7 +38,7 @@ class Verification:
     def summary(self) -> str:
         worst = max(self.errors, key=lambda name: self.errors[name])
         return (
-            f"verified {len(self.errors)} tensors, {self.num_bytes / 1e9:.3f} GB: all checksums equal; "
+            f"verified {len(self.errors)} tensors, {gib(self.num_bytes)}: all checksums equal; "
             f"largest relative error {self.errors[worst]:.4f} ({worst})"
         )
 

@@ -7,6 +7,7 @@ import numpy as np
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs import floats, ggml, q8_0, ternary, two_bits
+from kimi_lite.quantize.codecs.importance import fill_unknown
 
 _EXACT_ENCODERS = {"F32": floats.encode_f32, "F16": floats.encode_f16, "BF16": floats.encode_bf16, "Q8_0": q8_0.encode}
 _FITTED_ENCODERS = {"TQ1_0": ternary.encode, "TQ2_0": two_bits.encode_tq2_0, "Q2_0": two_bits.encode_q2_0}
@@ -16,11 +17,12 @@ OWN_TYPES = frozenset(_EXACT_ENCODERS | _FITTED_ENCODERS)  # need no other packa
 
 def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """Float32 rows (R, n) to uint8 rows (R, row_bytes); n is a multiple of the block. `importance` (n,) float32 weighs
-    the squared errors of the columns. Raises KimiLiteError where the type cannot hold a value: not finite, or too large
-    a scale."""
+    the squared errors of the columns; what is not above zero is unknown. Raises KimiLiteError where the type cannot
+    hold a value: not finite, or too large a scale."""
     assert rows.dtype == np.float32, rows.dtype
     assert rows.ndim == 2, rows.shape
     assert rows.shape[1] % layout.block_size == 0, (layout.name, rows.shape)
+    importance = None if importance is None else fill_unknown(importance)
     if layout.name in _EXACT_ENCODERS:
         encoded = _EXACT_ENCODERS[layout.name](rows)
     elif layout.name in _FITTED_ENCODERS:

@@ -44,9 +44,9 @@ def fit_scales(blocks: np.ndarray, weights: np.ndarray, max_code: int) -> np.nda
 
 
 def spread_importance(importance: np.ndarray | None, row: int, block: int) -> np.ndarray:
-    """Weights of the squared errors, float32 (row / block, block), of mean 1. A column that no token used still counts
-    a little, so that its weights are not arbitrary."""
-    if importance is None or not importance.any():
+    """Weights of the squared errors, float32 (row / block, block), of mean 1. The least counts a little, so that its
+    weights are not arbitrary. `importance` is known for every column (`codecs.importance`)."""
+    if importance is None:
         return np.ones((row // block, block), np.float32)
     assert importance.shape == (row,), (importance.shape, row)
     weights = importance / importance.mean(dtype=np.float64)

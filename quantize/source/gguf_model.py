@@ -18,9 +18,12 @@ from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.native.cpu.blocks import FORMATS
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import Layout
+from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.metadata import FILE_KEYS, quantization_metadata
-from kimi_lite.quantize.source.model import FileState, SourceModel, SourceTensor
+from kimi_lite.quantize.source.model import SourceModel, SourceTensor
 from kimi_lite.quantize.write.writer import RowReader
+
+_SHRUNK_HINT = "Restore that file, and repeat the command: the conversion begins anew."
 
 
 def open_gguf_model(path: Path) -> SourceModel:
@@ -69,17 +72,16 @@ def _file_rows(view: TensorView) -> RowReader:
         assert 0 <= start <= stop <= num_rows, (view.name, start, stop)
         rows = np.empty((stop - start, row_bytes), np.uint8)
         buffer, done = memoryview(rows).cast("B") if rows.size else memoryview(b""), 0
-        with open(view.shard, "rb", buffering=0) as file:
-            file.seek(view.start + start * row_bytes)
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    have = os.fstat(file.fileno()).st_size
-                    raise KimiLiteError(
-                        f"{view.shard} shrank to {have:,} bytes while it was read: {view.name} is cut off.",
-                        "Restore that file, and repeat the command: the conversion begins anew.",
-                    )
-                done += count
+        try:
+            with open(view.shard, "rb", buffering=0) as file:
+                file.seek(view.start + start * row_bytes)
+                while done < len(buffer) and (count := file.readinto(buffer[done:])):
+                    done += count
+        except OSError as error:
+            raise KimiLiteError(f"{view.shard} cannot be read: {error.strerror or error}.", _SHRUNK_HINT) from error
+        if done < len(buffer):
+            problem = f"{view.shard} shrank to {os.path.getsize(view.shard):,} bytes while it was read"
+            raise KimiLiteError(f"{problem}: {view.name} is cut off.", _SHRUNK_HINT)
         return rows
 
     return read_rows

@@ -13,8 +13,9 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import int2, int4
+from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.metadata import model_metadata
-from kimi_lite.quantize.source.model import FileState, SourceModel, SourceTensor
+from kimi_lite.quantize.source.model import SourceModel, SourceTensor
 from kimi_lite.quantize.source.names import Source, list_sources
 from kimi_lite.quantize.source.open import Checkpoint
 from kimi_lite.quantize.source.tokenizer import TOKENIZER_FILES, tokenizer_metadata

@@ -22,11 +22,13 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, ValueType, boolean, f32, text, u32
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs import find_layout
+from kimi_lite.quantize.source.files import FileState, check_outputs
 from kimi_lite.quantize.source.metadata import quantization_metadata
 from kimi_lite.quantize.source.names import VISION_PREFIXES
 from kimi_lite.quantize.source.shards import RawTensor, find_raw_tensors
 from kimi_lite.quantize.source.stored import make_weight
 from kimi_lite.quantize.write.writer import OnProgress, Tensor, write_gguf
+from kimi_lite.units import gib
 
 _HINT = "Kimi K2.5, K2.6 and Kimi-VL have a vision tower that this program knows."
 _TYPES = ("F32", "F16", "BF16", "Q8_0")
@@ -82,8 +84,9 @@ class MmprojReport:
 
     @property
     def summary(self) -> str:
-        size = f"{self.num_bytes / 1e9:.3f} GB" if self.num_bytes > 1e8 else f"{self.num_bytes / 1e6:.2f} MB"
-        return f"{self.path}: vision tower and projector, {size}, {self.num_weights / 1e6:,.1f} M weights"
+        return (
+            f"{self.path}: vision tower and projector, {gib(self.num_bytes)}, {self.num_weights / 1e6:,.1f} M weights"
+        )
 
 
 def check_mmproj(folder: Path, tower: Tower) -> tuple[list[_Part], dict[str, RawTensor]]:
@@ -116,7 +119,10 @@ def write_mmproj(
     choices = {part.name: _choose(part, layout) for part in parts}
     tensors = [Tensor(part.name, part.shape, choices[part.name][0], partial(_open_rows, part, raw)) for part in parts]
     metadata = _metadata(tower, config, str(config.get("_name_or_path") or folder.resolve().name), layout)
-    num_bytes = write_gguf(path, metadata, tensors, on_progress, is_overwriting)
+    files = {tensor.file for tensor in raw.values()} | {folder / "config.json"}
+    check_outputs([path], files)
+    states = [FileState.of(file) for file in files]
+    num_bytes = write_gguf(path, metadata, tensors, on_progress, is_overwriting, states)
     notes = tuple(dict.fromkeys(note for _, note in choices.values() if note))
     return MmprojReport(path, num_bytes, sum(tensor.num_weights for tensor in tensors), notes)
 

@@ -7,11 +7,10 @@ Made by `quantize.source.hf_model` from a Hugging Face folder and by `quantize.s
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
-from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value
 from kimi_lite.native.layouts import Layout
+from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.write.writer import RowReader
 
 
@@ -37,39 +36,6 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class FileState:
-    """A source file as it was when the conversion began: what tells a changed one from the same one."""
-
-    path: Path
-    num_bytes: int
-    modified_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> "FileState":
-        """Raises KimiLiteError where the file cannot be seen."""
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise KimiLiteError(f"{path} cannot be read: {error.strerror}.", _CHANGED_HINT) from error
-        return cls(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-    def check(self) -> None:
-        """Raises KimiLiteError where the file is not what it was."""
-        now = FileState.of(self.path)
-        if now.num_bytes != self.num_bytes:
-            change = f"it had {self.num_bytes:,} bytes and has {now.num_bytes:,}"
-        elif (now.modified_ns, now.inode) != (self.modified_ns, self.inode):
-            change = "it was written again or replaced"
-        else:
-            return
-        raise KimiLiteError(f"{self.path} changed while it was converted: {change}.", _CHANGED_HINT)
-
-
-_CHANGED_HINT = "Leave the source alone while it is read, and repeat the command: the conversion begins anew."
-
-
-@dataclass(frozen=True, slots=True)
 class SourceModel:
     """`make_metadata` takes the type of most weights; `notes` say what is left out; `files` is every file that the
     model is read from."""
@@ -83,8 +49,3 @@ class SourceModel:
     def origin(self) -> str:
         """Names, sizes and times of the files."""
         return repr([(file.path.name, file.num_bytes, file.modified_ns) for file in self.files])
-
-    def check_unchanged(self) -> None:
-        """Raises KimiLiteError where a file is not what it was when the model was opened."""
-        for file in self.files:
-            file.check()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.write.writer import OnProgress
+from kimi_lite.units import gib
 
 _BLOCK_BYTES = 16 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -46,7 +47,7 @@ def check_source(folder: Path, on_progress: OnProgress | None = None) -> str:
                 )
             done += file.stat().st_size
             report(f"checking {file.name}", done, total)
-    return f"{len(files)} source files, {total / 1e9:.2f} GB: all checksums equal"
+    return f"{len(files)} source files, {gib(total)}: all checksums equal"
 
 
 def find_checksum(file: Path) -> str | None:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from kimi_lite import __version__
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, ValueType
+from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.write.journal import Entry, Journal
 from kimi_lite.quantize.write.sharding import Shard
 from kimi_lite.quantize.write.writer import (
@@ -44,8 +45,9 @@ class Job:
     metadata: Mapping[str, Value]
     origin: str
     is_overwriting: bool = False
-    sync_bytes: int = SYNC_BYTES
+    sources: tuple[FileState, ...] = ()  # what is read; it must not change meanwhile
     max_ahead: int | None = None  # pieces in memory at a time; None: two a core
+    sync_bytes: int = SYNC_BYTES
 
     @property
     def log_path(self) -> Path:
@@ -54,6 +56,17 @@ class Job:
     @property
     def journal_path(self) -> Path:
         return self.log_path.with_name(f"{self.log_path.name}.partial")
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Every file that is written, also for a while."""
+        shards = [path for shard in self.shards for path in (shard.path, shard.partial)]
+        return [*shards, self.path, self.log_path, self.journal_path]
+
+    def check_sources(self) -> None:
+        """Raises KimiLiteError where a source file is not what it was when the work began."""
+        for source in self.sources:
+            source.check()
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -87,6 +100,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> list[Entry]:
             _remove_abandoned(job)
         _check_outputs(job, len(journal.entries))
         _write_shards(job, journal, on_progress or (lambda name, done, total: None))
+        job.check_sources()
         for shard in job.shards:
             if shard.partial.exists():
                 shard.partial.replace(shard.path)
@@ -94,7 +108,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> list[Entry]:
     except OSError as error:
         raise KimiLiteError(
             f"Writing {job.path} failed: {error.strerror or error}.",
-            "Mend that and repeat the command: it goes on behind the last finished tensor.",
+            "Fix that and repeat the command: it goes on after the last finished tensor.",
         ) from error
     finally:
         if not journal.entries:
@@ -129,7 +143,7 @@ def _write_shards(job: Job, journal: Journal, report: OnProgress) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for number in range(len(job.shards)):
                 _write_shard(job, number, journal, pool, report)
-    except KimiLiteError:  # a weight that the type cannot hold: with the same settings it would end here again
+    except KimiLiteError:  # a weight that the type cannot hold, or a source that changed: nothing to go on with
         for shard in job.shards:
             shard.partial.unlink(missing_ok=True)
         journal.entries.clear()
@@ -157,6 +171,7 @@ def _write_shard(job: Job, number: int, journal: Journal, pool: ThreadPoolExecut
                 done_bytes += piece.rows.nbytes
                 report(tensor.name, done_bytes, total_bytes)
             file.write(bytes(-file.tell() % ALIGNMENT))
+            job.check_sources()
             error = (error_squares / weight_squares) ** 0.5 if weight_squares else 0.0
             is_last = tensor is shard.tensors[-1]
             waiting.append(

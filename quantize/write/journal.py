@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.units import gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Journal:
             done = sum(entry.num_bytes for entry in entries)
             raise KimiLiteError(
                 f"{path} belongs to a conversion with other settings or of a changed source, stopped after "
-                f"{done / 1e9:.2f} GB.",
+                f"{gib(done)}.",
                 "Repeat that command to finish it, or add --force to begin anew.",
             )
         if found != fingerprint:

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import struct
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,8 @@ from kimi_lite.gguf.metadata import Value, ValueType, pack_text, pack_value
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import encode
 from kimi_lite.quantize.codecs.feedback import Curvature, encode_with_feedback
+from kimi_lite.quantize.source.files import FileState
+from kimi_lite.units import gib
 
 ALIGNMENT = 32  # bytes; GGUF's default
 _VERSION = 3
@@ -68,8 +71,10 @@ def write_gguf(
     tensors: Sequence[Tensor],
     on_progress: OnProgress | None = None,
     is_overwriting: bool = False,
+    sources: Sequence[FileState] = (),
 ) -> int:
-    """Writes the file and returns its size in bytes. Raises KimiLiteError before any work where it cannot end well."""
+    """Writes the file and returns its size in bytes; `sources` must not change meanwhile. Raises KimiLiteError before
+    any work where it cannot end well."""
     report = on_progress or (lambda name, done, total: None)
     done_bytes, total_bytes = 0, sum(tensor.num_bytes for tensor in tensors)
     check_output(path, total_bytes, is_overwriting)
@@ -86,6 +91,8 @@ def write_gguf(
             file.flush()
             os.fsync(file.fileno())
             num_bytes = file.tell()
+        for source in sources:
+            source.check()
         partial.replace(path)
     return num_bytes
 
@@ -113,9 +120,8 @@ def check_folder(path: Path) -> None:
     """Makes the folder of `path` and writes in it, for a KimiLiteError now and not after hours."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _partial_name(path)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path.parent) as probe:  # without a name: nothing is left if this is killed
+            probe.write(b" ")
     except OSError as error:
         raise KimiLiteError(
             f"Cannot write in {path.parent}: {error.strerror}.", "Name an output in a folder of yours."
@@ -127,8 +133,8 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise KimiLiteError(
-            f"{path.name} needs {needed / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free.",
-            f"Free {(needed - free) / 1e9:.2f} GB, name an output on another disk, or choose a smaller type.",
+            f"{path.name} needs {gib(needed)} and {path.parent} has {gib(free)} free.",
+            f"Free {gib(needed - free)}, name an output on another disk, or choose a smaller type.",
         )
 
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_run_is_refused(source, tmp_path):
 
 def test_memory_is_limited_or_refused(source, tmp_path):
     lines = run(settings(source, tmp_path / "a.gguf", max_ram="2G", calibrate_chunks=1), quiet, False, False)
-    (peak,) = (float(match[1]) for line in lines if (match := re.match(r"peak memory ([\d.]+) GB", line)))
+    (peak,) = (float(match[1]) for line in lines if (match := re.match(r"peak memory ([\d.]+) GiB", line)))
     assert 0.02 < peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     with pytest.raises(KimiLiteError, match=r"--max-ram is 0\.1 GiB; this conversion needs 0\.\d+ GiB") as caught:
         run(settings(source, tmp_path / "b.gguf", max_ram="100M"), quiet, False, False)

@@ -5,11 +5,16 @@ import struct
 import numpy as np
 import pytest
 from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.calibrate.imatrix import read_imatrix
+from kimi_lite.quantize.codecs import OWN_TYPES, encode
+from kimi_lite.quantize.codecs.importance import fill_unknown
 from kimi_lite.quantize.convert import convert
 from kimi_lite.quantize.recipe.choose import find_recipe
 from tests.checkpoints import make_checkpoint
@@ -50,6 +55,9 @@ def test_gguf_vectors_by_expert(tmp_path):
     found = importance.find(EXPERTS, (4, 32, 64))
     assert np.allclose(found[[0, 2, 3]], sums[[0, 2, 3]] / counts[[0, 2, 3], None])
     assert (found[1] == 1).all()  # no token chose it
+    assert [*importance.notes({EXPERTS: (4, 32, 64), "output.weight": (512, 64)})] == [
+        f"{tmp_path / 'i.gguf'} does not say anything about 1 of 4 matrices ({EXPERTS}): all their columns count alike"
+    ]
     assert np.allclose(importance.find("output.weight", (512, 64)), sums[:1] / 3)
     assert importance.find("token_embd.weight", (512, 64)) is None
     assert importance.find("output.weight", (4, 32, 64)).shape == (4, 64)
@@ -82,6 +90,56 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "nan.dat").write_bytes(dat_bytes({EXPERTS: (5, np.full(8, np.nan))}))
     with pytest.raises(KimiLiteError, match="no mean squares"):
         read_imatrix(tmp_path / "nan.dat")
+
+
+GAPS = st.sampled_from([0.0, -0.0, -1.0, np.nan, np.inf, -np.inf])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whatever_is_no_mean_square_is_unknown(data):
+    """Zeros, negative values, NaN and infinity anywhere: what comes out is finite, above zero, keeps what was known,
+    and gives unknown columns the mean of the known ones."""
+    num, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    known = np.array(data.draw(st.lists(st.booleans(), min_size=num * columns, max_size=num * columns)))
+    values = np.array([data.draw(st.floats(1e-6, 1e6) if is_known else GAPS) for is_known in known], np.float32)
+    values, known = values.reshape(num, columns), known.reshape(num, columns)
+    filled = fill_unknown(values)
+    assert filled.dtype == np.float32 and np.isfinite(filled).all() and (filled > 0).all()
+    assert np.array_equal(filled[known], values[known])
+    for row, there, was in zip(filled, known, values, strict=True):
+        assert np.allclose(row[~there], was[there].mean(dtype=np.float64) if there.any() else 1.0)
+    assert np.array_equal(fill_unknown(values[0]), filled[0])
+
+
+@pytest.mark.parametrize("type_name", ["TQ1_0", "TQ2_0", "Q2_0", "Q2_K", "Q4_K", "IQ2_XXS", "IQ1_S", "IQ4_XS"])
+@pytest.mark.parametrize("gap", [0.0, np.nan, -1.0])
+def test_no_type_ruins_what_the_text_did_not_reach(type_name, gap):
+    """A row of importance without a known value, and a block without one, cost no more than without a matrix."""
+    if type_name not in OWN_TYPES:
+        pytest.importorskip("llama_cpp", reason="needs the ggml extra", exc_type=ImportError)
+    rng, layout = np.random.default_rng(0), BY_NAME[type_name]
+    rows = rng.standard_normal((16, 512), np.float32)
+
+    def error(importance: np.ndarray, columns: slice) -> float:
+        decoded = dequantize(encode(layout, rows, importance.astype(np.float32)), type_name)
+        return float(np.linalg.norm((decoded - rows)[:, columns]) / np.linalg.norm(rows[:, columns]))
+
+    flat = error(np.ones(512), slice(None))
+    assert error(np.full(512, gap), slice(None)) == pytest.approx(flat)
+    assert error(np.concatenate([np.ones(256), np.full(256, gap)]), slice(256, None)) < 1.15 * flat
+
+
+def test_what_cannot_be_used_is_said(tmp_path):
+    values = np.ones((2, 64), np.float32)
+    values[0, :3] = (0, -1, np.nan)
+    (tmp_path / "i.dat").write_bytes(dat_bytes({EXPERTS: (5, values)}))
+    importance = read_imatrix(tmp_path / "i.dat")
+    notes = [*importance.notes({EXPERTS: (2, 32, 64), "output.weight": (512, 64)})]
+    assert len(notes) == 2
+    assert "has nothing for 1 tensors (output.weight)" in notes[0]
+    assert f"no numbers for some columns of 1 tensors ({EXPERTS})" in notes[1]
+    assert "is not used" in next(importance.notes({}))
 
 
 def test_a_conversion_weighs_each_expert_with_its_own_vector(tmp_path):

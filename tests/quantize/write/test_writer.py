@@ -94,9 +94,9 @@ def test_a_failure_leaves_nothing_and_names_the_tensor(tmp_path):
 def test_a_small_disk_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 9 * 10**8, 10**8))
     tensor = Tensor("big", (1024, 50_000), BY_NAME["F32"], lambda: pytest.fail("read before the check"))
-    with pytest.raises(KimiLiteError, match=r"needs 0\.27 GB and .* has 0\.10 GB free") as caught:
+    with pytest.raises(KimiLiteError, match=r"needs 0\.3 GiB and .* has 95\.4 MiB free") as caught:
         write_gguf(tmp_path / "out.gguf", METADATA, [tensor])
-    assert "Free 0.17 GB" in caught.value.hint
+    assert "Free 0.2 GiB" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
 
