@@ -1,6 +1,6 @@
 """Pictures of what the tools measured, by what the files hold. SVG or PNG, readable on light and dark pages.
 
-    python -m tools.plot speed.svg bench.json                  speed against depth, with the ceiling and llama.cpp
+    python -m tools.plot speed.svg bench.json                  speed against depth, with the limit and llama.cpp
     python -m tools.plot kernels.svg kernel_bench.txt          GB/s of each type beside a plain read
     python -m tools.plot quality.svg q8.txt q4.txt tq1.txt     file size against divergence from the reference
     python -m tools.plot timeline.svg trace.json               one token, stage by stage
@@ -94,8 +94,8 @@ def _draw_speed(figure, documents: Sequence[Mapping]) -> None:
             rates, errors = ([result["tok_s"][key] for result in line] for key in ("mean", "sd"))
             depths = [result["depth"] for result in line]
             axes.errorbar(depths, rates, errors, color=colour, marker=marker, markersize=4, capsize=2, label=label)
-            if program == "kimi-lite" and line[0]["ceiling_share"]:
-                bounds = [result["tok_s"]["mean"] / result["ceiling_share"] for result in line]
+            if program == "kimi-lite" and line[0]["limit_share"]:
+                bounds = [result["tok_s"]["mean"] / result["limit_share"] for result in line]
                 axes.plot(
                     depths, bounds, "--", color=_BOUND, marker="_", label="memory's bound" if batch == 1 else None
                 )

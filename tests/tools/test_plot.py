@@ -18,7 +18,7 @@ def bench_result(program: str, kind: str, depth: int) -> dict:
     share = 0.5 if kind == "tg" else None
     return {
         **{"program": program, "kind": kind, "num_tokens": 64, "num_sequences": 1, "depth": depth},
-        **{"tok_s": tok_s, "ceiling_share": share},
+        **{"tok_s": tok_s, "limit_share": share},
     }
 
 

@@ -32,7 +32,7 @@ from kimi_lite.tools.bench.ours import Ours, Runner
 from kimi_lite.tools.bench.plan import BenchTest, Passages, context_needed, load_tokens
 from kimi_lite.tools.bench.report import Report
 from kimi_lite.tools.bench.result import Result, Spread, compare, make_result
-from kimi_lite.tools.bench.roofline import RAM, Bandwidth, Ceiling, find_ceilings, measure_bandwidth
+from kimi_lite.tools.bench.roofline import RAM, Bandwidth, Limit, find_limits, measure_bandwidth
 from kimi_lite.tools.bench.run import measure_test
 
 _TRACED_TOKENS = 8
@@ -65,7 +65,7 @@ class Measured:
 
     plan: Plan
     bandwidth: Bandwidth
-    ceilings: Sequence[Ceiling]
+    limits: Sequence[Limit]
     rows: Sequence[Row]
     environment: dict
     model: dict
@@ -96,8 +96,8 @@ def bench(job: Job, report: Report) -> Measured:
         hardware = hardware_speed.measured(ours.plan.hardware, ram=1e9 * bandwidth.gb_s)
         plan = make_plan(ours.plan.sizes, hardware, ours.plan.limits)
         report.print_plan(plan)
-        ceilings = find_ceilings(plan, job.tests)
-        report.print_roofline(bandwidth, ceilings)
+        limits = find_limits(plan, job.tests)
+        report.print_roofline(bandwidth, limits)
         runners = {ours.name: ours.run}
         if job.compares:
             llama = _open_llama(ours.store.path, job.tests, num_threads)
@@ -105,10 +105,10 @@ def bench(job: Job, report: Report) -> Measured:
             runners[llama.name] = llama.run
         longest = max(test.context_tokens for test in job.tests)
         passages = Passages(load_tokens(ours.tokenizer, job.is_random, longest))
-        rows = _measure(job, runners, passages, num_threads, {c.test: c for c in ceilings}, report)
+        rows = _measure(job, runners, passages, num_threads, {c.test: c for c in limits}, report)
         if job.trace:
             _trace(ours, job.traced, passages, job.trace, report)
-    return Measured(plan, bandwidth, ceilings, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
+    return Measured(plan, bandwidth, limits, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
 
 
 def _open_llama(path: Path, tests: Sequence[BenchTest], num_threads: int):
@@ -122,7 +122,7 @@ def _measure(
     runners: Mapping[str, Runner],
     passages: Passages,
     num_threads: int,
-    ceilings: Mapping[BenchTest, Ceiling],
+    limits: Mapping[BenchTest, Limit],
     report: Report,
 ) -> list[Row]:
     """A line for each test as soon as it is known."""
@@ -130,7 +130,7 @@ def _measure(
     report.begin_results()
     for test in job.tests:
         samples = measure_test(test, runners, passages, job.num_repeats, num_threads)
-        results = [make_result(test, name, each, ceilings.get(test)) for name, each in samples.items()]
+        results = [make_result(test, name, each, limits.get(test)) for name, each in samples.items()]
         report.print_result(results[0])
         ratio = compare(*samples.values()) if len(samples) > 1 else None
         rows.append((results[0], results[1] if len(results) > 1 else None, ratio))
@@ -163,7 +163,7 @@ def make_document(job: Job, measured: Measured) -> dict:
     """The JSON document; see tools/data/bench.schema.json."""
     return {
         "tool": "kimi-lite bench",
-        "schema": 1,
+        "schema": 2,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": measured.environment,
         "model": measured.model,
@@ -176,16 +176,17 @@ def make_document(job: Job, measured: Measured) -> dict:
             "is_noisy": measured.bandwidth.is_noisy,
             "stolen_share": measured.bandwidth.stolen_share,
         },
-        "ceilings": [
+        "limits": [
             {
-                "test": ceiling.test.name,
-                "bytes_by_place": dict(ceiling.bytes_by_place),
-                "resident_bytes": ceiling.resident_bytes,
-                "expert_bytes": ceiling.expert_bytes,
-                "cache_bytes": ceiling.cache_bytes,
-                "tok_s": ceiling.tok_s,
+                "test": limit.test.name,
+                "bytes_by_place": dict(limit.bytes_by_place),
+                "resident_bytes": limit.resident_bytes,
+                "expert_bytes": limit.expert_bytes,
+                "cache_bytes": limit.cache_bytes,
+                "expected_tok_s": limit.expected_tok_s,
+                "limit_tok_s": limit.limit_tok_s,
             }
-            for ceiling in measured.ceilings
+            for limit in measured.limits
         ],
         "results": [result.to_json() for result in measured.results],
         "comparison": [
@@ -216,7 +217,7 @@ def read_document(path: Path) -> dict:
         document = json.loads(path.read_text(encoding="utf-8").strip().rpartition("\n")[2])
     except (OSError, ValueError) as error:
         raise KimiLiteError(f"{path}: {error}.", "Give a file with what `kimi-lite bench` printed.") from error
-    if not isinstance(document, dict) or (document.get("tool"), document.get("schema")) != ("kimi-lite bench", 1):
+    if not isinstance(document, dict) or (document.get("tool"), document.get("schema")) != ("kimi-lite bench", 2):
         raise KimiLiteError(f"{path} does not end in the JSON of kimi-lite bench.", "Give a file with what it printed.")
     return document
 

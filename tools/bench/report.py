@@ -1,4 +1,4 @@
-"""How `tools.bench` prints: the machine and its ceiling, a line for each test as it is measured, the comparison, CSV.
+"""How `tools.bench` prints: the machine and its limit, a line for each test as it is measured, the comparison, CSV.
 
 Tables are Markdown and fit 80 columns, so that they can be pasted into an issue.
 """
@@ -8,13 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from kimi_lite.plan.types import Plan
-from kimi_lite.plan.view import place_lines
+from kimi_lite.plan.view import WIDTH, place_lines
 from kimi_lite.terminal import write
 from kimi_lite.tools.bench.result import Result, Spread
-from kimi_lite.tools.bench.roofline import Bandwidth, Ceiling
+from kimi_lite.tools.bench.roofline import Bandwidth, Limit
 
-_RESULTS = (("test", -14), ("t/s warm", 14), ("first", 6), ("TTFT s", 6), ("p50/p99", 10), ("GB/s", 4), ("ceil", 4))
-_CEILINGS = (("a token of", -17), ("place", 5), ("weights", 7), ("experts", 7), ("cache", 7), ("MB", 7), ("t/s max", 8))
+_RESULTS = (("test", -14), ("t/s warm", 14), ("first", 6), ("TTFT s", 6), ("p50/p99", 9), ("GB/s", 4), ("limit", 5))
+_LIMITS = (
+    ("a token of", -17),
+    ("place", 5),
+    ("weights", 7),
+    ("experts", 7),
+    ("cache", 7),
+    ("expected", 8),
+    ("limit", 7),
+)
 _TIERS = (("test", -17), ("experts there", 13), ("MB from disk", 12))
 _RATIOS = (("test", -17), ("kimi-lite", 14), ("llama.cpp", 14), ("ratio", 13), ("drop", 6))
 _SWEEP = (("PP", 5), ("TG", 5), ("N_KV", 6), ("T_PP s", 8), ("S_PP t/s", 9), ("T_TG s", 8), ("S_TG t/s", 9))
@@ -22,7 +30,7 @@ _CHART_WIDTH = 52
 _LEAST_DISK_BYTES = 50_000  # a token: less is the system's own reading
 _CSV_FIELDS = (
     *("program", "test", "kind", "num_tokens", "depth", "num_sequences", "tok_s", "tok_s_sd", "first_tok_s", "ttft_s"),
-    *("gap_p50_s", "gap_p99_s", "gb_s", "ceiling_share", "disk_bytes_per_token", "expert_hit_share", "num_dropped"),
+    *("gap_p50_s", "gap_p99_s", "gb_s", "limit_share", "disk_bytes_per_token", "expert_hit_share", "num_dropped"),
     *("is_noisy", "lost_share"),
 )
 
@@ -47,23 +55,24 @@ class Report:
 
     def print_plan(self, plan: Plan) -> None:
         """What lies where."""
-        for number, line in enumerate(place_lines(plan)):
+        for number, line in enumerate(place_lines(plan, WIDTH - 7)):
             self.say(f"{'plan   ' if number == 0 else '':<7}{line}")
 
-    def print_roofline(self, bandwidth: Bandwidth, ceilings: Sequence[Ceiling]) -> None:
-        """The bound comes before the measurement."""
+    def print_roofline(self, bandwidth: Bandwidth, limits: Sequence[Limit]) -> None:
+        """What can be expected comes before the measurement."""
         noise = " (noisy)" if bandwidth.is_noisy else ""
         self.say(
             f"read   RAM {bandwidth.gb_s:.1f} GB/s{noise}, {bandwidth.stolen_share:.1%} of CPU time stolen meanwhile"
         )
-        if not ceilings:
+        if not limits:
             return
-        self._head(_CEILINGS)
-        for ceiling in ceilings:
-            parts = (ceiling.resident_bytes, ceiling.expert_bytes, ceiling.cache_bytes, ceiling.token_bytes)
-            for place in ceiling.bytes_by_place:
-                megabytes = [number(part / 1e6) for part in parts]
-                self._row(_CEILINGS, [ceiling.test.name, place, *megabytes, number(ceiling.tok_s)])
+        self._head(_LIMITS)
+        for limit in limits:
+            parts = (limit.resident_bytes, limit.expert_bytes, limit.cache_bytes)
+            speeds = [number(limit.expected_tok_s), number(limit.limit_tok_s)]
+            for place in limit.bytes_by_place:
+                self._row(_LIMITS, [limit.test.name, place, *(number(part / 1e6) for part in parts), *speeds])
+        self.say("weights, experts, cache: MB of a token; expected, limit: tokens/s")
 
     def begin_results(self) -> None:
         self._head(_RESULTS)
@@ -71,11 +80,11 @@ class Report:
     def print_result(self, result: Result) -> None:
         gaps = f"{number(1000 * result.gap_p50_s)}/{number(1000 * result.gap_p99_s)}" if result.gap_p50_s else "-"
         cells = [result.test.name, spread(result.tok_s), number(result.first_tok_s), number(result.ttft_s)]
-        share = "-" if result.ceiling_share is None else f"{result.ceiling_share:.0%}"
+        share = "-" if result.limit_share is None else f"{result.limit_share:.0%}"
         self._row(_RESULTS, [*cells, gaps, number(result.gb_s), share])
 
     def end_results(self, results: Sequence[Result]) -> None:
-        self.say("p50/p99: ms between tokens; ceil: share of what reading memory allows")
+        self.say("p50/p99: ms between tokens; limit: share of what reading memory allows")
         dropped, noisy = sum(r.num_dropped for r in results), sum(r.is_noisy for r in results)
         if dropped:
             self.say(f"{dropped} disturbed repeats were dropped")

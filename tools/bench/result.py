@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from kimi_lite.tools.bench.plan import BenchTest
-from kimi_lite.tools.bench.roofline import Ceiling
+from kimi_lite.tools.bench.roofline import Limit
 from kimi_lite.tools.bench.run import Samples
 
 _ALWAYS_NOISE = 0.01  # relative: smaller changes say nothing
@@ -42,7 +42,7 @@ class Result:
     gap_p50_s: float | None
     gap_p99_s: float | None
     gb_s: float | None  # bytes that the roofline counts, at the measured speed
-    ceiling_share: float | None
+    limit_share: float | None
     disk_bytes_per_token: float
     expert_hit_share: float | None  # of routed experts that were in their slots; None where all are in RAM
     num_dropped: int
@@ -53,7 +53,7 @@ class Result:
         return asdict(self) | {"test": self.test.name, **asdict(self.test)}
 
 
-def make_result(test: BenchTest, program: str, samples: Samples, ceiling: Ceiling | None) -> Result:
+def make_result(test: BenchTest, program: str, samples: Samples, limit: Limit | None) -> Result:
     tok_s = Spread.of(samples.tok_s())
     gaps_s = [gap for sample in samples.warm for gap in sample.run.gaps_s]
     num_tokens = sum(sample.run.num_tokens for sample in samples.warm)
@@ -66,8 +66,8 @@ def make_result(test: BenchTest, program: str, samples: Samples, ceiling: Ceilin
         ttft_s=float(np.median([sample.run.first_token_s for sample in samples.warm])) if is_prompt else None,
         gap_p50_s=float(np.percentile(gaps_s, 50)) if gaps_s else None,
         gap_p99_s=float(np.percentile(gaps_s, 99)) if gaps_s else None,
-        gb_s=ceiling.token_bytes * tok_s.mean / 1e9 if ceiling else None,
-        ceiling_share=tok_s.mean / ceiling.tok_s if ceiling else None,
+        gb_s=limit.token_bytes * tok_s.mean / 1e9 if limit else None,
+        limit_share=tok_s.mean / limit.limit_tok_s if limit else None,
         disk_bytes_per_token=sum(sample.disk_bytes for sample in samples.warm) / num_tokens,
         expert_hit_share=_hit_share(samples),
         num_dropped=samples.num_dropped,
@@ -87,7 +87,7 @@ def compare(ours: Samples, theirs: Samples) -> Spread:
 
 
 def find_regressions(baseline: Mapping, document: Mapping) -> list[str]:
-    """Sentences about every ratio that fell by more than its noise: shares of the ceiling, and ratios to llama.cpp.
+    """Sentences about every ratio that fell by more than its noise: shares of the limit, and ratios to llama.cpp.
 
     Ratios, not tokens/s: those two move with the machine, and these do not. Noise is two standard errors of the
     difference.
@@ -110,16 +110,16 @@ def num_comparable(baseline: Mapping, document: Mapping) -> int:
 def _paired_ratios(baseline: Mapping, document: Mapping) -> list[tuple[str, dict, dict]]:
     """(what, old, new): test name -> (mean, standard error)."""
     return [
-        ("the share of the ceiling", _ceiling_shares(baseline), _ceiling_shares(document)),
+        ("the share of the limit", _limit_shares(baseline), _limit_shares(document)),
         ("the ratio to llama.cpp", _ratios(baseline), _ratios(document)),
     ]
 
 
-def _ceiling_shares(document: Mapping) -> dict[str, tuple[float, float]]:
+def _limit_shares(document: Mapping) -> dict[str, tuple[float, float]]:
     return {
-        result["test"]: (result["ceiling_share"], result["ceiling_share"] * _relative_error(result["tok_s"]))
+        result["test"]: (result["limit_share"], result["limit_share"] * _relative_error(result["tok_s"]))
         for result in document["results"]
-        if result["program"] == "kimi-lite" and result["ceiling_share"]
+        if result["program"] == "kimi-lite" and result["limit_share"]
     }
 
 

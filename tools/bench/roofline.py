@@ -31,15 +31,16 @@ class Bandwidth:
 
 
 @dataclass(frozen=True, slots=True)
-class Ceiling:
-    """One generation test: bytes a token from each place, what they are, and tokens/s if nothing else took time."""
+class Limit:
+    """One generation test: bytes a token from each place, what they are, and the plan's tokens/s."""
 
     test: BenchTest
     bytes_by_place: Mapping[str, float]
     resident_bytes: float
     expert_bytes: float
     cache_bytes: float
-    tok_s: float
+    expected_tok_s: float
+    limit_tok_s: float
 
     @property
     def token_bytes(self) -> float:
@@ -55,9 +56,9 @@ def measure_bandwidth(team: Team) -> Bandwidth:
     return Bandwidth(part_bytes / rounds.median_s("read") / 1e9, rounds.is_noisy, rounds.stolen_share)
 
 
-def find_ceilings(plan: Plan, tests: Sequence[BenchTest]) -> list[Ceiling]:
+def find_limits(plan: Plan, tests: Sequence[BenchTest]) -> list[Limit]:
     """Of the generation tests, by the plan: prompts have bounds of another kind."""
-    ceilings = []
+    limits = []
     for test in (test for test in tests if test.kind == "tg"):
         split, count = plan.split, test.num_sequences
         cost = decode_cost(plan.sizes, test.mean_depth, split.value_bytes, count, split.is_on_gpu)
@@ -67,5 +68,6 @@ def find_ceilings(plan: Plan, tests: Sequence[BenchTest]) -> list[Ceiling]:
             by_place = {RAM: parts[1], "VRAM": parts[0] + parts[2]}
         if split.ram_share < 1:
             by_place["disk"] = parts[1] * (1 - split.ram_share)
-        ceilings.append(Ceiling(test, by_place, *parts, plan.decode_at(test.mean_depth, count).limit_tok_s))
-    return ceilings
+        forecast = plan.decode_at(test.mean_depth, count)
+        limits.append(Limit(test, by_place, *parts, forecast.expected_tok_s, forecast.limit_tok_s))
+    return limits

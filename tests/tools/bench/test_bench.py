@@ -133,11 +133,20 @@ def test_document_fits_its_schema(tiny, quick):
     document = last_document(done.stdout)
     jsonschema.validate(document, json.loads(SCHEMA.read_text()))
     assert len(document["results"]) == (16 if has_llama else 8)
+    plan = document["memory_plan"]
+    kv_bytes = next(row["num_bytes"] for row in plan["rows"] if row["part"] == "KV cache")
+    config = ModelConfig.from_metadata(GGUFStore.open(tiny).metadata)
+    assert kv_bytes == plan["num_cache_pages"] * 64 * config.num_layers * config.kv_latent_size * 2
+    assert plan["num_cache_pages"] == plan["num_sequences"] * -(-plan["context_length"] // 64)
+    remark = f"{plan['context_length']:,} tokens in f16"
+    assert any(
+        "KV cache" in line and f"{plan['num_sequences']} x {remark}" in line for line in done.stdout.splitlines()
+    )
     assert len(document["comparison"]) == (8 if has_llama else 0)
     lines = done.stdout.splitlines()[:-1]
     assert max(map(len, lines)) <= 82, max(lines, key=len)
     roofline_line, result_line = (
-        next(i for i, line in enumerate(lines) if text in line) for text in ("t/s max", "t/s warm")
+        next(i for i, line in enumerate(lines) if text in line) for text in ("expected", "t/s warm")
     )
     assert roofline_line < result_line
     for ours, theirs in zip(document["results"][::2], document["results"][1::2], strict=True) if has_llama else ():
@@ -189,7 +198,7 @@ def test_the_gpu_path_is_measured(tiny, quick, monkeypatch):
     done = run_bench("-m", tiny, "-p", "16", "-n", "4", "-r", "1", "-t", "1")
     assert done.exit_code == 0, done.output
     document = last_document(done.stdout)
-    assert {"VRAM", "RAM"} <= set(document["ceilings"][0]["bytes_by_place"])
+    assert {"VRAM", "RAM"} <= set(document["limits"][0]["bytes_by_place"])
     assert document["results"][1]["tok_s"]["mean"] > 0
     refused = run_bench("-m", tiny, "-p", "0", "-n", "4", "-r", "1", "-t", "1", "--trace", "x.json")
     assert isinstance(refused.exception, KimiLiteError) and "python -m tools.trace" in refused.exception.hint
@@ -269,7 +278,7 @@ def test_disturbed_turns_are_dropped_with_what_ran_beside_them(monkeypatch):
 def document(share: float, ratio: float, sd: float) -> dict:
     spread = {"mean": 10.0, "sd": 10 * sd, "samples": [10.0] * 4}
     return {
-        "results": [{"test": "tg8", "program": "kimi-lite", "ceiling_share": share, "tok_s": spread}],
+        "results": [{"test": "tg8", "program": "kimi-lite", "limit_share": share, "tok_s": spread}],
         "comparison": [{"test": "tg8", "ratio": {"mean": ratio, "sd": ratio * sd, "samples": [ratio] * 4}}],
     }
 
@@ -278,7 +287,7 @@ def test_regressions_are_what_falls_by_more_than_its_noise():
     before = document(0.8, 1.5, 0.02)
     assert find_regressions(before, document(0.79, 1.48, 0.02)) == []
     (share,) = find_regressions(before, document(0.76, 1.5, 0.02))
-    assert "tg8: the share of the ceiling fell from 0.800 to 0.760" in share
+    assert "tg8: the share of the limit fell from 0.800 to 0.760" in share
     assert len(find_regressions(before, document(0.7, 1.3, 0.02))) == 2
     assert find_regressions(before, document(0.7, 1.3, 0.3)) == []
     assert find_regressions(before, {"results": [], "comparison": []}) == []
@@ -288,13 +297,13 @@ def test_baseline_is_an_exit_code(tiny, quick, tmp_path):
     flags = ["-m", tiny, "-p", "0", "-n", "16", "-r", "2", "-t", "1"]
     first = run_bench(*flags)
     old = last_document(first.stdout)
-    old["results"][0]["ceiling_share"] *= 100
+    old["results"][0]["limit_share"] *= 100
     (tmp_path / "old.json").write_text("noise\n" + json.dumps(old) + "\n")
     done = run_bench(*flags, "--baseline", tmp_path / "old.json")
-    assert done.exit_code == 1 and "regression: tg16: the share of the ceiling fell" in done.stdout
+    assert done.exit_code == 1 and "regression: tg16: the share of the limit fell" in done.stdout
     done = CliRunner().invoke(cli.app, ["bench", *map(str, flags), "--baseline", str(tmp_path / "old.json")])
     assert done.exit_code == 1
-    old["results"][0]["ceiling_share"] /= 10_000
+    old["results"][0]["limit_share"] /= 10_000
     (tmp_path / "old.json").write_text(json.dumps(old))
     done = run_bench(*flags, "--baseline", tmp_path / "old.json")
     assert done.exit_code == 0 and "no regression in 1 ratios" in done.stdout
