@@ -20,7 +20,7 @@ from kimi_lite.apps.chat.render import (
     stats_document,
     stats_line,
 )
-from kimi_lite.apps.model_files import guard_terminal
+from kimi_lite.apps.model_files import ModelFiles, guard_terminal
 from kimi_lite.apps.opening import open_session, say_demo
 from kimi_lite.apps.piped import read_piped
 from kimi_lite.apps.tools.choice import open_tools, require_place
@@ -96,7 +96,11 @@ def start_run(
                 say(remark)
         if conversation.info.path.exists():
             guard_terminal()
-        return run(conversation, compose(text, attachments), output, tools)
+        files = ModelFiles(conversation.info.path)
+        exit_code = run(conversation, compose(text, attachments), output, tools)
+        if warning := files.changes():
+            show_plain(stderr, warning, style="red")
+        return exit_code
 
 
 def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "ToolBox | None" = None) -> int:

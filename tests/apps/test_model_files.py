@@ -6,13 +6,18 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from kimi_lite.apps.model_files import ModelFiles
+from kimi_lite.cli import app
+from kimi_lite.engine.engine import Engine
 from kimi_lite.errors import KimiLiteError
+from tests.apps.fake_main import open_fake
 from tests.apps.terminal import ROOT, Terminal
 from tests.tiny import write_tiny_gguf
 
@@ -76,6 +81,29 @@ def test_changes_are_noticed_by_kind(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(KimiLiteError, match="has become shorter since it was loaded: 3 of 13 bytes"):
             files.changes()
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_a_file_that_is_overwritten_during_an_answer_is_reported_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"0123456789")
+
+    def open_here(*arguments: object) -> Engine:
+        engine = open_fake(*arguments)
+        engine.info = replace(engine.info, path=path)
+        engine.model.before_layer = lambda batch, layer: path.write_bytes(b"9876543210")
+        return engine
+
+    monkeypatch.setattr("kimi_lite.apps.opening.load", open_here)
+    monkeypatch.setattr(
+        f"kimi_lite.apps.{'run' if command == 'run' else 'chat.command'}.guard_terminal", lambda *a: None
+    )
+    arguments = [command, "-m", "x", *(["hi"] if command == "run" else ["--no-warm"])]
+    result = CliRunner().invoke(app, arguments, input="hi\n" if command == "chat" else "")
+    assert "you said: hi" in result.stdout
+    assert result.stderr.count("was written since it was loaded; answers may be wrong") == 1
 
 
 @pytest.mark.parametrize("kind", ["replaced", "deleted", "an endpoint"])

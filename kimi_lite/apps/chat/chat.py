@@ -189,6 +189,7 @@ class Chat:
         finally:
             with on_interrupt(lambda: None):  # a Ctrl-C that comes too late for the answer
                 self.save()
+        self.require_files()  # for what happened meanwhile
         warn_when_nearly_full(self, last.stats.prompt_tokens + last.stats.generated_tokens)
 
     def stream(self, tokens: Iterator[Token], settings: AnswerSettings | None = None) -> Token:
@@ -221,7 +222,7 @@ class Chat:
         return view.last
 
     def require_files(self) -> None:
-        """Before the model works: refuse where its file has become shorter, warn where it was written."""
+        """Refuse to work with a model whose file has become shorter; warn where it was written."""
         if warning := self._files.changes():
             self.warn(warning)
 
