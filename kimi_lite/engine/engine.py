@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from kimi_lite.engine.loop_guard import LoopGuard
+from kimi_lite.engine.pace import Pace
 from kimi_lite.engine.sampler import Sampler, logprobs
 from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
 from kimi_lite.engine.sequence import Sequence
@@ -75,21 +76,30 @@ class Engine:
         holdings: Many[Closeable] = (),
         plan: Plan | None = None,
         max_context_length: int | None = None,
+        max_running: int | None = None,
+        max_gap_s: float | None = None,
     ) -> None:
         """max_step_tokens: default and most, what the model takes at once. holdings: closed, in order, after the model.
         plan: what lies where, for front ends to show. max_context_length: what the model is made for; None: not
-        known."""
+        known. max_running: sequences at the same time. max_gap_s: how long a running answer may wait for its next token
+        while another's prompt is read; None: as long as a whole step of prompt takes."""
         assert context_length <= kv.num_pages * PAGE_TOKENS, (context_length, kv.num_pages)
         assert max_step_tokens is None or max_step_tokens <= model.max_batch_tokens, max_step_tokens
         self.model, self.tokenizer, self.template, self.info = model, tokenizer, template, info
         self.kv, self.context_length, self.plan = kv, context_length, plan
         self.max_context_length = max_context_length
-        self.scheduler = Scheduler(kv, max_step_tokens or model.max_batch_tokens)
+        self.scheduler = Scheduler(kv, max_step_tokens or model.max_batch_tokens, max_running)
+        self.pace = None if max_gap_s is None else Pace(max_gap_s)
         self.clock_s = clock_s
         self.is_closed = False
         self._holdings = holdings
         self._live: dict[str, Sequence] = {}
         self._cancelled: set[str] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do: no request waits or runs."""
+        return not self._live
 
     def close(self) -> None:
         """End what runs, then the model's threads, then let go of its files. A second call does nothing."""
@@ -167,9 +177,10 @@ class Engine:
     def step(self, on_prefill: OnPrefill | None = None) -> list[Token]:
         """One pass of the model over every sequence that can run; the tokens it gave, of all requests."""
         ended = self._end_cancelled()
-        work = self.scheduler.schedule()
+        work = self.scheduler.schedule(self.pace and self.pace.max_prompt_tokens())
         if not work:
             return ended
+        started_s = self.clock_s()
         watch = StepWatch(work, self.kv.num_layers, self._cancelled, on_prefill)
         self._start_clocks(work)
         try:
@@ -178,6 +189,10 @@ class Engine:
             return ended + self._end_cancelled()
         sampled = [item.sequence for item in work if item.is_last]
         assert len(logits) == len(sampled), (logits.shape, len(sampled))
+        if self.pace is not None:
+            num_decoding = sum(item.num_tokens == 1 for item in work)
+            num_prompt_tokens = sum(item.num_tokens for item in work) - num_decoding
+            self.pace.note(self.clock_s() - started_s, num_decoding, num_prompt_tokens)
         self.scheduler.advance(work)
         return ended + [
             token for sequence, row in zip(sampled, logits, strict=True) for token in self._sample(sequence, row)

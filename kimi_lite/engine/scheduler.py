@@ -1,11 +1,12 @@
 """Decides which tokens of which sequences run in the next step.
 
-Every running sequence that decodes gets its one token; what is left of `max_step_tokens` goes to prompts, oldest first,
-in chunks. A sequence waits while its prompt does not fit, and, when a sequence that runs begins like it, until that one
-has computed their common pages. When decoding runs out of pages the youngest sequence goes back to waiting.
+Every running sequence that decodes gets its one token; what is left of the budget goes to prompts, oldest first, in
+chunks. A sequence waits while its prompt does not fit, and, when a sequence that runs begins like it, until that one
+has computed their common pages. Of those that wait, the client with the fewest running sequences is served first. When
+decoding runs out of pages the youngest sequence goes back to waiting.
 """
 
-from collections import deque
+from collections import Counter, deque
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +32,12 @@ class Work(NamedTuple):
 class Scheduler:
     """Holds every sequence in progress, waiting or running, and their pages."""
 
-    def __init__(self, kv: KVCache, max_step_tokens: int) -> None:
+    def __init__(self, kv: KVCache, max_step_tokens: int, max_running: int | None = None) -> None:
+        """max_step_tokens: rows of one forward pass. max_running: sequences at the same time; None: as pages allow."""
         assert max_step_tokens > 0, max_step_tokens
         self.kv = kv
         self.max_step_tokens = max_step_tokens
+        self.max_running = max_running
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they were let in
 
@@ -48,17 +51,29 @@ class Scheduler:
         else:
             self._stop_running(sequence)
 
-    def schedule(self) -> list[Work]:
-        """The next step's work, at least one token unless nothing is in progress."""
+    def schedule(self, max_prompt_tokens: int | None = None) -> list[Work]:
+        """The next step's work, at least one token unless nothing is in progress.
+
+        max_prompt_tokens: of prompts beside sequences that decode, so that these go on soon; None: as many as fit.
+        """
         self._secure_pages()
         decoding = [s for s in self.running if s.num_left == 1]
         work = [Work(sequence, 1) for sequence in decoding]
         budget = self.max_step_tokens - len(work)
+        if decoding and max_prompt_tokens is not None:
+            budget = min(budget, max_prompt_tokens)
         for sequence in [s for s in self.running if s.num_left > 1]:
             budget = self._give_chunk(work, sequence, budget)
-        while budget > 0 and self.waiting and self._let_in(self.waiting[0]):
+        while budget > 0 and self.waiting and self._let_in(self._next_in_line()):
             budget = self._give_chunk(work, self.running[-1], budget)
         return work
+
+    def _next_in_line(self) -> Sequence:
+        """Who had begun already goes on first; then the oldest of the client with the fewest running sequences."""
+        if self.waiting[0].num_generated:
+            return self.waiting[0]
+        num_running = Counter(sequence.request.client for sequence in self.running)
+        return min(self.waiting, key=lambda sequence: num_running[sequence.request.client])
 
     def advance(self, work: list[Work]) -> None:
         """The model has run this work: its rows are valid."""
@@ -73,7 +88,9 @@ class Scheduler:
         return budget - num_tokens
 
     def _let_in(self, sequence: Sequence) -> bool:
-        """Start the first waiting sequence if it need not wait."""
+        """Start a waiting sequence if it need not wait."""
+        if self.max_running is not None and len(self.running) >= self.max_running:
+            return False
         if any(_has_pages_to_come_for(other, sequence) for other in self.running):
             return False
         pages = self.kv.open(sequence.token_ids)
@@ -83,7 +100,8 @@ class Scheduler:
         if sequence.num_generated == 0:
             sequence.num_cached = pages.num_cached
         sequence.pages = pages
-        self.running.append(self.waiting.popleft())
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
         return True
 
     def _secure_pages(self) -> None:

@@ -107,6 +107,7 @@ def fake_engine(
     context_length: int = 1024,
     num_pages: int | None = None,
     max_step_tokens: int | None = None,
+    **more: object,
 ) -> Engine:
     """A real engine, cache, tokenizer and template around the fake model (`engine.model`)."""
     metadata = tiny_metadata()
@@ -114,7 +115,7 @@ def fake_engine(
     template = ChatTemplate.from_metadata(metadata, tokenizer)
     kv = KVCache(NUM_LAYERS, LATENT_SIZE, num_pages or -(-context_length // PAGE_TOKENS), "f32")
     info = ModelInfo("fake", Path("fake.gguf"), 3_000_000, (("Q8_0", 2_000_000), ("F32", 1_000_000)))
-    return Engine(FakeModel(kv, next_logits), kv, tokenizer, template, context_length, info, max_step_tokens)
+    return Engine(FakeModel(kv, next_logits), kv, tokenizer, template, context_length, info, max_step_tokens, **more)
 
 
 def scripted_logits(tokenizer: Tokenizer, answer: Callable[[str], tuple[str, str]]) -> NextLogits:

@@ -1,5 +1,7 @@
 """Which tokens run next: budget, order, waiting, and who makes room when the pages are used up."""
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,3 +86,43 @@ def test_make_batch_lays_sequences_side_by_side() -> None:
     assert batch.positions.tolist() == [*range(70), *range(10)]
     assert batch.token_ids.tolist() == [*prompt_of(70), *prompt_of(30, seed=1)[:10]]
     assert batch.wants_logits.tolist() == [False] * 69 + [True] + [False] * 10
+
+
+def test_prompts_beside_running_answers_are_cut_to_the_gap_that_is_allowed() -> None:
+    """The fake clock charges 1 s a step and 10 ms a prompt token: 3 s leave 2 s, three pages, for a prompt."""
+    engine = fake_engine(context_length=4096, num_pages=200, max_step_tokens=512, max_gap_s=3.0)
+    now_s, forward = [0.0], engine.model.forward
+
+    def timed(batch, should_stop=None):
+        prompt_tokens = sum(piece.length for piece in batch.sequences if piece.length > 1)
+        now_s[0] += 1.0 + 0.01 * prompt_tokens
+        return forward(batch, should_stop)
+
+    engine.model.forward, engine.clock_s = timed, lambda: now_s[0]
+    engine.add(request("running", prompt_of(20), 300, ignore_eos=True))
+    for _ in range(5):
+        engine.step()
+    engine.add(request("long", prompt_of(3000, seed=1), 3, ignore_eos=True))
+    gaps = []
+    while engine._live["long"].num_generated == 0:
+        before = now_s[0]
+        engine.step()
+        gaps.append(now_s[0] - before)
+    assert max(gaps[3:]) <= 3.0 and min(gaps[3:-1]) > 2.0, gaps  # the first steps learn
+    alone = fake_engine(context_length=4096, num_pages=200, max_step_tokens=512, max_gap_s=3.0)
+    alone.add(request("long", prompt_of(600, seed=1), 3, ignore_eos=True))
+    assert scheduled(alone) == [512]  # nobody waits for it: a whole step
+
+
+def test_clients_take_turns_and_no_more_run_than_allowed() -> None:
+    engine = fake_engine(context_length=256, num_pages=80, max_running=2)
+    for i in range(5):
+        engine.add(replace(request(f"a{i}", prompt_of(10, seed=i), 6, ignore_eos=True), client="a"))
+    for i in range(2):
+        engine.add(replace(request(f"b{i}", prompt_of(10, seed=9 + i), 6, ignore_eos=True), client="b"))
+    order = []
+    while engine._live:
+        engine.step()
+        assert len(engine.scheduler.running) <= 2
+        order += [s.request.id for s in engine.scheduler.running if s.request.id not in order]
+    assert order[:4] == ["a0", "b0", "a1", "b1"] and sorted(order) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1"]

@@ -1,0 +1,280 @@
+"""An engine in a thread of its own, for callers on an asyncio event loop: the server, the swarm.
+
+    service = EngineService(lambda: load("model.gguf", options))
+    service.start()                       # loads in the thread
+    async for events in service.stream(request): ...
+
+Requests join and leave between two steps. Everything that is for one step's listeners crosses over to the event loop in
+one call, so that Python's part of a token stays small. Leaving the iteration cancels the request within a layer's time.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.types import Request, Token
+from kimi_lite.errors import KimiLiteError
+
+State = Literal["loading", "ready", "closing", "failed", "closed"]
+_RATE_WINDOW_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a prompt has been read."""
+
+    request_id: str
+    done_tokens: int
+    total_tokens: int
+
+
+Event = Token | Progress
+
+
+class QueueFull(KimiLiteError):
+    """Too many requests wait already."""
+
+    def __init__(self, num_waiting: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"{num_waiting} requests are waiting, which is as many as may.", f"Try again in {retry_after_s} s."
+        )
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(KimiLiteError):
+    """The engine is still loading, is closing, or has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What goes on now. Rates are of the last ten seconds."""
+
+    num_running: int
+    num_waiting: int
+    prompt_tok_s: float
+    generation_tok_s: float
+
+
+class _Listener:
+    """Where the events of one request go; None ends them."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.queue: asyncio.Queue[list[Event] | BaseException | None] = asyncio.Queue()
+        self.started_s = time.monotonic()
+
+
+class EngineService:
+    """Owns the engine; others use its `tokenizer` and `template` only."""
+
+    def __init__(self, open_engine: Callable[[], Engine], max_waiting: int = 64, clock_s=time.monotonic) -> None:
+        """`open_engine` runs in the service's thread. max_waiting: requests in the queue; more are refused."""
+        self._open_engine, self._max_waiting, self._clock_s = open_engine, max_waiting, clock_s
+        self.state: State = "loading"
+        self.failure: BaseException | None = None
+        self.engine: Engine | None = None  # once loaded
+        self.is_ready = threading.Event()  # loaded, or failed
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = threading.Condition()
+        self._inbox: deque[_Listener] = deque()
+        self._listeners: dict[str, _Listener] = {}  # of requests that the engine has; the engine's thread only
+        self._num_open = 0  # requests that were taken and have not ended
+        self._durations_s: deque[float] = deque(maxlen=32)
+        self._totals: dict[str, int] = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "requests": 0}
+        self._recent: deque[tuple[float, int, int]] = deque()  # (time, prompt tokens, generated tokens)
+        self._thread = threading.Thread(target=self._run, name="kimi-lite-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load; from the event loop that will listen."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stream(self, request: Request) -> AsyncGenerator[list[Event], None]:
+        """The events of a request, in groups as they come; the last token has a finish reason.
+
+        Raises Unavailable, QueueFull, or KimiLiteError for a request that cannot run, before the first event.
+        """
+        listener = self._submit(request)
+        is_ended = False
+        try:
+            while True:
+                events = await listener.queue.get()
+                if events is None:
+                    is_ended = True
+                    return
+                if isinstance(events, BaseException):
+                    is_ended = True
+                    raise events
+                yield events
+        finally:
+            if not is_ended:
+                self.engine.cancel(request.id)
+
+    def require_ready(self) -> Engine:
+        """The engine, or Unavailable with the reason."""
+        if self.state == "ready":
+            return self.engine
+        if self.state == "loading":
+            raise Unavailable("The model is still loading.", "Ask /health and try again.")
+        if self.state == "failed":
+            raise Unavailable(f"The engine has stopped: {_first_line(self.failure)}", "Start the server again.")
+        raise Unavailable("The server is shutting down.")
+
+    def load(self) -> Load:
+        """How busy the engine is."""
+        engine = self.engine
+        num_running = 0 if engine is None else len(engine.scheduler.running)
+        with self._changed:
+            num_waiting = max(0, self._num_open - num_running)
+            now = self._clock_s()
+            while self._recent and self._recent[0][0] < now - _RATE_WINDOW_S:
+                self._recent.popleft()
+            prompt, generated = (sum(entry[i] for entry in self._recent) / _RATE_WINDOW_S for i in (1, 2))
+        return Load(num_running, num_waiting, prompt, generated)
+
+    def totals(self) -> Mapping[str, int]:
+        """Tokens and requests since the start."""
+        with self._changed:
+            return dict(self._totals)
+
+    async def close(self, deadline_s: float) -> None:
+        """Take no more requests, let those that run end within the deadline, cancel the rest, close the engine."""
+        with self._changed:
+            if self.state in ("loading", "ready"):
+                self.state = "closing"
+            self._changed.notify_all()
+        until = self._clock_s() + deadline_s
+        while self._num_open and self._thread.is_alive() and self._clock_s() < until:
+            await asyncio.sleep(0.02)
+        with self._changed:
+            self.state = self.state if self.state == "failed" else "closed"
+            self._changed.notify_all()
+        await asyncio.to_thread(self._thread.join)
+
+    def _submit(self, request: Request) -> _Listener:
+        engine = self.require_ready()
+        engine.require_room(request)
+        listener = _Listener(request)
+        with self._changed:
+            num_waiting = self._num_open - len(engine.scheduler.running)
+            if num_waiting >= self._max_waiting:
+                raise QueueFull(num_waiting, self._seconds_for(num_waiting))
+            self._num_open += 1
+            self._totals["requests"] += 1
+            self._inbox.append(listener)
+            self._changed.notify_all()
+        return listener
+
+    def _seconds_for(self, num_waiting: int) -> int:
+        """About how long it takes until one of those that wait gets its turn."""
+        average_s = sum(self._durations_s) / len(self._durations_s) if self._durations_s else 10.0
+        num_parallel = self.engine.scheduler.max_running or max(1, len(self.engine.scheduler.running))
+        return max(1, min(600, round(average_s * num_waiting / num_parallel / 2)))
+
+    # The engine's thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self.engine = self._open_engine()
+            with self._changed:
+                self.state = "ready" if self.state == "loading" else self.state
+        except BaseException as error:
+            self._fail(error)
+            return
+        finally:
+            self.is_ready.set()
+        try:
+            while self._take_inbox():
+                self._step()
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self.engine.close()
+
+    def _take_inbox(self) -> bool:
+        """Wait for work; hand what came to the engine. False when the service is closed."""
+        with self._changed:
+            while self.state != "closed" and not self._inbox and self.engine.is_idle:
+                self._changed.wait()
+            arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            is_closed = self.state == "closed"
+        for listener in arrived:
+            try:
+                self.engine.add(listener.request)
+            except KimiLiteError as error:
+                self._end(listener, error)
+            else:
+                self._listeners[listener.request.id] = listener
+        if is_closed:
+            for name in self._listeners:
+                self.engine.cancel(name)
+            while not self.engine.is_idle:
+                self._step()
+        return not is_closed
+
+    def _step(self) -> None:
+        events: dict[str, list[Event]] = {}
+
+        def on_prefill(name: str, done: int, total: int) -> None:
+            if name in self._listeners:
+                self._deliver([(self._listeners[name].queue, [Progress(name, done, total)])])
+
+        tokens = self.engine.step(on_prefill)
+        for token in tokens:
+            events.setdefault(token.request_id, []).append(token)
+        self._count(tokens)
+        self._deliver([(self._listeners[name].queue, group) for name, group in events.items()])
+        for name, group in events.items():
+            if group[-1].finish_reason is not None:
+                self._end(self._listeners.pop(name), None)
+
+    def _count(self, tokens: list[Token]) -> None:
+        generated = sum(token.id is not None for token in tokens)
+        ended = [token.stats for token in tokens if token.stats.generated_tokens == 1 and token.id is not None]
+        prompt = sum(stats.prompt_tokens - stats.cached_tokens for stats in ended)
+        with self._changed:
+            self._totals["generated_tokens"] += generated
+            self._totals["prompt_tokens"] += sum(stats.prompt_tokens for stats in ended)
+            self._totals["cached_tokens"] += sum(stats.cached_tokens for stats in ended)
+            self._recent.append((self._clock_s(), prompt, generated))
+
+    def _end(self, listener: _Listener, error: BaseException | None) -> None:
+        with self._changed:
+            self._num_open -= 1
+            self._durations_s.append(self._clock_s() - listener.started_s)
+        self._deliver([(listener.queue, error)])
+
+    def _deliver(self, items: list[tuple[asyncio.Queue, list[Event] | BaseException | None]]) -> None:
+        """To the event loop, all at once; a loop that is gone listens no more."""
+        if not items:
+            return
+        try:
+            self._loop.call_soon_threadsafe(_put_all, items)
+        except RuntimeError:
+            return
+
+    def _fail(self, error: BaseException) -> None:
+        """The engine is broken: everything that waits for it hears so."""
+        with self._changed:
+            self.failure, self.state = error, "failed"
+            listeners = [*self._listeners.values(), *self._inbox]
+            self._listeners.clear()
+            self._inbox.clear()
+        problem = Unavailable(f"The engine has stopped: {_first_line(error)}", "Start the server again.")
+        for listener in listeners:
+            self._end(listener, problem)
+
+
+def _put_all(items: list[tuple[asyncio.Queue, object]]) -> None:
+    for queue, events in items:
+        queue.put_nowait(events)
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = error.message if isinstance(error, KimiLiteError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
