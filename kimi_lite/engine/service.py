@@ -161,7 +161,7 @@ class EngineService:
         engine.require_room(request)
         listener = _Listener(request)
         with self._changed:
-            num_waiting = self._num_open - len(engine.scheduler.running)
+            num_waiting = self._num_open - (engine.scheduler.max_running or len(engine.scheduler.running))
             if num_waiting >= self._max_waiting:
                 raise QueueFull(num_waiting, self._seconds_for(num_waiting))
             self._num_open += 1
