@@ -22,6 +22,7 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that o
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_MOST_ZEROS = 0.6  # of every other byte: then it is UTF-16 of mostly Western text
 PARTIAL = ".partial"  # how the names of unfinished files end
 
 
@@ -108,7 +109,7 @@ def decode_text(data: bytes, what: str) -> str:
     """
     if len(data) > MAX_TEXT_BYTES:
         raise KimiLiteError(f"{what} is longer than {MAX_TEXT_BYTES:,} bytes.", "Take a part of it.")
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None) or _without_mark(data)
+    encoding = encoding_of(data)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -125,11 +126,14 @@ def decode_text(data: bytes, what: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _without_mark(data: bytes) -> str:
-    """UTF-16 of Western text has a zero in every other byte; anything else is to be UTF-8."""
-    head = data[:4096]
-    half = len(head) // 2
+def encoding_of(head: bytes) -> str:
+    """By how a text begins: UTF-8, or what its byte order mark says, or UTF-16 where every other byte is zero, as in
+    Western text that Windows pipes."""
+    marked = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), None)
+    if marked:
+        return marked
+    head = head[: min(len(head), 4096) // 2 * 2]
     for encoding, zeros, others in (("utf-16-le", head[1::2], head[0::2]), ("utf-16-be", head[0::2], head[1::2])):
-        if half and len(data) % 2 == 0 and zeros.count(0) > 0.6 * half and not others.count(0):
+        if head and zeros.count(0) > _MOST_ZEROS * len(zeros) and not others.count(0):
             return encoding
     return "utf-8"

@@ -2,8 +2,9 @@
 PowerShell pipes it.
 """
 
-import codecs
 from typing import TextIO
+
+from kimi_lite.files import encoding_of
 
 QUOTES = '"""'
 
@@ -37,14 +38,8 @@ class PipeInput:
 
 def _set_encoding(stream: TextIO) -> None:
     """By how it begins, whatever the locale. Bytes that are not text are kept, for the message is refused then."""
-    head = stream.buffer.peek(4)[:4] if hasattr(stream.buffer, "peek") else b""
-    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (len(head) == 4 and not any(head[1::2]))
-    if not is_utf16:
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
-    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        stream.reconfigure(encoding="utf-16", errors="replace")
-    else:
-        stream.reconfigure(encoding="utf-16-le", errors="replace")
+    encoding = encoding_of(stream.buffer.peek(1)) if hasattr(stream.buffer, "peek") else "utf-8"
+    stream.reconfigure(encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "replace")
 
 
 def is_open_block(text: str) -> bool:

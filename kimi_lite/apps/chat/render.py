@@ -18,7 +18,7 @@ from kimi_lite.apps.markdown.stream import MarkdownStream
 from kimi_lite.engine.turns import AnswerRecord
 from kimi_lite.engine.types import ModelInfo, Stats, Token
 from kimi_lite.terminal import Console, show_plain, write
-from kimi_lite.units import counted, gib
+from kimi_lite.units import counted, gib, shortened
 
 LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
 LEAST_RATED_TOKENS = 16  # below it a prompt's speed is that of the first token
@@ -191,7 +191,8 @@ class WorkProgress:
 
     def __init__(self, console: Console, unit: Callable[[int], str] = "{:,}".format, least: int = 1) -> None:
         amount = TextColumn("[dim]{task.fields[amount]}")
-        columns = (TextColumn("[dim]{task.description}"), BarColumn(28), amount, TimeRemainingColumn())
+        bar = BarColumn(max(min(28, console.width - 50), 4))
+        columns = (TextColumn("[dim]{task.description}"), bar, amount, TimeRemainingColumn(compact=True))
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._line = Progress(_Waited(), console=console, transient=True, disable=not can_redraw(console))
         self._unit, self._least = unit, least
@@ -213,6 +214,7 @@ class WorkProgress:
     def wait(self, what: str) -> None:
         """From now on something is waited for: `waiting for kimi-k2.5` becomes `waiting for kimi-k2.5 · 5 s`."""
         self._stop_waiting()
+        what = shortened(what, self._line.console.width - 10)
         self._timer = threading.Timer(SILENCE_S, self._show_waiting, [what, time.monotonic()])
         self._timer.daemon = True
         self._timer.start()

@@ -177,9 +177,11 @@ class SessionLock:
             raise NotWritable(error.message, error.hint) from error
 
     def release(self) -> None:
-        with suppress(OSError):
-            self._path.unlink()
-        self._file.close()
+        """A second call does nothing: the name may be held by another program by then."""
+        if not self._file.closed:
+            with suppress(OSError):
+                self._path.unlink()
+            self._file.close()
 
     def __enter__(self) -> "SessionLock":
         return self

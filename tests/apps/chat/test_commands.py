@@ -416,7 +416,7 @@ def test_images_go_with_the_message_where_the_model_sees(talk: Talk, tmp_path: P
     image, text = talk.session.messages[-2]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert text == {"type": "text", "text": "look"}
-    talk.say(f"and {tmp_path}/a.png")
+    assert "a.png (image) goes with this message" in talk.say(f"and {tmp_path}/a.png")
     assert len(talk.session.messages[-2]["content"]) == 2
 
 

@@ -87,6 +87,16 @@ def test_a_lock_file_without_a_holder_holds_nothing(autosave: Autosave) -> None:
     SessionLock(autosave.store, "mine").release()
 
 
+def test_a_hold_that_ended_takes_no_other_one_away(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path)
+    first = SessionLock(store, "mine")
+    first.release()
+    with SessionLock(store, "mine"):
+        first.release()
+        with pytest.raises(KimiLiteError, match="open in another"):
+            SessionLock(store, "mine")
+
+
 def test_two_programs_on_one_conversation_and_the_second_is_refused_politely(tmp_path: Path) -> None:
     first = Terminal(FAKE, "chat", "-m", "x", "--session", "mine")
     first.wait_for("❯")

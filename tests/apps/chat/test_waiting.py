@@ -54,6 +54,22 @@ def test_a_slow_prompt_here_shows_it_too(tmp_path: Path) -> None:
     terminal.close()
 
 
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_progress_fits_into_one_row(width: int) -> None:
+    screen = Screen(width)
+    with WorkProgress(screen.console) as progress:
+        progress.wait("waiting for a-model-whose-name-is-longer-than-a-narrow-terminal-is-wide")
+        time.sleep(SILENCE_S + 0.3)
+        assert screen.text.endswith("· 1 s")
+        assert len(screen.text.split("\n")) == 1
+        progress("reading the prompt", 100, 100_000)
+        progress("reading the prompt", 50_000, 100_000)
+        time.sleep(0.3)
+        assert "reading the prompt" in screen.text
+        assert "50,000 / 100,000" in screen.text
+        assert len(screen.text.split("\n")) == 1
+
+
 def test_what_ends_within_a_second_shows_nothing() -> None:
     screen = Screen()
     progress = WorkProgress(screen.console)
