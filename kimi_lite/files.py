@@ -1,4 +1,4 @@
-"""Files that appear only when they are complete, whatever ends the program meanwhile; text that people give us, in the
+"""Files that appear only when they are complete, whenever the program ends; text that people give us, in the
 encodings they have; and the folder of files that can be made again.
 """
 

@@ -46,6 +46,7 @@ class Option:
     commands: tuple[str, ...]
     metavar: str | None = None
     least: float | None = None
+    above: float | None = None  # a limit that is not itself allowed
     most: float | None = None
     choices: tuple[str, ...] = ()
     none_text: str | None = None  # a value that stands for None: -1 for "no limit"
@@ -116,15 +117,16 @@ class Option:
         return number
 
     def _within(self, number: float, value: object, source: str) -> float:
-        if (self.least is not None and number < self.least) or (self.most is not None and number > self.most):
+        is_low = (self.least is not None and number < self.least) or (self.above is not None and number <= self.above)
+        if is_low or (self.most is not None and number > self.most):
             raise self._wrong(value, source)
         return number
 
     def _wrong(self, value: object, source: str) -> KimiLiteError:
         allowed = ", ".join(self.choices) if self.kind == "choice" else ""
-        limits = ""
-        if self.least is not None:
-            limits = f" from {self.least:g} to {self.most:g}" if self.most is not None else f", {self.least:g} or more"
+        limits = "" if self.least is None else f", {self.least:g} or more"
+        limits = limits if self.above is None else f" above {self.above:g}"
+        limits += "" if self.most is None else f", at most {self.most:g}"
         unless = f", or {self.none_text}" if self.none_text else ""
         expected = f"{_WORDS.get(self.kind, self.kind)} {allowed}".strip() + limits + unless
         return KimiLiteError(f"{source} is {value!r}; it must be {expected}.", f"{self.long_flag}: {self.help}")
@@ -490,7 +492,7 @@ class Options:
         "--top-p",
         help="Keep the likeliest tokens that sum to p; 1: off.",
         kind="number",
-        least=0,
+        above=0,
         most=1,
         unused=_greedy,
         panel=SAMPLING,
@@ -513,6 +515,7 @@ class Options:
         "--repeat-penalty",
         help="Make seen tokens less likely; 1: off.",
         kind="number",
+        above=0,
         panel=SAMPLING,
         commands=ANSWERING,
         default=1.0,
@@ -521,6 +524,7 @@ class Options:
         "--seed",
         help="The same seed gives the same answer. Default: random.",
         kind="integer",
+        least=0,
         unused=_greedy,
         panel=SAMPLING,
         commands=ANSWERING,

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from kimi_lite.apps.flags import resolve
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
+from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.planning import choose_tier, situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.probe import Gpu, described, probe
-from kimi_lite.options import OPTIONS, Options, Situation, options_of, unused_options
+from kimi_lite.options import OPTIONS, PROMPT, SAMPLING, Options, Situation, options_of, unused_options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.units import GIB, MIB
 from tests.tiny import write_tiny_gguf
@@ -120,6 +121,19 @@ def test_any_text_is_a_value_or_a_sentence(name, text):
     if value is not None and option.kind in ("integer", "number", "tokens", "size"):
         assert option.least is None or value >= option.least
         assert option.most is None or value <= option.most
+
+
+@settings(deadline=None)
+@given(st.sampled_from([n for n, each in OPTIONS.items() if each.panel in (SAMPLING, PROMPT)]), st.floats(-3, 3))
+def test_what_an_option_takes_the_sampler_takes(name, number):
+    """No value gets past the option to be refused later, without its flag's name."""
+    option = OPTIONS[name]
+    text = str(round(number) if option.kind in ("integer", "tokens") else number)
+    try:
+        options = Options(**{name: option.parse(text, "here")})
+    except KimiLiteError:
+        return
+    AnswerSettings.from_options(options)  # raises where it does not
 
 
 def test_the_file_serves_every_command_that_has_the_option():
@@ -233,7 +247,7 @@ def effect(options: Options, hardware, store, config, sizes) -> object:
 def test_every_option_has_an_effect_or_a_line(name, value, has_gpu, is_from_disk, loading, tmp_path_factory):
     store, config, sizes, here = model(tmp_path_factory.getbasetemp())
     gpu = Gpu("a GPU", 24 * GIB, 23 * GIB, 900e9, 23e9) if has_gpu else None
-    hardware = replace(described(here, 16 * GIB, None), gpu=gpu)
+    hardware = replace(described(here, 16 * GIB, None, num_cores=8), gpu=gpu)
     base = Options(loading=loading, ram_expert_bytes=2 * MIB if is_from_disk else None, num_gpu_experts=4)
     base = replace(base, **{name: getattr(Options(), name)})
     with_it = replace(base, **{name: value}, given={name: OPTIONS[name].long_flag})

@@ -241,7 +241,7 @@ def translate(command: str, accepted: Accepted, arguments: Sequence[str], say: C
     while left:
         word = left.pop(0)
         if word in ("--mlock", "--no-mmap", "--mmap") and "--mlock" in arguments:
-            word = "--mlock"  # locking says it all, in whatever order they come
+            word = "--mlock"  # locking includes the others, in any order
         name, equals, value = word.partition("=")
         if word == "--":
             return [*found, word, *left]

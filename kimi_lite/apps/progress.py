@@ -5,7 +5,7 @@ from rich.text import Text
 
 from kimi_lite.terminal import Console
 
-LEAST_BYTES = 1_000_000  # nobody counts stages or kernels in millions: larger totals are bytes
+LEAST_BYTES = 1_000_000  # stages and kernels are fewer than a million: larger totals are bytes
 
 
 class _Amount(ProgressColumn):

@@ -33,7 +33,8 @@ def choose_device(wanted: str | None) -> str:
 
 
 def find_gpu(device: str) -> Gpu | None:
-    """What the planner must know of the GPU; None for the CPU. NVML tells the most, torch at least what has room."""
+    """What the planner must know of the GPU; None for the CPU. NVML tells the most, torch at least how much is
+    free."""
     if device == "cpu":
         return None
     if gpu := probe_gpu():

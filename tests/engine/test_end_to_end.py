@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kimi_lite.engine import loader
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import load
@@ -144,3 +146,26 @@ def test_the_cache_serves_as_many_sequences_as_asked(model_path: Path) -> None:
     with load(model_path, Options(context_length=1000, num_sequences=3, num_threads=1)) as engine:
         assert engine.context_length == 1000 and engine.kv.num_pages == 3 * 16
         assert engine.plan.part_bytes("RAM", KV) == engine.kv.storage.nbytes
+
+
+def test_what_the_plan_says_is_allocated(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another plan, and other allocations: nothing decides again after it."""
+    made = loader.plan_load
+
+    def other_plan(*arguments):
+        plan = made(*arguments)
+        few = plan.ram_expert_bytes // 2
+        return replace(
+            plan,
+            context_length=640,
+            num_cache_pages=25,
+            num_threads=2,
+            ram_expert_bytes=few,
+            disk_expert_bytes=plan.ram_expert_bytes - few,
+        )
+
+    monkeypatch.setattr(loader, "plan_load", other_plan)
+    with load(model_path, Options(num_threads=1)) as engine:
+        assert (engine.context_length, engine.kv.num_pages, engine.model.team.num_threads) == (640, 25, 2)
+        slots = engine.counters()["expert_slots"]
+        assert 0 < slots * engine.plan.sizes.slot_bytes <= 1.01 * engine.plan.ram_expert_bytes

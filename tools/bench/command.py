@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kimi_lite.apps.flags import with_options
+from kimi_lite.files import require_writable
 from kimi_lite.options import Options
 
 if TYPE_CHECKING:
@@ -51,6 +52,13 @@ def bench(
     from kimi_lite.tools.bench.plan import plan_tests
 
     tests = plan_tests(prompt, generate, depth, batch, sweep)
+    for path, what in (
+        (trace, "The timeline"),
+        (plot, "The drawing"),
+        (options.routing_trace, "The record of routing"),
+    ):
+        if path:
+            require_writable(path, what)
     if compare_with:
         from kimi_lite.tools.bench.llama import import_llama_cpp
 

@@ -80,7 +80,7 @@ def print_text(num_chunks: int, own: Losses, found: Sequence[tuple[str, Losses, 
     for name, their_losses, divergence in found:
         theirs, d = their_losses.perplexity, divergence.to_json()
         kl, same, rank, ratio = d["kl_nats"], d["top1_agreement"], d["rank"], d["perplexity_ratio"]
-        print(f"\nbeside {name}")
+        print(f"\nagainst {name}")
         print(f"its perplexity    {theirs.mean:.4f} ± {theirs.error:.4f}")
         print(f"ratio to it       {ratio['mean']:.5f} ± {ratio['error']:.5f}")
         print(f"KL divergence     {kl['mean']:z.5f} ± {kl['error']:.5f} nats")
