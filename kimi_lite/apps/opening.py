@@ -70,7 +70,7 @@ def _refuse_known(name: str) -> None:
     known = find_known(alias)
     if known is None:
         return
-    size = gib(find_subject(alias, is_seeing=False).sizes_in(_SMALL_RECIPE).total_bytes)
+    size = gib(find_subject(alias, has_vision=False).sizes_in(_SMALL_RECIPE).total_bytes)
     repository = name if "/" in name else "REPO"
     raise KimiLiteError(
         f"{name} names {known.config.name}, {known.config.total_parameters / 1e9:,.0f} G parameters; -m wants its file "

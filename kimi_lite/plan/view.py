@@ -35,7 +35,7 @@ def plan_lines(plan: Plan, width: int = WIDTH) -> list[str]:
     sizes = plan.sizes
     head = f"{sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)} of weights"
     machine, places, ends = _machine_lines(plan, width), place_lines(plan, width), _ending_lines(plan, width)
-    return [*_wrap("", head, width, 0), "", *machine, "", *places, "", *ends]
+    return [*wrap("", head, width, 0), "", *machine, "", *places, "", *ends]
 
 
 def recipe_lines(choices: Sequence[Choice], chosen: str, is_named: bool, width: int = WIDTH) -> list[str]:
@@ -51,7 +51,7 @@ def recipe_lines(choices: Sequence[Choice], chosen: str, is_named: bool, width: 
         return " ".join(aligned).rstrip()
 
     head = "Types of the routed experts. loss: KL divergence, measured on the demo model; sizes in GiB; tokens/s"
-    lines = [*_wrap("", head, width, 0), row([title for title, _, _ in _COLUMNS])]
+    lines = [*wrap("", head, width, 0), row([title for title, _, _ in _COLUMNS])]
     for choice in choices:
         plan, sizes = choice.plan, choice.plan.sizes
         name = f"{'*' if choice.recipe == chosen else ' '} {choice.recipe}{'+' if choice.needs_ggml else ''}"
@@ -59,11 +59,11 @@ def recipe_lines(choices: Sequence[Choice], chosen: str, is_named: bool, width: 
         memory = (f"{sizes.expert_bytes / GIB:,.1f}", f"{sizes.total_bytes / GIB:,.1f}")
         verdict = "needs flags" if plan.refusal and plan.refusal.has_flags else plan.verdict
         lines.append(row([name, describe(choice.recipe), *memory, verdict, *speeds]))
-    lines += _wrap("*", "named: planned above" if is_named else explain_choice(choices, chosen), width, 2)
+    lines += wrap("*", "named: planned above" if is_named else explain_choice(choices, chosen), width, 2)
     if any(choice.plan.refusal and choice.plan.refusal.has_flags for choice in choices):
-        lines += _wrap("", "needs flags: it runs with what this command proposes when --recipe names it", width, 2)
+        lines += wrap("", "needs flags: it runs with what this command proposes when --recipe names it", width, 2)
     if any(choice.needs_ggml for choice in choices):
-        lines += _wrap("+", "kimi-lite quantize needs pip install 'kimi-lite[ggml]' for it", width, 2)
+        lines += wrap("+", "kimi-lite quantize needs pip install 'kimi-lite[ggml]' for it", width, 2)
     return lines
 
 
@@ -72,15 +72,15 @@ def start_panel(plan: Plan, *more: str, width: int = WIDTH) -> list[str]:
     sampling)."""
     sizes = plan.sizes
     head = f"kimi-lite {__version__} · {sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)}"
-    lines = _wrap("", head, width, 0)
+    lines = wrap("", head, width, 0)
     if plan.is_on_gpu and plan.hardware.gpu:
-        lines += _wrap("  GPU", f"{plan.hardware.gpu.name}: {_parts(plan, 'VRAM')}", width, 7)
-    lines += _wrap("  RAM", f"{gib(plan.have_bytes('RAM'))} {_source(plan, 'RAM')}: {_parts(plan, 'RAM')}", width, 7)
+        lines += wrap("  GPU", f"{plan.hardware.gpu.name}: {_parts(plan, 'VRAM')}", width, 7)
+    lines += wrap("  RAM", f"{gib(plan.have_bytes('RAM'))} {_source(plan, 'RAM')}: {_parts(plan, 'RAM')}", width, 7)
     if plan.disk_expert_bytes:
         disk = plan.rates.disk
         text = f"{gib(plan.disk_expert_bytes)} of experts stay there: {_gb_s(disk)} {disk.origin}"
-        lines += _wrap("  disk", text, width, 7)
-    return [*lines, *_wrap("  ", " · ".join([f"context {plan.context_length:,}", *more, speed_text(plan)]), width, 2)]
+        lines += wrap("  disk", text, width, 7)
+    return [*lines, *wrap("  ", " · ".join([f"context {plan.context_length:,}", *more, speed_text(plan)]), width, 2)]
 
 
 def speed_text(plan: Plan) -> str:
@@ -117,7 +117,7 @@ def place_lines(plan: Plan, width: int = WIDTH) -> Iterator[str]:
                 yield f"{line}  {remark}".rstrip()
             else:
                 yield line
-                yield from _wrap("", remark, width, label + 2)
+                yield from wrap("", remark, width, label + 2)
 
 
 def next_line(plan: Plan, origin: str, recipe: str | None, is_checkpoint: bool) -> str:
@@ -143,13 +143,13 @@ def limit_flags(plan: Plan) -> str:
 
 def labelled(label: str, text: str, width: int = WIDTH) -> list[str]:
     """A line of the plan's form: `label` in the first column, `text` after it."""
-    return _wrap(label, text, width, _label_width(width))
+    return wrap(label, text, width, _label_width(width))
 
 
 def command_lines(label: str, command: str, width: int = WIDTH) -> list[str]:
     """A command that can be copied: lines that go on end in a backslash."""
     indent = _label_width(width)
-    *lines, last = _wrap(label, command, width - 2, indent)
+    *lines, last = wrap(label, command, width - 2, indent)
     return [*(f"{line} \\" for line in lines), last]
 
 
@@ -296,8 +296,9 @@ def _label_width(width: int) -> int:
     return 10 if width >= 60 else 8
 
 
-def _wrap(label: str, text: str, width: int, indent: int) -> list[str]:
-    """Words of `text` in lines of at most `width` columns; one word that is longer alone is a line of its own."""
+def wrap(label: str, text: str, width: int, indent: int) -> list[str]:
+    """Words of `text` in lines of at most `width` columns after `label`, which has `indent` columns, as have the lines
+    that follow; one word that is longer alone is a line of its own."""
     lines, line = [], f"{label:<{indent}}"
     is_begun = False
     for word in text.split():

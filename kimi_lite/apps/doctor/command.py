@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     from kimi_lite.apps.doctor.system import Check, Facts
 
-_FAILED = 2  # something the user can mend
-_LABEL = 17
+_FAILED = 2  # something the user can fix
+_STATUS, _LABEL = 5, 17  # columns: "warn ", and that with the name of a check
+_NARROW = 60  # columns: below them the name joins the text
 
-Quick = Annotated[bool, typer.Option("--quick", help="Do not measure memory and disk: two seconds less.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Do not measure RAM and disk: two seconds less.")]
 Warm = Annotated[bool, typer.Option("--warm", help="Compile the model's kernels now. Default model: the demo.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for bug reports.")]
 
@@ -83,16 +84,16 @@ def document(facts: "Facts", checks: "list[Check]") -> dict:
 
 
 def _print(check: "Check") -> None:
-    import textwrap
+    from kimi_lite.plan.view import wrap
+    from kimi_lite.terminal import echo, width
 
-    from kimi_lite.terminal import echo
-
+    columns = width()
     colour = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}[check.status]
-    lines = textwrap.wrap(check.finding, 80 - _LABEL) or [""]
-    echo(f"{check.status:<5}", colour=colour, end="")
-    echo(f"{check.name:<{_LABEL - 5}}{lines[0]}")
-    for line in lines[1:]:
-        echo(" " * _LABEL + line)
-    if check.fix:
-        for line in textwrap.wrap(f"→ {check.fix}", 80 - _LABEL, subsequent_indent="  "):
-            echo(" " * _LABEL + line)
+    label = _LABEL if columns >= _NARROW else _STATUS
+    finding = check.finding if columns >= _NARROW else f"{check.name}: {check.finding}"
+    name = f"{check.name:<{label - _STATUS}}" if columns >= _NARROW else ""
+    first, *more = wrap(" " * _STATUS + name, finding, columns, label)
+    echo(f"{check.status:<{_STATUS}}", colour=colour, end="")
+    echo(first[_STATUS:])
+    for line in (*more, *(wrap(" " * label + "→ ", check.fix, columns, label + 2) if check.fix else ())):
+        echo(line)

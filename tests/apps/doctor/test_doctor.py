@@ -194,17 +194,20 @@ def healthy(monkeypatch):
     return monkeypatch
 
 
-def test_the_report_fits_a_terminal(healthy, tiny):
+@pytest.mark.parametrize("width", [None, 40, 60, 80, 100, 200])
+def test_the_report_has_the_width_of_the_terminal(healthy, tiny, width, monkeypatch):
+    """80 columns in a pipe; lines end between words."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    words = {*run("-m", tiny, "--quick").stdout.split()}
+    monkeypatch.setenv("COLUMNS", str(width or ""))
     result = run("-m", tiny, "--quick")
     assert result.exit_code == 2, "an NVIDIA GPU without its driver is a failure"
     lines = result.stdout.splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    assert {line.split()[0] for line in lines if line and not line.startswith(" ")} <= {
-        "ok",
-        "warn",
-        "fail",
-        lines[-1].split()[0],
-    }
+    for line in lines:
+        assert len(line) <= (width or 80) or " " not in line.strip(), line
+        assert {word.removesuffix(":") for word in line.split()} <= {word.removesuffix(":") for word in words}, line
+    statuses = {line.split()[0] for line in lines if line and not line.startswith(" ")}
+    assert statuses <= {"ok", "warn", "fail", lines[-1].split()[0]}
     assert "→" in result.stdout and lines[-1].endswith("1 fail")
 
 
