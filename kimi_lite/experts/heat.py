@@ -1,17 +1,19 @@
 """How hot every expert was, kept next to the model between runs, so that the next start knows what to bring first.
 
 `kimi-k2.5-00001-of-00006.gguf` has its heat in `kimi-k2.5.heat.npz`, or, where that folder cannot be written, in the
-cache folder. Heat is a help and never a need: a file that is missing, damaged or of another model is passed over.
+cache folder. Heat is a help and never a need: a file that is missing or of another model is passed over, and a damaged
+one with a warning.
 """
 
 import os
 import re
-import zipfile
+import warnings
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
+from kimi_lite.experts.npz import DAMAGE
 from kimi_lite.files import cache_folder, whole_file
 
 _SHARD_END = re.compile(r"-\d{5}-of-\d{5}$")
@@ -29,9 +31,12 @@ def heat_path(model: Path) -> Path:
 def load_heat(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
     """float32 (averages, layers, experts) as `save_heat` wrote it; None where there is none of this shape."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             heat = file["heat"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except FileNotFoundError:
+        return None
+    except DAMAGE:
+        warnings.warn(f"The experts' heat {path} is damaged; it begins anew.", stacklevel=2)
         return None
     is_sound = (
         heat.shape == shape and heat.dtype == np.float32 and bool(np.isfinite(heat).all()) and bool((heat >= 0).all())

@@ -15,6 +15,7 @@ import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.npz import DAMAGE
 from kimi_lite.files import whole_file
 
 _FORMAT = 1
@@ -114,10 +115,11 @@ def read_trace(path: Path) -> RoutingTrace:
     """Reads and checks a file of `RoutingRecorder`. Raises KimiLiteError."""
     hint = "Record one with: kimi-lite run --record-routing FILE ..."
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             ids, starts, shape, name = file["ids"], file["starts"], file["shape"], str(file["name"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise KimiLiteError(f"{path} is no record of routing: {error}.", hint) from error
+    except DAMAGE as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KimiLiteError(f"{path} is not a record of routing: {reason}.", hint) from error
     num_layers, num_experts, top_k, version = shape.tolist() if shape.shape == (4,) else (0, 0, 0, 0)
     is_sound = (
         (version, ids.dtype, starts.dtype) == (_FORMAT, np.int16, np.int64)

@@ -100,7 +100,7 @@ def _read(file: Path) -> dict:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         return {key: entry for key, entry in record.items() if float(entry["bytes_s"]) > 0}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

@@ -173,7 +173,7 @@ class PrefixStore:
                 self._prune_when_due()
             except OSError as error:
                 self._is_failed = True
-                self._warn(f"Prefixes are no longer saved to {self.folder}: {error}.")
+                self._warn(f"Prefixes are no longer saved to {self.folder}: {error.strerror or error}.")
 
     def _write_page(self, link: Link, content: np.ndarray) -> None:
         path = self._path(link)
@@ -207,7 +207,7 @@ class PrefixStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._warn(f"The saved prefix {path} cannot be read ({error}); it is computed again.")
+            self._warn(f"The saved prefix {path} cannot be read ({error.strerror or error}); it is computed again.")
             return None
         if len(link.keys) < PAGE_TOKENS and head[-PACKED_BYTES:] != keys:
             return None  # another process put its tail there since we looked
