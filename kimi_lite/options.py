@@ -522,7 +522,7 @@ class Options:
     )
     seed: int | None = _option(
         "--seed",
-        help="The same seed gives the same answer. Default: random.",
+        help="The same seed gives the same answer; -1: random. Default: random.",
         kind="integer",
         least=0,
         unused=_greedy,

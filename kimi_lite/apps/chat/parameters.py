@@ -9,6 +9,7 @@ from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.types import SamplingParams
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.options import OPTIONS
 
 DEFAULT = "default"
 _ESCAPE = re.compile(r"\\([nt\\])")
@@ -47,44 +48,36 @@ class Parameter:
     def change(self, settings: AnswerSettings, value: object) -> AnswerSettings:
         if self.field in _SAMPLING_FIELDS and self.field != "temperature":
             return replace(settings, sampling=replace(settings.sampling, **{self.field: value}))
-        if self.field == "temperature":
-            SamplingParams(temperature=0.0 if value is None else value)  # refuses what is not a temperature
         return replace(settings, **{self.field: value})
-
-
-def _switch(text: str) -> bool:
-    return {"on": True, "off": False, "true": True, "false": False, "1": True, "0": False}[text.lower()]
-
-
-def _limit(text: str) -> int | None:
-    return None if text in ("-1", "none", "no") else int(text)
 
 
 def _texts(text: str) -> tuple[str, ...]:
     return () if text == "none" else (_ESCAPE.sub(lambda match: _ESCAPES[match[1]], text),)
 
 
+def _of(name: str) -> Parameter:
+    """The setting that an option of the command line is: its name, values and help."""
+    option = OPTIONS[name]
+    first_sentence = option.help.partition(". ")[0].rstrip(".")
+
+    def parse(text: str) -> object:
+        return option.parse("-1" if option.none_text and text in ("none", "no") else text, option.key)
+
+    return Parameter(option.key, name, parse, first_sentence[0].lower() + first_sentence[1:])
+
+
 PARAMETERS = (
-    Parameter("temp", "temperature", float, "temperature; 0 is greedy"),
-    Parameter("top-p", "top_p", float, "keep the likeliest tokens that sum to p; 1: off"),
-    Parameter("top-k", "top_k", int, "keep the k likeliest tokens; 0: off"),
-    Parameter("min-p", "min_p", float, "keep tokens p times as likely as the likeliest; 0: off"),
-    Parameter("repeat-penalty", "repetition_penalty", float, "make seen tokens less likely; 1: off"),
-    Parameter("seed", "seed", _limit, "the same seed gives the same answer; -1: random"),
-    Parameter("max-tokens", "max_tokens", _limit, "longest answer; -1: no limit but the context"),
+    *map(_of, ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens")),
     Parameter("stop", "stop", _texts, "a text that ends the answer; none"),
-    Parameter("think", "is_thinking", _switch, "reason first: on, off"),
-    Parameter("think-budget", "thinking_budget", _limit, "most tokens of reasoning; -1: no limit"),
-    Parameter("preserve-thinking", "preserve_thinking", _switch, "past reasoning stays in the prompt: on, off"),
+    *map(_of, ("is_thinking", "thinking_budget", "preserve_thinking")),
 )
+_OTHER_NAMES = {"temperature": "temp", "thinking": "think"}
 
 
 def find(name: str) -> Parameter:
     """By name, with underscores or dashes; KimiLiteError with the nearest where there is none."""
-    by_name = {parameter.name: parameter for parameter in PARAMETERS} | {
-        "temperature": PARAMETERS[0],
-        "thinking": PARAMETERS[8],
-    }
+    by_name = {parameter.name: parameter for parameter in PARAMETERS}
+    by_name |= {other: by_name[own] for other, own in _OTHER_NAMES.items()}
     wanted = name.lower().replace("_", "-")
     start = next((hint for names, hint in _STARTS.items() if wanted in names), "")
     if wanted not in by_name:
@@ -101,15 +94,11 @@ def changed(conversation: Conversation, settings: AnswerSettings, name: str, tex
         return parameter.change(settings, parameter.value(AnswerSettings(is_thinking=conversation.can_think)))
     try:
         value = parameter.parse(text)
-    except (ValueError, KeyError):
-        raise KimiLiteError(
-            f"{parameter.name} cannot be {text!r}.", f"It is: {parameter.help}; or {DEFAULT}."
-        ) from None
+    except KimiLiteError as error:
+        raise KimiLiteError(error.message, f"It is: {parameter.help}; or {DEFAULT}.") from None
     if parameter.field == "is_thinking" and value and not conversation.can_think:
         raise KimiLiteError(f"{conversation.info.name} has no thinking mode.", "It answers without.")
     if parameter.field == "thinking_budget" and value is not None:
-        if value < 0:
-            raise KimiLiteError(f"think-budget is {value}; it must be 0 or more.", "-1 takes the limit away.")
         conversation.require_budget()
     if parameter.field == "preserve_thinking" and value and not conversation.can_preserve:
         raise KimiLiteError(

@@ -115,12 +115,12 @@ def test_set_changes_what_answers_are_made_with(talk: Talk) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/set temp hot", "temp cannot be 'hot'"),
-        ("/set temp -1", "Temperature is -1.0"),
-        ("/set top-p 3", "Top-p is 3.0"),
+        ("/set temp hot", "temp is 'hot'; it must be a number, 0 or more"),
+        ("/set temp -1", "temp is '-1'"),
+        ("/set top-p 3", "top-p is '3'; it must be a number above 0, at most 1"),
         ("/set tempp 1", "Did you mean temp?"),
-        ("/set think maybe", "think cannot be"),
-        ("/set think-budget -7", "must be 0 or more"),
+        ("/set think maybe", "think is 'maybe'; it must be on or off"),
+        ("/set think-budget -7", "think-budget is '-7'"),
         ("/retry-with temp", "is not name=value"),
         ("/retry-with", "is not name=value"),
         ("/think maybe", "It is /think on, off"),
