@@ -153,8 +153,10 @@ def _command(script: Path, limits: Limits, how: Isolation, report_fd: int) -> li
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """Nothing of the user's: environments hold keys."""
-    return {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8"}
+    """Nothing of the user's: environments hold keys. Few threads: each takes address space, which is limited."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"), "4")
+    places = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder}
+    return {**places, "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8", **threads}
 
 
 def _wait(process: subprocess.Popen, should_stop: ShouldStop, limits: Limits) -> None:

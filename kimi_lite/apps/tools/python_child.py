@@ -339,16 +339,19 @@ def enter_root(folder: str, disk_bytes: int) -> None:
 
 def readable_paths() -> list[str]:
     """Python, its packages and the system's libraries, those that exist, the outer ones first."""
-    prefixes = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)}
-    named = [*_READABLE, sys.prefix, sys.base_prefix, *prefixes]
-    packages = (
-        "site-packages",
-        "dist-packages",
-    )  # no others of sys.path: an editable installation is a project of the user's
-    named += [
-        real for path in sys.path for real in {path, os.path.realpath(path)} if os.path.basename(real) in packages
-    ]
-    return sorted({os.path.abspath(path) for path in named if os.path.exists(path)})
+    prefixes = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]
+    # No more of sys.path: an editable installation is a project of the user's.
+    packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+    named = [os.path.abspath(path) for path in (*_READABLE, *prefixes, *packages, *_links(sys.executable))]
+    return sorted({path for name in named for path in (name, os.path.realpath(name)) if os.path.exists(path)})
+
+
+def _links(path: str) -> list[str]:
+    """A path and those that its links lead over."""
+    paths = [path]
+    while os.path.islink(paths[-1]) and len(paths) < 40:
+        paths.append(os.path.join(os.path.dirname(paths[-1]), os.readlink(paths[-1])))
+    return paths
 
 
 def _bind(path: str, root: str) -> None:

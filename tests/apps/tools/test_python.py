@@ -76,6 +76,29 @@ def test_packages_and_processes_work() -> None:
 
 
 @needs_namespaces
+@pytest.mark.parametrize("links", [1, 3])
+def test_pythons_behind_links_and_in_folders_behind_links(tmp_path: Path, links: int) -> None:
+    """A virtual environment whose program is a chain of links, in a folder that is reached over a link."""
+    target = os.path.realpath(sys.executable)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "over").symlink_to("real")
+    for i in range(links):
+        (tmp_path / f"bin{i}").mkdir()
+        (tmp_path / f"bin{i}/python").symlink_to(target)
+        target = str(tmp_path / f"bin{i}/python")
+    environment = tmp_path / "over/environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60)
+    (environment / "bin/python").unlink()
+    (environment / "bin/python").symlink_to(target)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/script.py").write_text("import sys; print(sys.prefix)")
+    numbers = (str(1 << 31), "20", "9999999", "1", "1")
+    command = [environment / "bin/python", "-I", CHILD, tmp_path / "work/script.py", *numbers]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"{environment}\n", done.stderr
+
+
+@needs_namespaces
 def test_processes_share_work_and_memory_among_themselves() -> None:
     code = (
         "import multiprocessing as m\nfrom multiprocessing.shared_memory import SharedMemory\n"
