@@ -1,4 +1,4 @@
-"""The question before a call, and who answers it: the chat's prompt, a plain terminal, or no one, which is a no.
+"""The question before a call, and who answers it: the chat's prompt or a plain terminal; without either it is no.
 
 A question is complete by itself, also where nothing else is shown (`-q`): it holds every argument whole, with what has
 no ink or reorders text made visible, and what the tool is not confined from.

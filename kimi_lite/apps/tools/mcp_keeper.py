@@ -96,7 +96,7 @@ class _Relay:
         return True
 
     def _log(self, piece: bytes) -> None:
-        """To our stderr, as much as is of use to anyone."""
+        """To our stderr, as much as a log needs."""
         self._log_bytes += len(piece)
         if self._log_bytes <= MOST_LOG_BYTES:
             _write(2, piece)

@@ -9,16 +9,17 @@ before every run repeats it, and its default is no. `python_child` is the proces
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kimi_lite.apps.tools.python_child import NOT_ALLOWED_EXIT
+from kimi_lite.apps.tools.python_child import INNER_USER, NOT_ALLOWED_EXIT, readable_paths
 from kimi_lite.apps.tools.tool import LONGEST_RESULT, ShouldStop, Tool, parameters, shortened
 
 MIB = 1024**2
@@ -53,13 +54,18 @@ class Isolation:
     has_namespaces: bool
     landlock_version: int  # 0: none
     has_seccomp: bool
+    bwrap: str = ""  # bubblewrap's path, which gives namespaces where programs do not get them by themselves
+
+    @property
+    def is_separate(self) -> bool:
+        return self.has_namespaces or bool(self.bwrap)
 
     @property
     def risks(self) -> tuple[str, ...]:
         """What a script can do here that it should not, for the user who allows calls."""
-        if self.has_namespaces and self.has_seccomp:
+        if self.is_separate and self.has_seccomp:
             return ()
-        if self.has_namespaces:
+        if self.is_separate:
             return (
                 "this system has no seccomp: its memory may exceed the limit, and kernel faults are easier to reach",
             )
@@ -91,7 +97,23 @@ def isolation() -> Isolation:
             found = json.loads(done.stdout)
         except (OSError, ValueError, subprocess.SubprocessError):
             return nothing
-    return Isolation(bool(found["namespaces"]), found["landlock"], bool(found["seccomp"]))
+        how = Isolation(bool(found["namespaces"]), found["landlock"], bool(found["seccomp"]))
+        return how if how.has_namespaces else _with_bwrap(how, Path(folder))
+
+
+def _with_bwrap(how: Isolation, folder: Path) -> Isolation:
+    """With bubblewrap where it is installed and works: its packages are allowed what others are not."""
+    wrapped = replace(how, bwrap=shutil.which("bwrap") or "")
+    if not wrapped.bwrap or os.geteuid() == 0:  # root would own the devices in there
+        return how
+    script = folder / "script.py"
+    script.write_text("")
+    command = _command(script, Limits(), wrapped, report_fd=-1)
+    try:
+        done = subprocess.run(command, cwd=folder, env=_environment(str(folder)), capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return how
+    return wrapped if done.returncode == 0 else how
 
 
 def python_tool(how: Isolation, limits: Limits | None = None) -> Tool:
@@ -103,9 +125,9 @@ def python_tool(how: Isolation, limits: Limits | None = None) -> Tool:
         f"At most {limits.time_s:g} s and {limits.memory_bytes // MIB} MiB; an empty working folder that is "
         f"deleted afterwards; nothing is kept between runs."
     )
-    if how.has_namespaces or how.has_seccomp:
+    if how.is_separate or how.has_seccomp:
         description += " No network."
-    if how.has_namespaces or how.landlock_version:
+    if how.is_separate or how.landlock_version:
         description += " No access to other files: put data into the script."
     schema = parameters(("code",), code={"type": "string", "description": "The script. Print what you want to see."})
     return Tool(
@@ -133,8 +155,12 @@ def run_python(arguments: dict[str, Any], should_stop: ShouldStop, limits: Limit
                 pass_fds=(report.fileno(),),
                 start_new_session=True,
             )
-            _wait(process, should_stop, limits)
-            return _report(_text(out), _text(err), process.returncode, report, limits, folder)
+            is_stopped = _wait(process, should_stop, limits)
+            report.seek(0)
+            told = json.loads(report.read() or b"{}")
+            if is_stopped and not told:
+                told = {"ending": "stopped"}  # bubblewrap, told to end, does not ask the keeper
+            return _report(_text(out), _text(err), process.returncode, told, limits, folder)
 
 
 def _command(script: Path, limits: Limits, how: Isolation, report_fd: int) -> list[str]:
@@ -142,14 +168,36 @@ def _command(script: Path, limits: Limits, how: Isolation, report_fd: int) -> li
         limits.memory_bytes,
         limits.time_s,
         limits.file_bytes,
-        int(how.has_namespaces),
+        1 if how.has_namespaces else 2 if how.bwrap else 0,
         int(how.landlock_version > 0),
         int(how.has_seccomp),
         limits.disk_bytes,
         limits.num_processes,
         report_fd,
     )
-    return [sys.executable, "-I", str(_CHILD), str(script), *map(str, numbers)]
+    command = [sys.executable, "-I", str(_CHILD), str(script), *map(str, numbers)]
+    return [*_in_bwrap(how.bwrap, script, limits), *command] if how.bwrap else command
+
+
+def _in_bwrap(bwrap: str, script: Path, limits: Limits) -> list[str]:
+    """What `python_child.enter_root` does, in bubblewrap's words."""
+    user = str(INNER_USER)
+    words = [bwrap, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--uid", user, "--gid", user]
+    bound: list[str] = []
+    for path in readable_paths():
+        if any(path == one or path.startswith(f"{one}/") for one in bound):
+            continue
+        if os.path.islink(path):
+            words += ["--symlink", os.readlink(path), path]
+        else:
+            words += ["--ro-bind", path, path]
+            bound.append(path)
+    size, folder = str(limits.disk_bytes), str(script.parent)
+    words += ["--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+    words += ["--size", size, "--tmpfs", "/tmp"]
+    words += [*(() if folder.startswith("/tmp/") else ("--size", size, "--tmpfs", folder)), "--dir", folder]
+    words += ["--ro-bind", str(script), str(script), "--ro-bind", str(_CHILD), str(_CHILD), "--remount-ro", "/"]
+    return [*words, "--chdir", folder, "--"]
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -159,8 +207,8 @@ def _environment(folder: str) -> dict[str, str]:
     return {**places, "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8", **threads}
 
 
-def _wait(process: subprocess.Popen, should_stop: ShouldStop, limits: Limits) -> None:
-    """Until the child has ended, which ends the script in time and all that it started."""
+def _wait(process: subprocess.Popen, should_stop: ShouldStop, limits: Limits) -> bool:
+    """Until the child has ended, which ends the script in time and all that it started; whether it was stopped."""
     end_s, is_told = time.monotonic() + limits.time_s + CLEAN_UP_S, False
     try:
         while process.poll() is None and time.monotonic() < end_s:
@@ -172,6 +220,7 @@ def _wait(process: subprocess.Popen, should_stop: ShouldStop, limits: Limits) ->
         if process.poll() is None:
             process.kill()  # init dies with it, and with init all
             process.wait()
+    return is_told
 
 
 def _text(file: Any) -> str:
@@ -185,12 +234,10 @@ def _text(file: Any) -> str:
     return f"{head}\n[... output too long ...]\n{file.read().decode('utf-8', 'replace')}"
 
 
-def _report(out: str, err: str, code: int, report: Any, limits: Limits, folder: str) -> str:
+def _report(out: str, err: str, code: int, told: dict[str, Any], limits: Limits, folder: str) -> str:
     parts = [
         part.rstrip("\n") for part in (shortened(out, LONGEST_RESULT * 2 // 3), _tidy(err, folder)) if part.strip()
     ]
-    report.seek(0)
-    told = json.loads(report.read() or b"{}")
     code, ending = told.get("code", NOT_ALLOWED_EXIT if code == NOT_ALLOWED_EXIT else code), told.get("ending", "")
     if ending:
         numbers = {"memory_mib": limits.memory_bytes // MIB, "disk_mib": limits.disk_bytes // MIB, "limits": limits}

@@ -8,9 +8,10 @@ Three processes: the *keeper* (this one), which counts what the script and its c
 what it must not do, for good.
 
 SEPARATE "1": namespaces (user, PID, mount, network, IPC, host name). The script sees no process, network, shared memory
-or file but its own and, read-only, Python's. CONFINE "1": Landlock, which allows the same files also where there are no
-namespaces. FILTER "1": seccomp, which takes away system calls that reach past both. Ends with code 97 where the system
-does not allow what is asked for. FD is told how it ended: {"code": ..., "ending": "" | "time" | "memory" | ...}.
+or file but its own and, read-only, Python's; "2": it is already in such (bubblewrap's). CONFINE "1": Landlock, which
+allows the same files also where there are no namespaces. FILTER "1": seccomp, which takes away system calls that reach
+past both. Ends with code 97 where the system does not allow what is asked for. FD is told how it ended:
+{"code": ..., "ending": "" | "time" | "memory" | ...}.
 """
 
 import contextlib
@@ -126,7 +127,8 @@ def main() -> None:
     if int(report_fd) >= 0:
         os.set_inheritable(int(report_fd), False)
     limits = Limits(int(memory_bytes), float(time_s), int(file_bytes), int(disk_bytes), int(num_processes))
-    keeper = Keeper(script, limits, is_separate == "1", is_confined == "1", is_filtered == "1")
+    keeper = Keeper(script, limits, is_separate in ("1", "2"), is_confined == "1", is_filtered == "1")
+    keeper.makes_place = is_separate == "1"
     code, ending = keeper.run()
     if int(report_fd) >= 0:
         os.write(int(report_fd), json.dumps({"code": code, "ending": ending}).encode())
@@ -153,6 +155,7 @@ class Keeper:
     def __init__(self, script: str, limits: Limits, is_separate: bool, is_confined: bool, is_filtered: bool) -> None:
         self.script, self.folder, self.limits = script, os.path.dirname(script), limits
         self.is_separate, self.is_confined, self.is_filtered = is_separate, is_confined, is_filtered
+        self.makes_place = is_separate  # else bubblewrap did
         self._is_stopped, self._code_of_init = False, 0
 
     def run(self) -> tuple[int, str]:
@@ -162,7 +165,7 @@ class Keeper:
         _prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         with open(self.script, "rb") as file:
             code = file.read()
-        if self.is_separate:
+        if self.makes_place:
             enter_namespaces()
         else:
             become_subreaper()
@@ -186,10 +189,12 @@ class Keeper:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         os.setsid()  # signals of the script to its process group are not the keeper's
-        if self.is_separate:
+        if self.makes_place:
             enter_root(self.folder, self.limits.disk_bytes)
             with open(self.script, "wb") as file:
                 file.write(code)
+        if self.is_separate:
+            os.dup2(os.open("/dev/null", os.O_RDONLY), 0)  # the one that came is the outside's
         script = os.fork()
         if script == 0:
             os.close(status_out)
@@ -207,7 +212,7 @@ class Keeper:
         _prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         os.chdir(self.folder)
         limit(self.limits, self.is_separate)
-        if self.is_separate:
+        if self.makes_place:
             drop_capabilities()
         if self.is_confined or self.is_filtered or self.is_separate:
             _prctl(_NO_NEW_PRIVILEGES, 1)
@@ -333,25 +338,33 @@ def enter_root(folder: str, disk_bytes: int) -> None:
     _check(libc.syscall(_PIVOT_ROOT.get(platform.machine(), -1), b".", b"."), "pivot_root")
     _check(libc.umount2(b".", _DETACH), "umount")
     os.chdir(folder)
-    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)  # the one that came is the outside's
     _prctl(_DUMPABLE, 0)  # nor can /proc/1 be opened, whose program and root are the outside's
 
 
 def readable_paths() -> list[str]:
-    """Python, its packages and the system's libraries, those that exist, the outer ones first."""
+    """Python, its packages and the system's libraries, those that exist, and the links to them; outer ones first."""
     prefixes = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]
     # No more of sys.path: an editable installation is a project of the user's.
     packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
-    named = [os.path.abspath(path) for path in (*_READABLE, *prefixes, *packages, *_links(sys.executable))]
-    return sorted({path for name in named for path in (name, os.path.realpath(name)) if os.path.exists(path)})
+    named = [path for path in (*_READABLE, *prefixes, *packages, sys.executable) if os.path.exists(path)]
+    return sorted({path for name in named for path in _resolved(name)})
 
 
-def _links(path: str) -> list[str]:
-    """A path and those that its links lead over."""
-    paths = [path]
-    while os.path.islink(paths[-1]) and len(paths) < 40:
-        paths.append(os.path.join(os.path.dirname(paths[-1]), os.readlink(paths[-1])))
-    return paths
+def _resolved(path: str) -> list[str]:
+    """The links that a path leads over, each in the folder where it really is, and what the path leads to."""
+    links, left, here = [], path.split("/")[::-1], "/"
+    while left:
+        part = left.pop()
+        place = os.path.join(here, part) if part not in ("", ".", "..") else here
+        if part == "..":
+            here = os.path.dirname(here)
+        elif os.path.islink(place):
+            links.append(place)
+            left += os.readlink(place).split("/")[::-1]
+            here = "/" if os.path.isabs(os.readlink(place)) else here
+        else:
+            here = place
+    return [*links, here]
 
 
 def _bind(path: str, root: str) -> None:
