@@ -1,6 +1,6 @@
 """The one way to the terminal. Texts come from models, servers, MCP programs, file names and saved conversations: what
 in them could move the cursor, recolour, rename the window, fill the clipboard or reverse the order of what is read is
-taken out here, whoever prints it. Our own colours and cursor movements are styles and controls of the writers below.
+taken out here, for all that print. Our own colours and cursor movements are styles and controls of the writers below.
 
     Console      rich's, for what has styles, tables and progress
     show_plain   a text on such a console, as it is

@@ -29,7 +29,7 @@ import sys
 import time
 
 NOT_ALLOWED_EXIT = 97
-INNER_USER = 1000  # who the script is among its own: not root, whoever runs us
+INNER_USER = 1000  # the user id of the script in its namespace: never root
 POLL_S, WATCH_S = 0.004, 0.03
 _KEEPER_S = 5.0  # for killing what is left
 

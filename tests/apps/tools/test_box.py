@@ -1,5 +1,6 @@
 """The box of tools: who may call what, and what is told to a model that calls wrongly."""
 
+import io
 import json
 import re
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kimi_lite.apps.tools.box import Stopped, ToolBox
-from kimi_lite.apps.tools.confirm import Question
+from kimi_lite.apps.tools.confirm import Question, ask_at_terminal
 from kimi_lite.apps.tools.tool import LONGEST_RESULT, Tool, ToolError, parameters
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tool_calls import ToolCall
@@ -122,6 +123,29 @@ def test_questions_show_all_arguments_and_what_hides_in_them() -> None:
         "  na⟨U+202E⟩me: 5",
     ]
     assert asked[0].default == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "risks", "answer"),
+    [
+        ("y\n", (), "once"),
+        ("A\n", (), "always"),
+        ("\n\nmaybe\nn\n", (), "no"),
+        ("", (), "stop"),
+        ("\n", ("it has the network",), "no"),
+        ("what\n\n", ("it has the network",), "no"),
+        ("y\n", ("it has the network",), "once"),
+    ],
+)
+def test_answers_at_a_terminal(
+    typed: str, risks: tuple, answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert ask_at_terminal(Question("t", {"code": "a\nb"}, risks)) == answer
+    shown = capsys.readouterr().err
+    assert "  │ a\n  │ b\n" in shown
+    assert ("  ! it has the network\n" in shown) == bool(risks)
+    assert ("[N]o" if risks else "[n]o") in shown
 
 
 def test_nobody_is_asked_about_a_call_that_cannot_run() -> None:
