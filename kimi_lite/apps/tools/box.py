@@ -47,7 +47,7 @@ class ToolBox:
 
             runner = python_tool(isolation())
             tools = [*file_tools(Folder(folder)), runner]
-            notes = [f"run_python is asked for every time ({risk})." for risk in runner.risks]
+            notes = [f"run_python is {risk}." for risk in runner.risks]
         if mcp_config is not None:
             from kimi_lite.apps.folders import state_folder
             from kimi_lite.apps.tools.mcp_client import McpServers
