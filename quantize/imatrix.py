@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kimi_lite.apps.flags import with_options
+from kimi_lite.apps.model_path import find_model
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
 
@@ -41,7 +42,7 @@ def main(
             progress.update(task, description=name, completed=done, total=total)
 
         lines = collect_importance(
-            Path(options.model).expanduser(),
+            find_model(options.model),
             text.expanduser(),
             output.expanduser(),
             max_chunks=chunks,

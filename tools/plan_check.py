@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import typer
 
+from kimi_lite.apps.model_path import find_model
 from kimi_lite.engine.loader import load
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
@@ -92,7 +93,7 @@ def main(
     ] = None,
 ) -> None:
     """Compare the plan with what a model really takes and does."""
-    found = compare(model or _demo_path(), parse_token_count(context), threads)
+    found = compare(find_model(str(model) if model else None), parse_token_count(context), threads)
     planned, resident = found.planned_bytes / MIB, found.resident_bytes / MIB
     print(f"memory   planned {planned:,.0f} MiB, resident {resident:,.0f} MiB: {found.memory_error:+.1%}")
     for name, tok_s, expected, limit in (
@@ -108,12 +109,6 @@ def main(
     )
     if not found.is_good:
         raise typer.Exit(_OFF)
-
-
-def _demo_path() -> Path:
-    from kimi_lite.demo.build import ensure_demo_model
-
-    return ensure_demo_model()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 import sys
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 from kimi_lite import __version__
 from kimi_lite.apps.chat.interrupt import on_interrupt, silent_keys
 from kimi_lite.apps.chat.render import describe_model
+from kimi_lite.apps.model_path import find_model, require_no_bare_name
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
@@ -19,14 +19,12 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import require_writable
 from kimi_lite.options import Options, Situation, unused_options
 from kimi_lite.terminal import Console, show_plain
-from kimi_lite.units import gib
 
 DEMO_REMARKS = (
     "no -m given: this is the demo, a 135 M model in Kimi K2.5's architecture",
     "the real one: -m FOLDER, a GGUF from elsewhere or by kimi-lite quantize",
 )
 _WHOLE_LINE = 10_000  # columns
-_SMALL_RECIPE = "tq1_0"  # whose size is named for a model that is not here
 
 
 def open_session(options: Options, status: Console) -> Conversation:
@@ -57,29 +55,8 @@ def check_before_loading(options: Options) -> None:
             "--image needs a model that sees, and no vision tower is loaded here yet.",
             "Remove it, or use --endpoint URL of a server whose model sees.",
         )
-    if options.model and not Path(options.model).expanduser().exists():
-        _refuse_known(options.model)
-
-
-def _refuse_known(name: str) -> None:
-    """Raises KimiLiteError, which says where it comes from, for a model that is known and not here."""
-    from kimi_lite.arch.known import find_known
-    from kimi_lite.plan.subject import find_subject
-
-    alias = name.rpartition("/")[2].lower()
-    known = find_known(alias)
-    if known is None:
-        return
-    size = gib(find_subject(alias, has_vision=False).sizes_in(_SMALL_RECIPE).total_bytes)
-    repository = name if "/" in name else "REPO"
-    raise KimiLiteError(
-        f"{name} names {known.config.name}, {known.config.total_parameters / 1e9:,.0f} G parameters; -m wants its file "
-        f"or folder.",
-        f"1. kimi-lite plan -m {alias}: what of it would run here.\n"
-        f"2. Download a GGUF of it, or its checkpoint: hf download {repository} --local-dir FOLDER.\n"
-        f"3. kimi-lite quantize FOLDER {alias}.gguf --recipe {_SMALL_RECIPE} makes {size} of the checkpoint, then "
-        f"-m {alias}.gguf.",
-    )
+    if options.model:
+        require_no_bare_name(options.model)
 
 
 def _situation(session: Conversation, options: Options, status: Console) -> Situation:
@@ -132,7 +109,7 @@ def _open_remote(options: Options, answer: AnswerSettings) -> Conversation:
 
 def _open_local(options: Options, answer: AnswerSettings, status: Console) -> Session:
     with silent_keys(), LoadProgress(status if not options.is_quiet else Console(quiet=True)) as progress:
-        path = Path(options.model).expanduser() if options.model else _demo_path(progress)
+        path = find_model(options.model, progress)
         engine = load(path, options, None if options.is_quiet else progress)
         try:
             if options.is_warm:
@@ -155,13 +132,6 @@ def _warm(engine: Engine, options: Options, progress: LoadProgress) -> None:
         warm(
             find_shards(path), lambda done, total: progress("reading weights", done, total), lambda: interrupt.has_come
         )
-
-
-def _demo_path(progress: LoadProgress) -> Path:
-    """No model was named: the small demo model."""
-    from kimi_lite.demo.build import ensure_demo_model
-
-    return ensure_demo_model(progress)
 
 
 def say_demo(status: Console) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kimi_lite.apps.model_path import find_model
 from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
@@ -223,12 +224,8 @@ def read_document(path: Path) -> dict:
 
 
 def with_model(options: Options) -> Options:
-    """The demo where no model is named."""
-    if options.model:
-        return options
-    from kimi_lite.demo.build import ensure_demo_model
-
-    return replace(options, model=str(ensure_demo_model()))
+    """With the path of the model that is named, or of the demo."""
+    return replace(options, model=str(find_model(options.model)))
 
 
 def forget_file(job: Job, report: Report) -> None:
