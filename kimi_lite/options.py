@@ -139,6 +139,7 @@ class Situation:
     is_endpoint: bool = False
     is_on_gpu: bool = False
     has_experts: bool = True
+    has_ram_experts: bool = True  # some experts are read in RAM; not where VRAM has a slot for each
     is_from_disk: bool = False  # some experts do not fit into memory
     is_split: bool = False  # some experts, and not all, are where they are computed fastest
     is_ram_limited: bool = False  # --ram is less than what is free
@@ -181,9 +182,7 @@ def _loading(options: "Options", situation: Situation) -> str:
     if situation.is_from_disk:
         needed = "experts do not fit into RAM and are read when they are needed"
         return "" if options.loading == "lock" else needed
-    return (
-        "with a GPU, experts that fit into RAM are mapped" if situation.is_on_gpu and options.loading != "map" else ""
-    )
+    return "" if situation.has_ram_experts or options.loading == "map" else "all experts are in VRAM"
 
 
 def _cache_bias(options: "Options", situation: Situation) -> str:

@@ -60,8 +60,7 @@ def check_before_loading(options: Options) -> None:
 
 
 def _situation(session: Conversation, options: Options, status: Console) -> Situation:
-    plan = session.engine.plan if isinstance(session, Session) else None
-    found = Situation(is_endpoint=True) if plan is None else situation_of(plan, options)
+    found = Situation(is_endpoint=True) if session.plan is None else situation_of(session.plan, options)
     is_terminal = status.is_terminal or sys.stdout.isatty()
     return replace(found, can_think=session.can_think, is_terminal=is_terminal)
 

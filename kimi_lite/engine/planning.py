@@ -57,6 +57,7 @@ def situation_of(plan: Plan, options: Options) -> Situation:
     return Situation(
         is_on_gpu=plan.is_on_gpu,
         has_experts=num_experts > 0,
+        has_ram_experts=plan.ram_expert_bytes > 0,
         is_from_disk=has_disk,
         is_split=0 < plan.num_vram_slots < num_experts if plan.is_on_gpu else has_disk,
         is_ram_limited=any(budget.source == "--ram" for budget in plan.budgets),

@@ -107,6 +107,11 @@ class HeatPolicy:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def free_slots(self) -> list[int]:
+        """In the order in which they are given away."""
+        return self._free[::-1]
+
     def find(self, layer: int, expert_ids: np.ndarray | Sequence[int]) -> np.ndarray:
         """int32 slots of resident experts, in the shape of the ids; -1 for those that are not (yet) there and for ids
         below 0."""
@@ -197,7 +202,7 @@ class HeatPolicy:
         hot = np.argpartition(-scores, budget - 1)[:budget]
         hot = hot[np.argsort(-scores[hot], kind="stable")]
         hot = hot[scores[hot] > 0]
-        free = self._free[::-1][: len(hot)]
+        free = self.free_slots[: len(hot)]
         victims = self.choose_victims(len(hot) - len(free)) if len(hot) > len(free) else []
         found = []
         for key, slot in zip(hot.tolist(), [*free, *victims], strict=False):

@@ -67,6 +67,12 @@ class VramSlots:
     def capacity(self) -> int:
         return self.policy.num_slots
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is a slot for every expert of the model."""
+        index = self._store.index
+        return self.capacity >= len(index.layers) * index.num_experts
+
     def slots_of(self, layer: int, expert_ids: np.ndarray) -> np.ndarray:
         """int32 slots of these experts in this step, -1 where the CPU must compute them (or the id is below 0)."""
         slots = self._host_table[layer][np.maximum(expert_ids, 0)]
@@ -94,8 +100,9 @@ class VramSlots:
         return len(began)
 
     def fill(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Before the first step: bring the hottest experts in, as many as there are slots, and wait for them."""
-        wanted = self.policy.promotions(self.capacity)
+        """Before the first step: bring the hottest experts in, as many as there are slots, and wait for them; where there
+        is a slot for every expert, all."""
+        wanted = self._all_absent() if self.holds_all else self.policy.promotions(self.capacity)
         for done, promotion in enumerate(wanted):
             if on_progress:
                 on_progress(done, len(wanted))
@@ -130,6 +137,12 @@ class VramSlots:
         self._queue.put(None)
         self._copier.join()
         self._streams.synchronize()
+
+    def _all_absent(self) -> list[Promotion]:
+        index = self._store.index
+        keys = [(layer, e) for layer in index.layers for e in range(index.num_experts)]
+        absent = [key for key in keys if self.policy.is_absent(*key)]
+        return [Promotion(*key, slot) for key, slot in zip(absent, self.policy.free_slots, strict=False)]
 
     def _start(self, promotion: Promotion) -> None:
         evicted = self.policy.key(promotion.slot)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.vram import VramSlots
 from tests.experts.slots_case import NumberedExperts, SlowDevice
 
@@ -121,13 +122,13 @@ def slots():
     opened.close()
 
 
-def note(slots: VramSlots, layer: int, *ids: int) -> None:
+def count(slots: VramSlots, layer: int, *ids: int) -> None:
     slots.count(layer, np.array([ids], np.int32))
 
 
 def test_an_upload_is_never_waited_for(slots):
     """A step begins, though a copy has not ended; the expert is used from the first step after it has."""
-    note(slots, 1, 3, 5)
+    count(slots, 1, 3, 5)
     assert slots.begin_step(2) == 2
     assert slots.begin_step(0) == 0
     assert (slots.slots_of(1, np.array([3, 5], np.int32)) < 0).all()
@@ -141,14 +142,14 @@ def test_an_upload_is_never_waited_for(slots):
 
 def test_evicted_at_once_and_overwritten_later(slots):
     """The table forgets an expert when its slot is given away, not when the new bytes come."""
-    note(slots, 1, 0, 1)
-    note(slots, 1, 2, 3)
-    note(slots, 1, 4, 5)
+    count(slots, 1, 0, 1)
+    count(slots, 1, 2, 3)
+    count(slots, 1, 4, 5)
     slots.fill()
     old = {slot: slots.slots[slot].numpy().copy() for slot in range(NUM_SLOTS)}
     for _ in range(20):
         slots.begin_step(0)
-        note(slots, 2, 6, 7)
+        count(slots, 2, 6, 7)
     assert slots.begin_step(2) == 2
     assert slots.residents(1).sum() == 4 and not slots.residents(2).any()
     assert all(np.array_equal(slots.slots[slot].numpy(), old[slot]) for slot in old), (
@@ -159,9 +160,9 @@ def test_evicted_at_once_and_overwritten_later(slots):
 
 
 def test_budget_and_hot_experts(slots):
-    note(slots, 1, 0, 1)
+    count(slots, 1, 0, 1)
     for _ in range(3):
-        note(slots, 2, 4, 5)
+        count(slots, 2, 4, 5)
     slots.begin_step(1)
     slots.finish()
     assert slots.residents(2)[[4, 5]].sum() == 1, "the hottest first, within the budget"
@@ -172,10 +173,25 @@ def test_budget_and_hot_experts(slots):
 
 def test_a_failed_read_frees_the_slot(slots):
     slots._store.fail_on = (1, 3)
-    note(slots, 1, 3, 5)
+    count(slots, 1, 3, 5)
     slots.begin_step(2)
     with pytest.raises(KimiLiteError, match="broken disk"):
         slots.finish()
     slots.finish()
     assert slots.residents(1)[5] and not slots.residents(1)[3]
     assert slots.policy.num_free + slots.policy.num_resident == NUM_SLOTS
+
+
+def test_slots_for_all_are_filled_with_all():
+    """In two layers of eight; one with fewer slots brings only what was used."""
+    device, source = GpuStreams("cpu"), NumberedExperts()
+    for num_slots, num_wanted in ((16, 16), (15, 2)):
+        slots = VramSlots(device, source, num_slots)
+        count(slots, 2, 4, 5)
+        slots.fill()
+        assert slots.policy.num_resident == num_wanted
+        for layer in LAYERS:
+            for expert in np.flatnonzero(slots.residents(layer)):
+                slot = slots.slots_of(layer, np.array([expert], np.int32))[0]
+                assert np.array_equal(slots.slots[slot].numpy(), source.bytes_of(layer, expert))
+        slots.close()

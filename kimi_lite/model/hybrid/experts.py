@@ -53,8 +53,11 @@ def open_experts(
     layers = {layer: layer_experts(store, config, layer)[0] for layer in index.layers}
     heat = load_heat(heat_file, heat_shape(index)) if heat_file else None
     tables = {layer: experts.table for layer, experts in layers.items()}
-    ram_bytes = plan.ram_expert_bytes if plan.disk_expert_bytes else None
-    ram = open_ram(index, tables, config.num_experts_used, options, ram_bytes, heat, partial(report, "reading experts"))
+    ram = None
+    if plan.ram_expert_bytes or plan.disk_expert_bytes:  # else VRAM has a slot for each
+        ram_bytes = plan.ram_expert_bytes if plan.disk_expert_bytes else None
+        on_load = partial(report, "reading experts")
+        ram = open_ram(index, tables, config.num_experts_used, options, ram_bytes, heat, on_load)
     experts, costs, counts = ExpertStore(index, ram), ExpertCosts(), thread_counts(options.num_threads)
     cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, plan.prompt_chunk_tokens), counts, ram)
     slots = VramSlots(streams, experts, plan.num_vram_slots, slot_table)
@@ -62,7 +65,7 @@ def open_experts(
     streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs)
     if heat is not None:
         slots.policy.import_heat(heat)
-        slots.fill(partial(report, "bringing hot experts"))
+    slots.fill(partial(report, "bringing experts into VRAM"))
     return RoutedExperts(streams, kernels, experts, slots, cpu, streamed, costs, counts[-1], heat_file, recorder)
 
 

@@ -51,7 +51,8 @@ class HybridRunner(Runner):
         """ram_expert_bytes: for experts, which do not all fit; None: they do. group_size: of a prompt's stream."""
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata)
-        streams, chosen = GpuStreams(DEVICE), {"num_threads": 1, "kv_dtype": kv_dtype, "dense_type": dense_type}
+        streams = GpuStreams(DEVICE)
+        chosen = {"num_threads": 1, "kv_dtype": kv_dtype, "dense_type": dense_type, "num_gpu_experts": num_gpu_experts}
         tier = {} if ram_expert_bytes is None else {"ram_expert_bytes": ram_expert_bytes, "disk_expert_bytes": 1}
         plan = plan_for(
             self.store,
@@ -59,7 +60,6 @@ class HybridRunner(Runner):
             Options(**chosen | options),
             num_cache_pages=NUM_PAGES,
             num_spill_pages=0,
-            num_vram_slots=num_gpu_experts,
             prompt_chunk_tokens=CHUNK_TOKENS,
             **tier,
         )

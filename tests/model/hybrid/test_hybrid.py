@@ -123,20 +123,14 @@ def test_whatever_happens_to_slots_changes_no_result(path, ids):
 
 
 def test_every_expert_resident(path, ids):
-    """A model that fits: the CPU has nothing to do."""
+    """A model that fits: every expert is brought in before the first token, and the CPU has nothing to do."""
     with only_rows(HybridRunner(path, num_gpu_experts=16)) as runner, only_rows(HybridRunner(path)) as without:
         want = without.decode(ids[:10])
-        runner.prefill(ids)
-        runner.transformer.experts.count()
-        runner.transformer.experts.slots.fill()
-        before = runner.transformer.counters()
         assert same(runner.decode(ids[:10]), want)
-        after = runner.transformer.counters()
-        assert (
-            after["gpu_expert_misses"] == before["gpu_expert_misses"]
-            and after["cpu_experts_s"] == before["cpu_experts_s"]
-        )
-        assert after["gpu_expert_hits"] == before["gpu_expert_hits"] + 10 * 2 * 2
+        counters = runner.transformer.counters()
+        assert counters["gpu_experts"] == 16 and counters["expert_reads_from_file"] == 16
+        assert counters["gpu_expert_misses"] == 0 and counters["cpu_experts_s"] == 0
+        assert counters["gpu_expert_hits"] == 10 * 2 * 2
 
 
 @pytest.mark.parametrize("force", [only_rows, only_stream, lambda runner: runner])
