@@ -4,15 +4,16 @@ The heavy parts (Numba through the model) are imported here, when a model is rea
 """
 
 from collections import Counter
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import open_model
 from kimi_lite.engine.device import choose_device, find_gpu
 from kimi_lite.engine.engine import Engine, Model, OnProgress
-from kimi_lite.engine.planning import choose_tier, plan_load
+from kimi_lite.engine.planning import plan_load
 from kimi_lite.engine.types import ModelInfo
+from kimi_lite.experts.heat import heat_path
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.disk import PrefixStore, model_key
@@ -74,11 +75,10 @@ def _open_model(
         return load_hybrid(store, config, plan, device, report, prefixes, recorder)
     from kimi_lite.model.cpu.transformer import Transformer
 
-    tier = choose_tier(store, config, plan, options)
     kv = KVCache(config.num_layers, config.kv_latent_size, plan.num_cache_pages, options.kv_dtype, prefixes=prefixes)
-    on_compile = partial(report, "preparing kernels")
-    on_load = partial(report, "reading experts")
-    return Transformer(store, config, kv, plan.num_threads, on_compile, tier, recorder, on_load), kv
+    heat_file = heat_path(store.path) if options.keeps_heat else None
+    options = replace(options, num_threads=plan.num_threads)
+    return Transformer(store, config, kv, options, plan.ram_budget_bytes, heat_file, report, recorder), kv
 
 
 def open_prefixes(store: GGUFStore, config: ModelConfig, plan: Plan) -> PrefixStore | None:

@@ -6,9 +6,6 @@ from dataclasses import replace
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
-from kimi_lite.experts.heat import heat_path
-from kimi_lite.experts.index import ExpertIndex
-from kimi_lite.experts.options import TierOptions
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.probe import Gpu, probe
 from kimi_lite.options import Options, Situation
@@ -27,28 +24,6 @@ def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu 
     for warning in plan.warnings:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
     return plan
-
-
-def choose_tier(store: GGUFStore, config: ModelConfig, plan: Plan, options: Options) -> TierOptions | None:
-    """How routed experts that do not fit into RAM come from the disk, or how all are loaded; None where they are
-    mapped."""
-    if options.maps_beyond_ram:
-        return None
-    if plan.disk_expert_bytes:
-        num_bytes, is_loading_all = plan.ram_expert_bytes, False
-    elif options.loading == "map" or plan.is_on_gpu or not config.num_moe_layers:
-        return None
-    else:
-        num_bytes, is_loading_all = ExpertIndex.find(store, config).ram_bytes, True
-    return TierOptions(
-        num_bytes,
-        cache_bias=0.0 if is_loading_all else options.cache_bias,
-        num_readers=options.num_readers,
-        is_direct=options.is_reading_direct,
-        heat_path=heat_path(store.path) if options.keeps_heat and not is_loading_all else None,
-        is_loading_all=is_loading_all,
-        is_locked=options.loading == "lock",
-    )
 
 
 def situation_of(plan: Plan, options: Options) -> Situation:

@@ -100,8 +100,7 @@ class VramSlots:
         return len(began)
 
     def fill(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Before the first step: bring the hottest experts in, as many as there are slots, and wait for them; where each
-        expert has a slot, all of them."""
+        """Before the first step: bring in all experts where each has a slot, else the hottest, and wait for them."""
         wanted = self._all_absent() if self.holds_all else self.policy.promotions(self.capacity)
         for done, promotion in enumerate(wanted):
             if on_progress:

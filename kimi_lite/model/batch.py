@@ -22,7 +22,7 @@ class SequenceSlice:
 
     start: int
     length: int
-    pages: np.ndarray  # (ceil(context / 64),) int32; position p lies in pages[p // 64], slot p % 64
+    pages: np.ndarray  # (ceil(context / 64),) int32; position p lies in pages[p // 64], row p % 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,3 +47,12 @@ class Batch:
             first, last = int(self.positions[s.start]), int(self.positions[start - 1])
             assert last - first == s.length - 1, (first, last, s.length)
             assert 0 <= first <= last < PAGE_TOKENS * len(s.pages), (first, last, len(s.pages))
+
+    def cache_rows(self) -> np.ndarray:
+        """int64 (T,): page * 64 + offset, where each token's row of the cache is."""
+        rows = np.empty(len(self.token_ids), np.int64)
+        for s in self.sequences:
+            positions = self.positions[s.start : s.start + s.length]
+            pages = s.pages[positions // PAGE_TOKENS].astype(np.int64)
+            rows[s.start : s.start + s.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
+        return rows

@@ -126,6 +126,11 @@ class Plan:
     def limits(self) -> Options:
         return self.situation.limits
 
+    @property
+    def ram_budget_bytes(self) -> int | None:
+        """RAM for experts where not all of them fit; None: they do."""
+        return self.ram_expert_bytes if self.disk_expert_bytes else None
+
     def decode_at(self, depth: float, num_sequences: int = 1) -> Forecast:
         """Decode of several sequences together, each with so many earlier tokens."""
         return forecast_decode(self.sizes, replace(self.split, depth=depth, num_sequences=num_sequences), self.rates)

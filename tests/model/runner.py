@@ -1,14 +1,17 @@
 """Runs a GGUF file through the store, the configuration and the Transformer, without the engine."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.cpu.transformer import Transformer
+from kimi_lite.options import Options
 
 NUM_PAGES = 12
 
@@ -16,11 +19,24 @@ NUM_PAGES = 12
 class Runner:
     """A loaded model whose cache pages are handed out by the test; pages are in no particular order on purpose."""
 
-    def __init__(self, path: Path, kv_dtype: str = "f32", num_threads: int = 2, **options) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kv_dtype: str = "f32",
+        num_threads: int = 2,
+        ram_expert_bytes: int | None = None,
+        heat_file: Path | None = None,
+        on_progress: Callable[[str, int, int], None] | None = None,
+        recorder: RoutingRecorder | None = None,
+        **options: object,
+    ) -> None:
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata)
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, NUM_PAGES, kv_dtype)
-        self.transformer = Transformer(self.store, self.config, self.kv, num_threads, **options)
+        chosen = Options(num_threads=num_threads, **options)
+        self.transformer = Transformer(
+            self.store, self.config, self.kv, chosen, ram_expert_bytes, heat_file, on_progress, recorder
+        )
         self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)
 
     def __enter__(self) -> "Runner":

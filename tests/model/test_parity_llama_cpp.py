@@ -12,6 +12,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.options import Options
 from kimi_lite.text.tokenizer import Tokenizer
 from tests.model.runner import Runner, mean_divergence, perplexity
 
@@ -73,7 +74,7 @@ def exact_logits(runner: Runner, ids: np.ndarray) -> np.ndarray:
             data = values.view(np.uint8).reshape(*tensor.shape[:-1], -1)
             exact.store.tensors = {**exact.store.tensors, name: replace(tensor, layout=BY_NAME["F32"], data=data)}
         exact.transformer.close()
-        exact.transformer = Transformer(exact.store, exact.config, exact.kv, 2)
+        exact.transformer = Transformer(exact.store, exact.config, exact.kv, Options(num_threads=2))
         return exact.prefill(ids)
 
 

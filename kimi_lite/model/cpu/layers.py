@@ -25,7 +25,7 @@ from kimi_lite.native.cpu.experts import experts_scratch_bytes
 from kimi_lite.native.cpu.linear import embed_op
 from kimi_lite.native.cpu.run import Attending, RunTable
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.native.latent_rows import PAGE_TOKENS, MlaShape
+from kimi_lite.native.latent_rows import MlaShape
 
 MAX_BATCH_TOKENS = 512  # rows of one forward pass; longer prompts come in chunks
 MAX_ABSORBED_TOKENS = 64  # rows that attend in the absorbed form; longer slices are expanded
@@ -85,7 +85,7 @@ class Layers:
         self.run.set_tokens(batch.token_ids)
         angles = batch.positions[:, None] * self._inverse_frequencies  # (T, rope / 2)
         cos, sin = np.cos(angles) * self._rope_factor, np.sin(angles) * self._rope_factor
-        self.run.set_positions(_cache_rows(batch), cos.astype(np.float32), sin.astype(np.float32))
+        self.run.set_positions(batch.cache_rows(), cos.astype(np.float32), sin.astype(np.float32))
         chosen = {id(piece) for piece in expanded}
         absorbed = [piece for piece in batch.sequences if id(piece) not in chosen]
         rows = [
@@ -100,16 +100,6 @@ class Layers:
     def close(self) -> None:
         """Ends the threads."""
         self.team.close()
-
-
-def _cache_rows(batch: Batch) -> np.ndarray:
-    """int64 (T,): page * 64 + offset of each token."""
-    rows = np.empty(len(batch.token_ids), np.int64)
-    for piece in batch.sequences:
-        positions = batch.positions[piece.start : piece.start + piece.length]
-        pages = piece.pages[positions // PAGE_TOKENS].astype(np.int64)
-        rows[piece.start : piece.start + piece.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
-    return rows
 
 
 def check_sizes(config: ModelConfig) -> None:

@@ -15,11 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.heat import load_heat, save_heat
-from kimi_lite.experts.index import ExpertIndex
-from kimi_lite.experts.options import TierOptions
-from kimi_lite.experts.ram import ExpertRequest, RamSlots, heat_shape
-from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.experts.ram import ExpertRequest, RamSlots
 from kimi_lite.model.batch import Cancelled
 from kimi_lite.model.cpu.buffers import RouterBuffers
 from kimi_lite.model.cpu.layers import Layers
@@ -43,51 +39,19 @@ class _Steps:
 
 
 class TieredLayers:
-    """Runs embedding and layers of a batch that `Transformer` has prepared. `close` saves the heat and ends the
-    readers."""
+    """Runs embedding and layers of a batch that `Transformer` has prepared."""
 
-    def __init__(
-        self,
-        store: GGUFStore,
-        config: ModelConfig,
-        options: TierOptions,
-        layers: Layers,
-        on_load: Callable[[int, int], None],
-    ) -> None:
-        """on_load(bytes done, bytes in all): where everything is loaded at once. Raises KimiLiteError."""
-        self.config = config
-        self._options, self._layers, self._is_closed = options, layers, False
+    def __init__(self, slots: RamSlots, config: ModelConfig, layers: Layers, cache_bias: float) -> None:
+        """slots: whose addresses the layers' tables have. cache_bias: what experts that are there gain in the choice."""
+        self.config, self.slots = config, slots
+        self._cache_bias, self._layers = cache_bias, layers
         self._run, self._buffers, self._team = layers.run, layers.buffers, layers.team
         self._feed_forward = layers.feed_forward
         self.programs: list[tuple[Program, list[tuple[str, str]]]] = []  # with (part, stage) of each operation
-        tables = {layer: rest.experts[0].table for layer, rest in enumerate(self._feed_forward) if not rest.is_dense}
-        self.slots = RamSlots(
-            ExpertIndex.find(store, config),
-            tables,
-            options.budget_bytes,
-            config.num_experts_used,
-            options.num_readers,
-            options.is_direct,
-        )
-        self._nudges = {layer: np.zeros(config.num_experts, np.float32) for layer in tables if options.cache_bias}
+        self._nudges = {layer: np.zeros(config.num_experts, np.float32) for layer in slots.index.layers if cache_bias}
         self._make_buffers()
         self._embed = self._program("embedding", layers.embedding_ops())
         self._steps = [self._lay_out(layer) for layer in range(config.num_layers)]
-        try:
-            self._fill(on_load)
-        except BaseException:
-            self.slots.close()
-            raise
-
-    def _fill(self, on_load: Callable[[int, int], None]) -> None:
-        options = self._options
-        heat = load_heat(options.heat_path, heat_shape(self.slots.index)) if options.heat_path else None
-        self.slots.fill(heat, on_load if options.is_loading_all else None, options.is_locked)
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether every expert is in its slot for good: then the layers need no steps."""
-        return self.slots.holds_all
 
     def run(
         self,
@@ -106,9 +70,7 @@ class TieredLayers:
             if should_stop():
                 raise Cancelled
             if layer in self._nudges:
-                np.multiply(
-                    self.slots.residents(layer), self._options.cache_bias, out=self._nudges[layer], casting="unsafe"
-                )
+                np.multiply(self.slots.residents(layer), self._cache_bias, out=self._nudges[layer], casting="unsafe")
             self._team.run(steps.before)
             if steps.whole is steps.before:
                 continue
@@ -158,16 +120,6 @@ class TieredLayers:
         if layer + 1 < len(self._steps):
             guess = np.unique(self._guess.ids[:num_tokens])
             self.slots.prefetch(layer + 1, guess[:_MAX_GUESSES])
-
-    def counters(self) -> dict[str, float]:
-        return self.slots.counters()
-
-    def close(self) -> None:
-        """A second call does nothing."""
-        if not self._is_closed and self._options.heat_path:
-            save_heat(self._options.heat_path, self.slots.export_heat())
-        self._is_closed = True
-        self.slots.close()
 
     def _make_buffers(self) -> None:
         c, capacity = self.config, self._buffers.capacity

@@ -5,11 +5,15 @@ through; a decode step is then a single call. Prompts run layer by layer so that
 """
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.options import TierOptions
+from kimi_lite.experts.heat import load_heat, save_heat
+from kimi_lite.experts.index import ExpertIndex
+from kimi_lite.experts.ram import RamSlots, heat_shape, open_ram
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
@@ -23,6 +27,7 @@ from kimi_lite.native.cpu.experts import experts_scratch_bytes
 from kimi_lite.native.cpu.linear import Product, linear_op, rms_norm_op
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.cpu.run import RunTable
+from kimi_lite.options import Options
 
 MAX_LOGITS = 64  # rows of logits made at once
 _UNINTERRUPTED_TOKENS = 8  # batches up to here run as one program
@@ -53,34 +58,46 @@ class Transformer:
         store: GGUFStore,
         config: ModelConfig,
         kv: KVCache,
-        num_threads: int | None = None,
-        on_compile: Callable[[int, int], None] | None = None,
-        tier: TierOptions | None = None,
+        options: Options | None = None,
+        ram_expert_bytes: int | None = None,
+        heat_file: Path | None = None,
+        on_progress: Callable[[str, int, int], None] | None = None,
         recorder: RoutingRecorder | None = None,
-        on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         """Raises KimiLiteError for a missing tensor, a type without a kernel or sizes the kernels cannot take.
 
-        num_threads: default, one for each usable core. on_compile(kernels done, kernels in all): the first run takes
-        seconds. tier: where the routed experts do not fit into RAM, or are to be loaded; None: all are read in place.
-        recorder: of what tokens choose. on_load(bytes done, bytes in all): where the tier loads everything at once.
+        ram_expert_bytes: what the plan gives the routed experts, which do not all fit into RAM; None: they do, and
+        `options.loading` says whether they are read in place. heat_file: where the experts' heat outlives the process,
+        where they do not all fit; None: nowhere. on_progress(what is being done, units done, units in all): the first
+        run compiles for seconds. recorder: of what tokens choose.
         """
+        options, report = options or Options(), on_progress or (lambda stage, done, total: None)
         self.config, self.kv = config, kv
         self.max_batch_tokens = MAX_BATCH_TOKENS
-        self._layers = Layers(store, config, kv, num_threads, on_compile)
+        self._layers = Layers(store, config, kv, options.num_threads, partial(report, "preparing kernels"))
         self.team, self._buffers = self._layers.team, self._layers.buffers
-        self._recorder, self._tiers = recorder, None
+        self._recorder, self._heat_file, self._is_closed = recorder, heat_file, False
+        self._ram: RamSlots | None = None
         try:
-            self._lay_out(store, tier, on_load or (lambda done, total: None))
+            index, heat = ExpertIndex.find(store, config), None
+            if index.layers:
+                heat = load_heat(heat_file, heat_shape(index)) if heat_file and ram_expert_bytes is not None else None
+                tables = {layer: self._layers.feed_forward[layer].experts[0].table for layer in index.layers}
+                on_load = partial(report, "reading experts")
+                num_choices = config.num_experts_used
+                self._ram = open_ram(index, tables, num_choices, options, ram_expert_bytes, heat, on_load)
+            self._lay_out(store, options.cache_bias)
         except BaseException:
-            self.team.close()
+            self._end_threads()
             raise
 
-    def _lay_out(self, store: GGUFStore, tier: TierOptions | None, on_load: Callable[[int, int], None]) -> None:
-        """Makes the programs: one per layer, one of all layers, and the head; or the tiers' own for the layers."""
+    def _lay_out(self, store: GGUFStore, cache_bias: float) -> None:
+        """Makes the programs: one per layer, one of all layers, and the head; or the steps of layers whose experts come
+        from the disk."""
         layers, num_layers = self._layers, self.config.num_layers
-        if tier is not None:
-            self._tiers = TieredLayers(store, self.config, tier, layers, on_load)
+        self._tiers: TieredLayers | None = None
+        if self._ram and not self._ram.holds_all:
+            self._tiers = TieredLayers(self._ram, self.config, layers, cache_bias)
         parts = [layers.embedding_ops(), *(layers.ops(layer) for layer in range(num_layers))]
         self._layer_programs = [make_program(ops) for ops in parts]
         self._whole = make_program([op for ops in parts for op in ops])
@@ -92,7 +109,7 @@ class Transformer:
             (self._whole, [stage for part in stages for stage in part]),
         ]
         self.programs: list[tuple[Program, list[tuple[str, str]]]] = [
-            *(self._tiers.programs if self._tiers and not self._tiers.holds_all else whole),
+            *(self._tiers.programs if self._tiers else whole),
             (self._head.program, [("head", op.stage) for op in self._head.ops]),
         ]  # with (part, stage) of every operation, for those who measure
 
@@ -115,20 +132,28 @@ class Transformer:
         )
 
     def counters(self) -> dict[str, float]:
-        """What the tiers did since the model was loaded; nothing where there are none."""
-        return self._tiers.counters() if self._tiers else {}
+        """What slots in RAM did since the model was loaded; nothing where all experts are mapped."""
+        return self._ram.counters() if self._ram else {}
 
     def heat(self) -> np.ndarray | None:
         """(layers, experts): how much each routed expert was used lately; None where choices are not looked at."""
-        return self._tiers.slots.export_heat().sum(axis=0) if self._tiers and not self._tiers.holds_all else None
+        return self._tiers.slots.export_heat().sum(axis=0) if self._tiers else None
 
     def close(self) -> None:
-        """Ends the threads, writes the record of routing and the experts' heat."""
-        self.team.close()
-        if self._tiers:
-            self._tiers.close()
+        """Ends the threads, writes the experts' heat and the record of routing. A second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._end_threads()
+        if self._tiers and self._heat_file:
+            save_heat(self._heat_file, self._tiers.slots.export_heat())
         if self._recorder:
             self._recorder.close()
+
+    def _end_threads(self) -> None:
+        self.team.close()
+        if self._ram:
+            self._ram.close()
 
     def _run_layers(
         self,
@@ -137,7 +162,7 @@ class Transformer:
         on_choice: Callable[[int, np.ndarray], None] | None,
     ) -> None:
         """Embedding and all layers. on_choice(layer, expert ids (T, K)): after each layer that routes."""
-        if self._tiers and not self._tiers.holds_all:
+        if self._tiers:
             self._tiers.run(num_tokens, should_stop, on_choice)
         elif num_tokens <= _UNINTERRUPTED_TOKENS and on_choice is None:
             self.team.run(self._whole)

@@ -55,9 +55,8 @@ def open_experts(
     tables = {layer: experts.table for layer, experts in layers.items()}
     ram = None
     if plan.ram_expert_bytes or plan.disk_expert_bytes:  # else VRAM has a slot for each
-        ram_bytes = plan.ram_expert_bytes if plan.disk_expert_bytes else None
         on_load = partial(report, "reading experts")
-        ram = open_ram(index, tables, config.num_experts_used, options, ram_bytes, heat, on_load)
+        ram = open_ram(index, tables, config.num_experts_used, options, plan.ram_budget_bytes, heat, on_load)
     experts, costs, counts = ExpertStore(index, ram), ExpertCosts(), thread_counts(options.num_threads)
     cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, plan.prompt_chunk_tokens), counts, ram)
     slots = VramSlots(streams, experts, plan.num_vram_slots, slot_table)

@@ -53,8 +53,8 @@ class StepMaker:
         """`expanded`: slices that attend in the expanded form. num_rows, num_pages: at least so many, for a graph's
         shapes."""
         num_tokens = max(len(batch.token_ids), num_rows)
-        rows_of_cache = np.full(num_tokens, -1, np.int64)
-        rows_of_cache[: len(batch.token_ids)] = cache_rows(batch)
+        cache_rows = np.full(num_tokens, -1, np.int64)
+        cache_rows[: len(batch.token_ids)] = batch.cache_rows()
         angles = np.zeros((num_tokens, len(self._frequencies)))
         angles[: len(batch.positions)] = batch.positions[:, None] * self._frequencies
         expanded_starts = {piece.start for piece in expanded}
@@ -67,7 +67,7 @@ class StepMaker:
                 cos=to(np.cos(angles) * self._factor, torch.float32),
                 sin=to(np.sin(angles) * self._factor, torch.float32),
             ),
-            cache_rows=to(rows_of_cache, torch.int64),
+            cache_rows=to(cache_rows, torch.int64),
             page_table=to(page_table, torch.int32),
             lengths=to(lengths, torch.int32),
             absorbed=to(rows, torch.int64) if expanded else None,
@@ -82,16 +82,6 @@ class StepMaker:
 
     def _to_device(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(self._streams.device)
-
-
-def cache_rows(batch: Batch) -> np.ndarray:
-    """int64 (T,): page * 64 + offset of every token."""
-    rows = np.empty(len(batch.token_ids), np.int64)
-    for piece in batch.sequences:
-        positions = batch.positions[piece.start : piece.start + piece.length]
-        pages = piece.pages[positions // PAGE_TOKENS].astype(np.int64)
-        rows[piece.start : piece.start + piece.length] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
-    return rows
 
 
 def is_decoding(batch: Batch) -> bool:

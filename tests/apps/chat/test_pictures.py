@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kimi_lite.apps.chat.pictures import bar, heat_rows
-from kimi_lite.experts.options import TierOptions
 from tests.model.runner import Runner
 from tests.tiny import write_tiny_gguf
 
@@ -48,7 +47,7 @@ def test_the_disk_tier_gives_the_heat_that_is_drawn(tmp_path: Path) -> None:
     write_tiny_gguf(path, np.random.default_rng(0), **sizes)
     with Runner(path) as runner:
         assert runner.transformer.heat() is None
-    with Runner(path, tier=TierOptions(SLOTS_BYTES)) as runner:
+    with Runner(path, ram_expert_bytes=SLOTS_BYTES) as runner:
         assert runner.transformer.heat().max() == 0
         runner.prefill(np.arange(40))
         heat = runner.transformer.heat()

@@ -38,7 +38,7 @@ def test_keys_are_turned_by_their_position_up_to_the_last(model_path: Path) -> N
     store = GGUFStore.open(model_path)
     config = ModelConfig.from_metadata(store.metadata)
     kv = KVCache(config.num_layers, config.kv_latent_size, NUM_PAGES, "f32")
-    transformer = Transformer(store, config, kv, 1)
+    transformer = Transformer(store, config, kv, Options(num_threads=1))
     pages = np.arange(NUM_PAGES, dtype=np.int32)[::-1].copy()
     rows = {}
     for position in (0, 1, 63, 64, 4095, 4096, 131_072, CONTEXT - 1):

@@ -11,7 +11,6 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.heat import heat_path, load_heat, save_heat
 from kimi_lite.experts.index import ExpertIndex
-from kimi_lite.experts.options import TierOptions
 from kimi_lite.experts.recorder import RoutingRecorder, read_trace
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
@@ -64,7 +63,7 @@ def test_the_same_bits(path):
     slots_per_layer = 7  # not much more than a token's: a prompt needs all 24
     with Runner(path) as runner:
         want = every_path(runner)
-    with Runner(path, tier=TierOptions(slots_per_layer * slot_bytes(path), num_readers=3)) as runner:
+    with Runner(path, ram_expert_bytes=slots_per_layer * slot_bytes(path), num_readers=3) as runner:
         have, counters = every_path(runner), runner.transformer.counters()
         again = every_path(runner)
     assert np.array_equal(have, want) and np.array_equal(again, want)
@@ -74,7 +73,7 @@ def test_the_same_bits(path):
 
 def test_guesses_come_true(f32_path):
     """Random weights: the next router's choice is near what it would be without this layer's experts."""
-    with Runner(f32_path, tier=TierOptions(12 * slot_bytes(f32_path))) as runner:
+    with Runner(f32_path, ram_expert_bytes=12 * slot_bytes(f32_path)) as runner:
         runner.decode(np.random.default_rng(1).integers(0, 290, 60))
         counters = runner.transformer.counters()
     assert counters["expert_guesses"] > 0
@@ -83,7 +82,7 @@ def test_guesses_come_true(f32_path):
 
 def test_cancel_and_go_on(f32_path):
     ids = np.random.default_rng(1).integers(0, 290, 100)
-    with Runner(f32_path, tier=TierOptions(6 * slot_bytes(f32_path))) as runner:
+    with Runner(f32_path, ram_expert_bytes=6 * slot_bytes(f32_path)) as runner:
         whole = (SequenceSlice(0, len(ids), runner.pages),)
         batch = Batch(ids.astype(np.int32), np.arange(len(ids), dtype=np.int32), np.ones(len(ids), bool), whole)
         calls = []
@@ -102,7 +101,7 @@ def test_cancel_and_go_on(f32_path):
 
 def test_a_disk_error_is_a_sentence_and_the_model_lives_on(f32_path, monkeypatch):
     ids = np.random.default_rng(1).integers(0, 290, 30)
-    with Runner(f32_path, tier=TierOptions(6 * slot_bytes(f32_path))) as runner:
+    with Runner(f32_path, ram_expert_bytes=6 * slot_bytes(f32_path)) as runner:
         want = runner.decode(ids)
         (file,) = runner.transformer._tiers.slots.reader._files.values()
 
@@ -123,14 +122,14 @@ def test_everything_loaded_at_once(path):
     """All experts in memory of our own: no steps, no reads, the same bits."""
     with Runner(path) as runner:
         want, seen = every_path(runner), []
-    options = TierOptions(24 * slot_bytes(path), is_loading_all=True, is_locked=True)
-    with Runner(path, tier=options, on_load=lambda done, total: seen.append((done, total))) as runner:
+    with Runner(path, loading="lock", on_progress=lambda *progress: seen.append(progress)) as runner:
         read_bytes = runner.transformer.counters()["disk_bytes"]
         have = every_path(runner)
-        assert runner.transformer._tiers.holds_all
+        assert runner.transformer._ram.holds_all
         assert runner.transformer.counters()["disk_bytes"] == read_bytes > 0
     assert np.array_equal(have, want)
-    assert seen[-1][0] == seen[-1][1] > 0 and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    done, totals = zip(*(progress for stage, *progress in seen if stage == "reading experts"), strict=True)
+    assert done[-1] == totals[-1] > 0 and list(done) == sorted(done)
 
 
 def test_memory_that_may_not_be_locked_is_a_sentence(f32_path, monkeypatch):
@@ -139,7 +138,7 @@ def test_memory_that_may_not_be_locked_is_a_sentence(f32_path, monkeypatch):
     fake = SimpleNamespace(CDLL=lambda *_, **__: library, get_errno=lambda: errno.ENOMEM, **types)
     monkeypatch.setattr("kimi_lite.experts.memory.ctypes", fake)
     with pytest.raises(KimiLiteError, match=r"MiB are to be locked in RAM; .*: Cannot allocate memory"):
-        Runner(f32_path, tier=TierOptions(24 * slot_bytes(f32_path), is_loading_all=True, is_locked=True))
+        Runner(f32_path, loading="lock")
 
 
 def test_an_error_while_loading_is_a_sentence(f32_path, monkeypatch):
@@ -148,16 +147,17 @@ def test_an_error_while_loading_is_a_sentence(f32_path, monkeypatch):
 
     monkeypatch.setattr("kimi_lite.experts.reader._File.read_into", fail)
     with pytest.raises(KimiLiteError, match="could not be read: Input/output error"):
-        Runner(f32_path, tier=TierOptions(24 * slot_bytes(f32_path), is_direct=False, is_loading_all=True))
+        Runner(f32_path, is_reading_direct=False, loading="read")
 
 
 def test_what_tokens_choose_is_recorded(f32_path, tmp_path):
     """By both paths, the same."""
     ids = np.random.default_rng(1).integers(0, 290, 50)
     traces = []
-    for name, tier in (("mapped", None), ("tiers", TierOptions(6 * slot_bytes(f32_path)))):
+    for name, num_bytes in (("mapped", None), ("tiers", 6 * slot_bytes(f32_path))):
         config = ModelConfig.from_metadata(GGUFStore.open(f32_path).metadata)
-        with Runner(f32_path, tier=tier, recorder=RoutingRecorder(tmp_path / f"{name}.npz", config)) as runner:
+        recorder = RoutingRecorder(tmp_path / f"{name}.npz", config)
+        with Runner(f32_path, ram_expert_bytes=num_bytes, recorder=recorder) as runner:
             runner.prefill(ids[:40])
             runner.decode(ids[40:], start=40)
         traces.append(read_trace(tmp_path / f"{name}.npz"))
@@ -170,7 +170,7 @@ def test_what_tokens_choose_is_recorded(f32_path, tmp_path):
 def test_cache_bias_saves_reads_and_changes_results(f32_path):
     ids, found = np.random.default_rng(1).integers(0, 290, 60), {}
     for bias in (0.0, 0.05, 10.0):
-        with Runner(f32_path, tier=TierOptions(6 * slot_bytes(f32_path), cache_bias=bias)) as runner:
+        with Runner(f32_path, ram_expert_bytes=6 * slot_bytes(f32_path), cache_bias=bias) as runner:
             logits = runner.decode(ids)
             found[bias] = (runner.transformer.counters()["expert_misses"], logits)
     assert found[10.0][0] < found[0.05][0] < found[0.0][0]
@@ -180,12 +180,12 @@ def test_cache_bias_saves_reads_and_changes_results(f32_path):
 
 def test_heat_outlives_the_process(f32_path, tmp_path):
     ids, path = np.random.default_rng(1).integers(0, 290, 40), tmp_path / "tiny.heat.npz"
-    options = TierOptions(8 * slot_bytes(f32_path), heat_path=path)
-    with Runner(f32_path, tier=options) as runner:
+    options = {"ram_expert_bytes": 8 * slot_bytes(f32_path), "heat_file": path}
+    with Runner(f32_path, **options) as runner:
         runner.decode(ids)
         cold = runner.transformer.counters()
     assert [each.name for each in tmp_path.iterdir()] == ["tiny.heat.npz"]
-    with Runner(f32_path, tier=options) as runner:
+    with Runner(f32_path, **options) as runner:
         cache = runner.transformer._tiers.slots
         assert cache.export_heat().sum() > 0 and any(
             pool.jobs or pool.policy.num_resident for pool in cache._pools.values()
