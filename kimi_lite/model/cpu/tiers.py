@@ -42,7 +42,7 @@ class TieredLayers:
     """Runs embedding and layers of a batch that `Transformer` has prepared."""
 
     def __init__(self, slots: RamSlots, config: ModelConfig, layers: Layers, cache_bias: float) -> None:
-        """slots: whose addresses the layers' tables have. cache_bias: what experts that are there gain in the choice."""
+        """slots: named by the layers' tables. cache_bias: what experts that are there gain at the router."""
         self.config, self.slots = config, slots
         self._cache_bias, self._layers = cache_bias, layers
         self._run, self._buffers, self._team = layers.run, layers.buffers, layers.team
