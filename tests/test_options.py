@@ -15,7 +15,7 @@ from kimi_lite.apps.flags import resolve
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.engine.answer_settings import AnswerSettings
-from kimi_lite.engine.planning import choose_tier, situation_of
+from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.probe import Gpu, described, probe
@@ -213,7 +213,7 @@ def test_sampling_and_display():
 def model(folder: Path):
     store = GGUFStore.open(write_tiny_gguf(folder / "tiny.gguf", np.random.default_rng(0), num_experts=32))
     config = ModelConfig.from_metadata(store.metadata)
-    return store, config, store_sizes(store, config), probe(folder)
+    return store_sizes(store, config), probe(folder)
 
 
 VALUES = {
@@ -231,13 +231,15 @@ VALUES = {
 CASES = [*VALUES.items(), ("loading", "lock"), ("vram_bytes", 0), ("num_gpu_experts", 0)]
 
 
-def effect(options: Options, hardware, store, config, sizes) -> object:
+def effect(options: Options, hardware, sizes) -> object:
     """What is laid out and loaded with these options: nothing else of them is used."""
     plan = make_plan(sizes, hardware, options)
-    tier = choose_tier(store, config, plan, options)
-    prefers = options.cache_bias if 0 < plan.num_vram_slots < sizes.num_experts else 0.0
+    has_slots = plan.ram_expert_bytes and (plan.disk_expert_bytes or options.loading != "map")  # see `open_ram`
+    ram_slots = (plan.ram_budget_bytes, options.loading == "lock") if has_slots else None
+    is_split = 0 < plan.num_vram_slots < sizes.num_experts if plan.is_on_gpu else plan.disk_expert_bytes > 0
+    prefers = options.cache_bias if is_split else 0.0
     parts = tuple((row.place, row.part, row.num_bytes) for row in plan.rows)
-    return parts, plan.budgets, plan.context_length, plan.num_threads, plan.num_vram_slots, tier, prefers
+    return parts, plan.budgets, plan.context_length, plan.num_threads, plan.num_vram_slots, ram_slots, prefers
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
@@ -245,14 +247,14 @@ def effect(options: Options, hardware, store, config, sizes) -> object:
 @pytest.mark.parametrize("is_from_disk", [False, True])
 @pytest.mark.parametrize("loading", ["map", "lock"])
 def test_every_option_has_an_effect_or_a_line(name, value, has_gpu, is_from_disk, loading, tmp_path_factory):
-    store, config, sizes, here = model(tmp_path_factory.getbasetemp())
+    sizes, here = model(tmp_path_factory.getbasetemp())
     gpu = Gpu("a GPU", 24 * GIB, 23 * GIB, 900e9, 23e9) if has_gpu else None
     hardware = replace(described(here, 16 * GIB, None, num_cores=8), gpu=gpu)
     base = Options(loading=loading, ram_expert_bytes=2 * MIB if is_from_disk else None, num_gpu_experts=4)
     base = replace(base, **{name: getattr(Options(), name)})
     with_it = replace(base, **{name: value}, given={name: OPTIONS[name].long_flag})
     situation = situation_of(make_plan(sizes, hardware, with_it), with_it)
-    changes = effect(with_it, hardware, store, config, sizes) != effect(base, hardware, store, config, sizes)
+    changes = effect(with_it, hardware, sizes) != effect(base, hardware, sizes)
     lines = unused_options(with_it, situation)
     if not has_gpu and (name, value) in (("device", "cpu"), ("vram_bytes", 0)):
         return  # asks for what is so
