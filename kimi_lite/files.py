@@ -15,6 +15,7 @@ from platformdirs import user_cache_path
 from kimi_lite.errors import KimiLiteError
 
 MAX_TEXT_BYTES = 64_000_000  # of one text: more than any context, and a limit to /dev/zero
+MAX_CORPUS_BYTES = 2_000_000_000  # of a text to measure or calibrate with
 _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -23,6 +24,7 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that o
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _MOST_ZEROS = 0.6  # of every other byte: then it is UTF-16 of mostly Western text
+_NO_TEXT = "Name a text file; images go with --image, in a chat with /image."
 PARTIAL = ".partial"  # how the names of unfinished files end
 
 
@@ -92,29 +94,31 @@ def _why_not_writable(path: Path) -> str:
     return "" if os.access(path.parent, os.W_OK | os.X_OK) else f"the folder {path.parent} is not writable"
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Path, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """The text of a file that a user names, as `decode_text`; KimiLiteError naming `what` ("The prompt file")."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
+            data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise KimiLiteError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    return decode_text(data, f"{what} {path}")
+    return decode_text(data, f"{what} {path}", max_bytes)
 
 
-def decode_text(data: bytes, what: str) -> str:
+def decode_text(data: bytes, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Text in UTF-8, or in UTF-16 or UTF-32 as Windows writes them; without its byte order mark, lines end in "\\n".
 
     KimiLiteError naming `what` for other encodings and for what is no text: a guess would change the meaning unseen.
     """
-    if len(data) > MAX_TEXT_BYTES:
-        raise KimiLiteError(f"{what} is longer than {MAX_TEXT_BYTES:,} bytes.", "Take a part of it.")
+    if len(data) > max_bytes:
+        raise KimiLiteError(f"{what} is longer than {max_bytes:,} bytes.", "Take a part of it.")
     encoding = encoding_of(data)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         if encoding not in ("utf-8", "utf-8-sig"):
             raise KimiLiteError(f"{what} is damaged {encoding.upper()} text: {error.reason}.") from None
+        if b"\0" in data:
+            raise KimiLiteError(f"{what} is not text: it has NUL bytes.", _NO_TEXT) from None
         byte, before = data[error.start], len(data[: error.start].decode(encoding))
         table = "WINDOWS-1252" if set(range(0x80, 0xA0)) & set(data) else "LATIN1"
         raise KimiLiteError(
@@ -122,7 +126,7 @@ def decode_text(data: bytes, what: str) -> str:
             f"If it is Western European text: iconv -f {table} -t UTF-8 FILE > NEW.",
         ) from None
     if "\0" in text:
-        raise KimiLiteError(f"{what} is not text: a NUL after {text.index(chr(0)):,} characters.", "Name a text file.")
+        raise KimiLiteError(f"{what} is not text: it has NUL bytes.", _NO_TEXT)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from kimi_lite import files
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import file_name, open_model
 from kimi_lite.errors import KimiLiteError
@@ -152,10 +153,7 @@ def read_text(file: Path) -> str:
         raise KimiLiteError(
             f"There is no file {file}.", "Name a text, such as a few hundred kilobytes of what you will ask about."
         )
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise KimiLiteError(f"{file} is not UTF-8: {error}.", "Name a plain text.") from error
+    return files.read_text(file, "The text", max_bytes=files.MAX_CORPUS_BYTES)
 
 
 def write_imatrix(

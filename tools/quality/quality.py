@@ -23,6 +23,7 @@ import numpy as np
 import typer
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import MAX_CORPUS_BYTES, read_text
 from kimi_lite.tools.bench.environment import describe_environment, describe_model
 from kimi_lite.tools.bench.plan import TEXT
 from kimi_lite.tools.quality.runs import LlamaLogits, OurLogits, Source, StoredLogits, hash_ids, save_rows
@@ -144,7 +145,7 @@ def _measure(
 ) -> None:  # fmt: skip
     with ExitStack() as stack:
         stack.callback(ours.close)
-        ids = ours.tokenizer.encode(text.read_text(encoding="utf-8"))
+        ids = ours.tokenizer.encode(read_text(text, "The text", max_bytes=MAX_CORPUS_BYTES))
         chunks = list(chunks_of(ids, ours.bos_id, num_chunks))
         if not chunks:
             raise KimiLiteError(f"{text} has {len(ids):,} tokens; {CHUNK_TOKENS} are needed.", "Give a longer text.")

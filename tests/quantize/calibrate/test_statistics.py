@@ -90,7 +90,7 @@ def test_what_it_refuses(collected, tmp_path):
         collect_importance(model, text, tmp_path / "a.gguf")
     with pytest.raises(KimiLiteError, match="From 2 to 512 are possible"):
         collect_importance(model, text, tmp_path / "a.gguf", chunk_tokens=1000)
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary").write_bytes(b"caf\xe9")
     with pytest.raises(KimiLiteError, match="is not UTF-8"):
         collect_importance(model, tmp_path / "binary", tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
