@@ -27,21 +27,21 @@ DEMO_REMARKS = (
 _WHOLE_LINE = 10_000  # columns
 
 
-def open_session(options: Options, status: Console) -> Conversation:
+def open_conversation(options: Options, status: Console) -> Conversation:
     """Load the model, or reach the endpoint, and begin a conversation. Progress and remarks go to `status`."""
     check_before_loading(options)
     answer = AnswerSettings.from_options(options)
-    session = _open_remote(options, answer) if options.endpoint else _open_local(options, answer, status)
-    session.set_thinking(session.can_think if options.is_thinking is None else options.is_thinking)
+    conversation = _open_remote(options, answer) if options.endpoint else _open_local(options, answer, status)
+    conversation.set_thinking(conversation.can_think if options.is_thinking is None else options.is_thinking)
     if options.thinking_budget is not None:
-        session.require_budget()
-    if options.preserve_thinking and not session.can_preserve:
+        conversation.require_budget()
+    if options.preserve_thinking and not conversation.can_preserve:
         raise KimiLiteError(
-            f"The chat template of {session.info.name} always drops past reasoning.", "Remove --preserve-thinking."
+            f"The chat template of {conversation.info.name} always drops past reasoning.", "Remove --preserve-thinking."
         )
-    for line in () if options.is_quiet else unused_options(options, _situation(session, options, status)):
+    for line in () if options.is_quiet else unused_options(options, _situation(conversation, options, status)):
         show_plain(status, wrapped(line, line_width(status)), style="dim")
-    return session
+    return conversation
 
 
 def check_before_loading(options: Options) -> None:
@@ -59,10 +59,10 @@ def check_before_loading(options: Options) -> None:
         require_no_bare_name(options.model)
 
 
-def _situation(session: Conversation, options: Options, status: Console) -> Situation:
-    found = Situation(is_endpoint=True) if session.plan is None else situation_of(session.plan, options)
+def _situation(conversation: Conversation, options: Options, status: Console) -> Situation:
+    found = Situation(is_endpoint=True) if conversation.plan is None else situation_of(conversation.plan, options)
     is_terminal = status.is_terminal or sys.stdout.isatty()
-    return replace(found, can_think=session.can_think, is_terminal=is_terminal)
+    return replace(found, can_think=conversation.can_think, is_terminal=is_terminal)
 
 
 def greeting(conversation: Conversation, options: Options, width: int) -> list[str]:

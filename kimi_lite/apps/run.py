@@ -21,7 +21,7 @@ from kimi_lite.apps.chat.render import (
     stats_line,
 )
 from kimi_lite.apps.model_files import ModelFiles, guard_terminal
-from kimi_lite.apps.opening import open_session, say_demo
+from kimi_lite.apps.opening import open_conversation, say_demo
 from kimi_lite.apps.piped import read_piped
 from kimi_lite.apps.tools.choice import open_tools, require_place
 from kimi_lite.engine.conversation import Conversation
@@ -89,7 +89,7 @@ def start_run(
         tools = open_tools(options)
         if tools is not None:
             stack.enter_context(tools)
-        conversation = stack.enter_context(closing(open_session(options, stderr)))
+        conversation = stack.enter_context(closing(open_conversation(options, stderr)))
         if tools is not None:
             require_place(conversation)
             for remark in () if output.is_quiet else tools.notes:

@@ -9,7 +9,7 @@ from kimi_lite.apps.chat.chat import Chat, run_chat
 from kimi_lite.apps.chat.sessions import Autosave, Claim, SessionStore
 from kimi_lite.apps.folders import make_private, state_folder
 from kimi_lite.apps.model_files import guard_terminal
-from kimi_lite.apps.opening import greeting, line_width, open_session, wrapped
+from kimi_lite.apps.opening import greeting, line_width, open_conversation, wrapped
 from kimi_lite.apps.tools.choice import open_tools, require_place
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
@@ -39,7 +39,7 @@ def start_chat(options: Options) -> None:
         tools = open_tools(options)
         if tools is not None:
             stack.enter_context(tools)
-        conversation = stack.enter_context(closing(open_session(options, status)))
+        conversation = stack.enter_context(closing(open_conversation(options, status)))
         if tools is not None:
             require_place(conversation)
         if conversation.info.path.exists():

@@ -29,7 +29,9 @@ def open_tools(options: Options) -> "ToolBox | None":
         return ToolBox.open(options.tools_folder, options.mcp_config, options.allowed_tools)
 
 
-def require_place(session: Conversation) -> None:
+def require_place(conversation: Conversation) -> None:
     """Refuse tools for a model whose template cannot declare them."""
-    if not session.can_call:
-        raise KimiLiteError(f"The chat template of {session.info.name} has no place for tools.", "Leave --tools out.")
+    if not conversation.can_call:
+        raise KimiLiteError(
+            f"The chat template of {conversation.info.name} has no place for tools.", "Remove --tools and --mcp-config."
+        )

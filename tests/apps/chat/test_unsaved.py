@@ -161,8 +161,8 @@ def test_what_cannot_be_opened_is_said_before_the_model_is_loaded(
     from kimi_lite.cli import app
 
     opened: list[object] = []
-    monkeypatch.setattr("kimi_lite.apps.opening.open_session", lambda *a: opened.append(a))
-    monkeypatch.setattr("kimi_lite.apps.chat.command.open_session", lambda *a: opened.append(a))
+    monkeypatch.setattr("kimi_lite.apps.opening.open_conversation", lambda *a: opened.append(a))
+    monkeypatch.setattr("kimi_lite.apps.chat.command.open_conversation", lambda *a: opened.append(a))
     store = SessionStore(Path(os.environ["KIMI_LITE_STATE"]) / "sessions")
     store.folder.mkdir(parents=True)
     store.path("bad").write_text("[" * 100_000)
