@@ -28,9 +28,11 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     The plan is made here, once, and what it says is allocated. Raises KimiLiteError where the file is damaged or the
     plan cannot be. Where no context is asked for, it is the model's own up to 32,768 tokens.
     """
+    from kimi_lite.text.isolation import prepare
     from kimi_lite.text.template import ChatTemplate
     from kimi_lite.text.tokenizer import Tokenizer
 
+    prepare()
     options = options or Options()
     report = on_progress or (lambda stage, done, total: None)
     report("reading headers", 0, 4)

@@ -43,23 +43,15 @@ class Session(Conversation):
 
     @property
     def can_think(self) -> bool:
-        return self._encode([{"role": "user", "content": "?"}], AnswerSettings(is_thinking=True)).starts_in_reasoning
+        return self.engine.template.facts.can_think
 
     @property
     def can_call(self) -> bool:
-        messages, tool = (
-            [{"role": "user", "content": "?"}],
-            {"type": "function", "function": {"name": "f", "parameters": {}}},
-        )
-        encode = self.engine.template.encode
-        return encode(messages, [tool]).ids != encode(messages).ids
+        return self.engine.template.facts.can_call
 
     @property
     def can_preserve(self) -> bool:
-        answer = {"role": "assistant", "content": "!", "reasoning_content": "..."}
-        messages = [{"role": "user", "content": "?"}, answer, {"role": "user", "content": "?"}]
-        settings = AnswerSettings(), AnswerSettings(preserve_thinking=True)
-        return self._encode(messages, settings[0]).ids != self._encode(messages, settings[1]).ids
+        return self.engine.template.facts.can_preserve
 
     def require_budget(self) -> None:
         super().require_budget()

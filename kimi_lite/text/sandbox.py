@@ -6,25 +6,36 @@ these marks are control tokens. Message text goes through untouched, so every fi
 template sees the real text, and nothing in it, nor two messages side by side, nor a message beside the template's text,
 can spell a mark. Constants that are only looked for (`'</think>' in content`, `content.split('</think>')`) stay as they
 are: they must match message text. A template that assembles a control token from pieces (`'<|' ~ role ~ '|>'`) gets
-plain text. The sandbox has no files, no imports and no attributes with underscores; loops and output are bounded.
+plain text. The sandbox has no files, no imports and no attributes with underscores; loops and output are bounded. What
+else a template may do with time and memory `serve` bounds: it runs in a process of its own, started by
+`text.isolation`, that the system ends at its limits.
 """
 
 import json
 import re
 import secrets
+import signal
+import struct
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from kimi_lite.errors import KimiLiteError
-
 MAX_SOURCE_CHARS = 1 << 20
-MAX_OUTPUT_CHARS = 1 << 26  # a 256 K token prompt is about 1 M characters
-MAX_LOOP_STEPS = 1_000_000
+MAX_OUTPUT_CHARS = 1 << 24  # a 256 K token prompt is about 1 M characters
+MAX_MEMORY_BYTES = 256 << 20  # address space of the process that renders
+MAX_CPU_S = 1.5  # of one request; an ordinary one takes milliseconds
+MAX_TEMPLATES = 16  # that are kept compiled
+LENGTH = struct.Struct("<Q")  # before every message of `serve`
+MAX_LOOP_STEPS = 500_000
 MAX_PRODUCT = 1 << 24  # of two numbers, or characters of `text * number`
 _SEARCH_METHODS = {
     "split",
@@ -47,7 +58,12 @@ _RENDER_ERRORS = (
     TypeError,
     ValueError,
     RecursionError,
+    AssertionError,  # jinja's own
 )
+
+
+class TemplateFailure(Exception):
+    """What is wrong with a template, or with messages for it."""
 
 
 class Segment(NamedTuple):
@@ -70,6 +86,16 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+class _Generation(Extension):
+    """`{% generation %}`, transformers' mark of what a model is trained on: it renders as its body."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _LoopBudget:
     """Counts the steps of all loops of one rendering."""
 
@@ -87,8 +113,6 @@ class SandboxedTemplate:
     """A compiled chat template of a model whose control tokens are `controls`."""
 
     def __init__(self, source: str, controls: Collection[str]) -> None:
-        if len(source) > MAX_SOURCE_CHARS:
-            raise KimiLiteError(f"The chat template has {len(source)} characters; {MAX_SOURCE_CHARS} are allowed.")
         self._controls = sorted(controls, key=len, reverse=True)
         self._secret = str(secrets.randbits(128))  # digits only: no filter changes their case
         self._spelled = re.compile("|".join(map(re.escape, self._controls)) or r"(?!)")
@@ -104,24 +128,18 @@ class SandboxedTemplate:
             code = environment.compile(tree)
             self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
         except (*_RENDER_ERRORS, SyntaxError) as error:
-            raise KimiLiteError(f"The file's chat template does not compile: {self._plain(str(error))}") from None
+            raise TemplateFailure(self._plain(str(error)) or type(error).__name__) from None
 
-    def mark(self, text: str) -> str:
-        """`text`, which must be ours and not a user's, with its control tokens marked as such."""
-        return self._spelled.sub(self._mark_of, text)
-
-    def render(self, variables: Mapping[str, object]) -> list[Segment]:
-        """The prompt in order. The template's own failures, its `raise_exception` included, become KimiLiteError."""
+    def render(self, variables: Mapping[str, object], tokens: Mapping[str, str]) -> list[Segment]:
+        """The prompt in order. `tokens`: variables that hold a control token, as if the template had written it. The
+        template's own failures, its `raise_exception` included, become TemplateFailure."""
         try:
-            text = self._generate(variables)
+            text = self._generate({**variables, **{name: self._mark(text) for name, text in tokens.items()}})
         except _RENDER_ERRORS as error:
-            reason = self._plain(str(error)) or type(error).__name__
-            raise KimiLiteError(f"The chat template does not accept these messages: {reason}") from None
+            raise TemplateFailure(self._plain(str(error)) or type(error).__name__) from None
         parts = self._marks.split(text)
         if any(self._torn_marks.search(part) for part in parts[::2]):
-            raise KimiLiteError(
-                "The chat template alters the text of its own control tokens, which cannot be followed."
-            )
+            raise TemplateFailure("it alters the text of its own control tokens, which cannot be followed")
         segments = [Segment(self._controls[int(p)], True) if i % 2 else Segment(p, False) for i, p in enumerate(parts)]
         return [segment for segment in segments if segment.text]
 
@@ -134,6 +152,10 @@ class SandboxedTemplate:
                 raise SecurityError(f"more than {MAX_OUTPUT_CHARS} characters")
         return "".join(parts)
 
+    def _mark(self, text: str) -> str:
+        """`text`, which is the template's and no message's, with its control tokens marked as such."""
+        return self._spelled.sub(self._mark_of, text)
+
     def _plain(self, text: str) -> str:
         return self._marks.sub(lambda match: self._controls[int(match.group(1))], text)
 
@@ -141,9 +163,9 @@ class SandboxedTemplate:
         """Mark the template's own texts below `node`, unless they are only looked for, and put a counter into every
         loop."""
         if isinstance(node, nodes.TemplateData):
-            node.data = self.mark(node.data)
+            node.data = self._mark(node.data)
         elif isinstance(node, nodes.Const) and isinstance(node.value, str) and is_written:
-            node.value = self.mark(node.value)
+            node.value = self._mark(node.value)
         for child in node.iter_child_nodes():
             self._rewrite(child, is_written and not _is_looked_for(node, child))
         if isinstance(node, nodes.For):
@@ -166,7 +188,9 @@ def _is_looked_for(parent: nodes.Node, child: nodes.Node) -> bool:
 
 
 def _make_environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     del environment.globals["lipsum"]
@@ -190,3 +214,63 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
+
+
+def serve() -> None:
+    """Answer requests from stdin on stdout until it is closed, within the limits above: one message each way, JSON
+    behind its length.
+
+    `{"key", "source", "controls"}` compiles, `{"key", "variables", "tokens"}` renders; the answer is `{"segments"}`, or
+    `{"failure"}`, or `{"is_unknown"}` for a key that has to be compiled (again). Over its time the process is ended by
+    SIGPROF.
+    """
+    _limit_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for who waits
+    templates: OrderedDict[str, SandboxedTemplate] = OrderedDict()
+    while (request := read_message(sys.stdin.buffer)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
+        answer = _answer(templates, request)
+        data = to_message(answer)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+def _answer(templates: "OrderedDict[str, SandboxedTemplate]", request: Mapping[str, Any]) -> dict[str, Any]:
+    key = request["key"]
+    try:
+        if "source" in request:
+            templates[key] = SandboxedTemplate(request["source"], request["controls"])
+            while len(templates) > MAX_TEMPLATES:
+                templates.popitem(last=False)
+            return {"segments": []}
+        if key not in templates:
+            return {"is_unknown": True}
+        templates.move_to_end(key)
+        return {"segments": templates[key].render(request["variables"], request["tokens"])}
+    except TemplateFailure as failure:
+        return {"failure": str(failure)[:2000]}
+    except MemoryError:
+        return {"failure": f"it needs more than {MAX_MEMORY_BYTES >> 20} MiB of memory"}
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, ValueError, OSError):  # not every system has such limits; time is bounded everywhere
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+
+
+def to_message(value: object) -> bytes:
+    data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return LENGTH.pack(len(data)) + data
+
+
+def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message, None where there is no whole one any more."""
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    data = stream.read(LENGTH.unpack(head)[0])
+    return json.loads(data.decode("utf-8", "surrogatepass")) if len(data) == LENGTH.unpack(head)[0] else None

@@ -4,18 +4,21 @@ Control tokens come only from the template's own words (`text.sandbox`); whateve
 is encoded as plain text.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.isolation import IsolatedTemplate
 from kimi_lite.text.kimi import KIMI_TEMPLATE
-from kimi_lite.text.sandbox import SandboxedTemplate, Segment
+from kimi_lite.text.sandbox import Segment
+from kimi_lite.text.stream import KIMI, dialect_of
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.text.tool_calls import with_native_ids
 from kimi_lite.text.typescript import UnsupportedSchema, declare_tools, sort_keys
 
 MAX_DEPTH = 64  # of nested lists and dicts in messages and tools
-_KIMI_CALL = "<|tool_call_begin|>"
 _KIMI_TURN = "<|im_middle|>"
 
 
@@ -28,13 +31,25 @@ class EncodedPrompt:
     starts_in_reasoning: bool
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateFacts:
+    """What a template can do, learned by rendering small conversations with it."""
+
+    can_think: bool  # it has a thinking mode
+    can_call: bool  # it declares tools, and calls come in markers that `text.stream` reads
+    can_preserve: bool  # past reasoning can stay in the prompt
+    call_content: str | None = ""  # the content beside calls with which past calls are rendered at all
+    takes_objects: bool = False  # arguments of past calls are wanted as objects, not as JSON text
+
+
 class ChatTemplate:
     """The chat layout of one model."""
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._template = SandboxedTemplate(source, tokenizer.special)
-        self._is_kimi = _KIMI_CALL in tokenizer.special
+        self._template = IsolatedTemplate(source, tokenizer.special)
+        self._dialect = dialect_of(tokenizer.special)
+        self._is_kimi = self._dialect is KIMI
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object], tokenizer: Tokenizer) -> "ChatTemplate":
@@ -49,6 +64,50 @@ class ChatTemplate:
                 "Use a chat model's GGUF, or one converted with its chat template.",
             )
         return cls(source, tokenizer)
+
+    @cached_property
+    def facts(self) -> TemplateFacts:
+        """Rendered once, when it is asked for first."""
+        question = {"role": "user", "content": "?"}
+        answer = {"role": "assistant", "content": "!", "reasoning_content": "zq"}
+        plain = self._probe([question])
+        past = [question, answer, question]
+        form = next(
+            ((content, is_object) for content, is_object in _CALL_FORMS if self._shows(content, is_object)), None
+        )
+        content, takes_objects = form or _CALL_FORMS[0]
+        is_readable = self._dialect is not None and (
+            form is None or self._dialect.call_begin in self._probe(_past_call(*form), [_PROBE_TOOL])
+        )
+        return TemplateFacts(
+            can_think=self._ends_in_think([question]) or plain != self._probe([question], thinking=False),
+            can_call=is_readable and plain != self._probe([question], [_PROBE_TOOL]),
+            can_preserve=self._probe(past) != self._probe(past, preserve_thinking=True),
+            call_content=content,
+            takes_objects=takes_objects,
+        )
+
+    def _probe(
+        self,
+        messages: Sequence[Mapping],
+        tools: Sequence[Mapping] | None = None,
+        thinking: bool = True,
+        preserve_thinking: bool = False,
+    ) -> str:
+        """What the template makes of a conversation as it is, "" where it accepts none such."""
+        try:
+            segments = self._render(list(messages), tools, thinking, True, preserve_thinking)
+        except KimiLiteError:
+            return ""
+        return "".join(segment.text for segment in segments)
+
+    def _ends_in_think(self, messages: Sequence[Mapping]) -> bool:
+        return self._probe(messages).rstrip().endswith("<think>")
+
+    def _shows(self, content: str | None, is_object: bool) -> bool:
+        """Whether a past call in this form is rendered, its arguments as JSON."""
+        text = self._probe(_past_call(content, is_object), [_PROBE_TOOL])
+        return "zq_f" in text and any(f'"zq_a"{colon}1' in text for colon in (": ", ":"))
 
     def encode(
         self,
@@ -75,19 +134,31 @@ class ChatTemplate:
         add_generation_prompt: bool,
         preserve_thinking: bool,
     ) -> list[Segment]:
+        return self._render(self._messages(messages), tools, thinking, add_generation_prompt, preserve_thinking)
+
+    def _render(
+        self,
+        messages: list[Mapping],
+        tools: Sequence[Mapping] | None,
+        thinking: bool,
+        add_generation_prompt: bool,
+        preserve_thinking: bool,
+    ) -> list[Segment]:
         variables: dict[str, object] = {
-            "messages": self._messages(messages),
+            "messages": messages,
             "tools": _plain(list(tools)) if tools else None,
             "add_generation_prompt": add_generation_prompt,
             "thinking": thinking,
             "enable_thinking": thinking,
             "preserve_thinking": preserve_thinking,
+        }
+        tokens = {
             "bos_token": self._token_text(self._tokenizer.bos_id),
             "eos_token": self._token_text(self._tokenizer.eos_id),
         }
         if tools and self._is_kimi:
             variables |= _kimi_tools(variables["tools"])
-        return self._template.render(variables)
+        return self._template.render(variables, tokens)
 
     def _messages(self, messages: Sequence[Mapping]) -> list[Mapping]:
         """Plain copies; a null reasoning is an absent one (templates would write "None"), foreign call ids become
@@ -105,11 +176,57 @@ class ChatTemplate:
                 raise KimiLiteError(
                     f"Message {i} of {len(plain)} has a tool call without function.", "See the OpenAI API."
                 )
+        if any(message.get("tool_calls") for message in plain):
+            plain = [self._in_form(message) for message in plain]
         return with_native_ids(plain) if self._is_kimi else plain
 
+    def _in_form(self, message: dict) -> dict:
+        """A message with calls in the form in which the template renders them."""
+        if not message.get("tool_calls"):
+            return message
+        facts = self.facts
+        if not message.get("content"):
+            message = {**message, "content": facts.call_content}
+        if facts.takes_objects:
+            message = {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        return message
+
     def _token_text(self, token_id: int | None) -> str:
-        """A token for the template to write: it, too, must carry a mark to become a control token."""
-        return "" if token_id is None else self._template.mark(self._tokenizer.decode([token_id]))
+        return "" if token_id is None else self._tokenizer.decode([token_id])
+
+
+_CALL_FORMS = (("", False), (None, False), ("", True), (None, True))  # content beside a call, arguments as an object
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "zq_f",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"zq_b": {"type": "integer"}}},
+    },
+}
+
+
+def _past_call(content: str | None, is_object: bool) -> list[Mapping]:
+    """A conversation with a call and its result."""
+    arguments = {"zq_a": 1} if is_object else '{"zq_a": 1}'
+    call = {"id": "functions.zq_f:0", "type": "function", "function": {"name": "zq_f", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": "zq_r", "tool_call_id": "functions.zq_f:0", "name": "zq_f"},
+    ]
+
+
+def _with_object(call: Mapping) -> Mapping:
+    """A call whose arguments are an object, where they are the text of one."""
+    arguments = call["function"].get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": value}} if isinstance(value, dict) else call
 
 
 def _has_function(call: Mapping) -> bool:
@@ -130,6 +247,12 @@ def _ends_in_think(segments: Iterable[Segment]) -> bool:
     return "".join(segment.text for segment in segments).rstrip().endswith("<think>")
 
 
+def _without_data(key: str, value: object) -> object:
+    """A picture's bytes are nothing that a template renders."""
+    is_data = key in ("url", "image", "image_url", "video_url") and isinstance(value, str) and value.startswith("data:")
+    return "data:" if is_data else value
+
+
 def _plain(value: object, depth: int = 0) -> object:
     """A copy made of JSON's types alone: a template must not meet objects with methods of their own."""
     if depth > MAX_DEPTH:
@@ -137,7 +260,7 @@ def _plain(value: object, depth: int = 0) -> object:
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+        return {str(key): _plain(_without_data(key, item), depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, depth + 1) for item in value]
     raise KimiLiteError(f"Messages and tools are made of JSON values; a {type(value).__name__} is none.")

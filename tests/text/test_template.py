@@ -1,7 +1,11 @@
 """Prompts id by id against the vendor's, and the one promise of the template: nobody but it writes control tokens."""
 
 import json
+import os
+import resource
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import make_metadata, rendered
@@ -10,7 +14,9 @@ from hypothesis import strategies as st
 from test_typescript import GET_WEATHER, HEAD, tool
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.template import ChatTemplate
+from kimi_lite.text.sandbox import MAX_CPU_S, MAX_MEMORY_BYTES, MAX_TEMPLATES
+from kimi_lite.text.stream import DEEPSEEK, KIMI, StreamParser
+from kimi_lite.text.template import ChatTemplate, TemplateFacts
 from kimi_lite.text.tokenizer import Tokenizer
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -311,7 +317,7 @@ def test_jinja_as_chat_templates_expect_it(make: Callable[[str], ChatTemplate]) 
         ("{% include '/etc/passwd' %}", "does not accept|does not compile"),
         ("{{ 9 ** 9 ** 9 }}", "operands that large"),
         ("{{ 'x' * 10000000000 }}", "operands that large"),
-        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loop steps"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loop steps|of work"),
         ("{% for i in range(99) %}{{ 'x' * 9999999 }}{% endfor %}", "characters"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "does not accept"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
@@ -357,3 +363,195 @@ def test_a_file_without_any_template_is_refused(small: Tokenizer) -> None:
         ChatTemplate.from_metadata({}, small)
     with pytest.raises(KimiLiteError, match="no chat template"):
         ChatTemplate.from_metadata({"tokenizer.chat_template": ["x"]}, small)
+
+
+def test_the_generation_tag_renders_as_its_body(make: Callable[[str], ChatTemplate], small: Tokenizer) -> None:
+    source = (
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{%- else -%}{{ m.content }}{%- endif -%}{%- endfor -%}"
+    )
+    ids = make(source).encode([user("a"), answer("b")]).ids
+    assert (small.decode(ids), ids[-1]) == ("ab<|im_end|>", 257)
+
+
+# Minimal equivalents of the layouts in llama.cpp's collection: what they demand of messages, not their words.
+_TOOLS = "{%- for t in tools or [] -%}{{ t.function.name }} {{ t.function.parameters | tojson }}\n{%- endfor -%}"
+_CALLS = "{%- for c in m.tool_calls -%}"
+KIMI_K2 = (  # tools as JSON, a system message of its own, no <think>
+    "{%- if tools -%}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', '"
+    ":')) }}<|im_end|>{%- endif -%}"
+    "{%- for m in messages -%}"
+    "{%- if loop.first and m['role'] != 'system' -%}<|im_system|>system<|im_middle|>You are Kimi."
+    "<|im_end|>{%- endif -%}{%- set name = m.get('name') or m['role'] -%}"
+    "{%- if m.role == 'tool' -%}<|im_system|>{{ name }}<|im_middle|>## Return of "
+    "{{ m.tool_call_id }}\n{{ m['content'] }}"
+    "{%- else -%}<|im_user|>{{ name }}<|im_middle|>{{ m['content'] }}{%- endif -%}"
+    "{%- if m.get('tool_calls') -%}<|tool_calls_section_begin|>" + _CALLS + "<|tool_call_begin|>{{ c['id'] }}"
+    "<|tool_call_argument_begin|>"
+    "{% if c['function']['arguments'] is string %}{{ c['function']['arguments'] }}{% else %}"
+    "{{ c['function']['arguments'] | tojson }}{% endif %}<|tool_call_end|>{%- endfor -%}<|tool_calls_section_end|>"
+    "{%- endif -%}<|im_end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"
+)
+DEEPSEEK_R1 = (  # calls only where content is none; arguments are added to text; always <think>
+    "{{ bos_token }}" + _TOOLS + "{%- set ns = namespace(is_tool=false) -%}{%- for m in messages -%}"
+    "{%- if m['role'] == 'user' -%}<｜User｜>{{ m['content'] }}{%- endif -%}"
+    "{%- if m['role'] == 'assistant' and m['content'] is none -%}<｜Assistant｜><｜tool▁calls▁begin｜>"
+    + _CALLS
+    + "{{ '<｜tool▁call▁begin｜>' + c['type'] + '<｜tool▁sep｜>' + c['function']['name'] + '\\n```json\\n' + "
+    "c['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' }}{%- endfor -%}<｜tool▁calls▁end｜>{%- endif -%}"
+    "{%- if m['role'] == 'assistant' and m['content'] is not none -%}{% set content = m['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "<｜Assistant｜>{{ content }}{{ eos_token }}{%- endif -%}"
+    "{%- if m['role'] == 'tool' -%}<｜tool▁output▁begin｜>{{ m['content'] }}<｜tool▁output▁end｜>{%- endif -%}"
+    "{%- endfor -%}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+DEEPSEEK_V31 = (  # arguments as an object; a thinking mode that is switched
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
+    + _TOOLS
+    + "{%- for m in messages -%}{%- if m['role'] == 'user' -%}<｜User｜>{{ m['content'] }}"
+    "{%- elif m['role'] == 'tool' -%}"
+    "<｜tool▁output▁begin｜>{{ m['content'] }}<｜tool▁output▁end｜>"
+    "{%- elif m['role'] == 'assistant' -%}<｜Assistant｜></think>"
+    "{{ m['content'] or '' }}{%- if m['tool_calls'] is defined and m['tool_calls"
+    "'] is not none -%}<｜tool▁calls▁begin｜>"
+    + _CALLS
+    + "<｜tool▁call▁begin｜>{{ c['function']['name'] }}<｜tool▁sep｜>{{ c['function']['arguments'] | tojson }}"
+    "<｜tool▁call▁end｜>{%- endfor -%}<｜tool▁calls▁end｜>{%- endif -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<｜Assistant｜>{%- if thinking -%}<think>{%- else -%}</think>"
+    "{%- endif -%}{%- endif -%}"
+)
+HERMES = (  # another family's markers
+    "{%- for t in tools or [] -%}{{ t | tojson }}{%- endfor -%}{%- for m in messages -%}{{ m.role }}: {{ m.content }}"
+    "{%- for c in m.tool_calls or [] -%}<tool_call>{{ c.function | tojson }}</tool_call>{%- endfor -%}{%- endfor -%}"
+)
+DEEPSEEK_WORDS = [
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
+    "<think>",
+    "</think>",
+]
+DEEPSEEK_SPECIAL = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", *DEEPSEEK.markers, *DEEPSEEK_WORDS]
+KIMI_SPECIAL = [*KIMI.markers, "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"]
+
+
+def made(source: str, special: list[str]) -> ChatTemplate:
+    metadata = make_metadata(BYTES, special, "gpt-2", bos_token_id=256, eos_token_id=257)
+    metadata["tokenizer.chat_template"] = source
+    return ChatTemplate.from_metadata(metadata, Tokenizer.from_metadata(metadata))
+
+
+@pytest.mark.parametrize(
+    ("source", "special", "facts"),
+    [
+        (KIMI_K2, KIMI_SPECIAL, TemplateFacts(False, True, False, "", False)),
+        (DEEPSEEK_R1, DEEPSEEK_SPECIAL, TemplateFacts(True, True, False, None, False)),
+        (DEEPSEEK_V31, DEEPSEEK_SPECIAL, TemplateFacts(True, True, False, "", True)),
+        (HERMES, KIMI_SPECIAL, TemplateFacts(False, False, False, "", True)),
+        (HERMES, ["<|im_start|>", "<|im_end|>"], TemplateFacts(False, False, False, "", True)),
+        (CHATML, KIMI_SPECIAL, TemplateFacts(False, False, False, "", False)),
+        ("{{ raise_exception('no') }}", KIMI_SPECIAL, TemplateFacts(False, False, False, "", False)),
+    ],
+)
+def test_what_templates_can_do(source: str, special: list[str], facts: TemplateFacts) -> None:
+    assert made(source, special).facts == facts
+
+
+def test_kimis_own_template_can_do_all(template: ChatTemplate) -> None:
+    assert template.facts == TemplateFacts(True, True, True)
+
+
+@pytest.mark.parametrize("source", [KIMI_K2, DEEPSEEK_R1, DEEPSEEK_V31])
+def test_several_turns_of_calls_are_rendered_and_read_again(source: str) -> None:
+    """What a template writes for past calls is what the parser reads from a model that goes on so."""
+    template = made(source, KIMI_SPECIAL if source is KIMI_K2 else DEEPSEEK_SPECIAL)
+    messages = [user("q")]
+    for i, text in enumerate(['{"city": "Rome"}', '{"city": "Bern", "days": 2}']):
+        call_id = f"functions.get_weather:{i}"
+        call = {"id": call_id, "type": "function", "function": {"name": "get_weather", "arguments": text}}
+        messages += [answer("", reasoning_content="hm", tool_calls=[call])]
+        messages += [{"role": "tool", "tool_call_id": call_id, "name": "get_weather", "content": f"result {i}"}]
+    ids = template.encode([*messages, answer("done"), user("more?")], tools=[GET_WEATHER]).ids
+    text = template._tokenizer.decode(ids)
+    assert all(f"result {i}" in text for i in range(2))
+    parser = StreamParser(template._tokenizer, False, tools=[GET_WEATHER])
+    for token_id in ids:
+        parser.feed(token_id)
+    calls = [(call.name, json.loads(call.arguments)) for call in parser.tool_calls]
+    assert calls == [("get_weather", {"city": "Rome"}), ("get_weather", {"city": "Bern", "days": 2})]
+
+
+GREEDY = {  # what no count of loop steps holds: time, memory, both, at compiling too
+    "doubling": (
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
+        "{% endfor %}{{ ns.x|length }}"
+    ),
+    "center": "{{ 'a'|center(3000000000) }}",
+    "macro": "{% macro f(n) %}{% if n > 0 %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "shared": (
+        "{% set ns=namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+        "{% endfor %}{{ ns.x|string }}"
+    ),
+    "replace": "{{ ('a'*1000000).replace('', messages[0].content * 1000) }}",
+    "macros": "".join(f"{{% macro m{i}() %}}{{% endmacro %}}" for i in range(20000)),
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "format": "{{ '%01000000000d' | format(messages | length) }}",
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_no_template_takes_much_time_or_memory(make: Callable[[str], ChatTemplate], name: str) -> None:
+    began_s = os.times()
+    with pytest.raises(KimiLiteError, match="chat template does not") as caught:
+        make(GREEDY[name]).encode([user("Hi " * 4)])
+    assert caught.value.message.isprintable()
+    ended_s = os.times()
+    assert ended_s.user - began_s.user < 1.0, "it ran here"
+    assert ended_s.children_user - began_s.children_user < 4 * MAX_CPU_S
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= MAX_MEMORY_BYTES // 1024
+    assert make("ok").encode([user("")]).ids == list(b"ok"), "the next one is not harmed"
+
+
+def test_a_template_that_was_compiled_in_a_child_that_ended_is_compiled_again(
+    make: Callable[[str], ChatTemplate],
+) -> None:
+    first = make("{{ messages[0].content }}")
+    with pytest.raises(KimiLiteError):
+        make(GREEDY["macro"]).encode([user("")])
+    assert first.encode([user("still there")]).ids == list(b"still there")
+    others = [make(f"{i}") for i in range(MAX_TEMPLATES + 1)]  # more than are kept
+    assert [other.encode([user("")]).ids for other in others] == [list(str(i).encode()) for i in range(len(others))]
+
+
+def test_threads_share_the_child(make: Callable[[str], ChatTemplate]) -> None:
+    template = make("{{ messages[0].content }}")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: template.encode([user(f"text {i}" * 50)]).ids, range(40)))
+    assert found == [list((f"text {i}" * 50).encode()) for i in range(40)]
+
+
+def test_what_a_template_says_is_escaped(make: Callable[[str], ChatTemplate]) -> None:
+    with pytest.raises(KimiLiteError) as caught:
+        make("{{ raise_exception('\x1b]0;evil\x07\n' + 'x' * 5000) }}").encode([user("")])
+    assert caught.value.message.isprintable()
+    assert "\\x1b]0;evil\\x07 xxx" in caught.value.message
+    assert len(caught.value.message) < 400
+
+
+def test_ordinary_conversations_are_rendered_fast(template: ChatTemplate) -> None:
+    messages = [user("question " * 50), answer("answer " * 100)] * 10
+    template._segments(messages, [GET_WEATHER], True, True, False)
+    times_s = []
+    for _ in range(20):
+        began_s = time.perf_counter()
+        template._segments(messages, [GET_WEATHER], True, True, False)
+        times_s.append(time.perf_counter() - began_s)
+    assert min(times_s) < 0.005
+
+
+def test_the_bytes_of_pictures_are_not_copied_around(template: ChatTemplate) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (80 << 20)}}]
+    assert template.encode([user(parts)]).ids.count(163605) == 1
+    assert "data:" + "x" * 2000 in rendered(template, [user("data:" + "x" * 2000)])
