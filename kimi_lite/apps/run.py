@@ -23,7 +23,7 @@ from kimi_lite.apps.chat.render import (
 from kimi_lite.apps.model_files import ModelFiles, guard_terminal
 from kimi_lite.apps.opening import open_conversation, say_demo
 from kimi_lite.apps.piped import read_piped
-from kimi_lite.apps.tools.choice import open_tools, require_place
+from kimi_lite.apps.tools.choice import open_tools
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Token
@@ -91,7 +91,7 @@ def start_run(
             stack.enter_context(tools)
         conversation = stack.enter_context(closing(open_conversation(options, stderr)))
         if tools is not None:
-            require_place(conversation)
+            conversation.require_calls()
             for remark in () if output.is_quiet else tools.notes:
                 say(remark)
         if conversation.info.path.exists():

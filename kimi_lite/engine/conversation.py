@@ -114,10 +114,8 @@ class Conversation(ABC):
         """
         require_utf8(text_of(content))
         require_utf8(self.system, "The system prompt")
-        if tools and not self.can_call:
-            raise KimiLiteError(
-                f"The chat template of {self.info.name} has no place for tools.", "Remove --tools and --mcp-config."
-            )
+        if tools:
+            self.require_calls()
         before = list(self.turns)
         self.turns += [Turn("tool", _NOT_RUN, call_id=call.id, name=call.name) for call in self.pending_calls]
         self.turns.append(Turn("user", content if num_images(content) else text_of(content)))
@@ -198,6 +196,15 @@ class Conversation(ABC):
         if is_thinking and not self.can_think:
             raise KimiLiteError(f"{self.info.name} has no thinking mode.", "Remove --think, or say /think off.")
         self.settings = self.settings.with_thinking(is_thinking)
+
+    def require_calls(self) -> None:
+        """Refuse tools where the model cannot be told of them, or its calls cannot be read."""
+        if not self.can_call:
+            raise KimiLiteError(
+                f"{self.info.name} takes no tools: its chat template declares none, or has calls in markers that are "
+                f"not read here.",
+                "Remove --tools and --mcp-config.",
+            )
 
     def require_budget(self) -> None:
         """Refuse a thinking budget where thinking cannot be ended from here."""

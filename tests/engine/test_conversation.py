@@ -11,6 +11,7 @@ from kimi_lite.engine.documents import load_document, to_document
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.types import SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.template import ChatTemplate
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, scripted_logits
 
 ADD = {
@@ -137,11 +138,13 @@ def test_a_call_that_was_cut_off_is_not_kept() -> None:
     assert len(session.turns[-1].ids) == 20
 
 
-def test_tools_are_refused_where_the_template_has_no_place_for_them() -> None:
+@pytest.mark.parametrize("declared", ["", "{{ tools }}<tool_call>"])
+def test_tools_are_refused_where_the_template_declares_none_or_has_other_markers(declared: str) -> None:
     session = echo_session()
-    encode = session.engine.template.encode
-    session.engine.template.encode = lambda messages, tools=None, *more: encode(messages, None, *more)
-    with pytest.raises(KimiLiteError, match="no place for tools"):
+    calls = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments }}{% endfor %}"
+    source = declared + "{% for m in messages %}{{ m.content }}" + calls + "{% endfor %}"
+    session.engine.template = ChatTemplate(source, session.engine.tokenizer)
+    with pytest.raises(KimiLiteError, match="takes no tools"):
         talk(session, "add", tools=[ADD])
 
 

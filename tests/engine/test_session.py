@@ -10,6 +10,7 @@ from kimi_lite.engine.session import Session
 from kimi_lite.engine.splice import splice
 from kimi_lite.engine.types import SamplingParams, Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.template import ChatTemplate
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, scripted_logits
 
 
@@ -140,13 +141,15 @@ def test_the_mode_sets_the_temperature_unless_the_user_did() -> None:
 
 def test_a_model_without_thinking_says_so() -> None:
     session = scripted_session(is_thinking=False)
-    encode = session.engine.template.encode
-    session.engine.template.encode = lambda messages, tools=None, thinking=True, *more: encode(
-        messages, tools, False, *more
+    session.engine.template = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}{% endfor %}", session.engine.tokenizer
     )
     assert not session.can_think
+    assert not session.can_call and not session.can_preserve
     with pytest.raises(KimiLiteError, match="no thinking mode"):
         session.set_thinking(True)
+    with pytest.raises(KimiLiteError, match="takes no tools"):
+        next(session.ask("?", tools=[{"type": "function", "function": {"name": "f"}}]))
 
 
 def test_splice_takes_the_longest_beginning_that_reads_the_same() -> None:

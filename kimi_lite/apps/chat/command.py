@@ -10,7 +10,7 @@ from kimi_lite.apps.chat.sessions import Autosave, Claim, SessionStore
 from kimi_lite.apps.folders import make_private, state_folder
 from kimi_lite.apps.model_files import guard_terminal
 from kimi_lite.apps.opening import greeting, line_width, open_conversation, wrapped
-from kimi_lite.apps.tools.choice import open_tools, require_place
+from kimi_lite.apps.tools.choice import open_tools
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
 from kimi_lite.terminal import Console, show_plain
@@ -41,7 +41,7 @@ def start_chat(options: Options) -> None:
             stack.enter_context(tools)
         conversation = stack.enter_context(closing(open_conversation(options, status)))
         if tools is not None:
-            require_place(conversation)
+            conversation.require_calls()
         if conversation.info.path.exists():
             guard_terminal("" if problem else "; the conversation is saved: kimi-lite chat --continue")
         chat = Chat(conversation, status, Autosave(conversation, store), options, tools, is_unsaved=bool(problem))

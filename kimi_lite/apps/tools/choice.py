@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from kimi_lite.engine.conversation import Conversation
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
 from kimi_lite.terminal import Console
@@ -27,11 +26,3 @@ def open_tools(options: Options) -> "ToolBox | None":
     is_waiting = options.mcp_config is not None and aside.is_terminal and not options.is_quiet
     with aside.status("[dim]starting MCP servers") if is_waiting else nullcontext():
         return ToolBox.open(options.tools_folder, options.mcp_config, options.allowed_tools)
-
-
-def require_place(conversation: Conversation) -> None:
-    """Refuse tools for a model whose template cannot declare them."""
-    if not conversation.can_call:
-        raise KimiLiteError(
-            f"The chat template of {conversation.info.name} has no place for tools.", "Remove --tools and --mcp-config."
-        )
