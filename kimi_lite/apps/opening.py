@@ -5,8 +5,7 @@ import textwrap
 from dataclasses import replace
 
 from kimi_lite import __version__
-from kimi_lite.apps.chat.interrupt import on_interrupt, silent_keys
-from kimi_lite.apps.chat.render import describe_model
+from kimi_lite.apps.interrupt import on_interrupt, silent_keys
 from kimi_lite.apps.model_path import find_model, require_no_bare_name
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.engine.answer_settings import AnswerSettings
@@ -15,10 +14,12 @@ from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import load
 from kimi_lite.engine.planning import situation_of
 from kimi_lite.engine.session import Session
+from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import require_writable
 from kimi_lite.options import Options, Situation, unused_options
 from kimi_lite.terminal import Console, show_plain
+from kimi_lite.units import gib
 
 DEMO_REMARKS = (
     "no -m given: this is the demo, a 135 M model in Kimi K2.5's architecture",
@@ -81,6 +82,14 @@ def greeting(conversation: Conversation, options: Options, width: int) -> list[s
         lines = start_panel(conversation.plan, mode, "/help for help", width=width)
     lines += [f"  {line}" for line in DEMO_REMARKS if options.is_demo]
     return [wrapped(line, width) for line in lines]
+
+
+def describe_model(info: ModelInfo) -> str:
+    """`IQ2_XXS 87 %, Q8_0 12 % · 255.6 GiB`: the types that hold at least a hundredth of the bytes."""
+    total = sum(num_bytes for _, num_bytes in info.bytes_by_type)
+    shares = [(name, round(100 * num_bytes / total)) for name, num_bytes in info.bytes_by_type]
+    types = ", ".join(f"{name} {share} %" for name, share in shares if share >= 1)
+    return f"{types} · {gib(info.total_bytes)}"
 
 
 def wrapped(line: str, width: int) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from kimi_lite.apps.chat.attachments import compose, read_image
-from kimi_lite.apps.chat.interrupt import on_interrupt
 from kimi_lite.apps.chat.render import (
     LEAST_PREFILL_TOKENS,
     AnswerView,
@@ -20,6 +19,7 @@ from kimi_lite.apps.chat.render import (
     stats_document,
     stats_line,
 )
+from kimi_lite.apps.interrupt import on_interrupt
 from kimi_lite.apps.model_files import ModelFiles, guard_terminal
 from kimi_lite.apps.opening import open_conversation, say_demo
 from kimi_lite.apps.piped import read_piped

@@ -16,10 +16,10 @@ from rich.text import Text
 from kimi_lite.apps.chat.attachments import Attachment, compose, dropped_images, read_image
 from kimi_lite.apps.chat.commands.registry import all_commands, is_command
 from kimi_lite.apps.chat.context import ensure_fits, warn_when_nearly_full
-from kimi_lite.apps.chat.interrupt import Forced, Interrupt, as_exit, on_interrupt, silent_keys
 from kimi_lite.apps.chat.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, stats_line
 from kimi_lite.apps.chat.sessions import Autosave, Claim, HeldElsewhere, NotWritable
 from kimi_lite.apps.folders import state_folder
+from kimi_lite.apps.interrupt import Forced, Interrupt, as_exit, on_interrupt, silent_keys
 from kimi_lite.apps.model_files import ModelFiles
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
@@ -162,8 +162,7 @@ class Chat:
             content = compose(text, [*self.attachments, *self._dropped(text)])
             if ensure_fits(self, content):
                 tokens = self.conversation.ask(content, self.on_prefill, declarations, settings)
-                self.save()  # whatever ends the program while the model answers
-                self.answer(tokens, settings)
+                self.answer(tokens, settings, saves_first=True)  # whatever ends the program while the model answers
         finally:
             if len(self.conversation.turns) > num_turns:
                 self.attachments.clear()
@@ -182,18 +181,22 @@ class Chat:
                 self.conversation.turns = before
                 self.save()
 
-    def answer(self, tokens: Iterator[Token], settings: AnswerSettings | None = None) -> None:
+    def answer(
+        self, tokens: Iterator[Token], settings: AnswerSettings | None = None, saves_first: bool = False
+    ) -> None:
         """Show an answer, and those that follow from its tool calls; whatever happens it is saved."""
         try:
-            last = self.stream(tokens, settings)
+            last = self.stream(tokens, settings, saves_first)
         finally:
             with on_interrupt(lambda: None):  # a Ctrl-C that comes too late for the answer
                 self.save()
         self.require_files()  # for what happened meanwhile
         warn_when_nearly_full(self, last.stats.prompt_tokens + last.stats.generated_tokens)
 
-    def stream(self, tokens: Iterator[Token], settings: AnswerSettings | None = None) -> Token:
-        """Show an answer of the model, asked with `on_prefill`; its last token."""
+    def stream(
+        self, tokens: Iterator[Token], settings: AnswerSettings | None = None, saves_first: bool = False
+    ) -> Token:
+        """Show an answer of the model, asked with `on_prefill`; its last token. saves_first: the message, before it."""
         view = AnswerView(
             sys.stdout, self.status, self.shows_reasoning, self.options.is_plain, think_hint="/think show"
         )
@@ -206,6 +209,8 @@ class Chat:
             on_interrupt(loop.cancel if loop else self.conversation.cancel) as interrupt,
         ):
             self._interrupt = interrupt
+            if saves_first:
+                self.save()
             if not self.options.is_quiet:
                 self._progress.wait(f"waiting for {self.conversation.info.name}")
             try:

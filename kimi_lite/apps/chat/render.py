@@ -16,9 +16,9 @@ from kimi_lite.apps.markdown.live import LiveRows
 from kimi_lite.apps.markdown.rows import Row
 from kimi_lite.apps.markdown.stream import MarkdownStream
 from kimi_lite.engine.turns import AnswerRecord
-from kimi_lite.engine.types import ModelInfo, Stats, Token
+from kimi_lite.engine.types import Stats, Token
 from kimi_lite.terminal import Console, show_plain, write
-from kimi_lite.units import counted, gib, shortened
+from kimi_lite.units import counted, shortened
 
 LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
 LEAST_RATED_TOKENS = 16  # below it a prompt's speed is that of the first token
@@ -304,11 +304,3 @@ def stats_document(stats: Stats) -> dict[str, float | int | None]:
         "prompt_tok_s": stats.prompt_tok_s,
         "generation_tok_s": stats.generation_tok_s,
     }
-
-
-def describe_model(info: ModelInfo) -> str:
-    """`IQ2_XXS 87 %, Q8_0 12 % · 255.6 GiB`: the types that hold at least a hundredth of the bytes."""
-    total = sum(num_bytes for _, num_bytes in info.bytes_by_type)
-    shares = [(name, round(100 * num_bytes / total)) for name, num_bytes in info.bytes_by_type]
-    types = ", ".join(f"{name} {share} %" for name, share in shares if share >= 1)
-    return f"{types} · {gib(info.total_bytes)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kimi_lite.apps.chat.commands.registry import all_commands
-from kimi_lite.apps.chat.interrupt import PATIENCE_S
+from kimi_lite.apps.interrupt import PATIENCE_S
 from tests.apps.fake_openai import Answer, FakeOpenAI, sse
 from tests.apps.terminal import ROOT, Terminal
 

@@ -41,7 +41,14 @@ def test_a_late_interrupt_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     talk = Talk(tmp_path, capsys)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     save = talk.chat.autosave.save
-    talk.chat.autosave.save = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05), save())
+
+    def save_and_interrupt() -> None:
+        if talk.session.turns[-1].role == "assistant":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        save()
+
+    talk.chat.autosave.save = save_and_interrupt
     talk.say("hi")
     talk.chat.commands.add(
         replace(talk.chat.commands.by_name["ctx"], names=("raise",), action=lambda *_: signal.raise_signal(2))
@@ -49,6 +56,19 @@ def test_a_late_interrupt_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     talk.say("/raise", "there")
     assert [turn.text for turn in talk.session.turns] == ["hi", "you said: hi", "there", "you said: there"]
     assert talk.store.read(talk.chat.autosave.name)["turns"][-1]["content"] == "you said: there"
+    talk.chat.autosave.close()
+
+
+def test_an_interrupt_while_the_message_is_saved_stops_its_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Talk(tmp_path, capsys)
+    save = talk.chat.autosave.save
+    talk.chat.autosave.save = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05), save())
+    shown = talk.say("hi")
+    assert "stopped" in shown
+    assert [turn.text for turn in talk.session.turns][:1] == ["hi"]
+    assert talk.store.read(talk.chat.autosave.name)["turns"][0]["content"] == "hi"
     talk.chat.autosave.close()
 
 

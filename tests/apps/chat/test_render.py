@@ -11,10 +11,10 @@ from kimi_lite.apps.chat.render import (
     REASONING_ROWS,
     AnswerView,
     ReasoningView,
-    describe_model,
     stats_line,
 )
 from kimi_lite.apps.markdown.stream import MarkdownStream
+from kimi_lite.apps.opening import describe_model
 from kimi_lite.engine.types import ModelInfo, Stats, Token
 from kimi_lite.terminal import Console
 from kimi_lite.text.tool_calls import ToolCall
