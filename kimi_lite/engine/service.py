@@ -2,17 +2,17 @@
 
     service = EngineService(lambda: load("model.gguf", options))
     service.start()                       # loads in the thread
-    async for events in service.stream(request): ...
+    async for events in service.submit(request): ...
 
 Requests join and leave between two steps. Everything that is for one step's listeners crosses over to the event loop in
-one call, so that Python's part of a token stays small. Leaving the iteration cancels the request within a layer's time.
+one call, so that Python's part of a token stays small. An answer that is closed or dropped is cancelled.
 """
 
 import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,13 +60,52 @@ class Load:
     generation_tok_s: float
 
 
-class _Listener:
-    """Where the events of one request go; None ends them."""
+class _Feed:
+    """Where the service puts the events of one request: lists of them, then None, or why there are no more."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.queue: asyncio.Queue[list[Event] | BaseException | None] = asyncio.Queue()
         self.started_s = time.monotonic()
+        self.queue: asyncio.Queue[list[Event] | BaseException | None] = asyncio.Queue()
+
+
+class Answer:
+    """The events of one request, in groups as they come; the last token has a finish reason. Iterate it once.
+
+    Closing it, or dropping it, before the end cancels the request within a layer's time.
+    """
+
+    def __init__(self, feed: _Feed, engine: Engine) -> None:
+        self._feed, self._engine, self._is_ended = feed, engine, False
+
+    @property
+    def request(self) -> Request:
+        return self._feed.request
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        if self._is_ended:
+            raise StopAsyncIteration
+        events = await self._feed.queue.get()
+        if isinstance(events, list):
+            return events
+        self._is_ended = True
+        raise StopAsyncIteration if events is None else events
+
+    def close(self) -> None:
+        """No more of it is wanted."""
+        if not self._is_ended:
+            self._is_ended = True
+            self._engine.cancel(self.request.id)
+
+    async def aclose(self) -> None:
+        """As an asynchronous generator has it."""
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class EngineService:
@@ -81,8 +120,8 @@ class EngineService:
         self.is_ready = threading.Event()  # loaded, or failed
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = threading.Condition()
-        self._inbox: deque[_Listener] = deque()
-        self._listeners: dict[str, _Listener] = {}  # of requests that the engine has; the engine's thread only
+        self._inbox: deque[_Feed] = deque()
+        self._listeners: dict[str, _Feed] = {}  # of requests that the engine has; the engine's thread only
         self._num_open = 0  # requests that were taken and have not ended
         self._durations_s: deque[float] = deque(maxlen=32)
         self._totals: dict[str, int] = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "requests": 0}
@@ -94,26 +133,24 @@ class EngineService:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncGenerator[list[Event], None]:
-        """The events of a request, in groups as they come; the last token has a finish reason.
+    def submit(self, request: Request) -> Answer:
+        """Put a request into the queue.
 
-        Raises Unavailable, QueueFull, or KimiLiteError for a request that cannot run, before the first event.
+        Raises Unavailable, QueueFull, or KimiLiteError where it can never fit. What is found wrong with it later is
+        raised by the iteration.
         """
-        listener = self._submit(request)
-        is_ended = False
-        try:
-            while True:
-                events = await listener.queue.get()
-                if events is None:
-                    is_ended = True
-                    return
-                if isinstance(events, BaseException):
-                    is_ended = True
-                    raise events
-                yield events
-        finally:
-            if not is_ended:
-                self.engine.cancel(request.id)
+        engine = self.require_ready()
+        engine.require_room(request)
+        feed = _Feed(request)
+        with self._changed:
+            num_waiting = self._num_open - (engine.scheduler.max_running or len(engine.scheduler.running))
+            if num_waiting >= self._max_waiting:
+                raise QueueFull(num_waiting, self._seconds_for(num_waiting))
+            self._num_open += 1
+            self._totals["requests"] += 1
+            self._inbox.append(feed)
+            self._changed.notify_all()
+        return Answer(feed, engine)
 
     def require_ready(self) -> Engine:
         """The engine, or Unavailable with the reason."""
@@ -155,20 +192,6 @@ class EngineService:
             self.state = self.state if self.state == "failed" else "closed"
             self._changed.notify_all()
         await asyncio.to_thread(self._thread.join)
-
-    def _submit(self, request: Request) -> _Listener:
-        engine = self.require_ready()
-        engine.require_room(request)
-        listener = _Listener(request)
-        with self._changed:
-            num_waiting = self._num_open - (engine.scheduler.max_running or len(engine.scheduler.running))
-            if num_waiting >= self._max_waiting:
-                raise QueueFull(num_waiting, self._seconds_for(num_waiting))
-            self._num_open += 1
-            self._totals["requests"] += 1
-            self._inbox.append(listener)
-            self._changed.notify_all()
-        return listener
 
     def _seconds_for(self, num_waiting: int) -> int:
         """About how long it takes until one of those that wait gets its turn."""
@@ -222,13 +245,13 @@ class EngineService:
 
         def on_prefill(name: str, done: int, total: int) -> None:
             if name in self._listeners:
-                self._deliver([(self._listeners[name].queue, [Progress(name, done, total)])])
+                self._deliver([(self._listeners[name], [Progress(name, done, total)])])
 
         tokens = self.engine.step(on_prefill)
         for token in tokens:
             events.setdefault(token.request_id, []).append(token)
         self._count(tokens)
-        self._deliver([(self._listeners[name].queue, group) for name, group in events.items()])
+        self._deliver([(self._listeners[name], group) for name, group in events.items()])
         for name, group in events.items():
             if group[-1].finish_reason is not None:
                 self._end(self._listeners.pop(name), None)
@@ -243,13 +266,13 @@ class EngineService:
             self._totals["cached_tokens"] += sum(stats.cached_tokens for stats in ended)
             self._recent.append((self._clock_s(), prompt, generated))
 
-    def _end(self, listener: _Listener, error: BaseException | None) -> None:
+    def _end(self, listener: _Feed, error: BaseException | None) -> None:
         with self._changed:
             self._num_open -= 1
             self._durations_s.append(self._clock_s() - listener.started_s)
-        self._deliver([(listener.queue, error)])
+        self._deliver([(listener, error)])
 
-    def _deliver(self, items: list[tuple[asyncio.Queue, list[Event] | BaseException | None]]) -> None:
+    def _deliver(self, items: list[tuple[_Feed, list[Event] | BaseException | None]]) -> None:
         """To the event loop, all at once; a loop that is gone listens no more."""
         if not items:
             return
@@ -270,9 +293,9 @@ class EngineService:
             self._end(listener, problem)
 
 
-def _put_all(items: list[tuple[asyncio.Queue, object]]) -> None:
-    for queue, events in items:
-        queue.put_nowait(events)
+def _put_all(items: list[tuple[_Feed, list[Event] | BaseException | None]]) -> None:
+    for feed, events in items:
+        feed.queue.put_nowait(events)
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -22,7 +22,7 @@ async def ready(engine, **more) -> EngineService:
 
 async def collect(service: EngineService, wanted) -> list[Token]:
     tokens = []
-    async for events in service.stream(wanted):
+    async for events in service.submit(wanted):
         tokens += [event for event in events if isinstance(event, Token)]
     return tokens
 
@@ -57,7 +57,7 @@ def test_who_leaves_is_cancelled_and_its_pages_are_free():
     async def main() -> None:
         engine = fake_engine(context_length=4096, num_pages=64)
         service = await ready(engine)
-        stream = service.stream(request("a", prompt_of(40), 4000, ignore_eos=True))
+        stream = service.submit(request("a", prompt_of(40), 4000, ignore_eos=True))
         async for _ in stream:
             break
         await stream.aclose()
@@ -76,7 +76,7 @@ def test_progress_of_a_prompt_comes_before_its_tokens():
     async def main() -> None:
         service = await ready(fake_engine(context_length=2048, num_pages=40, max_step_tokens=64))
         events = []
-        async for group in service.stream(request("a", prompt_of(300), 3)):
+        async for group in service.submit(request("a", prompt_of(300), 3)):
             events += group
         seen = [event.done_tokens for event in events if isinstance(event, Progress)]
         first = next(i for i, event in enumerate(events) if isinstance(event, Token))
@@ -169,5 +169,20 @@ def test_the_end_waits_for_answers_and_cancels_those_that_take_too_long():
         assert len(ids(await short)) == 30
         assert (await endless)[-1].finish_reason == "cancelled"
         assert engine.is_closed
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_nobody_reads_is_cancelled():
+    async def main() -> None:
+        engine = fake_engine(context_length=4096, num_pages=64)
+        service = await ready(engine)
+        service.submit(request("a", prompt_of(40), 4000, ignore_eos=True))  # dropped at once
+        for _ in range(200):
+            if not service.load().num_waiting and engine.is_idle:
+                break
+            await asyncio.sleep(0.01)
+        assert_idle(engine)
+        await service.close(1.0)
 
     asyncio.run(main())

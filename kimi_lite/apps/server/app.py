@@ -1,0 +1,83 @@
+"""The server as an ASGI application: routes, errors, start and end."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kimi_lite.apps.server import basics
+from kimi_lite.apps.server.chat import Chats
+from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.log import AnswerLog
+from kimi_lite.apps.server.openai_chat import chat_completions
+from kimi_lite.apps.server.security import Guard
+from kimi_lite.apps.server.state import ServerSettings, ServerState
+from kimi_lite.engine.loop_guard import LoopLimits
+from kimi_lite.engine.service import EngineService
+
+Endpoint = Callable[[HttpRequest], object]
+
+
+def build_app(service: EngineService, settings: ServerSettings, log: AnswerLog | None = None) -> Starlette:
+    """The application. It starts the service when it starts, and closes it when it ends."""
+    log = log or AnswerLog()
+    chats = Chats(service, LoopLimits() if settings.has_loop_guard else None)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.close(settings.shuts_down_within_s)
+
+    guard = Middleware(Guard, api_keys=settings.api_keys, hosts=settings.hosts, origins=settings.origins)
+    handlers = {HTTPException: _on_http_error, Exception: _on_error}
+    app = Starlette(routes=routes(), middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    app.state.server = ServerState(service, settings, chats, log)
+    return app
+
+
+def routes() -> list[Route]:
+    """Every endpoint."""
+    return [
+        _route("/v1/chat/completions", chat_completions, "POST"),
+        _route("/v1/models", basics.models),
+        _route("/v1/models/{name:path}", basics.model),
+        _route("/tokenize", basics.tokenize, "POST"),
+        _route("/detokenize", basics.detokenize, "POST"),
+        _route("/health", basics.health),
+        _route("/metrics", basics.metrics),
+    ]
+
+
+def _route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
+    async def answer(http: HttpRequest) -> Response:
+        try:
+            return await endpoint(http)
+        except Exception as error:
+            return _as_response(http, error)
+
+    answer.__doc__ = endpoint.__doc__
+    return Route(path, answer, methods=[method], name=endpoint.__name__)
+
+
+def _as_response(http: HttpRequest, error: Exception) -> Response:
+    known = ApiError.of(error)
+    if known.status >= 500:
+        http.app.state.server.log_failure(error)
+    body = known.anthropic() if http.url.path.startswith("/v1/messages") else known.openai()
+    return JSONResponse(body, known.status, known.headers)
+
+
+async def _on_http_error(http: HttpRequest, error: HTTPException) -> Response:
+    words = {404: "There is no such endpoint.", 405: "This endpoint takes another method."}
+    detail = words.get(error.status_code, str(error.detail))
+    return _as_response(http, ApiError(error.status_code, detail, headers=dict(error.headers or {})))
+
+
+async def _on_error(http: HttpRequest, error: Exception) -> Response:
+    return _as_response(http, error)

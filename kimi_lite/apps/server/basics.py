@@ -1,0 +1,84 @@
+"""Small endpoints: models, tokens, health, metrics."""
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from kimi_lite import __version__
+from kimi_lite.apps.server.bodies import read_body
+from kimi_lite.apps.server.chat import ChatRequest
+from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.messages import read_messages, read_tools
+from kimi_lite.apps.server.openai_models import DetokenizeBody, TokenizeBody
+from kimi_lite.apps.server.state import ServerState
+
+
+async def models(http: HttpRequest) -> Response:
+    """GET /v1/models: the one that is loaded."""
+    state: ServerState = http.app.state.server
+    return JSONResponse({"object": "list", "data": [_model(state)]})
+
+
+async def model(http: HttpRequest) -> Response:
+    """GET /v1/models/NAME."""
+    state: ServerState = http.app.state.server
+    if http.path_params["name"] != state.model_name and not http.path_params["name"].startswith("claude-"):
+        raise ApiError(404, f"There is no such model; this server has {state.model_name}.", "model_not_found", "model")
+    return JSONResponse(_model(state))
+
+
+def _model(state: ServerState) -> dict:
+    engine = state.service.require_ready()
+    return {
+        "id": state.model_name,
+        "object": "model",
+        "created": int(state.started_s),
+        "owned_by": "kimi-lite",
+        "context_length": engine.context_length,
+        "max_model_len": engine.context_length,  # vLLM's name
+        "supports_reasoning": state.can_think,
+        "supports_tools": state.can_call,
+        "supports_image_in": False,
+    }
+
+
+async def health(http: HttpRequest) -> Response:
+    """GET /health: 200 when requests are answered, 503 while the model is loading or after the engine has stopped."""
+    state: ServerState = http.app.state.server
+    load, service = state.service.load(), state.service
+    words = {"ready": "ok", "loading": "loading model"}
+    body = {"status": words.get(service.state, service.state), "version": __version__}
+    body |= {"running": load.num_running, "waiting": load.num_waiting}
+    return JSONResponse(body, 200 if service.state == "ready" else 503)
+
+
+async def tokenize(http: HttpRequest) -> Response:
+    """POST /tokenize: ids of a text as text, or of messages as the model's prompt."""
+    state: ServerState = http.app.state.server
+    body = await read_body(http, TokenizeBody)
+    engine = state.service.require_ready()
+    if body.messages is not None:
+        tools = read_tools(body.tools or [], state.can_call, engine.info.name)
+        prepared = await state.chats.prepare(ChatRequest(read_messages(body.messages, can_see=False), tools))
+        ids = list(prepared.requests[0].prompt_ids)
+    else:
+        text = body.content if body.content is not None else body.prompt
+        if text is None:
+            raise ApiError(400, "content, prompt or messages is needed.", "invalid_value", "content")
+        ids = engine.tokenizer.encode(text)
+    tokens = [{"id": i, "piece": engine.tokenizer.decode([i])} for i in ids] if body.with_pieces else ids
+    return JSONResponse({"tokens": tokens, "count": len(ids), "max_model_len": engine.context_length})
+
+
+async def detokenize(http: HttpRequest) -> Response:
+    """POST /detokenize: the text of ids."""
+    state: ServerState = http.app.state.server
+    body = await read_body(http, DetokenizeBody)
+    text = state.service.require_ready().tokenizer.decode(body.tokens)
+    return JSONResponse({"content": text, "prompt": text})
+
+
+async def metrics(http: HttpRequest) -> Response:
+    """GET /metrics, in Prometheus's text format."""
+    from kimi_lite.apps.server.metrics import CONTENT_TYPE, render
+
+    return PlainTextResponse(render(http.app.state.server), media_type=CONTENT_TYPE)

@@ -1,0 +1,100 @@
+"""Reads a request's body: bounded in bytes, time and depth, JSON of one object, checked by a pydantic model."""
+
+import asyncio
+import json
+import re
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from kimi_lite.apps.server.errors import ApiError
+
+MAX_BODY_BYTES = 64 << 20  # images come inside
+MAX_DEPTH = 64  # of lists and objects inside each other
+BODY_TIMEOUT_S = 60.0  # between two pieces of a body
+
+_BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_body(request: Request, model: type[Model]) -> Model:
+    """The body as `model`; ApiError 400, 408 or 413 where it is none."""
+    return check(parse(await _read(request, MAX_BODY_BYTES)), model)
+
+
+def parse(data: bytes) -> dict:
+    """JSON text of an object. Depth is counted before parsing: Python's parser recurses."""
+    if _depth(data) > MAX_DEPTH:
+        raise ApiError(400, f"The body is nested deeper than {MAX_DEPTH} levels.", "invalid_json")
+    try:
+        value = json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is not JSON: {error}.", "invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"The body must be a JSON object, not a {type(value).__name__}.", "invalid_json")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "The body holds half of a surrogate pair, which is no text.", "invalid_json") from None
+    return value
+
+
+def check(value: dict, model: type[Model]) -> Model:
+    """ApiError 400 that names the first wrong field."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
+        raise ApiError(400, f"{place or 'The body'}: {first['msg']}.", "invalid_value", place or None) from None
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise _too_large(limit)
+    data, stream = bytearray(), request.stream()
+    try:
+        while True:
+            chunk = await asyncio.wait_for(anext(stream, None), BODY_TIMEOUT_S)
+            if chunk is None:
+                return bytes(data)
+            data += chunk
+            if len(data) > limit:
+                raise _too_large(limit)
+    except TimeoutError:
+        raise ApiError(408, f"Nothing came of the body for {BODY_TIMEOUT_S:.0f} s.", "timeout") from None
+    except ClientDisconnect:
+        raise ApiError(400, "The connection ended before the body did.", "disconnected") from None
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body may have {limit >> 20} MiB.", "body_too_large")
+
+
+def _is_branch(part: object) -> bool:
+    """pydantic names the branch of a union it tried: `function-after[...]`, `list[...]`, `str`."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())
+
+
+def _depth(data: bytes) -> int:
+    """The deepest nesting of brackets outside strings; looked for no deeper than is allowed."""
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return 0
+    depth = deepest = 0
+    for match in _BRACKET_OR_STRING.finditer(data):
+        found = match.group()
+        if found in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+            if deepest > MAX_DEPTH:
+                break
+        elif found in (b"]", b"}"):
+            depth -= 1
+    return deepest
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")

@@ -1,0 +1,179 @@
+"""A chat request in the server's own form, its prompt, and its answers as streams of the engine's events.
+
+OpenAI's chat completions and responses and Anthropic's messages are all turned into a `ChatRequest`; what differs
+between them is only how it is written and how the answer is.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Literal
+from uuid import uuid4
+
+from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loop_guard import LoopLimits
+from kimi_lite.engine.service import Answer, EngineService, Event
+from kimi_lite.engine.splice import splice
+from kimi_lite.engine.types import INSTANT_TEMPERATURE, THINKING_TEMPERATURE, Request, SamplingParams, Token
+from kimi_lite.text.stream import DEEPSEEK, KIMI
+from kimi_lite.text.template import EncodedPrompt
+
+NUM_CONVERSATIONS = 64  # whose sampled ids are remembered, so that their next prompts are found in the cache
+MAX_CHOICES = 16
+ToolChoice = Literal["auto", "none", "required"] | str  # or the name of the tool that must be called
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """`messages` and `tools` are OpenAI-shaped. `is_thinking` None: as the model does by itself."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: ToolChoice = "auto"
+    has_parallel_calls: bool = True
+    is_thinking: bool | None = None
+    keeps_reasoning: bool = False  # past reasoning stays in the prompt
+    max_reasoning_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    temperature: float | None = None  # None: the mode's own
+    num_choices: int = 1
+    json_schema: Mapping[str, Any] | None = None  # of the answer; {} is any object
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request with its prompt's ids."""
+
+    chat: ChatRequest
+    requests: tuple[Request, ...]  # one for each choice
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.requests[0].prompt_ids)
+
+
+class Chats:
+    """Turns chat requests into the engine's and remembers what was sampled for them."""
+
+    def __init__(self, service: EngineService, loop_limits: LoopLimits | None) -> None:
+        self.service, self._loop_limits = service, loop_limits
+        self._known_ids: OrderedDict[int, list[int]] = OrderedDict()  # prompts with their answers, oldest first
+        self._numbers = count()
+
+    async def prepare(self, chat: ChatRequest) -> Prepared:
+        """Render and tokenize, which may take a while for long conversations; ApiError or KimiLiteError where it
+        cannot be answered."""
+        engine = self.service.require_ready()
+        if not 1 <= chat.num_choices <= MAX_CHOICES:
+            raise ApiError(400, f"n is {chat.num_choices}; it may be 1 to {MAX_CHOICES}.", "invalid_value", "n")
+        return await asyncio.to_thread(self._prepare, engine, chat)
+
+    async def count_tokens(self, chat: ChatRequest) -> int:
+        """Tokens of the prompt: messages, tools, system prompt and the template's own."""
+        engine = self.service.require_ready()
+        return len((await asyncio.to_thread(self._encode, engine, chat)).ids)
+
+    def open(self, prepared: Prepared) -> list["Choice"]:
+        """Put all choices into the queue; QueueFull where they have no place, and then none is."""
+        choices: list[Choice] = []
+        for request in prepared.requests:
+            try:
+                choices.append(Choice(self, self.service.submit(request)))
+            except BaseException:
+                for choice in choices:
+                    choice.close()
+                raise
+        return choices
+
+    def remember(self, ids: list[int]) -> None:
+        """The ids of a prompt and its answer."""
+        self._known_ids[next(self._numbers)] = ids
+        while len(self._known_ids) > NUM_CONVERSATIONS:
+            self._known_ids.popitem(last=False)
+
+    def _prepare(self, engine: Engine, chat: ChatRequest) -> Prepared:
+        prompt = self._encode(engine, chat)
+        ids = tuple(self._with_known_ids(engine, prompt.ids))
+        sampling = self._sampling(engine, chat, prompt.starts_in_reasoning)
+        calls = tuple(_calls_of(chat.messages))
+        requests = []
+        for i in range(chat.num_choices):
+            seed = None if sampling.seed is None else sampling.seed + i
+            request = Request(
+                uuid4().hex,
+                ids,
+                replace(sampling, seed=seed),
+                prompt.starts_in_reasoning,
+                chat.tools,
+                num_calls=len(calls),
+                max_reasoning_tokens=chat.max_reasoning_tokens if prompt.starts_in_reasoning else None,
+                loop_limits=self._loop_limits,
+                earlier_calls=calls,
+                client=chat.client,
+            )
+            engine.require_room(request)
+            requests.append(request)
+        return Prepared(chat, tuple(requests))
+
+    def _encode(self, engine: Engine, chat: ChatRequest) -> EncodedPrompt:
+        is_thinking = True if chat.is_thinking is None else chat.is_thinking
+        return engine.template.encode(chat.messages, chat.tools, is_thinking, True, chat.keeps_reasoning)
+
+    def _sampling(self, engine: Engine, chat: ChatRequest, is_thinking: bool) -> SamplingParams:
+        temperature = chat.temperature
+        if temperature is None:
+            temperature = THINKING_TEMPERATURE if is_thinking else INSTANT_TEMPERATURE
+        biases = dict(chat.sampling.logit_bias)
+        if chat.tool_choice == "none":  # the tools stay declared, so the prompt's beginning stays in the cache
+            special = engine.tokenizer.special
+            openings = [name for dialect in (KIMI, DEEPSEEK) for name in (*dialect.section_begin, dialect.call_begin)]
+            biases |= {special[name]: -100.0 for name in openings if name in special}
+        return replace(chat.sampling, temperature=temperature, logit_bias=tuple(biases.items()))
+
+    def _with_known_ids(self, engine: Engine, ids: list[int]) -> list[int]:
+        """The prompt in the ids that were sampled, where it goes on from a conversation that is remembered."""
+        best, num_best = None, 0
+        for known in list(self._known_ids.values()):
+            num_common = _num_common(known, ids)
+            if num_common > num_best:
+                best, num_best = known, num_common
+        return ids if best is None else splice(best, ids, engine.tokenizer)
+
+
+class Choice:
+    """The events of one choice as they come; at its end what was sampled is remembered."""
+
+    def __init__(self, chats: Chats, answer: Answer) -> None:
+        self._chats, self._answer = chats, answer
+        self._ids = list(answer.request.prompt_ids)
+
+    def __aiter__(self) -> "Choice":
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        try:
+            events = await anext(self._answer)
+        except StopAsyncIteration:
+            self._chats.remember(self._ids)
+            raise
+        self._ids += [event.id for event in events if isinstance(event, Token) and event.id is not None]
+        return events
+
+    def close(self) -> None:
+        """No more of it is wanted."""
+        self._answer.close()
+
+
+def _num_common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _calls_of(messages: tuple[Mapping[str, Any], ...]) -> list[tuple[str, str]]:
+    """(name, arguments) of all tool calls so far."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    return [(str(call.get("name")), str(call.get("arguments"))) for call in calls]

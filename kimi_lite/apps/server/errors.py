@@ -1,0 +1,60 @@
+"""Errors of the API: what a client did wrong or cannot have now, with the numbers, shaped as each API shapes them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kimi_lite.engine.service import QueueFull, Unavailable
+from kimi_lite.errors import KimiLiteError
+
+_OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class ApiError(Exception):
+    """`code` and `param` as OpenAI has them: a word for programs, and the field that is wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    @classmethod
+    def of(cls, error: Exception) -> "ApiError":
+        """Any exception as the API's: users' errors with their words, everything else without details."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, QueueFull):
+            return cls(429, str(error), "queue_full", headers={"Retry-After": str(error.retry_after_s)})
+        if isinstance(error, Unavailable):
+            is_loading = "loading" in error.message
+            headers = {"Retry-After": "5"} if is_loading else {}
+            return cls(503 if is_loading else 500, str(error), "unavailable", headers=headers)
+        if isinstance(error, KimiLiteError):
+            is_context = "need a context of" in error.message
+            return cls(400, str(error), "context_length_exceeded" if is_context else "invalid_request")
+        return cls(500, "The server made a mistake; its log says which.", "internal_error")
+
+    def openai(self) -> dict[str, Any]:
+        """The body that OpenAI's clients expect."""
+        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def anthropic(self) -> dict[str, Any]:
+        """The body that Anthropic's clients expect."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}

@@ -1,0 +1,68 @@
+"""The server's log: one line a request on stderr, plain or as JSON. What was said is not in it."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from kimi_lite.engine.types import Stats
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.terminal import harmless
+
+LEVELS = ("error", "warning", "info", "debug")
+logger = logging.getLogger("kimi_lite.server")
+
+
+class AnswerLog:
+    """Writes what was answered, how fast, and what went wrong."""
+
+    def __init__(self, is_json: bool = False) -> None:
+        self._is_json = is_json
+
+    def answer(self, client: str, num_prompt_tokens: int, stats: Sequence[Stats]) -> None:
+        """One line for a request that has ended, `client` without what could be a key."""
+        if not stats:
+            self._write(logging.INFO, "ended before its first token", prompt_tokens=num_prompt_tokens)
+            return
+        first = stats[0]
+        num_generated = sum(each.generated_tokens for each in stats)
+        facts = {
+            "prompt_tokens": num_prompt_tokens,
+            "cached_tokens": first.cached_tokens,
+            "prompt_tok_s": _rounded(first.prompt_tok_s),
+            "generated_tokens": num_generated,
+            "generation_tok_s": _rounded(first.generation_tok_s),
+            "time_to_first_token_s": _rounded(first.time_to_first_token_s),
+        }
+        self._write(logging.INFO, "answered", **facts)
+
+    def failure(self, error: BaseException) -> None:
+        """What the client is only told in general."""
+        if isinstance(error, KimiLiteError):
+            self._write(logging.WARNING, str(error))
+        else:
+            logger.error("a request failed", exc_info=error)
+
+    def _write(self, level: int, message: str, **facts: object) -> None:
+        if self._is_json:
+            text = json.dumps({"time": round(time.time(), 3), "message": message, **facts}, ensure_ascii=False)
+        else:
+            text = " · ".join([message, *(f"{name} {value}" for name, value in facts.items() if value is not None)])
+        logger.log(level, harmless(text))
+
+
+def set_up(level: str, is_json: bool) -> AnswerLog:
+    """Log to stderr from `level` on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if is_json else "%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    )
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper())
+    return AnswerLog(is_json)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)

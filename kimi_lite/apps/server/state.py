@@ -1,0 +1,70 @@
+"""What all endpoints share: the engine's service, the settings, and the log."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from starlette.requests import Request as HttpRequest
+
+from kimi_lite.apps.server.chat import Chats, Prepared
+from kimi_lite.apps.server.log import AnswerLog
+from kimi_lite.engine.service import EngineService
+from kimi_lite.engine.types import Stats
+
+_QUESTION = [{"role": "user", "content": "?"}]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How the server behaves; `command` makes it of the options."""
+
+    model_name: str | None = None  # what /v1/models says; None: the model's own name
+    api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] | None = None  # of the Host header; None: any
+    origins: tuple[str, ...] = ()  # that pages may ask from
+    has_loop_guard: bool = True
+    shuts_down_within_s: float = 10.0
+
+
+@dataclass(slots=True)
+class ServerState:
+    """`app.state.server`."""
+
+    service: EngineService
+    settings: ServerSettings
+    chats: Chats
+    log: AnswerLog
+    started_s: float = field(default_factory=time.time)
+    _facts: dict[str, bool] = field(default_factory=dict)  # of the template; looked at once
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model_name or self.service.require_ready().info.name
+
+    @property
+    def can_call(self) -> bool:
+        """Whether the model can be told of tools."""
+        if "can_call" not in self._facts:
+            template, function = self.service.require_ready().template, {"name": "f", "parameters": {"type": "object"}}
+            with_tool = template.encode(_QUESTION, [{"type": "function", "function": function}])
+            self._facts["can_call"] = with_tool.ids != template.encode(_QUESTION).ids
+        return self._facts["can_call"]
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the model has a thinking mode."""
+        if "can_think" not in self._facts:
+            template = self.service.require_ready().template
+            self._facts["can_think"] = template.encode(_QUESTION, thinking=True).starts_in_reasoning
+        return self._facts["can_think"]
+
+    def log_answer(self, prepared: Prepared, stats: Sequence[Stats | None]) -> None:
+        self.log.answer(prepared.chat.client, prepared.num_prompt_tokens, [each for each in stats if each is not None])
+
+    def log_failure(self, error: BaseException) -> None:
+        self.log.failure(error)
+
+
+def client_of(http: HttpRequest, key: str | None) -> str:
+    """Whose turn a request takes: the key it caches under, its API key, or its address."""
+    return key or http.headers.get("authorization") or http.headers.get("x-api-key") or (http.client or ("?", 0))[0]
