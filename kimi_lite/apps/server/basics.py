@@ -79,6 +79,7 @@ async def detokenize(http: HttpRequest) -> Response:
 
 async def metrics(http: HttpRequest) -> Response:
     """GET /metrics, in Prometheus's text format."""
-    from kimi_lite.apps.server.metrics import CONTENT_TYPE, render
+    from kimi_lite.apps.server.metrics import render
 
-    return PlainTextResponse(render(http.app.state.server), media_type=CONTENT_TYPE)
+    text, media_type = render(http.app.state.server)
+    return PlainTextResponse(text, media_type=media_type)

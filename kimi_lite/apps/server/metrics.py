@@ -15,11 +15,11 @@ _GAUGES = {
 }
 
 
-def render(state: ServerState) -> bytes:
-    """All metrics as text."""
+def render(state: ServerState) -> tuple[bytes, str]:
+    """All metrics as text, and its media type."""
     registry = CollectorRegistry()
     registry.register(_Collector(state))
-    return generate_latest(registry)
+    return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
 class _Collector:
