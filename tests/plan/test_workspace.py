@@ -1,0 +1,59 @@
+"""The bytes that a plan sets aside for the CPU's buffers against the arrays that a loaded model really makes."""
+
+import numpy as np
+import pytest
+
+from kimi_lite.arch.tensors import open_model
+from kimi_lite.kv.pages import KVCache
+from kimi_lite.model.cpu.transformer import Transformer
+from kimi_lite.plan.workspace import cpu_work_bytes
+from tests.tiny import write_tiny_gguf
+
+SHAPES = [
+    {},
+    {"hidden_size": 1024, "expert_feed_forward_size": 512, "num_layers": 2},
+    {"num_experts": 64, "num_experts_used": 8, "expert_feed_forward_size": 256},
+    {"num_heads": 16, "kv_lora_rank": 512, "hidden_size": 512},
+    {"feed_forward_size": 4096, "q_lora_rank": 0},
+]
+
+
+def array_bytes(thing: object, seen: set[int]) -> int:
+    """Of all numpy arrays that are reached from an object of ours, each once; views count as what they look into."""
+    if id(thing) in seen:
+        return 0
+    seen.add(id(thing))
+    if isinstance(thing, np.ndarray):
+        owner = thing
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        if owner is not thing:
+            return array_bytes(owner, seen)
+        return thing.nbytes if thing.flags.owndata else 0  # what is mapped from the file is no buffer
+    if isinstance(thing, dict):
+        return sum(array_bytes(value, seen) for value in thing.values())
+    if isinstance(thing, (list, tuple, set)):
+        return sum(array_bytes(value, seen) for value in thing)
+    if not type(thing).__module__.startswith("kimi_lite"):
+        return 0
+    slots = {name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())}
+    names = {*getattr(thing, "__dict__", {}), *slots}
+    return sum(array_bytes(getattr(thing, name, None), seen) for name in names)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_buffers_are_what_was_planned(tmp_path, shape, num_threads):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), types={"_exps": "Q8_0"}, **shape)
+    store, config = open_model(path)
+    kv = KVCache(config.num_layers, config.kv_latent_size, 2)
+    model = Transformer(store, config, kv, num_threads)
+    try:
+        held = [model._layers.buffers, model._layers.run, model._head.run, model._head.x, model._head.logits]
+        made = array_bytes(held, set())
+        planned = cpu_work_bytes(config, num_threads)
+        print(shape, num_threads, made, planned, planned / made)
+    finally:
+        model.close()
+        store.close()
+    assert made <= planned <= 1.3 * made
