@@ -6,7 +6,7 @@ not wishes.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from kimi_lite.hardware.probe import Gpu, GpuProcess
 
@@ -41,6 +41,20 @@ def probe_gpu() -> Gpu | None:
             return _describe(nvml, max(handles, key=lambda handle: nvml.nvmlDeviceGetMemoryInfo(handle).total))
     except _Unavailable:
         return None
+
+
+class TorchBuild(NamedTuple):
+    """What the installed torch was built for ("12.8"; empty: without CUDA), and how many GPUs it can use."""
+
+    cuda_version: str
+    num_gpus: int
+
+
+def torch_build() -> TorchBuild:
+    """Imports torch, which must be installed."""
+    import torch
+
+    return TorchBuild(torch.version.cuda or "", torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def unavailable_reason() -> str:
@@ -98,7 +112,7 @@ def _describe(nvml: Any, handle: Any) -> Gpu:
 
 
 def _flops_s(nvml: Any, handle: Any, capability: str) -> float | None:
-    """Peak of bfloat16 products, from cores and clock and what this generation's tensor cores do beside them."""
+    """Peak of bfloat16 products, from cores and clock and what this generation's tensor cores add."""
     cores = _ask(nvml, nvml.nvmlDeviceGetNumGpuCores, handle)
     clock_mhz = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM)
     ratio = _FLOPS_RATIO.get(capability)

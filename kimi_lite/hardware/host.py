@@ -1,6 +1,6 @@
 """What the operating system says about this machine: memory and cores within this process's limits; disks.
 
-Used by `hardware.probe` and by `apps.doctor`; `usable_cores()` sets how many threads start where nobody says.
+Used by `hardware.probe` and by `apps.doctor`; `usable_cores()` sets how many threads start by default.
 """
 
 import math
@@ -83,7 +83,7 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     """The process's own group and all groups around it, of both versions; inside a container the own group is the
     root."""
     base, folders = root / "sys/fs/cgroup", []
-    tops = [base, base / "unified"]  # version 2 alone, or beside version 1
+    tops = [base, base / "unified"]  # version 2 alone, or mounted next to version 1
     for line in _read_text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

@@ -66,7 +66,7 @@ class Disk:
 class Cores:
     """What this process may compute with."""
 
-    num_usable: int  # cores, without their second hardware threads: how many threads start where nobody says
+    num_usable: int  # cores, without their second hardware threads: how many threads start by default
     most_threads: int  # hardware threads; more threads than these only wait for each other
     num_machine: int  # cores of the whole machine
     reasons: tuple[str, ...] = ()  # why not all of the machine's, in words

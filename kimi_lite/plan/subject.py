@@ -11,7 +11,7 @@ from pathlib import Path
 from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5, KNOWN, find_known, moonvit_bytes, unknown_model
-from kimi_lite.arch.recipe import LOSSLESS, named_recipe
+from kimi_lite.arch.recipe import LOSSLESS, OWN_TYPES, named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
 from kimi_lite.arch.tensors import open_model, tensor_shapes
 from kimi_lite.errors import KimiLiteError
@@ -90,8 +90,6 @@ class Choice:
     @property
     def needs_ggml(self) -> bool:
         """Whether quantize encodes it with ggml's library, which `pip install 'kimi-lite[ggml]'` brings."""
-        from kimi_lite.quantize.codecs import OWN_TYPES
-
         return self.recipe != LOSSLESS and self.recipe.upper() not in OWN_TYPES
 
 

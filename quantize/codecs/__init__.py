@@ -4,6 +4,7 @@ from the `ggml` extra, serve the K and IQ types and others that have no file her
 
 import numpy as np
 
+from kimi_lite.arch.recipe import OWN_TYPES
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs import floats, ggml, q8_0, ternary, two_bits
@@ -12,7 +13,6 @@ from kimi_lite.quantize.codecs.importance import fill_unknown
 _EXACT_ENCODERS = {"F32": floats.encode_f32, "F16": floats.encode_f16, "BF16": floats.encode_bf16, "Q8_0": q8_0.encode}
 _FITTED_ENCODERS = {"TQ1_0": ternary.encode, "TQ2_0": two_bits.encode_tq2_0, "Q2_0": two_bits.encode_q2_0}
 EXACT_TYPES = frozenset(_EXACT_ENCODERS)  # importance changes nothing
-OWN_TYPES = frozenset(_EXACT_ENCODERS | _FITTED_ENCODERS)  # need no other package
 
 
 def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:

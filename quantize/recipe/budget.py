@@ -1,7 +1,7 @@
 """`--fit 24G+256G`: the types of the routed experts' tensors that lose least within the memory of a machine.
 
 What the machine has for experts is what `kimi-lite plan` says of it, by the same code: all of them must lie in RAM, or
-in VRAM, beside everything else. For each of their tensors every type is tried on sampled rows of the very weights,
+in VRAM, with everything else. For each of their tensors every type is tried on sampled rows of the very weights,
 weighed by the importance matrix where there is one. Then all start at their cheapest type, and the upgrade that lowers
 the error most per byte is taken until the memory is full: on the lower convex hull of each tensor's (bytes, error) this
 is the Lagrangian optimum up to the last step (Shoham & Gersho 1988).

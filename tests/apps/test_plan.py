@@ -41,7 +41,7 @@ def run(*arguments):
     return result
 
 
-def desk(*arguments):
+def on_desktop(*arguments):
     return run("--vram", "24G", "--ram", "256G", *arguments)
 
 
@@ -64,7 +64,7 @@ def test_the_issue_s_own_call():
 
 
 def test_json_is_one_document():
-    document = json.loads(desk("--recipe", "tq1_0", "--json").stdout)
+    document = json.loads(on_desktop("--recipe", "tq1_0", "--json").stdout)
     assert document["recipe"] == "tq1_0" and document["verdict"] == "fits" and document["recipes"] == []
     assert document["num_vram_slots"] > 500 and document["hardware"]["ram_total_bytes"] == 256 * GIB
 
@@ -89,7 +89,7 @@ def test_without_a_recipe_the_best_that_fits_is_planned(arguments, recipe):
 
 
 def test_the_table_says_why_and_what_it_needs():
-    text = desk().stdout
+    text = on_desktop().stdout
     assert re.search(r"^\* iq1_m\+ +1.71 .* fits ", text, re.M) and "least loss of quality" in text
     assert (
         "kimi-lite[ggml]" in text
@@ -97,7 +97,7 @@ def test_the_table_says_why_and_what_it_needs():
         and "tq1_0 loses less (1.32)" in " ".join(text.split())
     )
     assert "needs pip install" not in run("-m", "moonlight", "--json").stdout
-    named = desk("--recipe", "q4_k").stdout
+    named = on_desktop("--recipe", "q4_k").stdout
     assert re.search(r"^\* q4_k\+ ", named, re.M) and "* named: planned above" in named
 
 
@@ -131,7 +131,7 @@ def test_every_width_is_kept_and_no_word_is_broken(monkeypatch, width, arguments
 
 def test_a_pipe_has_80_columns(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    lines = desk().stdout.splitlines()
+    lines = on_desktop().stdout.splitlines()
     assert 70 < max(map(len, lines)) <= 80
 
 
@@ -145,7 +145,7 @@ def test_one_story_of_numbers():
         told = " ".join(" ".join(text).split())
         assert re.search(rf"expected {expected} tok(ens)?/s, limit {limit}", told), told
         assert "at most" not in told.replace("% at best", "") and "ceiling" not in told and "bound" not in told
-    row = next(line for line in desk().stdout.splitlines() if "tq1_0" in line)
+    row = next(line for line in on_desktop().stdout.splitlines() if "tq1_0" in line)
     assert row.split()[-2:] == [expected, limit]
 
 
@@ -250,7 +250,9 @@ def test_what_cannot_be_planned_is_a_sentence(arguments, message):
 
 
 def test_speeds_can_be_given():
-    slow, fast = (json.loads(desk("--recipe", "tq1_0", "--ram-speed", speed, "--json").stdout) for speed in (40, 80))
+    slow, fast = (
+        json.loads(on_desktop("--recipe", "tq1_0", "--ram-speed", speed, "--json").stdout) for speed in (40, 80)
+    )
     assert slow["rates"]["ram"] == {"per_s": 40e9, "origin": "given"}
     assert slow["decode"]["expected_tok_s"] < fast["decode"]["expected_tok_s"]
 
@@ -286,9 +288,9 @@ def test_a_choice_is_made_where_nothing_runs():
 
 def test_the_panel_above_a_chat_is_short():
     subject = find_subject("kimi-k2.5")
-    desk = described(HERE, 256 * GIB, 24 * GIB)
+    desktop = described(HERE, 256 * GIB, 24 * GIB)
     for recipe, place in (("tq1_0", "RAM"), ("iq2_xxs", "disk")):
-        plan = make_plan(subject.sizes_in(recipe), desk)
+        plan = make_plan(subject.sizes_in(recipe), desktop)
         for width in WIDTHS:
             assert all(len(line) <= width for line in start_panel(plan, "thinking on (temp 1.0)", width=width))
         lines = start_panel(plan, "thinking on (temp 1.0)")
@@ -299,13 +301,13 @@ def test_the_panel_above_a_chat_is_short():
 
 
 def test_the_panel_names_the_place_that_sets_the_limit():
-    desk = described(HERE, 256 * GIB, 24 * GIB)
+    desktop = described(HERE, 256 * GIB, 24 * GIB)
     for model, recipe, place in (
         ("moonlight", "q4_0", "VRAM"),
         ("kimi-k2.5", "tq1_0", "RAM"),
         ("kimi-k2.5", "q4_0", "disk"),
     ):
-        text = " ".join(start_panel(make_plan(find_subject(model).sizes_in(recipe), desk)))
+        text = " ".join(start_panel(make_plan(find_subject(model).sizes_in(recipe), desktop)))
         assert re.search(rf"\({place} [\d.]+ GB/s, assumed\)", " ".join(text.split())), text
 
 

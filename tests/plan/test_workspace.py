@@ -1,4 +1,4 @@
-"""The bytes that a plan sets aside for the CPU's buffers against the arrays that a loaded model really makes."""
+"""The bytes that a plan reserves for the CPU's buffers against the arrays that a loaded model really makes."""
 
 import numpy as np
 import pytest

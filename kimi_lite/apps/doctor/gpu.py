@@ -6,6 +6,7 @@ torch is imported only where there is a GPU that it could use.
 from collections.abc import Iterator
 
 from kimi_lite.apps.doctor.system import Check, Facts
+from kimi_lite.hardware.gpu import torch_build
 from kimi_lite.hardware.probe import Gpu
 from kimi_lite.units import GIB, gib
 
@@ -74,11 +75,10 @@ def check_torch(facts: Facts, gpu: Gpu) -> Check:
             f"{found} is a build without CUDA",
             "pip install --force-reinstall torch, without the CPU index",
         )
-    import torch
-
-    built_for = torch.version.cuda or "no CUDA"
-    if torch.cuda.is_available():
-        return Check("torch", "ok", f"{found} for CUDA {built_for}, sees {torch.cuda.device_count()} GPU(s)")
+    build = torch_build()
+    built_for = build.cuda_version or "none"
+    if build.num_gpus:
+        return Check("torch", "ok", f"{found} for CUDA {built_for}, sees {build.num_gpus} GPU(s)")
     fix = f"the driver serves CUDA {gpu.cuda_version or '?'}: update it, or install a torch for that version"
     return Check("torch", "fail", f"{found} for CUDA {built_for} cannot use the GPU", fix)
 

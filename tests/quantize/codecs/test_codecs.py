@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.quantize import codecs
 from kimi_lite.quantize.codecs import encode, find_layout, ggml, int4
 from kimi_lite.quantize.source.stored import Int4Weight
 from tests.quantize.source.raw import raw_tensor
@@ -130,3 +131,8 @@ def test_int4_becomes_q4_0_without_loss(tmp_path):
     assert int4.can_repack(weight)
     assert np.array_equal(gguf.quants.dequantize(blocks, GGMLQuantizationType.Q4_0), expected.reshape(6, 128)[1:])
     assert np.array_equal(weight.read_rows(0, 6), expected.reshape(6, 128))
+
+
+def test_the_types_that_need_no_ggml_are_those_with_an_encoder_here():
+    """`plan` says so of a recipe before anything is downloaded."""
+    assert set(codecs._EXACT_ENCODERS) | set(codecs._FITTED_ENCODERS) == codecs.OWN_TYPES
