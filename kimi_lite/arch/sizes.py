@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kimi_lite.gguf.store import GGUFStore
 
 DENSE_TYPES = ("q8_0", "bf16", "file")  # of what is dense, on a GPU
+GATE_UP = "ffn_gate_up_exps.weight"  # two matrices of each expert in one tensor
 _SLOT_ALIGNMENT = 256  # bytes
 _NAMED_SHARE = 0.1
 Tensor = tuple[str, tuple[int, ...], Layout]  # name, shape (the last axis is the row), type
@@ -96,7 +97,8 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
         elif row and row.part == "routed":
             routed += num_bytes
             experts_by_type[layout.name] += num_bytes
-            slot[layer_of(name)] += -(-num_bytes // shape[0] // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+            num_matrices = shape[0] * (2 if row.name == GATE_UP else 1)
+            slot[layer_of(name)] += num_matrices // shape[0] * slot_aligned(num_bytes // num_matrices)
         else:
             dense += num_bytes
             on_gpu += {kind: _gpu_bytes(kind, row, shape, num_bytes) for kind in DENSE_TYPES}
@@ -106,6 +108,11 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
     types = tuple(by_type.most_common())
     gpus = (on_gpu[kind] for kind in DENSE_TYPES)
     return ModelSizes(config, label, embedding, dense, *gpus, routed, largest, converted, vision_bytes, types)
+
+
+def slot_aligned(num_bytes: int) -> int:
+    """Where the next matrix begins in a slot in VRAM."""
+    return -(-num_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
 
 
 def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) -> ModelSizes:

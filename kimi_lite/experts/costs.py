@@ -93,7 +93,7 @@ class Tuner:
         self._best = self._at = self._values.index(start)
         self._times_s: list[float] = []
         self._measured_s: dict[int, float] = {}
-        self.is_settled = len(self._values) == 1
+        self.is_final = len(self._values) == 1
 
     @property
     def value(self) -> int:
@@ -102,7 +102,7 @@ class Tuner:
 
     def observe(self, elapsed_s: float) -> None:
         """A step with `value` took so long. The first step after a change does not count."""
-        if self.is_settled:
+        if self.is_final:
             return
         self._times_s.append(elapsed_s)
         if len(self._times_s) > self._num_steps:
@@ -115,7 +115,7 @@ class Tuner:
         self._measured_s.clear()
         self._times_s.clear()
         self._at = self._best
-        self.is_settled = len(self._values) == 1
+        self.is_final = len(self._values) == 1
 
     def _move(self) -> None:
         best_s = self._measured_s.get(self._best, math.inf)
@@ -123,7 +123,7 @@ class Tuner:
             self._best = self._at
         near = [i for i in (self._best - 1, self._best + 1) if 0 <= i < len(self._values) and i not in self._measured_s]
         self._at = near[0] if near else self._best
-        self.is_settled = not near
+        self.is_final = not near
 
 
 @dataclass(slots=True)

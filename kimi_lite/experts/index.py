@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.sizes import GATE_UP, slot_aligned
 from kimi_lite.experts.reader import FileRun
 from kimi_lite.gguf.store import GGUFStore, TensorView
-
-_ALIGNMENT_BYTES = 256  # of the matrices in a slot in VRAM, and of such slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,12 +66,12 @@ class RoutedLayer:
         """Raises KimiLiteError for a missing tensor."""
         prefix, width, hidden_size = f"blk.{layer}", config.expert_feed_forward_size, config.hidden_size
         down = store.tensor(f"{prefix}.ffn_down_exps.weight")
-        fused = store.tensors.get(f"{prefix}.ffn_gate_up_exps.weight")
+        fused = store.tensors.get(f"{prefix}.{GATE_UP}")
         gate = fused or store.tensor(f"{prefix}.ffn_gate_exps.weight")
         up = fused or store.tensor(f"{prefix}.ffn_up_exps.weight")
         first = _rows(gate, 0, width, hidden_size, 0)
-        second = _rows(up, width if fused else 0, width, hidden_size, _align(first.end))
-        return cls(first, second, _rows(down, 0, hidden_size, width, _align(second.end)))
+        second = _rows(up, width if fused else 0, width, hidden_size, slot_aligned(first.end))
+        return cls(first, second, _rows(down, 0, hidden_size, width, slot_aligned(second.end)))
 
     @property
     def matrices(self) -> tuple[RoutedMatrix, RoutedMatrix, RoutedMatrix]:
@@ -94,7 +93,7 @@ class RoutedLayer:
 
     @property
     def vram_slot_bytes(self) -> int:
-        return _align(self.down.end)
+        return slot_aligned(self.down.end)
 
     @property
     def ram_slot_bytes(self) -> int:
@@ -170,7 +169,3 @@ def _rows(tensor: TensorView, first: int, num_rows: int, k: int, offset: int) ->
         k=k,
         row_bytes=row_bytes,
     )
-
-
-def _align(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -11,7 +11,7 @@ layer's, while this one still computes); they come out in the order of the reque
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from queue import Queue
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
 from kimi_lite.experts.store import ExpertStore
 
+COPY_THREADS = 4  # that read RAM fast enough for the bus; a disk wants more
 _NUM_BUFFERS = 2
 
 
@@ -43,7 +44,10 @@ class _Loaded(NamedTuple):
 class PromptStream:
     """`group_size` experts at a time. One thread feeds it and one takes from it; `close` ends its own threads."""
 
-    def __init__(self, streams: GpuStreams, store: ExpertStore, group_size: int, num_copy_threads: int = 4) -> None:
+    def __init__(
+        self, streams: GpuStreams, store: ExpertStore, group_size: int, num_threads: int = COPY_THREADS
+    ) -> None:
+        """num_threads: that copy or read experts into pinned memory."""
         assert group_size > 0, group_size
         self._streams, self._store, self.group_size = streams, store, group_size
         shape = (group_size, store.index.vram_slot_bytes)
@@ -57,7 +61,7 @@ class PromptStream:
         self._waiting: deque[int] = deque()  # layers of the groups not yet taken, in order
         self._num_requested = self._num_cancelled = 0
         self.num_streamed = 0
-        self._pool = ThreadPoolExecutor(num_copy_threads, thread_name_prefix="kimi-lite-stream")
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="kimi-lite-stream")
         self._feeder = threading.Thread(target=self._feed, daemon=True, name="kimi-lite-stream")
         self._feeder.start()
 
@@ -134,6 +138,7 @@ class PromptStream:
             uploaded.synchronize()
         rows = self._pinned[buffer].numpy()
         copies = [self._pool.submit(self._store.read_into, layer, e, rows[i]) for i, e in enumerate(experts)]
+        wait(copies)  # all of them, also where one failed: the next group takes the same buffer
         for copy in copies:
             copy.result()
 

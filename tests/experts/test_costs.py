@@ -86,7 +86,7 @@ def test_tuner_climbs_and_stays():
     rng = np.random.default_rng(3)
     tuner = Tuner([4, 6, 7, 8], start=8)
     run_tuner(tuner, {4: 1.5, 6: 1.0, 7: 1.1, 8: 1.3}, rng)
-    assert tuner.value == 6 and tuner.is_settled
+    assert tuner.value == 6 and tuner.is_final
     run_tuner(tuner, {4: 0.1, 6: 1.0, 7: 1.0, 8: 1.0}, rng)
     assert tuner.value == 6, "settled: no more trying"
     tuner.restart()
@@ -103,7 +103,7 @@ def test_tuner_ignores_noise_and_outliers():
     assert tuner.value == 8
     single = Tuner([5], start=5)
     run_tuner(single, {5: 1.0}, rng, 10)
-    assert single.value == 5 and single.is_settled
+    assert single.value == 5 and single.is_final
 
 
 def run_budget(budget: PromotionBudget, cost_s: float, gain_s: float, num_steps: int = 600) -> list[int]:

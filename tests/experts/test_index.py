@@ -91,6 +91,19 @@ def test_all_who_look_an_expert_up_find_its_bytes(model, seed, tmp_path_factory)
         stores[1].close()
 
 
+@pytest.mark.parametrize("is_gate_up_fused", [False, True])
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q8_0", "F16"])
+def test_the_plan_counts_slots_as_they_are(type_name, is_gate_up_fused, tmp_path):
+    """Also where a matrix ends between two borders of 256 bytes."""
+    sizes = {"hidden_size": 64, "expert_feed_forward_size": 32, "types": {"_exps": type_name}}
+    path = write_tiny_gguf(
+        tmp_path / "tiny.gguf", np.random.default_rng(0), is_gate_up_fused=is_gate_up_fused, num_layers=2, **sizes
+    )
+    store = GGUFStore.open(path)
+    config = ModelConfig.from_metadata(store.metadata)
+    assert store_sizes(store, config).slot_bytes == ExpertIndex.find(store, config).vram_slot_bytes
+
+
 def test_a_disk_that_fails_is_a_sentence_that_names_the_file(tmp_path):
     """Also to whoever brings experts to the GPU; and the file is the one that failed, not the layer's first."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), max_tensors_per_shard=1)

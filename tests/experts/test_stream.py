@@ -1,6 +1,9 @@
 """Groups of experts on their way through two buffers: the right bytes in the right order, whatever is requested or
 given up."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -39,7 +42,7 @@ def test_everything_arrives_in_order(requests, group_size):
     """Layers requested ahead come after those before them."""
     source = NumberedExperts(num_layers=4, num_experts=10)
     requests = sorted(requests, key=lambda request: request[0])
-    stream = PromptStream(GpuStreams("cpu"), source, group_size, num_copy_threads=2)
+    stream = PromptStream(GpuStreams("cpu"), source, group_size, num_threads=2)
     for layer, experts in requests:
         stream.request(layer, experts)
     for layer in range(1, 4):
@@ -53,7 +56,7 @@ def test_everything_arrives_in_order(requests, group_size):
 def test_a_late_copy_is_waited_for(source):
     """The device's copies end late: a pinned buffer is not written again before, and no group is seen half."""
     device = SlowDevice()
-    stream = PromptStream(device, source, 2, num_copy_threads=1)
+    stream = PromptStream(device, source, 2, num_threads=1)
     stream.request(1, range(10))
     device.wait = device.complete  # the compute stream waits for the upload's event, as CUDA's would
     assert arrived(stream, source, 1) == list(range(10))
@@ -82,6 +85,33 @@ def test_a_failed_read_is_raised_where_the_group_is_wanted(source):
     source.fail_on = None
     stream.request(2, range(8))
     assert arrived(stream, source, 2) == list(range(8))
+    stream.close()
+
+
+def test_a_failed_group_leaves_no_late_copies_in_the_next(source):
+    """The slow copies of the failed group have ended before the next is copied into the same memory."""
+    stream = PromptStream(GpuStreams("cpu"), source, 3, num_threads=3)
+    read_into, is_late = source.read_into, threading.Event()
+
+    def slow(layer, expert, slot):
+        if (layer, expert) == (1, 2):
+            is_late.wait(0.3)
+        read_into(layer, expert, slot)
+
+    source.read_into, source.fail_on = slow, (1, 0)
+    stream.request(1, [0, 1, 2])
+    stream.request(2, [3, 4, 5])
+    with pytest.raises(KimiLiteError, match="broken disk"):
+        arrived(stream, source, 1)
+    groups = stream.groups(2)
+    data = next(groups).data.numpy()
+    is_late.set()
+    time.sleep(0.05)
+    assert all(np.array_equal(row, source.bytes_of(2, e)) for row, e in zip(data, (3, 4, 5), strict=True))
+    assert all(
+        np.array_equal(row, source.bytes_of(2, e)) for row, e in zip(stream._pinned[0].numpy(), (3, 4, 5), strict=True)
+    ), "nothing was written into the pinned memory behind it"
+    groups.close()
     stream.close()
 
 

@@ -15,7 +15,7 @@ from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.ram import heat_shape, open_ram
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.experts.store import ExpertStore
-from kimi_lite.experts.stream import PromptStream
+from kimi_lite.experts.stream import COPY_THREADS, PromptStream
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import usable_cores
@@ -60,7 +60,8 @@ def open_experts(
     experts, costs, counts = ExpertStore(index, ram), ExpertCosts(), thread_counts(options.num_threads)
     cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, plan.prompt_chunk_tokens), counts, ram)
     slots = VramSlots(streams, experts, plan.num_vram_slots, slot_table)
-    stream = PromptStream(streams, experts, min(STREAM_EXPERTS, config.num_experts))
+    num_readers = options.num_readers if plan.disk_expert_bytes else COPY_THREADS
+    stream = PromptStream(streams, experts, min(STREAM_EXPERTS, config.num_experts), num_readers)
     streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs)
     if heat is not None:
         slots.policy.import_heat(heat)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_lite.experts import warm as module
-from kimi_lite.experts.warm import warm
+from kimi_lite.gguf import warm as module
+from kimi_lite.gguf.warm import warm
 
 
 @pytest.fixture
