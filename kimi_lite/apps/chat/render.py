@@ -55,7 +55,7 @@ class AnswerView:
         screen = Console(file=out)
         self._markdown = MarkdownStream(screen) if can_redraw(screen) and out.isatty() and not is_plain else None
         self._part = ""  # what is being shown: reasoning, content or a call
-        self._has_content = self._is_line_open = False
+        self._has_content = self._is_line_open = self._has_error = False
 
     @property
     def texts(self) -> dict[str, str]:
@@ -70,7 +70,9 @@ class AnswerView:
     def show(self, token: Token) -> None:
         if self.last is None or self.last.finish_reason:
             self._records.append(AnswerRecord())
+            self._has_error = False
         self.last = token
+        self._has_error = self._has_error or token.error is not None
         self._records[-1].add(token)
         if token.kind == "reasoning":
             self._show_reasoning(token)
@@ -78,6 +80,14 @@ class AnswerView:
             self._show_content(token.text)
         else:
             self._show_call(token)
+        if token.finish_reason == "stop" and self._shows_calls:
+            self._say_if_empty(self._records[-1])
+
+    def _say_if_empty(self, record: AnswerRecord) -> None:
+        """Nothing on the screen could be a fault of ours."""
+        if not record.texts["content"].strip() and not record.calls and not self._has_error:
+            self._begin("")
+            self._dim(f"the model {'only thought' if record.texts['reasoning'].strip() else 'said nothing'}\n")
 
     def close(self) -> None:
         """End the last line."""

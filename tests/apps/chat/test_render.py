@@ -61,6 +61,24 @@ def test_reasoning_without_an_answer_is_closed_too() -> None:
     assert show(token("reasoning", "hm")) == ("", "hm\n▸ thought for 0 s · 1 token\n")
 
 
+def test_an_empty_answer_is_said_to_be_none() -> None:
+    end = replace(token("content", ""), finish_reason="stop")
+    assert show(end) == ("", "the model said nothing\n")
+    assert show(token("reasoning", "hm"), end) == ("", "hm\n▸ thought for 0 s · 1 token\nthe model only thought\n")
+    assert show(token("content", "x"), end) == ("x\n", "")
+    assert show(replace(end, finish_reason="cancelled")) == ("", "")
+    broken = token("tool_call", "", error="Tool call 'x' cannot be used.")
+    assert show(broken, end) == ("", "Tool call 'x' cannot be used.\n")
+
+
+def test_content_that_was_reasoning_after_all_is_taken_back() -> None:
+    view = AnswerView(io.StringIO(), Console(file=io.StringIO()), True)
+    first = [token("content", "hm"), token("reasoning", "hm", unsaid="hm"), token("content", "4")]
+    for one in [*first, replace(token("content", ""), finish_reason="tool_calls"), token("content", "hm")]:
+        view.show(one)
+    assert (view.texts["reasoning"], view.texts["content"]) == ("hm", "4hm")
+
+
 def test_tool_calls_are_no_part_of_the_answer() -> None:
     call = token("tool_call", "", call=ToolCall("functions.add:0", "add"))
     broken = token("tool_call", "", error="Tool call 'x' cannot be used.")
