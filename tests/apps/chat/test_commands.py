@@ -142,6 +142,7 @@ def test_set_changes_what_answers_are_made_with(talk: Talk) -> None:
         ("/set model x", "kimi-lite chat -m FILE"),
         ("/ctx drop", "nothing in the context"),
         ("/ctx burn", "/ctx burn is not known"),
+        ("/ctx 64K", "kimi-lite chat -c 64K --continue"),
         ("/stats", "no answer yet"),
         ("/tokens", "no answer yet"),
         ("/read no/such", "cannot be read"),

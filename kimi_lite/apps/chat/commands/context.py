@@ -48,6 +48,10 @@ def _ctx(chat: Chat, argument: str) -> None:
     """how full the context is; no longer send the N oldest exchanges, or a summary in their place"""
     word, _, rest = argument.partition(" ")
     if word:
+        if word[0].isdecimal():
+            raise KimiLiteError(
+                "The context's length is set at the start.", f"Use kimi-lite chat -c {word} --continue."
+            )
         if word not in ("drop", "summarise", "summarize"):
             raise KimiLiteError(f"/ctx {argument} is not known.", "It is /ctx, /ctx drop [N] or /ctx summarise [N].")
         num_exchanges = _num_exchanges(chat, rest.strip())
