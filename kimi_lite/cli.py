@@ -64,7 +64,7 @@ def chat(options: Options) -> None:
 @with_options("run")
 def run(
     options: Options,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt. Without it, -p and -f: stdin.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; what is piped in is appended.")] = None,
     prompt_option: Annotated[
         str | None, typer.Option("-p", "--prompt", help="The prompt, as an option.", rich_help_panel=PROMPT)
     ] = None,
@@ -78,7 +78,7 @@ def run(
         Path | None, typer.Option("-o", "--output", help="Write the answer to FILE.", rich_help_panel=OUTPUT)
     ] = None,
 ) -> None:
-    """Answer one prompt: from the argument, a file, or stdin. Stdout carries the answer and nothing else."""
+    """Answer one prompt: the argument, a file, and what is piped in. Stdout carries the answer and nothing else."""
     from kimi_lite.apps.run import start_run
 
     raise typer.Exit(start_run(options, prompt, prompt_option, file, as_json, output))
