@@ -134,15 +134,17 @@ class HybridTransformer:
         self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before
         if self._recorder:
             self._recorder.begin(num_tokens)
-        if not is_short:
-            return self._forward_prompt(batch, should_stop)
-        start_s = time.perf_counter()
-        logits = self._forward_decode(batch)[batch.wants_logits]
-        elapsed_s = time.perf_counter() - start_s
-        self._adaptive.end(num_tokens, int(batch.positions.max()) + 1, elapsed_s)
-        self.num_decode_steps += 1
-        self.decode_s += elapsed_s
-        return logits
+        try:
+            return self._forward_short(batch) if is_short else self._forward_long(batch, should_stop)
+        except torch.OutOfMemoryError as error:
+            self._give_up()
+            raise KimiLiteError(
+                f"The GPU ran out of memory in a pass over {num_tokens:,} tokens: {str(error).splitlines()[0]}",
+                "Close what else uses the GPU, or allow fewer experts there: --gpu-experts.",
+            ) from error
+        except BaseException:
+            self._give_up()
+            raise
 
     def counters(self) -> dict[str, float]:
         """What happened since the model was loaded, by name."""
@@ -165,6 +167,16 @@ class HybridTransformer:
         if self._recorder:
             self._recorder.close()
 
+    def _forward_short(self, batch: Batch) -> np.ndarray:
+        """A step that is measured: what it teaches changes the next ones."""
+        start_s = time.perf_counter()
+        logits = self._forward_decode(batch)[batch.wants_logits]
+        elapsed_s = time.perf_counter() - start_s
+        self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s)
+        self.num_decode_steps += 1
+        self.decode_s += elapsed_s
+        return logits
+
     def _forward_decode(self, batch: Batch) -> np.ndarray:
         num_tokens = len(batch.token_ids)
         shape = num_rows, num_pages = rows_for(num_tokens), pages_for(num_pages_seen(batch))
@@ -179,23 +191,6 @@ class HybridTransformer:
         x = self._embed(np.pad(batch.token_ids, (0, num_rows - num_tokens)))
         return self._segments[shape].forward(x, step, num_tokens)
 
-    def _forward_prompt(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
-        """A long batch; what ends it early leaves nothing behind that would change a later one."""
-        try:
-            return self._forward_long(batch, should_stop)
-        except torch.OutOfMemoryError as error:
-            self._give_up()
-            problem = (
-                f"The GPU ran out of memory in a pass over {len(batch.token_ids):,} tokens: "
-                f"{str(error).splitlines()[0]}"
-            )
-            raise KimiLiteError(
-                problem, "Close what else uses the GPU, or allow fewer experts there: --gpu-experts."
-            ) from error
-        except BaseException:
-            self._give_up()
-            raise
-
     def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
         step, x = self._maker.make(batch, expanded), self._embed(batch.token_ids)
@@ -208,7 +203,7 @@ class HybridTransformer:
         return np.concatenate(parts or [np.empty((0, self.config.vocab_size), np.float32)])
 
     def _give_up(self) -> None:
-        """A pass was cancelled half-way."""
+        """A pass ended half-way: it leaves nothing behind that would change a later one."""
         if self.experts:
             self.experts.cancel()
         if self._recorder:

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.recorder import RoutingRecorder, read_trace
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
@@ -301,6 +303,42 @@ def test_routing_is_recorded(path, ids, tmp_path):
         records.append(read_trace(tmp_path / f"{runner_class.__name__}.npz"))
     assert np.array_equal(records[0].starts, records[1].starts)
     assert np.array_equal(np.sort(records[0].ids), np.sort(records[1].ids))
+
+
+def test_a_disk_that_fails_leaves_nothing_behind(path, ids, tmp_path, monkeypatch):
+    """Decoding, rows and streams: a sentence, and afterwards the same bits and a record without the failed passes."""
+    config = ModelConfig.from_metadata(GGUFStore.open(path).metadata)
+    slot_bytes = ExpertIndex.find(GGUFStore.open(path), config).vram_slot_bytes
+    tier = {"ram_expert_bytes": 10 * slot_bytes, "num_gpu_experts": 3, "is_reading_direct": False}
+    problem, records = r"expert \d+ of layer \d could not be read: Input/output", []
+    for fails in (False, True):
+        recorder = RoutingRecorder(tmp_path / f"{fails}.npz", config)
+        with only_rows(HybridRunner(path, recorder=recorder, **tier)) as runner:
+            want = [runner.decode(ids[:6]), runner.prefill(ids[6:40], start=6)]
+            if fails:
+                with monkeypatch.context() as patch:
+                    reader = runner.transformer.experts.store.ram.reader
+                    for file in reader._files.values():
+                        patch.setattr(file, "read_into", fail_to_read)
+                    for attempt in (lambda: runner.decode(ids[40:60]), lambda: runner.prefill(ids[:100])):
+                        with pytest.raises(
+                            KimiLiteError, match=r"expert \d+ of layer \d could not be read: Input/output"
+                        ):
+                            attempt()
+                    runner.transformer.experts.costs.cpu_s = 1e9
+                    with pytest.raises(KimiLiteError, match=problem):
+                        runner.prefill(ids[:100])
+                only_rows(runner).transformer.experts.costs.cpu_s = 1e-4
+            have = [runner.decode(ids[:6]), runner.prefill(ids[6:40], start=6)]
+            assert all(same(*pair) for pair in zip(have, want, strict=True))
+        records.append(read_trace(tmp_path / f"{fails}.npz"))
+    kept = records[1].ids[: records[1].starts[7]], records[1].ids[records[1].starts[-8] :]
+    assert np.array_equal(records[0].ids, np.concatenate(kept)), "whole passes before the failures and after them"
+    assert (records[1].ids[:, 1:] >= 0).all(), "no pass that ended half-way"
+
+
+def fail_to_read(place, offset):
+    raise OSError(5, "Input/output error")
 
 
 def test_cache_bias_prefers_resident_experts(path, ids):
