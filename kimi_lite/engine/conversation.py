@@ -41,7 +41,7 @@ class Conversation(ABC):
     can_see: bool  # whether messages may have images
     can_call: bool  # whether it can be told of tools
     can_preserve: bool  # whether past reasoning can stay in the prompt
-    is_watched: bool = True  # somebody sees answers come; else nothing comes before it is known to be content
+    is_watched: bool = True  # answers are seen as they come; else nothing comes before it is known to be content
 
     def __init__(self, system: str = "", settings: AnswerSettings | None = None) -> None:
         self.system, self.settings = system, settings or AnswerSettings()

@@ -18,6 +18,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import KimiLiteError
@@ -39,7 +40,7 @@ _REMEDY = "The file's template is at fault: use a GGUF of another source, or con
 
 
 def prepare() -> None:
-    """Start the process that renders, which takes a while, beside other work."""
+    """Start the process that renders: it gets ready while other work is done."""
     _worker().start()
 
 
@@ -107,7 +108,9 @@ class _Worker:
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
-            command = [sys.executable, "-I", "-S", "-c", _CODE, *filter(None, [os.getcwd(), *sys.path])]
+            package = str(Path(__file__).parents[2])  # wherever it was found; the rest as here, and no more
+            folders = [package, *(folder or os.getcwd() for folder in sys.path)]
+            command = [sys.executable, "-I", "-S", "-c", _CODE, *folders]
             try:
                 self._child = subprocess.Popen(
                     command,

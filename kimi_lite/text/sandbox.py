@@ -3,7 +3,7 @@
 Templates come with model files, messages from anywhere; both may be hostile. Before compiling, every control token that
 the template's own text or string constants spell is replaced by a mark with a secret number; after rendering, only
 these marks are control tokens. Message text goes through untouched, so every filter, test, slice and split of the
-template sees the real text, and nothing in it, nor two messages side by side, nor a message beside the template's text,
+template sees the real text, and nothing in it, nor two messages in a row, nor a message next to the template's text,
 can spell a mark. Constants that are only looked for (`'</think>' in content`, `content.split('</think>')`) stay as they
 are: they must match message text. A template that assembles a control token from pieces (`'<|' ~ role ~ '|>'`) gets
 plain text. The sandbox has no files, no imports and no attributes with underscores; loops and output are bounded. What

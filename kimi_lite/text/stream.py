@@ -150,7 +150,7 @@ class TextParser:
         return self._take()
 
     def enter(self, kind: Literal["reasoning", "content"]) -> list[Piece]:
-        """From here on the text is of this kind, whoever says so; an open call goes on."""
+        """From here on the text is of this kind, whatever it says itself; an open call goes on."""
         state = _State.REASONING if kind == "reasoning" else _State.CONTENT
         if self._state is not state and self._state in (_State.REASONING, _State.CONTENT):
             self._flush()
@@ -382,7 +382,7 @@ class StreamParser(TextParser):
 
 
 def _first_complete(text: str, literals: Sequence[str]) -> tuple[int, str]:
-    """The literal that is complete first, whichever way the text arrived, and where it starts; (0, "") if none is."""
+    """The literal that is complete first, however the text was cut, and where it starts; (0, "") if none is."""
     found = [(text.find(literal), literal) for literal in literals]
     return min(
         ((at, literal) for at, literal in found if at >= 0),

@@ -38,7 +38,7 @@ class TemplateFacts:
     can_think: bool  # it has a thinking mode
     can_call: bool  # it declares tools, and calls come in markers that `text.stream` reads
     can_preserve: bool  # past reasoning can stay in the prompt
-    call_content: str | None = ""  # the content beside calls with which past calls are rendered at all
+    call_content: str | None = ""  # the content of a message with calls with which they are rendered at all
     takes_objects: bool = False  # arguments of past calls are wanted as objects, not as JSON text
 
 
@@ -195,7 +195,12 @@ class ChatTemplate:
         return "" if token_id is None else self._tokenizer.decode([token_id])
 
 
-_CALL_FORMS = (("", False), (None, False), ("", True), (None, True))  # content beside a call, arguments as an object
+_CALL_FORMS = (
+    ("", False),
+    (None, False),
+    ("", True),
+    (None, True),
+)  # content of a message with a call, arguments as an object
 _PROBE_TOOL = {
     "type": "function",
     "function": {

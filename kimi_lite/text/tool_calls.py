@@ -1,4 +1,4 @@
-"""Tool calls in one form, whoever wrote them: a local model, an endpoint's deltas, a client of our server.
+"""Tool calls in one form, wherever they come from: a local model, an endpoint's deltas, a client of our server.
 
 A `ToolCall` has an id that is unique in its answer, the name of a tool, and arguments that are the JSON text of an
 object (or a piece with `error` says that they are not). `ArgumentReader` makes such text of whatever models and servers

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import make_metadata, rendered
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from test_typescript import GET_WEATHER, HEAD, tool
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.text import isolation
 from kimi_lite.text.sandbox import MAX_CPU_S, MAX_MEMORY_BYTES, MAX_TEMPLATES
 from kimi_lite.text.stream import DEEPSEEK, KIMI, StreamParser
 from kimi_lite.text.template import ChatTemplate, TemplateFacts
@@ -555,3 +557,13 @@ def test_the_bytes_of_pictures_are_not_copied_around(template: ChatTemplate) -> 
     parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (80 << 20)}}]
     assert template.encode([user(parts)]).ids.count(163605) == 1
     assert "data:" + "x" * 2000 in rendered(template, [user("data:" + "x" * 2000)])
+
+
+def test_the_folder_we_are_in_is_not_searched_for_modules(
+    make: Callable[[str], ChatTemplate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with a downloaded model may hold a jinja2.py."""
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(tmp_path)
+    isolation._worker().close()
+    assert make("{{ 1 + 1 }} fresh").encode([user("")]).ids == list(b"2 fresh")

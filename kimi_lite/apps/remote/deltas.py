@@ -3,7 +3,7 @@
 Servers differ: reasoning comes as `reasoning_content` (vLLM, SGLang, llama-server, Kimi), as `reasoning` (vLLM,
 OpenRouter) or inside the content, between think tags or up to a `</think>` whose beginning the server's template wrote;
 calls come as deltas (`text.call_deltas`) or inside the text in Kimi's markers, which a server without a parser passes
-on; usage beside the choices or in the last one.
+on; usage next to the choices or in the last one.
 """
 
 import time
@@ -245,7 +245,7 @@ def _text(value: object) -> str:
 
 
 def message_of(body: object) -> str:
-    """What a server says about an error, whichever way it says it."""
+    """What a server says about an error, in any of the forms that servers use."""
     while isinstance(body, Mapping):
         said = next((body[key] for key in ("error", "message", "detail", "error_msg") if body.get(key)), None)
         if said is None:

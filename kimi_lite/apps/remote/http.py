@@ -234,7 +234,7 @@ class _Reader:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def _put(self, piece: Piece) -> None:
-        """Wait until the consumer has taken enough; end the thread where nobody consumes any more."""
+        """Wait until the consumer has taken enough; end the thread where the consumer is gone."""
         while not self._is_stopped:
             try:
                 self.pieces.put(piece, timeout=POLL_S)
@@ -254,7 +254,7 @@ class _Reader:
 
 
 class _Stopped(BaseException):
-    """Nobody waits for the answer."""
+    """The answer is no longer wanted."""
 
 
 def _decoded(raw: Iterable[bytes], encoding: str) -> Iterator[bytes]:

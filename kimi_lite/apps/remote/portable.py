@@ -22,7 +22,7 @@ def portable(messages: Sequence[Mapping[str, Any]], declared: Sequence[str] = ()
     """`messages`, as `Turn.to_message` writes them, without what servers refuse:
 
     - calls: arguments that are no JSON object, ids that occurred before, names that no tool can have (but those in
-      `declared`), no `content` beside them where it is empty (Moonshot: "text content is empty"); `reasoning_content`
+      `declared`), no `content` with them where it is empty (Moonshot: "text content is empty"); `reasoning_content`
       always, for with thinking on Moonshot wants it there, empty or not, and elsewhere only where there is some;
     - results: empty, without their call, or not right behind it; calls without result;
     - messages without any content; two messages of the user in a row.

@@ -34,7 +34,7 @@ class RemoteSession(Conversation):
     """One user's conversation with a model elsewhere."""
 
     can_think = can_see = can_call = can_preserve = (
-        True  # as far as anyone can say from here; the server refuses what it has not
+        True  # as far as can be said from here; the server refuses what it has not
     )
 
     def __init__(
