@@ -40,7 +40,9 @@ def open_conversation(options: Options, status: Console) -> Conversation:
         raise KimiLiteError(
             f"The chat template of {conversation.info.name} always drops past reasoning.", "Remove --preserve-thinking."
         )
-    for line in () if options.is_quiet else unused_options(options, _situation(conversation, options, status)):
+    remarks = [*(conversation.plan.warnings if conversation.plan else ())]
+    remarks += unused_options(options, _situation(conversation, options, status))
+    for line in () if options.is_quiet else remarks:
         show_plain(status, wrapped(line, line_width(status)), style="dim")
     return conversation
 

@@ -36,7 +36,7 @@ Vision = Annotated[
     bool, _option("--vision/--no-vision", help="Include the vision encoder, where the model has one.", panel=MODEL)
 ]
 NumCores = Annotated[
-    int | None, _option("--cores", help="A hypothetical desktop CPU of so many cores.", panel=MACHINE, min=1)
+    int | None, _option("--cores", help="A hypothetical desktop CPU with this many cores.", panel=MACHINE, min=1)
 ]
 RamSpeed = Annotated[
     float | None, _option("--ram-speed", help="GB/s that RAM really delivers.", panel=MACHINE, min=0.1)

@@ -1,7 +1,6 @@
 """The plan of a model that is being loaded, refused before a weight is read where it cannot be; and the disk tier that
 follows from it."""
 
-import warnings
 from dataclasses import replace
 
 from kimi_lite.arch.config import ModelConfig
@@ -20,10 +19,7 @@ def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu 
     do."""
     hardware = replace(probe(store.path), gpu=gpu)
     on_path = options if gpu else replace(options, device="cpu")
-    plan = make_plan(store_sizes(store, config), hardware, on_path).require()
-    for warning in plan.warnings:
-        warnings.warn(warning, RuntimeWarning, stacklevel=2)
-    return plan
+    return make_plan(store_sizes(store, config), hardware, on_path).require()
 
 
 def situation_of(plan: Plan, options: Options) -> Situation:

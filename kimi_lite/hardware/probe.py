@@ -77,9 +77,9 @@ class Cores:
             return self.num_usable, ""
         if asked <= self.most_threads:
             return asked, ""
-        why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
+        why = f"; {'; '.join(self.reasons)}" if self.reasons else ""
         cores = f"{self.most_threads} hardware thread{'s' if self.most_threads > 1 else ''}"
-        return self.most_threads, f"-t {asked}: this process can use {cores}{why}, so {self.most_threads} are started."
+        return self.most_threads, f"-t {asked} starts {self.most_threads}: this process can use {cores}{why}."
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ python -m quantize SRC DST.gguf --recipe tq1_0 --verify
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore, TensorView
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.quantize.convert import open_model
 from kimi_lite.quantize.source.model import SourceTensor
@@ -59,7 +59,7 @@ def verify(src: Path, path: Path, on_progress: OnProgress | None = None) -> Veri
     log = read_log(log_path(path.with_name(stem)))
     errors: dict[str, float] = {}
     done_bytes = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores().most_threads) as pool:
         for source in model.tensors:
             view = store.tensor(source.name)
             _check_bytes(view, log.get(source.name), path)
@@ -104,7 +104,7 @@ def _compare(
     pending: deque[Future] = deque()
     for start in range(0, len(data), step):
         pending.append(pool.submit(compare, start))
-        if len(pending) > 2 * (os.cpu_count() or 1):
+        if len(pending) > 2 * usable_cores().most_threads:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

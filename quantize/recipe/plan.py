@@ -1,7 +1,6 @@
 """What a conversion would do, from names and shapes alone: types, sizes and shards. `--dry-run` prints it, `convert`
 does it."""
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from kimi_lite.arch.recipe import GROUPS, LOSSLESS, Recipe, group_of
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import encode
 from kimi_lite.quantize.source.model import SourceModel, SourceTensor
@@ -107,7 +107,7 @@ def estimate_seconds(plan: Plan) -> float:
         encode(layout, rows, importance)
         per_weight_s = (time.perf_counter() - start_s) / rows.size
         seconds += per_weight_s * sum(tensor.source.num_weights for tensor in changed if tensor.layout == layout)
-    return seconds / (os.cpu_count() or 1)
+    return seconds / usable_cores().most_threads
 
 
 def describe_plan(plan: Plan, shards: Sequence[Shard], folder: Path) -> list[str]:
@@ -125,7 +125,8 @@ def describe_plan(plan: Plan, shards: Sequence[Shard], folder: Path) -> list[str
     verdict = "enough" if free > plan.num_bytes else f"{(plan.num_bytes - free) / _GIB:,.1f} GiB too little"
     lines.append(f"disk free {free / _GIB:,.1f} GiB: {verdict}")
     lines.append(
-        f"encoding takes about {_duration(estimate_seconds(plan))} on {os.cpu_count()} cores, if the disks keep up"
+        f"encoding takes about {_duration(estimate_seconds(plan))} on {usable_cores().most_threads} threads, "
+        "if the disks keep up"
     )
     return [*lines, _verdict(plan, existing)]
 

@@ -8,12 +8,12 @@ after it. A file SHA256SUMS is read too.
 """
 
 import hashlib
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.quantize.write.writer import OnProgress
 from kimi_lite.units import gib
 
@@ -38,7 +38,7 @@ def check_source(folder: Path, on_progress: OnProgress | None = None) -> str:
         )
     total = sum(file.stat().st_size for file in files)
     report, done = on_progress or (lambda name, done, total: None), 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores().most_threads) as pool:
         for file, found in zip(files, pool.map(_hash, files), strict=True):
             if found != wanted[file]:
                 raise KimiLiteError(

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from kimi_lite import __version__
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, ValueType
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.write.journal import Entry, Journal
 from kimi_lite.quantize.write.sharding import Shard
@@ -140,7 +141,7 @@ def _check_outputs(job: Job, num_finished: int) -> None:
 
 def _write_shards(job: Job, journal: Journal, report: OnProgress) -> None:
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores().most_threads) as pool:
             for number in range(len(job.shards)):
                 _write_shard(job, number, journal, pool, report)
     except KimiLiteError:  # a weight that the type cannot hold, or a source that changed: nothing to go on with

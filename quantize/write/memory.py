@@ -1,6 +1,5 @@
 """How much memory a conversion takes: what `--max-ram` allows, and the peak that was reached."""
 
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.write.writer import OnProgress, Tensor, piece_weights
 from kimi_lite.units import MIB, gib_apart
@@ -69,4 +69,4 @@ def pieces_ahead(
             f"--max-ram is {have}; this conversion needs {need}.",
             f"Try --max-ram {-(-(fixed + 2 * piece) // MIB)}M{less}.",
         )
-    return min(2 * (os.cpu_count() or 1), (max_ram_bytes - fixed) // piece - 1)
+    return min(2 * usable_cores().most_threads, (max_ram_bytes - fixed) // piece - 1)

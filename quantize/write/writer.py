@@ -25,6 +25,7 @@ import psutil
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, ValueType, pack_text, pack_value
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import encode
 from kimi_lite.quantize.codecs.feedback import Curvature, encode_with_feedback
@@ -80,7 +81,7 @@ def write_gguf(
     check_output(path, total_bytes, is_overwriting)
     with _partial_file(path) as partial:
         file = write_header(partial, metadata, tensors)
-        with file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with file, ThreadPoolExecutor(usable_cores().most_threads) as pool:
             for tensor in tensors:
                 for piece in encode_pieces(tensor, pool):
                     file.write(piece.rows)
@@ -208,7 +209,7 @@ def encode_pieces(
     the pool meanwhile. Every eighth piece is measured where that is asked for and where the source's rows are not kept
     as they are."""
     read_rows = tensor.open_rows()
-    max_ahead = max_ahead or 2 * (os.cpu_count() or 1)
+    max_ahead = max_ahead or 2 * usable_cores().most_threads
 
     def encode_piece(index: int, matrix: int, start: int, stop: int) -> Piece:
         rows = read_rows(start, stop)

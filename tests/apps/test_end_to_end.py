@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from kimi_lite.engine.loader import load
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.options import Options
 from tests.checkpoints import make_checkpoint
+from tests.tiny import write_tiny_gguf
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +47,17 @@ def test_quantize_reports_mistakes_like_every_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "kimi-lite: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_more_threads_than_the_process_can_use_are_said_and_not_started(tmp_path: Path) -> None:
+    """They would only wait for each other: 64 on two cores cost a factor of 300."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    most = usable_cores().most_threads
+    engine = load(path, Options(context_length=128, num_threads=most + 60))
+    try:
+        assert engine.model.team.num_threads == engine.plan.num_threads == most
+    finally:
+        engine.close()
+    done = kimi_lite("run", "-m", path, "hello there", "-n", "1", "-t", most + 60)
+    assert done.returncode == 0, done.stderr
+    assert f"-t {most + 60} starts {most}: this process can use {most} hardware thread" in done.stderr

@@ -111,7 +111,7 @@ def test_an_affinity_to_second_hardware_threads_is_one_core(machine):
     assert cores.reasons == ("the CPU affinity allows 1 of 4 cores",)
     assert cores.choose_threads(64) == (
         2,
-        "-t 64: this process can use 2 hardware threads (the CPU affinity allows 1 of 4 cores), so 2 are started.",
+        "-t 64 starts 2: this process can use 2 hardware threads; the CPU affinity allows 1 of 4 cores.",
     )
 
 

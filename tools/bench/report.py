@@ -57,6 +57,8 @@ class Report:
         """What lies where."""
         for number, line in enumerate(place_lines(plan, WIDTH - 7)):
             self.say(f"{'plan   ' if number == 0 else '':<7}{line}")
+        for warning in plan.warnings:
+            self.say(warning)
 
     def print_roofline(self, bandwidth: Bandwidth, limits: Sequence[Limit]) -> None:
         """What can be expected comes before the measurement."""
