@@ -2,6 +2,8 @@
 people know from elsewhere is answered with ours."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -31,6 +33,19 @@ _ELSEWHERE = {
 }
 
 
+@contextmanager
+def _harmless_errors() -> Iterator[None]:
+    """Usage errors quote the command line, names of files among it; typer escapes controls alone."""
+    try:
+        yield
+    except typer.BadParameter.__mro__[2] as error:  # ClickException, which typer does not export
+        from kimi_lite.terminal import harmless
+
+        message = harmless(error.format_message())
+        error.format_message = lambda: message
+        raise
+
+
 class Command(TyperCommand):
     """With llama.cpp's flags."""
 
@@ -46,6 +61,14 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """The commands together."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> typer.Context:
+        with _harmless_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        with _harmless_errors():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         if args[:1] == ["help"]:
