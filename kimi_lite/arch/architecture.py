@@ -4,7 +4,7 @@ has, in which shapes, and what they are made of in a Hugging Face checkpoint. `a
 Everything that depends on an architecture derives from its table: reading and checking metadata (`arch.config`),
 shapes and checks (`arch.tensors`), sizes (`arch.sizes`), config.json (`arch.checkpoint`), what `quantize` writes.
 
-    register(Architecture(name="deepseek2", ...))
+    register(Architecture(name="another", ...))
     find_architecture("deepseek2").rows
 """
 
@@ -135,11 +135,10 @@ def register(architecture: Architecture) -> Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    """All that are known."""
-    from kimi_lite.arch import deepseek2
+    """All that are known: ours, and what was registered."""
+    from kimi_lite.arch.deepseek2 import DEEPSEEK2  # it imports this module
 
-    _REGISTRY.setdefault(deepseek2.DEEPSEEK2.name, deepseek2.DEEPSEEK2)
-    return tuple(_REGISTRY.values())
+    return tuple(({DEEPSEEK2.name: DEEPSEEK2} | _REGISTRY).values())
 
 
 def find_architecture(name: object) -> Architecture | None:
