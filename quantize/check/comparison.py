@@ -1,7 +1,7 @@
 """What a conversion does to a model's words: perplexity and Kullback-Leibler divergence beside the source, where both
 run here.
 
-Part of `--verify`: four chunks of 512 tokens of the novel in `tools/data`, measured as `python -m tools.quality` does.
+Part of `--verify`: four chunks of 512 tokens of a novel, measured as `python -m tools.quality` does.
 A checkpoint that is small enough is converted without loss to a file that lives as long as the comparison.
 """
 
@@ -60,10 +60,7 @@ def _exact_recipe(stored: set[str]) -> Recipe:
 
 
 def _measure(source: Path, path: Path, report: OnProgress) -> str:
-    from kimi_lite.tools.bench.plan import TEXT
-    from kimi_lite.tools.quality.quality import score_text
-    from kimi_lite.tools.quality.runs import OurLogits
-    from kimi_lite.tools.quality.score import chunks_of
+    from kimi_lite.engine.scoring import TEXT, OurLogits, chunks_of, score_text
 
     report("comparing with the source", 0, 1)
     with ExitStack() as stack:

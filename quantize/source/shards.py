@@ -92,7 +92,13 @@ def find_raw_tensors(folder: Path) -> dict[str, RawTensor]:
 
 def _checked_name(index: Path, tensor: str, name: object) -> str:
     """A file in the index's own folder."""
-    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or not name.isprintable()
+        or set(name) & {"/", "\\"}
+    ):
         problem = f"{index} says that {shown(tensor)} is in {shown(name)}, which is no file of this folder"
         raise KimiLiteError(f"{problem}.", "Download the index again.")
     return name
@@ -158,7 +164,8 @@ def _read_header(file: Path) -> list[RawTensor]:
 def _read_entry(name: str, entry: object, file: Path, data_start: int) -> RawTensor:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    is_sound = isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
+    is_named = name.isprintable() and isinstance(dtype, str) and dtype.isprintable()
+    is_sound = is_named and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
     if not is_sound:
         problem = f"The header of {file} cannot be read: {shown(name)} has {shown(entry)}, and needs a dtype, a shape"
         raise KimiLiteError(f"{problem} and two data_offsets.", _DOWNLOAD_HINT)

@@ -3,16 +3,15 @@ in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from kimi_lite.engine.scoring import TEXT
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.units import parse_token_count
 
-TEXT = Path(__file__).parents[1] / "data" / "emma.txt"
 _SEQUENCE_STRIDE, _PASSAGE_STRIDE = 997, 641  # tokens of the text between two beginnings
 
 

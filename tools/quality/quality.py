@@ -6,7 +6,7 @@ line.
     llama.cpp python -m tools.quality -m model.gguf --reference model.gguf --expert-share 0.5 --cache-bias 0.02 --chunks
     2 --no-tasks
 
-The text is public-domain prose in the repository (tools/data/emma.txt); perplexity is computed as by llama.cpp's
+The text is public-domain prose in the repository (kimi_lite/engine/emma.txt); perplexity is computed as by llama.cpp's
 `llama-perplexity`: chunks of 512 tokens, the second half of each scored. A perplexity is comparable only between files
 with the same tokenizer; the Kullback-Leibler divergence from the unquantized model says more about a quantization, in
 far fewer tokens.
@@ -14,7 +14,7 @@ far fewer tokens.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,49 +22,23 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 
+from kimi_lite.engine.scoring import (
+    CHUNK_TOKENS,
+    TEXT,
+    Divergence,
+    Losses,
+    OurLogits,
+    Source,
+    chunks_of,
+    score_text,
+)
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import MAX_CORPUS_BYTES, read_text
 from kimi_lite.tools.bench.environment import describe_environment, describe_model
-from kimi_lite.tools.bench.plan import TEXT
-from kimi_lite.tools.quality.runs import LlamaLogits, OurLogits, Source, StoredLogits, hash_ids, save_rows
-from kimi_lite.tools.quality.score import (
-    CHUNK_TOKENS,
-    FIRST_SCORED,
-    Divergence,
-    Losses,
-    chunks_of,
-    diverge,
-    join,
-    losses,
-)
+from kimi_lite.tools.quality.runs import LlamaLogits, StoredLogits, hash_ids, save_rows
 from kimi_lite.tools.quality.tasks import TaskResult, answer_all, load_questions
 
 _DEFAULT_CHUNKS = 16
-
-
-def score_text(
-    run: Source, references: Sequence[Source], chunks: Sequence[np.ndarray], keep: Callable[[np.ndarray], None]
-) -> tuple[Losses, list[tuple[Losses, Divergence]]]:
-    """The run's losses, and each reference's with the divergence from it. `keep` gets the run's log-probabilities."""
-    own, theirs = [], [[] for _ in references]
-    for index, chunk in enumerate(chunks):
-        targets = chunk[FIRST_SCORED + 1 :]
-        log_probs = run.scored_rows(index, chunk)
-        keep(log_probs)
-        own.append(losses(log_probs, targets))
-        for reference, found in zip(references, theirs, strict=True):
-            rows = _same_width(reference.scored_rows(index, chunk), log_probs, reference.name)
-            found.append((losses(rows, targets), diverge(log_probs, rows, targets)))
-        _show_progress(index + 1, len(chunks))
-    joined = [(Losses(np.concatenate([a for a, _ in found])), join([b for _, b in found])) for found in theirs]
-    return Losses(np.concatenate(own)), joined
-
-
-def _same_width(rows: np.ndarray, log_probs: np.ndarray, name: str) -> np.ndarray:
-    if rows.shape != log_probs.shape:
-        have = f"{rows.shape[1]:,} tokens; this model's has {log_probs.shape[1]:,}"
-        raise KimiLiteError(f"The vocabulary of {name} has {have}.", "A reference must be the same model.")
-    return rows
 
 
 def _show_progress(done: int, total: int) -> None:
@@ -158,7 +132,11 @@ def _measure(
             stack.callback(each.close)
         kept: list[np.ndarray] = []
         own, found = score_text(
-            ours, references, chunks, lambda rows: kept.append(rows.astype(np.float16)) if save else None
+            ours,
+            references,
+            chunks,
+            lambda rows: kept.append(rows.astype(np.float16)) if save else None,
+            _show_progress,
         )
         named = [(each.name, *pair) for each, pair in zip(references, found, strict=True)]
         print_text(len(chunks), own, named)

@@ -4,7 +4,7 @@
 
 Routed experts get the type, the rest Q8_0. Each type is encoded by ggml's own code and by ours, without and with an
 importance matrix, and with `--calibrate`'s error feedback where our encoder has it; where ours is ggml's code (K and IQ
-types), one row stands for both. Measured on the first chunks of tools/data/emma.txt as by `tools.quality`; the
+types), one row stands for both. Measured on the first chunks of kimi_lite/engine/emma.txt as by `tools.quality`; the
 calibration text must be another. One Markdown table, then JSON as the last line. Files are written to a temporary
 folder and deleted.
 """
@@ -21,6 +21,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from kimi_lite.engine.scoring import TEXT, OurLogits, chunks_of, log_softmax, score_text
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.calibration import CalibrationText
 from kimi_lite.quantize.calibrate.imatrix import Importance
@@ -30,10 +31,7 @@ from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe
 from kimi_lite.quantize.recipe.plan import PlannedTensor, make_plan
 from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
-from kimi_lite.tools.bench.plan import TEXT
-from kimi_lite.tools.quality.quality import score_text
-from kimi_lite.tools.quality.runs import OurLogits, StoredLogits, hash_ids, save_rows
-from kimi_lite.tools.quality.score import chunks_of, log_softmax
+from kimi_lite.tools.quality.runs import StoredLogits, hash_ids, save_rows
 
 _TYPES = "tq1_0,iq1_s,iq1_m,tq2_0,iq2_xxs,q2_0,q2_k,q3_k,q4_0,q4_k"
 _NO_GGML = frozenset({"Q2_0"})  # the packaged library is older

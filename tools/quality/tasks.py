@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_lite.engine.scoring import Estimate, log_softmax, losses
 from kimi_lite.text.tokenizer import Tokenizer
-from kimi_lite.tools.quality.score import Estimate, log_softmax, losses
 
 CHOICES = Path(__file__).parents[1] / "data" / "choices.jsonl"
 Logits = Callable[[np.ndarray, int], np.ndarray]  # (ids (T,), first) -> (T - first, vocabulary)

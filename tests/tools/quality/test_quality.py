@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from kimi_lite.engine.scoring import CHUNK_TOKENS, Estimate, OurLogits, chunks_of, diverge, log_softmax, losses
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.tools.kernels.ggml_cpu import describe_ggml
 from kimi_lite.tools.quality import quality
-from kimi_lite.tools.quality.runs import LlamaLogits, OurLogits, StoredLogits, hash_ids, save_rows
-from kimi_lite.tools.quality.score import CHUNK_TOKENS, Estimate, chunks_of, diverge, log_softmax, losses
+from kimi_lite.tools.quality.runs import LlamaLogits, StoredLogits, hash_ids, save_rows
 from kimi_lite.tools.quality.tasks import CHOICES, Question, answer_all, load_questions
 from tests.tiny import write_tiny_gguf
 
@@ -144,7 +144,7 @@ def test_perplexity_is_llama_cpps(tmp_path):
 def test_demo_perplexity_is_llama_cpps():
     """Within 0.5 %, on the same file, text and tokens: llama.cpp's tokenizer agrees as well."""
     from kimi_lite.demo.build import ensure_demo_model
-    from kimi_lite.tools.bench.plan import TEXT
+    from kimi_lite.engine.scoring import TEXT
 
     try:
         path = ensure_demo_model(type_name="q8_0")
