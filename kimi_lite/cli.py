@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from kimi_lite import __version__
-from kimi_lite.apps.commands import Command, Group
 from kimi_lite.apps.doctor.command import main as doctor
-from kimi_lite.apps.flags import with_options
 from kimi_lite.apps.plan import main as plan
+from kimi_lite.commandline.commands import Command, Group
+from kimi_lite.commandline.flags import with_options
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import OUTPUT, PROMPT, Options
 from kimi_lite.quantize.__main__ import main as quantize

@@ -1,7 +1,7 @@
 """Everything that can be asked of the program, each option declared once: its flags, help, kind, limits and commands.
 
 The flags of `chat`, `run`, `bench` and `plan`, the configuration file and the KIMI_LITE_* variables derive from the
-declarations here (`apps.flags`). `Options` is passed whole: to the plan, to `engine.load`, to the model.
+declarations here (`commandline.flags`). `Options` is passed whole: to the plan, to `engine.load`, to the model.
 
 To add an option, add a field.
 """

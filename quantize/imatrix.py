@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kimi_lite.apps.flags import with_options
-from kimi_lite.apps.model_path import find_model
+from kimi_lite.commandline.flags import with_options
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options
 
@@ -28,11 +27,13 @@ def main(
     memory."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from kimi_lite.plan.subject import require_no_bare_name
     from kimi_lite.quantize.calibrate.statistics import collect_importance
     from kimi_lite.terminal import Console
 
     if options.model is None:
         raise KimiLiteError("No model is named.", "Give -m FILE: a GGUF, best unquantized or Q8_0.")
+    require_no_bare_name(options.model)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -42,7 +43,7 @@ def main(
             progress.update(task, description=name, completed=done, total=total)
 
         lines = collect_importance(
-            find_model(options.model),
+            Path(options.model).expanduser(),
             text.expanduser(),
             output.expanduser(),
             max_chunks=chunks,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_lite.apps.flags import resolve
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
+from kimi_lite.commandline.flags import resolve
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError

@@ -1,12 +1,12 @@
-"""Where the program keeps what is the user's: conversations and history (state), and the configuration file.
+"""Where the program keeps what is the user's: conversations and history (state).
 
-Both are for their owner alone: folders get mode 0700 and files 0600.
+They are for their owner alone: folders get mode 0700 and files 0600.
 """
 
 import os
 from pathlib import Path
 
-from platformdirs import user_config_path, user_state_path
+from platformdirs import user_state_path
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import whole_file
@@ -16,12 +16,6 @@ def state_folder() -> Path:
     """$KIMI_LITE_STATE, or the platform's state folder for kimi-lite (XDG_STATE_HOME counts)."""
     chosen = os.environ.get("KIMI_LITE_STATE")
     return Path(chosen).expanduser() if chosen else user_state_path("kimi-lite")
-
-
-def config_path() -> Path:
-    """$KIMI_LITE_CONFIG, or config.toml in the platform's configuration folder (XDG_CONFIG_HOME counts)."""
-    chosen = os.environ.get("KIMI_LITE_CONFIG")
-    return Path(chosen).expanduser() if chosen else user_config_path("kimi-lite") / "config.toml"
 
 
 def make_private(folder: Path, is_ours: bool = False) -> Path:

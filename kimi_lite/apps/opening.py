@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kimi_lite import __version__
 from kimi_lite.apps.interrupt import on_interrupt, silent_keys
-from kimi_lite.apps.model_path import find_model, require_no_bare_name
+from kimi_lite.apps.model_path import find_model
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
@@ -18,6 +18,7 @@ from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import require_writable
 from kimi_lite.options import Options, Situation, unused_options
+from kimi_lite.plan.subject import require_no_bare_name
 from kimi_lite.terminal import Console, show_plain
 from kimi_lite.units import gib
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from kimi_lite.apps.flags import with_options
+from kimi_lite.commandline.flags import with_options
 from kimi_lite.options import MACHINE, MODEL, OUTPUT, Options
 
 if TYPE_CHECKING:

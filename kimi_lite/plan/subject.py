@@ -20,6 +20,7 @@ from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.quality import loss_order, quality_of
 from kimi_lite.plan.types import Plan
+from kimi_lite.units import gib
 
 # From fine to coarse.
 RECIPES = (
@@ -38,6 +39,8 @@ RECIPES = (
     "iq1_s",
 )
 _SMALLER = ("deepseek-v3", "moonlight", "deepseek-v2-lite")
+
+_SMALL_RECIPE = "tq1_0"  # whose size is named for a model that is not here
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +200,23 @@ def check_recipe(subject: Subject, recipe: str | None) -> None:
             "to be made.",
             "Remove --recipe, or plan for the checkpoint or the model's name.",
         )
+
+
+def require_no_bare_name(name: str) -> None:
+    """Raises KimiLiteError for the name of a model, as `plan` takes it, in place of a file."""
+    if Path(name).expanduser().exists():
+        return
+    alias = name.rpartition("/")[2].lower()
+    known = find_known(alias)
+    if known is None:
+        return
+    size = gib(find_subject(alias, has_vision=False).sizes_in(_SMALL_RECIPE).total_bytes)
+    repository = name if "/" in name else "REPO"
+    raise KimiLiteError(
+        f"{name} names {known.config.name}, {known.config.total_parameters / 1e9:,.0f} G parameters; -m wants its file "
+        f"or folder.",
+        f"1. kimi-lite plan -m {alias}: what of it would run here.\n"
+        f"2. Download a GGUF of it, or its checkpoint: hf download {repository} --local-dir FOLDER.\n"
+        f"3. kimi-lite quantize FOLDER {alias}.gguf --recipe {_SMALL_RECIPE} makes {size} of the checkpoint, then "
+        f"-m {alias}.gguf.",
+    )

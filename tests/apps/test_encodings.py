@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kimi_lite.apps.chat.attachments import read_text
-from kimi_lite.apps.config_file import read_settings
 from kimi_lite.apps.tools.mcp_config import read_mcp_config
+from kimi_lite.commandline.config_file import read_settings
 from tests.apps.terminal import ROOT
 
 FAKE = [sys.executable, "-m", "tests.apps.fake_main"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kimi_lite.apps.flags import with_options
+from kimi_lite.commandline.flags import with_options
 from kimi_lite.files import require_writable
 from kimi_lite.options import Options
 

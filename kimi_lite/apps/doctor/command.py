@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_lite.apps.flags import with_options
-from kimi_lite.apps.model_path import find_model
+from kimi_lite.commandline.flags import with_options
 from kimi_lite.options import Options
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for bug
 def main(options: Options, quick: Quick = False, warm: Warm = False, as_json: AsJson = False) -> None:
     """Check this machine: each line is ok, warn or fail, with what to do about it."""
     from kimi_lite.apps.doctor.system import gather
+    from kimi_lite.apps.model_path import find_model
     from kimi_lite.terminal import echo
 
     path = find_model(options.model) if options.model else None

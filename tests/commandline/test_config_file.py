@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kimi_lite.apps import opening
-from kimi_lite.apps.config_file import read_settings
-from kimi_lite.apps.flags import resolve
-from kimi_lite.apps.folders import config_path, state_folder
+from kimi_lite.apps.folders import state_folder
 from kimi_lite.cli import app
+from kimi_lite.commandline.config_file import config_path, read_settings
+from kimi_lite.commandline.flags import resolve
 from kimi_lite.engine.engine import Engine
 from kimi_lite.errors import KimiLiteError
 from tests.apps.fake_main import open_fake

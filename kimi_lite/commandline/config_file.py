@@ -5,9 +5,10 @@
     temp = 0.7
 
 Options are called as their long flags. A flag on the command line and the variable of the environment go before the
-file. Read by `apps.flags` when a command starts.
+file. Read by `commandline.flags` when a command starts.
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Collection
@@ -15,9 +16,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from platformdirs import user_config_path
+
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import read_text
 from kimi_lite.options import OPTIONS
+
+
+def config_path() -> Path:
+    """$KIMI_LITE_CONFIG, or config.toml in the platform's configuration folder (XDG_CONFIG_HOME counts)."""
+    chosen = os.environ.get("KIMI_LITE_CONFIG")
+    return Path(chosen).expanduser() if chosen else user_config_path("kimi-lite") / "config.toml"
 
 
 class Setting(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from kimi_lite.apps.llama_flags import Accepted, translate
+from kimi_lite.commandline.llama_flags import Accepted, translate
 from kimi_lite.errors import KimiLiteError
 
 _ELSEWHERE = {

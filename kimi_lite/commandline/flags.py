@@ -13,8 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kimi_lite.apps.config_file import Setting, read_settings
-from kimi_lite.apps.folders import config_path
+from kimi_lite.commandline.config_file import Setting, config_path, read_settings
 from kimi_lite.options import Option, Options, options_of
 
 

@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kimi_lite.apps import commands, llama_flags
-from kimi_lite.apps.flags import resolve
-from kimi_lite.apps.llama_flags import BY_NAME
 from kimi_lite.cli import app
+from kimi_lite.commandline import commands, llama_flags
+from kimi_lite.commandline.flags import resolve
+from kimi_lite.commandline.llama_flags import BY_NAME
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import OPTIONS, Options, options_of
 
