@@ -67,7 +67,7 @@ def compare(path: Path, context_length: int, num_threads: int | None) -> Compari
         sampling = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS, ignore_eos=True)
         request = Request("check", tuple(prompt.tolist()), sampling)
         *_, last = engine.generate([request])
-        engine.model._token_embd.data[:, ::4096].max()  # rows of the vocabulary that the prompt had no need of
+        engine.model._layers.token_embd.data[:, ::4096].max()  # rows of the vocabulary that the prompt had no need of
         resident_bytes = psutil.Process().memory_info().rss
     speed = bandwidth.measure_ram(plan.num_threads)
     plan = make_plan(plan.sizes, hardware_speed.measured(plan.hardware, ram=speed), plan.limits)

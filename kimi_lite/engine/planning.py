@@ -1,5 +1,5 @@
-"""The plan of a model that is being loaded, refused before a weight is read where it cannot be; and the disk tier that
-follows from it."""
+"""The plan of a model that is being loaded, refused before a weight is read where it cannot be; and what of it decides
+which options have an effect."""
 
 from dataclasses import replace
 
