@@ -6,9 +6,9 @@ whole transformer: no per-operation dispatch, a barrier costs well under a micro
 after a program, then sleep in Python until the next one, so an idle team costs nothing.
 
 Who waits at a barrier spins first, which costs least where every thread has a core of its own. Where that fails, cores
-are shared, with other threads of the team or with other programs: then waiting threads give their core away
-(`sched_yield`) and at last sleep in the kernel (futex, Linux), so that those they wait for can run. How long spinning
-is worth it is learned: each failure halves it, each success makes it grow again.
+are shared, with other threads of the team or with other programs: then waiting threads sleep in the kernel (futex,
+Linux), so that those they wait for can run; elsewhere they yield, which with a busy neighbour costs a whole turn of the
+scheduler. How long spinning is worth it is learned: each failure halves it, each success makes it grow again.
 
 Kernels are C functions (`compiler.kernel`): their addresses are plain numbers, so operations and tensor types combine
 at run time and each is compiled (and cached on disk) once.
@@ -31,7 +31,8 @@ from kimi_lite.native.cpu.placement import keep_to_cores
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.simd import load_i64, store_i64
 
-# The team's shared memory: int64 cells, each on a cache line of its own. _PATIENCE: spins before a core is given away.
+# The team's shared memory: int64 cells, each on a cache line of its own. _PATIENCE: spins before a waiting thread gives its
+# core away.
 _LINE = 64
 _EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE = (
     _LINE * i for i in range(12)
@@ -39,8 +40,7 @@ _EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, 
 _NUM_LINES = 12
 
 _MAX_PATIENCE, _MIN_PATIENCE = 2048, 16  # spins of 25 to 50 ns
-_YIELDS_BEFORE_SLEEP = 32
-_IDLE_SPINS, _IDLE_YIELDS = 4_000, 200  # after a program: the next one often comes at once
+_IDLE_PATIENCE = 2  # times as long after a program: the next one often comes at once
 _FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98}  # Linux: the system call's number
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # private to the process
 
@@ -106,8 +106,6 @@ def _wait(team, generation):
     while atomic_load(team + _GENERATION) == generation:
         if spins < patience:
             pause()
-        elif spins < patience + _YIELDS_BEFORE_SLEEP:
-            _call_yield(load_i64(team + _YIELD))
         else:
             _sleep(team, generation)
         spins += 1
@@ -153,10 +151,8 @@ def _work(team, thread, seen):
             _run_ops(team, thread)
         spins += 1
         pause()
-        if spins > _IDLE_SPINS:
-            _call_yield(load_i64(team + _YIELD))
-            if spins > _IDLE_SPINS + _IDLE_YIELDS:
-                return seen
+        if spins > _IDLE_PATIENCE * load_i64(team + _PATIENCE):
+            return seen
 
 
 @function("void(int64, int64, int64)")
