@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kimi_lite.native.isa import isa, target_features
+from kimi_lite.native.types.code_books import code_book
 from kimi_lite.native.vectors import call_llvm, i8x64, pointer
 
 _BYTE, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -20,18 +21,13 @@ _BYTE, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 @cache
 def codebook(name: str) -> np.ndarray:
-    """The points of a type as unsigned codes: int64 (N, 8 or 4). IQ1's -1, 0, 1 become 0, 8, 16: room for its 1/8.
+    """The points of a type as unsigned codes: int64 (N, 8 or 4). IQ1's -1, 0, 1 become 0, 8, 16, as 1/8 is added.
 
     IQ1_M's are listed twice, first plus 1/8, then minus: 2 and 0 more, as codes are unsigned.
     """
-    from gguf import quants
-
     if name == "IQ1_M":
         return np.concatenate([codebook("IQ1_S") + 2, codebook("IQ1_S")])
-    source = getattr(quants, name)
-    source.init_grid()
-    points = source.grid.reshape(source.grid_shape).astype(np.int64)
-    return 8 * (points + 1) if name == "IQ1_S" else points
+    return 8 * (code_book(name) + 1) if name == "IQ1_S" else code_book(name)
 
 
 def _constant_table(module: ir.Module, name: str, element: ir.IntType, values: list[int]) -> ir.GlobalVariable:

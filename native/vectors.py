@@ -242,12 +242,6 @@ def reducer(vec: Vec, scalar, llvm_name: str, start=None):
     return reduce
 
 
-def first_lane(builder, word):
-    """An i32 in the lowest lane of 16 bytes, the rest zero."""
-    vector = builder.insert_element(constant(i32x4, 0), word, ir.Constant(_I32, 0))
-    return builder.bitcast(vector, i8x16.llvm)
-
-
 def in_halves(builder, value, lanes: int):
     undefined = ir.Constant(value.type, ir.Undefined)
     parts = (range(lanes // 2), range(lanes // 2, lanes))

@@ -16,7 +16,9 @@ from kimi_lite.native.layouts import BY_NAME, Layout
 
 _FALLBACKS = ("Q8_0", "F16")  # tried in turn where a row is not a whole number of blocks
 LOSSLESS = "q4_0-lossless"
-OWN_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "Q2_0"})  # quantize needs no ggml for them
+OWN_TYPES = frozenset(  # quantize needs no ggml for them
+    name for name, layout in BY_NAME.items() if layout.encoder not in ("ggml", "none")
+)
 EXPERTS, ATTENTION, OTHERS, KEPT = "routed experts", "attention", "shared+dense+embed", "norms+router"
 GROUPS = (EXPERTS, ATTENTION, OTHERS, KEPT)
 

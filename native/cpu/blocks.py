@@ -1,65 +1,26 @@
-"""The three things a GGUF type must be able to do, and the registry of the types that can.
+"""The three things a GGUF type must be able to do on the CPU, and who does them.
 
-`native/cpu/types/*.py` implement them, a short section a type; `dot.py` and `panel.py` build the kernels from them. The
+`native/types/*/cpu.py` implement them, a short section a type; `dot.py` and `panel.py` build the kernels from them. The
 functions are chosen while a kernel compiles, by the literal type name it is compiled for.
 
-Families, by the activations they multiply:
+Products, by the activations that are multiplied (`Layout.product`):
 - "float": F32, F16, BF16 rows times float32 activations. `load16(name, address)` gives 16 weights.
 - "block32": blocks of 32, 64 or 128 weights times int8 activations with a scale per 32.
 - "block256": super-blocks of 256 times int8 activations with a scale per 256 (ggml's Q8_K).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from numba import types
 from numba.extending import overload
 
-
-class Format(NamedTuple):
-    """How kernels treat a type: its family; `group`, the weights that share a scale (1 for floats); signed codes or
-    not."""
-
-    family: str
-    group: int
-    is_signed: bool = False
-
-
-FORMATS: dict[str, Format] = {
-    "F32": Format("float", 1),
-    "F16": Format("float", 1),
-    "BF16": Format("float", 1),
-    "Q8_0": Format("block32", 32, is_signed=True),
-    "Q4_0": Format("block32", 32),
-    "Q4_1": Format("block32", 32),
-    "Q5_0": Format("block32", 32),
-    "Q5_1": Format("block32", 32),
-    "IQ4_NL": Format("block32", 32, is_signed=True),
-    "MXFP4": Format("block32", 32, is_signed=True),
-    "NVFP4": Format("block32", 16, is_signed=True),
-    "Q1_0": Format("block32", 32),
-    "Q2_0": Format("block32", 32),
-    "Q2_K": Format("block256", 16),
-    "Q3_K": Format("block256", 16),
-    "Q4_K": Format("block256", 32),
-    "Q5_K": Format("block256", 32),
-    "Q6_K": Format("block256", 16),
-    "IQ4_XS": Format("block256", 32, is_signed=True),
-    "TQ1_0": Format("block256", 32),
-    "TQ2_0": Format("block256", 32),
-    "IQ1_S": Format("block256", 32),
-    "IQ1_M": Format("block256", 16),
-    "IQ2_XXS": Format("block256", 32, is_signed=True),
-    "IQ2_XS": Format("block256", 16, is_signed=True),
-    "IQ2_S": Format("block256", 16, is_signed=True),
-    "IQ3_XXS": Format("block256", 32, is_signed=True),
-    "IQ3_S": Format("block256", 32, is_signed=True),
-}
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.types.families import parts
 
 
 def activation_kind(name: str) -> int:
     """The int8 form of the activations that a type multiplies: 32, 256, or 0 for float32."""
-    return {"float": 0, "block32": 32, "block256": 256}[FORMATS[name].family]
+    return {"float": 0, "block32": 32, "block256": 256}[BY_NAME[name].product]
 
 
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {}
@@ -76,6 +37,13 @@ def implements(function: Callable, *names: str) -> Callable:
     return register
 
 
+def is_implemented(name: str) -> bool:
+    """Whether the CPU's kernels know the type."""
+    product = {"float": (), "block32": ("dot8x32", "unpack"), "block256": ("dot256", "unpack")}[BY_NAME[name].product]
+    parts("cpu")
+    return all((function, name) in _IMPLEMENTATIONS for function in product or ("load16",))
+
+
 def chosen_by_name(function: Callable) -> Callable:
     """Makes `function(name, ...)` callable from kernels: it becomes what a type registered for the literal `name`."""
 
@@ -83,6 +51,7 @@ def chosen_by_name(function: Callable) -> Callable:
     def choose(name, *args):
         if not isinstance(name, types.StringLiteral):
             return None
+        parts("cpu")  # they register themselves when they are imported
         return _IMPLEMENTATIONS[function.__name__, name.literal_value]
 
     return function

@@ -26,7 +26,7 @@ from kimi_lite.native.cpu.activations import (
     X_SUMS16,
     X_SUMS32,
 )
-from kimi_lite.native.cpu.blocks import FORMATS, dot8x32, dot256, load16
+from kimi_lite.native.cpu.blocks import dot8x32, dot256, load16
 from kimi_lite.native.cpu.compiler import Kernel
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import fma_f32x16, load_f32, load_f32x16, load_i64, store_f32, sum_f32x16, zero_f32x16
@@ -126,12 +126,12 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
     return rows
 
 
-_FAMILIES = {"float": _float_rows, "block32": _block32_rows, "block256": _block256_rows}
+_PRODUCTS = {"float": _float_rows, "block32": _block32_rows, "block256": _block256_rows}
 
 
 @cache
 def rows_kernel(name: str):
     """The compiled `rows` function of type `name` (its `.address` goes into programs); compiled once, cached on
     disk."""
-    rows = _FAMILIES[FORMATS[name].family](name, BY_NAME[name].block_size, BY_NAME[name].block_bytes)
+    rows = _PRODUCTS[BY_NAME[name].product](name, BY_NAME[name].block_size, BY_NAME[name].block_bytes)
     return Kernel(rows, ROWS_SIGNATURE)

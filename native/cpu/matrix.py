@@ -7,8 +7,7 @@ import numpy as np
 from numba import njit, types
 
 from kimi_lite.native.calls import call3, call5, call6, call7
-from kimi_lite.native.cpu import types as _types  # noqa: F401  registers every type's functions
-from kimi_lite.native.cpu.blocks import FORMATS, activation_kind, load16, unpack
+from kimi_lite.native.cpu.blocks import activation_kind, load16, unpack
 from kimi_lite.native.cpu.compiler import Kernel
 from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
@@ -62,11 +61,11 @@ VALUES_PADDING = 384  # bytes that `values` may scribble on behind its result
 @cache
 def values_kernel(name: str):
     """The compiled `values(weights, num_weights, out)` of type `name`: a run of whole blocks as float32."""
-    layout, fmt = BY_NAME[name], FORMATS[name]
-    if fmt.family == "float":
+    layout = BY_NAME[name]
+    if layout.product == "float":
         values = _float_values(name, layout.block_bytes)
     else:
-        values = _block_values(name, layout.block_size, layout.block_bytes, fmt.group, fmt.is_signed)
+        values = _block_values(name, layout.block_size, layout.block_bytes, layout.group, layout.is_signed)
     return Kernel(values, VALUES_SIGNATURE)
 
 

@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from kimi_lite.native.cpu.activations import KINDS, NUM_VALUES, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
-from kimi_lite.native.cpu.blocks import FORMATS, activation_kind, load16, unpack
+from kimi_lite.native.cpu.blocks import activation_kind, load16, unpack
 from kimi_lite.native.cpu.compiler import FASTMATH, Kernel
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
@@ -127,17 +127,17 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int, is_bi
 
 def _is_biased(name: str) -> bool:
     """Signed codes become unsigned ones (+ 128) where the dot product wants that."""
-    return FORMATS[name].is_signed and HAS_FULL_UNSIGNED_DOT
+    return BY_NAME[name].is_signed and HAS_FULL_UNSIGNED_DOT
 
 
 @cache
 def panel_kernel(name: str):
     """The compiled `panel` function of type `name`."""
-    layout, fmt = BY_NAME[name], FORMATS[name]
-    if fmt.family == "float":
+    layout = BY_NAME[name]
+    if layout.product == "float":
         panel = _float_panel(name, layout.block_bytes)
     else:
-        panel = _block_panel(name, layout.block_size, layout.block_bytes, fmt.group, _is_biased(name))
+        panel = _block_panel(name, layout.block_size, layout.block_bytes, layout.group, _is_biased(name))
     return Kernel(panel, PANEL_SIGNATURE)
 
 
@@ -254,8 +254,8 @@ def _shared_gemm(kind: int, group: int, signedness: str):
 
 def gemm_kernel(name: str):
     """The compiled `gemm` function for panels of type `name`."""
-    fmt = FORMATS[name]
-    if fmt.family == "float":
+    layout = BY_NAME[name]
+    if layout.product == "float":
         return _shared_gemm(0, 1, "")
-    is_signed = fmt.is_signed and not _is_biased(name)
-    return _shared_gemm(KINDS[activation_kind(name)], fmt.group, "signed" if is_signed else "unsigned")
+    is_signed = layout.is_signed and not _is_biased(name)
+    return _shared_gemm(KINDS[activation_kind(name)], layout.group, "signed" if is_signed else "unsigned")

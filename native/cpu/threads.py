@@ -31,8 +31,8 @@ from kimi_lite.native.cpu.placement import keep_to_cores
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.simd import load_i64, store_i64
 
-# The team's shared memory: int64 cells, each on a cache line of its own. _PATIENCE: spins before a waiting thread gives its
-# core away.
+# The team's shared memory: int64 cells, each on a cache line of its own. _PATIENCE: spins before a waiting thread gives
+# its core away.
 _LINE = 64
 _EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE = (
     _LINE * i for i in range(12)

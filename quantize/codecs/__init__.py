@@ -1,18 +1,22 @@
 """Encoders: float32 rows to the bytes of a GGUF type. One small file for each family of types; ggml's own C encoders,
 from the `ggml` extra, serve the K and IQ types and others that have no file here.
+
+Which file writes a type is in its row (`Layout.encoder`); the file has `encode(layout, rows, importance)`.
+Importance changes nothing in exact types; our own need no other package.
 """
+
+from importlib import import_module
 
 import numpy as np
 
 from kimi_lite.arch.recipe import OWN_TYPES
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME, Layout
-from kimi_lite.quantize.codecs import floats, ggml, q8_0, ternary, two_bits
+from kimi_lite.quantize.codecs import ggml
 from kimi_lite.quantize.codecs.importance import fill_unknown
 
-_EXACT_ENCODERS = {"F32": floats.encode_f32, "F16": floats.encode_f16, "BF16": floats.encode_bf16, "Q8_0": q8_0.encode}
-_FITTED_ENCODERS = {"TQ1_0": ternary.encode, "TQ2_0": two_bits.encode_tq2_0, "Q2_0": two_bits.encode_q2_0}
-EXACT_TYPES = frozenset(_EXACT_ENCODERS)  # importance changes nothing
+_EXACT_ENCODERS = ("floats", "q8_0")
+EXACT_TYPES = frozenset(name for name, layout in BY_NAME.items() if layout.encoder in _EXACT_ENCODERS)
 
 
 def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -23,12 +27,9 @@ def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = Non
     assert rows.ndim == 2, rows.shape
     assert rows.shape[1] % layout.block_size == 0, (layout.name, rows.shape)
     importance = None if importance is None else fill_unknown(importance)
-    if layout.name in _EXACT_ENCODERS:
-        encoded = _EXACT_ENCODERS[layout.name](rows)
-    elif layout.name in _FITTED_ENCODERS:
-        encoded = _FITTED_ENCODERS[layout.name](rows, importance)
-    else:
-        encoded = ggml.encode(layout, rows, importance)
+    if layout.encoder == "none":
+        raise KimiLiteError(f"{layout.name} can be read and not written.", "Choose another type.")
+    encoded = import_module(f"{__name__}.{layout.encoder}").encode(layout, rows, importance)
     assert encoded.shape == (len(rows), layout.row_bytes(rows.shape[1])), (layout.name, rows.shape, encoded.shape)
     return encoded
 
@@ -38,6 +39,8 @@ def find_layout(type_name: str, has_importance: bool = False) -> Layout:
     layout = BY_NAME.get(type_name.upper())
     if layout is None:
         raise KimiLiteError(f"There is no type {type_name!r}.", f"Choose one of {', '.join(sorted(BY_NAME))}.")
-    if layout.name not in OWN_TYPES:
+    if layout.encoder == "none":
+        raise KimiLiteError(f"{layout.name} can be read and not written.", "Choose another type.")
+    if layout.encoder == "ggml":
         ggml.check(layout, has_importance)
     return layout

@@ -3,8 +3,14 @@
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.native.layouts import Layout
 
 _F16_MAX = 65504.0
+
+
+def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """(R, n) float32 to (R, row_bytes) uint8; importance changes nothing. Raises KimiLiteError."""
+    return {"F32": encode_f32, "F16": encode_f16, "BF16": encode_bf16}[layout.name](rows)
 
 
 def encode_f32(rows: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import Layout
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-_NOT_ENCODED = frozenset({"F32", "F16", "BF16", "Q2_0"})  # floats have no blocks; the packaged ggml is older than Q2_0
 
 
 def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -43,7 +42,7 @@ def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = Non
 def check(layout: Layout, has_importance: bool) -> None:
     """Raises KimiLiteError where the library is missing or would end the process: some types need an importance
     matrix."""
-    if layout.name in _NOT_ENCODED:
+    if layout.block_size == 1 or layout.name == "Q2_0":  # floats have no blocks; the packaged ggml is older than Q2_0
         raise KimiLiteError(f"ggml does not encode {layout.name}.", "Choose another type.")
     if not has_importance and _library().ggml_quantize_requires_imatrix(layout.ggml_id):
         raise KimiLiteError(

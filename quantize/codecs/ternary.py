@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, types
 
 from kimi_lite.native.cpu.compiler import function
-from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs.fit import fit_scales, spread_importance
 
 _LAYOUT = BY_NAME["TQ1_0"]
@@ -19,9 +19,9 @@ _SIGNATURE = types.void(
 )
 
 
-def encode(rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """(R, n) float32 and the importance of the n columns to (R, n / 256 * 54) uint8. Raises KimiLiteError."""
-    row, size = rows.shape[1], _LAYOUT.block_size
+    row, size = rows.shape[1], layout.block_size
     blocks = np.ascontiguousarray(rows).reshape(-1, size)  # (B, 256)
     scales = fit_scales(blocks, spread_importance(importance, row, size), max_code=1)
     return _pack_blocks(blocks, scales, len(rows))

@@ -20,10 +20,11 @@ _SIGNATURE = types.void(
 )
 
 
-def encode_tq2_0(rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """(R, n) float32 and the importance of the n columns to (R, n / 256 * 66) uint8. Raises KimiLiteError."""
-    codes, scales = _fit_codes(BY_NAME["TQ2_0"], rows, importance)
-    return pack_tq2_0(codes, scales, len(rows))
+def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """(R, n) float32 and the importance of the n columns to (R, row_bytes) uint8. Raises KimiLiteError."""
+    pack = {"TQ2_0": pack_tq2_0, "Q2_0": pack_q2_0}[layout.name]
+    codes, scales = _fit_codes(layout, rows, importance)
+    return pack(codes, scales, len(rows))
 
 
 def pack_tq2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
@@ -31,12 +32,6 @@ def pack_tq2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarr
     planes = codes.reshape(-1, 2, 4, 32)  # byte j of a half: weights j, j + 32, j + 64 and j + 96
     quads = planes[:, :, 0] | planes[:, :, 1] << 2 | planes[:, :, 2] << 4 | planes[:, :, 3] << 6
     return _join(BY_NAME["TQ2_0"], quads.reshape(len(codes), 64), scales, num_rows)
-
-
-def encode_q2_0(rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """(R, n) float32 and the importance of the n columns to (R, n / 64 * 18) uint8. Raises KimiLiteError."""
-    codes, scales = _fit_codes(BY_NAME["Q2_0"], rows, importance)
-    return pack_q2_0(codes, scales, len(rows))
 
 
 def pack_q2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:

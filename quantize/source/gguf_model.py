@@ -15,7 +15,7 @@ from kimi_lite.arch.tensors import in_our_names
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value
 from kimi_lite.gguf.store import GGUFStore, TensorView
-from kimi_lite.native.cpu.blocks import FORMATS
+from kimi_lite.native.cpu.blocks import is_implemented
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.source.files import FileState
@@ -30,7 +30,7 @@ def open_gguf_model(path: Path) -> SourceModel:
     """`path` is a file, the first shard, or a folder with one model. Raises KimiLiteError."""
     store = GGUFStore.open(path)
     states = tuple(map(FileState.of, store.shards))
-    unknown = sorted({view.layout.name for view in store.tensors.values()} - {*FORMATS})
+    unknown = sorted({view.layout.name for view in store.tensors.values() if not is_implemented(view.layout.name)})
     if unknown:
         raise KimiLiteError(f"{store.path} has tensors of {', '.join(unknown)}, which are not decoded here.")
     values = {key: value for key, value in store.values.items() if not key.startswith(FILE_KEYS)}

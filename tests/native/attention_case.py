@@ -13,8 +13,8 @@ from kimi_lite.native.cpu.matrix import Matrix
 from kimi_lite.native.cpu.run import Attending, RunTable
 from kimi_lite.native.latent_rows import PAGE_TOKENS, MlaShape
 from kimi_lite.native.reference_types import dequantize
+from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.harness import run_ops
-from tests.native.random_rows import random_rows
 
 SCALE = 0.21
 _NAN = {"f32": np.nan, "f16": np.nan, "bf16": 0x7FC0, "q8": 0x7F}  # 0x7F7F is a NaN among float16
@@ -51,8 +51,8 @@ class Sequences:
         self.spans, self.shape, self.types, self.dtype = spans, MlaShape(*shape), types, dtype
         heads, nope, rope, kv_lora, value = shape
         self.k_b, self.v_b = (
-            random_rows(types[0], heads * kv_lora, nope, rng),
-            random_rows(types[1], heads * value, kv_lora, rng),
+            hostile_rows(types[0], heads * kv_lora, nope, rng),
+            hostile_rows(types[1], heads * value, kv_lora, rng),
         )
         num_pages = [-(-(first + length) // PAGE_TOKENS) for first, length in spans]
         order = rng.permutation(sum(num_pages) + 2).astype(np.int32)

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.matrix import VALUES_PADDING, values_kernel
@@ -20,9 +20,10 @@ from kimi_lite.native.isa import isa
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
+from kimi_lite.native.types.random_blocks import hostile_rows
+from tests.native.closeness import assert_close, product_size, sizes
 from tests.native.guard import at_page_end, at_page_start
 from tests.native.harness import run_ops, run_table
-from tests.native.random_rows import assert_close, product_size, random_rows, sizes
 from tests.native.test_experts import NUM_ROUTED, TOP_K, Layer, distinct_ids, tokens_of
 
 NUM_TOKENS, NUM_ROWS = 5, 13
@@ -70,7 +71,7 @@ def check_values(name: str, data: np.ndarray, weights: np.ndarray) -> None:
 def check_products(name: str, rng: np.random.Generator) -> None:
     kind = activation_kind(name)
     for k in sizes(name):
-        unguarded = random_rows(name, NUM_ROWS, k, rng)
+        unguarded = hostile_rows(name, NUM_ROWS, k, rng)
         weights, x = dequantize(unguarded, name), rng.standard_normal((NUM_TOKENS, k)).astype(np.float32)
         prepared = guarded_activations(x, kind)
         expected, size = linear(weights, x, kind), product_size(weights, seen_activations(x, kind))
@@ -89,7 +90,7 @@ def check_experts(name: str, rng: np.random.Generator) -> None:
 
 def main(path: str) -> None:
     assert isa().name == path, (isa(), path)
-    for name in FORMATS:
+    for name in BY_NAME:
         print(name, BY_NAME[name].block_size, flush=True)
         check_products(name, np.random.default_rng(1))
         check_experts(name, np.random.default_rng(2))

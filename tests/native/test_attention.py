@@ -8,8 +8,8 @@ from kimi_lite.native.cpu.attention import AttentionBuffers, num_splits
 from kimi_lite.native.cpu.latent import write_latent_op
 from kimi_lite.native.latent_rows import MlaShape, row_length
 from tests.native.attention_case import Sequences, round_to, stored_values
+from tests.native.closeness import assert_close
 from tests.native.harness import run_ops, run_table
-from tests.native.random_rows import assert_close
 
 DTYPES = ("f32", "f16", "bf16", "q8")
 SPANS = [(0, 1), (62, 4), (199, 1)]

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.blocks import FORMATS, activation_kind
+from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
 from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, Matrix
+from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import Expert, experts
 from kimi_lite.native.reference_types import dequantize
+from kimi_lite.native.types.random_blocks import hostile_rows
+from tests.native.closeness import assert_close, sizes
 from tests.native.harness import activations, run_ops, run_table
-from tests.native.random_rows import assert_close, random_rows, sizes
 
 NUM_ROUTED, TOP_K = 6, 3
 
@@ -26,7 +28,7 @@ class Layer:
         self.kinds = activation_kind(names[0]), activation_kind(names[1])
         self.k, self.width = (80 if name == "F32" else sizes(name)[sizes(name)[0] < 128] for name in names)
         shapes = [(names[0], self.width, self.k)] * 2 + [(names[1], num_out, self.width)]
-        self.data = [[random_rows(name, rows, k, rng) for name, rows, k in shapes] for _ in range(num_experts)]
+        self.data = [[hostile_rows(name, rows, k, rng) for name, rows, k in shapes] for _ in range(num_experts)]
         self.matrices = np.array(
             [
                 [Matrix.of(d, name, k).table for d, (name, _, k) in zip(three, shapes, strict=True)]
@@ -80,7 +82,7 @@ def distinct_ids(num_tokens, num_experts, top_k, rng):
     )
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("num_tokens", [1, GEMV_MAX_TOKENS, 5, 23])
 def test_every_type(name, num_tokens):
     """Between the extremes some experts have a panel's worth of tokens, some one or two, some none."""

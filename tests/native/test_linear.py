@@ -9,8 +9,9 @@ from kimi_lite.native.cpu.linear import Product, embed_op, linear_op
 from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, Matrix
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
+from kimi_lite.native.types.random_blocks import hostile_rows
+from tests.native.closeness import assert_close, product_size
 from tests.native.harness import activations, run_ops, run_table
-from tests.native.random_rows import assert_close, product_size, random_rows
 
 K = 256
 TOKENS = (1, GEMV_MAX_TOKENS, GEMV_MAX_TOKENS + 1, 9)
@@ -39,7 +40,7 @@ def test_linear(num_tokens, num_rows, is_added):
     rng = np.random.default_rng(num_rows)
     for name in ("Q8_0", "Q4_K", "F32"):
         x = rng.standard_normal((num_tokens, K)).astype(np.float32)
-        data = random_rows(name, num_rows, K, rng)
+        data = hostile_rows(name, num_rows, K, rng)
         start = rng.standard_normal((num_tokens, num_rows)).astype(np.float32) if is_added else None
         [out] = run_linear(x, [(name, data)], [start])
         weights, kind = dequantize(data, name), activation_kind(name)
@@ -52,7 +53,8 @@ def test_several_matrices_of_different_types_share_an_input(num_tokens):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((num_tokens, K)).astype(np.float32)
     tensors = [
-        (name, random_rows(name, rows, K, rng)) for name, rows in (("Q4_0", 40), ("F16", 3), ("Q6_K", 130), ("Q4_0", 1))
+        (name, hostile_rows(name, rows, K, rng))
+        for name, rows in (("Q4_0", 40), ("F16", 3), ("Q6_K", 130), ("Q4_0", 1))
     ]
     starts = [None, np.ones((num_tokens, 3), np.float32), None, None]
     outs = run_linear(x, tensors, starts, num_threads=2)
@@ -65,7 +67,7 @@ def test_several_matrices_of_different_types_share_an_input(num_tokens):
 def test_the_number_of_threads_does_not_matter(num_tokens):
     rng = np.random.default_rng(2)
     x = rng.standard_normal((num_tokens, K)).astype(np.float32)
-    tensors = [(name, random_rows(name, 301, K, rng)) for name in ("Q8_0", "TQ1_0", "BF16")]
+    tensors = [(name, hostile_rows(name, 301, K, rng)) for name in ("Q8_0", "TQ1_0", "BF16")]
     one = run_linear(x, tensors, [None] * 3)
     for num_threads in (2, 3):
         for a, b in zip(one, run_linear(x, tensors, [None] * 3, num_threads), strict=True):
@@ -74,7 +76,7 @@ def test_the_number_of_threads_does_not_matter(num_tokens):
 
 def test_columns_from_the_start_of_wider_rows():
     rng = np.random.default_rng(3)
-    data = random_rows("Q8_0", 20, 3 * K, rng)
+    data = hostile_rows("Q8_0", 20, 3 * K, rng)
     x = rng.standard_normal((2, K)).astype(np.float32)
     [out] = run_linear(x, [("Q8_0", data)], [None])
     [expected] = run_linear(x, [("Q8_0", np.ascontiguousarray(data[:, : data.shape[1] // 3]))], [None])
@@ -84,7 +86,7 @@ def test_columns_from_the_start_of_wider_rows():
 @pytest.mark.parametrize("name", ["F32", "BF16", "Q8_0", "Q6_K", "TQ1_0"])
 def test_embedding_rows(name):
     rng = np.random.default_rng(4)
-    data = random_rows(name, 50, K, rng)
+    data = hostile_rows(name, 50, K, rng)
     run, out = run_table(7, 2), np.zeros((7, K), np.float32)
     token_ids = np.array([0, 49, 3, 3, 17, 1, 48], np.int32)
     run.set_tokens(token_ids)
@@ -96,10 +98,10 @@ def test_embedding_rows(name):
 def test_sizes_are_checked():
     rng = np.random.default_rng(5)
     with pytest.raises(AssertionError):
-        Matrix.of(random_rows("Q8_0", 2, K, rng), "Q8_0", K - 1)
+        Matrix.of(hostile_rows("Q8_0", 2, K, rng), "Q8_0", K - 1)
     with pytest.raises(AssertionError):
-        Matrix.of(random_rows("Q8_0", 2, K, rng), "Q8_0", 2 * K)
-    matrix = Matrix.of(random_rows("Q8_0", 5, K, rng), "Q8_0", K)
+        Matrix.of(hostile_rows("Q8_0", 2, K, rng), "Q8_0", 2 * K)
+    matrix = Matrix.of(hostile_rows("Q8_0", 5, K, rng), "Q8_0", K)
     x = activations(np.zeros((1, K), np.float32), 32)
     with pytest.raises(AssertionError):
         linear_op(run_table(1), x, Product(matrix, np.zeros((1, 4), np.float32)))

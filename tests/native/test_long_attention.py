@@ -5,7 +5,7 @@ import pytest
 
 from kimi_lite.native.cpu.attention import num_splits
 from tests.native.attention_case import Sequences
-from tests.native.random_rows import assert_close
+from tests.native.closeness import assert_close
 
 CONTEXT = 262_144
 SHAPE = (9, 16, 16, 32, 16)  # two groups of heads, the second overlapping the first

@@ -16,8 +16,8 @@ from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.run import Attending, RunTable
 from kimi_lite.native.cpu.threads import next_task
 from kimi_lite.native.simd import load_i64, store_i64
+from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.harness import run_ops
-from tests.native.random_rows import random_rows
 
 
 @kernel
@@ -73,7 +73,7 @@ def test_a_program_of_weights_outlives_their_names():
     run, x = RunTable(1, 1, 1 << 20), Activations(1, 256, {32})
     run.set_tokens(np.zeros(1, np.int32))
     x.values[:] = rng.standard_normal((1, 256))
-    data, out = random_rows("Q8_0", 8, 256, rng), np.zeros((1, 8), np.float32)
+    data, out = hostile_rows("Q8_0", 8, 256, rng), np.zeros((1, 8), np.float32)
     alive = [weakref.ref(each) for each in (run, x, data)]
     op = linear_op(run, x, Product(Matrix.of(data, "Q8_0", 256), out))
     del run, x, data

@@ -15,8 +15,8 @@ from kimi_lite.native.cpu.matrix import Matrix
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.threads import Team, barrier, next_task, team_size
 from kimi_lite.native.simd import load_i64, store_i64
+from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.harness import activations, run_table
-from tests.native.random_rows import random_rows
 
 NUM_TASKS = 64
 THREADS = (1, 2, 4)
@@ -179,7 +179,7 @@ def test_real_work_on_more_threads_than_cores():
     """200 layers' worth of products, each adding to the same output: bit for bit as on one thread."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 256)).astype(np.float32)
-    data = random_rows("Q8_0", 150, 256, rng)
+    data = hostile_rows("Q8_0", 150, 256, rng)
     matrix, results = Matrix.of(data, "Q8_0", 256), []
     for num_threads in (1, 4):
         run, prepared, out = run_table(2, num_threads), activations(x, 32), np.zeros((2, 150), np.float32)

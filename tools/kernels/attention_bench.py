@@ -29,9 +29,9 @@ from kimi_lite.native.cpu.run import Attending, RunTable
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.latent_rows import PAGE_TOKENS, ROW_FORMS, MlaShape, row_bytes, row_length
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.types.random_blocks import random_rows
 from kimi_lite.tools.bench.measure import Rounds, measure
 from kimi_lite.tools.bench.workloads import CLOCK_CYCLES, Bench, clock_program
-from kimi_lite.tools.kernels.random_blocks import random_rows
 
 SHAPE = MlaShape(heads=64, nope=128, rope=64, kv_lora=512, value=128)
 HEADS, NOPE, ROPE, KV_LORA, VALUE = SHAPE

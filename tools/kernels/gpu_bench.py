@@ -25,7 +25,7 @@ from rich.table import Table
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.gpu.support import is_interpreted, why_unusable
 from kimi_lite.native.layouts import BY_NAME
-from kimi_lite.tools.kernels.random_blocks import random_rows
+from kimi_lite.native.types.random_blocks import random_rows
 
 ROW_WEIGHTS, WIDTH, HEADS, RANK, ROPE = 7168, 2048, 64, 512, 64  # Kimi K2.5
 _MATRIX_BYTES = 512 << 20  # far more than any cache holds

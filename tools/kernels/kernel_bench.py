@@ -22,16 +22,15 @@ import numpy as np
 import typer
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.native.cpu.blocks import FORMATS
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.isa import isa
 from kimi_lite.native.layouts import BY_NAME, Layout
+from kimi_lite.native.types.random_blocks import random_rows
 from kimi_lite.tools.bench.measure import is_lost_time_known, measure, read_stolen_s
 from kimi_lite.tools.bench.workloads import CLOCK_CYCLES, Bench, clock_program
 from kimi_lite.tools.kernels.ggml_cpu import describe_ggml, find_vec_dot
 from kimi_lite.tools.kernels.kernel_report import PrefillResult, TypeResult, print_machine, print_prefill, print_types
-from kimi_lite.tools.kernels.random_blocks import random_rows
 
 ROW_WEIGHTS = 7168  # Kimi K2.5's hidden size
 _PART_BYTES = 4 << 20  # for each thread: what a timed run reads, in about a millisecond
@@ -71,10 +70,10 @@ def main(
 
 
 def _known_types(types: str) -> list[str]:
-    names = [name.strip().upper() for name in types.split(",") if name.strip()] or list(FORMATS)
+    names = [name.strip().upper() for name in types.split(",") if name.strip()] or list(BY_NAME)
     for name in names:
-        if name not in FORMATS:
-            raise KimiLiteError(f"There is no CPU kernel for {name!r}.", f"Choose from {', '.join(FORMATS).lower()}.")
+        if name not in BY_NAME:
+            raise KimiLiteError(f"There is no CPU kernel for {name!r}.", f"Choose from {', '.join(BY_NAME).lower()}.")
     return names
 
 

@@ -6,10 +6,11 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.native.cpu.blocks import FORMATS
+from kimi_lite.native.cpu.blocks import is_implemented
 from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.matrix import Matrix, dequantize, values_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
+from kimi_lite.native.layouts import BY_NAME
 
 
 def matrix_view(data: np.ndarray, layout_name: str, k: int) -> Matrix:
@@ -33,10 +34,10 @@ def vector(store: GGUFStore, name: str) -> np.ndarray:
 def check_types(store: GGUFStore) -> None:
     """Raise KimiLiteError if a tensor's type has no kernel yet."""
     for tensor in store.tensors.values():
-        if tensor.layout.name not in FORMATS:
+        if not is_implemented(tensor.layout.name):
             raise KimiLiteError(
                 f"{store.path.name}: tensor {tensor.name} is {tensor.layout.name}, which this version cannot multiply.",
-                f"Types it can: {', '.join(FORMATS)}.",
+                f"Types it can: {', '.join(filter(is_implemented, BY_NAME))}.",
             )
         size = 16 if tensor.layout.block_size == 1 and len(tensor.shape) > 1 else 1
         if tensor.shape[-1] % size:

@@ -21,10 +21,11 @@ from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
 from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.model.hybrid.weights import DenseWeights, quantize_q8_0
+from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.options import Options
 from kimi_lite.plan.workspace import gpu_work_bytes
-from kimi_lite.quantize.codecs import q8_0
+from kimi_lite.quantize.codecs import encode
 from tests.model.hybrid.runner import plan_for
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.tiny import write_tiny_gguf
@@ -49,7 +50,7 @@ def test_q8_0_on_the_device_is_llama_cpps():
     rows[3, :32], rows[4, :32] = 0, np.arange(-16, 16) + 0.5
     rows[4, 0] = 127
     have = quantize_q8_0(torch.from_numpy(rows), "w").numpy()
-    assert np.array_equal(have, q8_0.encode(rows))
+    assert np.array_equal(have, encode(BY_NAME["Q8_0"], rows))
     with pytest.raises(KimiLiteError, match=r"Tensor w .* Q8_0 cannot hold"):
         quantize_q8_0(torch.full((1, 32), 1e9), "w")
 

@@ -8,8 +8,8 @@ from kimi_lite.native.gpu.dequant import dequantize
 from kimi_lite.native.gpu.formats import formats
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize as oracle
+from kimi_lite.native.types.random_blocks import REGIMES, hostile_rows
 from tests.native.gpu.tensors import apart, back, on
-from tests.native.random_rows import REGIMES, random_rows
 
 TYPES = list(BY_NAME)
 
@@ -23,7 +23,7 @@ def test_equals_the_oracle(name, device):
     """All scale regimes as rows of one matrix; rows lie apart; an odd number of blocks."""
     rng = np.random.default_rng(0)
     k = 3 * max(BY_NAME[name].block_size, 9)
-    rows = np.concatenate([random_rows(name, 1, k, rng, regime) for regime in REGIMES])
+    rows = np.concatenate([hostile_rows(name, 1, k, rng, regime) for regime in REGIMES])
     expected = oracle(rows, name)
     actual = back(dequantize(apart(device, rows, 8), name))
     assert actual.shape == expected.shape
@@ -46,7 +46,7 @@ def test_arbitrary_bytes(name, device):
 
 
 def test_writes_to_a_view_in_bfloat16(device):
-    rows = random_rows("Q8_0", 3, 96, np.random.default_rng(2))
+    rows = hostile_rows("Q8_0", 3, 96, np.random.default_rng(2))
     whole = torch.full((3, 200), 7.0, dtype=torch.bfloat16, device=device)
     result = dequantize(on(device, rows), "Q8_0", torch.bfloat16, out=whole[:, :96])
     assert result.data_ptr() == whole.data_ptr()

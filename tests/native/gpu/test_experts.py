@@ -11,7 +11,7 @@ from kimi_lite.native.gpu.grouped import Groups
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import Expert, experts
 from kimi_lite.native.reference_types import dequantize
-from kimi_lite.tools.kernels.random_blocks import random_rows
+from kimi_lite.native.types.random_blocks import random_rows
 from tests.native.gpu.tensors import back, on
 
 

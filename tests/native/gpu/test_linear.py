@@ -9,8 +9,9 @@ from kimi_lite.native.gpu.matvec import matvec
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear as oracle
 from kimi_lite.native.reference_types import dequantize
+from kimi_lite.native.types.random_blocks import hostile_rows
+from tests.native.closeness import assert_close, product_size
 from tests.native.gpu.tensors import apart, back, on, seen
-from tests.native.random_rows import assert_close, product_size, random_rows
 
 TYPES = list(BY_NAME)
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -19,7 +20,7 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 def _case(name, num_rows, num_tokens, device, dtype, regime="normal"):
     rng = np.random.default_rng(3)
     k = 3 * max(BY_NAME[name].block_size, 10)
-    rows = random_rows(name, num_rows, k, rng, regime)
+    rows = hostile_rows(name, num_rows, k, rng, regime)
     x = on(device, rng.standard_normal((num_tokens, k)).astype(np.float32), dtype)
     weights = dequantize(rows, name)
     return rows, x, k, oracle(weights, seen(x), 0), product_size(weights, seen(x))
@@ -87,7 +88,7 @@ def test_no_tokens(device):
 def test_heads_have_their_own_matrices(num_tokens, device):
     """x is a part of wider heads, as the rope-less part of queries is; more tokens than one launch takes."""
     rng = np.random.default_rng(4)
-    matrices = random_rows("Q8_0", 3 * 5, 64, rng).reshape(3, 5, -1)
+    matrices = hostile_rows("Q8_0", 3 * 5, 64, rng).reshape(3, 5, -1)
     x = on(device, rng.standard_normal((num_tokens, 3, 96)).astype(np.float32))[:, :, :64]
     actual = back(heads_linear(x, on(device, matrices), "Q8_0"))
     for head in range(3):

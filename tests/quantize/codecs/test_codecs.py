@@ -135,4 +135,6 @@ def test_int4_becomes_q4_0_without_loss(tmp_path):
 
 def test_the_types_that_need_no_ggml_are_those_with_an_encoder_here():
     """`plan` says so of a recipe before anything is downloaded."""
-    assert set(codecs._EXACT_ENCODERS) | set(codecs._FITTED_ENCODERS) == codecs.OWN_TYPES
+    own = {name for name in BY_NAME if BY_NAME[name].encoder in ("floats", "q8_0", "ternary", "two_bits")}
+    assert own == codecs.OWN_TYPES == {"F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "Q2_0"}
+    assert own > codecs.EXACT_TYPES == {"F32", "F16", "BF16", "Q8_0"}

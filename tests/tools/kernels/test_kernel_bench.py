@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.layouts import LAYOUTS
+from kimi_lite.native.types.random_blocks import random_rows
 from kimi_lite.tools.bench.measure import measure
 from kimi_lite.tools.bench.workloads import CLOCK_CYCLES, Bench, clock_program
 from kimi_lite.tools.kernels import kernel_bench
 from kimi_lite.tools.kernels.ggml_cpu import describe_ggml, find_vec_dot
-from kimi_lite.tools.kernels.random_blocks import random_rows
-from tests.tools.kernels.test_random_blocks import decode
+from tests.native.types.test_random_blocks import decode
 
 K = 512
 has_ggml = "not installed" not in describe_ggml()

@@ -1,0 +1,1 @@
+"""F32, F16, BF16: plain numbers."""

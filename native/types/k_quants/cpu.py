@@ -1,0 +1,279 @@
+"""Q2_K to Q6_K: super-blocks of 256 with integer scales (and minima) for groups of 16 or 32 weights.
+
+Products are scaled as integers (`scaled_dot_u8x64`), so that a block needs one conversion to float32. Codes fit in 7
+bits.
+"""
+
+from numba import njit, uint64
+
+from kimi_lite.native.cpu.blocks import dot256, implements, unpack
+from kimi_lite.native.simd import (
+    extend_f32x8,
+    extend_i32x8,
+    high_f32x16,
+    int_to_f32x8,
+    int_to_f32x16,
+    load_f16,
+    load_f32x8,
+    load_i8x16,
+    load_i8x32,
+    load_i8x64,
+    load_i16x16,
+    load_u32,
+    load_u64,
+    low_f32x16,
+    pack_u64,
+    store_f32x8,
+    store_f32x16,
+    store_i8x64,
+    twice_i8x32,
+    widen_i8x16,
+    widen_signed_i8x16,
+    zero_i32x16,
+)
+from kimi_lite.native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
+from kimi_lite.native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
+from kimi_lite.native.simd_scales import (
+    spreadable,
+    words16_0,
+    words16_1,
+    words16_2,
+    words16_3,
+    words32_0,
+    words32_1,
+    words32_2,
+    words32_3,
+)
+from kimi_lite.native.types.k_quants.layout import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+
+_Q2_K_SCALES, _Q2_K_QS, _Q2_K_D, _Q2_K_DMIN = Q2_K.offsets("scales", "qs", "d", "dmin")
+_Q3_K_HMASK, _Q3_K_QS, _Q3_K_SCALES, _Q3_K_D = Q3_K.offsets("hmask", "qs", "scales", "d")
+[_Q4_K_QS] = Q4_K.offsets("qs")
+_D, _DMIN, _SCALES = Q4_K.offsets("d", "dmin", "scales")  # the same in Q5_K
+_Q5_K_QH, _Q5_K_QS = Q5_K.offsets("qh", "qs")
+_Q6_K_QL, _Q6_K_QH, _Q6_K_SCALES, _Q6_K_D = Q6_K.offsets("ql", "qh", "scales", "d")
+
+# The first and the last half of 64 bytes: bits 0..3 and 4..7; bits 2 k and 2 k + 1, brought to bit 4; and so on.
+_nibbles, _high_nibbles = bit_fields(15, 0, 4), bit_fields(15, 4)
+_bits_0_1, _bits_2_3 = bit_fields(16, -4, -3), bit_fields(16, -2, -1)
+_bits_4_5, _bits_6_7 = bit_fields(16, 0, 1), bit_fields(16, 2, 3)
+_low_pairs, _high_pairs = bit_fields(0x30, -4, -2), bit_fields(0x30, 0, 2)
+
+
+@njit
+def load_twice(address):
+    """32 bytes twice."""
+    return twice_i8x32(load_i8x32(address))
+
+
+# Q4_K
+
+
+@njit
+def _six_bits(address):
+    """12 bytes as 8 scales and 8 minima, one a byte."""
+    first, second, third = (
+        uint64(load_u32(address)),
+        uint64(load_u32(address + 4)),
+        uint64(load_u32(address + 8)),
+    )
+    scales = (first & 0x3F3F3F3F) | (((third & 0x0F0F0F0F) | (((first >> 6) & 0x03030303) << 4)) << 32)
+    minima = (second & 0x3F3F3F3F) | ((((third >> 4) & 0x0F0F0F0F) | (((second >> 6) & 0x03030303) << 4)) << 32)
+    return pack_u64(scales, minima)
+
+
+@njit
+def _minus_minima(block, scales, total, sums32):
+    """d * total - dmin * sum of minima * sums; `scales` as `_six_bits` gives them."""
+    minima = high_f32x16(int_to_f32x16(widen_i8x16(scales))) * load_f16(block + _DMIN)
+    return int_to_f32x16(total) * load_f16(block + _D) - extend_f32x8(minima * load_f32x8(sums32))
+
+
+@implements(dot256, "Q4_K")
+def _q4_k_dot(name, block, x, sums16, sums32, minus16):
+    scales, qs = _six_bits(block + _SCALES), block + _Q4_K_QS
+    words = spreadable(widen16_i8x16(scales))
+    total = scaled_dot_u8x64(zero_i32x16(), _nibbles(load_twice(qs)), load_i8x64(x), words32_0(words))
+    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 32)), load_i8x64(x + 64), words32_1(words))
+    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 64)), load_i8x64(x + 128), words32_2(words))
+    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 96)), load_i8x64(x + 192), words32_3(words))
+    return _minus_minima(block, scales, total, sums32)
+
+
+@njit
+def _store_six_bits(block, scales, minima):
+    factors = int_to_f32x16(widen_i8x16(_six_bits(block + _SCALES)))
+    store_f32x8(scales, low_f32x16(factors) * load_f16(block + _D))
+    store_f32x8(minima, high_f32x16(factors) * load_f16(block + _DMIN))
+
+
+@implements(unpack, "Q4_K")
+def _q4_k_unpack(name, block, codes, scales, minima):
+    for k in range(4):
+        store_i8x64(codes + 64 * k, _nibbles(load_twice(block + _Q4_K_QS + 32 * k)))
+    _store_six_bits(block, scales, minima)
+
+
+# Q5_K
+
+
+@njit
+def _q5_k_codes(block):
+    """The 4 x 64 codes: bit 4 comes from qh, brought there from bits 2 k and 2 k + 1."""
+    qh, qs = load_twice(block + _Q5_K_QH), block + _Q5_K_QS
+    c0 = _nibbles(load_twice(qs)) | _bits_0_1(qh)
+    c1 = _nibbles(load_twice(qs + 32)) | _bits_2_3(qh)
+    c2 = _nibbles(load_twice(qs + 64)) | _bits_4_5(qh)
+    c3 = _nibbles(load_twice(qs + 96)) | _bits_6_7(qh)
+    return c0, c1, c2, c3
+
+
+@implements(dot256, "Q5_K")
+def _q5_k_dot(name, block, x, sums16, sums32, minus16):
+    scales, (c0, c1, c2, c3) = _six_bits(block + _SCALES), _q5_k_codes(block)
+    words = spreadable(widen16_i8x16(scales))
+    total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words32_0(words))
+    total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words32_1(words))
+    total = scaled_dot_u8x64(total, c2, load_i8x64(x + 128), words32_2(words))
+    total = scaled_dot_u8x64(total, c3, load_i8x64(x + 192), words32_3(words))
+    return _minus_minima(block, scales, total, sums32)
+
+
+@implements(unpack, "Q5_K")
+def _q5_k_unpack(name, block, codes, scales, minima):
+    c0, c1, c2, c3 = _q5_k_codes(block)
+    store_i8x64(codes, c0)
+    store_i8x64(codes + 64, c1)
+    store_i8x64(codes + 128, c2)
+    store_i8x64(codes + 192, c3)
+    _store_six_bits(block, scales, minima)
+
+
+# Q6_K
+
+
+@njit
+def _q6_k_low(block, half):
+    """The first 64 codes of a half: low nibbles of ql and bits 0..3 of qh."""
+    return (load_i8x64(block + _Q6_K_QL + 64 * half) & 15) | _low_pairs(load_twice(block + _Q6_K_QH + 32 * half))
+
+
+@njit
+def _q6_k_high(block, half):
+    """The last 64 codes of a half: high nibbles of ql and bits 4..7 of qh."""
+    return _high_nibbles(load_i8x64(block + _Q6_K_QL + 64 * half)) | _high_pairs(
+        load_twice(block + _Q6_K_QH + 32 * half)
+    )
+
+
+@implements(dot256, "Q6_K")
+def _q6_k_dot(name, block, x, sums16, sums32, minus16):
+    scales = widen16_signed_i8x16(load_i8x16(block + _Q6_K_SCALES))
+    offsets, words = extend_i32x8(pair_dot_i16x16(scales, load_i16x16(minus16)) << 5), spreadable(scales)
+    total = scaled_dot_u8x64(offsets, _q6_k_low(block, 0), load_i8x64(x), words16_0(words))
+    total = scaled_dot_u8x64(total, _q6_k_high(block, 0), load_i8x64(x + 64), words16_1(words))
+    total = scaled_dot_u8x64(total, _q6_k_low(block, 1), load_i8x64(x + 128), words16_2(words))
+    total = scaled_dot_u8x64(total, _q6_k_high(block, 1), load_i8x64(x + 192), words16_3(words))
+    return int_to_f32x16(total) * load_f16(block + _Q6_K_D)
+
+
+@implements(unpack, "Q6_K")
+def _q6_k_unpack(name, block, codes, scales, minima):
+    for half in range(2):
+        store_i8x64(codes + 128 * half, _q6_k_low(block, half))
+        store_i8x64(codes + 128 * half + 64, _q6_k_high(block, half))
+    factors = int_to_f32x16(widen_signed_i8x16(load_i8x16(block + _Q6_K_SCALES))) * load_f16(block + _Q6_K_D)
+    store_f32x16(scales, factors)
+    store_f32x16(minima, factors * 32.0)
+
+
+# Q2_K and Q3_K: codes of two bits, or of three
+
+_fields_0_1, _fields_2_3 = bit_fields(3, 0, 2), bit_fields(3, 4, 6)
+_third_bits_0_1, _third_bits_2_3 = bit_fields(4, -2, -1), bit_fields(4, 0, 1)  # brought to bit 2
+_third_bits_4_5, _third_bits_6_7 = bit_fields(4, 2, 3), bit_fields(4, 4, 5)
+
+
+@njit
+def _two_bits(qs):
+    """64 bytes as 4 x 64 codes of two bits: bits 0..1 of 32 bytes, then bits 2..3, ..., then of the next 32."""
+    first, second = load_twice(qs), load_twice(qs + 32)
+    return _fields_0_1(first), _fields_2_3(first), _fields_0_1(second), _fields_2_3(second)
+
+
+@njit
+def _scaled_total(start, codes, words, x):
+    """`start` plus the products of 4 x 64 codes times the int16 scale of each 16, as i32x16."""
+    (c0, c1, c2, c3), words = codes, spreadable(words)
+    total = scaled_dot_u8x64(start, c0, load_i8x64(x), words16_0(words))
+    total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words16_1(words))
+    total = scaled_dot_u8x64(total, c2, load_i8x64(x + 128), words16_2(words))
+    return scaled_dot_u8x64(total, c3, load_i8x64(x + 192), words16_3(words))
+
+
+@njit
+def _store_codes(codes, values):
+    c0, c1, c2, c3 = values
+    store_i8x64(codes, c0)
+    store_i8x64(codes + 64, c1)
+    store_i8x64(codes + 128, c2)
+    store_i8x64(codes + 192, c3)
+
+
+# Q2_K
+
+
+@implements(dot256, "Q2_K")
+def _q2_k_dot(name, block, x, sums16, sums32, minus16):
+    scales = load_i8x16(block + _Q2_K_SCALES)
+    total = _scaled_total(zero_i32x16(), _two_bits(block + _Q2_K_QS), widen16_i8x16(scales & 15), x)
+    minima = int_to_f32x8(pair_dot_i16x16(widen16_i8x16(scales >> 4), load_i16x16(minus16)))
+    return int_to_f32x16(total) * load_f16(block + _Q2_K_D) + extend_f32x8(minima * load_f16(block + _Q2_K_DMIN))
+
+
+@implements(unpack, "Q2_K")
+def _q2_k_unpack(name, block, codes, scales, minima):
+    _store_codes(codes, _two_bits(block + _Q2_K_QS))
+    packed = widen_i8x16(load_i8x16(block + _Q2_K_SCALES))
+    store_f32x16(scales, int_to_f32x16(packed & 15) * load_f16(block + _Q2_K_D))
+    store_f32x16(minima, int_to_f32x16(packed >> 4) * load_f16(block + _Q2_K_DMIN))
+
+
+# Q3_K
+
+
+@njit
+def _q3_k_codes(block):
+    c0, c1, c2, c3 = _two_bits(block + _Q3_K_QS)
+    high = load_twice(block + _Q3_K_HMASK)
+    return (
+        c0 | _third_bits_0_1(high),
+        c1 | _third_bits_2_3(high),
+        c2 | _third_bits_4_5(high),
+        c3 | _third_bits_6_7(high),
+    )
+
+
+@njit
+def _q3_k_scales(block):
+    """The 16 scales as signed bytes: their low nibbles are in 8 bytes, their high pairs of bits in 4."""
+    low, pairs = load_u64(block + _Q3_K_SCALES), uint64(load_u32(block + _Q3_K_SCALES + 8))
+    pairs = pairs | (pairs << uint64(30))  # in each half of the word one pair a byte at bit 0, another at bit 4
+    first = (low & 0x0F0F0F0F0F0F0F0F) | ((pairs & 0x0303030303030303) << uint64(4))
+    last = ((low >> 4) & 0x0F0F0F0F0F0F0F0F) | (pairs & 0x3030303030303030)
+    return pack_u64(first, last) - 32
+
+
+@implements(dot256, "Q3_K")
+def _q3_k_dot(name, block, x, sums16, sums32, minus16):
+    words = widen16_signed_i8x16(_q3_k_scales(block))
+    offsets = extend_i32x8(pair_dot_i16x16(words, load_i16x16(minus16)) << 2)
+    return int_to_f32x16(_scaled_total(offsets, _q3_k_codes(block), words, x)) * load_f16(block + _Q3_K_D)
+
+
+@implements(unpack, "Q3_K")
+def _q3_k_unpack(name, block, codes, scales, minima):
+    _store_codes(codes, _q3_k_codes(block))
+    factors = int_to_f32x16(widen_signed_i8x16(_q3_k_scales(block))) * load_f16(block + _Q3_K_D)
+    store_f32x16(scales, factors)
+    store_f32x16(minima, factors * 4.0)
