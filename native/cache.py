@@ -9,21 +9,25 @@ begun, the oldest beyond a few that no process uses are deleted.
 import os
 import shutil
 from contextlib import suppress
+from collections.abc import Callable
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
-import platformdirs
-
 _KEPT = 4  # states of the sources
+_place: list[Callable[[], Path]] = []  # who says where: `kimi_lite` itself, when it is imported
 _LOCK = "in-use"
 
 
+def keep_kernels_in(folder: Callable[[], Path]) -> None:
+    """`folder()` is asked when the first kernel is compiled: states are kept in its folder "kernels"."""
+    _place[:] = [folder]
+
+
 def kernel_cache() -> Path:
-    """The folder for the sources as they are now, in $KIMI_LITE_CACHE or the platform's cache folder."""
-    base = os.environ.get("KIMI_LITE_CACHE")
-    folder = Path(base).expanduser() if base else platformdirs.user_cache_path("kimi-lite")
-    return folder / "kernels" / _state_of_sources()
+    """The folder for the sources as they are now."""
+    [folder] = _place
+    return folder() / "kernels" / _state_of_sources()
 
 
 @cache
