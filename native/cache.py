@@ -8,8 +8,8 @@ begun, the oldest beyond a few that no process uses are deleted.
 
 import os
 import shutil
-from contextlib import suppress
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
