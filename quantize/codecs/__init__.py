@@ -9,7 +9,6 @@ from importlib import import_module
 
 import numpy as np
 
-from kimi_lite.arch.recipe import OWN_TYPES
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs import ggml

@@ -21,11 +21,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from kimi_lite.arch.recipe import OWN_TYPES
 from kimi_lite.engine.scoring import TEXT, OurLogits, chunks_of, log_softmax, score_text
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.calibration import CalibrationText
 from kimi_lite.quantize.calibrate.imatrix import Importance
-from kimi_lite.quantize.codecs import OWN_TYPES, ggml
+from kimi_lite.quantize.codecs import ggml
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe

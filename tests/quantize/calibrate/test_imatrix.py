@@ -8,12 +8,13 @@ from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_lite.arch.recipe import OWN_TYPES
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.calibrate.imatrix import read_imatrix
-from kimi_lite.quantize.codecs import OWN_TYPES, encode
+from kimi_lite.quantize.codecs import encode
 from kimi_lite.quantize.codecs.importance import fill_unknown
 from kimi_lite.quantize.convert import convert
 from kimi_lite.quantize.recipe.choose import find_recipe

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_lite.arch.recipe import OWN_TYPES
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize import codecs
@@ -136,5 +137,5 @@ def test_int4_becomes_q4_0_without_loss(tmp_path):
 def test_the_types_that_need_no_ggml_are_those_with_an_encoder_here():
     """`plan` says so of a recipe before anything is downloaded."""
     own = {name for name in BY_NAME if BY_NAME[name].encoder in ("floats", "q8_0", "ternary", "two_bits")}
-    assert own == codecs.OWN_TYPES == {"F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "Q2_0"}
+    assert own == OWN_TYPES == {"F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "Q2_0"}
     assert own > codecs.EXACT_TYPES == {"F32", "F16", "BF16", "Q8_0"}
