@@ -78,3 +78,11 @@ def one_line(text: str, num_chars: int) -> str:
     if not text.isprintable():
         text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     return shortened(text, num_chars)
+
+
+def number(value: float | None) -> str:
+    """Three or more significant digits: 0.123, 1.23, 12.3, 123, 1,234."""
+    if value is None:
+        return "-"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"

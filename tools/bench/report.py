@@ -12,6 +12,7 @@ from kimi_lite.plan.view import WIDTH, place_lines
 from kimi_lite.terminal import write
 from kimi_lite.tools.bench.result import Result, Spread
 from kimi_lite.tools.bench.roofline import Bandwidth, Limit
+from kimi_lite.units import number
 
 _RESULTS = (("test", -14), ("t/s warm", 14), ("first", 6), ("TTFT s", 6), ("p50/p99", 9), ("GB/s", 4), ("limit", 5))
 _LIMITS = (
@@ -55,8 +56,8 @@ class Report:
 
     def print_plan(self, plan: Plan) -> None:
         """What lies where."""
-        for number, line in enumerate(place_lines(plan, WIDTH - 7)):
-            self.say(f"{'plan   ' if number == 0 else '':<7}{line}")
+        for row, line in enumerate(place_lines(plan, WIDTH - 7)):
+            self.say(f"{'plan   ' if row == 0 else '':<7}{line}")
         for warning in plan.warnings:
             self.say(warning)
 
@@ -161,14 +162,6 @@ def bar(share: float, width: int) -> str:
     """A bar of `share` of `width` columns, to an eighth of a column."""
     eighths = round(8 * width * max(0.0, min(1.0, share)))
     return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-
-
-def number(value: float | None) -> str:
-    """Three or more significant digits: 0.123, 1.23, 12.3, 123, 1,234."""
-    if value is None:
-        return "-"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return f"{value:,.{digits}f}"
 
 
 def spread(value: Spread) -> str:

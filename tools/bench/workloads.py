@@ -5,6 +5,8 @@ same way. `clock` is a chain of instructions whose length in cycles is known, so
 frequency.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -21,7 +23,6 @@ from kimi_lite.native.cpu.run import RunTable
 from kimi_lite.native.cpu.threads import Team, next_task
 from kimi_lite.native.layouts import Layout
 from kimi_lite.native.simd import load_i64, store_i64
-from kimi_lite.tools.kernels.ggml_cpu import VecDot
 
 CLOCK_CYCLES = 6_000_000  # of the chain: six dependent one-cycle instructions a step
 _GGML_ROWS = 64  # rows a task: llama.cpp's own chunk for one vector (ggml_compute_forward_mul_mat)
@@ -76,6 +77,13 @@ def _unpack_kernel(args, thread, team):
 
 def clock_program() -> Program:
     return Program([Op.of(_clock_kernel, 88172645463325252)])
+
+
+class VecDot(NamedTuple):
+    """`vec_dot` as a number, and one activation vector in the form it multiplies."""
+
+    address: int
+    x: np.ndarray  # uint8
 
 
 class Bench:

@@ -9,11 +9,11 @@ import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from kimi_lite.native.layouts import Layout
+from kimi_lite.tools.bench.workloads import VecDot
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _FEATURES = ("avx512_vnni", "avx512_vbmi", "avx512", "avx_vnni", "avx2", "neon", "dotprod", "matmul_int8")
@@ -28,13 +28,6 @@ class _CpuTraits(ctypes.Structure):
         ("vec_dot_type", ctypes.c_int),
         ("nrows", ctypes.c_int64),
     )
-
-
-class VecDot(NamedTuple):
-    """`vec_dot` as a number, and one activation vector in the form it multiplies."""
-
-    address: int
-    x: np.ndarray  # uint8
 
 
 @cache

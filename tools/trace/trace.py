@@ -23,7 +23,7 @@ from kimi_lite.native.calls import call3
 from kimi_lite.native.cpu.compiler import kernel
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.simd import load_i64, store_i64
-from kimi_lite.tools.bench.report import number
+from kimi_lite.units import number
 
 _CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
 _RECORD_BYTES = 24  # operation, seconds, nanoseconds
