@@ -1,6 +1,7 @@
 """What a conversion would do, from names and shapes alone: types, sizes and shards. `--dry-run` prints it, `convert`
 does it."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,9 @@ def describe_plan(plan: Plan, shards: Sequence[Shard], folder: Path) -> list[str
     free = shutil.disk_usage(existing).free
     verdict = "enough" if free > plan.num_bytes else f"{(plan.num_bytes - free) / _GIB:,.1f} GiB too little"
     lines.append(f"disk free {free / _GIB:,.1f} GiB: {verdict}")
+    if not folder.exists():
+        made = "will be made" if os.access(existing, os.W_OK) else f"is not there, and {existing} cannot be written"
+        lines.append(f"{folder} {made}")
     lines.append(
         f"encoding takes about {_duration(estimate_seconds(plan))} on {usable_cores().most_threads} threads, "
         "if the disks keep up"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kimi_lite.arch.mla import split_kv_b
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.cpu.blocks import is_implemented
@@ -64,9 +65,9 @@ def key_value_matrices(store: GGUFStore, layer: int, num_heads: int, nope: int) 
         return matrix(store, f"{block}.attn_k_b.weight"), matrix(store, f"{block}.attn_v_b.weight")
     joint = store.tensor(f"{block}.attn_kv_b.weight")
     name, kv_lora = joint.layout.name, joint.shape[-1]
-    by_head = joint.data.reshape(num_heads, -1, joint.data.shape[-1])  # (H, nope + v, row_bytes)
-    values = np.ascontiguousarray(by_head[:, nope:]).reshape(-1, joint.data.shape[-1])
-    keys = dequantize(by_head[:, :nope].reshape(-1, joint.data.shape[-1]), name).reshape(num_heads, nope, kv_lora)
+    key_rows, value_rows = split_kv_b(joint.data, num_heads, nope)
+    values = np.ascontiguousarray(value_rows).reshape(-1, joint.data.shape[-1])
+    keys = dequantize(key_rows.reshape(-1, joint.data.shape[-1]), name).reshape(num_heads, nope, kv_lora)
     wide = np.ascontiguousarray(keys.transpose(0, 2, 1)).reshape(-1, nope)  # (H * kv_lora, nope)
     key_type = "F32" if name == "F32" else "F16"  # half precision is finer than any type but float32 that is found here
     packed = wide.astype(np.float32 if key_type == "F32" else np.float16).view(np.uint8)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.mla import split_kv_b
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.gguf.store import GGUFStore, TensorView
@@ -77,9 +78,9 @@ class DenseWeights:
         name = f"{prefix}.attn_kv_b.weight"
         tensor = self._store.tensor(name)
         joint = torch.cat([self._kernels.dequantize(part, tensor.layout.name) for part in self._uploaded(tensor)])
-        joint = joint.view(c.num_heads, -1, c.kv_lora_rank)  # (H, nope + v, kv_lora)
-        keys = joint[:, : c.qk_nope_head_dim].transpose(1, 2).reshape(-1, c.qk_nope_head_dim)
-        values = joint[:, c.qk_nope_head_dim :].reshape(-1, c.kv_lora_rank)
+        key_rows, value_rows = split_kv_b(joint, c.num_heads, c.qk_nope_head_dim)  # (H, nope | v, kv_lora)
+        keys = key_rows.transpose(1, 2).reshape(-1, c.qk_nope_head_dim)
+        values = value_rows.reshape(-1, c.kv_lora_rank)
         return self._encoded(keys, name).by_head(c.num_heads), self._encoded(values, name).by_head(c.num_heads)
 
     def _encoded(self, values: torch.Tensor, name: str) -> DenseMatrix:
