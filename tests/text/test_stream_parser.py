@@ -393,3 +393,30 @@ def test_text_without_markers_is_unchanged(tokenizer: Tokenizer) -> None:
     text = "if a < b: print('<|x|>') # <tool> </thin"
     assert spelled(tokenizer, text).content == text
     assert spelled(tokenizer, text, True).reasoning == text
+
+
+DEEPSEEK_SNIPPETS = [*DEEPSEEK.markers, "<think>", "</think>", "function", "get_weather", "noargs", "\n", "```json\n"]
+DEEPSEEK_SNIPPETS += ['{"city": "', '"}', "{}", "```", "<｜", "｜>", "x", " ", "7", "'", "\t"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    text=st.lists(st.sampled_from(DEEPSEEK_SNIPPETS), max_size=16).map("".join),
+    cuts=st.lists(st.integers(0, 200), max_size=12),
+    starts_in_reasoning=st.booleans(),
+)
+def test_every_cut_of_a_text_gives_the_same_answer(text: str, cuts: list[int], starts_in_reasoning: bool) -> None:
+    """DeepSeek's markers, and a bare </think>, as an endpoint's text comes."""
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    outcomes = []
+    for parts in ([text[start:end] for start, end in pairwise(bounds)], list(text)):
+        parser = TextParser(DEEPSEEK, True, starts_in_reasoning, tools=TOOLS, knows_bare_end=True)
+        pieces = [piece for part in parts for piece in parser.feed_text(part)] + parser.finish()
+        said = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "content")}
+        unsaid = "".join(piece.unsaid for piece in pieces)
+        assert said["content"].startswith(unsaid)
+        assert unsaid in said["reasoning"]
+        errors = [piece.error for piece in pieces if piece.error]
+        outcomes.append((said["reasoning"], said["content"].removeprefix(unsaid), errors, parser.tool_calls))
+    assert outcomes[0] == outcomes[1]
+    assert all(marker not in outcomes[0][1] for marker in DEEPSEEK.markers)
