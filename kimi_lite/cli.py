@@ -84,6 +84,15 @@ def run(
     raise typer.Exit(start_run(options, prompt, prompt_option, file, as_json, output))
 
 
+@app.command(cls=Command)
+@with_options("serve")
+def serve(options: Options) -> None:
+    """Answer requests over HTTP as OpenAI's and Anthropic's servers do. Ctrl-C ends it."""
+    from kimi_lite.apps.server.command import start_server
+
+    start_server(options)
+
+
 app.command("plan", cls=Command)(plan)
 app.command("doctor", cls=Command)(doctor)
 app.command("quantize", cls=Command)(quantize)

@@ -16,9 +16,9 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.units import SIZE_HELP, parse_size, parse_token_count
 
 MODEL, MACHINE, SAMPLING, PROMPT = "Model", "Memory and speed", "Sampling", "Prompt and generation"
-OUTPUT, CHAT, TOOLS = "Output", "Conversation", "Tools"
+OUTPUT, CHAT, TOOLS, SERVER = "Output", "Conversation", "Tools", "Server"
 ANSWERING = ("chat", "run")
-LOADING = ("chat", "run", "bench")
+LOADING = ("chat", "run", "serve", "bench")
 PLANNED = (*LOADING, "plan")
 
 Kind = Literal["text", "path", "integer", "number", "size", "tokens", "choice", "switch", "texts"]
@@ -267,7 +267,13 @@ class Options:
         metavar="URL",
     )
     api_key: str | None = _option(
-        "--api-key", help="For --endpoint.", unused=_remote, panel=MODEL, commands=ANSWERING, metavar="KEY"
+        "--api-key",
+        help="For --endpoint.",
+        unused=_remote,
+        panel=MODEL,
+        commands=(*ANSWERING, "serve"),
+        metavar="KEY",
+        help_in={"serve": "Clients must know it; commas between several."},
     )
     context_length: int | None = _option(  # tokens of one sequence; 0: as many as the model was made for
         "-c",
@@ -276,10 +282,20 @@ class Options:
         kind="tokens",
         unused=_local,
         panel=MODEL,
-        commands=(*ANSWERING, "plan"),
+        commands=(*ANSWERING, "serve", "plan"),
         metavar="TOKENS",
     )
-    num_sequences: int = 1  # that the cache serves at the same time, each with a whole context
+    num_sequences: int = _option(  # that the cache serves at the same time, each with a whole context
+        "--parallel",
+        help="Requests answered at the same time, each with a whole context. Default: 4.",
+        kind="integer",
+        least=1,
+        most=256,
+        panel=SERVER,
+        commands=("serve",),
+        default=1,
+        command_default=4,
+    )
     kv_dtype: str = _option(
         "--kv-dtype",
         help="Type of the KV cache; q8 takes half of f16's memory.",
@@ -600,6 +616,97 @@ class Options:
         panel=OUTPUT,
         commands=ANSWERING,
         default=False,
+    )
+
+    # How it serves.
+    host: str = _option(
+        "--host",
+        help="Address to listen on; 0.0.0.0: all of this machine's.",
+        panel=SERVER,
+        commands=("serve",),
+        default="127.0.0.1",
+        shown_default="127.0.0.1",
+    )
+    port: int = _option(
+        "--port",
+        help="Port to listen on; 0: any free one.",
+        kind="integer",
+        least=0,
+        most=65535,
+        panel=SERVER,
+        commands=("serve",),
+        default=8080,
+        shown_default="8080",
+    )
+    alias: str | None = _option(
+        "--alias", help="Name of the model in the API.", panel=SERVER, commands=("serve",), metavar="NAME"
+    )
+    max_gap_s: float | None = _option(
+        "--max-gap",
+        help="Longest time in seconds between two tokens of an answer while other prompts are read. Default: 1.",
+        kind="number",
+        least=0.01,
+        panel=SERVER,
+        commands=("serve",),
+        command_default=1.0,
+        metavar="SECONDS",
+    )
+    max_waiting: int = _option(
+        "--max-waiting",
+        help="Requests that may wait for their turn; more get 429.",
+        kind="integer",
+        least=0,
+        panel=SERVER,
+        commands=("serve",),
+        default=64,
+        shown_default="64",
+    )
+    has_loop_guard: bool = _option(
+        "--loop-guard/--no-loop-guard",
+        help="End answers that repeat themselves or the same tool call. Default: on.",
+        kind="switch",
+        panel=SERVER,
+        commands=("serve",),
+        default=True,
+    )
+    origins: tuple[str, ...] = _option(
+        "--allow-origin",
+        help="Web pages of this origin may use the server (CORS); *: any. May be repeated.",
+        kind="texts",
+        panel=SERVER,
+        commands=("serve",),
+        default=(),
+        metavar="ORIGIN",
+    )
+    server_names: tuple[str, ...] = _option(
+        "--allow-host",
+        help="A host name that clients may reach the server by, beside its own; *: any. May be repeated.",
+        kind="texts",
+        panel=SERVER,
+        commands=("serve",),
+        default=(),
+        metavar="NAME",
+    )
+    is_insecure: bool = _option(
+        "--insecure",
+        help="Listen on other addresses than this machine's own without an API key.",
+        kind="switch",
+        panel=SERVER,
+        commands=("serve",),
+        default=False,
+    )
+    log_level: str = _option(
+        "--log-level",
+        help="How much is logged to stderr; nothing of what is said.",
+        kind="choice",
+        choices=("error", "warning", "info", "debug"),
+        panel=SERVER,
+        commands=("serve",),
+        default="info",
+        shown_default="info",
+    )
+    has_json_log: bool = _option(
+        "--log-json", help="Log lines are JSON.", kind="switch", panel=SERVER, commands=("serve",), default=False
     )
 
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # name of a field -> its source

@@ -57,6 +57,8 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
         holdings=holdings,
         plan=plan,
         max_context_length=config.context_length,
+        max_running=options.num_sequences,
+        max_gap_s=options.max_gap_s,
     )
 
 

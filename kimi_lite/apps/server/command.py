@@ -1,0 +1,155 @@
+"""`kimi-lite serve`: checks what can be checked, listens, loads, and says where it listens and what it serves."""
+
+import asyncio
+import importlib.util
+import ipaddress
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from kimi_lite import __version__
+from kimi_lite.apps.model_path import find_model
+from kimi_lite.apps.opening import DEMO_REMARKS, check_before_loading, line_width, wrapped
+from kimi_lite.apps.progress import LoadProgress
+from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.loader import load
+from kimi_lite.engine.planning import situation_of
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.options import Options, unused_options
+from kimi_lite.terminal import Console, echo, show_plain
+
+_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+_DRAIN_S = 10.0  # running answers have so long to end
+
+
+def start_server(options: Options) -> None:
+    """Serve until SIGINT or SIGTERM. Raises KimiLiteError for what would fail later, before the model is loaded."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        problem = f"The server needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed."
+        raise KimiLiteError(problem, "pip install 'kimi-lite[server]'")
+    _require_key(options)
+    check_before_loading(options)
+    with _listen(options.host, options.port) as listener:
+        asyncio.run(_serve(options, listener))
+
+
+async def _serve(options: Options, listener: socket.socket) -> None:
+    import uvicorn
+
+    from kimi_lite.apps.server.app import build_app
+    from kimi_lite.apps.server.log import set_up
+    from kimi_lite.engine.service import EngineService
+
+    status = Console(stderr=True)
+    service = EngineService(lambda: _open_engine(options, status), options.max_waiting)
+    app = build_app(service, settings_of(options), set_up(options.log_level, options.has_json_log))
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        server_header=False,
+        h11_max_incomplete_event_size=64 * 1024,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(_DRAIN_S) + 5,
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve([listener]))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(number, _on_signal, server)
+    while not serving.done() and not service.is_ready.is_set():
+        await asyncio.sleep(0.05)
+    if service.failure is not None:
+        server.should_exit = True
+        await serving
+        raise service.failure
+    if not serving.done():
+        _say_ready(service.engine, options, listener, status)
+    await serving
+
+
+def _on_signal(server) -> None:
+    """The first asks for a graceful end, the second for an end at once."""
+    server.force_exit = server.should_exit
+    server.should_exit = True
+
+
+def settings_of(options: Options):
+    """What of the options is about serving."""
+    from kimi_lite.apps.server.security import LOCAL_HOSTS
+    from kimi_lite.apps.server.state import ServerSettings
+
+    names = (*LOCAL_HOSTS, socket.gethostname().lower(), options.host.lower(), *options.server_names)
+    keys = tuple(key.strip() for key in (options.api_key or "").split(",") if key.strip())
+    is_open = "*" in options.server_names or not _is_local(options.host)  # a key protects what is not local
+    return ServerSettings(
+        model_name=options.alias,
+        api_keys=keys,
+        hosts=None if is_open else names,
+        origins=options.origins,
+        has_loop_guard=options.has_loop_guard,
+        shuts_down_within_s=_DRAIN_S,
+    )
+
+
+def _open_engine(options: Options, status: Console) -> Engine:
+    with LoadProgress(status) as progress:
+        return load(find_model(options.model, progress), options, progress)
+
+
+def _say_ready(engine: Engine, options: Options, listener: socket.socket, status: Console) -> None:
+    """The panel of the plan, and the address on a line of its own, for people and scripts."""
+    from kimi_lite.plan.view import start_panel
+
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    width = line_width(status)
+    mode = f"{options.num_sequences} requests at a time"
+    lines = start_panel(engine.plan, mode, f"{address}/v1", width=width) if engine.plan else []
+    lines += [*(engine.plan.warnings if engine.plan else ())]
+    lines += unused_options(options, situation_of(engine.plan, options)) if engine.plan else []
+    lines += DEMO_REMARKS if options.is_demo else ()
+    for line in lines:
+        show_plain(status, wrapped(line, width))
+    echo(f"kimi-lite {__version__} listens on {address}", to_stderr=True)
+    sys.stderr.flush()
+
+
+def _require_key(options: Options) -> None:
+    """A server that others can reach wants a key, or the word that it shall have none."""
+    if _is_local(options.host) or options.api_key or options.is_insecure:
+        return
+    raise KimiLiteError(
+        f"{options.host} can be reached from other machines, and there is no --api-key.",
+        "Add --api-key KEY, or --insecure if everybody there may use it.",
+    )
+
+
+def _is_local(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before the model is loaded: a port in use is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise KimiLiteError(f"{host} is no address of this machine: {error.strerror or error}.") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        problem = f"Port {port} of {host} cannot be had: {(error.strerror or str(error)).lower()}."
+        raise KimiLiteError(problem, "Try --port 0 for a free one, or another number.") from error
+    return listener
