@@ -78,7 +78,7 @@ def main(
         others = [{"recipe": choice.recipe, **choice.plan.to_json()} for choice in decided.choices]
         typer.echo(json.dumps({"recipe": decided.recipe, **decided.plan.to_json(), "recipes": others}))
     else:
-        _print(decided, subject, is_named=recipe is not None)
+        _print(decided, subject, is_named=recipe is not None, rest=rest)
     decided.plan.require()
 
 
@@ -108,7 +108,7 @@ def _decide(
     return Decided(best.plan, best.recipe, every)
 
 
-def _print(decided: Decided, subject: "Subject", is_named: bool) -> None:
+def _print(decided: Decided, subject: "Subject", is_named: bool, rest: str | None) -> None:
     from kimi_lite.plan.subject import smaller_model
     from kimi_lite.plan.view import command_lines, limit_flags, next_line, plan_lines, recipe_lines
     from kimi_lite.terminal import echo, width
@@ -116,7 +116,7 @@ def _print(decided: Decided, subject: "Subject", is_named: bool) -> None:
     plan, columns = decided.plan, width()
     lines = plan_lines(plan, columns)
     if not plan.hardware.is_described and (
-        line := next_line(plan, subject.origin, decided.recipe, subject.is_checkpoint)
+        line := next_line(plan, subject.origin, decided.recipe, subject.is_checkpoint, rest)
     ):
         lines += command_lines("Next", line, columns)
     if decided.choices:

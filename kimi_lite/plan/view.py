@@ -22,6 +22,7 @@ WIDTH, NARROWEST = 80, 40
 _NAMES = {"ram": "RAM", "vram": "VRAM", "pcie": "PCIe", "disk": "disk"}
 _NAMED_SHARE = 0.02  # of a place: parts of the panel that are smaller go together
 _PANEL_PARTS = {DENSE: "dense", KV: "KV", PINNED: "pinned"}
+_NOT_EXPERTS = "^(?!.*_exps)"  # names of tensors, for quantize
 _LEAST_HITS = 0.01  # of the chosen experts: fewer are not worth a word
 # Of the table of recipes: title, width, and whether a terminal of 40, 60 or 80 columns shows it.
 _COLUMNS = (
@@ -120,12 +121,14 @@ def place_lines(plan: Plan, width: int = WIDTH) -> Iterator[str]:
                 yield from wrap("", remark, width, label + 2)
 
 
-def next_line(plan: Plan, origin: str, recipe: str | None, is_checkpoint: bool) -> str:
-    """The command that does what was planned; empty for a model that is not here, or a plan that cannot be."""
+def next_line(plan: Plan, origin: str, recipe: str | None, is_checkpoint: bool, rest: str | None = None) -> str:
+    """The command that does what was planned; empty for a model that is not here, or a plan that cannot be. `rest`: the
+    type of all but the routed experts, where it is not the recipe's."""
     if plan.refusal:
         return ""
     if is_checkpoint:
-        return f"kimi-lite quantize {origin} OUT.gguf --recipe {recipe}"
+        others = f" --tensor-type '{_NOT_EXPERTS}={rest}'" if rest else ""
+        return f"kimi-lite quantize {origin} OUT.gguf --recipe {recipe}{others}"
     if recipe:
         return ""
     return f"kimi-lite chat -m {origin} -c {plan.context_length}{limit_flags(plan)}"

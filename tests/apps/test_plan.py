@@ -3,6 +3,7 @@ model."""
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from kimi_lite.arch.recipe import named_recipe
+from kimi_lite.arch.sizes import sizes_of
+from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.cli import app
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware import probe as hardware
@@ -20,7 +24,8 @@ from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.quality import loss_order, quality_of
 from kimi_lite.plan.subject import RECIPES, best_choice, choices, find_subject
 from kimi_lite.plan.types import KV
-from kimi_lite.plan.view import plan_lines, start_panel, verdict_line
+from kimi_lite.plan.view import next_line, plan_lines, start_panel, verdict_line
+from kimi_lite.quantize.recipe.choose import with_overrides
 from kimi_lite.units import GIB
 from tests.tiny import write_tiny_gguf
 
@@ -276,6 +281,19 @@ def test_a_checkpoint_needs_only_its_config(tmp_path):
     assert subject.sizes_in("tq1_0").expert_bytes == known.sizes_in("tq1_0").expert_bytes
     assert subject.vision_bytes == pytest.approx(known.vision_bytes, rel=0.002)
     assert subject.has_int4_experts == known.has_int4_experts
+
+
+def test_the_command_that_follows_makes_the_file_that_was_planned():
+    """With --rest too: quantize's exceptions by name give every tensor the type that the plan counts."""
+    subject = find_subject("moonlight")
+    plan = make_plan(subject.sizes_in("tq2_0", "q4_0"), HERE)
+    command = shlex.split(next_line(plan, "folder", "tq2_0", is_checkpoint=True, rest="q4_0"))
+    assert command[:6] == ["kimi-lite", "quantize", "folder", "OUT.gguf", "--recipe", "tq2_0"]
+    recipe = with_overrides(named_recipe("tq2_0"), [command[command.index("--tensor-type") + 1]])
+    tensors = [
+        (name, shape, recipe.choose(name, shape, name).layout) for name, shape in tensor_shapes(subject.config).items()
+    ]
+    assert sizes_of(subject.config, tensors).bytes_by_type == plan.sizes.bytes_by_type
 
 
 def test_a_choice_is_made_where_nothing_runs():

@@ -6,6 +6,7 @@ import pytest
 from kimi_lite.arch.tensors import open_model
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.cpu.transformer import Transformer
+from kimi_lite.options import Options
 from kimi_lite.plan.workspace import cpu_work_bytes
 from tests.tiny import write_tiny_gguf
 
@@ -47,7 +48,7 @@ def test_buffers_are_what_was_planned(tmp_path, shape, num_threads):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), types={"_exps": "Q8_0"}, **shape)
     store, config = open_model(path)
     kv = KVCache(config.num_layers, config.kv_latent_size, 2)
-    model = Transformer(store, config, kv, num_threads)
+    model = Transformer(store, config, kv, Options(num_threads=num_threads))
     try:
         held = [model._layers.buffers, model._layers.run, model._head.run, model._head.x, model._head.logits]
         made = array_bytes(held, set())
