@@ -133,6 +133,19 @@ def test_an_idle_team_costs_nothing():
     team.close()
 
 
+def test_threads_that_wait_for_a_core_do_not_spin():
+    """Many more threads than cores: CPU time, which other programs do not change, stays that of the work. Threads that
+    spin at every barrier for 100 us take a second here."""
+    team, values = Team(16), np.zeros(NUM_TASKS, np.int64)
+    program = fold_program(300, values)
+    team.run(program)
+    before = time.process_time()
+    team.run(program)
+    used_s = time.process_time() - before
+    team.close()
+    assert used_s < 0.4, used_s
+
+
 def test_two_teams_alive():
     """Each in a thread of its own, at the same time, and one after the other."""
     teams = [Team(2), Team(3)]
