@@ -205,7 +205,8 @@ def test_the_report_has_the_width_of_the_terminal(healthy, tiny, width, monkeypa
     assert result.exit_code == 2, "an NVIDIA GPU without its driver is a failure"
     lines = result.stdout.splitlines()
     for line in lines:
-        assert len(line) <= (width or 80) or " " not in line.strip(), line
+        text = line[17 if (width or 80) >= 60 else 5 :]
+        assert len(line) <= (width or 80) or len(text.split()) == 1, line  # a path alone may be longer
         assert {word.removesuffix(":") for word in line.split()} <= {word.removesuffix(":") for word in words}, line
     statuses = {line.split()[0] for line in lines if line and not line.startswith(" ")}
     assert statuses <= {"ok", "warn", "fail", lines[-1].split()[0]}
