@@ -135,7 +135,7 @@ def test_an_idle_team_costs_nothing():
 
 def test_threads_that_wait_for_a_core_do_not_spin():
     """Many more threads than cores: CPU time, which other programs do not change, stays that of the work. Threads that
-    spin at every barrier for 100 us take a second here."""
+    spin at every barrier for 100 us take 0.2 to 0.6 s here, these 0.006."""
     team, values = Team(16), np.zeros(NUM_TASKS, np.int64)
     program = fold_program(300, values)
     team.run(program)
@@ -143,7 +143,7 @@ def test_threads_that_wait_for_a_core_do_not_spin():
     team.run(program)
     used_s = time.process_time() - before
     team.close()
-    assert used_s < 0.4, used_s
+    assert used_s < 0.08, used_s
 
 
 def test_two_teams_alive():
