@@ -194,7 +194,7 @@ def _architecture(metadata: Mapping[str, object], source: str) -> Architecture:
         raise KimiLiteError(f"{source}: the metadata key general.architecture is missing.", METADATA_HINT)
     if not isinstance(kind, str) or kind != "model":
         problem = f"{source}: general.type is {shown(kind)}, and a language model says 'model'"
-        raise KimiLiteError(f"{problem}.", "Open the model itself; a vision part (mmproj) lies beside it.")
+        raise KimiLiteError(f"{problem}.", "Open the model itself; a vision part (mmproj) lies next to it.")
     found = find_architecture(name) if isinstance(name, str) else None
     if found is None:
         known = [repr(known.name) for known in architectures()]

@@ -90,7 +90,7 @@ _V2_LITE = replace(
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """`aliases` are other names that people type; `vision_bytes` of its eyes in bfloat16, 0 where it has none."""
+    """`aliases` are other names that people type; `vision_bytes` of its vision tower in bfloat16, or 0."""
 
     config: ModelConfig
     aliases: tuple[str, ...] = ()

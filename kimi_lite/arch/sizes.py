@@ -78,7 +78,7 @@ class ModelSizes:
 
     @property
     def shared_expert_bytes(self) -> float:
-        """The part of `gpu_dense_bytes` that runs beside the routed experts, taken at its mean size a weight."""
+        """The part of `gpu_dense_bytes` of the shared experts, at the mean size of a weight."""
         config = self.config
         dense = config.other_parameters - config.table.num_weights(config, "embedding")
         return self.gpu_dense_bytes * config.shared_parameters / dense

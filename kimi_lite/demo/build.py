@@ -117,7 +117,7 @@ def _row_reader(tensor: np.ndarray) -> RowReader:
 
 
 def _make_metadata(source: GGUFStore, layout: Layout) -> dict[str, Value]:
-    """The architecture's keys, where the weights come from and under which licence, the card, and the source's
+    """The architecture's keys, where the weights come from and under which licence, its model card, and the source's
     tokenizer."""
     keys = model_metadata(rehouse.CONFIG, layout)
     keys |= {

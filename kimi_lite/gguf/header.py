@@ -134,7 +134,7 @@ def _place_tensor(cursor: Cursor, entry: _TensorEntry, alignment: int, data_star
 
 
 def _foreign_type(ggml_id: int) -> str:
-    """The name of a type that other programs have and we do not, as " (I32)"; empty for one that nobody knows."""
+    """The name of a type that other programs have and we do not, as " (I32)"; empty for an unknown one."""
     from gguf.constants import GGMLQuantizationType  # only needed to name a type in an error
 
     names = {int(kind): kind.name for kind in GGMLQuantizationType}

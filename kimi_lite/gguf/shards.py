@@ -12,7 +12,7 @@ from kimi_lite.errors import KimiLiteError
 
 _SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PARTIAL_SUFFIXES = (".partial", ".part", ".incomplete", ".crdownload", ".aria2", ".download")
-_NOT_MODELS = ("mmproj", "imatrix")  # vision parts and quantization statistics lie beside many models
+_NOT_MODELS = ("mmproj", "imatrix")  # vision parts and quantization statistics lie next to many models
 _MAX_NAMES_SHOWN = 6
 
 

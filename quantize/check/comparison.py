@@ -1,4 +1,4 @@
-"""What a conversion does to a model's words: perplexity and Kullback-Leibler divergence beside the source, where both
+"""What a conversion does to a model's words: perplexity and Kullback-Leibler divergence from the source, where both
 run here.
 
 Part of `--verify`: four chunks of 512 tokens of a novel, measured as `python -m tools.quality` does.
@@ -72,7 +72,7 @@ def _measure(source: Path, path: Path, report: OnProgress) -> str:
     report("comparing with the source", 1, 1)
     kl, same = divergence.to_json()["kl_nats"], divergence.to_json()["top1_agreement"]
     return (
-        f"beside the source, on {len(own.nats):,} tokens of prose: perplexity {own.perplexity.mean:.3f} "
+        f"compared with the source, on {len(own.nats):,} tokens of prose: perplexity {own.perplexity.mean:.3f} "
         f"(source {before.perplexity.mean:.3f}), KL divergence {kl['mean']:.5f} ± {kl['error']:.5f} nats, "
         f"same best token {same['mean']:.1%}"
     )

@@ -155,7 +155,7 @@ class Int2Weight:
 
 def make_weight(name: str, raw: dict[str, RawTensor], fp8_block: tuple[int, int]) -> StoredWeight:
     """The weight `name` (ending in ".weight", or plain), from whichever tensors of `raw` store it. Raises
-    KimiLiteError, also for a tensor beside it that this way of storing does not use: it would change the weight."""
+    KimiLiteError, also for a tensor next to it that this way of storing does not use: it would change the weight."""
     if f"{name}_packed" in raw:
         weight, used = _make_int4(name, raw), {"_packed", "_scale", "_shape"}
     elif name not in raw:

@@ -2,7 +2,7 @@
 them.
 
 A flipped bit in a header is always found, one in a weight is not: safetensors has no checksums. Hugging Face's
-downloader leaves them beside the files, in either of its layouts: `hf download --local-dir` writes
+downloader leaves them next to the files, in either of its layouts: `hf download --local-dir` writes
 `.cache/huggingface/download/NAME.metadata` with the hash in its second line, and its shared cache names the file itself
 after it. A file SHA256SUMS is read too.
 """
@@ -34,7 +34,7 @@ def check_source(folder: Path, on_progress: OnProgress | None = None) -> str:
     if unknown:
         raise KimiLiteError(
             f"No checksum is known for {len(unknown)} of {len(files)} files, the first is {unknown[0]}.",
-            "Download with `hf download --local-dir`, which leaves them, or put a SHA256SUMS file beside the weights.",
+            "Download with `hf download --local-dir`, which leaves them, or put a SHA256SUMS file next to the weights.",
         )
     total = sum(file.stat().st_size for file in files)
     report, done = on_progress or (lambda name, done, total: None), 0

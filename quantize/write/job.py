@@ -85,7 +85,7 @@ class Job:
 
 
 def log_path(path: Path) -> Path:
-    """The log beside `NAME.gguf` or its shards: NAME.quantize.jsonl."""
+    """The log next to `NAME.gguf` or its shards: NAME.quantize.jsonl."""
     return path.with_name(f"{path.name.removesuffix('.gguf')}.quantize.jsonl")
 
 

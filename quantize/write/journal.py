@@ -3,7 +3,7 @@ disk.
 
 The first line holds the fingerprint of the work (source files, types, sizes, metadata). Lines are appended and fsynced
 after the bytes they vouch for; a line that a kill cut in half is dropped. The file is locked while a process works on
-it, and in the end stays beside the model as its log: type, bytes, SHA-256 and relative error of every tensor.
+it, and in the end stays next to the model as its log: type, bytes, SHA-256 and relative error of every tensor.
 """
 
 import json
@@ -94,7 +94,7 @@ def read_log(path: Path) -> dict[str, Entry]:
     """The finished tensors of a log by name. Raises KimiLiteError where there is none."""
     if not path.is_file():
         raise KimiLiteError(
-            f"There is no {path}, the log that `quantize` leaves beside a model.", "Verify what it wrote."
+            f"There is no {path}, the log that `quantize` leaves next to a model.", "Verify what it wrote."
         )
     return {line["name"]: Entry(**line) for line in _whole_lines(path.read_bytes())[1:]}
 

@@ -37,7 +37,7 @@ _VERSION = 3
 _CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: rows on their way from file to file stay in the processor's cache
 _FEEDBACK_WEIGHTS = 1 << 21  # rows that share a product with the whole curvature of their matrix
 _MEASURED_EVERY = 8  # pieces: an error known to a per cent for an eighth of the time that decoding all would take
-HEADER_BYTES = 64 << 20  # room asked for beside the tensors: more than the largest tokenizer and all padding take
+HEADER_BYTES = 64 << 20  # space asked for besides the tensors: more than the largest tokenizer and all padding take
 
 # (first row, end row) -> float32 (rows, n) to be encoded, or uint8 (rows, row_bytes) of a tensor that says `is_encoded`
 RowReader = Callable[[int, int], np.ndarray]

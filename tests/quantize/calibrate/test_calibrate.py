@@ -176,7 +176,8 @@ def test_verify_measures_what_the_words_lose(source, tmp_path, short_comparison)
     lines = run(settings(source, tmp_path / "a.gguf", calibrate=None), quiet, False, True)
     assert lines[-2].startswith("verified ") and "all checksums equal" in lines[-2]
     assert (
-        lines[-1].startswith("beside the source, on 255 tokens of prose: perplexity ") and "KL divergence" in lines[-1]
+        lines[-1].startswith("compared with the source, on 255 tokens of prose: perplexity ")
+        and "KL divergence" in lines[-1]
     )
     log = [json.loads(line) for line in (tmp_path / "a.quantize.jsonl").read_text().splitlines()]
     assert all(0.1 < entry["error"] < 0.9 for entry in log[1:] if entry["type"] == "TQ1_0")
