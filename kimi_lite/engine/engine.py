@@ -23,7 +23,7 @@ from kimi_lite.engine.pace import Pace
 from kimi_lite.engine.sampler import Sampler, logprobs
 from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
 from kimi_lite.engine.sequence import Sequence
-from kimi_lite.engine.types import FinishReason, ModelInfo, Request, Stats, Token
+from kimi_lite.engine.types import ContextExceeded, FinishReason, ModelInfo, Request, Stats, Token
 from kimi_lite.engine.watch import OnPrefill, StepWatch
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.kv.pages import KVCache
@@ -152,7 +152,12 @@ class Engine:
         self.require_room(request)
         assert request.max_reasoning_tokens is None or END_THINK in self.tokenizer.special, request.id
         parser = StreamParser(
-            self.tokenizer, request.starts_in_reasoning, request.sampling.stop, request.tools, request.num_calls
+            self.tokenizer,
+            request.starts_in_reasoning,
+            request.sampling.stop,
+            request.tools,
+            request.num_calls,
+            request.is_plain,
         )
         sampler = Sampler(request.sampling, request.prompt_ids, self.tokenizer.vocab_size)
         guard = request.loop_limits and LoopGuard(request.loop_limits, request.earlier_calls)
@@ -169,7 +174,7 @@ class Engine:
             most = self.max_context_length or math.inf
             wanted = -(-(need + _ANSWER_TOKENS) // 1024) * 1024
             longer = f"-c {tokens_flag(min(wanted, most))} or " if need < most else ""
-            raise KimiLiteError(
+            raise ContextExceeded(
                 f"The prompt and the answer's first token need a context of {need + 1:,} tokens; it has {have:,}.",
                 f"Try {longer}a shorter prompt.",
             )
@@ -249,7 +254,10 @@ class Engine:
         stats, name = sequence.stats(self.clock_s()), sequence.request.id
         pieces = pieces or [Piece(sequence.parser.kind)]
         ids, reasons = [token_id] + [None] * len(pieces), [None] * (len(pieces) - 1) + [reason]
-        return [_token(name, i, p, r, stats) for i, p, r in zip(ids, pieces, reasons, strict=False)]
+        tokens = [_token(name, i, p, r, stats) for i, p, r in zip(ids, pieces, reasons, strict=False)]
+        if reason == "stop":
+            tokens[-1] = replace(tokens[-1], stopped_by=sequence.parser.stopped_by)
+        return tokens
 
     def _end_cancelled(self) -> list[Token]:
         tokens = []

@@ -14,6 +14,7 @@ from kimi_lite.engine.types import Logprob, Logprobs, SamplingParams
 from kimi_lite.errors import KimiLiteError
 
 BINS_PER_NAT, NUM_BINS = 32, 2048  # the histogram reaches 64 nats (a factor of 1e28) below the best token
+MIN_TEMPERATURE = 1e-6  # below it only the best token has a chance that float32 can hold
 NEAR_NATS = 7.0  # tokens less than a thousandth as likely as the best are looked at only when the others are too few
 
 
@@ -46,7 +47,7 @@ class Sampler:
         if allowed is not None:
             logits = np.where(unpack_bits(allowed, len(logits)), logits, -np.inf)
         best = int(logits.argmax())
-        chosen = best if self.params.temperature == 0 else self._draw(logits, logits[best])
+        chosen = best if self.params.temperature < MIN_TEMPERATURE else self._draw(logits, logits[best])
         if self.is_seen is not None:
             self.is_seen[chosen] = True
         if self.counts is not None:

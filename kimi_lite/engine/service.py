@@ -47,7 +47,11 @@ class QueueFull(KimiLiteError):
 
 
 class Unavailable(KimiLiteError):
-    """The engine is still loading, is closing, or has failed."""
+    """The engine is still loading, is closing, or has failed: `state` says which."""
+
+    def __init__(self, state: State, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.state = state
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +161,12 @@ class EngineService:
         if self.state == "ready":
             return self.engine
         if self.state == "loading":
-            raise Unavailable("The model is still loading.", "Ask /health and try again.")
+            raise Unavailable("loading", "The model is still loading.", "Ask /health and try again.")
         if self.state == "failed":
-            raise Unavailable(f"The engine has stopped: {_first_line(self.failure)}", "Start the server again.")
-        raise Unavailable("The server is shutting down.")
+            raise Unavailable(
+                "failed", f"The engine has stopped: {_first_line(self.failure)}", "Start the server again."
+            )
+        raise Unavailable(self.state, "The server is shutting down.")
 
     def load(self) -> Load:
         """How busy the engine is."""
@@ -288,14 +294,17 @@ class EngineService:
             listeners = [*self._listeners.values(), *self._inbox]
             self._listeners.clear()
             self._inbox.clear()
-        problem = Unavailable(f"The engine has stopped: {_first_line(error)}", "Start the server again.")
         for listener in listeners:
-            self._end(listener, problem)
+            self._end(listener, _stopped(error))
 
 
 def _put_all(items: list[tuple[_Feed, list[Event] | BaseException | None]]) -> None:
     for feed, events in items:
         feed.queue.put_nowait(events)
+
+
+def _stopped(failure: BaseException | None) -> Unavailable:
+    return Unavailable("failed", f"The engine has stopped: {_first_line(failure)}", "Start the server again.")
 
 
 def _first_line(error: BaseException | None) -> str:

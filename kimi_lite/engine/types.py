@@ -82,6 +82,10 @@ class Logprobs(NamedTuple):
     top: tuple[Logprob, ...]
 
 
+class ContextExceeded(KimiLiteError):
+    """A prompt that the context can never hold."""
+
+
 def _require(name: str, value: object, allowed: str, is_allowed: bool) -> None:
     if not is_allowed:
         raise KimiLiteError(f"{name} is {value!r}; it must be {allowed}.")
@@ -103,6 +107,7 @@ class Request:
     loop_limits: LoopLimits | None = None  # None: an answer may repeat itself
     earlier_calls: tuple[tuple[str, str], ...] = ()  # (name, arguments) of the conversation, for the loop guard
     client: str = ""  # whose request it is: clients take turns in the queue
+    is_plain: bool = False  # a text to go on with, no chat: the answer is all content, markers mean nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +148,7 @@ class Token:
     error: str | None = None  # what is wrong with a tool call: it has no tool, or its arguments are no JSON object
     logprobs: Logprobs | None = None  # of `id`, where they were asked for
     failure: KimiLiteError | None = None  # with finish reason "error": why this request alone could not go on
+    stopped_by: str | None = None  # with finish reason "stop": the stop string that was met
     unsaid: str = ""  # came as content (or reasoning) before and is this token's text instead: a late `</think>`
 
 

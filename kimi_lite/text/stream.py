@@ -130,13 +130,18 @@ class TextParser:
         self._open, self._book = _OpenCall(), CallBook(num_calls)
         self._pieces: list[Piece] = []
         self.tool_calls: tuple[ToolCall, ...] = ()  # all calls with a name, complete
-        self.is_stopped = False  # a stop string was met; it and what follows is not shown
+        self.stopped_by: str | None = None  # the stop string that was met; it and what follows is not shown
 
     @property
     def kind(self) -> Kind:
         """Of what comes next, probably."""
         kinds: dict[_State, Kind] = {_State.REASONING: "reasoning", _State.CONTENT: "content"}
         return kinds.get(self._state, "tool_call")
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self.stopped_by is not None
 
     @property
     def may_be_reasoning(self) -> bool:
@@ -219,7 +224,7 @@ class TextParser:
             return
         self._held = self._held[start + len(literal) :]
         if literal in self._stop:
-            self.is_stopped, self._held = True, ""
+            self.stopped_by, self._held = literal, ""
         else:
             self._on_marker(literal)
 
@@ -354,11 +359,13 @@ class StreamParser(TextParser):
         stop: Sequence[str] = (),
         tools: Sequence[Mapping] = (),
         num_calls: int = 0,
+        is_plain: bool = False,
     ) -> None:
-        dialect = dialect_of(tokenizer.special)
-        has_think = starts_in_reasoning or THINK in tokenizer.special
+        """is_plain: all is content; markers mean nothing and, like other control tokens, have no text."""
+        dialect = None if is_plain else dialect_of(tokenizer.special)
+        has_think = not is_plain and (starts_in_reasoning or THINK in tokenizer.special)
         super().__init__(dialect, has_think, starts_in_reasoning, stop, tools, num_calls)
-        names = (THINK, END_THINK, *self._tool_markers)
+        names = () if is_plain else (THINK, END_THINK, *self._tool_markers)
         self._tokenizer = tokenizer
         self._markers = {tokenizer.special[name]: name for name in names if name in tokenizer.special}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

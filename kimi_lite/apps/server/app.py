@@ -7,12 +7,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_lite.apps.server import basics
+from kimi_lite.apps.server import anthropic_messages, basics
 from kimi_lite.apps.server.chat import Chats
-from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.errors import ApiError, error_response
 from kimi_lite.apps.server.log import AnswerLog
 from kimi_lite.apps.server.openai_chat import chat_completions
 from kimi_lite.apps.server.security import Guard
@@ -45,6 +45,8 @@ def routes() -> list[Route]:
     """Every endpoint."""
     return [
         _route("/v1/chat/completions", chat_completions, "POST"),
+        _route("/v1/messages", anthropic_messages.messages, "POST"),
+        _route("/v1/messages/count_tokens", anthropic_messages.count_tokens, "POST"),
         _route("/v1/models", basics.models),
         _route("/v1/models/{name:path}", basics.model),
         _route("/tokenize", basics.tokenize, "POST"),
@@ -59,25 +61,20 @@ def _route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
         try:
             return await endpoint(http)
         except Exception as error:
-            return _as_response(http, error)
+            return error_response(http, error)
 
     answer.__doc__ = endpoint.__doc__
     return Route(path, answer, methods=[method], name=endpoint.__name__)
 
 
-def _as_response(http: HttpRequest, error: Exception) -> Response:
-    known = ApiError.of(error)
-    if known.status >= 500:
-        http.app.state.server.log_failure(error)
-    body = known.anthropic() if http.url.path.startswith("/v1/messages") else known.openai()
-    return JSONResponse(body, known.status, known.headers)
-
-
 async def _on_http_error(http: HttpRequest, error: HTTPException) -> Response:
-    words = {404: "There is no such endpoint.", 405: "This endpoint takes another method."}
+    missing = "There is no such endpoint."
+    if http.url.path.startswith("/v1/v1/"):
+        missing += " The base URL of Anthropic's clients ends before /v1."
+    words = {404: missing, 405: "This endpoint takes another method."}
     detail = words.get(error.status_code, str(error.detail))
-    return _as_response(http, ApiError(error.status_code, detail, headers=dict(error.headers or {})))
+    return error_response(http, ApiError(error.status_code, detail, headers=dict(error.headers or {})))
 
 
 async def _on_error(http: HttpRequest, error: Exception) -> Response:
-    return _as_response(http, error)
+    return error_response(http, error)

@@ -1,5 +1,8 @@
 """Small endpoints: models, tokens, health, metrics."""
 
+from datetime import UTC, datetime
+from typing import Any
+
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -14,8 +17,10 @@ from kimi_lite.apps.server.state import ServerState
 
 async def models(http: HttpRequest) -> Response:
     """GET /v1/models: the one that is loaded."""
-    state: ServerState = http.app.state.server
-    return JSONResponse({"object": "list", "data": [_model(state)]})
+    found = _model_for(http)
+    if "anthropic-version" in http.headers:
+        return JSONResponse({"data": [found], "has_more": False, "first_id": found["id"], "last_id": found["id"]})
+    return JSONResponse({"object": "list", "data": [found]})
 
 
 async def model(http: HttpRequest) -> Response:
@@ -23,11 +28,17 @@ async def model(http: HttpRequest) -> Response:
     state: ServerState = http.app.state.server
     if http.path_params["name"] != state.model_name and not http.path_params["name"].startswith("claude-"):
         raise ApiError(404, f"There is no such model; this server has {state.model_name}.", "model_not_found", "model")
-    return JSONResponse(_model(state))
+    return JSONResponse(_model_for(http))
 
 
-def _model(state: ServerState) -> dict:
+def _model_for(http: HttpRequest) -> dict[str, Any]:
+    """The model as the client's API describes one."""
+    state: ServerState = http.app.state.server
     engine = state.service.require_ready()
+    if "anthropic-version" in http.headers:
+        created = datetime.fromtimestamp(int(state.started_s), UTC).isoformat().replace("+00:00", "Z")
+        head = {"type": "model", "id": state.model_name, "display_name": state.model_name, "created_at": created}
+        return {**head, "max_input_tokens": engine.context_length, "max_tokens": engine.context_length}
     return {
         "id": state.model_name,
         "object": "model",

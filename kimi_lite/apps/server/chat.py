@@ -6,7 +6,7 @@ between them is only how it is written and how the answer is.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal
@@ -77,10 +77,10 @@ class Chats:
         engine = self.service.require_ready()
         return len((await asyncio.to_thread(self._encode, engine, chat)).ids)
 
-    def open(self, prepared: Prepared) -> list["Choice"]:
+    def open(self, requests: Sequence[Request]) -> list["Choice"]:
         """Put all choices into the queue; QueueFull where they have no place, and then none is."""
         choices: list[Choice] = []
-        for request in prepared.requests:
+        for request in requests:
             try:
                 choices.append(Choice(self, self.service.submit(request)))
             except BaseException:

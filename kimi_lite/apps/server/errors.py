@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
 from kimi_lite.engine.service import QueueFull, Unavailable
+from kimi_lite.engine.types import ContextExceeded
 from kimi_lite.errors import KimiLiteError
 
 _OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
@@ -41,12 +45,15 @@ class ApiError(Exception):
         if isinstance(error, QueueFull):
             return cls(429, str(error), "queue_full", headers={"Retry-After": str(error.retry_after_s)})
         if isinstance(error, Unavailable):
-            is_loading = "loading" in error.message
-            headers = {"Retry-After": "5"} if is_loading else {}
-            return cls(503 if is_loading else 500, str(error), "unavailable", headers=headers)
+            if error.state == "loading":
+                return cls(503, str(error), "loading", headers={"Retry-After": "5"})
+            if error.state == "failed":  # why is for the log: it may name files
+                return cls(500, "The engine has stopped; the server's log says why.", "engine_stopped")
+            return cls(503, str(error), "shutting_down")
+        if isinstance(error, ContextExceeded):
+            return cls(400, str(error), "context_length_exceeded")
         if isinstance(error, KimiLiteError):
-            is_context = "need a context of" in error.message
-            return cls(400, str(error), "context_length_exceeded" if is_context else "invalid_request")
+            return cls(400, str(error), "invalid_request")
         return cls(500, "The server made a mistake; its log says which.", "internal_error")
 
     def openai(self) -> dict[str, Any]:
@@ -58,3 +65,22 @@ class ApiError(Exception):
         """The body that Anthropic's clients expect."""
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def body_for(self, http: HttpRequest) -> dict[str, Any]:
+        """In the shape of the API that was asked."""
+        is_anthropic = "/v1/messages" in http.url.path or "anthropic-version" in http.headers
+        return self.anthropic() if is_anthropic else self.openai()
+
+
+def told(http: HttpRequest, error: Exception) -> ApiError:
+    """What the client is told of an error; what it is not told goes to the log."""
+    known = ApiError.of(error)
+    if known.status >= 500:
+        http.app.state.server.log_failure(error)
+    return known
+
+
+def error_response(http: HttpRequest, error: Exception) -> Response:
+    """The whole response to a request that failed."""
+    known = told(http, error)
+    return JSONResponse(known.body_for(http), known.status, known.headers)

@@ -1,27 +1,26 @@
 """`/v1/chat/completions`: OpenAI's body to a chat request, and its answers back, in one document or as chunks."""
 
-import json
 import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from kimi_lite.apps.server import sse
 from kimi_lite.apps.server.bodies import read_body
 from kimi_lite.apps.server.chat import ChatRequest, Choice, Prepared
-from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.errors import ApiError, told
 from kimi_lite.apps.server.merge import merged
 from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools
 from kimi_lite.apps.server.openai_models import ChatBody, Sampled
+from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
 from kimi_lite.engine.service import Progress
-from kimi_lite.engine.types import TOP_P, Logprobs, SamplingParams, Stats, Token
-
-_FINISH = {"cancelled": "stop"}  # all others are the API's own words, or say what they mean ("repetition")
+from kimi_lite.engine.types import TOP_P, FinishReason, Logprobs, SamplingParams, Stats, Token
+from kimi_lite.text.tokenizer import Tokenizer
 
 
 async def chat_completions(http: HttpRequest) -> Response:
@@ -30,10 +29,8 @@ async def chat_completions(http: HttpRequest) -> Response:
     body = await read_body(http, ChatBody)
     chat = to_chat(body, state, client_of(http, body.prompt_cache_key or body.user))
     prepared = await state.chats.prepare(chat)
-    writer = _Writer(state, body, prepared, state.chats.open(prepared))
-    if body.stream:
-        return sse.stream(writer.chunks())
-    return await sse.unless_gone(http, writer.document())
+    writer = _Writer(http, body, prepared, state.chats.open(prepared.requests))
+    return sse.EventStream(writer.chunks(), writer.sign_of_life) if body.stream else sse.Document(http, writer.document)
 
 
 def to_chat(body: ChatBody, state: ServerState, client: str) -> ChatRequest:
@@ -50,7 +47,9 @@ def to_chat(body: ChatBody, state: ServerState, client: str) -> ChatRequest:
         is_thinking=_is_thinking(body),
         keeps_reasoning=_keeps_reasoning(body),
         max_reasoning_tokens=_reasoning_tokens(body),
-        sampling=sampling_of(body, body.max_completion_tokens or body.max_tokens, _num_logprobs(body)),
+        sampling=sampling_of(
+            body, body.max_completion_tokens or body.max_tokens, _num_logprobs(body), engine.tokenizer.vocab_size
+        ),
         temperature=body.temperature,
         num_choices=body.n or 1,
         json_schema=_schema(body),
@@ -58,7 +57,7 @@ def to_chat(body: ChatBody, state: ServerState, client: str) -> ChatRequest:
     )
 
 
-def sampling_of(body: Sampled, max_tokens: int | None, num_logprobs: int | None) -> SamplingParams:
+def sampling_of(body: Sampled, max_tokens: int | None, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
     """The sampling fields; the temperature is the mode's where none is given, which `Chats` fills in."""
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return SamplingParams(
@@ -69,20 +68,21 @@ def sampling_of(body: Sampled, max_tokens: int | None, num_logprobs: int | None)
         repetition_penalty=body.repetition_penalty or body.repeat_penalty or 1.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
-        logit_bias=_biases(body.logit_bias or {}),
+        logit_bias=_biases(body.logit_bias or {}, vocab_size),
         num_logprobs=num_logprobs,
         seed=None if body.seed is None else body.seed % (1 << 63),
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or body.max_tokens,
         stop=tuple(text for text in stop if text),
         ignore_eos=body.ignore_eos,
     )
 
 
-def _biases(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple((int(token_id), bias) for token_id, bias in biases.items())
-    except ValueError:
-        raise ApiError(400, "logit_bias must have token ids as keys.", "invalid_value", "logit_bias") from None
+def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    unknown = [name for name in biases if not (name.isdecimal() and len(name) < 10 and int(name) < vocab_size)]
+    if unknown:
+        problem = f"logit_bias must have token ids as keys, from 0 to {vocab_size - 1}; one is {unknown[0][:40]!r}."
+        raise ApiError(400, problem, "invalid_value", "logit_bias")
+    return tuple((int(token_id), bias) for token_id, bias in biases.items())
 
 
 def _is_thinking(body: ChatBody) -> bool | None:
@@ -124,160 +124,164 @@ def _schema(body: ChatBody) -> dict[str, Any] | None:
     return schema
 
 
-@dataclass(slots=True)
-class _Said:
-    """What came of one choice so far."""
-
-    content: list[str] = field(default_factory=list)
-    reasoning: list[str] | None = None  # None: it was not in a thinking mode
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish_reason: str | None = None
-    stats: Stats | None = None
-
-    def add(self, token: Token) -> None:
-        self.stats = token.stats
-        if token.unsaid:  # it was reasoning after all
-            self.reasoning, self.content = [*(self.reasoning or []), *self.content], []
-        elif token.kind == "reasoning":
-            self.reasoning = [*(self.reasoning or []), token.text]
-        elif token.kind == "content":
-            self.content.append(token.text)
-        elif token.call is not None:
-            function = {"name": token.call.name, "arguments": ""}
-            self.calls.append({"id": token.call.id, "type": "function", "function": function})
-        elif token.call_index is not None and token.call_index < len(self.calls):
-            self.calls[token.call_index]["function"]["arguments"] += token.text
-        self.finish_reason = token.finish_reason or self.finish_reason
-
-
 class _Writer:
     """The answer to one request, in OpenAI's shape."""
 
-    def __init__(self, state: ServerState, body: ChatBody, prepared: Prepared, answers: Sequence[Choice]) -> None:
-        self._state, self._body, self._prepared, self._answers = state, body, prepared, answers
+    def __init__(self, http: HttpRequest, body: ChatBody, prepared: Prepared, choices: Sequence[Choice]) -> None:
+        state: ServerState = http.app.state.server
+        self._http, self._state, self._body, self._prepared, self._choices = http, state, body, prepared, choices
         self._tokenizer = state.service.require_ready().tokenizer
         self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": state.model_name}
+        self._started_s = time.monotonic()
+        self._num_cached: dict[int, int] = {}  # tokens of the prompt, by choice, as its first progress said
         starts = prepared.requests[0].starts_in_reasoning
-        self._choices = [_Said(reasoning=[] if starts else None) for _ in prepared.requests]
+        self._outcomes = [Outcome(reasoning="" if starts else None) for _ in choices]
 
-    async def document(self) -> Response:
+    async def document(self) -> dict[str, Any]:
         """The whole answer at once."""
-        async for i, event in merged(self._answers):
-            if isinstance(event, Token):
-                _raise_failure(event)
-                self._choices[i].add(event)
-                self._add_logprobs(i, event)
-        choices = [self._whole(i, choice) for i, choice in enumerate(self._choices)]
-        self._state.log_answer(self._prepared, [choice.stats for choice in self._choices])
-        return JSONResponse(
-            {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage(), **self._timings()}
-        )
+        try:
+            async for i, event in merged(self._choices):
+                if isinstance(event, Token):
+                    self._add(i, event)
+        finally:
+            self._log()
+        choices = [self._whole(i, outcome) for i, outcome in enumerate(self._outcomes)]
+        whole = {**self._head, "object": "chat.completion", "choices": choices}
+        return {**whole, "usage": self._usage(), **self._timings()}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The answer as it comes. The first chunk goes out at once."""
-        for i in range(len(self._choices)):
+        for i in range(len(self._outcomes)):
             yield self._chunk(i, {"role": "assistant", "content": ""})
         try:
-            async for item in sse.with_keepalive(merged(self._answers), lambda: [sse.KEEPALIVE, self._chunk(0, {})]):
-                if isinstance(item, bytes):
-                    yield item
-                    continue
-                i, event = item
+            async for i, event in merged(self._choices):
                 if isinstance(event, Progress):
                     if self._body.return_progress:
-                        yield self._progress(event)
+                        yield self._progress(i, event)
                     continue
-                _raise_failure(event)
-                self._choices[i].add(event)
-                for delta, reason in self._deltas(event):
-                    yield self._chunk(i, delta, reason, event.logprobs)
+                self._add(i, event)
+                for chunk in self._chunks_of(i, event):
+                    yield chunk
         except Exception as error:
-            self._state.log_failure(error)
-            yield sse.event(ApiError.of(error).openai())
+            yield sse.event(told(self._http, error).openai())
             return
         finally:
-            self._state.log_answer(self._prepared, [choice.stats for choice in self._choices])
+            self._log()
         if self._body.stream_options and self._body.stream_options.include_usage:
-            yield sse.event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(),
-                             **self._timings()})  # fmt: skip
-        yield b"data: [DONE]\n\n"
+            last = {**self._head, "object": "chat.completion.chunk", "choices": []}
+            yield sse.event({**last, "usage": self._usage(), **self._timings()})
+        yield sse.DONE
 
-    def _deltas(self, token: Token) -> list[tuple[dict[str, Any], str | None]]:
-        """The deltas of one token: text of its kind, and at the end a finish reason alone."""
-        deltas: list[tuple[dict[str, Any], str | None]] = []
+    def sign_of_life(self) -> bytes:
+        """While nothing is to be said: a comment, and an empty delta for clients that count chunks."""
+        return sse.KEEPALIVE + self._chunk(0, {})
+
+    def _add(self, i: int, token: Token) -> None:
+        if token.logprobs is not None and self._tokenizer.is_control(token.logprobs.chosen.token_id):
+            token = replace(token, logprobs=None)  # the end is no part of the message
+        self._outcomes[i].add(token)
+
+    def _chunks_of(self, i: int, token: Token) -> Iterator[bytes]:
+        """Text of its kind, and at the end a finish reason alone. What was said already is not said again as
+        reasoning: a stream cannot take back."""
+        delta: dict[str, Any] = {}
         if token.kind == "tool_call":
-            index = token.call_index or 0
-            if token.call is not None:
-                function = {"name": token.call.name, "arguments": token.text}
-                call = {"index": index, "id": token.call.id, "type": "function", "function": function}
-                deltas.append(({"tool_calls": [call]}, None))
-            elif token.text:
-                deltas.append(({"tool_calls": [{"index": index, "function": {"arguments": token.text}}]}, None))
-        elif token.text:
-            name = "reasoning_content" if token.kind == "reasoning" else "content"
-            deltas.append(({name: token.text}, None))
+            delta = _call_delta(token)
+        elif token.text and not token.unsaid:
+            delta = {"reasoning_content" if token.kind == "reasoning" else "content": token.text}
+        logprobs = self._token_logprobs(token)
+        if delta or logprobs:
+            yield self._chunk(i, delta, None, logprobs)
         if token.finish_reason is not None:
-            deltas.append(({}, _FINISH.get(token.finish_reason, token.finish_reason)))
-        return deltas
+            yield self._chunk(i, {}, finish_reason(token.finish_reason))
+
+    def _token_logprobs(self, token: Token) -> list[dict[str, Any]]:
+        """Also of a token whose text is not known yet."""
+        logprobs = token.logprobs
+        if logprobs is None or token.kind != "content" or self._tokenizer.is_control(logprobs.chosen.token_id):
+            return []
+        return [logprob_of(self._tokenizer, logprobs)]
 
     def _chunk(
-        self, i: int, delta: dict[str, Any], reason: str | None = None, logprobs: Logprobs | None = None
+        self, i: int, delta: dict[str, Any], reason: str | None = None, logprobs: list[dict[str, Any]] | None = None
     ) -> bytes:
         choice: dict[str, Any] = {"index": i, "delta": delta, "finish_reason": reason}
-        if logprobs is not None and "content" in delta:
-            choice["logprobs"] = {"content": [self._logprob(logprobs)]}
+        if logprobs:
+            choice["logprobs"] = {"content": logprobs}
         return sse.event({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
 
-    def _progress(self, event: Progress) -> bytes:
+    def _progress(self, i: int, event: Progress) -> bytes:
         """As llama-server tells it: an empty delta with how far the prompt is."""
-        progress = {"total": event.total_tokens, "processed": event.done_tokens}
-        choice = {"index": 0, "delta": {}, "finish_reason": None}
-        return sse.event(
-            {**self._head, "object": "chat.completion.chunk", "choices": [choice], "prompt_progress": progress}
-        )
+        progress = {
+            "total": event.total_tokens,
+            "cache": self._num_cached.setdefault(i, event.done_tokens),
+            "processed": event.done_tokens,
+            "time_ms": round(1e3 * (time.monotonic() - self._started_s)),
+        }
+        choice = {"index": i, "delta": {}, "finish_reason": None}
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return sse.event({**chunk, "prompt_progress": progress})
 
-    def _whole(self, i: int, choice: _Said) -> dict[str, Any]:
-        content = "".join(choice.content)
-        message: dict[str, Any] = {"role": "assistant", "content": content if content or not choice.calls else None}
-        if choice.reasoning is not None:
-            message["reasoning_content"] = "".join(choice.reasoning)
-        if choice.calls:
-            message["tool_calls"] = choice.calls
-        reason = choice.finish_reason or "stop"
-        whole = {"index": i, "message": message, "finish_reason": _FINISH.get(reason, reason)}
-        return {**whole, "logprobs": {"content": choice.logprobs}} if self._body.logprobs else whole
-
-    def _add_logprobs(self, i: int, token: Token) -> None:
-        if token.logprobs is not None and token.kind == "content":
-            self._choices[i].logprobs.append(self._logprob(token.logprobs))
-
-    def _logprob(self, logprobs: Logprobs) -> dict[str, Any]:
-        def entry(token_id: int, value: float) -> dict[str, Any]:
-            data = self._tokenizer.decode_bytes(token_id)
-            return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
-
-        return {**entry(*logprobs.chosen), "top_logprobs": [entry(*top) for top in logprobs.top]}
+    def _whole(self, i: int, outcome: Outcome) -> dict[str, Any]:
+        content = outcome.content if outcome.content or not outcome.calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if outcome.reasoning is not None:
+            message["reasoning_content"] = outcome.reasoning
+        if outcome.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in outcome.calls
+            ]
+        entries = [logprob_of(self._tokenizer, each) for each in outcome.logprobs]
+        whole = {"index": i, "message": message, "finish_reason": finish_reason(outcome.finish_reason or "stop")}
+        return {**whole, "logprobs": {"content": entries} if self._body.logprobs else None}
 
     def _usage(self) -> dict[str, Any]:
-        return usage([choice.stats for choice in self._choices], self._prepared)
+        return usage(TokenCounts.of(self._prepared.num_prompt_tokens, self._outcomes))
 
     def _timings(self) -> dict[str, Any]:
-        stats = self._choices[0].stats
+        stats = self._outcomes[0].stats
         return {} if stats is None else {"timings": timings(stats)}
 
+    def _log(self) -> None:
+        self._state.log_answer(self._prepared, [outcome.stats for outcome in self._outcomes])
 
-def usage(stats: list[Stats | None], prepared: Prepared) -> dict[str, Any]:
-    """Prompt tokens count once, however many choices."""
-    known = [each for each in stats if each is not None]
-    num_prompt, num_cached = prepared.num_prompt_tokens, known[0].cached_tokens if known else 0
-    num_generated = sum(each.generated_tokens for each in known)
+
+def _call_delta(token: Token) -> dict[str, Any]:
+    """{} where it adds nothing: a call that cannot be used is not told."""
+    if token.call is not None:
+        function = {"name": token.call.name, "arguments": token.text}
+        call = {"index": token.call_index, "id": token.call.id, "type": "function", "function": function}
+        return {"tool_calls": [call]}
+    if token.text and token.call_index is not None:
+        return {"tool_calls": [{"index": token.call_index, "function": {"arguments": token.text}}]}
+    return {}
+
+
+def finish_reason(reason: FinishReason) -> str:
+    """OpenAI's word where it has one; the others ("repetition") say what they mean."""
+    return "stop" if reason == "cancelled" else reason
+
+
+def logprob_of(tokenizer: Tokenizer, logprobs: Logprobs) -> dict[str, Any]:
+    """One token's log-probability and its alternatives'."""
+
+    def entry(token_id: int, value: float) -> dict[str, Any]:
+        data = tokenizer.decode_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
+
+    return {**entry(*logprobs.chosen), "top_logprobs": [entry(*top) for top in logprobs.top]}
+
+
+def usage(counts: TokenCounts) -> dict[str, Any]:
+    """OpenAI's, with the vendor's `cached_tokens`."""
     return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_generated,
-        "total_tokens": num_prompt + num_generated,
-        "cached_tokens": num_cached,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.generated,
+        "total_tokens": counts.prompt + counts.generated,
+        "cached_tokens": counts.cached,
+        "prompt_tokens_details": {"cached_tokens": counts.cached},
+        "completion_tokens_details": {"reasoning_tokens": counts.reasoning},
     }
 
 
@@ -293,12 +297,3 @@ def timings(stats: Stats) -> dict[str, Any]:
         "predicted_ms": round(1e3 * stats.generation_s, 3),
         "predicted_per_second": stats.generation_tok_s,
     }
-
-
-def dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _raise_failure(event: object) -> None:
-    if isinstance(event, Token) and event.failure is not None:
-        raise event.failure

@@ -9,11 +9,11 @@ Number = Annotated[float, Field(strict=False)]
 MAX_MESSAGES = 100_000
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=False)
 
 
-class Thinking(_Body):
+class Thinking(Body):
     """The vendor's switch: `{"type": "enabled", "keep": "all"}`."""
 
     type: Literal["enabled", "disabled"] = "enabled"
@@ -21,22 +21,22 @@ class Thinking(_Body):
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     name: str = "answer"
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
 
 
-class Sampled(_Body):
+class Sampled(Body):
     """What chat completions and completions have in common."""
 
     model: str | None = None
@@ -46,8 +46,8 @@ class Sampled(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None  # llama-server's name
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # llama-server's name
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
@@ -89,7 +89,7 @@ class CompletionBody(Sampled):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     content: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -97,5 +97,5 @@ class TokenizeBody(_Body):
     with_pieces: bool = False
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body):
     tokens: list[int]
