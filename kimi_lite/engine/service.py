@@ -13,8 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import Request, Token
@@ -22,6 +24,7 @@ from kimi_lite.errors import KimiLiteError
 
 State = Literal["loading", "ready", "closing", "failed", "closed"]
 _RATE_WINDOW_S = 10.0
+_SNAPSHOT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,23 @@ class Load:
     num_waiting: int
     prompt_tok_s: float
     generation_tok_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How far the model is loaded."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the engine counted, as of the last second: looked at by its own thread, between two steps."""
+
+    counters: Mapping[str, float] = field(default_factory=dict)
+    heat: np.ndarray | None = None  # float32 (layers, experts)
 
 
 class _Feed:
@@ -116,10 +136,16 @@ class EngineService:
     """Owns the engine; others use its `tokenizer` and `template` only."""
 
     def __init__(self, open_engine: Callable[[], Engine], max_waiting: int = 64, clock_s=time.monotonic) -> None:
-        """`open_engine` runs in the service's thread. max_waiting: requests in the queue; more are refused."""
+        """`open_engine` runs in the service's thread; what it does may be told to `on_progress`. max_waiting: requests
+        in the queue; more are refused."""
         self._open_engine, self._max_waiting, self._clock_s = open_engine, max_waiting, clock_s
         self.state: State = "loading"
+        self.loading: Loading | None = None
         self.failure: BaseException | None = None
+        self.on_failure: Callable[[BaseException], None] = lambda error: (
+            None
+        )  # once, after loading; by the engine's thread
+        self.snapshot = Snapshot()
         self.engine: Engine | None = None  # once loaded
         self.is_ready = threading.Event()  # loaded, or failed
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -130,12 +156,17 @@ class EngineService:
         self._durations_s: deque[float] = deque(maxlen=32)
         self._totals: dict[str, int] = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "requests": 0}
         self._recent: deque[tuple[float, int, int]] = deque()  # (time, prompt tokens, generated tokens)
+        self._snapshot_s = -float("inf")
         self._thread = threading.Thread(target=self._run, name="kimi-lite-engine", daemon=True)
 
     def start(self) -> None:
         """Begin to load; from the event loop that will listen."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """For `open_engine` to say how far it is."""
+        self.loading = Loading(stage, done, total)
 
     def submit(self, request: Request) -> Answer:
         """Put a request into the queue.
@@ -212,6 +243,8 @@ class EngineService:
             self.engine = self._open_engine()
             with self._changed:
                 self.state = "ready" if self.state == "loading" else self.state
+            self.loading = None
+            self._look()
         except BaseException as error:
             self._fail(error)
             return
@@ -221,12 +254,15 @@ class EngineService:
             while self._take_inbox():
                 self._step()
         except BaseException as error:
+            self.on_failure(error)
             self._fail(error)
         finally:
             self.engine.close()
 
     def _take_inbox(self) -> bool:
         """Wait for work; hand what came to the engine. False when the service is closed."""
+        if self.engine.is_idle or self._clock_s() - self._snapshot_s >= _SNAPSHOT_S:
+            self._look()
         with self._changed:
             while self.state != "closed" and not self._inbox and self.engine.is_idle:
                 self._changed.wait()
@@ -245,6 +281,11 @@ class EngineService:
             while not self.engine.is_idle:
                 self._step()
         return not is_closed
+
+    def _look(self) -> None:
+        """The counters belong to the engine's thread; others read the snapshot."""
+        self._snapshot_s = self._clock_s()
+        self.snapshot = Snapshot(self.engine.counters(), self.engine.model.heat())
 
     def _step(self) -> None:
         events: dict[str, list[Event]] = {}

@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_lite.apps.server import anthropic_messages, basics
+from kimi_lite.apps.server import anthropic_messages, basics, page
 from kimi_lite.apps.server.chat import Chats
 from kimi_lite.apps.server.errors import ApiError, error_response
 from kimi_lite.apps.server.log import AnswerLog
@@ -26,6 +26,7 @@ Endpoint = Callable[[HttpRequest], object]
 def build_app(service: EngineService, settings: ServerSettings, log: AnswerLog | None = None) -> Starlette:
     """The application. It starts the service when it starts, and closes it when it ends."""
     log = log or AnswerLog()
+    service.on_failure = log.failure
     chats = Chats(service, LoopLimits() if settings.has_loop_guard else None)
 
     @asynccontextmanager
@@ -44,6 +45,8 @@ def build_app(service: EngineService, settings: ServerSettings, log: AnswerLog |
 def routes() -> list[Route]:
     """Every endpoint."""
     return [
+        _route("/", page.page),
+        _route("/status", page.status),
         _route("/v1/chat/completions", chat_completions, "POST"),
         _route("/v1/messages", anthropic_messages.messages, "POST"),
         _route("/v1/messages/count_tokens", anthropic_messages.count_tokens, "POST"),

@@ -1,5 +1,6 @@
 """Small endpoints: models, tokens, health, metrics."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -59,6 +60,8 @@ async def health(http: HttpRequest) -> Response:
     words = {"ready": "ok", "loading": "loading model"}
     body = {"status": words.get(service.state, service.state), "version": __version__}
     body |= {"running": load.num_running, "waiting": load.num_waiting}
+    if service.loading is not None:
+        body["loading"] = asdict(service.loading)
     return JSONResponse(body, 200 if service.state == "ready" else 503)
 
 

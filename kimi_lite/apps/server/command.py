@@ -12,7 +12,7 @@ from kimi_lite import __version__
 from kimi_lite.apps.model_path import find_model
 from kimi_lite.apps.opening import DEMO_REMARKS, check_before_loading, line_width, wrapped
 from kimi_lite.apps.progress import LoadProgress
-from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.engine import Engine, OnProgress
 from kimi_lite.engine.loader import load
 from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
@@ -43,7 +43,7 @@ async def _serve(options: Options, listener: socket.socket) -> None:
     from kimi_lite.engine.service import EngineService
 
     status = Console(stderr=True)
-    service = EngineService(lambda: _open_engine(options, status), options.max_waiting)
+    service = EngineService(lambda: _open_engine(options, status, service.on_progress), options.max_waiting)
     app = build_app(service, settings_of(options), set_up(options.log_level, options.has_json_log))
     config = uvicorn.Config(
         app,
@@ -93,9 +93,14 @@ def settings_of(options: Options):
     )
 
 
-def _open_engine(options: Options, status: Console) -> Engine:
+def _open_engine(options: Options, status: Console, on_progress: OnProgress) -> Engine:
     with LoadProgress(status) as progress:
-        return load(find_model(options.model, progress), options, progress)
+
+        def report(stage: str, done: int, total: int) -> None:
+            progress(stage, done, total)
+            on_progress(stage, done, total)
+
+        return load(find_model(options.model, progress), options, report)
 
 
 def _say_ready(engine: Engine, options: Options, listener: socket.socket, status: Console) -> None:

@@ -34,9 +34,7 @@ class _Collector:
             yield GaugeMetricFamily(f"kimi_lite_{metric}", help_text, getattr(load, name))
         for name, value in self._state.service.totals().items():
             yield CounterMetricFamily(f"kimi_lite_{name}", f"{name.replace('_', ' ')} since the start", value)
-        engine = self._state.service.engine
-        counters = {} if engine is None else engine.counters()
         family = GaugeMetricFamily("kimi_lite_engine", "The engine's own counters.", labels=["name"])
-        for name, value in counters.items():
+        for name, value in self._state.service.snapshot.counters.items():
             family.add_metric([name], value)
         yield family
