@@ -6,7 +6,7 @@ Apps, server and benchmark all consume the same stream of `Token`, so they canno
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -56,6 +56,10 @@ class SamplingParams:
         _require("Seed", self.seed, "0 or more", self.seed is None or self.seed >= 0)
         _require("Max tokens", self.max_tokens, "1 or more", self.max_tokens is None or self.max_tokens >= 1)
         _require("Stop", self.stop, "texts that are not empty", all(self.stop))
+
+    def with_seed_of(self, choice: int) -> "SamplingParams":
+        """For one of several answers to the same prompt: each has a seed of its own, if any has."""
+        return self if self.seed is None else replace(self, seed=self.seed + choice)
 
 
 class Constraint(Protocol):

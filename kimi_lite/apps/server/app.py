@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_lite.apps.server import anthropic_messages, basics, page
+from kimi_lite.apps.server import anthropic_messages, basics, completions, page, responses
 from kimi_lite.apps.server.chat import Chats
 from kimi_lite.apps.server.errors import ApiError, error_response
 from kimi_lite.apps.server.log import AnswerLog
@@ -48,6 +48,10 @@ def routes() -> list[Route]:
         _route("/", page.page),
         _route("/status", page.status),
         _route("/v1/chat/completions", chat_completions, "POST"),
+        _route("/v1/completions", completions.completions, "POST"),
+        _route("/v1/responses", responses.create, "POST"),
+        _route("/v1/responses/{name}", responses.retrieve),
+        _route("/v1/responses/{name}", responses.delete, "DELETE"),
         _route("/v1/messages", anthropic_messages.messages, "POST"),
         _route("/v1/messages/count_tokens", anthropic_messages.count_tokens, "POST"),
         _route("/v1/models", basics.models),

@@ -102,11 +102,10 @@ class Chats:
         calls = tuple(_calls_of(chat.messages))
         requests = []
         for i in range(chat.num_choices):
-            seed = None if sampling.seed is None else sampling.seed + i
             request = Request(
                 uuid4().hex,
                 ids,
-                replace(sampling, seed=seed),
+                sampling.with_seed_of(i),
                 prompt.starts_in_reasoning,
                 chat.tools,
                 num_calls=len(calls),

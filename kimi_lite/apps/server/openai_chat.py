@@ -15,7 +15,7 @@ from kimi_lite.apps.server.chat import ChatRequest, Choice, Prepared
 from kimi_lite.apps.server.errors import ApiError, told
 from kimi_lite.apps.server.merge import merged
 from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools
-from kimi_lite.apps.server.openai_models import ChatBody, Sampled
+from kimi_lite.apps.server.openai_models import ChatBody, Sampled, is_thinking_at
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
 from kimi_lite.engine.service import Progress
@@ -71,7 +71,7 @@ def sampling_of(body: Sampled, max_tokens: int | None, num_logprobs: int | None,
         logit_bias=_biases(body.logit_bias or {}, vocab_size),
         num_logprobs=num_logprobs,
         seed=None if body.seed is None else body.seed % (1 << 63),
-        max_tokens=max_tokens or body.max_tokens,
+        max_tokens=max_tokens,
         stop=tuple(text for text in stop if text),
         ignore_eos=body.ignore_eos,
     )
@@ -93,7 +93,7 @@ def _is_thinking(body: ChatBody) -> bool | None:
     for name in ("thinking", "enable_thinking"):
         if isinstance(switches.get(name), bool):
             return switches[name]
-    return None if body.reasoning_effort is None else body.reasoning_effort not in ("none", "minimal")
+    return is_thinking_at(body.reasoning_effort)
 
 
 def _keeps_reasoning(body: ChatBody) -> bool:

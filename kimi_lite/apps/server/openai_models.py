@@ -9,6 +9,9 @@ Number = Annotated[float, Field(strict=False)]
 MAX_MESSAGES = 100_000
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=False)
 
@@ -76,7 +79,7 @@ class ChatBody(Sampled):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Effort | None = None
     thinking_budget_tokens: Annotated[int, Field(ge=-1)] | None = None
 
 
@@ -86,6 +89,7 @@ class CompletionBody(Sampled):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
     suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1, le=16)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
@@ -99,3 +103,8 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     tokens: list[int]
+
+
+def is_thinking_at(effort: Effort | None) -> bool | None:
+    """None: as the model does by itself."""
+    return None if effort is None else effort not in ("none", "minimal")

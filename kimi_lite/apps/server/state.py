@@ -8,6 +8,7 @@ from starlette.requests import Request as HttpRequest
 
 from kimi_lite.apps.server.chat import Chats, Prepared
 from kimi_lite.apps.server.log import AnswerLog
+from kimi_lite.apps.server.stored import StoredResponses
 from kimi_lite.engine.service import EngineService
 from kimi_lite.engine.types import Stats
 
@@ -35,6 +36,7 @@ class ServerState:
     chats: Chats
     log: AnswerLog
     started_s: float = field(default_factory=time.time)
+    stored: StoredResponses = field(default_factory=StoredResponses)
     _facts: dict[str, bool] = field(default_factory=dict)  # of the template; looked at once
 
     @property
