@@ -18,10 +18,10 @@ import typer
 from kimi_lite import __version__
 from kimi_lite.apps.doctor.command import main as doctor
 from kimi_lite.apps.plan import main as plan
-from kimi_lite.commandline.commands import Command, Group
+from kimi_lite.commandline.commands import Client, Command, Group, Launch
 from kimi_lite.commandline.flags import with_options
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.options import OUTPUT, PROMPT, Options
+from kimi_lite.options import OUTPUT, PROMPT, SERVER, Options
 from kimi_lite.quantize.__main__ import main as quantize
 from kimi_lite.quantize.imatrix import main as imatrix
 from kimi_lite.tools.bench.command import bench
@@ -91,6 +91,28 @@ def serve(options: Options) -> None:
     from kimi_lite.apps.server.command import start_server
 
     start_server(options)
+
+
+@app.command(cls=Launch)
+@with_options("serve")
+def launch(
+    options: Options,
+    context: typer.Context,
+    client: Annotated[Client, typer.Argument(help="The program to run.", show_default=False, metavar="CLIENT")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Its own arguments.", show_default=False, metavar="[ARGUMENTS]")
+    ] = None,
+    only_prints: Annotated[
+        bool, typer.Option("--print", help="Print what would be set and run, and run nothing.", rich_help_panel=SERVER)
+    ] = False,
+) -> None:
+    """Run a coding agent on this model. Options before CLIENT are serve's, what follows it is the client's own.
+
+    A server is started where none runs at the port, and ends with the client.
+    """
+    from kimi_lite.apps.launch import launch as launch_client
+
+    raise typer.Exit(launch_client(client, arguments or [], options, context.meta[Launch.OURS], only_prints))
 
 
 app.command("plan", cls=Command)(plan)

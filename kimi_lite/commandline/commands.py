@@ -4,13 +4,15 @@ people know from elsewhere is answered with ours."""
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from kimi_lite.commandline.llama_flags import Accepted, translate
 from kimi_lite.errors import KimiLiteError
+
+Client = Literal["opencode", "codex", "claude", "aider", "kimi", "qwen"]  # that `launch` knows
 
 _ELSEWHERE = {
     **dict.fromkeys(
@@ -24,9 +26,7 @@ _ELSEWHERE = {
         ("pull", "download", "get"),
         "kimi-lite downloads no models: hf download REPO --local-dir FOLDER, then -m FOLDER.",
     ),
-    **dict.fromkeys(
-        ("serve", "server", "start"), "There is no server yet. kimi-lite chat --endpoint URL uses another program's."
-    ),
+    **dict.fromkeys(("server", "start"), "kimi-lite serve answers requests over HTTP."),
     **dict.fromkeys(("cli", "generate", "completion"), "kimi-lite run answers one prompt, kimi-lite chat talks."),
     **dict.fromkeys(("perplexity", "ppl"), "python -m tools.quality measures perplexity."),
     **dict.fromkeys(("convert", "create", "import"), "kimi-lite quantize makes a GGUF of a checkpoint."),
@@ -50,13 +50,32 @@ class Command(TyperCommand):
     """With llama.cpp's flags."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._translated(ctx, args))
+
+    def _translated(self, ctx: typer.Context, args: list[str]) -> list[str]:
         options = [each for each in self.params if isinstance(each, TyperOption)]
         help_names = frozenset(self.get_help_option_names(ctx))
         switches = frozenset(n for o in options if o.is_flag for n in (*o.opts, *o.secondary_opts)) | help_names
         with_value = frozenset(n for o in options if not o.is_flag for n in o.opts)
         is_quiet = not {"-q", "--quiet"}.isdisjoint(args)
         say = (lambda line: None) if is_quiet else _say
-        return super().parse_args(ctx, translate(ctx.info_name or "", Accepted(with_value, switches), args, say))
+        return translate(ctx.info_name or "", Accepted(with_value, switches), args, say)
+
+
+class Launch(Command):
+    """Ours up to the name of a client, then all of it the client's."""
+
+    OURS = "kimi_lite.ours"  # the key of what was typed for us, in the context's `meta`
+    allow_interspersed_args = False
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        with_value = {n for o in self.params if isinstance(o, TyperOption) and not o.is_flag for n in o.opts}
+        after = ["", *args]
+        named = (i for i, arg in enumerate(args) if arg in get_args(Client) and after[i] not in with_value)
+        place = next(named, len(args))
+        ours = [arg for arg in args[:place] if arg != "--"]
+        ctx.meta[self.OURS] = [arg for arg in ours if arg != "--print"]
+        return TyperCommand.parse_args(self, ctx, [*self._translated(ctx, ours), *args[place:]])
 
 
 class Group(TyperGroup):

@@ -205,7 +205,7 @@ FLAGS = (
     Flag(("--dynatemp-exp", "--repeat-last-n"), refused(_SAMPLING), "one"),
     Flag(("-l", "--logit-bias"), refused(_SAMPLING), "one"),
     Flag(("--grammar", "--grammar-file", "-j", "--json-schema", "-jf"), refused("Grammars are not supported."), "one"),
-    Flag(("--host", "--port"), refused("There is no server yet; chat --endpoint URL talks to another one."), "one"),
+    Flag(("--host", "--port"), refused("kimi-lite serve has it; chat --endpoint URL talks to a server."), "one"),
     Flag(("--list-devices",), refused("kimi-lite doctor shows the GPU.")),
     Flag(("-a", "--alias"), nothing("the model's name is its file's"), "one"),
     Flag(("--allow-requantize",), nothing("a file of any types may be quantized again")),

@@ -20,6 +20,7 @@ from kimi_lite.options import OPTIONS, Options, options_of
 
 GROUP = typer.main.get_command(app)
 NEEDED = {"quantize": ["src", "dst"], "imatrix": ["-m", "model", "-f", "text"]}
+NEEDED_LAST = {"launch": ["codex"]}
 COMMANDS = sorted(GROUP.commands)
 
 
@@ -34,7 +35,8 @@ def said() -> Iterator[list[str]]:
 
 def parse(command: str, *arguments: str) -> dict:
     """The parameters that typer finds, as in `kimi-lite COMMAND ARGUMENTS`."""
-    return GROUP.commands[command].make_context(command, [*NEEDED.get(command, []), *arguments]).params
+    line = [*NEEDED.get(command, []), *arguments, *NEEDED_LAST.get(command, [])]
+    return GROUP.commands[command].make_context(command, line).params
 
 
 def attempt(command: str, *arguments: str) -> tuple[dict | None, Exception | None]:
@@ -176,7 +178,7 @@ def test_the_table_names_options_that_exist():
 
 def test_commands_of_other_programs_name_ours():
     runner = CliRunner()
-    for name in ("list", "ps", "show", "rm", "serve", "pull"):
+    for name in ("list", "ps", "show", "rm", "server", "pull"):
         done = runner.invoke(app, [name])
         assert isinstance(done.exception, KimiLiteError) and done.exception.hint
     assert runner.invoke(app, []).exit_code == runner.invoke(app, ["help"]).exit_code == 0
