@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,7 +13,7 @@ from kimi_lite.apps.server.errors import ApiError
 
 MAX_BODY_BYTES = 64 << 20  # images come inside
 MAX_DEPTH = 64  # of lists and objects inside each other
-BODY_TIMEOUT_S = 60.0  # between two pieces of a body
+PIECE_WITHIN_S, BODY_WITHIN_S = 30.0, 300.0  # one piece of a body after the other, and all of it
 
 _BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
@@ -56,16 +57,17 @@ async def _read(request: Request, limit: int) -> bytes:
     if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
     data, stream = bytearray(), request.stream()
+    until_s = time.monotonic() + BODY_WITHIN_S
     try:
         while True:
-            chunk = await asyncio.wait_for(anext(stream, None), BODY_TIMEOUT_S)
+            chunk = await asyncio.wait_for(anext(stream, None), min(PIECE_WITHIN_S, until_s - time.monotonic()))
             if chunk is None:
                 return bytes(data)
             data += chunk
             if len(data) > limit:
                 raise _too_large(limit)
     except TimeoutError:
-        raise ApiError(408, f"Nothing came of the body for {BODY_TIMEOUT_S:.0f} s.", "timeout") from None
+        raise ApiError(408, "The body came too slowly.", "timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "The connection ended before the body did.", "disconnected") from None
 

@@ -39,21 +39,14 @@ async def _serve(options: Options, listener: socket.socket) -> None:
     import uvicorn
 
     from kimi_lite.apps.server.app import build_app
+    from kimi_lite.apps.server.connection import configuration
     from kimi_lite.apps.server.log import set_up
     from kimi_lite.engine.service import EngineService
 
     status = Console(stderr=True)
     service = EngineService(lambda: _open_engine(options, status, service.on_progress), options.max_waiting)
     app = build_app(service, settings_of(options), set_up(options.log_level, options.has_json_log))
-    config = uvicorn.Config(
-        app,
-        log_level="critical",
-        server_header=False,
-        h11_max_incomplete_event_size=64 * 1024,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(_DRAIN_S) + 5,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configuration(app, ends_within_s=int(_DRAIN_S) + 5))
     serving = asyncio.create_task(server.serve([listener]))
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):

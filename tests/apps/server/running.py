@@ -9,6 +9,7 @@ import numpy as np
 import uvicorn
 
 from kimi_lite.apps.server.app import build_app
+from kimi_lite.apps.server.connection import configuration
 from kimi_lite.apps.server.state import ServerSettings
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.service import EngineService
@@ -16,17 +17,19 @@ from tests.engine.fakes import VOCAB_SIZE, fake_engine
 
 
 @contextmanager
-def running(open_engine: Callable[[], Engine], settings: ServerSettings | None = None, **more) -> Iterator[str]:
-    """The base URL, once the model is loaded; the server has ended when the block has."""
+def running(
+    open_engine: Callable[[], Engine], settings: ServerSettings | None = None, waits: bool = True, **more
+) -> Iterator[str]:
+    """The base URL, once the model is loaded if it `waits`; the server has ended when the block has."""
     service = EngineService(open_engine, **more)
     app = build_app(service, settings or ServerSettings(shuts_down_within_s=1.0))
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(configuration(app, ends_within_s=1))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
-        assert service.is_ready.wait(60)
+        assert not waits or service.is_ready.wait(60)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
