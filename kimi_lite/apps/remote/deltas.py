@@ -25,6 +25,13 @@ _REASONS: dict[str, FinishReason] = {
     "tool_use": "tool_calls",
     "function_call": "tool_calls",
 }  # every other is "stop"
+_FAILURES = {  # reasons that are no end of an answer
+    "error": "it gave an error as the reason",
+    "abort": "it gave up the answer",
+    "content_filter": "its content filter ended the answer",
+    "insufficient_system_resource": "it was overloaded",
+}
+AGAIN = "Ask again (in a chat: /regen)."
 MAX_SAID = 300  # characters of a server's error that are shown
 
 
@@ -68,6 +75,8 @@ class DeltaReader:
         self._spelled: list[Piece] = []  # calls written in markers: shown at the end, where they are no others' echo
         self._calls, self._has_calls = CallDeltas(tools, num_calls), False
         self.reason: str | None = None  # why the server says it ended
+        self.is_done = False  # [DONE] came; what follows is not read
+        self.has_choices = False  # something came in the form of the API
 
     def feed(self, event: Mapping[str, Any]) -> list[Token]:
         """The tokens of one event; KimiLiteError where the event is an error, or nothing that the API has."""
@@ -77,6 +86,7 @@ class DeltaReader:
         for choice in _list(event, "choices"):
             if not isinstance(choice, Mapping):
                 raise _malformed("a choice", choice)
+            self.has_choices = True
             if choice.get("index") not in (None, 0, "0"):
                 continue  # one answer was asked for
             self._count(choice.get("usage"))
@@ -89,6 +99,20 @@ class DeltaReader:
             reason = choice.get("finish_reason")
             self.reason = reason if isinstance(reason, str) and reason else self.reason
         return tokens
+
+    @property
+    def hint(self) -> str:
+        """What to do when an answer breaks off."""
+        return f"What came is kept. {AGAIN}" if self._num_deltas else AGAIN
+
+    def failure(self) -> KimiLiteError | None:
+        """For an answer whose end the server calls a failure."""
+        said = _FAILURES.get((self.reason or "").lower())
+        return KimiLiteError(f"The server broke off: {said}.", self.hint) if said else None
+
+    def rest(self) -> list[Token]:
+        """What was held back of an answer that broke off."""
+        return [self._token(piece) for piece in self._released(self._texts(self._parser.finish()), is_last=True)]
 
     def finish(self, reason: FinishReason | None = None) -> list[Token]:
         """What was held back, and the last token. `reason` None: as the server said."""
@@ -110,11 +134,10 @@ class DeltaReader:
         return [*tokens, self._token(Piece("content"), finish_reason=reason or own)]
 
     def _require_no_error(self, event: Mapping[str, Any]) -> None:
-        is_other = not event.get("choices") and any(event.get(key) for key in ("detail", "error_msg", "message"))
-        if event.get("error") or (is_other and not event.get("usage")):
-            raise KimiLiteError(
-                f"The server broke off: {message_of(event)}", "What came is kept. Ask again (in a chat: /regen)."
-            )
+        is_said = bool(event.get("detail") or event.get("error_msg")) or isinstance(event.get("message"), str)
+        is_other = not event.get("choices") and not event.get("usage") and is_said
+        if event.get("error") or is_other:
+            raise KimiLiteError(f"The server broke off: {message_of(event)}", self.hint)
 
     def _count(self, usage: object) -> None:
         self._usage = usage if isinstance(usage, Mapping) and usage else self._usage
@@ -251,4 +274,13 @@ def message_of(body: object) -> str:
         if said is None:
             break
         body = said
+    if isinstance(body, (list, tuple)) and body and all(isinstance(fault, Mapping) for fault in body):
+        body = "; ".join(map(_fault, body))  # as FastAPI lists what is wrong with a request
     return one_line(body if isinstance(body, str) else str(body), MAX_SAID)
+
+
+def _fault(fault: Mapping[str, Any]) -> str:
+    place = fault.get("loc")
+    where = ".".join(str(part) for part in place if part != "body") if isinstance(place, (list, tuple)) else ""
+    said = fault.get("msg") or fault.get("message") or dict(fault)
+    return f"{where}: {said}" if where else str(said)

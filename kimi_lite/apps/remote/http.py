@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from kimi_lite.apps.remote.deltas import message_of
+from kimi_lite.apps.remote.deltas import AGAIN, message_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.units import one_line
 
@@ -166,7 +166,7 @@ class Server:
             return KimiLiteError(f"{self.url} was silent for too long.", "Look at the server's log; what came is kept.")
         return KimiLiteError(
             f"The connection to {self.url} was lost: {reason or type(error).__name__}.",
-            "What came is kept. Ask again (in a chat: /regen).",
+            f"What came is kept. {AGAIN}",
         )
 
     def _refusal(self, status: int, headers: Mapping[str, str], body: str) -> Refused:
@@ -175,13 +175,16 @@ class Server:
         except (ValueError, RecursionError):
             said = message_of(body) if "<html" not in body.lower() else ""
         said = self.redacted(said)
-        says = f": {said}" if said else ""
+        says, wait = f": {said}" if said else "", _seconds(headers.get("retry-after"))
         hints = {
             401: "Give the right key with --api-key or in KIMI_LITE_API_KEY.",
             403: "The key may not use this; give another with --api-key.",
             404: "The endpoint's address ends in /v1 as a rule, and -m must be a model it has.",
             413: "Send less: /ctx drop, /clear or a smaller attachment.",
-            429: "Wait {} and ask again; look at your quota.".format(_seconds(headers.get("retry-after"))),
+            **dict.fromkeys(
+                (502, 503, 504, 529), f"If it is starting or overloaded, wait {wait} and ask again; its log says more."
+            ),
+            429: f"Wait {wait} and ask again; look at your quota.",
         }
         if 300 <= status < 400:
             place = one_line(self.redacted(_without_user(headers.get("location", ""))), 200) or "elsewhere"

@@ -104,9 +104,12 @@ class RemoteSession(Conversation):
                 return
             except Refused as error:
                 self._do_without(error, settings)
+            except KimiLiteError:
+                yield from reader.rest()
+                raise
 
     def _answer_once(self, reader: DeltaReader, body: dict[str, Any]) -> Generator[Token, None, None]:
-        events, content_type, is_done, whole, num_bytes = EventReader(), "", False, bytearray(), 0
+        events, content_type, whole, num_bytes = EventReader(), "", bytearray(), 0
         pieces = self.server.post("/chat/completions", body, lambda: self._is_cancelled)
         try:
             for content_type, data in pieces:
@@ -117,26 +120,39 @@ class RemoteSession(Conversation):
                     continue
                 self.server.require_size(num_bytes, MAX_STREAM_BYTES)
                 for event in events.feed(data):
-                    is_done = is_done or event.strip() == DONE
                     yield from self._read(reader, event)
+                if reader.is_done:  # not every server closes the connection then
+                    break
         finally:
             pieces.close()
         if self._is_cancelled:
             yield from reader.finish("cancelled")
             return
         for event in [whole.decode("utf-8", "replace")] if whole else events.finish():
-            is_done = is_done or event.strip() == DONE
             yield from self._read(reader, event)
-        if not is_done and reader.reason is None:
+        if not reader.is_done and reader.reason is None:
             if content_type and "json" not in content_type and "event-stream" not in content_type:
                 raise self.server.no_api(content_type)
+            if not reader.has_choices:
+                raise KimiLiteError(
+                    f"{self.server.url} sent nothing that OpenAI's API calls an answer.",
+                    "Its address ends in /v1 as a rule; the server's log may say more.",
+                )
             message = f"{self.server.url} ended the answer in the middle: no finish reason, no [DONE]."
-            raise KimiLiteError(message, "What came is kept. Ask again (in a chat: /regen).")
+            raise KimiLiteError(message, reader.hint)
+        if failure := reader.failure():
+            raise failure
         yield from reader.finish()
 
-    def _read(self, reader: DeltaReader, event: str) -> list[Token]:
-        if event.strip() == DONE:
-            return []
+    def _read(self, reader: DeltaReader, text: str) -> list[Token]:
+        """The tokens of what stood between two empty lines."""
+        tokens: list[Token] = []
+        for event in _events(text):
+            reader.is_done = reader.is_done or event.strip() == DONE
+            tokens += [] if reader.is_done else self._read_event(reader, event)
+        return tokens
+
+    def _read_event(self, reader: DeltaReader, event: str) -> list[Token]:
         try:
             document = json.loads(event)
         except (ValueError, RecursionError) as error:
@@ -200,6 +216,22 @@ class RemoteSession(Conversation):
         if error.status not in (400, 422) or not named or is_wanted:
             raise error
         self._refused.add(named[0])
+
+
+def _events(text: str) -> list[str]:
+    """One event, of several lines maybe; or one a line, from servers that leave out the empty lines between."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) < 2 or _is_json(text) or not all(line.strip() == DONE or _is_json(line) for line in lines):
+        return [text]
+    return lines
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _models(server: Server, is_needed: bool) -> dict[str, Mapping[str, Any]]:

@@ -548,3 +548,72 @@ def test_only_the_first_choice_and_no_repeated_message_are_read() -> None:
     assert texts(read([data.encode()]))["content"] == "one"
     both = {"function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [{"function": {"name": "f"}}]}
     assert len(answered(read([sse(both)], tools=[TOOL])).calls) == 1
+
+
+BROKEN = {  # how answers end before their end, after "It is" came
+    "the line drops": Answer([sse({"content": "It is"}, reason=None, is_done=False)], is_cut=True),
+    "no end": Answer([sse({"content": "It is"}, reason=None, is_done=False)]),
+    "an error": Answer([sse({"content": "It is"}, reason=None, is_done=False) + b'data: {"error": "full"}\n\n']),
+    "no JSON": Answer([sse({"content": "It is"}, reason=None, is_done=False) + b"data: {oops\n\n"]),
+    "an error as the reason": Answer([sse({"content": "It is"}, reason="error")]),
+    "a filter": Answer([sse({"content": "It is"}, reason="content_filter")]),
+    "a busy vendor": Answer([sse({"content": "It is"}, reason="insufficient_system_resource")]),
+}
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+@pytest.mark.parametrize("ending", BROKEN)
+def test_what_came_before_an_answer_broke_off_is_given_out(fake: FakeOpenAI, ending: str, is_watched: bool) -> None:
+    session = opened(fake, BROKEN[ending])
+    session.is_watched = is_watched  # if not, what may be reasoning after all is held back
+    tokens = []
+    with pytest.raises(KimiLiteError):
+        for token in session.ask("?"):
+            tokens.append(token)
+    assert texts(tokens)["content"] == "It is"
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_came(fake: FakeOpenAI) -> None:
+    session = opened(fake, b'data: {"error": "full"}\n\n')
+    with pytest.raises(KimiLiteError, match="full") as caught:
+        list(session.ask("?"))
+    assert "kept" not in caught.value.hint
+
+
+@pytest.mark.parametrize("after", [b"", b"data: {oops\n\n", sse({"content": " LATE"})])
+def test_done_ends_an_answer_though_the_connection_stays_open(fake: FakeOpenAI, after: bytes) -> None:
+    session = opened(fake, Answer([sse({"content": "all"}) + after, b": ping\n\n"], pause_s=1.5))
+    began_s = time.monotonic()
+    assert texts(list(session.ask("?")))["content"] == "all"
+    assert time.monotonic() - began_s < 2.5
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_events_without_empty_lines_between_are_read(contents: list[str]) -> None:
+    stream = sse(*({"content": text} for text in contents)).replace(b"\n\n", b"\n")
+    with FakeOpenAI(stream, sse(*({"content": text} for text in contents))) as fake:
+        session = opened(fake)
+        assert texts(list(session.ask("?"))) == texts(list(session.ask("?")))
+        session.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b'{"message": {"content": "of Ollama"}, "done": true}\n',
+        b'data: {"type": "message_start", "message": {"id": "m", "content": []}}\n\n',
+        b'data: {"type": "response.output_text.delta", "delta": "Hi"}\n\n',
+    ],
+)
+def test_answers_of_another_api_are_said_to_be_such(fake: FakeOpenAI, body: bytes) -> None:
+    with pytest.raises(KimiLiteError, match="nothing that OpenAI's API calls an answer"):
+        list(opened(fake, body).ask("?"))
+
+
+def test_a_list_of_faults_is_read_out(fake: FakeOpenAI) -> None:
+    detail = [{"loc": ["body", "top_k"], "msg": "not permitted", "type": "extra"}, {"msg": "too long"}]
+    refusal = Answer([json.dumps({"detail": detail}).encode()], 422, "application/json")
+    with pytest.raises(KimiLiteError, match="refused.: top_k: not permitted; too long"):
+        list(opened(fake, refusal).ask("?"))
