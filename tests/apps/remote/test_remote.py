@@ -566,10 +566,9 @@ BROKEN = {  # how answers end before their end, after "It is" came
 def test_what_came_before_an_answer_broke_off_is_given_out(fake: FakeOpenAI, ending: str, is_watched: bool) -> None:
     session = opened(fake, BROKEN[ending])
     session.is_watched = is_watched  # if not, what may be reasoning after all is held back
-    tokens = []
+    tokens: list[Token] = []
     with pytest.raises(KimiLiteError):
-        for token in session.ask("?"):
-            tokens.append(token)
+        tokens.extend(session.ask("?"))
     assert texts(tokens)["content"] == "It is"
 
 
@@ -615,5 +614,5 @@ def test_answers_of_another_api_are_said_to_be_such(fake: FakeOpenAI, body: byte
 def test_a_list_of_faults_is_read_out(fake: FakeOpenAI) -> None:
     detail = [{"loc": ["body", "top_k"], "msg": "not permitted", "type": "extra"}, {"msg": "too long"}]
     refusal = Answer([json.dumps({"detail": detail}).encode()], 422, "application/json")
-    with pytest.raises(KimiLiteError, match="refused.: top_k: not permitted; too long"):
+    with pytest.raises(KimiLiteError, match=r"refused.: top_k: not permitted; too long"):
         list(opened(fake, refusal).ask("?"))
