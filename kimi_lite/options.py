@@ -1,7 +1,7 @@
 """Everything that can be asked of the program, each option declared once: its flags, help, kind, limits and commands.
 
 The flags of `chat`, `run`, `bench` and `plan`, the configuration file and the KIMI_LITE_* variables derive from the
-declarations here (`commandline.flags`). `Options` is passed whole: to the plan, to `engine.load`, to the model.
+declarations here (`commandline.flags`). `Options` is passed whole: to the plan, to `engine.loader.load`, to the model.
 
 To add an option, add a field.
 """
@@ -275,7 +275,7 @@ class Options:
         metavar="KEY",
         help_in={"serve": "Clients must know it; commas between several."},
     )
-    context_length: int | None = _option(  # tokens of one sequence; 0: as many as the model was made for
+    context_length: int | None = _option(  # tokens of one sequence; 0: the model's own limit
         "-c",
         "--ctx",
         help="Context in tokens, as 32K; 0: all that the model has. Default: up to 32K.",
@@ -350,7 +350,7 @@ class Options:
     )
     num_gpu_experts: int | None = _option(  # slots in VRAM for routed experts
         "--gpu-experts",
-        help="Experts cached in VRAM. Default: as many as fit.",
+        help="Experts cached in VRAM. Default: all that fit.",
         kind="integer",
         least=0,
         unused=_gpu_experts,
@@ -680,7 +680,7 @@ class Options:
     )
     server_names: tuple[str, ...] = _option(
         "--allow-host",
-        help="A host name that clients may reach the server by, beside its own; *: any. May be repeated.",
+        help="A host name that clients may reach the server by, in addition to its own; *: any. May be repeated.",
         kind="texts",
         panel=SERVER,
         commands=("serve",),

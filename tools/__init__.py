@@ -1,7 +1,6 @@
-"""Measurements and the files they need; nothing here is imported by the runtime. Run each as `python -m tools.NAME
---help`.
+"""Measurements and the files they need; the runtime imports nothing of it. Each runs with `python -m` and has --help.
 
-`bench` measures tokens/s, `quality` perplexity and divergence, `plot` draws both. `kernel_bench` times the kernels
-beside llama.cpp's, `predict` turns its result into tokens/s, `make_slice` writes a file with Kimi K2.5's dimensions and
-random weights.
+`tools.bench` measures tokens/s, `tools.quality` perplexity and divergence, `tools.plot` draws both. `tools.kernels`
+times the kernels against llama.cpp's, `tools.bench.predict` turns its result into tokens/s, `tools.make.slice` writes a
+file with Kimi K2.5's dimensions and random weights. `tools.cache` replays routing, `tools.trace` shows the hybrid path.
 """

@@ -1,7 +1,7 @@
 """Pictures of what the tools measured, by what the files hold. SVG or PNG, readable on light and dark pages.
 
     python -m tools.plot speed.svg bench.json                  speed against depth, with the limit and llama.cpp
-    python -m tools.plot kernels.svg kernel_bench.txt          GB/s of each type beside a plain read
+    python -m tools.plot kernels.svg kernel_bench.txt          GB/s of each type and of a plain read
     python -m tools.plot quality.svg q8.txt q4.txt tq1.txt     file size against divergence from the reference
     python -m tools.plot timeline.svg trace.json               one token, stage by stage
 

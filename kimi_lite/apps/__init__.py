@@ -1,1 +1,2 @@
-"""What users touch: chat, run. They see only `engine.Engine` and never import torch."""
+"""The commands that users type, but for quantize and bench: chat, run, serve, plan, doctor. They see `engine`, `plan`
+and `text`, and never import torch."""

@@ -36,6 +36,6 @@ def make_private(folder: Path, is_ours: bool = False) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file whole, readable by this user alone. Whoever kills us leaves the old file or the new one."""
+    """Write a file whole, readable by this user alone. Killed meanwhile, it leaves the old file or the new one."""
     with whole_file(path, permissions=0o600) as file:
         file.write(text)

@@ -1,10 +1,11 @@
-"""llama.cpp's flags, for hands that know them: they do what they mean, or say what does, before typer parses a line.
+"""llama.cpp's flags, for users who know them: each works or names what does the same here, before typer parses a line.
 
 Every command's arguments pass through `translate`. A flag of the command itself is left alone; one of llama.cpp's is
 rewritten to ours, dropped with one line where it has no meaning here, or refused with the name of what to use. Several
 letters after one dash are never taken for a cluster of short options: `-ngl 99` is no `-n gl 99`.
 
-Names: llama.cpp's common/arg.cpp, tools/llama-bench, tools/imatrix and tools/quantize, as of November 2026.
+Names: llama.cpp/common/arg.cpp, llama.cpp/tools/llama-bench, llama.cpp/tools/imatrix and llama.cpp/tools/quantize, as
+of November 2026.
 """
 
 import re

@@ -84,7 +84,7 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _plan_tensors(source: GGUFStore, wanted: Layout) -> Iterator[Tensor]:
-    """The tensors in file order. Each layer is computed when its first tensor is written, and let go with its last."""
+    """The tensors in file order. Each layer is computed when its first tensor is written, and freed with its last."""
 
     def load(name: str) -> np.ndarray:
         stored = source.tensors[name]

@@ -16,7 +16,7 @@ class AnswerSettings:
     is_thinking: bool = True
     temperature: float | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)  # but for the temperature
-    thinking_budget: int | None = None  # tokens of reasoning; None: as many as it likes
+    thinking_budget: int | None = None  # tokens of reasoning; None: no limit
     preserve_thinking: bool = False  # past reasoning stays in the prompt
 
     @property

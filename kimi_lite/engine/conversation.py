@@ -1,8 +1,8 @@
 """A conversation with a model, here or behind an endpoint: its turns; asking, undoing, asking again, answering tool
 calls, dropping old turns.
 
-`engine.session.Session` answers with a loaded model, `apps.remote.RemoteSession` with an OpenAI-compatible endpoint;
-both say only how a prompt becomes tokens. `chat` and `run` see nothing else.
+`engine.session.Session` answers with a loaded model, `apps.remote.session.RemoteSession` with an OpenAI-compatible
+endpoint; both say only how a prompt becomes tokens. `chat` and `run` see nothing else.
 """
 
 from abc import ABC, abstractmethod
@@ -97,7 +97,7 @@ class Conversation(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the model."""
+        """Close the model."""
 
     def ask(
         self,

@@ -89,7 +89,7 @@ class Sampler:
 
 
 def require_numbers(logits: np.ndarray) -> None:
-    """Refuse a row whose best logit is NaN or infinite: sampling from it would write one token for ever."""
+    """Refuse a row whose best logit is NaN or infinite: sampling from it would repeat one token endlessly."""
     best = int(logits.argmax())  # finds NaN and +inf too, if there are any
     if np.isfinite(logits[best]):
         return

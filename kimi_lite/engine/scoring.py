@@ -51,7 +51,7 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Every scored token of a run beside the reference's, each (N,)."""
+    """Every scored token of a run and of its reference, each (N,)."""
 
     kl_nats: np.ndarray  # D(reference || run)
     ranks: np.ndarray  # of the reference's best token in the run; 0: also its best

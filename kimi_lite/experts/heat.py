@@ -36,7 +36,7 @@ def load_heat(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
     except FileNotFoundError:
         return None
     except DAMAGE:
-        warnings.warn(f"The experts' heat {path} is damaged; it begins anew.", stacklevel=2)
+        warnings.warn(f"The experts' heat {path} is damaged; it starts empty.", stacklevel=2)
         return None
     is_sound = (
         heat.shape == shape and heat.dtype == np.float32 and bool(np.isfinite(heat).all()) and bool((heat >= 0).all())

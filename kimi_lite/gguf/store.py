@@ -96,7 +96,7 @@ class GGUFStore:
         raise KimiLiteError(f"{problem}.", hint)
 
     def close(self) -> None:
-        """Let go of the mapped files; a view that is still held somewhere keeps its file mapped."""
+        """Unmap the files; a view that is still held somewhere keeps its file mapped."""
         self.tensors = MappingProxyType({})
 
 
@@ -171,7 +171,7 @@ def _integer(shard: Path, header: GGUFHeader, key: str, default: int) -> int:
 
 
 def _check_completeness(shards: tuple[Path, ...], headers: list[GGUFHeader]) -> None:
-    """No tensor twice, and as many as shard 1 promises."""
+    """No tensor twice, and the number that shard 1 states."""
     owner: dict[str, Path] = {}
     for shard, header in zip(shards, headers, strict=True):
         for tensor in header.tensors:

@@ -57,7 +57,7 @@ class HostPages:
 
     def put(self, page_hash: bytes, storage: Storage, page: int) -> bool:
         """Keep what the page holds; False when the only places are just being withdrawn."""
-        if page_hash in self._place_of:  # it was computed anew while it lay here
+        if page_hash in self._place_of:  # it was computed again while it lay here
             self._place_of.move_to_end(page_hash)
             return True
         if not self._free and self._place_of:

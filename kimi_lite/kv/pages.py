@@ -157,7 +157,7 @@ class KVCache:
         self._offer(sequence)
 
     def release(self, sequence: SequencePages) -> None:
-        """Let go. Whole pages and the valid rows of the last one stay findable until their memory is needed."""
+        """It is over. Whole pages and the valid rows of the last one stay findable until their memory is needed."""
         assert not sequence.is_released
         sequence.is_released = True
         self._offer_tail(sequence)

@@ -111,7 +111,7 @@ def rates_of(hardware: Hardware, num_threads: int | None = None) -> Rates:
 def decode_speed(
     sizes: ModelSizes, split: Split, rates: Rates, gpu_hits: float = 0.0, ram_hits: float | None = None
 ) -> Speed:
-    """All sequences together. `ram_hits`: share of choices that memory holds; default: as many as lie there."""
+    """All sequences together. `ram_hits`: share of choices that memory holds; default: its share of the experts."""
     cost = decode_cost(sizes, split.depth, split.value_bytes, split.num_sequences, split.is_on_gpu)
     if split.gpu_share >= 1:
         gpu_hits = 1.0

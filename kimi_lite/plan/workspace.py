@@ -1,8 +1,8 @@
 """Memory that is not weights: activations, scratch, buffers for streaming, the program itself. Bounds, by the sizes of
 a model.
 
-The CPU's sums follow `model.buffers`, `native.cpu.attention` and `native.cpu.run` array by array; a test compares the
-whole with what a loaded model really takes.
+The CPU's sums follow `model.cpu.buffers`, `native.cpu.attention` and `native.cpu.run` array by array; a test compares
+the whole with what a loaded model really takes.
 """
 
 from kimi_lite.arch.config import ModelConfig

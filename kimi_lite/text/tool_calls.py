@@ -94,7 +94,7 @@ class ArgumentReader:
         return Arguments("".join(self._parts[before:]), error)
 
     def _step(self, text: str, at: int) -> int:
-        """Take a character (of a string: as many as stand for themselves); the place of the next."""
+        """Take a character (of a string: all up to the next special one); the place of the next."""
         if self._quote and not self._escape and (plain := _PLAIN.match(text, at)):
             self._parts.append(plain.group())
             return plain.end()

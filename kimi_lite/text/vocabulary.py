@@ -24,7 +24,7 @@ _KIMI_STOP_IDS = (163585, 163586, 163593)  # [EOS], <|im_end|>, [EOT]: whatever 
 _CONTROL_LIKE = re.compile(
     r"<.*>|\[.*\]|\{.*\}|.*[|｜]>|<[|｜].*", re.DOTALL
 )  # a user-defined token that reads like one
-_REMEDY = "The file is damaged or was converted by a faulty tool: fetch it again, or convert it anew."
+_REMEDY = "The file is damaged or was converted by a faulty tool: fetch it again, or convert it again."
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 An error in a column costs as much as that column's inputs are large, so encoders weigh squared errors with them. Both
 file formats are read: GGUF (`W.in_sum2` and `W.counts`) and the older `.dat`. Experts have a vector each. Formats:
-llama.cpp's tools/imatrix.
+llama.cpp/tools/imatrix.
 """
 
 import struct

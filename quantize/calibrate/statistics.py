@@ -2,7 +2,7 @@
 
 For every weight matrix the sum of the squares of each input column over a text, and how many inputs there were; experts
 and heads have vectors of their own. The model runs layer by layer (kimi_lite.model.cpu.walk), so it may be larger than
-memory. The file is what `quantize --imatrix` and llama.cpp's quantizer read. Format: llama.cpp's tools/imatrix.
+memory. The file is what `quantize --imatrix` and llama.cpp's quantizer read. Format: llama.cpp/tools/imatrix.
 """
 
 from collections.abc import Callable, Sequence

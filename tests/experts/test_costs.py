@@ -36,7 +36,7 @@ def test_one_token_at_a_time_changes_only_what_it_shows():
 
 
 def test_few_tokens_stay_on_the_cpu_and_many_stream():
-    """A 4090's bus and a desk's memory: the crossover lies at some tens of tokens, as peers measure it."""
+    """A 4090's bus and a desktop's memory: the crossover lies at some tens of tokens, as peers measure it."""
     costs = learned(stream_s=4e-4, cpu_s=1.5e-4, choice_s=2e-5)
     share = {}
     for num_tokens in (1, 16, 64, 512, 8192):

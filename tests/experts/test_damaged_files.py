@@ -36,7 +36,7 @@ def test_damaged_heat_is_a_warning(tmp_path: Path, changes: list[tuple[float, in
         found = load_heat(path, SHAPE)
     assert found is None or found.shape == SHAPE
     assert len(said) <= 1
-    assert all("is damaged; it begins anew" in str(one.message) for one in said)
+    assert all("is damaged; it starts empty" in str(one.message) for one in said)
 
 
 def test_missing_heat_is_silent_and_cut_heat_is_not(tmp_path: Path) -> None:

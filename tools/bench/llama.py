@@ -22,7 +22,7 @@ BATCH_TOKENS = 512  # as ours, and llama.cpp's own default for n_ubatch
 
 @cache
 def _no_log():
-    """A log function that says nothing; kept for good, because llama.cpp calls it as long as the process lives."""
+    """A log function that says nothing; kept for good, because llama.cpp calls it until the process ends."""
     return import_llama_cpp().llama_log_callback(lambda level, text, data: None)
 
 
@@ -59,7 +59,7 @@ class Llama:
         self._api.llama_model_free(self._model)
 
     def run(self, test: BenchTest, prompts: Sequence[Prompt]) -> Run:
-        """As `bench_ours.Ours.run`: prefixes first, then the clock."""
+        """As `ours.Ours.run`: prefixes first, then the clock."""
         for sequence, prompt in enumerate(prompts):
             self._rewind(sequence, prompt.prefix)
         start_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The caches that `tools.cache` compares. The runtime's is its own class, `memory.policy.HeatPolicy`.
+"""The caches that `tools.cache` compares. The runtime's is its own class, `experts.policy.HeatPolicy`.
 
 A step is one layer of one token: its experts are looked up together, and none of them may push out another. Two ways to
 fill: what is missed comes in at once (the RAM tier: it must, to be computed), or up to a number of experts are promoted
@@ -87,7 +87,7 @@ class HeatCache:
 
 
 class BeladyCache:
-    """The optimum: whoever is needed latest goes, which takes knowing the future (Belady 1966). Always fills at
+    """The optimum: the expert that is needed latest goes, which takes knowing the future (Belady 1966). Always fills at
     once."""
 
     def __init__(self, ids: np.ndarray, layers: Sequence[int], num_experts: int, num_slots: int) -> None:

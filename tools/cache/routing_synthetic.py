@@ -1,4 +1,4 @@
-"""Routing traces made up from published reuse statistics, for machines and sizes that nobody has recorded yet.
+"""Routing traces made up from published reuse statistics, for machines and sizes of which there is no recording yet.
 
 Peers publish how many experts an LRU cache of so many slots finds (models with 256 to 512 fine-grained experts; 384
 here). An LRU cache of s slots finds an expert exactly if it lies among the s most recently used: so the curve is the

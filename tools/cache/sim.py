@@ -5,10 +5,10 @@ machine.
     python -m tools.cache trace.npz --sizes 5,12.5,25
     python -m tools.cache --machine "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores" --budget 120
 
-Without a trace one is made up from published reuse statistics (tools/routing_synthetic.py). Sizes are percent of all
-routed experts. LRU, LFU with decay, the runtime's policy (`memory.policy.HeatPolicy`, the class itself) and Belady's
-optimum. By default what is missed comes in at once, as in the RAM tier; `--budget N` promotes up to N experts a token
-instead, as into VRAM. Tokens of a prompt count as single steps, so a prompt looks worse here than it is. With
+Without a trace one is made up from published reuse statistics (`tools.cache.routing_synthetic`). Sizes are percent of
+all routed experts. LRU, LFU with decay, the runtime's policy (`experts.policy.HeatPolicy`, the class itself) and
+Belady's optimum. By default what is missed comes in at once, as in the RAM tier; `--budget N` promotes up to N experts
+a token instead, as into VRAM. Tokens of a prompt count as single steps, so a prompt looks worse here than it is. With
 `--machine` the size is the one that its VRAM leaves, and K2.5's bytes at `--bits` a weight turn hits into tokens/s: the
 GPU's part, then the CPU's, one after the other.
 """
@@ -80,7 +80,7 @@ class Machine:
         return cls(**{**found, "num_cores": int(found["num_cores"])})
 
     def slot_share(self, bits: float) -> float:
-        """Of all routed experts that the GPU has room for."""
+        """Of all routed experts that fit on the GPU."""
         dense_gb = K2_5.other_parameters * _DENSE_BITS / 8e9
         routed_gb = K2_5.routed_parameters * bits / 8e9
         return min(1.0, max(0.0, self.vram_gb - dense_gb - _WORK_GB - _CACHE_GB) / routed_gb)

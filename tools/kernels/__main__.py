@@ -1,4 +1,4 @@
-"""`python -m tools.kernels`: the CPU kernels of every type beside llama.cpp's."""
+"""`python -m tools.kernels`: the CPU kernels of every type against llama.cpp's."""
 
 from kimi_lite.tools.kernels.kernel_bench import app
 

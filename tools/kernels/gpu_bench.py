@@ -1,5 +1,5 @@
-"""How fast the GPU kernels are, beside the bandwidth of the GPU's memory. Tables, then JSON as the last line. Needs
-CUDA.
+"""How fast the GPU kernels are, and which share of the GPU's memory bandwidth that is. Tables, then JSON as the last
+line. Needs CUDA.
 
     python -m tools.kernels.gpu_bench
     python -m tools.kernels.gpu_bench --types tq1_0,q8_0 --tokens 4

@@ -1,4 +1,4 @@
-"""How fast the decode kernels are: beside memory, beside llama.cpp, and in cache. Tables, then JSON as the last line.
+"""How fast the decode kernels are, against memory, llama.cpp and data in cache. Tables, then JSON as the last line.
 
     python -m tools.kernels --types tq1_0,q4_k --threads 2
     python -m tools.kernels --target avx2 --prefill
@@ -56,7 +56,7 @@ def main(
     ] = "native",
     prefill: Annotated[bool, typer.Option("--prefill", help="Many tokens at a time as well.")] = False,
 ) -> None:
-    """Time the kernels: read bandwidth, then each type beside llama.cpp, and in cache."""
+    """Time the kernels: read bandwidth, then each type and llama.cpp's, and in cache."""
     if target == "avx2":  # Numba reads its target once, at import
         rest = ["--types", types, "--threads", str(threads), "--repeats", str(repeats), *["--prefill"] * prefill]
         sys.exit(subprocess.call([sys.executable, "-m", "tools.kernels", *rest], env=os.environ | _AVX2))

@@ -1,4 +1,4 @@
-"""Size, perplexity and divergence of one model in many types: our quantizer beside ggml's at the same type and size.
+"""Size, perplexity and divergence of one model in many types: our quantizer and ggml's at the same type and size.
 
     python -m tools.quality.table -m demo-bf16.gguf --calibrate text.txt --types tq1_0,iq1_m,tq2_0,q2_0,q2_k,q4_k
 

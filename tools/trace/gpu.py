@@ -3,8 +3,8 @@
     python -m tools.trace -m MODEL -o trace.json -n 16
 
 The timeline (chrome://tracing, ui.perfetto.dev) is torch's profiler's, with a span for the CPU's experts of every layer
-beside the kernels and copies of the GPU. The table says how long a token keeps the GPU busy, the CPU's experts, both at
-once, and neither: the part that is neither is lost to launching, waiting and Python.
+next to the kernels and copies of the GPU. The table says how long a token keeps the GPU busy, the CPU's experts, both
+at once, and neither: the part that is neither is lost to launching, waiting and Python.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -17,7 +17,7 @@ from kimi_lite.terminal import Console, show_plain
 
 
 def start_chat(options: Options) -> None:
-    """Check, load, greet, talk, and let go of everything."""
+    """Check, load, greet, talk, and close everything."""
     status = Console(stderr=not sys.stdout.isatty())
     store = SessionStore(state_folder() / "sessions")
 

@@ -329,7 +329,7 @@ class Autosave:
         self.conversation.clear()
 
     def close(self) -> None:
-        """Let go of the name."""
+        """Release the name."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -1,9 +1,9 @@
 """The last rows of a terminal as something that can still change: drawn over in place, never scrolled off, erased at
 the end.
 
-`apps.markdown` shows the unfinished block here and `apps.render` the reasoning. What has scrolled off is never touched:
-the rows are always fewer than the screen has. If the window changes its width meanwhile, a fragment may remain,
-but nothing is lost.
+`apps.markdown` shows the unfinished block here and `apps.chat.render` the reasoning. What has scrolled off is never
+touched: the rows are always fewer than the screen has. If the window changes its width meanwhile, a fragment may
+remain, but nothing is lost.
 """
 
 import time

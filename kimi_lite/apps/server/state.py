@@ -29,7 +29,7 @@ class ServerSettings:
 
 @dataclass(slots=True)
 class ServerState:
-    """`app.state.server`."""
+    """What all requests share."""
 
     service: EngineService
     settings: ServerSettings

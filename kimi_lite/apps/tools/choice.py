@@ -21,8 +21,8 @@ def open_tools(options: Options) -> "ToolBox | None":
         return None
     from kimi_lite.apps.tools.box import ToolBox
 
-    aside = Console(stderr=True)
+    err = Console(stderr=True)
     # Servers may be installed first.
-    is_waiting = options.mcp_config is not None and aside.is_terminal and not options.is_quiet
-    with aside.status("[dim]starting MCP servers") if is_waiting else nullcontext():
+    is_waiting = options.mcp_config is not None and err.is_terminal and not options.is_quiet
+    with err.status("[dim]starting MCP servers") if is_waiting else nullcontext():
         return ToolBox.open(options.tools_folder, options.mcp_config, options.allowed_tools)

@@ -555,7 +555,7 @@ def folder_bytes(folder: str, pids: list[int]) -> int:
 
 
 def _in_child(work: object) -> None:
-    """Run it as a forked child's whole life: it never comes back."""
+    """All that a forked child does: it does not return."""
     code = 1
     try:
         work()

@@ -1,4 +1,4 @@
-"""What a tool is, and what its caller must get right. `apps.tools.box` calls tools; the modules beside it make them.
+"""What a tool is, and what its caller must get right. `apps.tools.box` calls tools; its neighbours make them.
 
 Whatever goes wrong in a call is told to the model, which can do better: `ToolError` with words that say how.
 """

@@ -170,5 +170,5 @@ def rows_for(num_tokens: int) -> int:
 
 
 def pages_for(num_pages: int) -> int:
-    """Powers of two from 16, 1,024 tokens: graphs are captured anew when the context has doubled."""
+    """Powers of two from 16, 1,024 tokens: graphs are captured again when the context has doubled."""
     return max(16, 1 << max(0, num_pages - 1).bit_length())
