@@ -138,7 +138,7 @@ def wrong_names(path: Path) -> Iterator[str]:
         for place in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./]*\w", text):
             if not (ROOT / place).exists():
                 yield f"{path.relative_to(ROOT)}:{line}: {place}"
-        for module in re.findall(r"python -m ((?:kimi_lite|tools|quantize)[\w.]*\w)", text):
+        for module in re.findall(r"python -m ((?:kimi_lite|tools|quantize)[a-z_.]*[a-z_])\b", text):
             if f"kimi_lite.{module.removeprefix('kimi_lite.')}" not in names().modules and module != "kimi_lite":
                 yield f"{path.relative_to(ROOT)}:{line}: python -m {module}"
 
