@@ -32,12 +32,12 @@ from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.simd import load_i64, store_i64
 
 # The team's shared memory: int64 cells, each on a cache line of its own. _PATIENCE: spins before a waiting thread gives
-# its core away.
+# its core away. _TAKEN: the epoch whose program the caller has run to its end.
 _LINE = 64
-_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE = (
-    _LINE * i for i in range(12)
+_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE, _TAKEN = (
+    _LINE * i for i in range(13)
 )
-_NUM_LINES = 12
+_NUM_LINES = 13
 
 _MAX_PATIENCE, _MIN_PATIENCE = 2048, 16  # spins of 25 to 50 ns
 _IDLE_PATIENCE = 2  # times as long after a program: the next one often comes at once
@@ -164,7 +164,11 @@ def _publish(team, program, num_ops):
 
 @function("void(int64)")
 def _take_part(team):
-    _run_ops(team, 0)
+    """The caller's share of what is published, unless it has run: a signal's exception may have come between."""
+    epoch = atomic_load(team + _EPOCH)
+    if load_i64(team + _TAKEN) != epoch:
+        _run_ops(team, 0)
+        store_i64(team + _TAKEN, epoch)
 
 
 def _yield_address() -> int:
@@ -197,6 +201,7 @@ class Team:
         self._set(_FUTEX + 8, number)
         self._condition = threading.Condition()
         self._num_sleeping = 0
+        self._program: Program | None = None
         self._workers = [
             threading.Thread(target=self._serve, args=(thread,), daemon=True, name=f"kimi-lite-{thread}")
             for thread in range(1, num_threads)
@@ -235,15 +240,25 @@ class Team:
     def run(self, program: Program) -> None:
         """Runs `program` to its end on all threads."""
         assert not self._is_closed()
+        self._finish()
+        self._program = program  # alive until the next one, also where an exception leaves it unfinished
         _publish(self._address, program.address, len(program.ops))
         if self._num_sleeping:
             self._wake()
         _take_part(self._address)
 
+    def _finish(self) -> None:
+        """Runs a program that was published and then left by an exception (a signal's handler raised): the other
+        threads wait for the caller in it."""
+        if int(self._memory[self._cell(_TAKEN)]) != self._epoch():
+            self._wake()
+            _take_part(self._address)
+
     def close(self) -> None:
         """Ends the threads; the team is of no use afterwards."""
         if self._is_closed():
             return
+        self._finish()
         self._set(_QUIT, 1)
         _publish(self._address, 0, 0)
         self._wake()

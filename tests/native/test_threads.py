@@ -1,6 +1,7 @@
 """The thread team: programs of hundreds of operations, stopping, sleeping, two teams at once, more threads than
 cores."""
 
+import signal
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from numba import types
 
 from kimi_lite.native.calls import pause
+from kimi_lite.native.cpu import threads
 from kimi_lite.native.cpu.compiler import KERNEL, kernel
 from kimi_lite.native.cpu.linear import Product, linear_op
 from kimi_lite.native.cpu.matrix import Matrix
@@ -176,6 +178,48 @@ def test_close_twice_and_the_threads_are_gone():
     assert threading.active_count() == before
     with pytest.raises(AssertionError):
         team.run(fold_program(3, np.zeros(NUM_TASKS, np.int64)))
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_an_exception_of_a_signal_leaves_no_thread_behind(num_threads):
+    """It may come between publishing a program and taking part in it; then the others waited for ever."""
+
+    def stop(number, frame):
+        raise _Stop
+
+    before, rng = signal.signal(signal.SIGUSR1, stop), np.random.default_rng(0)
+    try:
+        for _ in range(60):
+            team, values = Team(num_threads), np.ones(NUM_TASKS, np.int64)
+            program = fold_program(5, values)
+            timer = threading.Timer(rng.uniform(0, 0.01), signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
+            try:
+                timer.start()
+                while True:
+                    team.run(program)
+            except _Stop:
+                pass
+            team.run(program)  # goes on as if nothing had been
+            team.close()
+            assert not any(worker.is_alive() for worker in team._workers)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_program_that_was_published_and_left_is_run_first():
+    values = np.ones(NUM_TASKS, np.int64)
+    team = Team(2)
+    first, second = (Program([Op.of(_fold, values, number)]) for number in (1, 2))
+    threads._publish(team._address, first.address, len(first.ops))  # and an exception came
+    team.run(second)
+    assert (values == 3 * (3 * 1 + 1) + 2).all()
+    threads._publish(team._address, first.address, len(first.ops))
+    team.close()
+    assert not any(worker.is_alive() for worker in team._workers)
 
 
 def test_close_right_after_birth():
