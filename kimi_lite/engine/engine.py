@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from kimi_lite.engine.grammar import Grammars
 from kimi_lite.engine.loop_guard import LoopGuard
 from kimi_lite.engine.pace import Pace
 from kimi_lite.engine.sampler import Sampler, logprobs
@@ -91,6 +92,7 @@ class Engine:
         self.scheduler = Scheduler(kv, max_step_tokens or model.max_batch_tokens, max_running)
         self.pace = None if max_gap_s is None else Pace(max_gap_s)
         self.clock_s = clock_s
+        self.grammars = Grammars(tokenizer, lambda: template.facts.fences_arguments)
         self.is_closed = False
         self._holdings = holdings
         self._live: dict[str, Sequence] = {}
@@ -214,7 +216,10 @@ class Engine:
             return [*rest, replace(last, failure=error)]
         sequence.append(token_id, self.clock_s())
         is_end = token_id in self.tokenizer.eos_ids and not sequence.request.sampling.ignore_eos
+        was_reasoning = sequence.is_reasoning
         pieces = [] if is_end else sequence.parser.feed(token_id)
+        if was_reasoning and sequence.parser.kind == "tool_call" and sequence.constraint is not None:
+            sequence.constraint.accept(token_id)  # a call began without </think>
         finish_reason = "stop" if is_end else self._finish_reason(sequence)
         if finish_reason is not None:
             pieces += sequence.parser.finish()

@@ -40,6 +40,7 @@ class TemplateFacts:
     can_preserve: bool  # past reasoning can stay in the prompt
     call_content: str | None = ""  # the content of a message with calls with which they are rendered at all
     takes_objects: bool = False  # arguments of past calls are wanted as objects, not as JSON text
+    fences_arguments: bool = False  # it writes the arguments of calls in code fences
 
 
 class ChatTemplate:
@@ -76,15 +77,15 @@ class ChatTemplate:
             ((content, is_object) for content, is_object in _CALL_FORMS if self._shows(content, is_object)), None
         )
         content, takes_objects = form or _CALL_FORMS[0]
-        is_readable = self._dialect is not None and (
-            form is None or self._dialect.call_begin in self._probe(_past_call(*form), [_PROBE_TOOL])
-        )
+        past_call = "" if form is None else self._probe(_past_call(*form), [_PROBE_TOOL])
+        is_readable = self._dialect is not None and (form is None or self._dialect.call_begin in past_call)
         return TemplateFacts(
             can_think=self._ends_in_think([question]) or plain != self._probe([question], thinking=False),
             can_call=is_readable and plain != self._probe([question], [_PROBE_TOOL]),
             can_preserve=self._probe(past) != self._probe(past, preserve_thinking=True),
             call_content=content,
             takes_objects=takes_objects,
+            fences_arguments="```json" in past_call,
         )
 
     def _probe(

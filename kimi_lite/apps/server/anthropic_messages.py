@@ -22,7 +22,7 @@ from kimi_lite.apps.server.bodies import read_body
 from kimi_lite.apps.server.chat import ChatRequest, Choice, Prepared
 from kimi_lite.apps.server.errors import ApiError, told
 from kimi_lite.apps.server.merge import merged
-from kimi_lite.apps.server.messages import read_choice, read_tools
+from kimi_lite.apps.server.messages import read_choice, read_tools, strict_names
 from kimi_lite.apps.server.openai_models import MAX_MESSAGES, Body
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
@@ -95,7 +95,8 @@ async def count_tokens(http: HttpRequest) -> Response:
 def to_chat(body: CountBody, state: ServerState, client: str) -> ChatRequest:
     """What the body asks for; ApiError 400 for what it cannot have."""
     engine = state.service.require_ready()
-    tools = read_tools(_functions(body.tools or []), state.can_call, engine.info.name)
+    functions = _functions(body.tools or [])
+    tools = read_tools(functions, state.can_call, engine.info.name)
     choice, thinking = body.tool_choice or ToolChoice(type="auto"), body.thinking or Thinking(type="disabled")
     wanted = {"any": "required", "tool": {"name": choice.name}}.get(choice.type, choice.type)
     return ChatRequest(
@@ -104,6 +105,7 @@ def to_chat(body: CountBody, state: ServerState, client: str) -> ChatRequest:
         tool_choice=read_choice(wanted, tools),
         has_parallel_calls=not choice.disable_parallel_tool_use,
         is_thinking=thinking.type != "disabled",
+        strict_tools=strict_names(functions),
         max_reasoning_tokens=thinking.budget_tokens if thinking.type == "enabled" else None,
         sampling=_sampling(body) if isinstance(body, MessagesBody) else SamplingParams(),
         temperature=body.temperature if isinstance(body, MessagesBody) else None,
@@ -235,7 +237,11 @@ def _functions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"tools.{i} is {tool['type']!r:.40}, which runs at Anthropic; this server has its client's tools only."
             )
             raise ApiError(400, problem, "invalid_value", f"tools.{i}")
-        function = {"name": tool.get("name"), "description": tool.get("description") or ""}
+        function = {
+            "name": tool.get("name"),
+            "description": tool.get("description") or "",
+            "strict": tool.get("strict"),
+        }
         functions.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema")}})
     return functions
 

@@ -6,24 +6,25 @@ between them is only how it is written and how the answer is.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 from kimi_lite.apps.server.errors import ApiError
 from kimi_lite.engine.engine import Engine
+from kimi_lite.engine.grammar import AnswerForm, ToolChoice
+from kimi_lite.engine.json_schema import SchemaError
 from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import Answer, EngineService, Event
 from kimi_lite.engine.splice import splice
-from kimi_lite.engine.types import INSTANT_TEMPERATURE, THINKING_TEMPERATURE, Request, SamplingParams, Token
+from kimi_lite.engine.types import INSTANT_TEMPERATURE, THINKING_TEMPERATURE, Constraint, Request, SamplingParams, Token
 from kimi_lite.text.stream import DEEPSEEK, KIMI
 from kimi_lite.text.template import EncodedPrompt
 
 NUM_CONVERSATIONS = 64  # whose sampled ids are remembered, so that their next prompts are found in the cache
 MAX_CHOICES = 16
-ToolChoice = Literal["auto", "none", "required"] | str  # or the name of the tool that must be called
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class ChatRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     temperature: float | None = None  # None: the mode's own
     num_choices: int = 1
-    json_schema: Mapping[str, Any] | None = None  # of the answer; {} is any object
+    strict_tools: frozenset[str] = frozenset()  # names of those whose arguments must follow their schema
+    json_schema: Mapping[str, Any] | None = None  # of the answer
     client: str = ""
 
 
@@ -100,6 +102,7 @@ class Chats:
         ids = tuple(self._with_known_ids(engine, prompt.ids))
         sampling = self._sampling(engine, chat, prompt.starts_in_reasoning)
         calls = tuple(_calls_of(chat.messages))
+        constraint = self._constraint(engine, chat, prompt.starts_in_reasoning, len(calls))
         requests = []
         for i in range(chat.num_choices):
             request = Request(
@@ -110,6 +113,7 @@ class Chats:
                 chat.tools,
                 num_calls=len(calls),
                 max_reasoning_tokens=chat.max_reasoning_tokens if prompt.starts_in_reasoning else None,
+                constraint=constraint,
                 loop_limits=self._loop_limits,
                 earlier_calls=calls,
                 client=chat.client,
@@ -122,12 +126,32 @@ class Chats:
         is_thinking = True if chat.is_thinking is None else chat.is_thinking
         return engine.template.encode(chat.messages, chat.tools, is_thinking, True, chat.keeps_reasoning)
 
+    def _constraint(
+        self, engine: Engine, chat: ChatRequest, starts_in_reasoning: bool, num_calls: int
+    ) -> Callable[[], Constraint] | None:
+        """The grammar of the answer; ApiError 400 that names the keyword where a schema cannot be one."""
+        form = AnswerForm(
+            schema=chat.json_schema,
+            tools=chat.tools,
+            choice=chat.tool_choice,
+            strict_tools=chat.strict_tools,
+            has_parallel_calls=chat.has_parallel_calls,
+            num_calls=num_calls,
+            may_think=not starts_in_reasoning and chat.is_thinking is not False,
+        )
+        try:
+            return engine.grammars.answer(form)
+        except SchemaError as error:
+            param = error.place if not error.keyword else f"{error.place}.{error.keyword}"
+            raise ApiError(400, str(error), "unsupported_schema", param) from None
+
     def _sampling(self, engine: Engine, chat: ChatRequest, is_thinking: bool) -> SamplingParams:
         temperature = chat.temperature
         if temperature is None:
             temperature = THINKING_TEMPERATURE if is_thinking else INSTANT_TEMPERATURE
         biases = dict(chat.sampling.logit_bias)
-        if chat.tool_choice == "none":  # the tools stay declared, so the prompt's beginning stays in the cache
+        if chat.tool_choice == "none" or (chat.json_schema is not None and not chat.tools):
+            # Tools stay declared, so that the prompt's beginning stays in the cache.
             special = engine.tokenizer.special
             openings = [name for dialect in (KIMI, DEEPSEEK) for name in (*dialect.section_begin, dialect.call_begin)]
             biases |= {special[name]: -100.0 for name in openings if name in special}

@@ -65,6 +65,12 @@ def read_tools(tools: Sequence[Mapping[str, Any]], can_call: bool, model: str) -
     return tuple(read)
 
 
+def strict_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Of the tools that are declared `strict`, by clients' own declarations."""
+    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), Mapping)]
+    return frozenset(str(f.get("name")) for f in functions if f.get("strict") is True)
+
+
 def read_choice(choice: object, tools: Sequence[Mapping[str, Any]]) -> str:
     """`auto`, `none`, `required`, or the name of the tool that must be called."""
     if choice is None or isinstance(choice, str):

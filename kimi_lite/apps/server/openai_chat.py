@@ -14,7 +14,7 @@ from kimi_lite.apps.server.bodies import read_body
 from kimi_lite.apps.server.chat import ChatRequest, Choice, Prepared
 from kimi_lite.apps.server.errors import ApiError, told
 from kimi_lite.apps.server.merge import merged
-from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools
+from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools, strict_names
 from kimi_lite.apps.server.openai_models import ChatBody, Sampled, is_thinking_at
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
@@ -52,6 +52,7 @@ def to_chat(body: ChatBody, state: ServerState, client: str) -> ChatRequest:
         ),
         temperature=body.temperature,
         num_choices=body.n or 1,
+        strict_tools=strict_names(tools),
         json_schema=_schema(body),
         client=client,
     )

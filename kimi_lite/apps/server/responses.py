@@ -21,7 +21,7 @@ from kimi_lite.apps.server.bodies import read_body
 from kimi_lite.apps.server.chat import ChatRequest, Choice, Prepared
 from kimi_lite.apps.server.errors import ApiError, told
 from kimi_lite.apps.server.merge import merged
-from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools
+from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools, strict_names
 from kimi_lite.apps.server.openai_chat import logprob_of
 from kimi_lite.apps.server.openai_models import Body, Effort, is_thinking_at
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
@@ -128,6 +128,7 @@ def to_chat(
             num_logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
         ),
         temperature=body.temperature,
+        strict_tools=strict_names(tools),
         json_schema=_schema(body),
         client=client,
     )
@@ -244,7 +245,7 @@ def read_response_tools(tools: Sequence[Mapping[str, Any]]) -> tuple[list[dict[s
     for i, tool in enumerate(tools):
         kind = tool.get("type")
         if kind == "function":
-            fields = ("name", "description", "parameters")
+            fields = ("name", "description", "parameters", "strict")
             functions.append({"type": "function", "function": {f: tool[f] for f in fields if tool.get(f) is not None}})
         elif kind == "custom":
             functions.append({"type": "function", "function": _custom_function(tool)})
