@@ -449,7 +449,7 @@ def made(source: str, special: list[str]) -> ChatTemplate:
     ("source", "special", "facts"),
     [
         (KIMI_K2, KIMI_SPECIAL, TemplateFacts(False, True, False, "", False)),
-        (DEEPSEEK_R1, DEEPSEEK_SPECIAL, TemplateFacts(True, True, False, None, False)),
+        (DEEPSEEK_R1, DEEPSEEK_SPECIAL, TemplateFacts(True, True, False, None, False, fences_arguments=True)),
         (DEEPSEEK_V31, DEEPSEEK_SPECIAL, TemplateFacts(True, True, False, "", True)),
         (HERMES, KIMI_SPECIAL, TemplateFacts(False, False, False, "", True)),
         (HERMES, ["<|im_start|>", "<|im_end|>"], TemplateFacts(False, False, False, "", True)),
