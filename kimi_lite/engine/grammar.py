@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from kimi_lite.engine.json_schema import Schema, SchemaError, prepare
+from kimi_lite.engine.json_schema import Prepared, Schema, SchemaError, prepare
 from kimi_lite.engine.types import Constraint
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.stream import THINK, Dialect, dialect_of
@@ -179,12 +179,16 @@ def _of_objects(parameters: Schema | None) -> Schema:
     return parameters if isinstance(parameters, bool) or "type" in parameters else {**parameters, **ANY_OBJECT}
 
 
-def _compiled(vocabulary: "_Vocabulary", schema: Mapping | bool) -> "LLMatcher":
+def _compiled(vocabulary: "_Vocabulary", prepared: Prepared) -> "LLMatcher":
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(verbose_errors=False)
     options = {"whitespace_pattern": _BLANKS, "lenient": False, "coerce_one_of": False}
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+    if prepared.may_escape:
+        options["json_allow_general_unicode_escapes"] = True
+    else:
+        options["json_allowed_escapes"] = '"\\bfnrt'
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(prepared.schema), overrides=options)
     matcher = LLMatcher(vocabulary.trie, grammar, log_level=0, limits=limits)
     started_s = time.perf_counter()
     trial = matcher.deep_copy()

@@ -8,8 +8,9 @@ readers of JSON agree (RFC 8259, section 6), which also bounds their digits. Cal
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from kimi_lite.engine.ecma_pattern import PatternError, translate
@@ -27,6 +28,7 @@ MAX_DEPTH = 48  # of schemas inside each other
 MAX_SCHEMAS = 1500  # inside one; compiling takes time that grows with the square
 MAX_ITEMS = 10_000
 MAX_STEP = 10_000  # least common multiple of all `multipleOf`: its automaton has as many states
+MAX_NAMES, MAX_NAME = 20_000, 200  # characters of the properties of an object, of one of them
 MAX_INTEGER = 2**53 - 1
 
 _ANNOTATIONS = _words(
@@ -72,7 +74,15 @@ class SchemaError(KimiLiteError):
         self.place, self.keyword = place, keyword
 
 
-def prepare(schema: Schema, place: str = "schema") -> dict[str, Any] | bool:
+class Prepared(NamedTuple):
+    """A schema to compile. `may_escape`: its texts may hold `\\u4e16`. llguidance 1.9 lets an escaped name pass for
+    one that is not declared; where that could be, nothing is escaped by number."""
+
+    schema: dict[str, Any] | bool
+    may_escape: bool
+
+
+def prepare(schema: Schema, place: str = "schema") -> Prepared:
     """The schema to compile; SchemaError that names the keyword and its place where it asks for what a grammar cannot
     enforce."""
     try:
@@ -81,15 +91,16 @@ def prepare(schema: Schema, place: str = "schema") -> dict[str, Any] | bool:
         raise SchemaError(place, "", "it is no JSON, or nested too deep") from None
     if size > MAX_BYTES:
         raise SchemaError(place, "", f"it has {size:,} bytes; {MAX_BYTES:,} are allowed")
-    prepared = _Preparation(place).schema(schema, place, 0, is_whole=True)
+    prepared = _Preparation(place, _refers_alone(schema)).schema(schema, place, 0, is_whole=True)
     _require_an_end(prepared, place)
-    return prepared
+    return Prepared(prepared, _has_no_open_names(prepared))
 
 
 class _Preparation:
     """One walk over one schema."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, are_definitions_whole: bool) -> None:
+        self._are_definitions_whole = are_definitions_whole
         self._root, self._num_schemas, self._step = place, 0, 1
 
     def schema(self, schema: object, place: str, depth: int, is_whole: bool = False) -> dict[str, Any] | bool:
@@ -122,6 +133,8 @@ class _Preparation:
             self._fill_type(result)
         self._check_values(result, place)
         self._check_object(result, place)
+        if is_whole:
+            _spell_other_names(result)
         self._bound_integers(result, place)
         self._rewrite_texts(result, place)
         _unite_constants(result)
@@ -139,7 +152,8 @@ class _Preparation:
     def _map(self, keyword: str, value: object, place: str, depth: int) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise SchemaError(place, keyword, "it must be an object of schemas")
-        under, whole = f"{place}.{keyword}", keyword in ("properties", "patternProperties")
+        under = f"{place}.{keyword}"
+        whole = keyword in ("properties", "patternProperties") or self._are_definitions_whole
         schemas = {name: self.schema(s, f"{under}.{name}", depth + 1, whole) for name, s in value.items()}
         if keyword != "patternProperties":
             return schemas
@@ -239,6 +253,50 @@ class _Preparation:
             raise SchemaError(place, "format", f"{name!r} is not supported", f"These are: {known}.")
 
 
+def _spell_other_names(schema: dict[str, Any]) -> None:
+    """`additionalProperties` as a pattern of all names but the declared ones: names by a pattern are never escaped."""
+    names = list(schema.get("properties", ()))
+    is_plain = "patternProperties" not in schema and not any(keyword in schema for keyword in _COMBINED)
+    others = schema.get("additionalProperties", True)
+    is_short = sum(map(len, names)) <= MAX_NAMES and max(map(len, names), default=0) <= MAX_NAME
+    if names and is_plain and is_short and others is not False:
+        schema["patternProperties"] = {f"^{_other_than(names)}$": others}
+        schema["additionalProperties"] = False
+
+
+def _other_than(names: list[str]) -> str:
+    """A pattern of every text but these (and but NUL)."""
+    initials = sorted({name[0] for name in names if name})
+    options = [re.escape(c) + _other_than([name[1:] for name in names if name.startswith(c)]) for c in initials]
+    options.append(rf"[^\x00{''.join(map(_in_class, initials))}][^\x00]*")
+    return f"(?:{'|'.join(options)}{'' if '' in names else '|'})"
+
+
+def _in_class(char: str) -> str:
+    return f"\\{char}" if char in "\\]^-[&~" else char
+
+
+def _has_no_open_names(part: object) -> bool:
+    if not isinstance(part, dict):
+        return True
+    is_open = part.get("additionalProperties", True) is not False
+    if is_open and (part.get("properties") or part.get("patternProperties") or part.get("minProperties", 0) > 1):
+        return False
+    return all(_has_no_open_names(each) for each in _inner(part))
+
+
+def _refers_alone(part: object) -> bool:
+    """Whether definitions speak alone about the values they are for: nothing is said beside a reference."""
+    if isinstance(part, list):
+        return all(map(_refers_alone, part))
+    if not isinstance(part, Mapping):
+        return True
+    beside = part.keys() - {*_ANNOTATIONS, "$defs", "definitions"}
+    is_alone = "$ref" not in part or len(beside) == 1
+    is_alone &= not (part.keys() & {"anyOf", "oneOf"} and part.keys() & {*_TYPE_OF_KEYWORD["object"]})
+    return "allOf" not in part and is_alone and all(map(_refers_alone, part.values()))
+
+
 def _unite_constants(schema: dict[str, Any]) -> None:
     """`oneOf` different constants is an `enum`: numbers among them could not be told apart otherwise."""
     branches = schema.get("oneOf", ())
@@ -326,15 +384,18 @@ def _types(schema: dict[str, Any]) -> set[str]:
 
 def _references(part: object) -> set[str]:
     """Of all schemas inside; constants are not looked at."""
-    if isinstance(part, list):
-        return {reference for each in part for reference in _references(each)}
     if not isinstance(part, dict):
         return set()
-    inner = [part[key] for key in (*_LISTS, *_ONE) if key in part]
-    inner += [schema for key in _MAPS for schema in part.get(key, {}).values()]
-    return {reference for each in inner for reference in _references(each)} | (
-        {part["$ref"]} if "$ref" in part else set()
-    )
+    inner = {reference for each in _inner(part) for reference in _references(each)}
+    return inner | ({part["$ref"]} if "$ref" in part else set())
+
+
+def _inner(schema: dict[str, Any]) -> list[Any]:
+    """The schemas right inside."""
+    inner = [schema[keyword] for keyword in _ONE if keyword in schema]
+    inner = [each for value in inner for each in (value if isinstance(value, list) else [value])]
+    inner += [each for keyword in _LISTS for each in schema.get(keyword, ())]
+    return inner + [each for keyword in _MAPS for each in schema.get(keyword, {}).values()]
 
 
 def _unescape(part: str) -> str:

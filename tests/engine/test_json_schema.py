@@ -200,7 +200,7 @@ def test_a_client_cannot_loosen_the_grammar() -> None:
     """llguidance reads options out of schemas."""
     with pytest.raises(SchemaError, match="contains"):
         prepare({"x-guidance": {"lenient": True}, "type": "array", "contains": {}})
-    assert "x-guidance" not in prepare({"x-guidance": {"whitespace_flexible": False}, "type": "array"})
+    assert "x-guidance" not in prepare({"x-guidance": {"whitespace_flexible": False}, "type": "array"}).schema
 
 
 def test_blanks_end() -> None:
@@ -209,3 +209,47 @@ def test_blanks_end() -> None:
     constraint.accept(brace)
     constraint.accept(blank)
     assert not constraint.allowed()[blank >> 5] >> (blank & 31) & 1
+
+
+def can_write(schema: dict, text: str) -> bool:
+    """Whether the grammar lets this through, byte by byte."""
+    constraint = grammars().answer(AnswerForm(schema=schema))()
+    for byte in text.encode():
+        i = tokenizer().encode(chr(byte))[0] if byte < 128 else BYTE_IDS[byte]
+        if not constraint.allowed()[i >> 5] >> (i & 31) & 1:
+            return False
+        constraint.accept(i)
+    end = min(tokenizer().eos_ids)
+    return bool(constraint.allowed()[end >> 5] >> (end & 31) & 1)
+
+
+BYTE_IDS = {tokenizer().decode_bytes(i)[0]: i for i in range(256)}
+NAMED = {"type": "object", "properties": {"a": {"type": "integer"}, "ab": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "string"}, r'"\u4e16"'), ({"type": "string"}, '"世"'), (NAMED, r'{"c":"\u4e16"}'),
+        (NAMED, '{"b":1,"abc":2}'),
+        (NAMED, '{"":"x","a ":"y"}'), ({"$defs": {"n": NAMED}, "items": {"$ref": "#/$defs/n"}}, r'[{"x":"\u4e16"}]'),
+        ({"type": "object"}, r'{"\u0061": "\ud83d\ude00"}'), (NAMED, '{\n    "a": 1\n}'), (NAMED, '{"a": 1, "世": {}}'),
+        ({"type": "number"}, "6.02e23"), ({"type": "integer"}, "-9007199254740991"),
+    ],
+)  # fmt: skip
+def test_what_is_valid_and_usual_may_come(schema: dict, text: str) -> None:
+    require_valid(schema, text)
+    assert can_write(schema, text)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        NAMED, {"$defs": {"n": NAMED}, "$ref": "#/$defs/n"}, {"allOf": [NAMED]}, {"anyOf": [NAMED, {"type": "null"}]},
+        {**NAMED, "additionalProperties": {"type": "string"}}, {**NAMED, "patternProperties": {"^q": True}},
+        {"type": "object", "patternProperties": {"^a": {"type": "integer"}}},
+        {"$defs": {"n": NAMED}, "allOf": [{"$ref": "#/$defs/n"}]},
+    ],
+)  # fmt: skip
+def test_an_escaped_name_is_no_way_around_its_schema(schema: dict) -> None:
+    assert not can_write(schema, r'{"\u0061":"x"}')
