@@ -1,6 +1,6 @@
 """The server as an ASGI application: routes, errors, start and end."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -10,17 +10,20 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_lite.apps.server import anthropic_messages, basics, completions, page, responses
+from kimi_lite.apps.server import anthropic_messages, basics, completions, openapi, page, responses
 from kimi_lite.apps.server.chat import Chats
 from kimi_lite.apps.server.errors import ApiError, error_response
 from kimi_lite.apps.server.log import AnswerLog
 from kimi_lite.apps.server.openai_chat import chat_completions
+from kimi_lite.apps.server.openai_models import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from kimi_lite.apps.server.openapi import ApiRoute
 from kimi_lite.apps.server.security import Guard
 from kimi_lite.apps.server.state import ServerSettings, ServerState
 from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import EngineService
 
-Endpoint = Callable[[HttpRequest], object]
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
+_STREAMED = ("application/json", "text/event-stream")
 
 
 def build_app(service: EngineService, settings: ServerSettings, log: AnswerLog | None = None) -> Starlette:
@@ -45,25 +48,32 @@ def build_app(service: EngineService, settings: ServerSettings, log: AnswerLog |
 def routes() -> list[Route]:
     """Every endpoint."""
     return [
-        _route("/", page.page),
+        _route("/", page.page, media_types=("text/html",)),
         _route("/status", page.status),
-        _route("/v1/chat/completions", chat_completions, "POST"),
-        _route("/v1/completions", completions.completions, "POST"),
-        _route("/v1/responses", responses.create, "POST"),
+        _route("/v1/chat/completions", chat_completions, "POST", ChatBody, _STREAMED),
+        _route("/v1/completions", completions.completions, "POST", CompletionBody, _STREAMED),
+        _route("/v1/responses", responses.create, "POST", responses.ResponsesBody, _STREAMED),
         _route("/v1/responses/{name}", responses.retrieve),
         _route("/v1/responses/{name}", responses.delete, "DELETE"),
-        _route("/v1/messages", anthropic_messages.messages, "POST"),
-        _route("/v1/messages/count_tokens", anthropic_messages.count_tokens, "POST"),
+        _route("/v1/messages", anthropic_messages.messages, "POST", anthropic_messages.MessagesBody, _STREAMED),
+        _route("/v1/messages/count_tokens", anthropic_messages.count_tokens, "POST", anthropic_messages.CountBody),
         _route("/v1/models", basics.models),
         _route("/v1/models/{name:path}", basics.model),
-        _route("/tokenize", basics.tokenize, "POST"),
-        _route("/detokenize", basics.detokenize, "POST"),
+        _route("/tokenize", basics.tokenize, "POST", TokenizeBody),
+        _route("/detokenize", basics.detokenize, "POST", DetokenizeBody),
         _route("/health", basics.health),
-        _route("/metrics", basics.metrics),
+        _route("/metrics", basics.metrics, media_types=("text/plain",)),
+        _route("/openapi.json", openapi.openapi),
     ]
 
 
-def _route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
+def _route(
+    path: str,
+    endpoint: Endpoint,
+    method: str = "GET",
+    body: type[Body] | None = None,
+    media_types: tuple[str, ...] = ("application/json",),
+) -> Route:
     async def answer(http: HttpRequest) -> Response:
         try:
             return await endpoint(http)
@@ -71,7 +81,9 @@ def _route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
             return error_response(http, error)
 
     answer.__doc__ = endpoint.__doc__
-    return Route(path, answer, methods=[method], name=endpoint.__name__)
+    route = ApiRoute(path, answer, methods=[method], name=endpoint.__name__)
+    route.body, route.media_types = body, media_types
+    return route
 
 
 async def _on_http_error(http: HttpRequest, error: HTTPException) -> Response:

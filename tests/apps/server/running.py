@@ -55,6 +55,8 @@ def speaking(answer: Callable[[str], tuple[str | None, str]], **more) -> Engine:
     end = tokenizer.special["<|im_end|>"]
 
     def next_logits(context: list[int]) -> np.ndarray:
+        if assistant not in context:  # a text, no chat: the model ends it at once
+            return np.eye(VOCAB_SIZE, dtype=np.float32)[end] * 100
         turn = len(context) - 1 - context[::-1].index(assistant)
         said = context[context.index(think, turn) + 1 :]
         reasoning, content = answer(tokenizer.decode(context[:turn]))
