@@ -13,11 +13,11 @@ from kimi_lite.quantize.check.verify import verify_lines
 from kimi_lite.quantize.codecs import EXACT_TYPES
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import ConvertReport, convert, importance_notes, make_job, open_model
+from kimi_lite.quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from kimi_lite.quantize.recipe.budget import fit_recipe, parse_machine
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
 from kimi_lite.quantize.source.files import check_outputs
-from kimi_lite.quantize.source.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from kimi_lite.quantize.write.checksums import check_source
 from kimi_lite.quantize.write.writer import OnProgress, existing_output
 from kimi_lite.units import gib, parse_size

@@ -17,6 +17,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.codecs import EXACT_TYPES, find_layout
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
+from kimi_lite.quantize.memory import PeakMemory, pieces_ahead
 from kimi_lite.quantize.recipe.choose import uniform_recipe
 from kimi_lite.quantize.recipe.plan import Plan, PlannedTensor, make_plan
 from kimi_lite.quantize.source.files import check_outputs
@@ -25,7 +26,6 @@ from kimi_lite.quantize.source.hf_model import open_hf_model
 from kimi_lite.quantize.source.model import SourceModel
 from kimi_lite.quantize.source.names import file_order
 from kimi_lite.quantize.write.job import Job, run_job
-from kimi_lite.quantize.write.memory import PeakMemory, pieces_ahead
 from kimi_lite.quantize.write.sharding import plan_shards
 from kimi_lite.quantize.write.writer import OnProgress, Tensor
 

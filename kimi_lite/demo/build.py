@@ -26,7 +26,8 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import find_layout
 from kimi_lite.quantize.source.metadata import model_metadata
-from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
+from kimi_lite.quantize.source.model import RowReader
+from kimi_lite.quantize.write.writer import Tensor, write_gguf
 
 _REVISION = 1  # in the file's name: a change of the re-housing builds a new file
 _SOURCE_URL = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"

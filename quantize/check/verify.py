@@ -17,10 +17,10 @@ from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.quantize.convert import open_model
-from kimi_lite.quantize.source.model import SourceTensor
+from kimi_lite.quantize.source.model import RowReader, SourceTensor
 from kimi_lite.quantize.write.job import log_path
 from kimi_lite.quantize.write.journal import Entry, read_log
-from kimi_lite.quantize.write.writer import OnProgress, RowReader
+from kimi_lite.quantize.write.writer import OnProgress
 from kimi_lite.units import gib
 
 _PIECE_WEIGHTS = 1 << 20

@@ -20,8 +20,7 @@ from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.metadata import FILE_KEYS, quantization_metadata
-from kimi_lite.quantize.source.model import SourceModel, SourceTensor
-from kimi_lite.quantize.write.writer import RowReader
+from kimi_lite.quantize.source.model import RowReader, SourceModel, SourceTensor
 
 _SHRUNK_HINT = "Restore that file, and repeat the command: the conversion begins anew."
 

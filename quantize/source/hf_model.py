@@ -12,18 +12,16 @@ from kimi_lite.arch.tensors import file_name
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value
 from kimi_lite.native.layouts import Layout
-from kimi_lite.quantize.codecs import int2, int4
 from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.metadata import model_metadata
-from kimi_lite.quantize.source.model import SourceModel, SourceTensor
+from kimi_lite.quantize.source.model import RowReader, SourceModel, SourceTensor
 from kimi_lite.quantize.source.names import Source, list_sources
 from kimi_lite.quantize.source.open import Checkpoint
+from kimi_lite.quantize.source.repack import kept_type, repack_rows
 from kimi_lite.quantize.source.tokenizer import TOKENIZER_FILES, tokenizer_metadata
-from kimi_lite.quantize.write.writer import RowReader
 
 _INCOMPLETE_HINT = "Check that config.json belongs to these weights and that all files are there."
 _EXACT = {"f16": ("F16", "F32"), "bf16": ("BF16", "F32")}  # types that hold every value, by how it is stored; else F32
-_KEPT = {"Q4_0": int4, "Q2_0": int2}  # types that hold the very codes
 
 
 def open_hf_model(folder: Path) -> SourceModel:
@@ -79,17 +77,17 @@ def _check_sources(checkpoint: Checkpoint, sources: list[Source]) -> None:
 def _source_tensor(checkpoint: Checkpoint, source: Source) -> SourceTensor:
     weights = [checkpoint.weights[part.weight] for part in source.parts]
     kinds = {weight.kind for weight in weights}
-    kept = next((name for name, codec in _KEPT.items() if all(map(codec.can_repack, weights))), None)
+    kept_types = {kept_type(weight) for weight in weights}
+    kept = kept_types.pop() if len(kept_types) == 1 else None  # one that holds the codes of all parts
     exact = set.intersection(*({*_EXACT.get(kind, ("F32",))} for kind in kinds)) | ({kept} if kept else set())
 
     def open_encoded(layout: Layout) -> RowReader | None:
         if layout.name != kept:
             return None
-        repack = _KEPT[kept].repack_rows
 
         def read_part(index: int, start: int, stop: int) -> np.ndarray:
             first = source.parts[index].start
-            return repack(weights[index], first + start, first + stop)
+            return repack_rows(weights[index], first + start, first + stop)
 
         return _joined(source, read_part)
 

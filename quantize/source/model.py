@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 from kimi_lite.gguf.metadata import Value
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.source.files import FileState
-from kimi_lite.quantize.write.writer import RowReader
+
+# (first row, end row) -> float32 (rows, n), or uint8 (rows, row_bytes) of a reader that gives the file's own bytes
+RowReader = Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import encode
 from kimi_lite.quantize.codecs.feedback import Curvature, encode_with_feedback
 from kimi_lite.quantize.source.files import FileState
+from kimi_lite.quantize.source.model import RowReader
 from kimi_lite.units import gib
 
 ALIGNMENT = 32  # bytes; GGUF's default
@@ -39,8 +40,6 @@ _FEEDBACK_WEIGHTS = 1 << 21  # rows that share a product with the whole curvatur
 _MEASURED_EVERY = 8  # pieces: an error known to a per cent for an eighth of the time that decoding all would take
 HEADER_BYTES = 64 << 20  # space asked for besides the tensors: more than the largest tokenizer and all padding take
 
-# (first row, end row) -> float32 (rows, n) to be encoded, or uint8 (rows, row_bytes) of a tensor that says `is_encoded`
-RowReader = Callable[[int, int], np.ndarray]
 OnProgress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
 

@@ -32,7 +32,8 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.native.types.random_blocks import random_rows
 from kimi_lite.quantize.source.metadata import model_metadata
-from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
+from kimi_lite.quantize.source.model import RowReader
+from kimi_lite.quantize.write.writer import Tensor, write_gguf
 from kimi_lite.tools.make.slice_tokenizer import slice_tokenizer
 
 _TILE_BYTES = 4 << 20

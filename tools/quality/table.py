@@ -31,7 +31,8 @@ from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe
 from kimi_lite.quantize.recipe.plan import PlannedTensor, make_plan
-from kimi_lite.quantize.write.writer import RowReader, Tensor, write_gguf
+from kimi_lite.quantize.source.model import RowReader
+from kimi_lite.quantize.write.writer import Tensor, write_gguf
 from kimi_lite.tools.quality.runs import StoredLogits, hash_ids, save_rows
 
 _TYPES = "tq1_0,iq1_s,iq1_m,tq2_0,iq2_xxs,q2_0,q2_k,q3_k,q4_0,q4_k"

@@ -5,7 +5,6 @@ import importlib.util
 import gguf
 import numpy as np
 import pytest
-from compressed_tensors.compressors import pack_to_int32
 from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +13,7 @@ from kimi_lite.arch.recipe import OWN_TYPES
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize import codecs
-from kimi_lite.quantize.codecs import encode, find_layout, ggml, int4
-from kimi_lite.quantize.source.stored import Int4Weight
-from tests.quantize.source.raw import raw_tensor
+from kimi_lite.quantize.codecs import encode, find_layout, ggml
 
 needs_ggml = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs the ggml extra")
 
@@ -116,22 +113,6 @@ def test_an_unknown_type_is_refused_with_the_known_ones():
     with pytest.raises(KimiLiteError, match="no type 'q9_9'") as caught:
         find_layout("q9_9")
     assert "Q8_0" in caught.value.hint
-
-
-def test_int4_becomes_q4_0_without_loss(tmp_path):
-    import torch
-
-    rng = np.random.default_rng(4)
-    codes = rng.integers(-8, 8, (6, 128)).astype(np.int8)
-    scales = torch.from_numpy(rng.uniform(2**-16, 4, (6, 4)).astype(np.float32)).to(torch.bfloat16)
-    scales[0, 0], scales[1, 1] = 2.0**-17, -0.5
-    packed = raw_tensor(tmp_path, "packed", "I32", pack_to_int32(torch.from_numpy(codes), 4).numpy())
-    weight = Int4Weight(packed, raw_tensor(tmp_path, "scales", "BF16", scales.view(torch.int16).numpy().view("<u2")))
-    blocks = int4.repack_rows(weight, 1, 6)
-    expected = codes.reshape(6, 4, 32) * scales.float().numpy()[..., None]
-    assert int4.can_repack(weight)
-    assert np.array_equal(gguf.quants.dequantize(blocks, GGMLQuantizationType.Q4_0), expected.reshape(6, 128)[1:])
-    assert np.array_equal(weight.read_rows(0, 6), expected.reshape(6, 128))
 
 
 def test_the_types_that_need_no_ggml_are_those_with_an_encoder_here():

@@ -13,7 +13,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.plan.subject import find_subject
 from kimi_lite.quantize.convert import open_model
-from kimi_lite.quantize.source.mmproj import read_tower
+from kimi_lite.quantize.mmproj import read_tower
 from tests.checkpoints import make_checkpoint
 
 SCALARS = st.one_of(

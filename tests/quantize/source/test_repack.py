@@ -1,18 +1,21 @@
-"""The 2-bit GSQ layout: read as floats, and kept code for code in Q2_0."""
+"""Codes that are kept: INT4 in Q4_0, the 2-bit GSQ layout in Q2_0; and GSQ read as floats."""
 
 import json
 
+import gguf
 import numpy as np
 import pytest
+from compressed_tensors.compressors import pack_to_int32
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.reference_types import dequantize
-from kimi_lite.quantize.codecs import int2
 from kimi_lite.quantize.convert import convert
 from kimi_lite.quantize.recipe.choose import find_recipe
-from kimi_lite.quantize.source.stored import Int2Weight, make_weight
+from kimi_lite.quantize.source.repack import kept_type, repack_rows
+from kimi_lite.quantize.source.stored import Int2Weight, Int4Weight, make_weight
 from tests.checkpoints import make_checkpoint
 from tests.quantize.source.raw import raw_tensor
 
@@ -37,9 +40,25 @@ def test_rows_and_blocks_are_exact(tmp_path):
     packed = raw_tensor(tmp_path, "packed", "I32", pack(codes))
     weight = Int2Weight(packed, raw_tensor(tmp_path, "scales", "BF16", scales))
     expected = codes * np.repeat((scales.astype("<u4") << 16).view("<f4"), 128, axis=1)
-    assert int2.can_repack(weight)
+    assert kept_type(weight) == "Q2_0"
     assert np.array_equal(weight.read_rows(0, 6), expected.astype(np.float32))
-    assert np.array_equal(dequantize(int2.repack_rows(weight, 1, 5), "Q2_0"), expected[1:5].astype(np.float32))
+    assert np.array_equal(dequantize(repack_rows(weight, 1, 5), "Q2_0"), expected[1:5].astype(np.float32))
+
+
+def test_int4_becomes_q4_0_without_loss(tmp_path):
+    import torch
+
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-8, 8, (6, 128)).astype(np.int8)
+    scales = torch.from_numpy(rng.uniform(2**-16, 4, (6, 4)).astype(np.float32)).to(torch.bfloat16)
+    scales[0, 0], scales[1, 1] = 2.0**-17, -0.5
+    packed = raw_tensor(tmp_path, "packed", "I32", pack_to_int32(torch.from_numpy(codes), 4).numpy())
+    weight = Int4Weight(packed, raw_tensor(tmp_path, "scales", "BF16", scales.view(torch.int16).numpy().view("<u2")))
+    blocks = repack_rows(weight, 1, 6)
+    expected = codes.reshape(6, 4, 32) * scales.float().numpy()[..., None]
+    assert kept_type(weight) == "Q4_0"
+    assert np.array_equal(gguf.quants.dequantize(blocks, GGMLQuantizationType.Q4_0), expected.reshape(6, 128)[1:])
+    assert np.array_equal(weight.read_rows(0, 6), expected.reshape(6, 128))
 
 
 def make_gsq(folder, source) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.reference_types import dequantize
-from kimi_lite.quantize.source.mmproj import mmproj_path, split_axes, write_mmproj
+from kimi_lite.quantize.mmproj import mmproj_path, split_axes, write_mmproj
 from tests.quantize.source.moonvit import (
     FEED_FORWARD,
     GRID,
