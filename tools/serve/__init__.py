@@ -1,0 +1,1 @@
+"""Tries a running server."""
