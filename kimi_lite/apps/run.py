@@ -58,6 +58,8 @@ def read_prompt(
     if argument is not None and option is not None:
         raise KimiLiteError("The prompt is given twice, as an argument and with -p.", "Give it once.")
     text = argument if argument is not None else option
+    if text is not None and text.endswith(".gguf") and os.path.isfile(text):
+        raise KimiLiteError(f"The prompt {text!r} is a model's file.", f'Try kimi-lite run -m {text} "PROMPT".')
     is_alone = text is None and path is None and not (stdin is not None and stdin.isatty())
     parts = [] if text is None else [text.removeprefix("\ufeff")]
     if path is not None and str(path) != "-":

@@ -8,6 +8,7 @@ touch these), so files made here and there agree.
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from kimi_lite.arch.architecture import find_row
@@ -69,8 +70,13 @@ def named_recipe(name: str) -> Recipe:
         return Recipe(LOSSLESS, BY_NAME["Q4_0"], BY_NAME["BF16"], is_lossless=True)
     layout = BY_NAME.get(name.upper())
     if layout is None:
-        known = ", ".join(sorted(type_name.lower() for type_name in BY_NAME))
-        raise KimiLiteError(f"There is no recipe {name!r}.", f"Recipes are {LOSSLESS}, or the experts' type: {known}.")
+        names = sorted(type_name.lower() for type_name in BY_NAME)
+        near = get_close_matches(re.sub(r"^ud-|_xl$", "", name.lower()), names, n=1)  # llama-quantize's Q4_K_M
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise KimiLiteError(
+            f"There is no recipe {name!r}.",
+            f"{hint}Recipes are {LOSSLESS}, or the experts' type: {', '.join(names)}.",
+        )
     rest = layout if layout.bits_per_weight > BY_NAME["Q8_0"].bits_per_weight else BY_NAME["Q8_0"]
     return Recipe(name.lower(), layout, rest)
 

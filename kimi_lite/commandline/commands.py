@@ -1,9 +1,11 @@
 """How typer's commands behave here: they understand llama.cpp's flags, a bare `kimi-lite` is help, and a command that
 people know from elsewhere is answered with ours."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import typer
@@ -47,10 +49,32 @@ def _harmless_errors() -> Iterator[None]:
 
 
 class Command(TyperCommand):
-    """With llama.cpp's flags."""
+    """With llama.cpp's flags. Arguments that have no place are answered with the option they belong to."""
+
+    allow_extra_args = True  # here they are refused with more words than typer has
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, self._translated(ctx, args))
+        extra = super().parse_args(ctx, self._translated(ctx, args))
+        if extra and not ctx.resilient_parsing:
+            self._refuse(ctx, extra)
+        return extra
+
+    def _refuse(self, ctx: typer.Context, extra: list[str]) -> None:
+        name, first = ctx.info_name or "", extra[0]
+        taken = [value for value in ctx.params.values() if isinstance(value, str)]
+        model = next((word for word in (*taken, *extra) if _is_model(word)), None)
+        takes_model = any("--model" in param.opts for param in self.params)
+        if takes_model and model is not None:
+            hint = f"A model is named with -m: kimi-lite {name} -m {shlex.quote(model)}."
+        elif name == "run":
+            hint = "Put the whole prompt into quotes."
+        elif name == "chat":
+            hint = f"A model is named with -m; kimi-lite run {shlex.quote(' '.join(extra))} answers one prompt."
+        elif name == "quantize":
+            hint = "Types of the experts are named with --recipe, as --recipe q4_k."
+        else:
+            hint = f"kimi-lite {name} --help lists the options."
+        raise KimiLiteError(f"{name} has no place for {first!r}.", hint)
 
     def _translated(self, ctx: typer.Context, args: list[str]) -> list[str]:
         options = [each for each in self.params if isinstance(each, TyperOption)]
@@ -65,6 +89,7 @@ class Command(TyperCommand):
 class Launch(Command):
     """Ours up to the name of a client, then all of it the client's."""
 
+    allow_extra_args = False
     OURS = "kimi_lite.ours"  # the key of what was typed for us, in the context's `meta`
     allow_interspersed_args = False
 
@@ -101,6 +126,16 @@ class Group(TyperGroup):
         if name not in self.commands and name in _ELSEWHERE:
             raise KimiLiteError(f"There is no command {name!r}.", _ELSEWHERE[name])
         return super().resolve_command(ctx, args)
+
+
+def _is_model(word: str) -> bool:
+    """Whether a word that stands where none belongs is rather meant for -m."""
+    from kimi_lite.arch.known import find_known
+
+    try:
+        return word.endswith(".gguf") or find_known(word.lower()) is not None or Path(word).is_dir()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False
 
 
 def _say(line: str) -> None:

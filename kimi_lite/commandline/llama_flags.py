@@ -86,6 +86,21 @@ def _gpu(name: str, value: str) -> Meaning:
     return Meaning(["--device", f"cuda:{value}" if value.isdecimal() else value.lower()])
 
 
+def _override(name: str, value: str) -> Meaning:
+    """`-ot ".ffn_.*_exps.=CPU"`, as model cards have it: experts in RAM, which is where they are."""
+    rules = [rule.rpartition("=") for rule in value.split(",")]
+    if all("exp" in pattern and place == "CPU" for pattern, _, place in rules):
+        return Meaning(
+            remark=f"llama.cpp's {name} {value} has no effect here: experts are in RAM anyway, and those used most also "
+            f"in the VRAM that is left; --gpu-experts N limits their number"
+        )
+    raise KimiLiteError(f"llama.cpp's {name} is not an option here.", "Use --gpu-experts N, --vram SIZE or --ram SIZE.")
+
+
+def _reasoning(name: str, value: str) -> Meaning:
+    return Meaning({"on": ["--think"], "off": ["--no-think"]}.get(value, ()))
+
+
 def _named_device(name: str, value: str) -> Meaning:
     found = re.fullmatch(r"cuda(\d+)", value.lower())
     return Meaning(["--device", "cpu" if value == "none" else f"cuda:{found[1]}" if found else value])
@@ -136,7 +151,12 @@ FLAGS = (
     Flag(("-dev",), _named_device, "one"),
     Flag(("-sm", "--split-mode"), nothing("one GPU is used"), "one"),
     Flag(("-ts", "--tensor-split"), refused("One GPU is used; --device cuda:N chooses it."), "one"),
-    Flag(("-ot", "--override-tensor"), refused("Use --gpu-experts N, --vram SIZE or --ram SIZE."), "one"),
+    Flag(("-ot", "--override-tensor"), _override, "one"),
+    Flag(
+        ("-fit", "--fit", "-fitt", "--fit-target", "-fitc", "--fit-ctx"),
+        nothing("the plan fits the model into memory anyway; --vram, --ram and -c limit it"),
+        "one",
+    ),
     Flag(("--rpc",), refused("kimi-lite runs on one machine; chat --endpoint URL uses another program's."), "one"),
     Flag(
         ("-nkvo", "--no-kv-offload"), refused("With a GPU the cache is in VRAM; --kv-dtype q8 or -c make it smaller.")
@@ -145,6 +165,8 @@ FLAGS = (
     Flag(("-b", "--batch-size", "-ub", "--ubatch-size"), nothing("the plan chooses how a prompt is cut"), "one"),
     Flag(("-tb", "--threads-batch"), nothing("-t is for prompts and for decoding"), "one"),
     Flag(("-tbd", "--threads-batch-draft", "-td", "--threads-draft"), nothing("there is no draft model"), "one"),
+    Flag(("-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft"), nothing("there is no draft model"), "one"),
+    Flag(("-devd", "--device-draft", "-ctkd", "-ctvd"), nothing("there is no draft model"), "one"),
     Flag(
         ("-C", "--cpu-mask", "-Cr", "--cpu-range", "--cpu-strict", "--prio", "--poll", "-Cb", "-Crb", "--numa"),
         nothing(_THREADS),
@@ -157,7 +179,7 @@ FLAGS = (
     Flag(("--prompt-cache",), nothing("processed prompts are kept anyway, see --prefix-cache"), "one"),
     Flag(("--prompt-cache-all", "--prompt-cache-ro"), nothing("processed prompts are kept anyway")),
     Flag(("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url"), refused(_DOWNLOAD), "one"),
-    Flag(("-hft", "--hf-token", "-hfd", "-hfv"), refused(_DOWNLOAD), "one"),
+    Flag(("-hft", "--hf-token", "-hfd", "-hfv", "-dr", "--docker-repo"), refused(_DOWNLOAD), "one"),
     Flag(("-md", "--model-draft", "--draft", "--draft-max", "--draft-min"), refused("There is no draft model."), "one"),
     Flag(("-st", "--single-turn"), lambda name, value: Meaning(["--single-turn"])),
     Flag(("-cnv", "--conversation"), lambda name, value: Meaning(["--conversation"])),
@@ -176,9 +198,11 @@ FLAGS = (
     Flag(("--log-colors",), silently, "maybe"),
     Flag(("--check-tensors",), nothing("kimi-lite doctor -m FILE checks a file")),
     Flag(("--swa-full", "-kvu", "--kv-unified", "-nr", "--no-repack", "--no-op-offload"), nothing("it is not needed")),
+    Flag(("--repack", "--op-offload", "-kvo", "--kv-offload", "--no-host", "--no-mmproj-offload"), silently),
     Flag(("-dio", "--direct-io"), nothing("experts that come from disk are read past the page cache anyway")),
     Flag(("-dt", "--defrag-thold"), nothing("the cache has pages"), "one"),
     Flag(("--reasoning-format",), nothing("reasoning is told apart by the model's own tokens"), "one"),
+    Flag(("-rea", "--reasoning"), _reasoning, "one"),
     Flag(("--reasoning-budget",), _reasoning_budget, "one"),
     Flag(("--chat-template-kwargs",), refused("--think, --no-think and --preserve-thinking set its variables."), "one"),
     Flag(("--chat-template", "--chat-template-file", "--override-kv"), refused(_TEMPLATE), "one"),
@@ -208,6 +232,24 @@ FLAGS = (
     Flag(("--grammar", "--grammar-file", "-j", "--json-schema", "-jf"), refused("Grammars are not supported."), "one"),
     Flag(("--host", "--port"), refused("kimi-lite serve has it; chat --endpoint URL talks to a server."), "one"),
     Flag(("--list-devices",), refused("kimi-lite doctor shows the GPU.")),
+    Flag(  # ours where an answer is made
+        ("--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed", "-n", "--max-tokens"),
+        nothing("it is chat's and run's; to serve, each request brings its own"),
+        "one",
+    ),
+    Flag(("--slots", "--no-slots", "--props", "--metrics"), nothing("serve has /status and /metrics anyway")),
+    Flag(("--webui", "--no-webui"), nothing("serve has its page at / anyway")),
+    Flag(("-to", "--timeout", "--threads-http"), nothing("serve waits as long as a client does"), "one"),
+    Flag(
+        ("--cache-reuse", "-cram", "--cache-ram", "-ctxcp", "--ctx-checkpoints", "-sps", "--slot-prompt-similarity"),
+        nothing("what two prompts begin with is shared and kept anyway"),
+        "one",
+    ),
+    Flag(("--slot-save-path",), nothing("processed prompts are kept anyway"), "one"),
+    Flag(("--api-key-file",), refused("Use --api-key KEY or KIMI_LITE_API_KEY."), "one"),
+    Flag(("--ssl-key-file", "--ssl-cert-file"), refused("serve has no TLS: put a proxy before it that has."), "one"),
+    Flag(("--models-dir", "--models-preset", "--models-max"), refused("-m names the one model."), "one"),
+    Flag(("--embedding", "--embeddings", "--rerank", "--reranking"), refused("These models write text.")),
     Flag(("-a", "--alias"), nothing("the model's name is its file's"), "one"),
     Flag(("--allow-requantize",), nothing("a file of any types may be quantized again")),
     Flag(("--pure",), refused("--type TYPE sets one type for every matrix.")),
@@ -222,6 +264,7 @@ FLAGS = (
     Flag(("-oe", "--output-err"), nothing("tables go to stderr where stdout is for programs"), "one"),
 )
 BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in flag.names}
+_DEFAULTS = tuple([name, "-1"] for name in ("-t", "--threads", "--seed"))  # llama.cpp's ways to ask for the default
 _TURNS = {  # what the two ways of talking are, by command
     ("chat", "--single-turn"): "kimi-lite run answers one prompt and ends.",
     ("run", "--conversation"): "kimi-lite chat is the conversation.",
@@ -249,9 +292,10 @@ def translate(command: str, accepted: Accepted, arguments: Sequence[str], say: C
         if not word.startswith("-") or word == "-" or _is_number(word):
             found.append(word)
         elif name in accepted.with_value:
-            found += [word] if equals else [word, *left[:1]]
+            given = [word] if equals else [word, *left[:1]]
             left = left if equals else left[1:]
-            _check_seed(command, name, value if equals else found[-1])
+            _check_seed(command, name, value if equals else given[-1])
+            found += () if given in _DEFAULTS else given
         elif name in accepted.switches:
             found.append(word)
         elif flag := BY_NAME.get(name):

@@ -2,6 +2,7 @@
 option."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,3 +191,44 @@ def test_commands_of_other_programs_name_ours():
 def test_every_option_has_a_flag_and_help():
     for option in OPTIONS.values():
         assert option.help.endswith("."), option.name
+
+
+CARDS = [  # command lines as model cards and threads have them, with our names in place of llama.cpp's
+    "-ngl 99 -ot .ffn_.*_exps.=CPU --jinja -c 16384 --temp 1.0 --min-p 0.01 -fa on -ctk q8_0",
+    "--n-gpu-layers 99 -ot blk.*.ffn_(up|down)_exps.=CPU,blk.*.ffn_gate_exps.=CPU --threads -1 --ctx-size 16384",
+    "--fit on --threads -1 --seed -1 --temp 0.6 --top-p 0.95 --special --prio 3",
+    "-fit off -fitt 1024 -fitc 4096 -t 2 --no-warmup -kvo --no-host",
+    "-cmoe -ngl 999 -t -1 --reasoning off --reasoning-format auto",
+]
+
+
+@pytest.mark.parametrize("line", CARDS)
+@pytest.mark.parametrize("command", ["chat", "run", "serve"])
+def test_command_lines_of_model_cards_are_taken(command: str, line: str, said: list[str]) -> None:
+    found = options(command, *line.split())
+    assert found.num_threads in (None, 2)
+    assert found.seed is None
+
+
+def test_experts_on_the_cpu_is_where_they_are_and_other_overrides_are_refused(said: list[str]) -> None:
+    parse("chat", "-ot", "exps=CPU")
+    assert "-ot exps=CPU has no effect" in said[-1]
+    for rules in ("exps=CUDA0", "attn=CPU", "exps=CPU,attn=CPU", "exps"):
+        assert "-ot is not an option" in str(attempt("chat", "-ot", rules)[1])
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("run", "launch")])
+@pytest.mark.parametrize("word", ["x.gguf", "/m/Kimi K2.gguf", "kimi-k2.5", "hello"])
+def test_arguments_without_a_place_are_answered_with_their_option(command: str, word: str) -> None:
+    _, error = attempt(command, word)
+    if command == "chat" and word == "hello":
+        assert "kimi-lite run hello" in str(error)
+    elif "--model" in own_flags(command) and word != "hello" and command != "imatrix":
+        assert f"kimi-lite {command} -m {shlex.quote(word)}" in str(error)
+    else:
+        assert f"no place for {word!r}" in str(error)
+
+
+def test_a_prompt_of_several_words_wants_quotes() -> None:
+    assert "quotes" in str(attempt("run", "hello", "there")[1])
+    assert "kimi-lite run -m x.gguf" in str(attempt("run", "x.gguf", "hello")[1])
