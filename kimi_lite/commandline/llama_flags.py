@@ -91,8 +91,8 @@ def _override(name: str, value: str) -> Meaning:
     rules = [rule.rpartition("=") for rule in value.split(",")]
     if all("exp" in pattern and place == "CPU" for pattern, _, place in rules):
         return Meaning(
-            remark=f"llama.cpp's {name} {value} has no effect here: experts are in RAM anyway, and those used most also "
-            f"in the VRAM that is left; --gpu-experts N limits their number"
+            remark=f"llama.cpp's {name} {value} has no effect here: experts are in RAM anyway, those used most also "
+            f"in what VRAM is left; --gpu-experts N limits their number"
         )
     raise KimiLiteError(f"llama.cpp's {name} is not an option here.", "Use --gpu-experts N, --vram SIZE or --ram SIZE.")
 
