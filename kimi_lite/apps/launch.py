@@ -140,16 +140,18 @@ def _aider(target: Target) -> Setup:
 
 
 def _kimi(target: Target) -> Setup:
-    """A configuration of its own: variables change a provider that is there, and none need be."""
-    model = {"provider": "kimi-lite", "model": target.model, "max_context_size": target.context_length}
-    provider = {"type": "kimi", "base_url": f"{target.url}/v1", "api_key": target.key}
-    config = {
-        "default_model": "kimi-lite",
-        "models": {"kimi-lite": {**model, "capabilities": ["thinking"]}},
-        "providers": {"kimi-lite": provider},
+    """Kimi Code makes a provider of the variables that begin with KIMI_MODEL; kimi-cli, before it, of those two without
+    as well."""
+    own = {"BASE_URL": f"{target.url}/v1", "API_KEY": target.key}
+    model = {
+        **own,
+        "NAME": target.model,
+        "PROVIDER_TYPE": "kimi",
+        "MAX_CONTEXT_SIZE": str(target.context_length),
+        "CAPABILITIES": "thinking",
     }
-    path = _own_folder() / "kimi-config.json"
-    return Setup({}, ("--config-file", str(path)), {path: json.dumps(config, indent=1)})
+    names = {f"KIMI_{name}": value for name, value in own.items()}
+    return Setup(names | {f"KIMI_MODEL_{name}": value for name, value in model.items()})
 
 
 def _qwen(target: Target) -> Setup:
@@ -162,7 +164,7 @@ CLIENTS: Mapping[str, Client] = {
     "codex": Client("npm install -g @openai/codex", _codex),
     "claude": Client("npm install -g @anthropic-ai/claude-code", _claude),
     "aider": Client("pip install aider-chat", _aider),
-    "kimi": Client("uv tool install --python 3.13 kimi-cli", _kimi),
+    "kimi": Client("npm install -g @moonshot-ai/kimi-code", _kimi),
     "qwen": Client("npm install -g @qwen-code/qwen-code", _qwen),
 }
 

@@ -6,6 +6,7 @@ import ipaddress
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from kimi_lite import __version__
@@ -23,8 +24,10 @@ _PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 _DRAIN_S = 10.0  # running answers have so long to end
 
 
-def start_server(options: Options) -> None:
-    """Serve until SIGINT or SIGTERM. Raises KimiLiteError for what would fail later, before the model is loaded."""
+def start_server(options: Options, open_engine: Callable[[], Engine] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM. Raises KimiLiteError for what would fail later, before the model is loaded.
+
+    open_engine: another engine than the options' model."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         problem = f"The server needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed."
@@ -32,10 +35,10 @@ def start_server(options: Options) -> None:
     _require_key(options)
     check_before_loading(options)
     with _listen(options.host, options.port) as listener:
-        asyncio.run(_serve(options, listener))
+        asyncio.run(_serve(options, listener, open_engine))
 
 
-async def _serve(options: Options, listener: socket.socket) -> None:
+async def _serve(options: Options, listener: socket.socket, open_engine: Callable[[], Engine] | None) -> None:
     import uvicorn
 
     from kimi_lite.apps.server.app import build_app
@@ -44,7 +47,8 @@ async def _serve(options: Options, listener: socket.socket) -> None:
     from kimi_lite.engine.service import EngineService
 
     status = Console(stderr=True)
-    service = EngineService(lambda: _open_engine(options, status, service.on_progress), options.max_waiting)
+    open_engine = open_engine or (lambda: _open_engine(options, status, service.on_progress))
+    service = EngineService(open_engine, options.max_waiting)
     app = build_app(service, settings_of(options), set_up(options.log_level, options.has_json_log))
     server = uvicorn.Server(configuration(app, ends_within_s=int(_DRAIN_S) + 5))
     serving = asyncio.create_task(server.serve([listener]))
@@ -107,7 +111,7 @@ def _say_ready(engine: Engine, options: Options, listener: socket.socket, status
     lines = start_panel(engine.plan, mode, f"{address}/v1", width=width) if engine.plan else []
     lines += [*(engine.plan.warnings if engine.plan else ())]
     lines += unused_options(options, situation_of(engine.plan, options)) if engine.plan else []
-    lines += DEMO_REMARKS if options.is_demo else ()
+    lines += DEMO_REMARKS if options.is_demo and engine.plan else ()
     for line in lines:
         show_plain(status, wrapped(line, width))
     echo(f"kimi-lite {__version__} listens on {address}", to_stderr=True)
