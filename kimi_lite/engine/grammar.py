@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -78,8 +79,10 @@ class Grammars:
 
     def warm(self) -> None:
         """Build the trie of the vocabulary, once. llguidance keeps the interpreter to itself meanwhile (1.9 s for
-        163,840 tokens), so a server does this while it loads."""
-        self._require_vocabulary()
+        163,840 tokens), so a server does this while it loads. What stands against grammars is said when one is asked
+        for."""
+        with suppress(KimiLiteError):
+            self._require_vocabulary()
 
     def answer(self, form: AnswerForm) -> Callable[[], Constraint] | None:
         """What makes the constraints of answers of this form; None where anything may come.

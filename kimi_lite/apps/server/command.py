@@ -20,7 +20,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options, unused_options
 from kimi_lite.terminal import Console, echo, show_plain
 
-_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 _DRAIN_S = 10.0  # running answers have so long to end
 
 
