@@ -370,7 +370,7 @@ class _Writer:
                 yield each
         finally:
             await source.aclose()
-            self._state.log_answer(self._prepared, [self._outcome.stats])
+            self._state.log_answer(self._prepared.num_prompt_tokens, [self._outcome.stats])
 
     def _message(self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
         head = {"id": self._id, "type": "message", "role": "assistant", "model": self._state.model_name}

@@ -1,5 +1,6 @@
 """The server as an ASGI application: routes, errors, start and end."""
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -75,10 +76,14 @@ def _route(
     media_types: tuple[str, ...] = ("application/json",),
 ) -> Route:
     async def answer(http: HttpRequest) -> Response:
+        started_s = time.monotonic()
         try:
-            return await endpoint(http)
+            response = await endpoint(http)
         except Exception as error:
-            return error_response(http, error)
+            response = error_response(http, error)
+        seconds = time.monotonic() - started_s
+        http.app.state.server.log.request(http.method, http.url.path, response.status_code, seconds)
+        return response
 
     answer.__doc__ = endpoint.__doc__
     route = ApiRoute(path, answer, methods=[method], name=endpoint.__name__)

@@ -48,7 +48,7 @@ def check(value: dict, model: type[Model]) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
+        place = ".".join(str(part) for part in first["loc"] if not _is_branch(part))[:100]
         raise ApiError(400, f"{place or 'The body'}: {first['msg']}.", "invalid_value", place or None) from None
 
 

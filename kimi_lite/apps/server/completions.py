@@ -161,8 +161,7 @@ class _Writer:
         return {} if stats is None else {"timings": timings(stats)}
 
     def _log(self) -> None:
-        stats = [text.outcome.stats for text in self._texts]
-        self._state.log.answer("", self._num_prompt_tokens, [each for each in stats if each is not None])
+        self._state.log_answer(self._num_prompt_tokens, [text.outcome.stats for text in self._texts])
 
 
 def _old_logprobs(logprobs: Logprobs, offset: int, tokenizer: Tokenizer) -> dict[str, list]:

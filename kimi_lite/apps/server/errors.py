@@ -74,9 +74,11 @@ class ApiError(Exception):
 
 def told(http: HttpRequest, error: Exception) -> ApiError:
     """What the client is told of an error; what it is not told goes to the log."""
-    known = ApiError.of(error)
+    known, log = ApiError.of(error), http.app.state.server.log
     if known.status >= 500:
-        http.app.state.server.log_failure(error)
+        log.failure(error)
+    else:
+        log.refusal(http.url.path, known.status, known.code, known.param)
     return known
 
 

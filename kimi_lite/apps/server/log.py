@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from kimi_lite.engine.types import Stats
@@ -20,8 +21,8 @@ class AnswerLog:
     def __init__(self, is_json: bool = False) -> None:
         self._is_json = is_json
 
-    def answer(self, client: str, num_prompt_tokens: int, stats: Sequence[Stats]) -> None:
-        """One line for a request that has ended, `client` without what could be a key."""
+    def answer(self, num_prompt_tokens: int, stats: Sequence[Stats]) -> None:
+        """One line for a request that has ended."""
         if not stats:
             self._write(logging.INFO, "ended before its first token", prompt_tokens=num_prompt_tokens)
             return
@@ -41,8 +42,18 @@ class AnswerLog:
         """What the client is only told in general."""
         if isinstance(error, KimiLiteError):
             self._write(logging.WARNING, str(error))
+        elif self._is_json:
+            self._write(logging.ERROR, "a request failed", error="".join(traceback.format_exception(error)))
         else:
             logger.error("a request failed", exc_info=error)
+
+    def request(self, method: str, path: str, status: int, seconds: float) -> None:
+        """A request was taken or refused; a stream only begins then."""
+        self._write(logging.DEBUG, f"{method} {path[:100]}", status=status, seconds=round(seconds, 3))
+
+    def refusal(self, path: str, status: int, code: str | None, param: str | None) -> None:
+        """Why a client was refused, as far as no text of a prompt is in it."""
+        self._write(logging.INFO, f"refused {path[:100]}", status=status, code=code, param=param)
 
     def _write(self, level: int, message: str, **facts: object) -> None:
         if self._is_json:

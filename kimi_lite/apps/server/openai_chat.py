@@ -245,7 +245,7 @@ class _Writer:
         return {} if stats is None else {"timings": timings(stats)}
 
     def _log(self) -> None:
-        self._state.log_answer(self._prepared, [outcome.stats for outcome in self._outcomes])
+        self._state.log_answer(self._prepared.num_prompt_tokens, [outcome.stats for outcome in self._outcomes])
 
 
 def _call_delta(token: Token) -> dict[str, Any]:

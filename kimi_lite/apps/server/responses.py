@@ -439,7 +439,7 @@ class _Writer:
                 yield each
         finally:
             await source.aclose()
-            self._state.log_answer(self._prepared, [self._outcome.stats])
+            self._state.log_answer(self._prepared.num_prompt_tokens, [self._outcome.stats])
 
     def _logprobs(self, token: Token) -> list[dict[str, Any]]:
         logprobs = token.logprobs

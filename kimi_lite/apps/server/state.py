@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request as HttpRequest
 
-from kimi_lite.apps.server.chat import Chats, Prepared
+from kimi_lite.apps.server.chat import Chats
 from kimi_lite.apps.server.log import AnswerLog
 from kimi_lite.apps.server.stored import StoredResponses
 from kimi_lite.engine.service import EngineService
@@ -60,11 +60,9 @@ class ServerState:
             self._facts["can_think"] = template.encode(_QUESTION, thinking=True).starts_in_reasoning
         return self._facts["can_think"]
 
-    def log_answer(self, prepared: Prepared, stats: Sequence[Stats | None]) -> None:
-        self.log.answer(prepared.chat.client, prepared.num_prompt_tokens, [each for each in stats if each is not None])
-
-    def log_failure(self, error: BaseException) -> None:
-        self.log.failure(error)
+    def log_answer(self, num_prompt_tokens: int, stats: Sequence[Stats | None]) -> None:
+        """One line for all choices of a request; None: it had no token yet."""
+        self.log.answer(num_prompt_tokens, [each for each in stats if each is not None])
 
 
 def client_of(http: HttpRequest, key: str | None) -> str:
