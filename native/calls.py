@@ -42,16 +42,16 @@ def call5(typingctx, function, a, b, c, d, e):
 
 
 @intrinsic
-def call6(typingctx, function, a, b, c, d, e, f):
-    """function(a, ..., f) through its address."""
-    codegen, sig = _caller(6)
+def call7(typingctx, function, a, b, c, d, e, f, g):
+    """function(a, ..., g) through its address."""
+    codegen, sig = _caller(7)
     return sig, codegen
 
 
 @intrinsic
-def call7(typingctx, function, a, b, c, d, e, f, g):
-    """function(a, ..., g) through its address."""
-    codegen, sig = _caller(7)
+def call8(typingctx, function, a, b, c, d, e, f, g, h):
+    """function(a, ..., h) through its address."""
+    codegen, sig = _caller(8)
     return sig, codegen
 
 
@@ -121,12 +121,12 @@ def pause(typingctx):
 
 
 @intrinsic
-def stack_512(typingctx):
-    """The address of 512 bytes that live as long as the function."""
+def stack_1024(typingctx):
+    """The address of 1024 bytes that last as long as the function."""
 
     def codegen(context, builder, sig, args):
-        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), 512))
-        return builder.ptrtoint(room, ir.IntType(64))
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), 1024))
+        return builder.ptrtoint(memory, ir.IntType(64))
 
     return types.int64(), codegen
 

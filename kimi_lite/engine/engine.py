@@ -197,7 +197,7 @@ class Engine:
         sampled = [item.sequence for item in work if item.is_last]
         assert len(logits) == len(sampled), (logits.shape, len(sampled))
         if self.pace is not None:
-            num_decoding = sum(item.num_tokens == 1 for item in work)
+            num_decoding = sum(item.num_tokens for item in work if item.is_generated)
             num_prompt_tokens = sum(item.num_tokens for item in work) - num_decoding
             self.pace.note(self.clock_s() - started_s, num_decoding, num_prompt_tokens)
         self.scheduler.advance(work)

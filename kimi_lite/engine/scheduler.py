@@ -1,9 +1,11 @@
 """Decides which tokens of which sequences run in the next step.
 
 Every running sequence that decodes gets its one token; what is left of the budget goes to prompts, oldest first, in
-chunks. A sequence waits while its prompt does not fit, and, when a sequence that runs begins like it, until that one
-has computed their common pages. Of those that wait, the client with the fewest running sequences is served first. When
-decoding runs out of pages the youngest sequence goes back to waiting.
+chunks. A chunk holds tokens of the prompt or generated ones (of a sequence that was sent back), never both, for they
+take different kernels (`model.batch`). A sequence waits while its prompt does not fit, and, when a sequence that runs
+begins like it, until that one has computed their common pages. Of those that wait, the client with the fewest running
+sequences is served first. When decoding runs out of pages the youngest sequence goes back to waiting; it computes again
+what left the cache, with the same kernels, and goes on where it was.
 """
 
 from collections import Counter, deque
@@ -22,6 +24,11 @@ class Work(NamedTuple):
 
     sequence: Sequence
     num_tokens: int
+
+    @property
+    def is_generated(self) -> bool:
+        """These tokens were sampled, not asked."""
+        return self.sequence.is_prompt_read
 
     @property
     def is_last(self) -> bool:
@@ -52,7 +59,7 @@ class Scheduler:
             self._stop_running(sequence)
 
     def schedule(self, max_prompt_tokens: int | None = None) -> list[Work]:
-        """The next step's work, at least one token unless nothing is in progress.
+        """The next step's work, generated tokens first; at least one token unless nothing is in progress.
 
         max_prompt_tokens: of prompts beside sequences that decode, so that these go on soon; None: as many as fit.
         """
@@ -66,7 +73,7 @@ class Scheduler:
             budget = self._give_chunk(work, sequence, budget)
         while budget > 0 and self.waiting and self._let_in(self._next_in_line()):
             budget = self._give_chunk(work, self.running[-1], budget)
-        return work
+        return sorted(work, key=lambda item: not item.is_generated)
 
     def _next_in_line(self) -> Sequence:
         """Who had begun already goes on first; then the oldest of the client with the fewest running sequences."""
@@ -82,7 +89,7 @@ class Scheduler:
             self.kv.advance(sequence.pages, sequence.token_ids[first : first + num_tokens])
 
     def _give_chunk(self, work: list[Work], sequence: Sequence, budget: int) -> int:
-        num_tokens = min(sequence.num_left, budget)
+        num_tokens = min(sequence.num_left_alike, budget)
         if num_tokens > 0:
             work.append(Work(sequence, num_tokens))
         return budget - num_tokens
@@ -125,7 +132,7 @@ def make_batch(work: list[Work]) -> Batch:
         pages, first = item.sequence.pages, item.sequence.pages.num_computed
         last = first + item.num_tokens
         num_pages = -(-last // PAGE_TOKENS)
-        slices.append(SequenceSlice(len(token_ids), item.num_tokens, pages.pages[:num_pages]))
+        slices.append(SequenceSlice(len(token_ids), item.num_tokens, pages.pages[:num_pages], item.is_generated))
         token_ids += item.sequence.token_ids[first:last]
         positions += range(first, last)
         wants_logits += [False] * (item.num_tokens - 1) + [item.is_last]

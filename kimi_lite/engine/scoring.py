@@ -183,7 +183,7 @@ class OurLogits:
 
     def _forward(self, ids: np.ndarray, start: int, first: int) -> np.ndarray:
         positions = np.arange(start, start + len(ids), dtype=np.int32)
-        whole = (SequenceSlice(0, len(ids), self._pages),)
+        whole = (SequenceSlice(0, len(ids), self._pages, is_generated=self._is_one_by_one),)
         return self._engine.model.forward(Batch(np.asarray(ids, np.int32), positions, positions >= first, whole))
 
     def expert_counters(self) -> dict[str, float]:

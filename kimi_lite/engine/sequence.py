@@ -43,6 +43,17 @@ class Sequence:
         return len(self.token_ids) - self.pages.num_computed
 
     @property
+    def is_prompt_read(self) -> bool:
+        """Whether the tokens that run next are generated ones."""
+        return self.pages.num_computed >= len(self.request.prompt_ids)
+
+    @property
+    def num_left_alike(self) -> int:
+        """Of those that must still run, how many are of the next one's kind: to the prompt's end, or all."""
+        end = len(self.token_ids) if self.is_prompt_read else len(self.request.prompt_ids)
+        return end - self.pages.num_computed
+
+    @property
     def is_reasoning(self) -> bool:
         """Whether the next token belongs to the reasoning, as far as is known."""
         return self.parser.kind == "reasoning"

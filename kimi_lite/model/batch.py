@@ -2,6 +2,10 @@
 
 Made by `engine.scheduler`, consumed by `model.cpu.transformer`. A decode step is a batch whose slices have length 1; a
 prefill chunk is one long slice; both may share a batch.
+
+Sums of floats depend on their order, and kernels for one token and for many add in different orders. Which ones a token
+takes is a matter of what it is: tokens that were generated take one kind, tokens of prompts the other, however many of
+either are in the batch. So a token's result depends on nothing but the tokens before it and what they are.
 """
 
 from dataclasses import dataclass
@@ -23,6 +27,7 @@ class SequenceSlice:
     start: int
     length: int
     pages: np.ndarray  # (ceil(context / 64),) int32; position p lies in pages[p // 64], row p % 64
+    is_generated: bool = False  # also where they are computed again; False: of a prompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,12 +37,14 @@ class Batch:
     token_ids: np.ndarray  # (T,) int32
     positions: np.ndarray  # (T,) int32, consecutive inside a slice
     wants_logits: np.ndarray  # (T,) bool; forward returns one row for each True
-    sequences: tuple[SequenceSlice, ...]  # cover the rows 0..T in order
+    sequences: tuple[SequenceSlice, ...]  # cover the rows 0..T in order, those that were generated first
 
     def __post_init__(self) -> None:
         num_tokens = sum(s.length for s in self.sequences)
         for array, dtype in ((self.token_ids, np.int32), (self.positions, np.int32), (self.wants_logits, np.bool_)):
             assert (array.shape, array.dtype) == ((num_tokens,), dtype), (array.shape, array.dtype, num_tokens)
+        kinds = [s.is_generated for s in self.sequences]
+        assert kinds == sorted(kinds, reverse=True), kinds
         start = 0
         for s in self.sequences:
             assert s.start == start, (s.start, start)
@@ -47,6 +54,11 @@ class Batch:
             first, last = int(self.positions[s.start]), int(self.positions[start - 1])
             assert last - first == s.length - 1, (first, last, s.length)
             assert 0 <= first <= last < PAGE_TOKENS * len(s.pages), (first, last, len(s.pages))
+
+    @property
+    def num_generated(self) -> int:
+        """Rows of generated tokens: the first ones."""
+        return sum(s.length for s in self.sequences if s.is_generated)
 
     def cache_rows(self) -> np.ndarray:
         """int64 (T,): page * 64 + offset, where each token's row of the cache is."""

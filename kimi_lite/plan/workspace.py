@@ -44,7 +44,7 @@ def cpu_work_bytes(config: ModelConfig, num_threads: int) -> int:
     attention = (
         _activations(absorbed_rows, c.qk_nope_head_dim)
         + 4 * absorbed_rows * c.kv_latent_size
-        + 4 * (_ABSORBED_TOKENS + _ATTENTION_TASKS) * heads * (c.kv_lora_rank + 16)
+        + 4 * absorbed_rows * -(-_ATTENTION_TASKS // -(-heads // 8)) * (c.kv_lora_rank + 16)
         + _activations(absorbed_rows, c.kv_lora_rank)
     )
     hidden = _activations(tokens, c.feed_forward_size) if c.num_dense_layers else 0

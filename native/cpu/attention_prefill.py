@@ -2,7 +2,8 @@
 
 Per (sequence, head) task, for each page of 64 positions: the latents become float32 rows and columns, the head's keys
 and values of the page are computed (W_UK, W_UV), and all the chunk's queries attend to them with an online softmax
-(FlashAttention, arXiv 2205.14135). Everything a page needs stays in the core's cache; all four products use one tile.
+(FlashAttention, arXiv 2205.14135). Where the chunk begins and ends does not change a query's bits. Everything a page
+needs stays in the core's cache; all four products use one tile.
 """
 
 from functools import cache
@@ -51,14 +52,8 @@ _FAST = {"fastmath": {"nsz", "contract"}, "error_model": "numpy"}
 _RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE, _STORAGE, _OUT = (
     8 * i for i in range(13)
 )
+_LOWEST = types.float32(-1e30)
 _SCORES_BYTES = 4 * 4 * PAGE_TOKENS  # a tile of 4 queries
-
-
-def expanded_is_cheaper(length: int, shape: MlaShape) -> bool:
-    """Whether `length` new tokens of a sequence repay making keys and values: multiply-adds per cached position and
-    head."""
-    saved = (shape.kv_lora + shape.latent) - (shape.nope + shape.rope + shape.value)
-    return length * saved > shape.kv_lora * (shape.nope + shape.value)
 
 
 def prefill_scratch_bytes(max_tokens: int, shape: MlaShape) -> int:
@@ -104,12 +99,13 @@ def _transpose(source, rows, columns, target):
 
 
 @njit(**_FAST)
-def _mask(scores, first_position, key_position, count, num_rows):
-    """Scores of keys behind a query's position, or behind the sequence, count for nothing."""
+def _hide(scores, first_position, key_position, count, num_rows, value):
+    """Sets what belongs to keys behind a query's position, or behind the sequence: the score to the lowest, then the
+    weight to 0, so that a later token leaves no trace, however small, in an earlier one."""
     for row in range(num_rows):
         visible = min(count, first_position + row - key_position + 1)
         for p in range(max(0, visible), PAGE_TOKENS):
-            store_f32(scores + 256 * row + 4 * p, types.float32(-1e30))
+            store_f32(scores + 256 * row + 4 * p, value)
 
 
 @for_literals
@@ -196,7 +192,7 @@ def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
                         _tile(query, q_stride, queries, k, 64, nope, at, 256, False)
                         shared = columns + 64 * (panel * latent + kv_lora)
                         _tile(query + 4 * nope, q_stride, queries, shared, 64, rope, at, 256, True)
-                    _mask(scores, start + t, position, count, queries)
+                    _hide(scores, start + t, position, count, queries, _LOWEST)
                     for i in range(queries):
                         at = peaks + 8 * (t + i)
                         peak, total, factor = softmax_block(scores + 256 * i, load_f32(at), load_f32(at + 4))
@@ -205,6 +201,7 @@ def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
                         context = state + 4 * (t + i) * value
                         for j in range(0, 4 * value, 64):
                             store_f32x16(context + j, load_f32x16(context + j) * factor)
+                    _hide(scores, start + t, position, count, queries, types.float32(0))
                     for j in range(0, value, 16):
                         at = state + 4 * (t * value + j)
                         _tile(scores, 256, queries, values + 4 * j, 4 * value, count, at, 4 * value, True)

@@ -1,9 +1,13 @@
 """The feed-forward step of a layer: chosen experts, gate and up, SwiGLU, down, weighted sum, in one kernel.
 
-Decode and batches go through the same entry: tokens are grouped by expert, each weight is read once for all tokens that
-chose it, and the work is handed out as (expert, block of rows) tasks so that cores finish together. The sum over
-experts runs in expert order whatever the threads do, so results do not depend on timing. A dense feed-forward layer is
-the case of one expert that every token takes; shared experts are experts of that kind.
+Generated tokens and prompts go through the same entry: tokens are grouped by expert, in their order, so that an
+expert's generated ones come first; each weight is read once for all tokens that chose it, and the work is handed out as
+(expert, block of rows) tasks so that cores finish together. The sum over experts runs in expert order whatever the
+threads do, so results do not depend on timing. A dense feed-forward layer is the case of one expert that every token
+takes; shared experts are experts of that kind.
+
+Where even a long prompt leaves each routed expert with few tokens (`has_few_each`), those of prompts take the kernels
+for few tokens there, too: unpacking a panel pays from about 40 tokens on.
 
 Where experts lie in several places, a choice whose id is -1 is left out, and with `per_choice` the product of each
 choice goes to a row of its own: `native.cpu.join` adds such rows exactly as this kernel would have done.
@@ -14,9 +18,8 @@ from numba import njit, types
 
 from kimi_lite.native.cpu.activations import X_F32, Activations, quantize_token
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.linear import thread_scratch
+from kimi_lite.native.cpu.linear import RESULT_BYTES, TASK_ROWS, TASK_TOKENS, thread_scratch
 from kimi_lite.native.cpu.matrix import (
-    GEMV_MAX_TOKENS,
     MATRIX_BYTES,
     NUM_ROWS,
     K,
@@ -24,9 +27,9 @@ from kimi_lite.native.cpu.matrix import (
     matrix_rows,
     panel_product,
 )
-from kimi_lite.native.cpu.panel import panel_bytes
+from kimi_lite.native.cpu.panel import PANEL_ROWS, panel_bytes
 from kimi_lite.native.cpu.program import Op
-from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS, RunTable
+from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, RunTable
 from kimi_lite.native.cpu.threads import barrier, next_task
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
@@ -45,14 +48,21 @@ from kimi_lite.native.simd import (
 _RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _MATRICES, _HIDDEN = (
     8 * i for i in range(11)
 )
-_STARTS, _PAIR_TOKEN, _PAIR_WEIGHT, _PAIR_ROW, _ACTIVE, _PER_CHOICE = (8 * i for i in range(11, 17))
+_STARTS, _PAIR_TOKEN, _PAIR_WEIGHT, _PAIR_ROW, _ACTIVE, _PER_CHOICE, _HAS_FEW_EACH = (8 * i for i in range(11, 18))
 _EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
-_GEMV_ROWS, _DOWN_ROWS = 64, 32
+_FEW_TOKENS = 48  # measured: as many through rows take about as long as through a panel
+_DOWN_ROWS = 32  # of a task for few tokens
 
 
 def experts_scratch_bytes(hidden_size: int, feed_forward_size: int, max_tokens: int) -> int:
-    """Scratch a thread needs: a panel and two blocks of results (T, 16)."""
-    return panel_bytes(max(hidden_size, feed_forward_size)) + 2 * 64 * (max_tokens + 1) + 4096
+    """Scratch a thread needs: a panel and two blocks of results (T, 16), or two of generated tokens' results."""
+    panels = panel_bytes(max(hidden_size, feed_forward_size)) + 2 * 64 * (max_tokens + 1)
+    return max(panels, 2 * TASK_TOKENS * RESULT_BYTES) + 4096
+
+
+def few_tokens_each(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether so many tokens, each of which chooses `top_k` experts, leave an expert with few of them."""
+    return num_tokens * top_k <= _FEW_TOKENS * num_experts
 
 
 @njit
@@ -123,28 +133,46 @@ def _swiglu(gate, up, out, count):
 
 
 @njit
+def _first_of_many(args, expert, begin, end):
+    """Of an expert's pairs, which are in the order of tokens: the first that takes the kernels for many tokens."""
+    if load_i64(args + _HAS_FEW_EACH) != 0 and expert < load_i64(args + _NUM_ROUTED):
+        return end
+    limit, pair_token = load_i64(load_i64(args + _RUN) + NUM_GENERATED), load_i64(args + _PAIR_TOKEN)
+    pair = begin
+    while pair < end and load_i32(pair_token + 4 * pair) < limit:
+        pair += 1
+    return pair
+
+
+@njit
 def _gate_up_task(args, hidden, expert, first, num_rows, scratch):
     """Rows first.. of gate and up for all tokens of one expert, multiplied as SwiGLU into the rows of its pairs."""
     x, starts, pair_token = load_i64(args + _X), load_i64(args + _STARTS), load_i64(args + _PAIR_TOKEN)
     begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
     gate = load_i64(args + _MATRICES) + expert * _EXPERT_BYTES
     up, width = gate + MATRIX_BYTES, load_i64(gate + NUM_ROWS)
-    target, count = load_i64(hidden + X_F32) + 4 * first, end - begin
-    if count <= GEMV_MAX_TOKENS:
-        for pair in range(begin, end):
-            token = load_i32(pair_token + 4 * pair)
-            matrix_rows(gate, first, num_rows, x, token, scratch)
-            matrix_rows(up, first, num_rows, x, token, scratch + 4096)
-            _swiglu(scratch, scratch + 4096, target + 4 * width * pair, num_rows)
+    target, many = load_i64(hidden + X_F32) + 4 * first, _first_of_many(args, expert, begin, end)
+    for pair in range(begin, many, TASK_TOKENS):
+        count, tokens = min(TASK_TOKENS, many - pair), pair_token + 4 * pair
+        ups = scratch + TASK_TOKENS * RESULT_BYTES
+        matrix_rows(gate, first, num_rows, x, tokens, count, scratch, RESULT_BYTES)
+        matrix_rows(up, first, num_rows, x, tokens, count, ups, RESULT_BYTES)
+        for i in range(count):
+            at = RESULT_BYTES * i
+            _swiglu(scratch + at, ups + at, target + 4 * width * (pair + i), num_rows)
+    count = end - many
+    if count == 0:
         return
     gates, panel = scratch, scratch + 2 * 64 * (count + 1)
-    ups, tokens = gates + 64 * (count + 1), pair_token + 4 * begin
-    matrix_panel(gate, first, num_rows, panel)
-    panel_product(gate, panel, x, tokens, count, gates, 64, num_rows)
-    matrix_panel(up, first, num_rows, panel)
-    panel_product(up, panel, x, tokens, count, ups, 64, num_rows)
-    for i in range(count):
-        _swiglu(gates + 64 * i, ups + 64 * i, target + 4 * width * (begin + i), num_rows)
+    ups, tokens = gates + 64 * (count + 1), pair_token + 4 * many
+    for row in range(0, num_rows, PANEL_ROWS):
+        height = min(PANEL_ROWS, num_rows - row)
+        matrix_panel(gate, first + row, height, panel)
+        panel_product(gate, panel, x, tokens, count, gates, 64, height)
+        matrix_panel(up, first + row, height, panel)
+        panel_product(up, panel, x, tokens, count, ups, 64, height)
+        for i in range(count):
+            _swiglu(gates + 64 * i, ups + 64 * i, target + 4 * row + 4 * width * (many + i), height)
 
 
 @njit(fastmath={"nsz", "contract"})
@@ -168,35 +196,42 @@ def _copy(source, out, count):
 
 
 @njit
+def _deliver(args, pair, values, first, num_rows):
+    """One pair's rows first.. of the down product: added to the output, or to a row of their own."""
+    out, stride = load_i64(args + _OUT) + 4 * first, load_i64(args + _OUT_STRIDE)
+    if load_i64(args + _PER_CHOICE) != 0:
+        _copy(values, out + stride * load_i32(load_i64(args + _PAIR_ROW) + 4 * pair), num_rows)
+    else:
+        target = out + stride * load_i32(load_i64(args + _PAIR_TOKEN) + 4 * pair)
+        add_scaled(values, load_f32(load_i64(args + _PAIR_WEIGHT) + 4 * pair), target, num_rows)
+
+
+@njit
 def _down_task(args, hidden, first, num_rows, scratch):
     """Rows first.. of every active expert's down product, added to the output in expert order, or each to its own
     row."""
-    starts, pair_token, pair_weight = (
-        load_i64(args + _STARTS),
-        load_i64(args + _PAIR_TOKEN),
-        load_i64(args + _PAIR_WEIGHT),
-    )
-    out, stride, active = load_i64(args + _OUT) + 4 * first, load_i64(args + _OUT_STRIDE), load_i64(args + _ACTIVE)
-    every, pair_row = load_i64(load_i64(args + _RUN) + EVERY_TOKEN), load_i64(args + _PAIR_ROW)
-    is_per_choice = load_i64(args + _PER_CHOICE) != 0
+    starts, active = load_i64(args + _STARTS), load_i64(args + _ACTIVE)
+    every = load_i64(load_i64(args + _RUN) + EVERY_TOKEN)
     for a in range(load_i32(active)):
         expert = load_i32(active + 4 * (1 + a))
         begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
-        down, count = load_i64(args + _MATRICES) + expert * _EXPERT_BYTES + 2 * MATRIX_BYTES, end - begin
-        if count > GEMV_MAX_TOKENS:
-            panel = scratch + 64 * (count + 1)
-            matrix_panel(down, first, num_rows, panel)
-            panel_product(down, panel, hidden, every + 4 * begin, count, scratch, 64, num_rows)
-        for i in range(count):
-            pair, values = begin + i, scratch + 64 * i
-            if count <= GEMV_MAX_TOKENS:
-                values = scratch
-                matrix_rows(down, first, num_rows, hidden, pair, values)
-            if is_per_choice:
-                _copy(values, out + stride * load_i32(pair_row + 4 * pair), num_rows)
-            else:
-                target = out + stride * load_i32(pair_token + 4 * pair)
-                add_scaled(values, load_f32(pair_weight + 4 * pair), target, num_rows)
+        down = load_i64(args + _MATRICES) + expert * _EXPERT_BYTES + 2 * MATRIX_BYTES
+        many = _first_of_many(args, expert, begin, end)
+        for pair in range(begin, many, TASK_TOKENS):
+            count = min(TASK_TOKENS, many - pair)
+            matrix_rows(down, first, num_rows, hidden, every + 4 * pair, count, scratch, RESULT_BYTES)
+            for i in range(count):
+                _deliver(args, pair + i, scratch + RESULT_BYTES * i, first, num_rows)
+        count = end - many
+        if count == 0:
+            continue
+        panel = scratch + 64 * (count + 1)
+        for row in range(0, num_rows, PANEL_ROWS):
+            height = min(PANEL_ROWS, num_rows - row)
+            matrix_panel(down, first + row, height, panel)
+            panel_product(down, panel, hidden, every + 4 * many, count, scratch, 64, height)
+            for i in range(count):
+                _deliver(args, many + i, scratch + 64 * i, first + row, height)
 
 
 @kernel
@@ -208,8 +243,9 @@ def _experts_kernel(args, thread, team):
     barrier(team)
     num_active = load_i32(active)
     gate = load_i64(args + _MATRICES) + load_i32(active + 4) * _EXPERT_BYTES
-    width, is_gemv = load_i64(gate + NUM_ROWS), load_i64(run + NUM_TOKENS) <= GEMV_MAX_TOKENS
-    step = _GEMV_ROWS if is_gemv else 16
+    width, has_prompt = load_i64(gate + NUM_ROWS), load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED)
+    is_fine = has_prompt and load_i64(args + _HAS_FEW_EACH) == 0
+    step = PANEL_ROWS if is_fine else TASK_ROWS
     blocks = -(-width // step)
     task = next_task(team)
     while task < num_active * blocks:
@@ -224,7 +260,7 @@ def _experts_kernel(args, thread, team):
         pair = next_task(team)
     barrier(team)
     num_rows = load_i64(gate + 2 * MATRIX_BYTES + NUM_ROWS)
-    step = _DOWN_ROWS if is_gemv else 16
+    step = PANEL_ROWS if is_fine else _DOWN_ROWS
     task = next_task(team)
     while task < -(-num_rows // step):
         _down_task(args, hidden, task * step, min(step, num_rows - task * step), scratch)
@@ -242,6 +278,7 @@ def experts_op(
     *,
     num_always: int,
     weights_owner: object,
+    has_few_each: bool,
     per_choice: np.ndarray | None = None,
 ) -> Op:
     """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x). Choices with id -1 are left out.
@@ -249,10 +286,11 @@ def experts_op(
     matrices: int64 (experts, 3, 8), `Matrix.table` of gate, up, down, the `num_always` experts that every token takes
     (weight 1) last; whoever moves an expert changes it. weights_owner: keeps the bytes that it points to. ids int32,
     weights float32 (capacity, K). hidden: Activations for capacity * (K + num_always) pairs of the experts' width.
+    has_few_each: `few_tokens_each` of the model. Buffers may be shared by layers.
+
     per_choice: float32 (capacity * (K + num_always), N). Where it is given, `out` and weights are left alone, and the
     product of choice i of token t goes, without its weight, to row t * (K + num_always) + i; those of the experts that
-    every token takes come behind the chosen ones, and the rows of absent choices are not touched. Buffers may be shared
-    by layers.
+    every token takes come behind the chosen ones, and the rows of absent choices are not touched.
     """
     assert matrices.shape[1:] == (3, 8) and matrices.flags.c_contiguous, matrices.shape
     assert (matrices[:, 2, K // 8] == hidden.k).all(), (matrices[:, 2], hidden.k)
@@ -265,5 +303,16 @@ def experts_op(
     pair_weight = np.zeros(num_pairs, np.float32)
     choices = (ids, weights, top_k, num_experts - num_always, num_always)
     grouping = (starts, pair_token, pair_weight, pair_row, active)
-    cells = (run, x, target, target.strides[0], *choices, matrices, hidden, *grouping, per_choice is not None)
+    cells = (
+        run,
+        x,
+        target,
+        target.strides[0],
+        *choices,
+        matrices,
+        hidden,
+        *grouping,
+        per_choice is not None,
+        has_few_each,
+    )
     return Op.of(_experts_kernel, *cells, owners=(weights_owner,))

@@ -12,7 +12,6 @@ from numba import njit, types
 from kimi_lite.native.cpu.activations import NUM_VALUES, X_F32, Activations, quantize_token
 from kimi_lite.native.cpu.compiler import kernel
 from kimi_lite.native.cpu.matrix import (
-    GEMV_MAX_TOKENS,
     NUM_ROWS,
     K,
     Matrix,
@@ -23,7 +22,15 @@ from kimi_lite.native.cpu.matrix import (
 )
 from kimi_lite.native.cpu.panel import ADD
 from kimi_lite.native.cpu.program import Op
-from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_TOKENS, SCRATCH, SCRATCH_STRIDE, TOKEN_IDS, RunTable
+from kimi_lite.native.cpu.run import (
+    EVERY_TOKEN,
+    NUM_GENERATED,
+    NUM_TOKENS,
+    SCRATCH,
+    SCRATCH_STRIDE,
+    TOKEN_IDS,
+    RunTable,
+)
 from kimi_lite.native.cpu.threads import next_task, team_size
 from kimi_lite.native.simd import (
     fma_f32x16,
@@ -38,7 +45,9 @@ from kimi_lite.native.simd import (
     zero_f32x16,
 )
 
-_TASK_ROWS = 64  # of a matrix-vector task: long runs of memory, for short ones break up the hardware's prefetching
+TASK_ROWS = 64  # of a task for few tokens: long runs of memory, for short ones break up the hardware's prefetching
+TASK_TOKENS = 16  # generated tokens whose results lie in a thread's scratch at once
+RESULT_BYTES = 4 * TASK_ROWS  # from token to token there
 
 
 @njit
@@ -90,7 +99,7 @@ def rms_norm_op(run: RunTable, x: np.ndarray, weight: np.ndarray, out: Activatio
 @njit
 def _gemv_rows(num_rows, num_threads):
     """Rows of one matrix-vector task: fewer where a small matrix must still be shared by all threads."""
-    return min(_TASK_ROWS, max(8, num_rows // (4 * num_threads) // 8 * 8))
+    return min(TASK_ROWS, max(8, num_rows // (4 * num_threads) // 8 * 8))
 
 
 @njit
@@ -106,31 +115,35 @@ def _add_rows(source, target, num_rows):
 
 @njit
 def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch):
-    """`num_rows` rows of one matrix for every token."""
-    num_tokens = load_i64(run + NUM_TOKENS)
-    if num_tokens > GEMV_MAX_TOKENS:
+    """`num_rows` rows of one matrix for every token: the generated ones, then those of prompts."""
+    num_tokens, num_generated = load_i64(run + NUM_TOKENS), load_i64(run + NUM_GENERATED)
+    every, target = load_i64(run + EVERY_TOKEN), out + 4 * first
+    if not is_added and num_generated > 0:
+        matrix_rows(matrix, first, num_rows, x, every, num_generated, target, stride)
+    if is_added:
+        for begin in range(0, num_generated, TASK_TOKENS):
+            count = min(TASK_TOKENS, num_generated - begin)
+            matrix_rows(matrix, first, num_rows, x, every + 4 * begin, count, scratch, RESULT_BYTES)
+            for i in range(count):
+                _add_rows(scratch + RESULT_BYTES * i, target + (begin + i) * stride, num_rows)
+    if num_tokens > num_generated:
         matrix_panel(matrix, first, num_rows, scratch)
-        mode = num_rows + (ADD if is_added else 0)
-        panel_product(matrix, scratch, x, load_i64(run + EVERY_TOKEN), num_tokens, out + 4 * first, stride, mode)
-        return
-    for token in range(num_tokens):
-        target = out + token * stride + 4 * first
-        matrix_rows(matrix, first, num_rows, x, token, scratch if is_added else target)
-        if is_added:
-            _add_rows(scratch, target, num_rows)
+        mode, tokens = num_rows + (ADD if is_added else 0), every + 4 * num_generated
+        target += num_generated * stride
+        panel_product(matrix, scratch, x, tokens, num_tokens - num_generated, target, stride, mode)
 
 
 @kernel
 def _linear_kernel(args, thread, team):
     run, x, num_outputs = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     scratch = thread_scratch(run, thread)
-    is_panel = load_i64(run + NUM_TOKENS) > GEMV_MAX_TOKENS
+    has_prompt = load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED)
     task, passed = next_task(team), 0
     for i in range(num_outputs):
         output = args + 24 + 32 * i
         matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
         num_rows = load_i64(matrix + NUM_ROWS)
-        step = 16 if is_panel else _gemv_rows(num_rows, team_size(team))
+        step = 16 if has_prompt else _gemv_rows(num_rows, team_size(team))
         num_tasks = -(-num_rows // step)
         while task < passed + num_tasks:
             first = (task - passed) * step

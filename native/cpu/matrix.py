@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from kimi_lite.native.calls import call3, call5, call6, call7
+from kimi_lite.native.calls import call3, call5, call7, call8
 from kimi_lite.native.cpu.blocks import activation_kind, load16, unpack
 from kimi_lite.native.cpu.compiler import Kernel
 from kimi_lite.native.cpu.dot import rows_kernel
@@ -25,7 +25,6 @@ from kimi_lite.native.simd import (
 
 DATA, ROW_BYTES, NUM_ROWS, K, ROWS_FN, PANEL_FN, GEMM_FN, VALUES_FN = (8 * i for i in range(8))
 MATRIX_BYTES = 64
-GEMV_MAX_TOKENS = 3  # up to here a matrix is multiplied token by token, beyond through panels (measured: kernel_bench)
 VALUES_SIGNATURE = types.void(types.int64, types.int64, types.int64)  # (weights, num_weights, out)
 
 
@@ -124,11 +123,11 @@ def dequantize(data: np.ndarray, layout_name: str) -> np.ndarray:
 
 
 @njit
-def matrix_rows(matrix, first, num_rows, activations, token, out):
-    """`num_rows` float32 products of the rows from `first` with one token's activations."""
+def matrix_rows(matrix, first, num_rows, activations, tokens, num_tokens, out, out_stride):
+    """`num_rows` float32 products of the rows from `first` with the activations of each token; see `dot.py`."""
     row_bytes = load_i64(matrix + ROW_BYTES)
     weights = load_i64(matrix + DATA) + first * row_bytes
-    call6(load_i64(matrix + ROWS_FN), weights, row_bytes, num_rows, activations, token, out)
+    call8(load_i64(matrix + ROWS_FN), weights, row_bytes, num_rows, activations, tokens, num_tokens, out, out_stride)
 
 
 @njit

@@ -7,7 +7,7 @@ import numpy as np
 
 # int64 cells, by byte offset
 NUM_TOKENS, TOKEN_IDS, CACHE_ROWS, COS, SIN, EVERY_TOKEN, SCRATCH, SCRATCH_STRIDE = (8 * i for i in range(8))
-NUM_ABSORBED, ABSORBED, NUM_EXPANDED, EXPANDED, NUM_SPLITS = (8 * i for i in range(8, 13))
+NUM_ABSORBED, ABSORBED, NUM_EXPANDED, EXPANDED, NUM_GENERATED = (8 * i for i in range(8, 13))
 _NUM_CELLS = 13
 
 # one record of 6 int64 for each absorbed token and each expanded sequence
@@ -50,9 +50,15 @@ class RunTable:
         self._owners[cell] = (array, *behind)
         self._set(cell, array.ctypes.data)
 
-    def set_tokens(self, token_ids: np.ndarray) -> None:
-        """token_ids: int32 (T,), T <= capacity. Enough for programs without attention."""
+    def set_tokens(self, token_ids: np.ndarray, num_generated: int = 0) -> None:
+        """token_ids: int32 (T,), T <= capacity. Enough for programs without attention.
+
+        The first `num_generated` take the kernels for few tokens, the others those for many. Their sums differ in
+        order, so who takes which must not depend on how many tokens there happen to be (`model.batch`).
+        """
         assert token_ids.dtype == np.int32 and len(token_ids) <= self.capacity, (token_ids.dtype, len(token_ids))
+        assert 0 <= num_generated <= len(token_ids), (num_generated, len(token_ids))
+        self._set(NUM_GENERATED, num_generated)
         self._set(NUM_TOKENS, len(token_ids))
         self._point(TOKEN_IDS, token_ids)
 
@@ -62,13 +68,12 @@ class RunTable:
         for cell, array in ((CACHE_ROWS, cache_rows), (COS, cos), (SIN, sin)):
             self._point(cell, array)
 
-    def set_attention(self, absorbed: Sequence[Attending], expanded: Sequence[Attending], num_splits: int) -> None:
+    def set_attention(self, absorbed: Sequence[Attending], expanded: Sequence[Attending]) -> None:
         """Who attends in which form: single tokens absorbed, whole slices of sequences expanded."""
         assert all(row.length == 1 for row in absorbed), absorbed
         for count, cell, rows in ((NUM_ABSORBED, ABSORBED, absorbed), (NUM_EXPANDED, EXPANDED, expanded)):
             self._set(count, len(rows))
             self._point(cell, _records(rows), rows)
-        self._set(NUM_SPLITS, num_splits)
 
 
 def _records(rows: Sequence[Attending]) -> np.ndarray:

@@ -45,12 +45,16 @@ class Runner:
     def __exit__(self, *_) -> None:
         self.transformer.close()
 
-    def forward(self, *parts: tuple[np.ndarray, int, np.ndarray]) -> np.ndarray:
-        """Each part is (token ids, first position, pages) of one sequence; logits (all tokens, vocabulary)."""
+    def forward(self, *parts: tuple[np.ndarray, int, np.ndarray], num_generated: int = 0) -> np.ndarray:
+        """Each part is (token ids, first position, pages) of one sequence, the first `num_generated` parts of generated
+        tokens; logits (all tokens, vocabulary)."""
         ids = np.concatenate([part[0] for part in parts]).astype(np.int32)
         positions = np.concatenate([np.arange(start, start + len(t)) for t, start, _ in parts]).astype(np.int32)
         starts = np.cumsum([0, *(len(part[0]) for part in parts)])
-        slices = tuple(SequenceSlice(int(s), len(t), p) for s, (t, _, p) in zip(starts, parts, strict=False))
+        slices = tuple(
+            SequenceSlice(int(s), len(t), p, is_generated=i < num_generated)
+            for i, (s, (t, _, p)) in enumerate(zip(starts, parts, strict=False))
+        )
         return self.transformer.forward(Batch(ids, positions, np.ones(len(ids), bool), slices))
 
     def prefill(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
@@ -58,7 +62,8 @@ class Runner:
 
     def decode(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """The same tokens, one at a time."""
-        return np.concatenate([self.prefill(ids[i : i + 1], start + i) for i in range(len(ids))])
+        parts = [(ids[i : i + 1], start + i, self.pages) for i in range(len(ids))]
+        return np.concatenate([self.forward(part, num_generated=1) for part in parts])
 
 
 def relative_errors(have: np.ndarray, want: np.ndarray) -> np.ndarray:

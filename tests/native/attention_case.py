@@ -1,12 +1,13 @@
 """Sequences with a paged latent cache, run through the attention kernels and through the numpy oracle."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
 from kimi_lite.native import reference
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.attention import AttentionBuffers, attention_ops
+from kimi_lite.native.cpu.attention import AttentionBuffers, attention_op
 from kimi_lite.native.cpu.attention_prefill import prefill_attention_op, prefill_scratch_bytes
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.matrix import Matrix
@@ -68,23 +69,42 @@ class Sequences:
         angles = self.positions[:, None] * rng.uniform(0, 1, rope // 2)
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-    def run(self, expanded: Sequence[int] = (), num_threads: int = 1, num_splits: int = 1) -> np.ndarray:
-        """float32 (T, H, V); the sequences in `expanded` attend in that form, the others absorbed."""
+    def run(self, expanded: Sequence[int] = (), num_threads: int = 1, capacity: int = 64) -> np.ndarray:
+        """float32 (T, H, V); the sequences in `expanded` attend in that form, the others absorbed, `capacity` tokens at
+        once."""
         heads, nope, _, kv_lora, value = self.shape
         run = RunTable(self.num_tokens, num_threads, prefill_scratch_bytes(self.num_tokens, self.shape))
         run.set_tokens(np.zeros(self.num_tokens, np.int32))
         run.set_positions(np.zeros(self.num_tokens, np.int64), self.cos, self.sin)
-        run.set_attention(*self._attending(expanded), num_splits)
+        run.set_attention(*self._attending(expanded))
         kinds = tuple({activation_kind(name)} - {0} for name in self.types)
-        buffers = AttentionBuffers(self.num_tokens * num_splits, self.shape, *kinds)
+        buffers = AttentionBuffers(capacity, self.shape, *kinds)
         out = Activations(self.num_tokens, heads * value, set())
         q = self.q.copy()
         k_b, v_b = Matrix.of(self.k_b, self.types[0], nope), Matrix.of(self.v_b, self.types[1], kv_lora)
         arguments = (run, q, k_b, v_b, self.storage)
-        absorbed = attention_ops(*arguments, buffers, out, self.shape, SCALE, self.dtype)
+        absorbed = attention_op(*arguments, buffers, out, self.shape, SCALE, self.dtype)
         prefill = prefill_attention_op(*arguments, out, self.shape, SCALE, self.dtype)
-        run_ops([*absorbed, prefill], num_threads)
+        run_ops([absorbed, prefill], num_threads)
         return out.values.reshape(self.num_tokens, heads, value)
+
+    def part(self, index: int) -> "Sequences":
+        """One of the sequences by itself."""
+        first = sum(length for _, length in self.spans[:index])
+        return self._rows(first, first + self.spans[index][1], [self.spans[index]], [self.pages[index]])
+
+    def chunk(self, start: int, end: int) -> "Sequences":
+        """The new tokens `start .. end` of the only sequence; those before them are in the cache."""
+        [(first, _)], [pages] = self.spans, self.pages
+        num_pages = -(-(first + end) // PAGE_TOKENS)
+        return self._rows(start, end, [(first + start, end - start)], [pages[:num_pages].copy()])
+
+    def _rows(self, start: int, end: int, spans: Sequence[tuple[int, int]], pages: list[np.ndarray]) -> "Sequences":
+        part = copy(self)
+        part.spans, part.pages, part.num_tokens = spans, pages, end - start
+        part.q, part.positions = self.q[start:end], self.positions[start:end]
+        part.cos, part.sin = self.cos[start:end], self.sin[start:end]
+        return part
 
     def expected(self, is_absorbed: bool) -> np.ndarray:
         """float64 (T, H, V) of all sequences in one form."""

@@ -26,10 +26,12 @@ def run_ops(ops: Sequence[Op], num_threads: int = 1) -> None:
         team.close()
 
 
-def run_table(num_tokens: int, num_threads: int = 1, scratch_bytes: int = 1 << 20, num_pairs: int = 0) -> RunTable:
-    """A run of `num_tokens` tokens with ids 0, 1, 2, ..."""
+def run_table(
+    num_tokens: int, num_threads: int = 1, scratch_bytes: int = 1 << 20, num_pairs: int = 0, num_generated: int = 0
+) -> RunTable:
+    """A run of `num_tokens` tokens with ids 0, 1, 2, ..., the first `num_generated` of them generated."""
     run = RunTable(num_tokens, num_threads, scratch_bytes, num_pairs)
-    run.set_tokens(np.arange(num_tokens, dtype=np.int32))
+    run.set_tokens(np.arange(num_tokens, dtype=np.int32), num_generated)
     return run
 
 
@@ -46,16 +48,24 @@ def activations_for(name: str, x: np.ndarray) -> Activations:
     return activations(x, activation_kind(name))
 
 
-def rows_product(name: str, data: np.ndarray, x: Activations) -> np.ndarray:
-    """uint8 (N, row_bytes) times every token by the `rows` kernel -> float32 (T, N)."""
-    num_rows = len(data)
-    out = np.full((x.capacity, num_rows + 16), CANARY, np.float32)
-    for token in range(x.capacity):
-        rows_kernel(name).compiled.ctypes(
-            data.ctypes.data, data.strides[0], num_rows, x.address, token, out[token].ctypes.data
-        )
-    assert (out[:, num_rows:] == CANARY).all(), "rows wrote behind its result"
-    return out[:, :num_rows]
+def rows_product(name: str, data: np.ndarray, x: Activations, tokens: np.ndarray | None = None) -> np.ndarray:
+    """uint8 (N, row_bytes) times the activation rows `tokens` (int32; None: all) by the `rows` kernel, at once ->
+    float32 (tokens, N)."""
+    tokens = np.arange(x.capacity, dtype=np.int32) if tokens is None else tokens
+    num_rows, num_tokens = len(data), len(tokens)
+    out = np.full((num_tokens + 1, num_rows + 16), CANARY, np.float32)
+    rows_kernel(name).compiled.ctypes(
+        data.ctypes.data,
+        data.strides[0],
+        num_rows,
+        x.address,
+        tokens.ctypes.data,
+        num_tokens,
+        out.ctypes.data,
+        out.strides[0],
+    )
+    assert (out[:, num_rows:] == CANARY).all() and (out[num_tokens] == CANARY).all(), "rows wrote behind its result"
+    return out[:num_tokens, :num_rows]
 
 
 def panel_product(

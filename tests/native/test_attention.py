@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kimi_lite.native import reference
-from kimi_lite.native.cpu.attention import AttentionBuffers, num_splits
+from kimi_lite.native.cpu.attention import AttentionBuffers, max_splits
 from kimi_lite.native.cpu.latent import write_latent_op
 from kimi_lite.native.latent_rows import MlaShape, row_length
 from tests.native.attention_case import Sequences, round_to, stored_values
@@ -69,11 +71,10 @@ def test_quantized_projections(types):
     check(actual[2:], sequences.expected(is_absorbed=False)[2:])
 
 
-@pytest.mark.parametrize("splits", [2, 3, 7])
-def test_spans_of_a_long_context(splits):
-    """Also more spans than the short sequence has pages: those hold nothing."""
-    sequences = Sequences([(1100, 1), (20, 1)], np.random.default_rng(6))
-    check(sequences.run(num_splits=splits), sequences.expected(is_absorbed=True))
+def test_spans_of_a_long_context():
+    """Two, three and one in the same step."""
+    sequences = Sequences([(1100, 1), (1535, 2), (20, 1)], np.random.default_rng(6))
+    check(sequences.run(), sequences.expected(is_absorbed=True))
 
 
 def test_a_score_far_above_the_others():
@@ -89,9 +90,51 @@ def test_a_score_far_above_the_others():
 
 def test_the_number_of_threads_does_not_matter():
     sequences = Sequences([(1100, 1), (62, 4), (10, 40)], np.random.default_rng(8), types=("Q8_0", "Q8_0"), dtype="f16")
-    one = sequences.run(expanded=[2], num_splits=2)
+    one = sequences.run(expanded=[2])
     for num_threads in (2, 3):
-        assert np.array_equal(sequences.run(expanded=[2], num_splits=2, num_threads=num_threads), one)
+        assert np.array_equal(sequences.run(expanded=[2], num_threads=num_threads), one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_heads", [1, 5, 9])
+def test_the_other_tokens_of_a_step_do_not_matter(dtype, num_heads):
+    """Each alone, all together, and in turns of 3 and 8: the same bits, spans and all."""
+    spans = [(1100, 1), (62, 4), (511, 2), (0, 1), (1535, 2), (10, 5)]
+    shape = (num_heads, 32, 16, 64, 32)
+    sequences = Sequences(spans, np.random.default_rng(15), shape, types=("Q8_0", "F16"), dtype=dtype)
+    together = sequences.run()
+    for capacity in (3, 8):
+        assert np.array_equal(sequences.run(capacity=capacity, num_threads=2), together)
+    row = 0
+    for i, (_, length) in enumerate(spans):
+        assert np.array_equal(sequences.part(i).run(), together[row : row + length])
+        row += length
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=15, deadline=None)
+@given(first=st.integers(0, 200), cuts=st.sets(st.integers(1, 149), max_size=4), data_seed=st.integers(0, 99))
+def test_where_a_chunk_is_cut_does_not_matter(dtype, first, cuts, data_seed):
+    """Also where contexts are zeros, which keep the smallest weight of a token that they must not see."""
+    rng = np.random.default_rng(data_seed)
+    sequences = Sequences([(first, 150)], rng, (2, 32, 16, 64, 32), dtype=dtype)
+    values = sequences.v_b.view(np.float32)
+    values[rng.random(values.shape[0]) < 0.5] = 0  # of half of the values every product is 0
+    whole = sequences.run(expanded=[0])
+    ends = [*sorted(cuts), 150]
+    for start, end in zip([0, *ends], ends, strict=False):
+        assert np.array_equal(
+            sequences.chunk(start, end).run(expanded=[0]).view(np.int32), whole[start:end].view(np.int32)
+        )
+
+
+def test_a_token_leaves_no_trace_in_those_before_it():
+    """Even one whose latent is a million times as large as theirs are small."""
+    sequences = Sequences([(0, 40)], np.random.default_rng(16), (1, 32, 16, 64, 32))
+    sequences.storage[sequences.pages[0][0], :39, :64] *= 1e-30
+    sequences.storage[sequences.pages[0][0], 39, :64] *= 1e6
+    alone = sequences.chunk(0, 39).run(expanded=[0])
+    assert np.array_equal(sequences.run(expanded=[0])[:39], alone)
 
 
 @pytest.mark.parametrize("is_expanded", [False, True])
@@ -117,14 +160,9 @@ def test_a_query_that_is_not_finite(is_expanded, types, hostile):
 
 
 def test_number_of_spans():
-    assert num_splits(1, 500, 64) == 1, "none shorter than 512"
-    assert num_splits(1, 2048, 64) == 4
-    assert num_splits(1, 100_000, 64) == 8
-    assert num_splits(64, 100_000, 64) == 1, "tokens are tasks enough"
-    spans = {(t, h): t * num_splits(t, 10**6, h) for t in (1, 2, 3, 7, 64) for h in (1, 5, 16, 64, 128)}
-    assert all(
-        AttentionBuffers(t, MlaShape(h, 16, 16, 32, 16), set(), set()).max_spans >= n for (t, h), n in spans.items()
-    )
+    assert [max_splits(num_heads) for num_heads in (1, 9, 64, 128)] == [64, 32, 8, 4]
+    buffers = AttentionBuffers(3, MlaShape(9, 16, 16, 32, 16), set(), set())
+    assert len(buffers.partial) == 3 * 32 * 10, "two groups of five heads, which overlap"
 
 
 def written_latents(kv, weight, rope, dtype, num_threads=1):

@@ -7,7 +7,7 @@ import pytest
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
-from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, Matrix
+from kimi_lite.native.cpu.matrix import Matrix
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import Expert, experts
 from kimi_lite.native.reference_types import dequantize
@@ -39,11 +39,12 @@ class Layer:
             Expert(*(dequantize(d, s[0]) for d, s in zip(three, shapes, strict=True))) for three in self.data
         ]
 
-    def op(self, run, prepared, out, hidden, ids, weights, num_always, per_choice=None):
+    def op(self, run, prepared, out, hidden, ids, weights, num_always, per_choice=None, has_few_each=False):
         arguments = (run, prepared, out, self.matrices, hidden, ids, weights)
-        return experts_op(*arguments, num_always=num_always, weights_owner=self, per_choice=per_choice)
+        options = {"weights_owner": self, "has_few_each": has_few_each, "per_choice": per_choice}
+        return experts_op(*arguments, num_always=num_always, **options)
 
-    def run(self, x, ids, weights, num_always=0, num_threads=1, start=None):
+    def run(self, x, ids, weights, num_always=0, num_threads=1, start=None, num_generated=0, has_few_each=False):
         """ids int32, weights float32 (T, K); every token takes the last `num_always` experts."""
         num_tokens, top_k = ids.shape
         num_pairs = num_tokens * (top_k + num_always)
@@ -52,10 +53,11 @@ class Layer:
         if start is not None:
             out[:, : self.num_out] = start
         scratch_bytes = experts_scratch_bytes(self.k, self.width, num_tokens)
-        run = run_table(num_tokens, num_threads, scratch_bytes, num_pairs)
+        run = run_table(num_tokens, num_threads, scratch_bytes, num_pairs, num_generated)
         hidden = Activations(num_pairs, self.width, {self.kinds[1]} - {0})
         prepared = activations(x, self.kinds[0])
-        run_ops([self.op(run, prepared, out, hidden, ids, weights, num_always)], num_threads)
+        op = self.op(run, prepared, out, hidden, ids, weights, num_always, None, has_few_each)
+        run_ops([op], num_threads)
         assert (out[:, self.num_out :] == 7).all(), "wrote beside its rows"
         return out[:, : self.num_out]
 
@@ -83,13 +85,14 @@ def distinct_ids(num_tokens, num_experts, top_k, rng):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-@pytest.mark.parametrize("num_tokens", [1, GEMV_MAX_TOKENS, 5, 23])
-def test_every_type(name, num_tokens):
+@pytest.mark.parametrize(("num_tokens", "num_generated"), [(1, 1), (5, 0), (9, 5), (40, 37)])
+def test_every_type(name, num_tokens, num_generated):
     """Between the extremes some experts have a panel's worth of tokens, some one or two, some none."""
     rng = np.random.default_rng(num_tokens)
     layer = Layer((name, name), rng)
     ids = distinct_ids(num_tokens, NUM_ROUTED, TOP_K, rng)
-    layer.check(tokens_of(layer, num_tokens, rng), ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32))
+    weights = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+    layer.check(tokens_of(layer, num_tokens, rng), ids, weights, num_generated=num_generated)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,21 @@ def test_dense_and_shared_experts(num_always, top_k, num_tokens):
     layer = Layer(("Q4_0", "F32"), rng, num_experts=num_always + 4 * bool(top_k))
     ids = distinct_ids(num_tokens, 4, top_k, rng)
     layer.check(tokens_of(layer, num_tokens, rng), ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32), num_always)
+
+
+@pytest.mark.parametrize("has_few_each", [False, True])
+@pytest.mark.parametrize("names", [("Q4_K", "Q6_K"), ("TQ1_0", "Q8_0"), ("F32", "BF16")])
+def test_the_other_tokens_do_not_matter(names, has_few_each):
+    """Each alone: the same bits, generated or of a prompt, with experts that every token takes and any threads."""
+    rng = np.random.default_rng(8)
+    num_tokens, num_generated = 40, 19
+    layer = Layer(names, rng, num_experts=NUM_ROUTED + 1)
+    x, ids = tokens_of(layer, num_tokens, rng), distinct_ids(num_tokens, NUM_ROUTED, TOP_K, rng)
+    weights = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+    whole = layer.run(x, ids, weights, 1, 2, num_generated=num_generated, has_few_each=has_few_each)
+    for i in range(num_tokens):
+        one, kind = slice(i, i + 1), {"num_generated": int(i < num_generated), "has_few_each": has_few_each}
+        assert np.array_equal(layer.run(x[one], ids[one], weights[one], 1, **kind), whole[one])
 
 
 def test_it_adds_to_what_is_there():

@@ -6,7 +6,7 @@ import pytest
 
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.linear import Product, embed_op, linear_op
-from kimi_lite.native.cpu.matrix import GEMV_MAX_TOKENS, Matrix
+from kimi_lite.native.cpu.matrix import Matrix
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import hostile_rows
@@ -14,14 +14,14 @@ from tests.native.closeness import assert_close, product_size
 from tests.native.harness import activations, run_ops, run_table
 
 K = 256
-TOKENS = (1, GEMV_MAX_TOKENS, GEMV_MAX_TOKENS + 1, 9)
+TOKENS = ((1, 0), (1, 1), (4, 4), (9, 0), (37, 20))  # (how many, generated ones among them)
 
 
-def run_linear(x, tensors, starts, num_threads=1):
+def run_linear(x, tensors, starts, num_threads=1, num_generated=0):
     """tensors: (name, data); one operation for all, added to `starts` where there is one. Returns the outputs (T,
     N)."""
     kinds = [activation_kind(name) for name, _ in tensors]
-    run, prepared = run_table(len(x), num_threads), activations(x, *kinds)
+    run, prepared = run_table(len(x), num_threads, num_generated=num_generated), activations(x, *kinds)
     matrices = [Matrix.of(data, name, x.shape[1]) for name, data in tensors]
     outs = [np.full((len(x), len(data) + 2), 7, np.float32) for _, data in tensors]
     for out, start in zip(outs, starts, strict=True):
@@ -33,23 +33,23 @@ def run_linear(x, tensors, starts, num_threads=1):
     return [out[:, :-2] for out in outs]
 
 
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize(("num_tokens", "num_generated"), TOKENS)
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 300])
 @pytest.mark.parametrize("is_added", [False, True])
-def test_linear(num_tokens, num_rows, is_added):
+def test_linear(num_tokens, num_generated, num_rows, is_added):
     rng = np.random.default_rng(num_rows)
     for name in ("Q8_0", "Q4_K", "F32"):
         x = rng.standard_normal((num_tokens, K)).astype(np.float32)
         data = hostile_rows(name, num_rows, K, rng)
         start = rng.standard_normal((num_tokens, num_rows)).astype(np.float32) if is_added else None
-        [out] = run_linear(x, [(name, data)], [start])
+        [out] = run_linear(x, [(name, data)], [start], num_generated=num_generated)
         weights, kind = dequantize(data, name), activation_kind(name)
         size = product_size(weights, seen_activations(x, kind)) + (np.abs(start) if is_added else 0)
         assert_close(out, linear(weights, x, kind) + (start if is_added else 0), size)
 
 
-@pytest.mark.parametrize("num_tokens", TOKENS)
-def test_several_matrices_of_different_types_share_an_input(num_tokens):
+@pytest.mark.parametrize(("num_tokens", "num_generated"), TOKENS)
+def test_several_matrices_of_different_types_share_an_input(num_tokens, num_generated):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((num_tokens, K)).astype(np.float32)
     tensors = [
@@ -57,21 +57,25 @@ def test_several_matrices_of_different_types_share_an_input(num_tokens):
         for name, rows in (("Q4_0", 40), ("F16", 3), ("Q6_K", 130), ("Q4_0", 1))
     ]
     starts = [None, np.ones((num_tokens, 3), np.float32), None, None]
-    outs = run_linear(x, tensors, starts, num_threads=2)
+    outs = run_linear(x, tensors, starts, 2, num_generated)
     for (name, data), start, out in zip(tensors, starts, outs, strict=True):
         weights, kind = dequantize(data, name), activation_kind(name)
         assert_close(out, linear(weights, x, kind) + (0 if start is None else start), product_size(weights, x) + 1)
 
 
-@pytest.mark.parametrize("num_tokens", TOKENS)
-def test_the_number_of_threads_does_not_matter(num_tokens):
+@pytest.mark.parametrize(("num_tokens", "num_generated"), TOKENS)
+def test_neither_threads_nor_other_tokens_matter(num_tokens, num_generated):
     rng = np.random.default_rng(2)
     x = rng.standard_normal((num_tokens, K)).astype(np.float32)
     tensors = [(name, hostile_rows(name, 301, K, rng)) for name in ("Q8_0", "TQ1_0", "BF16")]
-    one = run_linear(x, tensors, [None] * 3)
+    starts = [rng.standard_normal((num_tokens, 301)).astype(np.float32), None, None]
+    one = run_linear(x, tensors, starts, 1, num_generated)
     for num_threads in (2, 3):
-        for a, b in zip(one, run_linear(x, tensors, [None] * 3, num_threads), strict=True):
+        for a, b in zip(one, run_linear(x, tensors, starts, num_threads, num_generated), strict=True):
             assert np.array_equal(a, b)
+    for i in range(num_tokens):
+        alone = run_linear(x[i : i + 1], tensors, [starts[0][i : i + 1], None, None], 1, int(i < num_generated))
+        assert all(np.array_equal(a[i : i + 1], b) for a, b in zip(one, alone, strict=True))
 
 
 def test_columns_from_the_start_of_wider_rows():

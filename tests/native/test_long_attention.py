@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from kimi_lite.native.cpu.attention import num_splits
 from tests.native.attention_case import Sequences
 from tests.native.closeness import assert_close
 
@@ -18,11 +17,9 @@ def check(actual: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", ["f16", "q8"])
 def test_decoding_the_last_token(dtype: str) -> None:
     sequences = Sequences([(CONTEXT - 1, 1)], np.random.default_rng(1), SHAPE, dtype=dtype)
-    splits = num_splits(1, CONTEXT, SHAPE[0])
-    assert splits == 32
     expected = sequences.expected(is_absorbed=True)
-    check(sequences.run(num_splits=splits), expected)
-    check(sequences.run(num_splits=splits, num_threads=2), expected)
+    check(sequences.run(), expected)
+    check(sequences.run(num_threads=2), expected)
 
 
 def test_a_chunk_at_the_end() -> None:

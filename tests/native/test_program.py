@@ -97,13 +97,13 @@ def test_a_run_table_keeps_a_batch_until_the_next():
     ids, pages = np.arange(2, dtype=np.int32), np.arange(3, dtype=np.int32)
     alive = [weakref.ref(ids), weakref.ref(pages)]
     run.set_tokens(ids)
-    run.set_attention([Attending(0, 1, 5, pages)], [], 1)
+    run.set_attention([Attending(0, 1, 5, pages)], [])
     del ids, pages
     assert all(each() is not None for each in alive)
     run.set_tokens(np.zeros(1, np.int32))
-    run.set_attention([], [], 1)
+    run.set_attention([], [])
     assert not any(each() is not None for each in alive)
     with pytest.raises(AssertionError):
-        run.set_attention([Attending(0, 1, 0, np.zeros(2, np.int64))], [], 1)
+        run.set_attention([Attending(0, 1, 0, np.zeros(2, np.int64))], [])
     with pytest.raises(AssertionError):
-        run.set_attention([Attending(0, 2, 0, np.zeros(2, np.int32))], [], 1)
+        run.set_attention([Attending(0, 2, 0, np.zeros(2, np.int32))], [])

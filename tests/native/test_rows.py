@@ -54,6 +54,20 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
+def test_the_other_tokens_do_not_matter(name):
+    """However many are multiplied at once, and whatever they are: the bits of one alone."""
+    rng = np.random.default_rng(7)
+    for k in sizes(name):
+        x = activations_for(name, np.concatenate([hostile_tokens(k, rng), rng.standard_normal((5, k))]).astype("f4"))
+        data = hostile_rows(name, 21, k, rng)
+        alone = np.concatenate([rows_product(name, data, x, np.array([t], np.int32)) for t in range(x.capacity)])
+        for num_tokens in (2, 3, 4, 5, 8, 11):
+            tokens = rng.permutation(x.capacity)[:num_tokens].astype(np.int32)
+            together = rows_product(name, data, x, tokens)
+            assert np.array_equal(together.view(np.int32), alone[tokens].view(np.int32))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
 def test_rows_at_odd_addresses_and_strides(name):
     rng = np.random.default_rng(3)
     k = sizes(name)[1]

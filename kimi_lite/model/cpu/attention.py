@@ -7,7 +7,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.cpu.buffers import Buffers
 from kimi_lite.model.cpu.ops import LayerOp, Reads, by_head, every_token
 from kimi_lite.model.cpu.weights import key_value_matrices, matrix, vector
-from kimi_lite.native.cpu.attention import attention_ops
+from kimi_lite.native.cpu.attention import attention_op
 from kimi_lite.native.cpu.attention_prefill import prefill_attention_op
 from kimi_lite.native.cpu.latent import write_latent_op
 from kimi_lite.native.cpu.linear import Product, linear_op, quantize_op, rms_norm_op
@@ -86,12 +86,10 @@ class Attention:
         ]
 
     def _attend_ops(self, run: RunTable, buffers: Buffers, storage: np.ndarray, kv_dtype: str) -> list[LayerOp]:
-        """Rows in the absorbed form in three steps, then those in the expanded one; a batch may have both."""
+        """Rows in the absorbed form, then those in the expanded one; a batch may have both."""
         b, shape, scale = buffers, self.shape, self.config.softmax_scale
         k_b, v_b = self.attn_k_b, self.attn_v_b
-        absorb, attend, combine = attention_ops(
-            run, b.q, k_b, v_b, storage, b.attention, b.heads, shape, scale, kv_dtype
-        )
+        absorbed = attention_op(run, b.q, k_b, v_b, storage, b.attention, b.heads, shape, scale, kv_dtype)
         expanded = prefill_attention_op(run, b.q, k_b, v_b, storage, b.heads, shape, scale, kv_dtype)
 
         def queries(num_tokens: int) -> np.ndarray:
@@ -99,13 +97,18 @@ class Attention:
             return b.q[:num_tokens].reshape(num_tokens, shape.heads, -1)[:, :, : shape.nope]
 
         def contexts(num_tokens: int) -> np.ndarray:
-            """(rows, heads, kv_lora): each head's mean latent, of the rows that attended in the absorbed form."""
+            """(rows, heads, kv_lora): each head's mean latent, of the rows that attended last in the absorbed form."""
             num_rows = min(num_tokens, b.attention.capacity)
             return b.attention.context.values[: num_rows * shape.heads].reshape(num_rows, shape.heads, -1)
 
         return [
-            LayerOp("attn_k_b", absorb, (self._reads(by_head(queries), "attn_k_b"),)),
-            LayerOp("attend", attend),
-            LayerOp("attn_v_b", combine, (self._reads(by_head(contexts), "attn_v_b", is_after=True),)),
+            LayerOp(
+                "attend",
+                absorbed,
+                (
+                    self._reads(by_head(queries), "attn_k_b"),
+                    self._reads(by_head(contexts), "attn_v_b", is_after=True),
+                ),
+            ),
             LayerOp("attend, expanded", expanded),
         ]

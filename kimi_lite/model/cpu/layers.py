@@ -3,7 +3,7 @@
 `transformer` makes programs of their operations, `walk` runs them one at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,22 +13,24 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.kv.pages import KVCache
-from kimi_lite.model.batch import Batch, SequenceSlice
+from kimi_lite.model.batch import Batch
 from kimi_lite.model.cpu.attention import Attention, mla_shape
 from kimi_lite.model.cpu.buffers import Buffers, num_pairs
 from kimi_lite.model.cpu.moe import FeedForward
 from kimi_lite.model.cpu.ops import LayerOp
 from kimi_lite.model.cpu.weights import check_types, compile_kernels, matrix
-from kimi_lite.native.cpu.attention import num_splits
-from kimi_lite.native.cpu.attention_prefill import expanded_is_cheaper, prefill_scratch_bytes
+from kimi_lite.native.cpu.attention_prefill import prefill_scratch_bytes
 from kimi_lite.native.cpu.experts import experts_scratch_bytes
 from kimi_lite.native.cpu.linear import embed_op
 from kimi_lite.native.cpu.run import Attending, RunTable
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.native.latent_rows import MlaShape
 
 MAX_BATCH_TOKENS = 512  # rows of one forward pass; longer prompts come in chunks
-MAX_ABSORBED_TOKENS = 64  # rows that attend in the absorbed form; longer slices are expanded
+MAX_ABSORBED_TOKENS = 64  # rows that attend in the absorbed form at once; more take turns
+# Tokens of prompts below this position attend in the expanded form, all others absorbed. Expanded saves up to half of
+# the work, but only where many new tokens share the keys and values that are made of all that came before: from here on
+# a short message after a long conversation would cost more than it can save.
+EXPANDED_POSITIONS = 2048
 
 
 class Layers:
@@ -79,23 +81,23 @@ class Layers:
         """The whole layer."""
         return [*self.attention_ops(layer), *self.feed_forward[layer].ops(self.run, self.buffers)]
 
-    def prepare(self, batch: Batch, expanded: Sequence[SequenceSlice]) -> None:
-        """Tells the kernels about this batch: tokens, rotations, rows of the cache, and which of its sequences attend
-        in the `expanded` form."""
-        self.run.set_tokens(batch.token_ids)
+    def prepare(self, batch: Batch, expanded_until: int = EXPANDED_POSITIONS) -> None:
+        """Tells the kernels about this batch: tokens, rotations, rows of the cache, and which form each row attends
+        in: expanded where it belongs to a prompt and its position is below `expanded_until`."""
+        self.run.set_tokens(batch.token_ids, batch.num_generated)
         angles = batch.positions[:, None] * self._inverse_frequencies  # (T, rope / 2)
         cos, sin = np.cos(angles) * self._rope_factor, np.sin(angles) * self._rope_factor
         self.run.set_positions(batch.cache_rows(), cos.astype(np.float32), sin.astype(np.float32))
-        chosen = {id(piece) for piece in expanded}
-        absorbed = [piece for piece in batch.sequences if id(piece) not in chosen]
-        rows = [
-            Attending(row, 1, batch.positions[row], piece.pages)
-            for piece in absorbed
-            for row in range(piece.start, piece.start + piece.length)
-        ]
-        slices = [Attending(p.start, p.length, batch.positions[p.start], p.pages) for p in expanded]
-        longest = int(batch.positions.max()) + 1
-        self.run.set_attention(rows, slices, num_splits(len(rows), longest, self.config.num_heads))
+        absorbed, expanded = [], []
+        for piece in batch.sequences:
+            first = int(batch.positions[piece.start])
+            num_expanded = 0 if piece.is_generated else min(piece.length, max(0, expanded_until - first))
+            if num_expanded:
+                expanded.append(Attending(piece.start, num_expanded, first, piece.pages))
+            absorbed += [
+                Attending(piece.start + i, 1, first + i, piece.pages) for i in range(num_expanded, piece.length)
+            ]
+        self.run.set_attention(absorbed, expanded)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -133,13 +135,3 @@ def _activation_kinds(config: ModelConfig, attention: list[Attention], feed_forw
     for experts in (experts for layer in feed_forward for experts in layer.experts):
         kinds.setdefault(("hidden", experts.width), set()).update(experts.hidden_kinds)
     return kinds
-
-
-def choose_expanded(sequences: Sequence[SequenceSlice], shape: MlaShape) -> list[SequenceSlice]:
-    """The slices whose attention is expanded: those where it is cheaper, and the longest beyond what absorbed rows
-    allow."""
-    absorbed = sorted((p for p in sequences if not expanded_is_cheaper(p.length, shape)), key=lambda p: p.length)
-    while sum(p.length for p in absorbed) > MAX_ABSORBED_TOKENS:
-        absorbed.pop()
-    kept = {id(p) for p in absorbed}
-    return [p for p in sequences if id(p) not in kept]

@@ -11,7 +11,7 @@ from kimi_lite.model.cpu.buffers import Buffers, RouterBuffers
 from kimi_lite.model.cpu.experts import LayerExperts, layer_experts
 from kimi_lite.model.cpu.ops import LayerOp, Reads, by_choice, by_pair, every_token, side_by_side
 from kimi_lite.model.cpu.weights import matrix, vector
-from kimi_lite.native.cpu.experts import experts_op
+from kimi_lite.native.cpu.experts import experts_op, few_tokens_each
 from kimi_lite.native.cpu.linear import Product, linear_op, rms_norm_op
 from kimi_lite.native.cpu.router import route_op
 from kimi_lite.native.cpu.run import RunTable
@@ -104,6 +104,7 @@ class FeedForward:
                 router.weights,
                 num_always=experts.num_always,
                 weights_owner=experts,
+                has_few_each=few_tokens_each(buffers.capacity, self.config.num_experts_used, self.config.num_experts),
             )
             stage = "experts" if has_routed else "dense ffn" if self.is_dense else "shared expert"
             ops.append(LayerOp(stage, op, tuple(self._expert_reads(experts, buffers, has_routed))))

@@ -22,7 +22,7 @@ from kimi_lite.model.cpu.layers import Layers
 from kimi_lite.model.cpu.moe import ExpertGroup
 from kimi_lite.model.cpu.ops import LayerOp, make_program
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.experts import experts_op
+from kimi_lite.native.cpu.experts import experts_op, few_tokens_each
 from kimi_lite.native.cpu.join import join_op
 from kimi_lite.native.cpu.program import Program
 
@@ -177,6 +177,7 @@ class TieredLayers:
             weights,
             num_always=group.num_always,
             weights_owner=(group.owner, self.slots),
+            has_few_each=few_tokens_each(buffers.capacity, self.config.num_experts_used, self.config.num_experts),
             per_choice=rows,
         )
         return LayerOp(stage, op)

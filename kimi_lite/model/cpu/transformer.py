@@ -18,7 +18,7 @@ from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled
-from kimi_lite.model.cpu.layers import MAX_BATCH_TOKENS, Layers, choose_expanded
+from kimi_lite.model.cpu.layers import MAX_BATCH_TOKENS, Layers
 from kimi_lite.model.cpu.ops import LayerOp, make_program
 from kimi_lite.model.cpu.tiers import TieredLayers
 from kimi_lite.model.cpu.weights import matrix, vector
@@ -120,14 +120,14 @@ class Transformer:
         """
         num_tokens = len(batch.token_ids)
         assert num_tokens <= MAX_BATCH_TOKENS, num_tokens
-        self._layers.prepare(batch, choose_expanded(batch.sequences, self._layers.shape))
+        self._layers.prepare(batch)
         if self._recorder:
             self._record_layers(num_tokens, should_stop)
         else:
             self._run_layers(num_tokens, should_stop, None)
-        rows = np.flatnonzero(batch.wants_logits)
+        rows, num_generated = np.flatnonzero(batch.wants_logits), batch.num_generated
         return np.concatenate(
-            [self._head_logits(rows[i : i + MAX_LOGITS]) for i in range(0, len(rows), MAX_LOGITS)]
+            [self._head_logits(rows[i : i + MAX_LOGITS], num_generated) for i in range(0, len(rows), MAX_LOGITS)]
             or [np.empty((0, self.config.vocab_size), np.float32)]
         )
 
@@ -182,9 +182,10 @@ class Transformer:
             self._recorder.drop()
             raise
 
-    def _head_logits(self, rows: np.ndarray) -> np.ndarray:
+    def _head_logits(self, rows: np.ndarray, num_generated: int) -> np.ndarray:
+        """rows: int64 (n,) of the batch, whose first `num_generated` were generated -> float32 (n, vocabulary)."""
         head = self._head
         head.x[: len(rows)] = self._buffers.x[rows]
-        head.run.set_tokens(rows.astype(np.int32))  # only their number matters here
+        head.run.set_tokens(rows.astype(np.int32), int((rows < num_generated).sum()))  # only how many they are matters
         self.team.run(head.program)
         return head.logits[: len(rows)].copy()

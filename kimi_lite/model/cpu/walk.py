@@ -68,10 +68,11 @@ class LayerWalk:
     def _run_layer(
         self, steps: Sequence[tuple[LayerOp, Program]], chunk: np.ndarray, x: np.ndarray, observe: Observe
     ) -> None:
-        """x (T, D): the chunk's hidden states, in place."""
+        """x (T, D): the chunk's hidden states, in place. The last rows attend in the absorbed form, which shows
+        attn_v_b's inputs."""
         buffers = self._layers.buffers
         batch = self._batch(chunk)
-        self._layers.prepare(batch, expanded=batch.sequences[:-1])
+        self._layers.prepare(batch, expanded_until=max(0, len(chunk) - MAX_ABSORBED_TOKENS))
         buffers.x[: len(x)] = x
         for op, program in steps:
             self._show(op, len(x), observe, is_after=False)
@@ -86,13 +87,10 @@ class LayerWalk:
                 observe(reads.inputs(weights, num_tokens))
 
     def _batch(self, chunk: np.ndarray) -> Batch:
-        """The chunk as two pieces of one sequence: the last rows attend in the absorbed form, which shows attn_v_b's
-        inputs."""
-        num_tokens, first = len(chunk), max(0, len(chunk) - MAX_ABSORBED_TOKENS)
-        pieces = [(0, first), (first, num_tokens - first)]
-        slices = tuple(SequenceSlice(start, length, self._pages) for start, length in pieces if length)
+        num_tokens = len(chunk)
         positions = np.arange(num_tokens, dtype=np.int32)
-        return Batch(np.asarray(chunk, np.int32), positions, np.zeros(num_tokens, bool), slices)
+        whole = (SequenceSlice(0, num_tokens, self._pages),)
+        return Batch(np.asarray(chunk, np.int32), positions, np.zeros(num_tokens, bool), whole)
 
     def _embed(self, chunk: np.ndarray) -> np.ndarray:
         self._layers.run.set_tokens(np.asarray(chunk, np.int32))

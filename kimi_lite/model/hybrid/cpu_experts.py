@@ -12,7 +12,7 @@ from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.ram import RamSlots
 from kimi_lite.model.cpu.experts import LayerExperts
 from kimi_lite.native.cpu.activations import Activations
-from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
+from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes, few_tokens_each
 from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.cpu.run import RunTable
@@ -54,6 +54,7 @@ class CpuExperts:
         """
         c, width = config, config.expert_feed_forward_size
         self.capacity, self._top_k, self._ram = capacity, c.num_experts_used, ram
+        self._has_few_each = few_tokens_each(capacity, c.num_experts_used, c.num_experts)
         self.rows = streams.pinned((capacity * self._top_k, c.hidden_size), torch.float32)
         input_kinds = set().union(*(layer.input_kinds for layer in layers.values()))
         hidden_kinds = set().union(*(layer.hidden_kinds for layer in layers.values()))
@@ -124,6 +125,7 @@ class CpuExperts:
             self._weights,
             num_always=0,
             weights_owner=(experts, self._ram),
+            has_few_each=not is_summed or self._has_few_each,
             per_choice=None if is_summed else self.rows.numpy(),
         )
         return Program([quantize_op(self._run, self._x), op])

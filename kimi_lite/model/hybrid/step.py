@@ -5,6 +5,7 @@ again with other contents; expanded slices (prompts) are Python objects, as no g
 `HybridTransformer.forward`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,9 @@ from kimi_lite.arch.rope import rope_attention_factor, rope_inverse_frequencies
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.hybrid.kernels import Angles
-from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.native.latent_rows import PAGE_TOKENS, MlaShape
+
+_MAX_ABSORBED_TOKENS = 64  # rows of a long batch that attend in the absorbed form; longer slices are expanded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,3 +110,20 @@ def _absorbed_tables(
         lengths[row : row + piece.length] = batch.positions[piece.start : piece.start + piece.length] + 1
         row += piece.length
     return page_table, lengths
+
+
+def expanded_is_cheaper(length: int, shape: MlaShape) -> bool:
+    """Whether `length` new tokens of a sequence repay making keys and values: multiply-adds per cached position and
+    head."""
+    saved = (shape.kv_lora + shape.latent) - (shape.nope + shape.rope + shape.value)
+    return length * saved > shape.kv_lora * (shape.nope + shape.value)
+
+
+def choose_expanded(sequences: Sequence[SequenceSlice], shape: MlaShape) -> list[SequenceSlice]:
+    """The slices whose attention is expanded: those where it is cheaper, and the longest beyond what absorbed rows
+    allow."""
+    absorbed = sorted((p for p in sequences if not expanded_is_cheaper(p.length, shape)), key=lambda p: p.length)
+    while sum(p.length for p in absorbed) > _MAX_ABSORBED_TOKENS:
+        absorbed.pop()
+    kept = {id(p) for p in absorbed}
+    return [p for p in sequences if id(p) not in kept]

@@ -22,7 +22,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
 from kimi_lite.model.cpu.attention import mla_shape
-from kimi_lite.model.cpu.layers import check_sizes, choose_expanded
+from kimi_lite.model.cpu.layers import check_sizes
 from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
@@ -30,7 +30,7 @@ from kimi_lite.model.hybrid.experts import open_experts, thread_counts
 from kimi_lite.model.hybrid.feed_forward import ResidentGain
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.layer import Layer
-from kimi_lite.model.hybrid.step import StepMaker, is_decoding, num_pages_seen
+from kimi_lite.model.hybrid.step import StepMaker, choose_expanded, is_decoding, num_pages_seen
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.latent_rows import PAGE_TOKENS

@@ -129,7 +129,7 @@ def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: RoutedL
     rows = np.zeros((num_tokens * top_k, form.hidden_size), np.float32)
     weights = np.zeros(ids.shape, np.float32)
     arguments = (run, inputs, rows, table, hidden, ids, weights)
-    op = experts_op(*arguments, num_always=0, weights_owner=None, per_choice=rows)
+    op = experts_op(*arguments, num_always=0, weights_owner=None, has_few_each=True, per_choice=rows)
     inputs.values[:] = x
     run.set_tokens(np.zeros(num_tokens, np.int32))
     team = Team(1)
