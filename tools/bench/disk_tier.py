@@ -73,7 +73,7 @@ def decode(model: Path, num_tokens: int, options: Options) -> dict:
     engine = load(model, replace(options, context_length=num_positions, device="cpu", keeps_heat=False))
     transformer = engine.model
     ids = np.random.default_rng(1).integers(0, engine.plan.sizes.config.vocab_size, num_positions).astype(np.int32)
-    whole = (SequenceSlice(0, 1, np.arange(engine.kv.num_pages, dtype=np.int32)),)
+    whole = (SequenceSlice(0, 1, np.arange(engine.kv.num_pages, dtype=np.int32), is_generated=True),)
     try:
         for position, token in enumerate(ids):
             if position == _WARM_TOKENS:

@@ -99,8 +99,8 @@ class Bench:
         team.run(Program([quantize_op(self._run, self.x)]))
 
     def set_tokens(self, num_tokens: int) -> None:
-        """How many tokens the programs multiply with from now on."""
-        self._run.set_tokens(np.zeros(num_tokens, np.int32))
+        """How many tokens the programs multiply with from now on: one as in decoding, more as those of a prompt."""
+        self._run.set_tokens(np.zeros(num_tokens, np.int32), num_generated=int(num_tokens == 1))
 
     def read(self, data: np.ndarray) -> Program:
         """data: contiguous; whole tasks of it are read."""
