@@ -1,5 +1,6 @@
 """Small endpoints: models, tokens, health, metrics."""
 
+import asyncio
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -78,7 +79,7 @@ async def tokenize(http: HttpRequest) -> Response:
         text = body.content if body.content is not None else body.prompt
         if text is None:
             raise ApiError(400, "content, prompt or messages is needed.", "invalid_value", "content")
-        ids = engine.tokenizer.encode(text)
+        ids = await asyncio.to_thread(engine.tokenizer.encode, text)
     tokens = [{"id": i, "piece": engine.tokenizer.decode([i])} for i in ids] if body.with_pieces else ids
     return JSONResponse({"tokens": tokens, "count": len(ids), "max_model_len": engine.context_length})
 

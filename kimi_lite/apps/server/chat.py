@@ -192,8 +192,12 @@ class Choice:
 
 
 def _num_common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Length of the common beginning: halved, since lists are compared faster than one by one."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def _calls_of(messages: tuple[Mapping[str, Any], ...]) -> list[tuple[str, str]]:

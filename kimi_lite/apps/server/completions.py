@@ -1,6 +1,7 @@
 """`/v1/completions`: texts or token ids to go on with. No template, no reasoning, no calls: what the model says is the
 text."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -30,7 +31,8 @@ async def completions(http: HttpRequest) -> Response:
     """POST /v1/completions."""
     state: ServerState = http.app.state.server
     body = await read_body(http, CompletionBody)
-    requests = to_requests(body, state.service.require_ready(), client_of(http, body.prompt_cache_key or body.user))
+    client = client_of(http, body.prompt_cache_key or body.user)
+    requests = await asyncio.to_thread(to_requests, body, state.service.require_ready(), client)
     writer = _Writer(http, body, requests, state.chats.open(requests))
     if body.stream:
         return sse.EventStream(writer.chunks(), writer.sign_of_life)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -66,10 +67,9 @@ class ApiError(Exception):
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
-    def body_for(self, http: HttpRequest) -> dict[str, Any]:
+    def body_for(self, path: str, headers: Headers) -> dict[str, Any]:
         """In the shape of the API that was asked."""
-        is_anthropic = "/v1/messages" in http.url.path or "anthropic-version" in http.headers
-        return self.anthropic() if is_anthropic else self.openai()
+        return self.anthropic() if "/v1/messages" in path or "anthropic-version" in headers else self.openai()
 
 
 def told(http: HttpRequest, error: Exception) -> ApiError:
@@ -85,4 +85,4 @@ def told(http: HttpRequest, error: Exception) -> ApiError:
 def error_response(http: HttpRequest, error: Exception) -> Response:
     """The whole response to a request that failed."""
     known = told(http, error)
-    return JSONResponse(known.body_for(http), known.status, known.headers)
+    return JSONResponse(known.body_for(http.url.path, http.headers), known.status, known.headers)

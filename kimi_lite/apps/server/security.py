@@ -7,6 +7,7 @@ rebinding), so only hosts that the server goes by are answered, and no origin is
 import hmac
 import json
 from collections.abc import Collection
+from uuid import uuid4
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,11 +38,11 @@ class Guard:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         allowed_origin = origin if origin and ("*" in self._origins or origin in self._origins) else None
-        send = _with_headers(send, _cors_headers(allowed_origin))
+        send = _with_headers(send, [*_request_ids(), *_cors_headers(allowed_origin)])
         try:
             self._check(scope, headers, origin, allowed_origin)
         except ApiError as error:
-            await _answer(send, scope["path"], error)
+            await _answer(send, scope["path"], headers, error)
             return
         if scope["method"] == "OPTIONS" and allowed_origin:
             await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -83,6 +84,12 @@ def _cors_headers(origin: str | None) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in values.items()]
 
 
+def _request_ids() -> list[tuple[bytes, bytes]]:
+    """One id under the names that OpenAI's, Anthropic's and the vendor's clients read."""
+    name = f"req_{uuid4().hex}".encode()
+    return [(header, name) for header in (b"x-request-id", b"request-id", b"x-trace-id")]
+
+
 def _with_headers(send: Send, extra: list[tuple[bytes, bytes]]) -> Send:
     async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -92,8 +99,8 @@ def _with_headers(send: Send, extra: list[tuple[bytes, bytes]]) -> Send:
     return wrapped
 
 
-async def _answer(send: Send, path: str, error: ApiError) -> None:
-    body = json.dumps(error.anthropic() if path.startswith("/v1/messages") else error.openai()).encode()
+async def _answer(send: Send, path: str, asked: Headers, error: ApiError) -> None:
+    body = json.dumps(error.body_for(path, asked)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
