@@ -164,7 +164,10 @@ def _report_crash(*crash: Any) -> None:
     report_crash(*crash)
 
 
-def _report_warning(*warning: Any) -> None:
+def _report_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """Ours are for the user, and those of libraries for their makers."""
     from kimi_lite.terminal import echo
 
-    echo(warnings.formatwarning(*warning[:4]), to_stderr=True, end="")
+    is_ours = Path(filename).is_relative_to(Path(__file__).parent) or issubclass(category, UserWarning)
+    text = f"{message}\n" if is_ours else warnings.formatwarning(message, category, filename, lineno)
+    echo(text, to_stderr=True, end="")

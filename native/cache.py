@@ -6,8 +6,12 @@ back finds the old code again. A process locks the state that it uses (shared, w
 begun, the oldest beyond a few that no process uses are deleted.
 """
 
+import atexit
 import os
+import pickle
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -17,6 +21,7 @@ from pathlib import Path
 _KEPT = 4  # states of the sources
 _place: list[Callable[[], Path]] = []  # who says where: `kimi_lite` itself, when it is imported
 _LOCK = "in-use"
+_DIGEST_BYTES = 16
 
 
 def keep_kernels_in(folder: Callable[[], Path]) -> None:
@@ -44,6 +49,7 @@ def use_kernel_cache() -> None:
     """Makes Numba keep its code there, unless NUMBA_CACHE_DIR says otherwise. Called before anything is compiled."""
     from numba.core import config
 
+    _tolerate_bad_files()
     if config.CACHE_DIR:
         return
     folder = kernel_cache()
@@ -52,11 +58,67 @@ def use_kernel_cache() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
         _lock(folder, is_shared=True)
-    except OSError:
-        return  # Numba then looks for a place of its own, in the sources' folder or in the home folder
+    except OSError as error:
+        _say_unkept(folder, error.strerror)
+        config.CACHE_DIR = tempfile.mkdtemp(prefix="kimi-lite-kernels-")  # Numba wants a place
+        atexit.register(shutil.rmtree, config.CACHE_DIR, ignore_errors=True)
+        return
     config.CACHE_DIR = str(folder)
     if is_new:
         _delete_old_states(folder.parent)
+
+
+def _tolerate_bad_files() -> None:
+    """A full disk and damaged files cost compiling and nothing else; Numba raises whatever it meets there."""
+    from numba.core import caching, config
+
+    class CheckedFile(caching.IndexDataCacheFile):
+        """Numba's index and data of one function; the data's digest stands before it."""
+
+        def save(self, key: tuple, data: object) -> None:
+            try:
+                super().save(key, data)
+            except OSError as error:
+                _say_unkept(Path(config.CACHE_DIR), error.strerror)
+
+        def load(self, key: tuple) -> object:
+            try:
+                return super().load(key)
+            except Exception:  # a damaged pickle raises anything
+                return None
+
+        def _load_index(self) -> dict:
+            try:
+                return super()._load_index()
+            except Exception:
+                return {}
+
+        def _save_data(self, name: str, data: object) -> None:
+            data = self._dump(data)
+            with self._open_for_write(self._data_path(name)) as file:
+                file.write(_digest(data) + data)
+
+        def _load_data(self, name: str) -> object:
+            stored = Path(self._data_path(name)).read_bytes()
+            if stored[:_DIGEST_BYTES] != _digest(stored[_DIGEST_BYTES:]):
+                raise OSError("damaged")
+            return pickle.loads(stored[_DIGEST_BYTES:])
+
+    if caching.IndexDataCacheFile.__name__ != CheckedFile.__name__:
+        caching.IndexDataCacheFile = CheckedFile
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=_DIGEST_BYTES).digest()
+
+
+@cache
+def _say_unkept(folder: Path, reason: str) -> None:
+    warnings.warn(
+        f"Compiled kernels cannot be kept in {folder}: {reason}. Every start compiles them anew; "
+        f"KIMI_LITE_CACHE names another folder.",
+        stacklevel=2,
+    )
 
 
 def _delete_old_states(states: Path) -> None:

@@ -78,11 +78,77 @@ def test_old_states_go_but_for_those_in_use(tmp_path):
 
 
 def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
-    """Numba then looks for a place of its own."""
+    """Kernels are then compiled for this process alone, and that is said."""
     from numba.core import config
 
     monkeypatch.setattr(config, "CACHE_DIR", "")
     (tmp_path / "file").touch()
     monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be kept in .*: Not a directory"):
+        cache_module.use_kernel_cache.__wrapped__()
+    assert Path(config.CACHE_DIR).is_dir()
+    assert _compiled()(4) == 17
+
+
+def _compiled():
+    """A small function, compiled or found on disk."""
+    from numba import njit
+
+    def square_and_one(x):
+        return x * x + 1
+
+    return njit("int64(int64)", cache=True)(square_and_one)
+
+
+@pytest.fixture
+def numba_folder(tmp_path, monkeypatch) -> Path:
+    from numba.core import config
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     cache_module.use_kernel_cache.__wrapped__()
-    assert config.CACHE_DIR == ""
+    return tmp_path
+
+
+def _emptied(data: bytes) -> bytes:
+    return b""
+
+
+def _halved(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _zeroed(data: bytes) -> bytes:
+    return bytes(len(data))
+
+
+def _flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0x55]) + data[len(data) // 2 + 1 :]
+
+
+@pytest.mark.parametrize("damage", [_emptied, _halved, _zeroed, _flipped, None])
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+def test_damaged_files_are_compiled_anew(numba_folder, pattern, damage):
+    assert _compiled()(4) == 17
+    [path] = numba_folder.rglob(pattern)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    assert _compiled()(4) == 17
+    again = _compiled()
+    assert again(4) == 17
+    assert sum(again.stats.cache_hits.values()) == 1  # and kept again
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_full_disk_costs_compiling_and_nothing_else(numba_folder):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="cannot be kept in .*: File too large"):
+            assert _compiled()(4) == 17
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [*numba_folder.rglob("*.tmp.*")]
