@@ -217,18 +217,20 @@ class EngineService:
             return dict(self._totals)
 
     async def close(self, deadline_s: float) -> None:
-        """Take no more requests, let those that run end within the deadline, cancel the rest, close the engine."""
+        """Take no more requests, let those that run end within the deadline, cancel the rest, close the engine. A call
+        with a shorter deadline hastens one that waits. A model that is still loading is not waited for."""
         with self._changed:
             if self.state in ("loading", "ready"):
                 self.state = "closing"
             self._changed.notify_all()
         until = self._clock_s() + deadline_s
-        while self._num_open and self._thread.is_alive() and self._clock_s() < until:
+        while self._num_open and self.state == "closing" and self._clock_s() < until:
             await asyncio.sleep(0.02)
         with self._changed:
             self.state = self.state if self.state == "failed" else "closed"
             self._changed.notify_all()
-        await asyncio.to_thread(self._thread.join)
+        if self.is_ready.is_set():
+            await asyncio.to_thread(self._thread.join)
 
     def _seconds_for(self, num_waiting: int) -> int:
         """About how long it takes until one of those that wait gets its turn."""

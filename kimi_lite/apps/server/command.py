@@ -3,11 +3,13 @@
 import asyncio
 import importlib.util
 import ipaddress
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING
 
 from kimi_lite import __version__
 from kimi_lite.apps.model_path import find_model
@@ -19,6 +21,11 @@ from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import Options, unused_options
 from kimi_lite.terminal import Console, echo, show_plain
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from kimi_lite.engine.service import EngineService
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 _DRAIN_S = 10.0  # running answers have so long to end
@@ -51,10 +58,12 @@ async def _serve(options: Options, listener: socket.socket, open_engine: Callabl
     service = EngineService(open_engine, options.max_waiting)
     app = build_app(service, settings_of(options), set_up(options.log_level, options.has_json_log))
     server = uvicorn.Server(configuration(app, ends_within_s=int(_DRAIN_S) + 5))
-    serving = asyncio.create_task(server.serve([listener]))
+    server.capture_signals = nullcontext  # uvicorn would put its own handlers in the place of these
+    ending = _Ending(service, server)
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):
-            asyncio.get_running_loop().add_signal_handler(number, _on_signal, server)
+            asyncio.get_running_loop().add_signal_handler(number, ending.on_signal, number)
+    serving = asyncio.create_task(server.serve([listener]))
     while not serving.done() and not service.is_ready.is_set():
         await asyncio.sleep(0.05)
     if service.failure is not None:
@@ -66,10 +75,21 @@ async def _serve(options: Options, listener: socket.socket, open_engine: Callabl
     await serving
 
 
-def _on_signal(server) -> None:
-    """The first asks for a graceful end, the second for an end at once."""
-    server.force_exit = server.should_exit
-    server.should_exit = True
+class _Ending:
+    """What signals do: the first lets running answers end in time and saves what is to be saved, the second ends the
+    process as it is; files are written whole or not at all."""
+
+    def __init__(self, service: "EngineService", server: "uvicorn.Server") -> None:
+        self._service, self._server = service, server
+        self._task: asyncio.Task | None = None
+
+    def on_signal(self, number: int) -> None:
+        if self._task is not None:
+            os._exit(128 + number)
+        if self._service.load().num_running:
+            echo(f"ending: answers have {_DRAIN_S:.0f} s; a second signal ends at once", to_stderr=True)
+        self._server.should_exit = True
+        self._task = asyncio.get_running_loop().create_task(self._service.close(_DRAIN_S))
 
 
 def settings_of(options: Options):
