@@ -122,11 +122,11 @@ def write_a_file(prompt: str, tools: Tools) -> str:
     call = _running_call(tools) if has_failed else _writing_call(tools) or _running_call(tools)
     if call is not None:
         name, arguments = call
-        return (
-            f"I write the file with {name}.</think>I will write {FILE_NAME}."
-            f"<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:{prompt.count('<|tool_call_begin|>')}"
-            f"<|tool_call_argument_begin|>{json.dumps(arguments)}<|tool_call_end|><|tool_calls_section_end|>"
-        )
+        written = json.dumps(arguments, separators=(",", ":"))
+        head = f"<|tool_call_begin|>functions.{name}:{prompt.count('<|tool_call_begin|>')}"
+        section = f"<|tool_calls_section_begin|>{head}<|tool_call_argument_begin|>{written}<|tool_call_end|>"
+        said = f"I write the file with {name}.</think>I will write {FILE_NAME}."
+        return f"{said}{section}<|tool_calls_section_end|>"
     if "SEARCH/REPLACE" in prompt:  # how aider has edits written
         block = f"<<<<<<< SEARCH\n=======\n{FILE_TEXT}>>>>>>> REPLACE"
         return f"No tools: an edit.</think>{FILE_NAME}\n```\n{block}\n```\n"
@@ -162,11 +162,14 @@ def _running_call(tools: Tools) -> tuple[str, dict[str, Any]] | None:
 
 
 def _filled(schema: Mapping[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """With something for whatever else is required."""
+    """With something for whatever else is required, in the schema's order, which the grammar of arguments asks for."""
     plain = {"string": "write a file", "integer": 1, "number": 1, "boolean": False, "array": [], "object": {}}
-    for name in schema.get("required", ()):
-        arguments.setdefault(name, plain[schema["properties"][name].get("type", "string")])
-    return arguments
+    required = schema.get("required", ())
+    return {
+        name: arguments.get(name, plain[declared.get("type", "string")])
+        for name, declared in schema["properties"].items()
+        if name in arguments or name in required
+    }
 
 
 def _metadata() -> dict[str, object]:
