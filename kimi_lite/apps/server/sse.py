@@ -29,9 +29,12 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
     return f"{head}data: {dump(data)}\n\n".encode()
 
 
+_LINE_ENDS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"})
+
+
 def dump(value: object) -> str:
-    """JSON without blanks."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """JSON without blanks. Unicode's line ends are escaped: clients that split events into lines split there, too."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
 
 
 class EventStream(Response):
