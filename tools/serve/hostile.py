@@ -180,7 +180,12 @@ def request_bytes(random: random.Random, host: str) -> tuple[bytes, bool]:
 async def _ask(url: str, seed: int, statuses: Counter, failures: list[str]) -> None:
     parts = urlsplit(url)
     data, stays = request_bytes(random.Random(seed), parts.netloc)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    except OSError as error:
+        statuses["not connected"] += 1
+        failures.append(f"seed {seed}: {error}")
+        return
     try:
         writer.write(data)
         if not stays:

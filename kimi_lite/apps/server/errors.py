@@ -75,7 +75,7 @@ class ApiError(Exception):
 def told(http: HttpRequest, error: Exception) -> ApiError:
     """What the client is told of an error; what it is not told goes to the log."""
     known, log = ApiError.of(error), http.app.state.server.log
-    if known.status >= 500:
+    if known.status == 500:
         log.failure(error)
     else:
         log.refusal(http.url.path, known.status, known.code, known.param)

@@ -41,7 +41,7 @@ class AnswerLog:
     def failure(self, error: BaseException) -> None:
         """What the client is only told in general."""
         if isinstance(error, KimiLiteError):
-            self._write(logging.WARNING, str(error))
+            self._write(logging.WARNING, " ".join(str(error).splitlines()))
         elif self._is_json:
             self._write(logging.ERROR, "a request failed", error="".join(traceback.format_exception(error)))
         else:
@@ -54,6 +54,10 @@ class AnswerLog:
     def refusal(self, path: str, status: int, code: str | None, param: str | None) -> None:
         """Why a client was refused, as far as no text of a prompt is in it."""
         self._write(logging.INFO, f"refused {path[:100]}", status=status, code=code, param=param)
+
+    def left_out(self, kinds: Sequence[str]) -> None:
+        """Tools that were not declared to the model, since their client cannot run them."""
+        self._write(logging.INFO, f"tools left out: {', '.join(kinds)}")
 
     def _write(self, level: int, message: str, **facts: object) -> None:
         if self._is_json:

@@ -30,6 +30,7 @@ from kimi_lite.apps.server.stored import Item, StoredResponse, missing
 from kimi_lite.engine.types import TOP_P, SamplingParams, Token
 from kimi_lite.text.tool_calls import ToolCall
 
+_CALLABLE = ("function", "custom")  # types of tools that the client runs
 _SEALED = "kimi-lite:"  # in front of reasoning that a client sends back
 
 
@@ -80,6 +81,8 @@ async def create(http: HttpRequest) -> Response:
         raise ApiError(400, "Responses in the background are not made here.", "unsupported_value", "background")
     items = _conversation(body, state)
     tools, custom = read_response_tools(body.tools or [])
+    if hosted := sorted({str(tool["type"])[:40] for tool in body.tools or [] if tool["type"] not in _CALLABLE}):
+        state.log.left_out(hosted)
     chat = to_chat(body, state, items, tools, client_of(http, body.prompt_cache_key or body.user))
     prepared = await state.chats.prepare(chat)
     choice = state.chats.open(prepared.requests)[0]
@@ -490,7 +493,7 @@ class _Writer:
             "temperature": self._prepared.requests[0].sampling.temperature,
             "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [tool for tool in body.tools or [] if tool.get("type") in ("function", "custom")],
+            "tools": [tool for tool in body.tools or [] if tool.get("type") in _CALLABLE],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": self._prepared.requests[0].sampling.top_p,
             "truncation": "disabled",
