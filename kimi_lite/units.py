@@ -10,6 +10,7 @@ from kimi_lite.errors import KimiLiteError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B?)", re.IGNORECASE)
+_SEVERAL = re.compile(r"\d[\w.]*\s*[x*+]\s*\d[\w.]*.*", re.IGNORECASE)  # 2x24G, 24G+24G
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([KM]?)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 SIZE_HELP = "24G is 24 GiB (1024^3 bytes), as memory is sold"
@@ -26,6 +27,8 @@ def parse_size(text: str, source: str = "The size", *, is_decimal: bool = False,
     is_zero = match is not None and not float(match[1])
     if match is None or (is_zero and not allows_zero):
         example, help_text = ("45G", DECIMAL_HELP) if is_decimal else ("24G", SIZE_HELP)
+        if _SEVERAL.fullmatch(text.strip()):
+            help_text += ". It is one size: of RAM the sum, of GPUs that of the one that is used"
         raise KimiLiteError(f"{source} is {text!r}, which is not a size.", f"Write it like {example}: {help_text}.")
     number, unit, suffix = float(match[1]), match[2].upper(), match[3].upper()
     num_bytes = int(number * (1000 if is_decimal and not suffix.startswith("I") else 1024) ** _POWERS[unit])

@@ -41,6 +41,13 @@ def test_what_is_not_a_size(text):
     assert "24 GiB" in caught.value.hint
 
 
+@pytest.mark.parametrize("text", ["24G+24G", "2x24G", "2 x 24 GB", "4*8G"])
+def test_several_sizes_are_told_which_one_is_wanted(text):
+    with pytest.raises(KimiLiteError, match="not a size") as caught:
+        parse_size(text, "--vram")
+    assert "of GPUs that of the one that is used" in caught.value.hint
+
+
 def test_zero_only_where_it_means_something():
     assert parse_size("0", allows_zero=True) == parse_size("0G", allows_zero=True) == 0
 

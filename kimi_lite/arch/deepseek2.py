@@ -123,6 +123,7 @@ DEEPSEEK2 = Architecture(
         "rope_interleave": (True,),
     },
     neutral={
+        "attention.causal": (True,),
         "attention.clamp_kqv": (0.0,),
         "attention.max_alibi_bias": (0.0,),
         "attention.scale": (0.0,),

@@ -36,6 +36,7 @@ MAX_CPU_S = 1.5  # of one request; an ordinary one takes milliseconds
 MAX_TEMPLATES = 16  # that are kept compiled
 LENGTH = struct.Struct("<Q")  # before every message of `serve`
 MAX_LOOP_STEPS = 500_000
+MAX_BASE, MAX_EXPONENT = 1 << 16, 16  # of `number ** number`
 MAX_PRODUCT = 1 << 24  # of two numbers, or characters of `text * number`
 _SEARCH_METHODS = {
     "split",
@@ -81,7 +82,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(value) if isinstance(value, (str, list, tuple)) else value for value in (left, right)]
         is_number = all(isinstance(size, (int, float)) for size in sizes)
-        if operator == "**" or (is_number and sizes[0] * sizes[1] > MAX_PRODUCT):
+        if operator == "**":
+            is_small = is_number and abs(sizes[0]) <= MAX_BASE and abs(sizes[1]) <= MAX_EXPONENT
+        else:
+            is_small = not is_number or sizes[0] * sizes[1] <= MAX_PRODUCT
+        if not is_small:
             raise SecurityError(f"{operator} with operands that large")
         return super().call_binop(context, operator, left, right)
 

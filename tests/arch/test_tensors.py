@@ -102,7 +102,8 @@ def test_what_may_stay_unread(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("attention.temperature_scale", 0.1), ("logit_scale", 0.5), ("attention.sliding_window", 128),
-     ("final_logit_softcapping", 30.0), ("interleave_moe_layer_step", 2), ("residual_scale", 0.2)],
+     ("final_logit_softcapping", 30.0), ("interleave_moe_layer_step", 2), ("residual_scale", 0.2),
+     ("attention.causal", False)],
 )  # fmt: skip
 def test_keys_that_change_what_is_computed_are_refused(tmp_path, key, value):
     with pytest.raises(KimiLiteError, match=f"{key} is {value}.*other values are not computed here"):

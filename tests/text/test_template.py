@@ -319,6 +319,8 @@ def test_jinja_as_chat_templates_expect_it(make: Callable[[str], ChatTemplate]) 
         ("{{ cycler.__init__.__globals__ }}", "unsafe"),
         ("{% include '/etc/passwd' %}", "does not accept|does not compile"),
         ("{{ 9 ** 9 ** 9 }}", "operands that large"),
+        ("{{ 2 ** 99999999 }}", "operands that large"),
+        ("{{ (10 ** 300) ** 9 }}", "operands that large"),
         ("{{ 'x' * 10000000000 }}", "operands that large"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loop steps|of work"),
         ("{% for i in range(99) %}{{ 'x' * 9999999 }}{% endfor %}", "characters"),
@@ -334,6 +336,10 @@ def test_hostile_and_failing_templates_are_sentences(
 ) -> None:
     with pytest.raises(KimiLiteError, match=message):
         make(source).encode([user("Hi")])
+
+
+def test_small_powers_are_computed(make: Callable[[str], ChatTemplate]) -> None:
+    assert rendered(make("{{ 2 ** 3 }} {{ 10 ** 9 }} {{ 4 ** 0.5 }}"), [user("x")]) == "8 1000000000 2.0"
 
 
 DEEP: list = []
