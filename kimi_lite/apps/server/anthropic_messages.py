@@ -355,6 +355,8 @@ class _Writer:
         except Exception as error:
             yield _event(told(self._http, error).anthropic())
             return
+        finally:
+            self._choice.close()
         yield _event({"type": "message_delta", "delta": self._ending(), "usage": self._usage()})
         yield _event({"type": "message_stop"})
 

@@ -116,7 +116,7 @@ class _Writer:
                 if isinstance(token, Token):
                     self._texts[i].add(token, self._tokenizer)
         finally:
-            self._log()
+            self._end()
         choices = [
             self._choice(i, text.outcome.content, text.logprobs, finish_reason(text.outcome.finish_reason or "stop"))
             for i, text in enumerate(self._texts)
@@ -139,7 +139,7 @@ class _Writer:
             yield sse.event(told(self._http, error).openai())
             return
         finally:
-            self._log()
+            self._end()
         if self._body.stream_options and self._body.stream_options.include_usage:
             yield sse.event({**self._head, "choices": [], "usage": self._usage(), **self._timings()})
         yield sse.DONE
@@ -162,7 +162,10 @@ class _Writer:
         stats = self._texts[0].outcome.stats
         return {} if stats is None else {"timings": timings(stats)}
 
-    def _log(self) -> None:
+    def _end(self) -> None:
+        """However it ended: nothing goes on, and the log has its line."""
+        for choice in self._choices:
+            choice.close()
         self._state.log_answer(self._num_prompt_tokens, [text.outcome.stats for text in self._texts])
 
 

@@ -145,7 +145,7 @@ class _Writer:
                 if isinstance(event, Token):
                     self._add(i, event)
         finally:
-            self._log()
+            self._end()
         choices = [self._whole(i, outcome) for i, outcome in enumerate(self._outcomes)]
         whole = {**self._head, "object": "chat.completion", "choices": choices}
         return {**whole, "usage": self._usage(), **self._timings()}
@@ -167,7 +167,7 @@ class _Writer:
             yield sse.event(told(self._http, error).openai())
             return
         finally:
-            self._log()
+            self._end()
         if self._body.stream_options and self._body.stream_options.include_usage:
             last = {**self._head, "object": "chat.completion.chunk", "choices": []}
             yield sse.event({**last, "usage": self._usage(), **self._timings()})
@@ -244,7 +244,10 @@ class _Writer:
         stats = self._outcomes[0].stats
         return {} if stats is None else {"timings": timings(stats)}
 
-    def _log(self) -> None:
+    def _end(self) -> None:
+        """However it ended: nothing goes on, and the log has its line."""
+        for choice in self._choices:
+            choice.close()
         self._state.log_answer(self._prepared.num_prompt_tokens, [outcome.stats for outcome in self._outcomes])
 
 

@@ -422,6 +422,8 @@ class _Writer:
             failure = {"code": "server_error" if known.status >= 500 else "invalid_prompt", "message": known.message}
             yield self._event({"type": "response.failed", "response": self._document("failed", error=failure)})
             return
+        finally:
+            self._choice.close()
         response = self._ended()
         yield self._event({"type": f"response.{response['status']}", "response": response})
 

@@ -22,8 +22,10 @@ HELLO = [{"role": "user", "content": "Hello"}]
 THINKING = {"type": "enabled", "budget_tokens": 2048}
 
 
-def answers(prompt: str) -> tuple[str, str]:
+def answers(prompt: str) -> tuple[str | None, str]:
     """Asks for the weather once, then says what came back."""
+    if "late" in prompt.rsplit("<|im_user|>", 1)[-1]:
+        return None, "Reasoning after all.</think>The answer."
     if "weather" not in prompt:
         return "Let me see.", "Good day, 世界!"
     if "Return of" in prompt:
@@ -146,6 +148,17 @@ def test_a_stop_sequence_is_named(client) -> None:
         messages=HELLO,
     )
     assert (answer.stop_reason, answer.usage.output_tokens) == ("max_tokens", 3)
+
+
+def test_a_late_end_of_thinking(client) -> None:
+    """A document tells thinking and answer apart; a stream, which cannot take back, says nothing twice."""
+    asked = {"model": "c", "max_tokens": 100, "messages": [{"role": "user", "content": "late"}]}
+    whole = client.messages.create(**asked)
+    assert (whole.content[0].thinking, whole.content[1].text) == ("Reasoning after all.", "The answer.")
+    assert len(whole.content) == 2 and whole.content[0].signature
+    with client.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    assert [block.text for block in streamed.content] == ["Reasoning after all.", "The answer."]
 
 
 @pytest.mark.parametrize(
