@@ -260,16 +260,17 @@ def main(
     clients: Annotated[int, typer.Option(help="Clients at once.")] = 32,
     seconds: Annotated[float, typer.Option(help="How long they ask.")] = 600.0,
     seed: Annotated[int, typer.Option(help="Of the prompts and the clients' choices.")] = 0,
+    prompts: Annotated[int, typer.Option(help="Prompts that they ask.")] = 24,
     url: Annotated[str | None, typer.Option(help="A server that runs; with --pid.")] = None,
     pid: Annotated[int | None, typer.Option(help="Its process.")] = None,
     arguments: Annotated[list[str] | None, typer.Argument(help="For kimi-lite serve, after --.")] = None,
 ) -> None:
     """Put a server under load and say what came of it."""
     if url is not None:
-        outcome = asyncio.run(run(url, pid or os.getpid(), clients, seconds, seed))
+        outcome = asyncio.run(run(url, pid or os.getpid(), clients, seconds, seed, prompts))
     else:
         with server(arguments or []) as (own_url, own_pid):
-            outcome = asyncio.run(run(own_url, own_pid, clients, seconds, seed))
+            outcome = asyncio.run(run(own_url, own_pid, clients, seconds, seed, prompts))
     print(json.dumps(outcome.summary()))
     raise typer.Exit(1 if outcome.wrong else 0)
 
