@@ -19,7 +19,7 @@ from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_o
 from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
 from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.write.checksums import check_source
-from kimi_lite.quantize.write.writer import OnProgress, existing_output
+from kimi_lite.quantize.write.writer import OnProgress, check_replaceable
 from kimi_lite.units import gib, parse_size
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def _check_mmproj(settings: Settings) -> None:
     find_mmproj_layout(settings.mmproj)
     _, raw = check_mmproj(src, read_tower(src)[0])
     check_outputs([path], {tensor.file for tensor in raw.values()} | {src / "config.json"})
-    if path.exists() and not settings.is_overwriting:
-        raise existing_output(path)
+    check_replaceable(path, settings.is_overwriting)
 
 
 def _open_calibration(settings: Settings, on_progress: OnProgress) -> "CalibrationText | None":

@@ -45,10 +45,10 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     by_place = {_place(path): path for path in inputs}
     for output in outputs:
         if source := by_place.get(_place(output)):
-            what = "is" if os.path.abspath(output) == os.path.abspath(source) else "is the same file as"
-            named = "" if what == "is" else f" {source}"
+            is_named = os.path.abspath(output) == os.path.abspath(source)
+            what = "is what is read here" if is_named else f"is the same file as {source}, which is read here"
             raise KimiLiteError(
-                f"{output} {what}{named} what is read here, and would be overwritten.",
+                f"{output} {what} and would be overwritten.",
                 "Name another output; --force does not replace a source.",
             )
 

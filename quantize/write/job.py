@@ -26,9 +26,9 @@ from kimi_lite.quantize.write.writer import (
     OnProgress,
     Tensor,
     check_folder,
+    check_replaceable,
     check_space,
     encode_pieces,
-    existing_output,
     write_header,
 )
 
@@ -132,8 +132,7 @@ def _remove_abandoned(job: Job) -> None:
 def _check_outputs(job: Job, num_finished: int) -> None:
     is_written = num_finished == len(job.tensors)  # killed while renaming
     for shard in job.shards:
-        if shard.path.exists() and not job.is_overwriting and not is_written:
-            raise existing_output(shard.path)
+        check_replaceable(shard.path, job.is_overwriting or is_written)
     there = sum(shard.partial.stat().st_size for shard in job.shards if shard.partial.exists())
     if not is_written:
         check_space(job.path, sum(shard.data_bytes for shard in job.shards) + HEADER_BYTES - there)

@@ -99,21 +99,25 @@ def write_gguf(
 
 def check_output(path: Path, total_bytes: int, is_overwriting: bool) -> None:
     """Raises KimiLiteError where `path` exists, its folder cannot be written, or the disk is too small."""
-    if path.is_dir():
-        raise KimiLiteError(
-            f"{path} is a folder; the output is one file.", f"Name a file, such as {path / 'model.gguf'}."
-        )
-    if path.exists() and not is_overwriting:
-        raise existing_output(path)
+    check_replaceable(path, is_overwriting)
     check_folder(path)
     _remove_abandoned(path)
     check_space(path, total_bytes + HEADER_BYTES)
 
 
-def existing_output(path: Path) -> KimiLiteError:
-    return KimiLiteError(
-        f"{path} exists ({path.stat().st_size:,} bytes).", "Add --force to replace it, or name another file."
-    )
+def check_replaceable(path: Path, is_overwriting: bool) -> None:
+    """Raises KimiLiteError where something is at `path`, but for a file that may be overwritten; a device or a pipe
+    (/dev/null, /dev/stdout) would be gone after the rename."""
+    if path.is_dir():
+        raise KimiLiteError(
+            f"{path} is a folder; the output is one file.", f"Name a file, such as {path / 'model.gguf'}."
+        )
+    if path.exists() and not path.is_file():
+        raise KimiLiteError(f"{path} is a device or a pipe; a GGUF needs a file.", "Name a file.")
+    if path.exists() and not is_overwriting:
+        raise KimiLiteError(
+            f"{path} exists ({path.stat().st_size:,} bytes).", "Add --force to replace it, or name another file."
+        )
 
 
 def check_folder(path: Path) -> None:

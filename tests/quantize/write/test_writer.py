@@ -108,6 +108,16 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
         write_gguf(tmp_path, METADATA, [])
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such pipes")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.gguf").symlink_to("pipe")
+    for name in ("pipe", "link.gguf"):
+        with pytest.raises(KimiLiteError, match="is a device or a pipe"):
+            write_gguf(tmp_path / name, METADATA, [], is_overwriting=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_full_disk_during_the_work_is_explained(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
