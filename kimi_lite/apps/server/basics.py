@@ -88,7 +88,7 @@ async def detokenize(http: HttpRequest) -> Response:
     """POST /detokenize: the text of ids."""
     state: ServerState = http.app.state.server
     body = await read_body(http, DetokenizeBody)
-    text = state.service.require_ready().tokenizer.decode(body.tokens)
+    text = await asyncio.to_thread(state.service.require_ready().tokenizer.decode, body.tokens)
     return JSONResponse({"content": text, "prompt": text})
 
 

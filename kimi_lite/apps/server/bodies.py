@@ -12,6 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from kimi_lite.apps.server.errors import ApiError
 
 MAX_BODY_BYTES = 64 << 20  # images come inside
+MAX_BRACKETS = 1_000_000  # lists and objects take a hundred times the bytes of their text
+LARGE_BYTES = 64 << 10  # read in a thread of its own, so that others are answered meanwhile
 MAX_DEPTH = 64  # of lists and objects inside each other
 PIECE_WITHIN_S, BODY_WITHIN_S = 30.0, 300.0  # one piece of a body after the other, and all of it
 
@@ -22,11 +24,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, model: type[Model]) -> Model:
     """The body as `model`; ApiError 400, 408 or 413 where it is none."""
-    return check(parse(await _read(request, MAX_BODY_BYTES)), model)
+    data = await _read(request, MAX_BODY_BYTES)
+    if len(data) < LARGE_BYTES:
+        return check(parse(data), model)
+    return await asyncio.to_thread(lambda: check(parse(data), model))
 
 
 def parse(data: bytes) -> dict:
     """JSON text of an object. Depth is counted before parsing: Python's parser recurses."""
+    if (num_brackets := data.count(b"[") + data.count(b"{")) > MAX_BRACKETS:
+        problem = f"The body has {num_brackets:,} opening brackets; {MAX_BRACKETS:,} are allowed."
+        raise ApiError(400, problem, "invalid_json")
     if _depth(data) > MAX_DEPTH:
         raise ApiError(400, f"The body is nested deeper than {MAX_DEPTH} levels.", "invalid_json")
     try:

@@ -144,7 +144,7 @@ def _require_key(options: Options) -> None:
         return
     raise KimiLiteError(
         f"{options.host} can be reached from other machines, and there is no --api-key.",
-        "Add --api-key KEY, or --insecure if everybody there may use it.",
+        "Add --api-key KEY, or --insecure if all of them may use it.",
     )
 
 

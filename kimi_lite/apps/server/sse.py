@@ -2,8 +2,8 @@
 
 The first byte of a stream goes out at once, and while nothing is to be said (a long prompt is read) a sign of life
 does, since clients and proxies give up on silent connections after minutes. A document cannot begin before it is
-known, but JSON may have blanks in front: after a while the status 200 goes out and blanks follow. Whoever hangs up ends
-the work.
+known, but JSON may have blanks in front: after a while the status 200 goes out and blanks follow. A client that hangs
+up ends the work.
 """
 
 import asyncio

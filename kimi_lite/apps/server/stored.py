@@ -22,7 +22,7 @@ class StoredResponse:
 
 
 class StoredResponses:
-    """By id. What is asked for lives longer."""
+    """By id. What is asked for again is kept longer."""
 
     def __init__(self) -> None:
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()

@@ -192,7 +192,7 @@ def test_models_in_anthropics_shape(client, url) -> None:
     assert missing.status_code == 404 and "before /v1" in missing.json()["error"]["message"]
 
 
-def test_what_clients_send_besides_is_tolerated(client) -> None:
+def test_what_clients_send_more_is_tolerated(client) -> None:
     history = [
         {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]},
         {"role": "assistant", "content": [

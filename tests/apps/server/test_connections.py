@@ -223,6 +223,35 @@ def test_garbage_is_answered_or_hung_up_on(url, half_closes: bool) -> None:
     assert httpx.get(f"{url}/health").json()["status"] == "ok"
 
 
+_LARGE = (
+    b"[" + b"[]," * (20 << 20) + b"1]",
+    b'{"messages": [' + b"{}," * 900_000 + b"{}]}",
+    b'{"a": "' + b"[" * (60 << 20) + b'"}',
+    b"{" * (1 << 20),
+    b'{"tokens": [' + b"1," * (5 << 20) + b"1]}",
+    b'"' + b"\\" * (30 << 20) + b'"',
+    b" " * (63 << 20),
+    b"9" * (30 << 20),
+    b'{"a":' * 65 + b"1" + b"}" * 65,
+    b"\xff\xfe" * 100_000,
+)
+
+
+@pytest.mark.parametrize("body", _LARGE, ids=range(len(_LARGE)))
+def test_large_bodies_hold_up_no_other_client(url, body: bytes) -> None:
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/detokenize", content=body, timeout=60)))
+    asking.start()
+    longest_s = 0.0
+    while asking.is_alive():
+        started_s = time.monotonic()
+        assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+        longest_s = max(longest_s, time.monotonic() - started_s)
+        time.sleep(0.02)
+    assert answers[0].status_code == (200 if b"tokens" in body[:10] else 400), answers[0].text[:200]
+    assert longest_s < 3
+
+
 def test_requests_in_a_pipeline_are_answered_in_order(url) -> None:
     connected = connect(url)
     last = request("/tokenize", {"content": "b"}).replace(b"Host", b"Connection: close\r\nHost")

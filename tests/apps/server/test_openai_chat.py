@@ -38,6 +38,7 @@ ANSWERS = {
     "unthought": ("", "At once."),
     "unclosed": (None, "I call." + call("weather", "{}")),  # no </think> before the call
     "late": (None, "Reasoning after all.</think>The answer."),
+    "builtin": ("Hm.", call("$search", '{"query":"x"}')),
     "stop": ("The end is not the end.", "In the end there"),
     "broken": ("", call("weather", '{"city": ')),
 }
@@ -111,7 +112,7 @@ def same(whole: dict, chunks: list[dict]) -> dict:
     return whole["choices"][0]
 
 
-@pytest.mark.parametrize("question", ["Hello", *(word for word in ANSWERS if word != "late")])
+@pytest.mark.parametrize("question", ["Hello", *(word for word in ANSWERS if word not in ("late", "builtin"))])
 @pytest.mark.parametrize("more", [{}, INSTANT, {"logprobs": True, "top_logprobs": 3}, {"n": 3, "seed": 4},
                                   {"max_tokens": 5}])  # fmt: skip
 def test_a_stream_is_the_document_in_pieces(url, question: str, more) -> None:
@@ -162,6 +163,13 @@ def test_two_calls_have_the_models_ids_and_come_back_with_results(client) -> Non
         "tool_calls": message.model_dump()["tool_calls"],
     }  # no content, no reasoning
     assert client.chat.completions.create(messages=conversation, **asked).choices[0].finish_reason == "stop"
+
+
+def test_a_builtin_function_is_called_as_any(url) -> None:
+    tool = {"type": "builtin_function", "function": {"name": "$search"}}
+    choice = same(*ask(url, messages=[{"role": "user", "content": "builtin"}], tools=[tool]))
+    assert choice["message"]["tool_calls"][0]["id"] == "functions.$search:0"
+    assert choice["message"]["content"] is None
 
 
 def test_a_late_end_of_thinking(url) -> None:

@@ -93,7 +93,7 @@ def test_the_clients_own_errors(guarded) -> None:
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions", "/v1/chat/completions", "/v1/messages/count_tokens"])
-def test_a_long_text_holds_nobody_up(path: str) -> None:
+def test_a_long_text_holds_up_no_other_client(path: str) -> None:
     """Others are answered while one request's text is made tokens."""
 
     def open_engine():
