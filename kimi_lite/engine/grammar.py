@@ -51,13 +51,11 @@ class AnswerForm:
     schema: Schema | None = None  # of its content; None: any text
     tools: Sequence[Mapping] = ()
     choice: ToolChoice = "auto"
-    strict_tools: frozenset[str] = (
-        frozenset()
-    )  # whose arguments must follow their schema even where none must be called
+    strict_tools: frozenset[str] = frozenset()  # whose arguments must follow their schema although none must be called
     has_parallel_calls: bool = True
     num_calls: int = 0  # of the conversation so far
     may_think: bool = False  # the model may open its reasoning itself
-    schema_place: str = "response_format.json_schema.schema"  # what errors call it
+    schema_place: str = "schema"  # what errors call it
 
 
 class _Tool(NamedTuple):
@@ -113,13 +111,13 @@ class Grammars:
             name, place = tool_name(tool), f"tools.{i}.function.parameters"
             if name in names:
                 must_follow = _is_forced(form) or name in form.strict_tools
-                schema = _of_objects(tool["function"].get("parameters"))
-                compiled.append((name, self._compile_arguments(schema, place, must_follow)))
+                parameters = tool["function"].get("parameters")
+                compiled.append((name, self._compile_arguments(parameters, place, must_follow)))
         return tuple(_Tool(name, arguments()) for name, arguments in compiled)
 
-    def _compile_arguments(self, schema: Schema, place: str, must_follow: bool) -> "Callable[[], LLMatcher]":
+    def _compile_arguments(self, parameters: Schema | None, place: str, must_follow: bool) -> "Callable[[], LLMatcher]":
         try:
-            arguments = self._compile(schema, place)
+            arguments = self._compile(_of_objects(parameters, place), place)
         except SchemaError:
             if must_follow:
                 raise
@@ -146,7 +144,9 @@ class Grammars:
         with self._lock:
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(2, "kimi-lite-grammar")
-            future = self._compiled[key] = self._workers.submit(_compiled, self._vocabulary, prepared)
+            if key not in self._compiled:
+                self._compiled[key] = self._workers.submit(_compiled, self._vocabulary, prepared)
+            future = self._compiled[key]
             while len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         return partial(_result, future, place)
@@ -175,11 +175,14 @@ def tool_name(tool: Mapping) -> str:
     return tool["function"]["name"]
 
 
-def _of_objects(parameters: Schema | None) -> Schema:
-    """Arguments are an object, whether their schema says so or not."""
-    if not parameters or parameters is True:
-        return ANY_OBJECT
-    return parameters if isinstance(parameters, bool) or "type" in parameters else {**parameters, **ANY_OBJECT}
+def _of_objects(parameters: Schema | None, place: str) -> Schema:
+    """Arguments are an object, whether their schema says so or not; SchemaError where it says that they are none."""
+    if not parameters or isinstance(parameters, bool):
+        return ANY_OBJECT if parameters is not False else False
+    types = parameters.get("type", "object")
+    if "object" not in (types if isinstance(types, list) else [types]):
+        raise SchemaError(place, "type", f"arguments are an object, not {types!r:.40}")
+    return {**parameters, "type": "object"}
 
 
 def _compiled(vocabulary: "_Vocabulary", prepared: Prepared) -> "LLMatcher":
@@ -193,13 +196,13 @@ def _compiled(vocabulary: "_Vocabulary", prepared: Prepared) -> "LLMatcher":
         options["json_allowed_escapes"] = '"\\bfnrt'
     grammar = LLMatcher.grammar_from_json_schema(json.dumps(prepared.schema), overrides=options)
     matcher = LLMatcher(vocabulary.trie, grammar, log_level=0, limits=limits)
-    started_s = time.perf_counter()
+    started_s = time.thread_time()
     trial = matcher.deep_copy()
     if not trial.is_error():
         trial.compute_bitmask()
     if trial.is_error():
         raise KimiLiteError(trial.get_error().strip().split("\n")[0])
-    if time.perf_counter() - started_s > MAX_FIRST_MASK_S:
+    if time.thread_time() - started_s > MAX_FIRST_MASK_S:
         raise KimiLiteError("it is too complex: its first token alone takes too long")
     return matcher
 
@@ -387,6 +390,12 @@ class _AnswerConstraint:
         self._arguments: _Json | None = None
 
     def allowed(self) -> np.ndarray | None:
+        bits = self._bits()
+        if bits is not None and not bits.any():
+            raise KimiLiteError("The answer cannot go on within its grammar: no token of the vocabulary spells it.")
+        return bits
+
+    def _bits(self) -> np.ndarray | None:
         match self._state:
             case "text":
                 return None

@@ -17,6 +17,7 @@ from kimi_lite.engine.grammar import MAX_COMPILED, AnswerForm, Grammars
 from kimi_lite.engine.json_schema import SchemaError
 from kimi_lite.engine.sampler import unpack_bits
 from kimi_lite.engine.types import Request, SamplingParams
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.stream import DEEPSEEK, KIMI, StreamParser
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
@@ -230,6 +231,31 @@ def test_a_tool_that_must_follow_its_schema_is_refused_where_that_is_no_grammar(
         kimi.grammars.answer(AnswerForm(tools=[GET, UNSUPPORTED], **more))
 
 
+@pytest.mark.parametrize(
+    "parameters", [{"type": ["object", "null"]}, {"properties": {}}, {"anyOf": [{}, {"type": "null"}]}, None]
+)
+def test_arguments_are_an_object_whatever_their_schema_says(kimi: Model, parameters: dict | None) -> None:
+    constraint = kimi.grammars.answer(AnswerForm(tools=[tool("f", parameters)], choice="f"))()
+    fed(constraint, kimi, KIMI.section_begin[0], KIMI.call_begin, "functions.f:0", KIMI.arguments_begin)
+    assert allowed_ids(constraint, kimi) == {*kimi.ids("{"), BYTES.index(b'{"')}
+
+
+def test_arguments_that_can_be_no_object_are_refused(kimi: Model) -> None:
+    with pytest.raises(SchemaError, match=r"tools\.0\.function\.parameters\.type"):
+        kimi.grammars.answer(AnswerForm(tools=[tool("f", {"type": "string"})], choice="f"))
+
+
+def test_what_no_token_spells_ends_one_answer_only() -> None:
+    """SmolLM2's vocabulary lacks 21 bytes."""
+    special = ["<|im_end|>", *KIMI.markers]
+    metadata = make_metadata(BYTES[:128], special, "gpt-2", eos_token_id=128)
+    tokenizer = Tokenizer.from_metadata(metadata)
+    for form in (AnswerForm(schema={"const": "é"}), AnswerForm(tools=[tool("é", {})], choice="é")):
+        constraint = Grammars(tokenizer).answer(form)()
+        with pytest.raises(KimiLiteError, match="grammar"):
+            write(constraint, tokenizer, random.Random(0))
+
+
 def test_a_schema_is_compiled_once_and_many_threads_may_ask(kimi: Model, monkeypatch) -> None:
     from kimi_lite.engine import grammar
 
@@ -299,7 +325,7 @@ def test_a_call_that_ends_the_reasoning_is_followed() -> None:
         return logits
 
     engine.model.next_logits = scripted
-    constraint = engine.grammars.answer(AnswerForm(tools=TOOLS, choice="required"))
+    constraint = engine.grammars.answer(AnswerForm(tools=TOOLS))
     sampling = SamplingParams(temperature=0, max_tokens=60)
     tokens = list(engine.generate([Request("a", (1, 2, 3), sampling, True, TOOLS, constraint=constraint)]))
     assert "".join(t.text for t in tokens if t.kind == "reasoning") == "hm"

@@ -43,6 +43,7 @@ class ChatRequest:
     num_choices: int = 1
     strict_tools: frozenset[str] = frozenset()  # names of those whose arguments must follow their schema
     json_schema: Mapping[str, Any] | None = None  # of the answer
+    schema_place: str = "response_format.json_schema.schema"  # where the client wrote it
     client: str = ""
 
 
@@ -132,6 +133,7 @@ class Chats:
         """The grammar of the answer; ApiError 400 that names the keyword where a schema cannot be one."""
         form = AnswerForm(
             schema=chat.json_schema,
+            schema_place=chat.schema_place,
             tools=chat.tools,
             choice=chat.tool_choice,
             strict_tools=chat.strict_tools,

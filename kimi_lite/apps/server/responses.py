@@ -133,6 +133,7 @@ def to_chat(
         temperature=body.temperature,
         strict_tools=strict_names(tools),
         json_schema=_schema(body),
+        schema_place="text.format.schema",
         client=client,
     )
 
