@@ -325,10 +325,11 @@ def test_a_call_that_ends_the_reasoning_is_followed() -> None:
         return logits
 
     engine.model.next_logits = scripted
-    constraint = engine.grammars.answer(AnswerForm(tools=TOOLS))
+    constraint = engine.grammars.answer(AnswerForm(tools=TOOLS, choice="required"))
     sampling = SamplingParams(temperature=0, max_tokens=60)
     tokens = list(engine.generate([Request("a", (1, 2, 3), sampling, True, TOOLS, constraint=constraint)]))
     assert "".join(t.text for t in tokens if t.kind == "reasoning") == "hm"
+    assert [token.id for token in tokens].count(special[KIMI.section_begin[0]]) == 1
     arguments = "".join(t.text for t in tokens if t.kind == "tool_call")
     assert arguments.startswith('{"k":"') and arguments[6] in "ab"
 
