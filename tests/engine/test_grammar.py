@@ -24,7 +24,8 @@ from kimi_lite.text.tokenizer import Tokenizer
 from tests.engine.fakes import VOCAB_SIZE, fake_engine, tiny_metadata
 from tests.engine.schemas import schemas, tool, write
 from tests.layouts import DEEPSEEK_R1, DEEPSEEK_SPECIAL, DEEPSEEK_V31, KIMI_K2, KIMI_SPECIAL
-from tests.text.conftest import make_metadata
+from tests.text.conftest import kimi as real_kimi  # noqa: F401
+from tests.text.conftest import kimi_metadata, make_metadata  # noqa: F401
 
 BYTES = [bytes([i]) for i in range(256)] + [
     b'{"',
@@ -345,3 +346,26 @@ def test_unbounded_vocabularies_are_named() -> None:
         metadata.pop(f"tokenizer.ggml.{key}_token_id", None)
     with pytest.raises(Exception, match="no token that ends a turn"):
         Grammars(Tokenizer.from_metadata(metadata)).answer(AnswerForm(schema={}))
+
+
+def test_the_real_vocabulary(real_kimi: Tokenizer) -> None:  # noqa: F811
+    """163,840 tokens, many of which are cut through characters, or hold brackets and quotes together."""
+    grammars, num_ended = Grammars(real_kimi), 0
+    schema = {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "n": {"enum": [1, "世界", None]}},
+        "required": ["n"],
+    }
+    assert real_kimi.eos_ids == {163585, 163586, 163593}
+    for seed in range(6):
+        make = grammars.answer(AnswerForm(schema=schema))
+        ids = write(make(), real_kimi, random.Random(seed), 400)
+        if ids is not None:
+            num_ended += 1
+            jsonschema.validate(json.loads(b"".join(map(real_kimi.decode_bytes, ids[:-1])).decode()), schema)
+        ids = write(grammars.answer(AnswerForm(tools=TOOLS, choice="get", has_parallel_calls=False, num_calls=3))(),
+                    real_kimi, random.Random(seed), 400)  # fmt: skip
+        parser = StreamParser(real_kimi, False, (), TOOLS, 3)
+        assert not [piece.error for i in ids[:-1] for piece in parser.feed(i) if piece.error]
+        assert parser.tool_calls[0].id == "functions.get:3" and json.loads(parser.tool_calls[0].arguments)["k"] in "ab"
+    assert num_ended > 3
