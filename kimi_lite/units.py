@@ -8,7 +8,7 @@ import re
 
 from kimi_lite.errors import KimiLiteError
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B?)", re.IGNORECASE)
 _SEVERAL = re.compile(r"\d[\w.]*\s*[x*+]\s*\d[\w.]*.*", re.IGNORECASE)  # 2x24G, 24G+24G
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([KM]?)", re.IGNORECASE)

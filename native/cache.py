@@ -1,8 +1,8 @@
 """Where compiled kernels are kept: one folder per state of the kernel sources.
 
 Numba decides by the date of the file a function stands in whether its cached code is still good; ours are put together
-from several files. So the folder is named after the content of all of them: an edit anywhere compiles anew, and going
-back finds the old code again. A process locks the state that it uses (shared, while it lives); when a new state is
+from several files. So the folder is named after the content of all of them: an edit anywhere compiles again, and going
+back finds the old code. A process locks the state that it uses (shared, while it runs); when a new state is
 begun, the oldest beyond a few that no process uses are deleted.
 """
 

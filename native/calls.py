@@ -7,12 +7,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kimi_lite.native.isa import PORTABLE, isa
+from kimi_lite.native.vectors import pointer
 
 _I32 = ir.IntType(32)
-
-
-def pointer(builder, address, llvm_type):
-    return builder.inttoptr(address, llvm_type.as_pointer())
 
 
 def _caller(num_args: int):
@@ -75,17 +72,6 @@ def atomic_load(typingctx, address):
     return types.int64(types.int64), codegen
 
 
-@intrinsic
-def atomic_store(typingctx, address, value):
-    """Stores an int64 that other threads may wait for: release."""
-
-    def codegen(context, builder, sig, args):
-        builder.store_atomic(args[1], pointer(builder, args[0], ir.IntType(64)), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
 def _prefetcher(locality: int):
     """Asks for the cache line at an address; any address is harmless."""
 
@@ -122,7 +108,7 @@ def pause(typingctx):
 
 @intrinsic
 def stack_1024(typingctx):
-    """The address of 1024 bytes that last as long as the function."""
+    """The address of 1024 bytes that are valid until the function returns."""
 
     def codegen(context, builder, sig, args):
         memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), 1024))

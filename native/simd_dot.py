@@ -215,7 +215,7 @@ zero_row, sum_row = (zero_f32x8, sum_f32x8) if _IS_NARROW else (zero_f32x16, sum
 
 
 @intrinsic
-def add_scaled(typingctx, acc, values, scale):
+def add_to_row(typingctx, acc, values, scale):
     """A row's `acc` plus the f32x16 `values` times a scalar."""
 
     def codegen(context, builder, sig, args):

@@ -46,7 +46,7 @@ class _VecModel(models.PrimitiveModel):
 
 i8x16, i8x32, i8x64 = Vec("i8", 16), Vec("i8", 32), Vec("i8", 64)
 i16x16, i16x32 = Vec("i16", 16), Vec("i16", 32)
-i32x4, i32x8, i32x16 = Vec("i32", 4), Vec("i32", 8), Vec("i32", 16)
+i32x8, i32x16 = Vec("i32", 8), Vec("i32", 16)
 f32x8, f32x16 = Vec("f32", 8), Vec("f32", 16)
 
 
@@ -198,9 +198,9 @@ def bitcaster(source: Vec, result: Vec):
     return converter(source, result, "bitcast")
 
 
-def call_llvm(builder, name: str, result, args):
+def call_llvm(builder, name: str, result, args, fastmath: tuple[str, ...] = ()):
     kind = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, fastmath=fastmath)
 
 
 def unary(vec: Vec, llvm_name: str):

@@ -166,11 +166,6 @@ class ModelConfig:
         return self.table.num_weights(self, "shared")
 
     @property
-    def attention_parameters(self) -> int:
-        """Weights of one layer's attention, with its inner norms and without `attn_norm`."""
-        return self.table.num_weights(self, "attention") // self.num_layers
-
-    @property
     def other_parameters(self) -> int:
         """Everything that every token uses: attention, dense layers, shared experts, routers, norms, embedding and
         head."""

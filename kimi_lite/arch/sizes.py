@@ -68,15 +68,6 @@ class ModelSizes:
         return self.embedding_bytes / self.config.vocab_size
 
     @property
-    def token_expert_bytes(self) -> float:
-        """Routed experts that one token reads, in all layers."""
-        return (
-            self.expert_bytes * self.config.num_experts_used / self.config.num_experts
-            if self.config.num_experts
-            else 0.0
-        )
-
-    @property
     def shared_expert_bytes(self) -> float:
         """The part of `gpu_dense_bytes` of the shared experts, at the mean size of a weight."""
         config = self.config

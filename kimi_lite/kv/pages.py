@@ -22,8 +22,6 @@ from kimi_lite.kv.disk import PrefixStore
 from kimi_lite.kv.host import HostPages, Storage, read_page, write_page
 from kimi_lite.native.latent_rows import PAGE_TOKENS, ROW_FORMS, row_bytes, row_length
 
-KV_DTYPES = tuple(ROW_FORMS)
-
 
 @dataclass(slots=True, eq=False)
 class SequencePages:

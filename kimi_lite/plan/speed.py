@@ -179,11 +179,6 @@ def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: in
     return Speed(*_slowest(chunk_tokens, times))
 
 
-def pass_s(sizes: ModelSizes, split: Split, rates: Rates) -> float:
-    """Seconds in which all routed experts that are not on the GPU cross the bus: a prompt over PCIe alone."""
-    return sizes.expert_bytes * (1 - split.gpu_share) / rates.pcie.per_s
-
-
 def _slowest(num_tokens: int, times: dict[str, float]) -> tuple[float, str]:
     limit = max(times, key=lambda name: times[name])
     return num_tokens / times[limit], limit

@@ -55,7 +55,6 @@ DEEPSEEK = Dialect(
     "<｜tool▁call▁end｜>",
     has_ids=False,
 )
-TOOL_MARKERS = KIMI.markers
 
 
 def dialect_of(special: Mapping[str, int]) -> Dialect | None:

@@ -43,7 +43,7 @@ from kimi_lite.native.simd import (
     sum_f32x16,
     zero_f32x16,
 )
-from kimi_lite.native.simd_dot import add_scaled, sum_row, zero_row
+from kimi_lite.native.simd_dot import add_to_row, sum_row, zero_row
 
 # 256 weights in about a cache line make rows too short for the hardware to find their pace; for others it needs no
 # help.
@@ -222,7 +222,7 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
                         prefetch_near(w + b * block_bytes + _AHEAD_BYTES)
                     at, i = w + b * block_bytes, t + b
                     values = dot256(name, at, codes + 256 * i, sums16 + 64 * i, sums32 + 32 * i, minus16 + 32 * i)
-                    acc = add_scaled(acc, values, load_f32(scales + 32 * i))
+                    acc = add_to_row(acc, values, load_f32(scales + 32 * i))
                 store_f32(out + 4 * row, sum_row(acc))
             return
         for top in range(0, num_rows, _SHARED_ROWS):
@@ -238,10 +238,10 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
                         v1 = dot256(name, at, codes + 256 * j, sums16 + 64 * j, sums32 + 32 * j, minus16 + 32 * j)
                         v2 = dot256(name, at, codes + 256 * m, sums16 + 64 * m, sums32 + 32 * m, minus16 + 32 * m)
                         v3 = dot256(name, at, codes + 256 * n, sums16 + 64 * n, sums32 + 32 * n, minus16 + 32 * n)
-                        acc0 = add_scaled(acc0, v0, load_f32(scales + 32 * i))
-                        acc1 = add_scaled(acc1, v1, load_f32(scales + 32 * j))
-                        acc2 = add_scaled(acc2, v2, load_f32(scales + 32 * m))
-                        acc3 = add_scaled(acc3, v3, load_f32(scales + 32 * n))
+                        acc0 = add_to_row(acc0, v0, load_f32(scales + 32 * i))
+                        acc1 = add_to_row(acc1, v1, load_f32(scales + 32 * j))
+                        acc2 = add_to_row(acc2, v2, load_f32(scales + 32 * m))
+                        acc3 = add_to_row(acc3, v3, load_f32(scales + 32 * n))
                     sums = sum_row(acc0), sum_row(acc1), sum_row(acc2), sum_row(acc3)
                     _store_four(out + 4 * row, out_stride, first, num_tokens, sums)
 

@@ -284,7 +284,7 @@ def experts_op(
     """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x). Choices with id -1 are left out.
 
     matrices: int64 (experts, 3, 8), `Matrix.table` of gate, up, down, the `num_always` experts that every token takes
-    (weight 1) last; whoever moves an expert changes it. weights_owner: keeps the bytes that it points to. ids int32,
+    (weight 1) last; it changes when an expert is moved. weights_owner: keeps the bytes that it points to. ids int32,
     weights float32 (capacity, K). hidden: Activations for capacity * (K + num_always) pairs of the experts' width.
     has_few_each: `few_tokens_each` of the model. Buffers may be shared by layers.
 

@@ -1,7 +1,7 @@
 """Where the threads of a team may run: on one hardware thread of every core, as long as there are cores enough.
 
 Two workers that share a core share its vector units, and a team is as fast as its slowest thread. Each worker may use
-the whole set, so the system can still move it away from a core that somebody else has taken. Linux only; elsewhere
+the whole set, so the system can still move it away from a core that another process has taken. Linux only; elsewhere
 threads run anywhere.
 """
 

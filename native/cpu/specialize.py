@@ -1,4 +1,4 @@
-"""Kernel helpers that are compiled anew for each literal argument (a dtype or type name)."""
+"""Kernel helpers that are compiled for each literal argument (a dtype or type name)."""
 
 from collections.abc import Callable
 

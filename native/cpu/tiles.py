@@ -17,11 +17,12 @@ from numba.extending import intrinsic
 from kimi_lite.native.half import widen_half, widen_half_bits
 from kimi_lite.native.isa import AVX512_VNNI, isa
 from kimi_lite.native.latent_rows import GROUP_VALUES, ROW_FORMS
-from kimi_lite.native.vectors import Vec, f32x16, i8x16, i16x16, i32x16
+from kimi_lite.native.vectors import Vec, call_llvm, f32x16, i8x16, i16x16, i32x16
 
 MAX_HEADS = 8 if isa().name == AVX512_VNNI else 4  # twice as many accumulators as heads must fit the registers
 SCORE_STRIDE = 256  # bytes between the 64 scores of one head and the next
 _I64, _F32 = ir.IntType(64), ir.FloatType()
+_REASSOC = ("reassoc",)  # sums in any order
 
 
 def _load(builder, address, dtype: str, scales=None):
@@ -73,13 +74,8 @@ def _at(builder, base, *terms):
     return base
 
 
-def call_llvm(builder, name: str, result, *args):
-    kind = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, fastmath=("reassoc",))
-
-
 def _fma(builder, a, b, c):
-    return call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, a, b, c)
+    return call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, (a, b, c), _REASSOC)
 
 
 @cache
@@ -103,7 +99,9 @@ def score_tile(num_heads: int, dtype: str) -> Callable:
                     builder.store(_fma(builder, value, query, builder.load(total)), total)
             for g, total in enumerate(sums):
                 start = ir.Constant(_F32, -0.0)
-                result = call_llvm(builder, "llvm.vector.reduce.fadd.v16f32", _F32, start, builder.load(total))
+                result = call_llvm(
+                    builder, "llvm.vector.reduce.fadd.v16f32", _F32, (start, builder.load(total)), _REASSOC
+                )
                 _store(builder, _at(builder, scores, SCORE_STRIDE * g), result)
             return context.get_dummy_value()
 

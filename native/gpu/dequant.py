@@ -1,4 +1,4 @@
-"""GGUF bytes to plain weights, every type: for large products, and for whoever wants to look at a tensor."""
+"""GGUF bytes to plain weights, every type: for large products, and to look at a tensor."""
 
 import torch
 import triton

@@ -1,5 +1,4 @@
-"""The latent cache on the GPU: rows written as a step computes them, and read back for expanded attention over a
-prompt.
+"""The latent cache on the GPU: rows written as a step computes them.
 
 Rows are those of `native.latent_rows`: float32, float16 or bfloat16 values, or int8 codes with a float16 scale per 32
 (storage of uint8). `native.reference.quantize_latents` says how codes are made; here the same.
@@ -103,33 +102,3 @@ def write_latent(
             32)),
             ROW=storage.shape[2], IS_Q8=storage.dtype == torch.uint8, num_warps=4,
         )  # fmt: skip
-
-
-@triton.jit
-def read_kernel(storage, slots, out, out_stride, LATENT: tl.constexpr, TILE: tl.constexpr):
-    """Program: one row of codes becomes values."""
-    which = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, TILE)
-    row = storage + tl.load(slots + which).to(tl.int64) * (LATENT + (LATENT + 31) // 32 * 2)
-    code = tl.load((row + column).to(tl.pointer_type(tl.int8)), column < LATENT, other=0).to(tl.float32)
-    scale = tl.load((row + LATENT + column // 32 * 2).to(tl.pointer_type(tl.float16)), column < LATENT, other=0.0)
-    tl.store(out + which * out_stride + column, (code * scale.to(tl.float32)).to(out.dtype.element_ty), column < LATENT)
-
-
-def read_latents(
-    storage: torch.Tensor, slots: torch.Tensor, latent: int, dtype: torch.dtype, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Rows of storage (num_pages, 64, row) at slots int (n,) -> (n, latent) of `dtype`: what expanded attention works
-    on."""
-    if out is None:
-        out = torch.empty((len(slots), latent), dtype=dtype, device=storage.device)
-    assert out.shape == (len(slots), latent) and out.dtype == dtype and out.stride(1) == 1, (out.shape, out.dtype)
-    rows = storage.view(-1, storage.shape[-1])
-    if storage.dtype != torch.uint8:
-        return out.copy_(rows.index_select(0, slots))
-    assert storage.shape[-1] == row_bytes("q8", latent), (storage.shape, latent)
-    if len(slots) > 0:
-        read_kernel[(len(slots),)](
-            rows, slots, out, out.stride(0), LATENT=latent, TILE=triton.next_power_of_2(latent), num_warps=4
-        )
-    return out

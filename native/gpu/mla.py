@@ -20,7 +20,7 @@ from kimi_lite.native.latent_rows import PAGE_TOKENS
 __all__ = ["mla_decode", "num_splits_for", "partial_size", "write_latent"]
 
 BLOCK_HEADS = 16  # the least that tensor cores take
-_PROGRAMS = 128  # one for each multiprocessor of an RTX 4090 (128) or H100 (132); shared memory has room for one
+_PROGRAMS = 128  # one for each multiprocessor of an RTX 4090 (128) or H100 (132); shared memory holds one
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def test_softmax_scale_without_the_multiplier_is_plain():
 def test_costs_of_k25():
     """Numbers from the published tensor inventory of the checkpoint."""
     config = config_of("K2.5")
-    assert config.attention_parameters == 101_124_096
+    assert config.table.num_weights(config, "attention") == config.num_layers * 101_124_096
     assert config.expert_parameters == 44_040_192
     assert config.total_parameters == 1_026_408_232_448
     assert config.routed_parameters == 60 * 384 * 44_040_192

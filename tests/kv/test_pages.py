@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.kv.pages import KV_DTYPES, KVCache, bytes_per_token, value_bytes
-from kimi_lite.native.latent_rows import PAGE_TOKENS
+from kimi_lite.kv.pages import KVCache, bytes_per_token, value_bytes
+from kimi_lite.native.latent_rows import PAGE_TOKENS, ROW_FORMS
 from tests.kv.cache_case import check_rows, compute, run_prompt, small_cache, write_rows
 from tests.model.family import family_metadata
 
@@ -25,7 +25,7 @@ def test_storage_has_the_shape_the_kernels_expect() -> None:
 
 def test_what_a_token_of_context_costs() -> None:
     config = ModelConfig.from_metadata(family_metadata("K2.5"))
-    sizes = {name: bytes_per_token(config, name) for name in KV_DTYPES}
+    sizes = {name: bytes_per_token(config, name) for name in ROW_FORMS}
     assert sizes == {"f32": 140_544, "f16": 70_272, "bf16": 70_272, "q8": 37_332}
     assert all(config.kv_bytes_per_token(value_bytes(config, name)) == size for name, size in sizes.items())
 

@@ -17,7 +17,7 @@ from kimi_lite.hardware.probe import Cores, Disk, Gpu, Hardware, described, free
 from kimi_lite.options import OPTIONS, Options
 from kimi_lite.plan import speed
 from kimi_lite.plan.plan import make_plan
-from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, pass_s, rates_of
+from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, rates_of
 from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan, Remedy
 from kimi_lite.units import GIB
 
@@ -39,18 +39,23 @@ def machine(ram_gib: float = 256, gpu: Gpu | None = GPU, **more: object) -> Hard
     return Hardware("a CPU", 16, "avx512-vnni", ram_bytes, free_of(ram_bytes), gpu=gpu, clock_hz=5e9, **more)
 
 
+def token_expert_bytes(sizes: ModelSizes) -> float:
+    """Routed experts that one token reads, in all layers."""
+    return sizes.expert_bytes * sizes.config.num_experts_used / sizes.config.num_experts
+
+
 def test_physics_of_the_design():
     """design.md's table: bytes a token, experts, the cache, a pass over PCIe."""
     sizes = K25["tq1_0"]
     assert sizes.num_experts == 23_040
     assert sizes.expert_bytes == pytest.approx(214e9, rel=0.002)
-    bytes_of = {recipe: K25[recipe].token_expert_bytes / 1e9 for recipe in ("tq1_0", "iq1_m", "iq2_xxs")}
+    bytes_of = {recipe: token_expert_bytes(K25[recipe]) / 1e9 for recipe in ("tq1_0", "iq1_m", "iq2_xxs")}
     assert bytes_of == pytest.approx({"tq1_0": 4.46, "iq1_m": 4.62, "iq2_xxs": 5.45}, rel=0.002)
     assert sizes.config.kv_bytes_per_token(2) == 70_272
     plan = make_plan(sizes, machine(), Options(context_length=32_768))
     assert plan.part_bytes("VRAM", KV) == 70_272 * 32_768
     assert plan.part_bytes("VRAM", "dense weights") == pytest.approx(11.2e9, rel=0.1)
-    assert pass_s(sizes, Split(1, 0, True), plan.rates) == pytest.approx(9.3, rel=0.005)
+    assert sizes.expert_bytes / plan.rates.pcie.per_s == pytest.approx(9.3, rel=0.005)
     assert 0.02 < plan.num_vram_slots / 23_040 < 0.05 and plan.num_vram_slots * sizes.slot_bytes <= GPU.vram_free_bytes
     assert plan.verdict == "fits" and plan.disk_expert_bytes == 0
     assert plan.prompt_chunk_tokens == 4096
@@ -70,17 +75,17 @@ def test_the_gpu_works_before_and_beside_the_processor():
     sizes, rates = K25["tq1_0"], rates_of(machine(ram_bytes_s=80e9))
     alone_s = (sizes.gpu_dense_bytes + sizes.embedding_row_bytes - sizes.shared_expert_bytes) / 1008e9
     found = decode_speed(sizes, Split(1, 0, True), rates)
-    assert 1 / found.tok_s == pytest.approx(alone_s + sizes.token_expert_bytes / 80e9)
+    assert 1 / found.tok_s == pytest.approx(alone_s + token_expert_bytes(sizes) / 80e9)
     assert found.limited_by == "RAM bandwidth"
     assert decode_speed(sizes, Split(0.5, 0, True), rates).limited_by == "disk"
     whole = decode_speed(MOONLIGHT, Split(1, 1, True), rates)
-    read_bytes = MOONLIGHT.gpu_dense_bytes + MOONLIGHT.embedding_row_bytes + MOONLIGHT.token_expert_bytes
+    read_bytes = MOONLIGHT.gpu_dense_bytes + MOONLIGHT.embedding_row_bytes + token_expert_bytes(MOONLIGHT)
     assert whole.limited_by == "VRAM bandwidth" and 1 / whole.tok_s == pytest.approx(read_bytes / 1008e9)
 
 
 def test_processor_alone_reads_everything_from_memory():
     plan = make_plan(MOONLIGHT, machine(64, gpu=None, ram_bytes_s=50e9), Options(context_length=4096))
-    read_bytes = MOONLIGHT.dense_bytes + MOONLIGHT.embedding_row_bytes + MOONLIGHT.token_expert_bytes
+    read_bytes = MOONLIGHT.dense_bytes + MOONLIGHT.embedding_row_bytes + token_expert_bytes(MOONLIGHT)
     assert plan.decode.limit_tok_s == pytest.approx(50e9 / read_bytes)
     cache_bytes = 4096 * MOONLIGHT.config.kv_bytes_per_token(2)
     assert plan.decode_full.limit_tok_s == pytest.approx(50e9 / (read_bytes + cache_bytes))

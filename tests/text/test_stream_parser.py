@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from test_typescript import GET_WEATHER, tool
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.text.stream import DEEPSEEK, KIMI, TOOL_MARKERS, Piece, StreamParser, TextParser
+from kimi_lite.text.stream import DEEPSEEK, KIMI, Piece, StreamParser, TextParser
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.text.tool_calls import ToolCall
 
 BYTES = [bytes([byte]) for byte in range(256)]
-MARKERS = ["<think>", "</think>", *(m for m in TOOL_MARKERS if "tool_call_section" not in m)]
+MARKERS = ["<think>", "</think>", *(m for m in KIMI.markers if "tool_call_section" not in m)]
 SPECIAL = [*MARKERS, "<|im_end|>", "<reserved>"]
 SECTION, END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 TOOLS = [GET_WEATHER, tool("noargs")]
@@ -372,7 +372,7 @@ def test_every_cut_gives_the_same_answer(text: str, cuts: list[int], starts_in_r
         parser = StreamParser(CutTokenizer(tokens), starts_in_reasoning, ("top", "stop<") if has_stop else (), TOOLS)
         answers.append(Answer(parser, range(len(tokens))))
     assert outcome(answers[0]) == outcome(answers[1])
-    for marker in TOOL_MARKERS:
+    for marker in KIMI.markers:
         assert marker not in answers[0].content
         assert marker not in answers[0].reasoning
     assert "</think>" not in answers[0].reasoning

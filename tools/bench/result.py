@@ -25,10 +25,6 @@ class Spread:
         array = np.asarray(values, np.float64)
         return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0, tuple(array.tolist()))
 
-    @property
-    def standard_error(self) -> float:
-        return self.sd / len(self.samples) ** 0.5
-
 
 @dataclass(frozen=True, slots=True)
 class Result:

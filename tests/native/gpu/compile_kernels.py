@@ -20,7 +20,7 @@ from triton import knobs
 from kimi_lite.native.gpu.dequant import dequantize
 from kimi_lite.native.gpu.elementwise import rms_norm, rope, swiglu, weighted_sum
 from kimi_lite.native.gpu.experts import GROUPED_CHOICES, ExpertMatrix, expert_choices
-from kimi_lite.native.gpu.latent import read_latents, write_latent
+from kimi_lite.native.gpu.latent import write_latent
 from kimi_lite.native.gpu.linear import heads_linear, linear
 from kimi_lite.native.gpu.mla import mla_decode
 from kimi_lite.native.gpu.router import route
@@ -94,7 +94,6 @@ def _of_all() -> Iterator[Launch]:
             lambda kv=kv, s=storage, i=slots: write_latent(kv, torch.empty(RANK), 1e-5, angle, angle, s, i)
         )
         yield from launches(lambda q=q, s=storage, t=table: mla_decode(*q, s, t, t[:, 0].contiguous(), 0.1))
-        yield from launches(lambda s=storage, i=slots: read_latents(s, i, RANK + ROPE, torch.bfloat16))
 
 
 def _stack_bytes(machine_code: bytes) -> int:
