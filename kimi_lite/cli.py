@@ -18,7 +18,7 @@ import typer
 from kimi_lite import __version__
 from kimi_lite.apps.doctor.command import main as doctor
 from kimi_lite.apps.plan import main as plan
-from kimi_lite.commandline.commands import Client, Command, Group, Launch
+from kimi_lite.commandline.commands import Client, Command, CommandGroup, Launch
 from kimi_lite.commandline.flags import with_options
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import OUTPUT, PROMPT, SERVER, Options
@@ -27,7 +27,7 @@ from kimi_lite.quantize.imatrix import main as imatrix
 from kimi_lite.tools.bench.command import bench
 
 app = typer.Typer(
-    cls=Group,
+    cls=CommandGroup,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Settings can also come from the environment: --top-p 0.9 is KIMI_LITE_TOP_P=0.9.",

@@ -16,7 +16,7 @@ from kimi_lite.quantize.convert import ConvertReport, convert, importance_notes,
 from kimi_lite.quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
 from kimi_lite.quantize.recipe.budget import fit_recipe, parse_machine
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
-from kimi_lite.quantize.recipe.plan import describe_plan, make_plan
+from kimi_lite.quantize.recipe.plan import describe_plan, plan_conversion
 from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.write.checksums import check_source
 from kimi_lite.quantize.write.writer import OnProgress, check_replaceable
@@ -83,7 +83,7 @@ def _run(
     recipe = recipe or with_overrides(fit.recipe, settings.tensor_types, has_importance)
     fit_lines = [fit.summary] if fit else []
     if is_dry:
-        plan = make_plan(model, recipe)
+        plan = plan_conversion(model, recipe)
         job = make_job(
             model, plan, dst, settings.is_overwriting, split_bytes, importance, will_have_importance=has_importance
         )

@@ -19,7 +19,7 @@ from kimi_lite.quantize.codecs import EXACT_TYPES, find_layout
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.memory import PeakMemory, pieces_ahead
 from kimi_lite.quantize.recipe.choose import uniform_recipe
-from kimi_lite.quantize.recipe.plan import Plan, PlannedTensor, make_plan
+from kimi_lite.quantize.recipe.plan import ConversionPlan, PlannedTensor, plan_conversion
 from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from kimi_lite.quantize.source.hf_model import open_hf_model
@@ -85,7 +85,7 @@ def convert(
     dst = Path(dst).expanduser()
     recipe = uniform_recipe(recipe, importance is not None) if isinstance(recipe, str) else recipe
     model = src if isinstance(src, SourceModel) else open_model(Path(src).expanduser())
-    plan = make_plan(model, recipe)
+    plan = plan_conversion(model, recipe)
     job = make_job(model, plan, dst, is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
     peak = PeakMemory()
     entries = run_job(job, peak.watching(on_progress))
@@ -105,7 +105,7 @@ def convert(
 
 def make_job(
     model: SourceModel,
-    plan: Plan,
+    plan: ConversionPlan,
     dst: Path,
     is_overwriting: bool,
     split_bytes: int,
@@ -136,7 +136,7 @@ def make_job(
     return job
 
 
-def importance_notes(plan: Plan, importance: Importance | None) -> list[str]:
+def importance_notes(plan: ConversionPlan, importance: Importance | None) -> list[str]:
     """What of an importance matrix cannot be used."""
     if importance is None:
         return []

@@ -18,7 +18,8 @@ from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.hardware.probe import Gpu, described, probe
+from kimi_lite.hardware.machine import Gpu, described
+from kimi_lite.hardware.probe import probe
 from kimi_lite.options import OPTIONS, PROMPT, SAMPLING, Options, Situation, options_of, unused_options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.units import GIB, MIB

@@ -16,8 +16,8 @@ from kimi_lite.commandline.flags import with_options
 from kimi_lite.options import MACHINE, MODEL, OUTPUT, Options
 
 if TYPE_CHECKING:
-    from kimi_lite.hardware.probe import Hardware
-    from kimi_lite.plan.subject import Choice, Subject
+    from kimi_lite.hardware.machine import Hardware
+    from kimi_lite.plan.subject import Subject
     from kimi_lite.plan.types import Plan
 
 
@@ -65,7 +65,8 @@ def main(
     as_json: AsJson = False,
 ) -> None:
     """Where weights and cache go, and what limits speed: before any download."""
-    from kimi_lite.hardware.probe import described, probe
+    from kimi_lite.hardware.machine import described
+    from kimi_lite.hardware.probe import probe
     from kimi_lite.plan.subject import check_recipe, find_subject
 
     subject = find_subject(options.model, vision)

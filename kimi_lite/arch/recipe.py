@@ -24,7 +24,7 @@ EXPERTS, ATTENTION, OTHERS, KEPT = "routed experts", "attention", "shared+dense+
 GROUPS = (EXPERTS, ATTENTION, OTHERS, KEPT)
 
 
-class Choice(NamedTuple):
+class TypeChoice(NamedTuple):
     layout: Layout
     reason: str = ""  # why it is not the type asked for; empty where it is, or where F32 is the rule
 
@@ -48,7 +48,7 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     is_lossless: bool = False
 
-    def choose(self, tensor: str, shape: tuple[int, ...], file_name: str = "") -> Choice:
+    def choose(self, tensor: str, shape: tuple[int, ...], file_name: str = "") -> TypeChoice:
         """The type of a tensor by the name that the model's code uses and its shape (last axis is the row).
         `file_name`: what overrides look at, where the architecture's files call it otherwise."""
         group = group_of(tensor, shape)
@@ -98,18 +98,18 @@ def group_of(name: str, shape: tuple[int, ...]) -> str:
     return {"routed": EXPERTS, "attention": ATTENTION}.get(row.part, OTHERS)
 
 
-def choose(name: str, shape: tuple[int, ...], wanted: Layout) -> Choice:
+def choose(name: str, shape: tuple[int, ...], wanted: Layout) -> TypeChoice:
     """The type of tensor `name` with `shape` (last axis is the row) when `wanted` is asked for."""
     if group_of(name, shape) == KEPT:
-        return Choice(BY_NAME["F32"])
+        return TypeChoice(BY_NAME["F32"])
     row = shape[-1]
     if row % wanted.block_size == 0:
-        return Choice(wanted)
+        return TypeChoice(wanted)
     for fallback in map(BY_NAME.__getitem__, _FALLBACKS):
         if row % fallback.block_size == 0:
             reason = (
                 f"{name}: rows of {row} are not whole blocks of {wanted.block_size}, so {fallback.name} "
                 f"and not {wanted.name}"
             )
-            return Choice(fallback, reason)
+            return TypeChoice(fallback, reason)
     raise AssertionError((name, shape, wanted.name))

@@ -103,7 +103,7 @@ class Launch(Command):
         return TyperCommand.parse_args(self, ctx, [*self._translated(ctx, ours), *args[place:]])
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """The commands together."""
 
     def make_context(self, *arguments: Any, **options: Any) -> typer.Context:

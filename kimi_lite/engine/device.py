@@ -9,7 +9,7 @@ import warnings
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.gpu import probe_gpu
-from kimi_lite.hardware.probe import Gpu
+from kimi_lite.hardware.machine import Gpu
 
 
 def choose_device(wanted: str | None) -> str:

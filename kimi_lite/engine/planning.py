@@ -6,7 +6,8 @@ from dataclasses import replace
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.hardware.probe import Gpu, probe
+from kimi_lite.hardware.machine import Gpu
+from kimi_lite.hardware.probe import probe
 from kimi_lite.options import Options, Situation
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.types import Plan

@@ -122,7 +122,7 @@ def _tail(values: np.ndarray) -> dict[str, float]:
     return {"median": float(median), "p99": float(high), "max": float(values.max())}
 
 
-class Source(Protocol):
+class ScoreSource(Protocol):
     """Normalized log-probabilities of the rows of a chunk that are scored, float32 (255, vocabulary)."""
 
     name: str
@@ -195,8 +195,8 @@ class OurLogits:
 
 
 def score_text(
-    run: Source,
-    references: Sequence[Source],
+    run: ScoreSource,
+    references: Sequence[ScoreSource],
     chunks: Sequence[np.ndarray],
     keep: Callable[[np.ndarray], None],
     on_chunk: Callable[[int, int], None] = lambda done, total: None,

@@ -25,7 +25,7 @@ COPY_THREADS = 4  # that read RAM fast enough for the bus; a disk wants more
 _NUM_BUFFERS = 2
 
 
-class Group(NamedTuple):
+class ExpertGroup(NamedTuple):
     """Some experts of a layer; row i of `data` is the slot of `experts[i]`."""
 
     layer: int
@@ -36,7 +36,7 @@ class Group(NamedTuple):
 class _Loaded(NamedTuple):
     """A group whose upload was begun, or why it failed, or neither where it was cancelled."""
 
-    group: Group | None
+    group: ExpertGroup | None
     uploaded: Event | None = None
     error: BaseException | None = None
 
@@ -76,7 +76,7 @@ class PromptStream:
         """Whether groups of this layer are on their way."""
         return layer in self._waiting
 
-    def groups(self, layer: int) -> Iterator[Group]:
+    def groups(self, layer: int) -> Iterator[ExpertGroup]:
         """This layer's groups as they arrive. A group's data may be overwritten once the next one is asked for."""
         while self._waiting and self._waiting[0] == layer:
             loaded = self._take()
@@ -152,4 +152,4 @@ class PromptStream:
             self._streams.copy(data, self._pinned[buffer][: len(experts)])
             uploaded = self._streams.event()
         self._uploaded[buffer] = uploaded
-        return _Loaded(Group(layer, experts, data), uploaded)
+        return _Loaded(ExpertGroup(layer, experts, data), uploaded)

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from kimi_lite.hardware.probe import Gpu, GpuProcess
+from kimi_lite.hardware.machine import Gpu, GpuProcess
 
 _PCIE_LANE_BYTES_S = {
     1: 0.18e9,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from kimi_lite.hardware.probe import Cores, Disk
+from kimi_lite.hardware.machine import Cores, Disk
 
 _NO_LIMIT_BYTES = 1 << 60  # cgroups say "none" with numbers near 2^63
 _USUAL_PERIOD_US = 100_000

@@ -1,139 +1,20 @@
-"""The machine as the planner sees it: cores, memory, GPU and disk, with the speeds that are known of them.
+"""This machine, found without torch: NVML for the GPU, psutil and the kernel's files for the rest.
 
-    hardware = probe("models/kimi-k2.5")
-
-Found without torch: NVML for the GPU, psutil and the kernel's files for the rest. A machine that is not this one can
-be described by its sizes (`described`), so that a plan comes before a purchase.
+hardware = probe("models/kimi-k2.5")
 """
 
-import re
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
-from kimi_lite.units import GIB
-
-Origin = Literal["measured", "given", "computed", "assumed"]
-
-# What a desktop of 2025 really delivers, for machines whose speeds are not measured: dual-channel DDR5, RTX 4090, PCIe
-# 4.0, NVMe, and the clock that 16 cores keep with vector code.
-TYPICAL_RAM_BYTES_S, TYPICAL_VRAM_BYTES_S = 80e9, 920e9
-TYPICAL_PCIE_BYTES_S, TYPICAL_DISK_BYTES_S = 23e9, 6e9
-TYPICAL_GPU_FLOPS_S = 165e12  # bfloat16 products summed in float32
-TYPICAL_CORES, TYPICAL_CLOCK_HZ = 16, 4.5e9
-
-# int8 multiply-accumulates (MACs) a cycle of one core, where none was measured. AVX-512: one 64-byte vpdpbusd (Zen 4,
-# Intel's client cores), two on the CPUs below. AVX-VNNI: two of 32 bytes. AVX2: vpmaddubsw, vpmaddwd on two ports.
-_MACS_A_CYCLE = {"avx512-vnni": 64, "avx-vnni": 64, "avx2": 32, "portable": 16}
-_TYPICAL_MACS_A_CYCLE = 64
-_TWO_UNITS = re.compile(r"Xeon|EPYC 9\d\d5|Ryzen \w+ 9\d{3}")  # two 64-byte vpdpbusd a cycle: server cores, Zen 5
-
-
-@dataclass(frozen=True, slots=True)
-class GpuProcess:
-    """A process that holds memory of the GPU."""
-
-    pid: int
-    name: str
-    vram_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    name: str
-    vram_total_bytes: int
-    vram_free_bytes: int
-    vram_bytes_s: float | None = None  # the memory's peak
-    pcie_bytes_s: float | None = None  # from pinned memory to the GPU
-    driver: str = ""
-    flops_s: float | None = None  # bfloat16 peak
-    compute_capability: str = ""  # "8.9"
-    cuda_version: str = ""  # the newest that the driver can serve
-    processes: tuple[GpuProcess, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """Where the model lies, or would lie."""
-
-    path: Path
-    free_bytes: int
-    read_bytes_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cores:
-    """What this process may compute with."""
-
-    num_usable: int  # cores, without their second hardware threads: how many threads start by default
-    most_threads: int  # hardware threads; more threads than these only wait for each other
-    num_machine: int  # cores of the whole machine
-    reasons: tuple[str, ...] = ()  # why not all of the machine's, in words
-
-    def choose_threads(self, asked: int | None) -> tuple[int, str]:
-        """Threads to start, and the warning that is due where they are fewer than asked for (else empty)."""
-        if asked is None:
-            return self.num_usable, ""
-        if asked <= self.most_threads:
-            return asked, ""
-        why = f"; {'; '.join(self.reasons)}" if self.reasons else ""
-        cores = f"{self.most_threads} hardware thread{'s' if self.most_threads > 1 else ''}"
-        return self.most_threads, f"-t {asked} starts {self.most_threads}: this process can use {cores}{why}."
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """`ram_total_bytes` is what this process may use: the machine's, or its cgroup's limit. Unknown speeds are None."""
-
-    cpu_name: str
-    num_cores: int  # that this process may use, without their second hardware threads
-    isa: str  # of native.isa; empty where not known
-    ram_total_bytes: int
-    ram_free_bytes: int
-    ram_bytes_s: float | None = None
-    gpu: Gpu | None = None
-    disk: Disk | None = None
-    clock_hz: float | None = None
-    cpu_macs_s: float | None = None  # int8 multiply-accumulates of all cores together, at their peak
-    cores: Cores | None = None  # what limits threads; None: nothing known does
-    is_described: bool = False  # another machine than this one
-    has_assumed_cpu: bool = False  # no CPU that was looked at
-    origins: MappingProxyType[str, Origin] = field(
-        default_factory=lambda: MappingProxyType({})
-    )  # of the speeds: ram, disk, vram, pcie, cpu
-
-    def assume_macs_s(self) -> float:
-        """Int8 multiply-accumulates of all cores from what is known of such CPUs and their clock."""
-        macs = _MACS_A_CYCLE.get(self.isa, _TYPICAL_MACS_A_CYCLE)
-        if self.isa == "avx512-vnni" and _TWO_UNITS.search(self.cpu_name):
-            macs *= 2
-        return self.num_cores * macs * (self.clock_hz or TYPICAL_CLOCK_HZ)
-
-    def with_speeds(self, origin: Origin, **per_s: float) -> "Hardware":
-        """The same machine with these speeds known: ram, disk, vram, pcie (bytes/s), cpu (int8 MACs/s)."""
-        result = replace(self, origins=MappingProxyType(dict(self.origins) | dict.fromkeys(per_s, origin)))
-        known = {
-            field: per_s[place] for place, field in (("ram", "ram_bytes_s"), ("cpu", "cpu_macs_s")) if place in per_s
-        }
-        result = replace(result, **known)
-        if "disk" in per_s:
-            disk = result.disk or Disk(Path.cwd(), 0)
-            result = replace(result, disk=replace(disk, read_bytes_s=per_s["disk"]))
-        if result.gpu:
-            known = {f"{place}_bytes_s": per_s[place] for place in ("vram", "pcie") if place in per_s}
-            result = replace(result, gpu=replace(result.gpu, **known))
-        return result
+from kimi_lite.hardware import host, speed
+from kimi_lite.hardware.gpu import probe_gpu
+from kimi_lite.hardware.machine import Hardware
 
 
 def probe(path: str | Path | None = None, is_measuring: bool = False) -> Hardware:
     """This machine; `path` is where the model lies or would lie. Measuring reads memory and disk for about a second
     each. Without it, what was measured before is remembered; memory and arithmetic are looked at for 0.2 s where that
     has not happened today."""
-    from kimi_lite.hardware import gpu as hardware_gpu
-    from kimi_lite.hardware import host
-    from kimi_lite.hardware import speed as hardware_speed
-
     disk = host.disk_of(Path(path) if path else Path.cwd())
     total_bytes, free_bytes = host.memory()
     cores = host.usable_cores()
@@ -143,64 +24,12 @@ def probe(path: str | Path | None = None, is_measuring: bool = False) -> Hardwar
         isa=host.isa_name(),
         ram_total_bytes=total_bytes,
         ram_free_bytes=free_bytes,
-        gpu=hardware_gpu.probe_gpu(),
+        gpu=probe_gpu(),
         disk=disk,
         clock_hz=host.clock_hz(),
         cores=cores,
         origins=MappingProxyType({"vram": "computed", "pcie": "computed"}),
     )
     if is_measuring:
-        return hardware_speed.measure(hardware)
-    return hardware_speed.glance(hardware)
-
-
-def described(
-    hardware: Hardware, ram_bytes: int | None = None, vram_bytes: int | None = None, num_cores: int | None = None
-) -> Hardware:
-    """`hardware`, or another machine where more is named than it has. Limits below what is there describe no other
-    machine. 0 bytes of VRAM: no GPU.
-
-    More RAM alone is this machine with more modules: its CPU and its speeds stay. A GPU that is not here, or a number
-    of cores, is a machine with an assumed CPU, whatever its memory: the CPU never changes with the RAM.
-    """
-    gpu = hardware.gpu
-    if vram_bytes == 0:
-        hardware, gpu = replace(hardware, gpu=None), None
-    is_other_gpu = bool(vram_bytes) and (gpu is None or vram_bytes > gpu.vram_total_bytes)
-    if is_other_gpu:
-        hardware = replace(hardware, gpu=Gpu("GPU (assumed: like an RTX 4090)", vram_bytes, int(vram_bytes * 0.97)))
-    if is_other_gpu or num_cores:
-        hardware = _with_assumed_cpu(hardware, num_cores or TYPICAL_CORES)
-    if ram_bytes is not None and (ram_bytes > hardware.ram_total_bytes or hardware.has_assumed_cpu):
-        added_bytes = ram_bytes - hardware.ram_total_bytes
-        free_bytes = free_of(ram_bytes)
-        if not hardware.has_assumed_cpu:
-            free_bytes = max(free_bytes, hardware.ram_free_bytes + added_bytes)
-        hardware = replace(hardware, ram_total_bytes=ram_bytes, ram_free_bytes=free_bytes, is_described=True)
-    return hardware
-
-
-def _with_assumed_cpu(hardware: Hardware, num_cores: int) -> Hardware:
-    """A desktop whose speeds are unknown; its memory is as large as this machine's where no other is named."""
-    return replace(
-        hardware,
-        cpu_name=f"{num_cores}-core desktop (assumed)",
-        num_cores=num_cores,
-        isa="",
-        ram_free_bytes=free_of(hardware.ram_total_bytes),
-        ram_bytes_s=None,
-        clock_hz=None,
-        cpu_macs_s=None,
-        cores=None,
-        disk=None,
-        is_described=True,
-        has_assumed_cpu=True,
-        origins=MappingProxyType(
-            {place: hardware.origins[place] for place in ("vram", "pcie") if place in hardware.origins}
-        ),
-    )
-
-
-def free_of(ram_total_bytes: int) -> int:
-    """What system, firmware and a quiet desktop leave of installed memory: 243.8 of 256 GiB, 13.4 of 16."""
-    return max(0, int(ram_total_bytes * 0.96) - 2 * GIB)
+        return speed.measure(hardware)
+    return speed.glance(hardware)

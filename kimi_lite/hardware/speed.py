@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from kimi_lite.files import cache_folder, whole_file
-from kimi_lite.hardware.probe import Hardware
+from kimi_lite.hardware.machine import Hardware
 
 _FILE_NAME = "speeds.json"
 _KEPT_DAYS = 30

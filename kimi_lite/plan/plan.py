@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kimi_lite.arch.sizes import ModelSizes
-from kimi_lite.hardware.probe import Hardware
+from kimi_lite.hardware.machine import Hardware
 from kimi_lite.kv.pages import bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import Options
@@ -32,11 +32,11 @@ from kimi_lite.plan.types import (
     VISION,
     WORK,
     Budget,
+    MemoryRow,
     Place,
     Plan,
+    PlanInputs,
     Refusal,
-    Row,
-    Situation,
     Verdict,
 )
 from kimi_lite.plan.workspace import (
@@ -67,14 +67,14 @@ def make_plan(
     """The one plan for this model here. Uses the GPU where there is one and `limits` allow it. `file_bytes`:
     what must still be written to the disk; `with_rest`: the model's sizes with another type for all but its routed
     experts, where that can still be chosen."""
-    situation = Situation(sizes, hardware, limits or Options(), file_bytes, with_rest)
+    situation = PlanInputs(sizes, hardware, limits or Options(), file_bytes, with_rest)
     plan = lay_out(situation)
     if not (problem := find_problem(plan)):
         return plan
     return replace(plan, verdict="refused", refusal=Refusal(problem, tuple(find_remedies(plan, lay_out))))
 
 
-def lay_out(situation: Situation) -> Plan:
+def lay_out(situation: PlanInputs) -> Plan:
     """The plan, whether it can be or not."""
     hardware, limits = situation.hardware, situation.limits
     sizes = situation.sizes.with_dense_type(limits.dense_type)
@@ -93,12 +93,17 @@ def lay_out(situation: Situation) -> Plan:
     wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
     if is_on_gpu:
         num_spilled = num_spill_pages(num_pages, page_bytes, left_bytes, wanted_bytes)
-        in_ram.append(Row("RAM", SPILL, num_spilled * page_bytes))
+        in_ram.append(MemoryRow("RAM", SPILL, num_spilled * page_bytes))
         left_bytes -= num_spilled * page_bytes
     if limits.ram_expert_bytes is not None:
         left_bytes = min(left_bytes, limits.ram_expert_bytes)
     ram_bytes = min(wanted_bytes, left_bytes)
-    rows = [*on_gpu, *in_ram, Row("RAM", EXPERTS, ram_bytes), Row("disk", EXPERTS, wanted_bytes - ram_bytes)]
+    rows = [
+        *on_gpu,
+        *in_ram,
+        MemoryRow("RAM", EXPERTS, ram_bytes),
+        MemoryRow("disk", EXPERTS, wanted_bytes - ram_bytes),
+    ]
     split = Split(
         ram_share=ram_bytes / wanted_bytes if wanted_bytes else 1.0,
         gpu_share=num_slots / sizes.num_experts if sizes.num_experts else 0.0,
@@ -159,42 +164,44 @@ def _choose_threads(hardware: Hardware, limits: Options) -> tuple[int, str]:
 
 
 def _lay_out_gpu(
-    situation: Situation, sizes: ModelSizes, budgets: tuple[Budget, ...], cache_bytes: int
-) -> tuple[list[Row], int, int]:
+    situation: PlanInputs, sizes: ModelSizes, budgets: tuple[Budget, ...], cache_bytes: int
+) -> tuple[list[MemoryRow], int, int]:
     """Rows, tokens of a prompt's chunk, and expert slots, which get what is left."""
     limits = situation.limits
     fixed = [
-        Row("VRAM", DENSE, sizes.gpu_dense_bytes),
-        Row("VRAM", KV, cache_bytes),
-        Row("VRAM", VISION, sizes.vision_bytes),
-        Row("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu.vram_total_bytes)),
+        MemoryRow("VRAM", DENSE, sizes.gpu_dense_bytes),
+        MemoryRow("VRAM", KV, cache_bytes),
+        MemoryRow("VRAM", VISION, sizes.vision_bytes),
+        MemoryRow("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu.vram_total_bytes)),
     ]
     left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
     chunk = choose_chunk(sizes, left_bytes)
     work_bytes = gpu_work_bytes(sizes, chunk)
     most = min(sizes.num_experts, max(0, left_bytes - work_bytes) // sizes.slot_bytes) if sizes.slot_bytes else 0
     num_slots = most if limits.num_gpu_experts is None else min(limits.num_gpu_experts, sizes.num_experts)
-    rows = [*fixed, Row("VRAM", WORK, work_bytes), Row("VRAM", SLOTS, num_slots * sizes.slot_bytes)]
+    rows = [*fixed, MemoryRow("VRAM", WORK, work_bytes), MemoryRow("VRAM", SLOTS, num_slots * sizes.slot_bytes)]
     return rows, chunk, num_slots
 
 
-def _vram_left(budgets: tuple[Budget, ...], rows: list[Row]) -> int:
+def _vram_left(budgets: tuple[Budget, ...], rows: list[MemoryRow]) -> int:
     """Bytes of VRAM for experts; 0 without a GPU."""
     return budgets[0].have_bytes - sum(row.num_bytes for row in rows if row.part != SLOTS) if rows else 0
 
 
-def _ram_rows(sizes: ModelSizes, hardware: Hardware, num_threads: int, cache_bytes: int, gpu_chunk: int) -> list[Row]:
+def _ram_rows(
+    sizes: ModelSizes, hardware: Hardware, num_threads: int, cache_bytes: int, gpu_chunk: int
+) -> list[MemoryRow]:
     """All but the experts; `gpu_chunk`: tokens that go through the GPU at a time, 0 where there is none."""
     always = [
-        Row("RAM", EMBEDDING, sizes.embedding_bytes),
-        Row("RAM", WORK, cpu_work_bytes(sizes.config, num_threads)),
-        Row("RAM", PROGRAM, program_bytes(sizes)),
-        Row("RAM", MARGIN, ram_margin_bytes(hardware.ram_total_bytes)),
+        MemoryRow("RAM", EMBEDDING, sizes.embedding_bytes),
+        MemoryRow("RAM", WORK, cpu_work_bytes(sizes.config, num_threads)),
+        MemoryRow("RAM", PROGRAM, program_bytes(sizes)),
+        MemoryRow("RAM", MARGIN, ram_margin_bytes(hardware.ram_total_bytes)),
     ]
     if gpu_chunk:
-        return [Row("RAM", PINNED, pinned_bytes(sizes, gpu_chunk)), *always]
-    weights = Row("RAM", DENSE, sizes.dense_bytes + sizes.converted_bytes)
-    return [weights, Row("RAM", KV, cache_bytes), Row("RAM", VISION, sizes.vision_bytes), *always]
+        return [MemoryRow("RAM", PINNED, pinned_bytes(sizes, gpu_chunk)), *always]
+    weights = MemoryRow("RAM", DENSE, sizes.dense_bytes + sizes.converted_bytes)
+    return [weights, MemoryRow("RAM", KV, cache_bytes), MemoryRow("RAM", VISION, sizes.vision_bytes), *always]
 
 
 def _bottleneck(slowest: str, wanted_bytes: int, ram_bytes: int) -> str:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 
-from kimi_lite.hardware.probe import free_of
+from kimi_lite.hardware.machine import free_of
 from kimi_lite.options import Options
-from kimi_lite.plan.types import EXPERTS, Place, Plan, Remedy, Situation
+from kimi_lite.plan.types import EXPERTS, Place, Plan, PlanInputs, Remedy
 from kimi_lite.units import GIB, gib, gib_apart
 
-LayOut = Callable[[Situation], Plan]
+LayOut = Callable[[PlanInputs], Plan]
 _LEAST_TOKENS_CACHED = 2  # tokens whose experts a cache of experts must hold, or it would never help
 _LEAST_CONTEXT = 1024
 _BOARDS_GIB = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # as memory is sold

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from kimi_lite.arch.costs import decode_cost, expected_expert_share
 from kimi_lite.arch.sizes import ModelSizes
-from kimi_lite.hardware.probe import (
+from kimi_lite.hardware.machine import (
     TYPICAL_CLOCK_HZ,
     TYPICAL_DISK_BYTES_S,
     TYPICAL_GPU_FLOPS_S,

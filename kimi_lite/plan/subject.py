@@ -15,7 +15,7 @@ from kimi_lite.arch.recipe import LOSSLESS, OWN_TYPES, named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
 from kimi_lite.arch.tensors import open_model, tensor_shapes
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.hardware.probe import Hardware
+from kimi_lite.hardware.machine import Hardware
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.quality import loss_order, quality_of
@@ -80,7 +80,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RecipePlan:
     """A recipe and its plan."""
 
     recipe: str
@@ -117,13 +117,13 @@ def plan_in(subject: Subject, recipe: str, hardware: Hardware, limits: Options, 
     return make_plan(sizes, hardware, limits, file_bytes=sizes.total_bytes, with_rest=with_rest)
 
 
-def choices(subject: Subject, hardware: Hardware, limits: Options, rest: str | None = None) -> Iterator[Choice]:
+def choices(subject: Subject, hardware: Hardware, limits: Options, rest: str | None = None) -> Iterator[RecipePlan]:
     """Every recipe's plan, from fine to coarse."""
     for recipe in subject.recipes:
-        yield Choice(recipe, plan_in(subject, recipe, hardware, limits, rest))
+        yield RecipePlan(recipe, plan_in(subject, recipe, hardware, limits, rest))
 
 
-def best_choice(candidates: Sequence[Choice]) -> Choice:
+def best_choice(candidates: Sequence[RecipePlan]) -> RecipePlan:
     """The recipe that loses least among those that lie in memory whole; else the smallest that runs, else the
     smallest."""
     whole = [choice for choice in candidates if choice.plan.verdict in ("fits", "tight")]
@@ -133,7 +133,7 @@ def best_choice(candidates: Sequence[Choice]) -> Choice:
     return min(running or candidates, key=lambda choice: choice.plan.sizes.total_bytes)
 
 
-def explain_choice(candidates: Sequence[Choice], chosen: str) -> str:
+def explain_choice(candidates: Sequence[RecipePlan], chosen: str) -> str:
     """Why a recipe was taken where none was named, and what making it needs: a sentence."""
     choice = next(each for each in candidates if each.recipe == chosen)
     if choice.plan.verdict == "refused":
@@ -148,7 +148,7 @@ def explain_choice(candidates: Sequence[Choice], chosen: str) -> str:
     return f"{chosen}: {reason}.{needs}{_calibrated(candidates, choice)}"
 
 
-def _calibrated(candidates: Sequence[Choice], chosen: Choice) -> str:
+def _calibrated(candidates: Sequence[RecipePlan], chosen: RecipePlan) -> str:
     """A recipe that loses less than the chosen one when it is made with --calibrate."""
     loss = quality_of(chosen.recipe).kl_nats
     if not loss:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.hardware.probe import Hardware
+from kimi_lite.hardware.machine import Hardware
 from kimi_lite.options import Options
 from kimi_lite.plan.speed import Forecast, Rates, Split, forecast_decode
 
@@ -25,7 +25,7 @@ WORK, PINNED, PROGRAM, SLOTS, MARGIN = (
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class PlanInputs:
     """What a plan is made for: a model in its types, a machine, what the user asks."""
 
     sizes: ModelSizes
@@ -36,7 +36,7 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MemoryRow:
     """One thing in one place."""
 
     place: Place
@@ -88,9 +88,9 @@ class Plan:
     """`rows` add up to what each place holds. What follows them is what the engine allocates: nothing decides again.
     Where `refusal` is set, rows are what would be needed."""
 
-    situation: Situation
+    situation: PlanInputs
     is_on_gpu: bool
-    rows: tuple[Row, ...]
+    rows: tuple[MemoryRow, ...]
     budgets: tuple[Budget, ...]
     # What is allocated
     context_length: int  # tokens of one sequence

@@ -14,7 +14,7 @@ from kimi_lite import __version__
 from kimi_lite.arch.costs import decode_cost
 from kimi_lite.plan.quality import describe
 from kimi_lite.plan.speed import Forecast, Rate
-from kimi_lite.plan.subject import Choice, explain_choice
+from kimi_lite.plan.subject import RecipePlan, explain_choice
 from kimi_lite.plan.types import DENSE, EXPERTS, KV, MARGIN, PINNED, SLOTS, Place, Plan
 from kimi_lite.units import GIB, gib
 
@@ -39,7 +39,7 @@ def plan_lines(plan: Plan, width: int = WIDTH) -> list[str]:
     return [*wrap("", head, width, 0), "", *machine, "", *places, "", *ends]
 
 
-def recipe_lines(choices: Sequence[Choice], chosen: str, is_named: bool, width: int = WIDTH) -> list[str]:
+def recipe_lines(choices: Sequence[RecipePlan], chosen: str, is_named: bool, width: int = WIDTH) -> list[str]:
     """What each type of the routed experts would give on the same machine, and why one was taken."""
 
     def row(cells: Sequence[str]) -> str:

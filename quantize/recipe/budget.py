@@ -20,7 +20,8 @@ from kimi_lite.arch.recipe import EXPERTS, Recipe, exact_override, group_of
 from kimi_lite.arch.sizes import sizes_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.host import usable_cores
-from kimi_lite.hardware.probe import Hardware, described, probe
+from kimi_lite.hardware.machine import Hardware, described
+from kimi_lite.hardware.probe import probe
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.options import Options
@@ -38,14 +39,14 @@ _SAMPLED_ROWS = 32
 _MOST_PLANS = 8
 
 
-class Machine(NamedTuple):
+class FitTarget(NamedTuple):
     """What to fit into: a machine, and how much of it may be used."""
 
     hardware: Hardware
     options: Options
 
 
-class Option(NamedTuple):
+class TypeOption(NamedTuple):
     """A type for one tensor: its bytes, and the relative squared error times the number of weights."""
 
     num_bytes: int
@@ -54,18 +55,18 @@ class Option(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class FittedRecipe:
     """The recipe found, and a line that says what goes where."""
 
     recipe: Recipe
     summary: str
 
 
-def parse_machine(text: str) -> Machine:
+def parse_machine(text: str) -> FitTarget:
     """`24G+256G`: VRAM and RAM, with the same meaning as `plan --vram 24G --ram 256G`; `256G`: no GPU; `this`: this
     machine. Raises KimiLiteError."""
     if text.strip().lower() == "this":
-        return Machine(probe(), Options())
+        return FitTarget(probe(), Options())
     vram, plus, ram = text.partition("+")
     try:
         vram_bytes = parse_size(vram, "--fit", allows_zero=True) if plus else 0
@@ -73,10 +74,10 @@ def parse_machine(text: str) -> Machine:
     except KimiLiteError as error:
         problem = f"--fit {text!r} is no amount of memory."
         raise KimiLiteError(problem, f"Write VRAM and RAM, such as 24G+256G, or: this. {error.hint}") from error
-    return Machine(described(probe(), ram_bytes, vram_bytes), Options(ram_bytes=ram_bytes, vram_bytes=vram_bytes))
+    return FitTarget(described(probe(), ram_bytes, vram_bytes), Options(ram_bytes=ram_bytes, vram_bytes=vram_bytes))
 
 
-def fit_recipe(model: SourceModel, machine: Machine, importance: Importance | None = None) -> Fit:
+def fit_recipe(model: SourceModel, machine: FitTarget, importance: Importance | None = None) -> FittedRecipe:
     """Chooses the types. Raises KimiLiteError where even the smallest are too large, with need and have."""
     experts = [tensor for tensor in model.tensors if group_of(tensor.role, tensor.shape) == EXPERTS]
     with ThreadPoolExecutor(usable_cores().num_usable) as pool:
@@ -91,10 +92,12 @@ def fit_recipe(model: SourceModel, machine: Machine, importance: Importance | No
     else:
         raise AssertionError((machine, plan.verdict))
     need, have = gib_apart(_num_bytes(chosen), plan.expert_capacity_bytes)
-    return Fit(recipe, f"fit: experts {need} of {have}, the rest in {rest.name}; {verdict_line(plan)}")
+    return FittedRecipe(recipe, f"fit: experts {need} of {have}, the rest in {rest.name}; {verdict_line(plan)}")
 
 
-def choose_options(options: Mapping[SourceTensor, Sequence[Option]], available: int) -> dict[SourceTensor, Option]:
+def choose_options(
+    options: Mapping[SourceTensor, Sequence[TypeOption]], available: int
+) -> dict[SourceTensor, TypeOption]:
     """The least sum of losses within `available` bytes, by the steps of steepest descent along each tensor's hull."""
     hulls = {tensor: lower_hull(choices) for tensor, choices in options.items()}
     at = dict.fromkeys(hulls, 0)
@@ -115,9 +118,9 @@ def choose_options(options: Mapping[SourceTensor, Sequence[Option]], available: 
     return {tensor: hulls[tensor][position] for tensor, position in at.items()}
 
 
-def lower_hull(options: Sequence[Option]) -> list[Option]:
+def lower_hull(options: Sequence[TypeOption]) -> list[TypeOption]:
     """The options that are best for some price of a byte, by rising size."""
-    hull: list[Option] = []
+    hull: list[TypeOption] = []
     for option in sorted(options, key=lambda option: (option.num_bytes, option.loss)):
         if hull and option.loss >= hull[-1].loss:
             continue
@@ -127,16 +130,16 @@ def lower_hull(options: Sequence[Option]) -> list[Option]:
     return hull
 
 
-def _between(first: Option, second: Option) -> float:
+def _between(first: TypeOption, second: TypeOption) -> float:
     return (second.loss - first.loss) / (second.num_bytes - first.num_bytes)
 
 
-def _slope(hull: Sequence[Option], position: int) -> float:
+def _slope(hull: Sequence[TypeOption], position: int) -> float:
     return _between(hull[position], hull[position + 1])
 
 
 def _choose_rest(
-    model: SourceModel, machine: Machine, options: Mapping[SourceTensor, Sequence[Option]]
+    model: SourceModel, machine: FitTarget, options: Mapping[SourceTensor, Sequence[TypeOption]]
 ) -> tuple[Layout, Plan]:
     """The type of all but the experts, the larger one where everything fits with it, and the plan with the smallest
     experts. Raises KimiLiteError where nothing fits."""
@@ -160,12 +163,12 @@ def _choose_rest(
     )
 
 
-def _recipe(rest: Layout, chosen: Mapping[SourceTensor, Option]) -> Recipe:
+def _recipe(rest: Layout, chosen: Mapping[SourceTensor, TypeOption]) -> Recipe:
     overrides = tuple(exact_override(tensor.name, option.layout) for tensor, option in chosen.items())
     return Recipe("fit", BY_NAME["Q8_0"], rest, overrides)
 
 
-def _plan(model: SourceModel, machine: Machine, recipe: Recipe) -> Plan:
+def _plan(model: SourceModel, machine: FitTarget, recipe: Recipe) -> Plan:
     """Of the file that the recipe would make."""
     metadata = {key: value.value for key, value in model.make_metadata(BY_NAME["Q8_0"]).items()}
     config = ModelConfig.from_metadata(metadata)
@@ -176,11 +179,11 @@ def _plan(model: SourceModel, machine: Machine, recipe: Recipe) -> Plan:
     return make_plan(sizes_of(config, tensors), machine.hardware, machine.options)
 
 
-def _num_bytes(chosen: Mapping[SourceTensor, Option]) -> int:
+def _num_bytes(chosen: Mapping[SourceTensor, TypeOption]) -> int:
     return sum(option.num_bytes for option in chosen.values())
 
 
-def _measure(tensor: SourceTensor, importance: Importance | None) -> list[Option]:
+def _measure(tensor: SourceTensor, importance: Importance | None) -> list[TypeOption]:
     """Each type that can hold the tensor, with its loss on rows sampled evenly over all experts."""
     rows_in_all, row = tensor.num_weights // tensor.shape[-1], tensor.shape[-1]
     vectors = importance.find(tensor.name, tensor.shape) if importance else None
@@ -191,7 +194,9 @@ def _measure(tensor: SourceTensor, importance: Importance | None) -> list[Option
     options = []
     for layout in _list_layouts(row, vectors is not None):
         lost = [_relative_loss(layout, sample, weight) for sample, weight in zip(samples, weights, strict=True)]
-        options.append(Option(rows_in_all * layout.row_bytes(row), float(np.mean(lost)) * tensor.num_weights, layout))
+        options.append(
+            TypeOption(rows_in_all * layout.row_bytes(row), float(np.mean(lost)) * tensor.num_weights, layout)
+        )
     return options
 
 

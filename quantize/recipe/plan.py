@@ -39,7 +39,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ConversionPlan:
     """Every tensor with its type. `notes` say what is left out, and which tensors did not get the type asked for, and
     why."""
 
@@ -66,7 +66,7 @@ class Plan:
         return next(tensor.layout for tensor in self.tensors if tensor.layout.name == most)
 
 
-def make_plan(model: SourceModel, recipe: Recipe) -> Plan:
+def plan_conversion(model: SourceModel, recipe: Recipe) -> ConversionPlan:
     """Raises KimiLiteError where a lossless recipe would change a weight, or an exception names no tensor."""
     choices = [recipe.choose(tensor.role, tensor.shape, tensor.name) for tensor in model.tensors]
     tensors = tuple(PlannedTensor(tensor, choice.layout) for tensor, choice in zip(model.tensors, choices, strict=True))
@@ -82,7 +82,7 @@ def make_plan(model: SourceModel, recipe: Recipe) -> Plan:
             "It is for checkpoints with INT4 experts and bfloat16 for the rest: Kimi K2-Thinking, K2.5, K2.6.",
         )
     reasons = (choice.reason for choice in choices if choice.reason)
-    return Plan(recipe, tensors, (*model.notes, *_twice_quantized(tensors), *reasons), model)
+    return ConversionPlan(recipe, tensors, (*model.notes, *_twice_quantized(tensors), *reasons), model)
 
 
 def _twice_quantized(tensors: Sequence[PlannedTensor]) -> Iterator[str]:
@@ -96,7 +96,7 @@ def _twice_quantized(tensors: Sequence[PlannedTensor]) -> Iterator[str]:
         )
 
 
-def estimate_seconds(plan: Plan) -> float:
+def estimate_seconds(plan: ConversionPlan) -> float:
     """Of encoding what is not kept, on all cores, by encoding a few Gaussian rows now; disks work meanwhile."""
     rows = np.random.default_rng(0).standard_normal((_PROBE_WEIGHTS // 1024, 1024), np.float32)
     importance = np.ones(rows.shape[1], np.float32)
@@ -111,7 +111,7 @@ def estimate_seconds(plan: Plan) -> float:
     return seconds / usable_cores().most_threads
 
 
-def describe_plan(plan: Plan, shards: Sequence[Shard], folder: Path) -> list[str]:
+def describe_plan(plan: ConversionPlan, shards: Sequence[Shard], folder: Path) -> list[str]:
     """The table of `--dry-run`, a line a group."""
     lines = [f"{'group':<20}{'tensors':>8}{'params':>12}  {'from -> to':<28}{'size':>12}{'bpw':>8}"]
     for group in GROUPS:
@@ -143,7 +143,7 @@ def _line(label: str, tensors: Sequence[PlannedTensor], types: str) -> str:
     return f"{label:<20}{len(tensors):>8,}{params:>12}  {types:<28}{size:>12}{8 * num_bytes / num_weights:>8.2f}"
 
 
-def _verdict(plan: Plan, folder: Path) -> str:
+def _verdict(plan: ConversionPlan, folder: Path) -> str:
     """Whether the result would run on this machine and how fast at most, as `kimi-lite plan` says it."""
     from kimi_lite.arch.config import ModelConfig
     from kimi_lite.arch.sizes import sizes_of

@@ -15,7 +15,7 @@ from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.metadata import model_metadata
 from kimi_lite.quantize.source.model import RowReader, SourceModel, SourceTensor
-from kimi_lite.quantize.source.names import Source, list_sources
+from kimi_lite.quantize.source.names import TensorSource, list_sources
 from kimi_lite.quantize.source.open import Checkpoint
 from kimi_lite.quantize.source.repack import kept_type, repack_rows
 from kimi_lite.quantize.source.tokenizer import TOKENIZER_FILES, tokenizer_metadata
@@ -46,7 +46,7 @@ def open_hf_model(folder: Path) -> SourceModel:
     )
 
 
-def _check_sources(checkpoint: Checkpoint, sources: list[Source]) -> None:
+def _check_sources(checkpoint: Checkpoint, sources: list[TensorSource]) -> None:
     """Every weight that is needed is there in the right shape, and every weight that is there is needed."""
     needed_rows: dict[str, int] = {}
     for source in sources:
@@ -74,7 +74,7 @@ def _check_sources(checkpoint: Checkpoint, sources: list[Source]) -> None:
         )
 
 
-def _source_tensor(checkpoint: Checkpoint, source: Source) -> SourceTensor:
+def _source_tensor(checkpoint: Checkpoint, source: TensorSource) -> SourceTensor:
     weights = [checkpoint.weights[part.weight] for part in source.parts]
     kinds = {weight.kind for weight in weights}
     kept_types = {kept_type(weight) for weight in weights}
@@ -108,7 +108,7 @@ def _source_tensor(checkpoint: Checkpoint, source: Source) -> SourceTensor:
     )
 
 
-def _joined(source: Source, read_part) -> RowReader:
+def _joined(source: TensorSource, read_part) -> RowReader:
     """Reads rows of the GGUF tensor from its parts, which all give the same number of rows. `read_part(index, start,
     stop)`: rows of one part."""
     rows_of_part = prod(source.shape[:-1]) // len(source.parts)

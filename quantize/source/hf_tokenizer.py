@@ -11,14 +11,14 @@ from pathlib import Path
 from kimi_lite.arch.checkpoint import inner_object, read_json_object
 from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
+from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, SourceVocabulary
 from kimi_lite.text.pretokenizers import SPLITS, name_of
 
 _DOWNLOAD_HINT = "Download the file again."
 _BYTE_LEVEL_SPLIT = SPLITS["gpt-2"][0]  # what tokenizers' ByteLevel cuts by
 
 
-def read_hf_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+def read_hf_vocabulary(folder: Path, vocab_size: int) -> SourceVocabulary:
     """From tokenizer.json. Raises KimiLiteError where it is not byte-level BPE with a known pre-tokenizer."""
     file = folder / "tokenizer.json"
     content = read_json_object(file)
@@ -31,7 +31,7 @@ def read_hf_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
                 f"{file} has token {i:,} {shown(token)}, config.json a vocabulary of {vocab_size:,}.", _DOWNLOAD_HINT
             )
         tokens[i], types[i] = token, kind
-    return Vocabulary(_recognise(content, file), tokens, types, list(_merges(file, model)))
+    return SourceVocabulary(_recognise(content, file), tokens, types, list(_merges(file, model)))
 
 
 def _check_model(file: Path, content: Mapping, model: Mapping) -> None:

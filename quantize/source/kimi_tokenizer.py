@@ -14,13 +14,13 @@ from pathlib import Path
 from kimi_lite.arch.checkpoint import inner_object, read_json_object
 from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, Vocabulary, bytes_to_text
+from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, SourceVocabulary, bytes_to_text
 
 _PRE = "kimi-k2"  # llama.cpp's name of the pre-tokenizer
 _NUM_RESERVED = 256  # control ids after the ranks; those without a name are called as Moonshot's tokenizer calls them
 
 
-def read_kimi_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+def read_kimi_vocabulary(folder: Path, vocab_size: int) -> SourceVocabulary:
     """From tiktoken.model and tokenizer_config.json. Raises KimiLiteError where they are damaged or too large."""
     file = folder / "tiktoken.model"
     pieces = read_ranks(file)
@@ -36,7 +36,7 @@ def read_kimi_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         tokens.append(named.get(i, f"<|reserved_token_{i}|>") if is_control else f"[PAD{i}]")
         types.append(CONTROL if is_control else UNUSED)
     merges = [f"{bytes_to_text(left)} {bytes_to_text(right)}" for left, right in make_merges(pieces)]
-    return Vocabulary(_PRE, tokens, types, merges)
+    return SourceVocabulary(_PRE, tokens, types, merges)
 
 
 def read_ranks(file: Path) -> list[bytes]:

@@ -29,7 +29,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorSource:
     """A tensor of the model, the shape it must have, and the parts it is made of, each giving the same number of
     rows."""
 
@@ -60,7 +60,7 @@ def file_order(name: str) -> int:
     return int(match[1]) if match else (-1 if name == "token_embd.weight" else 1 << 30)
 
 
-def list_sources(config: ModelConfig, names: Collection[str], is_tied: bool = False) -> Iterator[Source]:
+def list_sources(config: ModelConfig, names: Collection[str], is_tied: bool = False) -> Iterator[TensorSource]:
     """Every tensor of the GGUF file in its order. `names` are the checkpoint's canonical names; a source may ask for
     one that is not there, which the caller reports. `is_tied`: the head is the embedding where it has no weight."""
     rows = [row for row in config.table.conversion_rows if row.applies(config) or row.is_optional]
@@ -79,12 +79,12 @@ def list_sources(config: ModelConfig, names: Collection[str], is_tied: bool = Fa
     yield _outer(config, head, embedding.weight if is_tied and head.weight not in names else head.weight)
 
 
-def _outer(config: ModelConfig, row: Row, weight: str) -> Source:
+def _outer(config: ModelConfig, row: Row, weight: str) -> TensorSource:
     shape = row.shape_in(config)
-    return Source(row.name, row, shape, _whole(weight, shape))
+    return TensorSource(row.name, row, shape, _whole(weight, shape))
 
 
-def _in_layer(config: ModelConfig, row: Row, layer: int, names: Collection[str]) -> Source:
+def _in_layer(config: ModelConfig, row: Row, layer: int, names: Collection[str]) -> TensorSource:
     stem, shape = _LAYER.format(layer=layer), row.shape_in(config)
     if row.cut == "whole":
         parts = _whole(stem + row.weight, shape)
@@ -92,7 +92,7 @@ def _in_layer(config: ModelConfig, row: Row, layer: int, names: Collection[str])
         parts = _experts(row, stem, shape, names)
     else:
         parts = _halves(config, row, stem + row.weight)
-    return Source(f"blk.{layer}.{row.name}", row, shape, parts)
+    return TensorSource(f"blk.{layer}.{row.name}", row, shape, parts)
 
 
 def _whole(weight: str, shape: tuple[int, ...]) -> tuple[Part, ...]:

@@ -12,7 +12,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, array, boolean, text, u32
 from kimi_lite.quantize.source.hf_tokenizer import read_hf_vocabulary
 from kimi_lite.quantize.source.kimi_tokenizer import read_kimi_vocabulary
-from kimi_lite.quantize.source.vocabulary import Vocabulary
+from kimi_lite.quantize.source.vocabulary import SourceVocabulary
 
 TOKENIZER_FILES = (
     "tiktoken.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
@@ -52,7 +52,7 @@ def tokenizer_metadata(folder: Path, config: Mapping) -> dict[str, Value]:
     return keys
 
 
-def _find_ids(folder: Path, config: Mapping, settings: Mapping, vocabulary: Vocabulary) -> dict[str, int]:
+def _find_ids(folder: Path, config: Mapping, settings: Mapping, vocabulary: SourceVocabulary) -> dict[str, int]:
     """Control ids by key. The end of a turn is generation_config.json's (K2.5's config.json names another), and Kimi's
     own where that file is missing; else tokenizer_config.json names them, else config.json."""
     ids = {}

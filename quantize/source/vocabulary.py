@@ -8,7 +8,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class SourceVocabulary:
     """`tokens[i]`, of type `types[i]`, has id i; `merges` are "left right" in order; `pre` is llama.cpp's pre-tokenizer
     name."""
 

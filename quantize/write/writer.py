@@ -196,7 +196,7 @@ def _is_empty(value: Value) -> bool:
     return value.value_type == ValueType.ARRAY and not len(value.value)
 
 
-class Piece(NamedTuple):
+class EncodedPiece(NamedTuple):
     """Some encoded rows of a tensor, uint8 (rows, row_bytes); the squares are sums over its weights where it was
     measured."""
 
@@ -207,24 +207,26 @@ class Piece(NamedTuple):
 
 def encode_pieces(
     tensor: Tensor, pool: ThreadPoolExecutor, is_measured: bool = False, max_ahead: int | None = None
-) -> Iterator[Piece]:
+) -> Iterator[EncodedPiece]:
     """Yields the tensor's encoded rows in order; up to `max_ahead` pieces (default: two a core) are read and encoded by
     the pool meanwhile. Every eighth piece is measured where that is asked for and where the source's rows are not kept
     as they are."""
     read_rows = tensor.open_rows()
     max_ahead = max_ahead or 2 * usable_cores().most_threads
 
-    def encode_piece(index: int, matrix: int, start: int, stop: int) -> Piece:
+    def encode_piece(index: int, matrix: int, start: int, stop: int) -> EncodedPiece:
         rows = read_rows(start, stop)
         if tensor.is_encoded:
             assert rows.dtype == np.uint8, (tensor.name, rows.dtype)
-            return Piece(rows)
+            return EncodedPiece(rows)
         curvature = tensor.curvature(matrix) if tensor.curvature else None
         if curvature:
             encoded = encode_with_feedback(tensor.layout, rows, curvature)
         else:
             encoded = encode(tensor.layout, rows, None if tensor.importance is None else tensor.importance[matrix])
-        return _measure(tensor, rows, encoded) if is_measured and index % _MEASURED_EVERY == 0 else Piece(encoded)
+        return (
+            _measure(tensor, rows, encoded) if is_measured and index % _MEASURED_EVERY == 0 else EncodedPiece(encoded)
+        )
 
     pending: deque[Future] = deque()
     try:
@@ -246,11 +248,11 @@ def piece_weights(tensor: Tensor) -> int:
     return _FEEDBACK_WEIGHTS if tensor.curvature else _CHUNK_WEIGHTS
 
 
-def _measure(tensor: Tensor, rows: np.ndarray, encoded: np.ndarray) -> Piece:
+def _measure(tensor: Tensor, rows: np.ndarray, encoded: np.ndarray) -> EncodedPiece:
     from kimi_lite.native.cpu.matrix import dequantize  # compiles a kernel, so only where it is needed
 
     error = dequantize(encoded, tensor.layout.name) - rows
-    return Piece(encoded, float(np.vdot(error, error)), float(np.vdot(rows, rows)))
+    return EncodedPiece(encoded, float(np.vdot(error, error)), float(np.vdot(rows, rows)))
 
 
 def _list_chunks(tensor: Tensor) -> Iterator[tuple[int, int, int]]:

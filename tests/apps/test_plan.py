@@ -18,7 +18,7 @@ from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.cli import app
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware import probe as hardware
-from kimi_lite.hardware.probe import Disk, Hardware, described, free_of
+from kimi_lite.hardware.machine import Disk, Hardware, described, free_of
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.quality import loss_order, quality_of

@@ -13,7 +13,8 @@ from kimi_lite.hardware import gpu as hardware_gpu
 from kimi_lite.hardware import host
 from kimi_lite.hardware import speed as hardware_speed
 from kimi_lite.hardware.bandwidth import measure_disk, measure_macs, measure_ram
-from kimi_lite.hardware.probe import Hardware, described, free_of, probe
+from kimi_lite.hardware.machine import Hardware, described, free_of
+from kimi_lite.hardware.probe import probe
 from kimi_lite.units import GIB, MIB
 
 

@@ -13,7 +13,7 @@ from kimi_lite.arch.recipe import named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.hardware.probe import Cores, Disk, Gpu, Hardware, described, free_of
+from kimi_lite.hardware.machine import Cores, Disk, Gpu, Hardware, described, free_of
 from kimi_lite.options import OPTIONS, Options
 from kimi_lite.plan import speed
 from kimi_lite.plan.plan import make_plan

@@ -26,7 +26,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5, slice_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.codecs.floats import encode_bf16
-from kimi_lite.quantize.source.names import Source, list_sources
+from kimi_lite.quantize.source.names import TensorSource, list_sources
 from kimi_lite.quantize.write.writer import check_space
 
 _GROUP = 32
@@ -86,7 +86,7 @@ def _group_tensors(config: ModelConfig) -> dict[str, list[_Stored]]:
     }
 
 
-def _list_stored(source: Source, config: ModelConfig) -> Iterator[_Stored]:
+def _list_stored(source: TensorSource, config: ModelConfig) -> Iterator[_Stored]:
     """What the checkpoint holds for the parts of a GGUF tensor."""
     for part in source.parts:
         name = f"language_model.{part.weight}"

@@ -28,7 +28,7 @@ from kimi_lite.engine.scoring import (
     Divergence,
     Losses,
     OurLogits,
-    Source,
+    ScoreSource,
     chunks_of,
     score_text,
 )
@@ -123,7 +123,7 @@ def _measure(
         chunks = list(chunks_of(ids, ours.bos_id, num_chunks))
         if not chunks:
             raise KimiLiteError(f"{text} has {len(ids):,} tokens; {CHUNK_TOKENS} are needed.", "Give a longer text.")
-        references: list[Source] = []
+        references: list[ScoreSource] = []
         if reference:
             references.append(_open_reference(reference, chunks, threads))
         if compares:
@@ -153,7 +153,7 @@ def _measure(
         print(json.dumps(_document(ours, text, len(chunks), own, named, result)))
 
 
-def _open_reference(path: Path, chunks: Sequence[np.ndarray], threads: int | None) -> Source:
+def _open_reference(path: Path, chunks: Sequence[np.ndarray], threads: int | None) -> ScoreSource:
     if path.suffix == ".safetensors":
         return StoredLogits(path, len(chunks), hash_ids(chunks))
     return OurLogits(path, threads)

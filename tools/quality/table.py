@@ -30,7 +30,7 @@ from kimi_lite.quantize.codecs import ggml
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe
-from kimi_lite.quantize.recipe.plan import PlannedTensor, make_plan
+from kimi_lite.quantize.recipe.plan import PlannedTensor, plan_conversion
 from kimi_lite.quantize.source.model import RowReader
 from kimi_lite.quantize.write.writer import Tensor, write_gguf
 from kimi_lite.tools.quality.runs import StoredLogits, hash_ids, save_rows
@@ -96,7 +96,7 @@ class Table:
     def _write_ggml(self, type_name: str, importance: Importance | None) -> Path:
         """The same file with the experts encoded by ggml's library, whatever encoder ours would take."""
         model = open_model(self._source)
-        plan = make_plan(model, find_recipe(type_name, importance is not None))
+        plan = plan_conversion(model, find_recipe(type_name, importance is not None))
         tensors = [_encoded_by_ggml(planned, importance) for planned in plan.tensors]
         path = self._folder / "table.gguf"
         write_gguf(path, model.make_metadata(plan.main_layout), tensors, is_overwriting=True)

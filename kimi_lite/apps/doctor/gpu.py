@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from kimi_lite.apps.doctor.system import Check, Facts
 from kimi_lite.hardware.gpu import torch_build
-from kimi_lite.hardware.probe import Gpu
+from kimi_lite.hardware.machine import Gpu
 from kimi_lite.units import GIB, gib
 
 _OLDEST_GENERATION = 8.0  # as native.gpu.support asks

@@ -15,7 +15,8 @@ from typing import Literal
 import psutil
 
 from kimi_lite.hardware import host
-from kimi_lite.hardware.probe import Hardware, probe
+from kimi_lite.hardware.machine import Hardware
+from kimi_lite.hardware.probe import probe
 from kimi_lite.plan.view import short_folder
 from kimi_lite.units import GIB, gib
 

@@ -10,9 +10,9 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.kernels import DenseMatrix, Kernels
 from kimi_lite.model.hybrid.step import ExpandedSlice, Step
-from kimi_lite.model.hybrid.weights import DenseMatrix, DenseWeights
+from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.latent_rows import GROUP_VALUES
 
 EXPANDED_BYTES = 512 * 1024**2  # keys and values that exist at a time

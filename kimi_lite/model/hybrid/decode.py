@@ -48,7 +48,7 @@ class Graphs:
         return graph
 
 
-class Segment:
+class StepSegment:
     """A piece of a step's work on the device."""
 
     def __init__(self, run: Callable[[], None], graphs: Graphs | None) -> None:
@@ -103,9 +103,9 @@ class DecodeSegments:
         self._logits = streams.pinned((num_rows, c.vocab_size), torch.float32)
         self._host = HostCopies(streams, num_rows, c.hidden_size, self._ids.shape[1])
         graphs = Graphs(streams) if streams.is_cuda else None
-        self._routers = [Segment(lambda i=i: self._run_router(i), graphs) for i in range(len(layers))]
-        self._on_gpu = [Segment(lambda i=i: self._run_experts(i), graphs) for i in range(len(layers))]
-        self._last = Segment(self._run_last, graphs)
+        self._routers = [StepSegment(lambda i=i: self._run_router(i), graphs) for i in range(len(layers))]
+        self._on_gpu = [StepSegment(lambda i=i: self._run_experts(i), graphs) for i in range(len(layers))]
+        self._last = StepSegment(self._run_last, graphs)
 
     def forward(self, x: torch.Tensor, step: Step, num_tokens: int) -> np.ndarray:
         """x (num_rows, D) of a step padded to this shape -> float32 (num_tokens, vocabulary) on the host."""

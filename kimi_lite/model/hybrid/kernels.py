@@ -6,18 +6,27 @@ says otherwise; every operation allocates its result.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.index import RoutedLayer
 
-if TYPE_CHECKING:
-    from kimi_lite.model.hybrid.weights import DenseMatrix
-
-
 MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here are captured
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseMatrix:
+    """(rows, k) weights in the bytes of a GGUF type, on the device."""
+
+    data: torch.Tensor  # uint8 (rows, row_bytes), or (heads, rows, row_bytes)
+    layout_name: str
+    k: int
+
+    def by_head(self, num_heads: int) -> "DenseMatrix":
+        """(heads * rows, row_bytes) as (heads, rows, row_bytes)."""
+        return DenseMatrix(self.data.view(num_heads, -1, self.data.shape[-1]), self.layout_name, self.k)
 
 
 class Angles(NamedTuple):
@@ -56,10 +65,10 @@ class Kernels(Protocol):
     def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
         """uint8 (..., row_bytes) -> (..., K)."""
 
-    def linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
         """(T, K) -> (T, rows)."""
 
-    def head_linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
         """(T, H, K), a matrix of each head -> (T, H, rows)."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -134,10 +143,10 @@ class TritonKernels:
         rows = self._dequant.dequantize(data.reshape(-1, data.shape[-1]), layout_name)
         return rows.view(*data.shape[:-1], -1)
 
-    def linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
         return self._linear.linear(x, matrix.data, matrix.layout_name, matrix.k)
 
-    def head_linear(self, x: torch.Tensor, matrix: "DenseMatrix") -> torch.Tensor:
+    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
         return self._linear.heads_linear(x, matrix.data, matrix.layout_name)
 
     def write_latent(

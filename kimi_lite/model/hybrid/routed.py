@@ -27,7 +27,7 @@ from kimi_lite.experts.store import ExpertStore
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
-from kimi_lite.model.hybrid.streamed import Choice, StreamedExperts
+from kimi_lite.model.hybrid.streamed import ExpertChoice, StreamedExperts
 
 ROW_TOKENS = 512  # up to here every choice has a row: 117 MB for Kimi K2.5
 MIN_STREAM_TOKENS = 32  # below, an upload is never worth it
@@ -99,7 +99,7 @@ class RoutedExperts:
             division = self.streamed.divide(layer, chosen, self.slots.residents(layer), num_windows)
             if division.streamed or num_tokens > ROW_TOKENS:
                 self._uncounted.append(_LayerRun(layer, chosen))
-                choice = Choice(normed, ids, weights)
+                choice = ExpertChoice(normed, ids, weights)
                 return self.streamed.forward(layer, choice, host, division, shared_expert, self.num_threads)
         host.copy_x(normed)
         copied = self._streams.event()

@@ -36,7 +36,7 @@ class Division:
     on_cpu: list[int]
 
 
-class Choice(NamedTuple):
+class ExpertChoice(NamedTuple):
     """What a layer's router says of T tokens, on the device."""
 
     normed: torch.Tensor  # (T, D), what the experts read
@@ -94,7 +94,7 @@ class StreamedExperts:
     def forward(
         self,
         layer: int,
-        choice: Choice,
+        choice: ExpertChoice,
         host: HostCopies,
         division: Division,
         shared_expert: Callable[[], torch.Tensor | None],
@@ -144,7 +144,7 @@ class StreamedExperts:
         self.stream_s += elapsed_s
         self._costs.observe_stream(num_streamed, elapsed_s)
 
-    def _add_on_device(self, layer: int, y: torch.Tensor, choice: Choice, division: Division) -> float:
+    def _add_on_device(self, layer: int, y: torch.Tensor, choice: ExpertChoice, division: Division) -> float:
         """Adds resident and streamed experts to y; seconds until the device has done it."""
         start_s = time.perf_counter()
         with torch.inference_mode():

@@ -5,7 +5,6 @@ loading takes as long as reading the file.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,25 +16,12 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.model.cpu.weights import vector
-from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.kernels import DenseMatrix, Kernels
 from kimi_lite.native.layouts import BY_NAME
 
 DenseType = Literal["q8_0", "bf16", "file"]
 _STAGING_BYTES = 64 * 1024**2
 _Q8_0, _LARGEST_Q8_0 = BY_NAME["Q8_0"], 127 * 65504
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DenseMatrix:
-    """(rows, k) weights in the bytes of a GGUF type, on the device."""
-
-    data: torch.Tensor  # uint8 (rows, row_bytes), or (heads, rows, row_bytes)
-    layout_name: str
-    k: int
-
-    def by_head(self, num_heads: int) -> "DenseMatrix":
-        """(heads * rows, row_bytes) as (heads, rows, row_bytes)."""
-        return DenseMatrix(self.data.view(num_heads, -1, self.data.shape[-1]), self.layout_name, self.k)
 
 
 class DenseWeights:

@@ -17,7 +17,7 @@ from kimi_lite.apps.doctor.system import Facts
 from kimi_lite.cli import app
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import CgroupLimit, Cores
-from kimi_lite.hardware.probe import Disk, Gpu, GpuProcess, Hardware
+from kimi_lite.hardware.machine import Disk, Gpu, GpuProcess, Hardware
 from kimi_lite.native.isa import isa
 from kimi_lite.units import GIB
 from tests.tiny import write_tiny_gguf

@@ -12,7 +12,7 @@ from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.hardware.probe import Hardware
+from kimi_lite.hardware.machine import Hardware
 from kimi_lite.model.hybrid.kernels import Kernels, TritonKernels
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.transformer import HybridTransformer

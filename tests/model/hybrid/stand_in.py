@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from kimi_lite.experts.index import RoutedLayer
-from kimi_lite.hardware.probe import Gpu
-from kimi_lite.model.hybrid.kernels import Angles, RouterRule
-from kimi_lite.model.hybrid.weights import DenseMatrix
+from kimi_lite.hardware.machine import Gpu
+from kimi_lite.model.hybrid.kernels import Angles, DenseMatrix, RouterRule
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes

@@ -16,7 +16,7 @@ from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
-from kimi_lite.model.hybrid.decode import Segment, pages_for, rows_for
+from kimi_lite.model.hybrid.decode import StepSegment, pages_for, rows_for
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
 from kimi_lite.model.hybrid.transformer import HybridTransformer
@@ -179,11 +179,11 @@ class FakeGraphs:
 
 def test_segments_run_once_are_captured_once_and_replayed():
     ran, graphs = [], FakeGraphs()
-    segment = Segment(lambda: ran.append(1), graphs)
+    segment = StepSegment(lambda: ran.append(1), graphs)
     for _ in range(4):
         segment()
     assert (len(ran), graphs.num_captures, graphs.num_replays) == (4, 1, 3)
-    plain = Segment(lambda: ran.append(1), None)
+    plain = StepSegment(lambda: ran.append(1), None)
     plain()
     plain()
     assert len(ran) == 6

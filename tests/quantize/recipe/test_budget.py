@@ -9,7 +9,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.hardware.probe import Gpu, Hardware, described
+from kimi_lite.hardware.machine import Gpu, Hardware, described
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
@@ -18,7 +18,14 @@ from kimi_lite.quantize.app import Settings, run
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe import budget as budget_module
-from kimi_lite.quantize.recipe.budget import Machine, Option, choose_options, fit_recipe, lower_hull, parse_machine
+from kimi_lite.quantize.recipe.budget import (
+    FitTarget,
+    TypeOption,
+    choose_options,
+    fit_recipe,
+    lower_hull,
+    parse_machine,
+)
 from kimi_lite.quantize.source.model import SourceTensor
 from tests.checkpoints import make_checkpoint
 
@@ -38,13 +45,13 @@ def small(monkeypatch):
     monkeypatch.setattr(budget_module, "_CANDIDATES", ("TQ1_0", "TQ2_0", "Q2_0", "Q8_0"))
 
 
-def machine(expert_bytes: int | None = None, gpu: Gpu | None = None, **more: object) -> Machine:
+def machine(expert_bytes: int | None = None, gpu: Gpu | None = None, **more: object) -> FitTarget:
     """With so many bytes for experts in RAM."""
     hardware = Hardware("a CPU", 4, "avx2", 8 * GIB, 7 * GIB, gpu=gpu)
-    return Machine(hardware, Options(ram_expert_bytes=expert_bytes, **more))
+    return FitTarget(hardware, Options(ram_expert_bytes=expert_bytes, **more))
 
 
-def random_options(rng: np.random.Generator, num_tensors: int) -> dict[SourceTensor, list[Option]]:
+def random_options(rng: np.random.Generator, num_tensors: int) -> dict[SourceTensor, list[TypeOption]]:
     tensors = [
         SourceTensor(f"t{i}", f"t{i}", (1,), "bf16", frozenset(), lambda: None, lambda layout: None)
         for i in range(num_tensors)
@@ -52,7 +59,7 @@ def random_options(rng: np.random.Generator, num_tensors: int) -> dict[SourceTen
     sizes, losses = np.array([10, 13, 14, 18, 40]), np.array([0.19, 0.14, 0.12, 0.07, 0.001])
     return {
         tensor: [
-            Option(int(size), float(loss * noise), BY_NAME["F32"])
+            TypeOption(int(size), float(loss * noise), BY_NAME["F32"])
             for size, loss, noise in zip(sizes, losses, rng.uniform(0.3, 2.0, 5), strict=True)
         ]
         for tensor in tensors
@@ -73,7 +80,7 @@ def test_the_choice_is_within_a_step_of_the_best_combination(seed):
 
 def test_the_hull_drops_what_no_price_would_buy():
     sizes_and_losses = [(10, 5.0), (12, 4.9), (14, 2.0), (15, 3.0), (20, 1.0), (20, 0.5)]
-    hull = lower_hull([Option(size, loss, BY_NAME["F32"]) for size, loss in sizes_and_losses])
+    hull = lower_hull([TypeOption(size, loss, BY_NAME["F32"]) for size, loss in sizes_and_losses])
     assert [(option.num_bytes, option.loss) for option in hull] == [(10, 5.0), (14, 2.0), (20, 0.5)]
 
 
@@ -90,7 +97,7 @@ def test_more_memory_never_loses_more(folder, small):
     assert experts > 1_500_000
 
 
-def plan_of(path, target: Machine):
+def plan_of(path, target: FitTarget):
     """The plan of a file on the machine that it was made for, as the engine makes it."""
     store = GGUFStore.open(path)
     return make_plan(store_sizes(store, ModelConfig.from_metadata(store.metadata)), target.hardware, target.options)
@@ -101,7 +108,7 @@ def plan_of(path, target: Machine):
 def test_what_is_written_fits_by_the_plan_of_the_engine(folder, small, tmp_path, free_bytes, gpu):
     """The same arithmetic: the file that is made for a machine is planned there without a byte on disk."""
     model = open_model(folder)
-    target = Machine(Hardware("a CPU", 1, "avx2", GIB, free_bytes, gpu=gpu), Options(num_gpu_experts=0))
+    target = FitTarget(Hardware("a CPU", 1, "avx2", GIB, free_bytes, gpu=gpu), Options(num_gpu_experts=0))
     fit = fit_recipe(model, target)
     report = convert(model, tmp_path / "out.gguf", fit.recipe)
     plan = plan_of(report.path, target)
@@ -121,7 +128,7 @@ def test_too_small_a_machine_is_told_what_is_needed(folder, small):
     with pytest.raises(KimiLiteError, match=r"smallest types the experts need [\d.]+ GiB; [\d.]+ GiB are left"):
         fit_recipe(open_model(folder), machine(100_000))
     with pytest.raises(KimiLiteError, match=r"At least [\d.]+ GiB of RAM are needed"):
-        fit_recipe(open_model(folder), Machine(machine().hardware, Options(ram_bytes=64 << 20)))
+        fit_recipe(open_model(folder), FitTarget(machine().hardware, Options(ram_bytes=64 << 20)))
 
 
 def test_importance_moves_bytes_to_where_they_count(folder, small):
@@ -146,7 +153,7 @@ def test_machines_are_those_of_the_plan(monkeypatch, text, vram, ram):
     found = parse_machine(text)
     assert (found.options.vram_bytes, found.options.ram_bytes) == (vram * GIB, ram * GIB)
     assert found.hardware == described(here, int(ram * GIB), vram * GIB)
-    assert parse_machine("this") == Machine(here, Options())
+    assert parse_machine("this") == FitTarget(here, Options())
 
 
 @pytest.mark.parametrize("text", ["", "24G+", "much", "-1+5", "24G+256G+1G", "nan", "24+256"])

@@ -11,7 +11,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.quantize.codecs import find_layout, ggml
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
-from kimi_lite.quantize.recipe.plan import describe_plan, estimate_seconds, make_plan
+from kimi_lite.quantize.recipe.plan import describe_plan, estimate_seconds, plan_conversion
 from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from kimi_lite.quantize.write.sharding import plan_shards
 from tests.checkpoints import make_checkpoint
@@ -76,7 +76,7 @@ def test_exceptions_that_cannot_be(text):
 
 def test_an_exception_that_names_nothing_is_refused(folder):
     with pytest.raises(KimiLiteError, match="No tensor's name has 'ffn_dwon'"):
-        make_plan(open_model(folder), with_overrides(find_recipe("q8_0"), ["ffn_dwon=tq1_0"]))
+        plan_conversion(open_model(folder), with_overrides(find_recipe("q8_0"), ["ffn_dwon=tq1_0"]))
 
 
 def test_an_unknown_recipe_names_the_known_ones():
@@ -91,7 +91,7 @@ def test_the_table_reads_no_weights_and_its_sizes_are_those_written(folder, tmp_
     model = open_model(folder)
     with monkeypatch.context() as patch:
         patch.setattr(np, "fromfile", lambda *args, **kwargs: pytest.fail("weights were read"))
-        plan = make_plan(model, recipe)
+        plan = plan_conversion(model, recipe)
         lines = describe_plan(plan, plan_shards(tmp_path / "out.gguf", [], 10**9), tmp_path / "not" / "there")
     assert not [*tmp_path.iterdir()]
     assert lines[1].startswith("routed experts")
@@ -108,12 +108,12 @@ def test_the_table_reads_no_weights_and_its_sizes_are_those_written(folder, tmp_
 
 def test_the_estimate_counts_every_tensor(folder):
     model = open_model(folder)
-    assert estimate_seconds(make_plan(model, find_recipe("tq1_0"))) > 0
+    assert estimate_seconds(plan_conversion(model, find_recipe("tq1_0"))) > 0
 
 
 def test_lossless_keeps_every_bit(folder, tmp_path, without_ggml):
     recipe = find_recipe("q4_0-lossless")
-    assert estimate_seconds(make_plan(open_model(folder), recipe)) == 0.0  # nothing is encoded
+    assert estimate_seconds(plan_conversion(open_model(folder), recipe)) == 0.0  # nothing is encoded
     convert(folder, tmp_path / "out.gguf", recipe)
     convert(folder, tmp_path / "f32.gguf", "f32")
     lossless, exact = (open_gguf_model(tmp_path / name).tensors for name in ("out.gguf", "f32.gguf"))
@@ -127,7 +127,7 @@ def test_lossless_keeps_every_bit(folder, tmp_path, without_ggml):
 def test_lossless_refuses_what_it_would_change(tmp_path):
     make_checkpoint(tmp_path / "hf", "moonlight")
     with pytest.raises(KimiLiteError, match=r"q4_0-lossless cannot keep 6 of .*_exps\.weight is bf16"):
-        make_plan(open_model(tmp_path / "hf"), find_recipe("q4_0-lossless"))
+        plan_conversion(open_model(tmp_path / "hf"), find_recipe("q4_0-lossless"))
 
 
 def test_every_own_type_is_a_recipe():
