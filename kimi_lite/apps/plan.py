@@ -17,7 +17,7 @@ from kimi_lite.options import MACHINE, MODEL, OUTPUT, Options
 
 if TYPE_CHECKING:
     from kimi_lite.hardware.machine import Hardware
-    from kimi_lite.plan.subject import Subject
+    from kimi_lite.plan.subject import RecipePlan, Subject
     from kimi_lite.plan.types import Plan
 
 
@@ -88,7 +88,7 @@ class Decided(NamedTuple):
 
     plan: "Plan"
     recipe: str | None
-    choices: "list[Choice]"
+    choices: "list[RecipePlan]"
 
 
 def _decide(
