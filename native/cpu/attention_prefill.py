@@ -232,7 +232,7 @@ def prefill_attention_op(
     softmax_scale: float,
     dtype: str,
 ) -> Op:
-    """Attention of one layer for the expanded sequences; arguments as `attention.attention_ops`. Changes q in place."""
+    """Attention of one layer for the expanded sequences; arguments as `attention.attention_op`. Changes q in place."""
     assert all(size % 16 == 0 for size in shape[1:]), shape
     check_storage(storage, shape, dtype)
     kernel = _compiled_prefill(dtype)
