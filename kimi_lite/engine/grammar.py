@@ -38,6 +38,7 @@ ANY_OBJECT: Mapping = {"type": "object"}
 MAX_CALLS = 64  # of one answer
 MAX_COMPILED = 256  # schemas kept
 MAX_COMPILE_S = 10.0
+MAX_TOOLS_BYTES = 1 << 20  # of the schemas of all tools of a request, as JSON
 MAX_FIRST_MASK_S = 0.5  # longer ones would hold up the other answers
 
 # One blank, or a line and its indentation: pretty or not, and no way to write blanks for ever.
@@ -106,12 +107,17 @@ class Grammars:
 
     def _tools(self, form: AnswerForm, names: set[str]) -> tuple[_Tool, ...]:
         """All at the same time, as far as there are threads."""
-        compiled = []
+        compiled, num_bytes = [], 0
         for i, tool in enumerate(form.tools):
             name, place = tool_name(tool), f"tools.{i}.function.parameters"
             if name in names:
                 must_follow = _is_forced(form) or name in form.strict_tools
                 parameters = tool["function"].get("parameters")
+                num_bytes += len(json.dumps(parameters))
+                if num_bytes > MAX_TOOLS_BYTES:
+                    if must_follow:
+                        raise SchemaError(place, "", f"the schemas of all tools may have {MAX_TOOLS_BYTES:,} bytes")
+                    parameters = ANY_OBJECT
                 compiled.append((name, self._compile_arguments(parameters, place, must_follow)))
         return tuple(_Tool(name, arguments()) for name, arguments in compiled)
 

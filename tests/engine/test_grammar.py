@@ -246,6 +246,14 @@ def test_arguments_that_can_be_no_object_are_refused(kimi: Model) -> None:
         kimi.grammars.answer(AnswerForm(tools=[tool("f", {"type": "string"})], choice="f"))
 
 
+def test_all_tools_together_have_a_limit(kimi: Model) -> None:
+    tools = [tool(f"f{i}", {"properties": {"a": {"enum": ["x" * 200_000 + str(i)]}}}) for i in range(6)]
+    with pytest.raises(SchemaError, match="1,048,576 bytes"):
+        kimi.grammars.answer(AnswerForm(tools=tools, choice="required"))
+    constraint = kimi.grammars.answer(AnswerForm(tools=tools))()
+    fed(constraint, kimi, KIMI.call_begin, "functions.f5:0", KIMI.arguments_begin, '{"a": 1}', KIMI.call_end)
+
+
 def test_what_no_token_spells_ends_one_answer_only() -> None:
     """SmolLM2's vocabulary lacks 21 bytes."""
     special = ["<|im_end|>", *KIMI.markers]
