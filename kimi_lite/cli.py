@@ -100,7 +100,7 @@ def launch(
     context: typer.Context,
     client: Annotated[Client, typer.Argument(help="The program to run.", show_default=False, metavar="CLIENT")],
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="Its own arguments.", show_default=False, metavar="[ARGUMENTS]")
+        list[str] | None, typer.Argument(help="Its own arguments.", show_default=False, metavar="ARGUMENTS")
     ] = None,
     only_prints: Annotated[
         bool, typer.Option("--print", help="Print what would be set and run, and run nothing.", rich_help_panel=SERVER)

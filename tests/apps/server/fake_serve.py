@@ -29,7 +29,7 @@ def open_fake(path: object, options: Options, on_progress: OnProgress) -> Engine
 
     def behave(batch, layer: int) -> None:
         told = engine.tokenizer.decode(engine.scheduler.running[0].token_ids[:200])
-        assert "crash" not in told, "/home/somebody/secret"
+        assert "crash" not in told, "/home/user/secret"
         if layer == 0 and "slow" in told:
             time.sleep(SECONDS_PER_TOKEN)
         if "stuck" in told:
