@@ -2,6 +2,10 @@
 there are, who is sent back for lack of pages, what others have left in the cache: every row of logits has the bits of
 the request alone."""
 
+import gc
+import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -211,3 +215,29 @@ def test_many_at_once(model: Model) -> None:
     run(engine, coming)
     for arrival in coming:
         assert (engine.logits[arrival.request.id], engine.tokens[arrival.request.id]) == model.alone(arrival.request)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_is_left_of_requests_that_ended(model: Model) -> None:
+    """400 requests, some cancelled: pages, threads, files and objects are those of the first hundred."""
+    engine, rng = model.engine(num_pages=12, num_threads=2, max_step_tokens=64), np.random.default_rng(1)
+    num_added, num_ended, held = 0, 0, []
+    while num_ended < 400:
+        while num_added < 400 and len(engine._live) < 12:
+            prompt = tuple(rng.integers(0, 256, int(rng.integers(4, 60))).tolist())
+            sampling = SamplingParams(temperature=num_added % 2, seed=num_added, max_tokens=3, ignore_eos=True)
+            engine.add(Request(f"r{num_added}", prompt, sampling, client=str(num_added % 3)))
+            num_added += 1
+        if rng.random() < 0.05:
+            engine.cancel(next(iter(engine._live)))
+        for token in engine.step():
+            num_ended += token.finish_reason is not None
+        engine.logits.clear()
+        engine.tokens.clear()
+        if num_ended >= 100 * (len(held) + 1):
+            gc.collect()
+            held.append((threading.active_count(), len(os.listdir("/proc/self/fd")), len(gc.get_objects())))
+    assert engine.kv.num_available == engine.kv.num_pages
+    assert not (engine._live or engine._cancelled or engine.scheduler.running or engine.scheduler.waiting)
+    assert {each[:2] for each in held} == {held[0][:2]}
+    assert held[-1][2] - held[0][2] < 600, "two objects of each request since"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_lite.engine.sampler import Sampler, candidates, logprobs
+from kimi_lite.engine.sampler import Sampler, candidates, index_at, logprobs
 from kimi_lite.engine.types import SamplingParams
 from kimi_lite.errors import KimiLiteError
 
@@ -93,6 +93,26 @@ def test_the_filters_keep_exactly_the_right_tokens(
     differing = np.flatnonzero((expected > 1e-20) != (kept > 1e-20))  # float32 ends earlier than float64
     assert len(differing) <= 1, differing
     assert np.abs(kept - expected).sum() < 1e-4 + 2.1 * np.maximum(expected, kept)[differing].sum()
+
+
+@given(
+    seed=st.integers(0, 9999),
+    size=st.integers(1, 2000),
+    num_zeros=st.integers(0, 2000),
+    share=st.floats(0, 1, exclude_max=True) | st.just(float(np.nextafter(1, 0))),
+)
+def test_a_share_of_the_sum_falls_on_a_weight_that_is_not_zero(
+    seed: int, size: int, num_zeros: int, share: float
+) -> None:
+    """The index of the obvious running sum, but for rounding; zeros, at the end too, are never hit."""
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(size=size).astype(np.float32) * np.float32(10.0) ** rng.integers(-12, 1, size)
+    weights[rng.permutation(size)[: min(num_zeros, size - 1)]] = 0
+    index = index_at(weights, share)
+    assert weights[index] > 0
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    slack = 1e-12 * cumulative[-1]
+    assert cumulative[index] - weights[index] - slack <= share * cumulative[-1] <= cumulative[index] + slack
 
 
 def test_ties_are_broken_by_index() -> None:
