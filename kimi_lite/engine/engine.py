@@ -199,7 +199,7 @@ class Engine:
         if self.pace is not None:
             num_decoding = sum(item.num_tokens for item in work if item.is_generated)
             num_prompt_tokens = sum(item.num_tokens for item in work) - num_decoding
-            self.pace.note(self.clock_s() - started_s, num_decoding, num_prompt_tokens)
+            self.pace.learn(self.clock_s() - started_s, num_decoding, num_prompt_tokens)
         self.scheduler.advance(work)
         return ended + [
             token for sequence, row in zip(sampled, logits, strict=True) for token in self._sample(sequence, row)

@@ -25,8 +25,8 @@ class Pace:
         left_s = self._max_gap_s - (self._decode_s or 0.0)
         return max(1, int(left_s / max(self._token_s, 1e-9)) // PAGE_TOKENS) * PAGE_TOKENS
 
-    def note(self, step_s: float, num_decoding: int, num_prompt_tokens: int) -> None:
-        """One step: its time, the sequences that got their next token, and the prompt tokens read beside them."""
+    def learn(self, step_s: float, num_decoding: int, num_prompt_tokens: int) -> None:
+        """One step: its time, the sequences that got their next token, and the prompt tokens in it."""
         if num_prompt_tokens == 0:
             self._decode_s = _average(self._decode_s, step_s)
         elif num_prompt_tokens >= PAGE_TOKENS // 2:  # shorter ones are mostly what a step costs anyway

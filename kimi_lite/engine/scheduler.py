@@ -61,7 +61,7 @@ class Scheduler:
     def schedule(self, max_prompt_tokens: int | None = None) -> list[Work]:
         """The next step's work, generated tokens first; at least one token unless nothing is in progress.
 
-        max_prompt_tokens: of prompts beside sequences that decode, so that these go on soon; None: as many as fit.
+        max_prompt_tokens: of prompts in a step of sequences that decode, so that these go on soon; None: what fits.
         """
         self._secure_pages()
         decoding = [s for s in self.running if s.num_left == 1]
@@ -112,7 +112,7 @@ class Scheduler:
         return True
 
     def _secure_pages(self) -> None:
-        """Every running sequence has pages for the tokens it knows; the youngest make room if they must."""
+        """Every running sequence has pages for the tokens it knows; the youngest go back to waiting if they must."""
         for sequence in list(self.running):
             while sequence.pages is not None and not self.kv.reserve(sequence.pages, len(sequence.token_ids)):
                 youngest = self.running[-1]
