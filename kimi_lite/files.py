@@ -130,6 +130,12 @@ def decode_text(data: bytes, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def require_no_pointer(path: Path, head: bytes) -> None:
+    """Refuse what `git clone` leaves in the place of a large file; `head` is how it begins, 8 bytes or more."""
+    if head.startswith(b"version "):
+        raise KimiLiteError(f"{path} is a Git LFS pointer, not the file itself.", "Run `git lfs pull` there.")
+
+
 def encoding_of(head: bytes) -> str:
     """By how a text begins: UTF-8, or what its byte order mark says, or UTF-16 where every other byte is zero, as in
     Western text that Windows pipes."""

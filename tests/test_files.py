@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_lite.arch.checkpoint import read_json_object
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import MAX_TEXT_BYTES, decode_text, read_text, require_writable, whole_file
+from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.quantize.source.kimi_tokenizer import read_ranks
+from kimi_lite.quantize.source.shards import read_header
 
 WITH_MARK = ("utf-8-sig", "utf-16", "utf-32")
 WESTERN = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1)
@@ -115,3 +119,15 @@ def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(KimiLiteError, match=r"The file .* cannot be read: ") as error:
             read_text(path, "The file")
         assert "Errno" not in str(error.value)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize("read", [GGUFStore.open, read_json_object, read_header, read_ranks])
+def test_a_git_lfs_pointer_is_named_by_every_reader_of_large_files(tmp_path, read):
+    file = tmp_path / "model"
+    file.write_bytes(POINTER)
+    with pytest.raises(KimiLiteError, match="Git LFS pointer") as caught:
+        read(file)
+    assert "git lfs pull" in caught.value.hint

@@ -16,6 +16,7 @@ from kimi_lite.arch.architecture import Architecture, architectures
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.reader import Reader, shown
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import require_no_pointer
 
 _MAX_JSON_BYTES = 256 << 20  # far beyond what exists: Kimi's index has 8 MB
 _DOWNLOAD_HINT = "Download it again."
@@ -65,7 +66,9 @@ def read_json_object(file: Path, hint: str = _DOWNLOAD_HINT) -> dict[str, object
     try:
         if file.stat().st_size > _MAX_JSON_BYTES:
             raise KimiLiteError(f"{file} has {file.stat().st_size:,} bytes, too many for such a file.", hint)
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        data = file.read_bytes()
+        require_no_pointer(file, data)
+        content = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise KimiLiteError(f"{file} cannot be read: {error.strerror}.", hint) from error
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from kimi_lite.files import require_no_pointer
 from kimi_lite.gguf.metadata import DAMAGED_HINT, U32, U64, Cursor, Value, quoted, read_metadata
 from kimi_lite.native.layouts import LAYOUTS, Layout
 
@@ -64,6 +65,7 @@ def read_header(path: Path, data: memoryview) -> GGUFHeader:
 
 def _check_magic(cursor: Cursor) -> None:
     magic = bytes(cursor.data[:4])
+    require_no_pointer(cursor.path, bytes(cursor.data[:8]))
     if magic != b"GGUF":
         hint = "Give a .gguf file. Safetensors become one with: kimi-lite quantize FOLDER"
         raise cursor.error(f"this is not a GGUF file: it starts with {magic!r} and must start with b'GGUF'", hint)

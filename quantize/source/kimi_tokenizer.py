@@ -14,6 +14,7 @@ from pathlib import Path
 from kimi_lite.arch.checkpoint import inner_object, read_json_object
 from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import require_no_pointer
 from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, SourceVocabulary, bytes_to_text
 
 _PRE = "kimi-k2"  # llama.cpp's name of the pre-tokenizer
@@ -43,7 +44,9 @@ def read_ranks(file: Path) -> list[bytes]:
     """The pieces of a tiktoken.model in rank order: on each line a piece in base64 and its rank. Empty lines, CRLF and
     a byte order mark are no damage; tiktoken's own loader skips them too."""
     pieces: list[bytes] = []
-    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+    data = file.read_bytes()
+    require_no_pointer(file, data)
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not line.strip():
             continue
         try:

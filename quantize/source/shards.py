@@ -16,6 +16,7 @@ import numpy as np
 from kimi_lite.arch.checkpoint import inner_object, read_json_object
 from kimi_lite.arch.reader import shown
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import require_no_pointer
 
 _INDEX = "model.safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d{5,6}-of-(?P<count>\d{5,6})\.safetensors", re.IGNORECASE)
@@ -136,10 +137,7 @@ def _read_header(file: Path) -> list[RawTensor]:
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        if start.startswith(b"version "):
-            raise KimiLiteError(
-                f"{file} is a Git LFS pointer of {file_bytes} bytes, not the weights.", "Run `git lfs pull` there."
-            )
+        require_no_pointer(file, start)
         header_bytes = int.from_bytes(start, "little")
         if len(start) < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
             raise KimiLiteError(
