@@ -59,4 +59,5 @@ def test_it_does_as_it_says(url, is_allowed: bool) -> None:
             statuses[response.status_code] += 1
 
         ask()
-    assert statuses[200] > 15 if is_allowed else statuses[400] > 100, statuses
+    # six endpoints take nothing; of random bodies few make sense
+    assert statuses[200] > 8 if is_allowed else statuses[400] > 100, statuses
