@@ -54,8 +54,8 @@ def pieces_ahead(
     calibration: "CalibrationText | None",
     max_ram_bytes: int | None,
 ) -> int | None:
-    """How many pieces of weights may be in memory at a time; None: as many as keep all cores busy. Raises KimiLiteError
-    where the limit leaves room for none."""
+    """How many pieces of weights may be in memory at a time; None: enough to keep all cores busy. Raises KimiLiteError
+    where the limit is too small for one."""
     if max_ram_bytes is None:
         return None
     piece = _PIECE_BYTES * max(max(piece_weights(tensor), tensor.shape[-1]) for tensor in tensors)

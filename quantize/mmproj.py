@@ -105,7 +105,7 @@ def check_mmproj(folder: Path, tower: Tower) -> tuple[list[_Part], dict[str, Raw
 
 
 def mmproj_path(path: Path) -> Path:
-    """Beside the model NAME.gguf: mmproj-NAME.gguf, where llama.cpp looks for it."""
+    """In the folder of the model NAME.gguf: mmproj-NAME.gguf, where llama.cpp looks for it."""
     return path.with_name(f"mmproj-{path.name}")
 
 

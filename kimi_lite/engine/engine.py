@@ -104,7 +104,7 @@ class Engine:
         return not self._live
 
     def close(self) -> None:
-        """End what runs, then the model's threads, then let go of its files. A second call does nothing."""
+        """End what runs, then the model's threads, then unmap its files. A second call does nothing."""
         if self.is_closed:
             return
         self.is_closed = True

@@ -2,7 +2,7 @@
 run here.
 
 Part of `--verify`: four chunks of 512 tokens of a novel, measured as `python -m tools.quality` does.
-A checkpoint that is small enough is converted without loss to a file that lives as long as the comparison.
+A checkpoint that is small enough is converted without loss to a temporary file.
 """
 
 import tempfile

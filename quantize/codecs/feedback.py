@@ -5,7 +5,7 @@ The squared error of a row's products is r H r with r the error of its weights a
 - Feedback (GPTQ, arXiv 2210.17323; LDLQ, arXiv 2307.13304): columns are coded in order, and what coding one loses is
   made good by those after it, by the Cholesky factor of H's inverse. A block's scale is the best of five after a trial
   of its codes.
-- Descent (as QuantEase, arXiv 2309.01885): each code is set anew to the best one given all others, each scale to its
+- Descent (as QuantEase, arXiv 2309.01885): each code is set again to the best one given all others, each scale to its
   optimum, for two rounds; every step lowers r H r.
 
 On the demo model's experts in TQ1_0 the relative error on other text falls from 0.11 to 0.04 for gate and up, from 0.22

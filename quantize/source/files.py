@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kimi_lite.errors import KimiLiteError
 
-_CHANGED_HINT = "Leave the source alone while it is read, and repeat the command: the conversion begins anew."
+_CHANGED_HINT = "Leave the source alone while it is read, and repeat the command: the conversion starts again."
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.metadata import FILE_KEYS, quantization_metadata
 from kimi_lite.quantize.source.model import RowReader, SourceModel, SourceTensor
 
-_SHRUNK_HINT = "Restore that file, and repeat the command: the conversion begins anew."
+_SHRUNK_HINT = "Restore that file, and repeat the command: the conversion starts again."
 
 
 def open_gguf_model(path: Path) -> SourceModel:

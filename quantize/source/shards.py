@@ -86,7 +86,7 @@ def find_raw_tensors(folder: Path) -> dict[str, RawTensor]:
     for tensor, name in weight_map.items():
         if tensor not in found[name]:
             raise KimiLiteError(
-                f"The index says that {shown(tensor)} is in {name}, and it is not.", "Download index and shards anew."
+                f"The index says that {shown(tensor)} is in {name}, and it is not.", "Download index and shards again."
             )
     return {tensor: found[name][tensor] for tensor, name in weight_map.items()}
 

@@ -201,7 +201,7 @@ def _open_shard(job: Job, number: int, done: Sequence[Entry]) -> BinaryIO:
     if not shard.partial.exists() or shard.partial.stat().st_size < end:
         raise KimiLiteError(
             f"{shard.partial} should hold {end:,} finished bytes, and does not.",
-            "Repeat the command: it begins anew.",
+            "Repeat the command: it starts again.",
         )
     file = open(shard.partial, "r+b")  # noqa: SIM115  the caller closes it
     file.truncate(end)

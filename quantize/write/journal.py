@@ -58,7 +58,7 @@ class Journal:
             raise KimiLiteError(
                 f"{path} belongs to a conversion with other settings or of a changed source, stopped after "
                 f"{gib(done)}.",
-                "Repeat that command to finish it, or add --force to begin anew.",
+                "Repeat that command to finish it, or add --force to start again.",
             )
         if found != fingerprint:
             entries = []

@@ -1,7 +1,7 @@
 """One GGUF file, written as a stream: header first, then each tensor read, encoded and appended a few rows at a time.
 
 The file grows under a `.partial` name, is fsynced, and takes its own name only when it is whole. Whatever would make
-that fail late (no room, no right to write, a file in the way) is refused before any work. Format:
+that fail late (a full disk, no right to write, a file in the way) is refused before any work. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
 
