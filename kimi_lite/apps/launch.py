@@ -225,14 +225,17 @@ def _target(url: str, options: Options, is_up: bool) -> Target:
     return Target(url, key, model["id"], model["context_length"])
 
 
-def _health(url: str) -> dict[str, Any] | None:
-    """What /health says; None where nothing listens. KimiLiteError where something else does."""
+def _health(url: str, is_ours: bool = False) -> dict[str, Any] | None:
+    """What /health says; None where nothing listens, or where ours is too busy with loading to answer. KimiLiteError
+    where something else listens."""
     try:
         answer = httpx.get(f"{url}/health", timeout=_ANSWERS_WITHIN_S, trust_env=False)
         body = answer.json()
     except (httpx.ConnectError, httpx.ConnectTimeout):
         return None
-    except (httpx.HTTPError, ValueError):
+    except (httpx.HTTPError, ValueError) as error:
+        if is_ours and isinstance(error, httpx.TimeoutException):
+            return None
         body = None
     if not isinstance(body, dict) or not {"status", "version"} <= body.keys():
         raise KimiLiteError(f"Another program answers at {url}.", "Choose another port: --port N.")
@@ -274,7 +277,7 @@ def _wait(url: str, server: subprocess.Popen | None, log: Path | None) -> None:
             if server is not None and server.poll() is not None:
                 last = log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:]
                 raise KimiLiteError("The server did not start:\n" + "\n".join(last), f"All of it is in {log}.")
-            body = _health(url)
+            body = _health(url, is_ours=server is not None)
             status = "loading model" if body is None else body["status"]
             if status == "ok":
                 return
