@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import ModelInfo, Request, SamplingParams
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
+from kimi_lite.model.batch import Batch
 from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import Options
@@ -191,15 +192,22 @@ def test_every_answer_equals_its_solo_run(
         assert num_seen == len(logits) or arrival.cancel_step is not None
 
 
-def test_a_sequence_that_is_sent_back_has_the_same_logits(model: Model) -> None:
-    """Three answers of two pages each do not fit into five: what they generated is computed again."""
-    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+def test_a_sequence_that_is_sent_back_has_the_same_logits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three answers that need eight pages get five: what they had generated leaves the cache and is computed again."""
+    sampling = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)
     coming = [
-        Arrival(Request(f"r{i}", tuple(np.random.default_rng(i).integers(0, 256, 60).tolist()), sampling), 0, None)
-        for i in range(3)
+        Arrival(Request(f"r{i}", tuple(np.random.default_rng(i).integers(0, 256, length).tolist()), sampling), 0, None)
+        for i, length in enumerate((30, 60, 100))
     ]
-    engine = model.engine(num_pages=5, num_threads=2)
+    engine, num_again, forward = model.engine(num_pages=5, num_threads=2), [0], model.models[1].forward
+
+    def look(batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
+        num_again[0] += sum(piece.length - 1 for piece in batch.sequences if piece.is_generated)
+        return forward(batch, should_stop)
+
+    monkeypatch.setattr(engine.model, "forward", look)
     assert run(engine, coming) > 0
+    assert num_again[0] > 0
     for arrival in coming:
         assert (engine.logits[arrival.request.id], engine.tokens[arrival.request.id]) == model.alone(arrival.request)
 
