@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kimi_lite.options import Options
 from kimi_lite.quantize.convert import convert
 from tests.model.runner import Runner, relative_error
 
@@ -61,7 +62,7 @@ def test_older_files_with_joined_matrices(tmp_path):
             join_gate_and_up(tensors, f"blk.{layer}")
         runner.store.tensors = tensors
         runner.transformer.close()
-        runner.transformer = type(runner.transformer)(runner.store, runner.config, runner.kv, 2)
+        runner.transformer = type(runner.transformer)(runner.store, runner.config, runner.kv, Options(num_threads=2))
         assert relative_error(runner.prefill(ids), want) < 1e-6
 
 

@@ -117,17 +117,20 @@ def _encoded_by_ggml(planned: PlannedTensor, importance: Importance | None) -> T
     vectors = importance.find(source.name, source.shape) if importance else None
     is_expert = source.name.endswith("_exps.weight") and not planned.is_exact
 
-    def open_rows() -> RowReader:
-        read_rows = source.open_rows(layout)
-        if not is_expert:
-            return read_rows
+    if not is_expert:
+        encoded = source.open_encoded(layout)
+        open_rows = source.open_rows if encoded is None else lambda: encoded
+        return Tensor(source.name, source.shape, layout, open_rows, is_encoded=encoded is not None)
+
+    def open_encoded() -> RowReader:
+        read_rows = source.open_rows()
         return lambda start, stop: _encode(read_rows, start, stop)
 
     def _encode(read_rows: RowReader, start: int, stop: int) -> np.ndarray:
         vector = None if vectors is None else vectors[start // source.shape[-2]]
         return ggml.encode(layout, read_rows(start, stop), vector)
 
-    return Tensor(source.name, source.shape, layout, open_rows, vectors)
+    return Tensor(source.name, source.shape, layout, open_encoded, is_encoded=True)
 
 
 def print_row(row: Row) -> None:
