@@ -449,14 +449,15 @@ GREEDY = {  # what no count of loop steps holds: time, memory, both, at compilin
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_no_template_takes_much_time_or_memory(make: Callable[[str], ChatTemplate], name: str) -> None:
-    began_s = os.times()
+    began_s, largest_child = os.times(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of all tests so far
     with pytest.raises(KimiLiteError, match="chat template does not") as caught:
         make(GREEDY[name]).encode([user("Hi " * 4)])
     assert caught.value.message.isprintable()
     ended_s = os.times()
     assert ended_s.user - began_s.user < 1.0, "it ran here"
     assert ended_s.children_user - began_s.children_user < 4 * MAX_CPU_S
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= MAX_MEMORY_BYTES // 1024
+    most = max(largest_child, MAX_MEMORY_BYTES // 1024)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= most
     assert make("ok").encode([user("")]).ids == list(b"ok"), "the next one is not harmed"
 
 

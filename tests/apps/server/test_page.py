@@ -205,7 +205,7 @@ def test_a_long_answer_without_ends_renders_in_time() -> None:
             "``a ",
         ):
             took_ms = window.run(script, piece * 20_000)
-            assert took_ms < 3000, (piece, took_ms)
+            assert took_ms < 6000, (piece, took_ms)  # quadratic took 8 s and more for less
 
 
 @needs_browser
