@@ -9,6 +9,7 @@ either are in the batch. So a token's result depends on nothing but the tokens b
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,13 @@ class SequenceSlice:
     is_generated: bool = False  # also where they are computed again; False: of a prompt
 
 
+class Features(NamedTuple):
+    """What stands in place of some rows' token embeddings: images, as the vision tower sees them."""
+
+    rows: np.ndarray  # (F,) int64, ascending, of the batch
+    values: np.ndarray  # (F, D) float32
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """T tokens of S sequences. Every token attends to its own sequence's positions up to and including its own."""
@@ -38,11 +46,17 @@ class Batch:
     positions: np.ndarray  # (T,) int32, consecutive inside a slice
     wants_logits: np.ndarray  # (T,) bool; forward returns one row for each True
     sequences: tuple[SequenceSlice, ...]  # cover the rows 0..T in order, those that were generated first
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         num_tokens = sum(s.length for s in self.sequences)
         for array, dtype in ((self.token_ids, np.int32), (self.positions, np.int32), (self.wants_logits, np.bool_)):
             assert (array.shape, array.dtype) == ((num_tokens,), dtype), (array.shape, array.dtype, num_tokens)
+        if self.features:
+            rows, values = self.features
+            assert (rows.dtype, values.dtype) == (np.int64, np.float32), (rows.dtype, values.dtype)
+            assert rows.ndim == 1 and values.ndim == 2 and len(rows) == len(values), (rows.shape, values.shape)
+            assert (np.diff(rows) > 0).all() and rows.min(initial=0) >= 0 and rows.max(initial=0) < num_tokens, rows
         kinds = [s.is_generated for s in self.sequences]
         assert kinds == sorted(kinds, reverse=True), kinds
         start = 0

@@ -13,7 +13,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.kv.pages import KVCache
-from kimi_lite.model.batch import Batch
+from kimi_lite.model.batch import Batch, Features
 from kimi_lite.model.cpu.attention import Attention, mla_shape
 from kimi_lite.model.cpu.buffers import Buffers, num_pairs
 from kimi_lite.model.cpu.moe import FeedForward
@@ -55,6 +55,7 @@ class Layers:
         self.feed_forward = [FeedForward(store, config, layer) for layer in range(config.num_layers)]
         self._inverse_frequencies = rope_inverse_frequencies(config)  # (rope / 2,)
         self._rope_factor = rope_attention_factor(config)
+        self._features: Features | None = None
         kinds = _activation_kinds(config, self.attention, self.feed_forward)
         self.buffers = Buffers(config, self.shape, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds)
         self.team = Team(num_threads or usable_cores().num_usable)
@@ -85,6 +86,7 @@ class Layers:
         """Tells the kernels about this batch: tokens, rotations, rows of the cache, and which form each row attends
         in: expanded where it belongs to a prompt and its position is below `expanded_until`."""
         self.run.set_tokens(batch.token_ids, batch.num_generated)
+        self._features = batch.features
         angles = batch.positions[:, None] * self._inverse_frequencies  # (T, rope / 2)
         cos, sin = np.cos(angles) * self._rope_factor, np.sin(angles) * self._rope_factor
         self.run.set_positions(batch.cache_rows(), cos.astype(np.float32), sin.astype(np.float32))
@@ -98,6 +100,11 @@ class Layers:
                 Attending(piece.start + i, 1, first + i, piece.pages) for i in range(num_expanded, piece.length)
             ]
         self.run.set_attention(absorbed, expanded)
+
+    def place_features(self) -> None:
+        """After the embedding: the batch's features take the place of what their rows' tokens embed to."""
+        if self._features:
+            self.buffers.x[self._features.rows] = self._features.values
 
     def close(self) -> None:
         """Ends the threads."""

@@ -66,6 +66,7 @@ class TieredLayers:
             raise Cancelled
         self.slots.begin(num_tokens)
         self._team.run(self._embed)
+        self._layers.place_features()
         for layer, steps in enumerate(self._steps):
             if should_stop():
                 raise Cancelled

@@ -122,9 +122,9 @@ class Transformer:
         assert num_tokens <= MAX_BATCH_TOKENS, num_tokens
         self._layers.prepare(batch)
         if self._recorder:
-            self._record_layers(num_tokens, should_stop)
+            self._record_layers(batch, should_stop)
         else:
-            self._run_layers(num_tokens, should_stop, None)
+            self._run_layers(batch, should_stop, None)
         rows, num_generated = np.flatnonzero(batch.wants_logits), batch.num_generated
         return np.concatenate(
             [self._head_logits(rows[i : i + MAX_LOGITS], num_generated) for i in range(0, len(rows), MAX_LOGITS)]
@@ -157,27 +157,30 @@ class Transformer:
 
     def _run_layers(
         self,
-        num_tokens: int,
+        batch: Batch,
         should_stop: Callable[[], bool] | None,
         on_choice: Callable[[int, np.ndarray], None] | None,
     ) -> None:
         """Embedding and all layers. on_choice(layer, expert ids (T, K)): after each layer that routes."""
+        num_tokens = len(batch.token_ids)
         if self._tiers:
             self._tiers.run(num_tokens, should_stop, on_choice)
-        elif num_tokens <= _UNINTERRUPTED_TOKENS and on_choice is None:
+        elif num_tokens <= _UNINTERRUPTED_TOKENS and on_choice is None and batch.features is None:
             self.team.run(self._whole)
         else:
             for layer, program in enumerate(self._layer_programs, start=-1):  # the embedding comes first
                 if num_tokens > _UNINTERRUPTED_TOKENS and should_stop and should_stop():
                     raise Cancelled
                 self.team.run(program)
+                if layer < 0:
+                    self._layers.place_features()
                 if on_choice and layer >= self.config.num_dense_layers:
                     on_choice(layer, self._buffers.router.ids[:num_tokens])
 
-    def _record_layers(self, num_tokens: int, should_stop: Callable[[], bool] | None) -> None:
-        self._recorder.begin(num_tokens)
+    def _record_layers(self, batch: Batch, should_stop: Callable[[], bool] | None) -> None:
+        self._recorder.begin(len(batch.token_ids))
         try:
-            self._run_layers(num_tokens, should_stop, self._recorder.add)
+            self._run_layers(batch, should_stop, self._recorder.add)
         except BaseException:
             self._recorder.drop()
             raise

@@ -114,7 +114,7 @@ class HybridTransformer:
         positions = np.arange(PAGE_TOKENS, dtype=np.int32)
         pieces = (SequenceSlice(0, PAGE_TOKENS, page),)
         many = Batch(np.zeros(PAGE_TOKENS, np.int32), positions, np.ones(PAGE_TOKENS, bool), pieces)
-        step, x = self._maker.make(many, list(pieces)), self._embed(many.token_ids)
+        step, x = self._maker.make(many, list(pieces)), self._embed(many)
         for layer in self.layers[: self.config.num_dense_layers + 1]:  # not the experts: they would stream
             layer.shared_expert(layer.attend(x, step))
         if self.experts:
@@ -188,12 +188,12 @@ class HybridTransformer:
             )
         self._segments.move_to_end(shape)
         step = self._maker.make(batch, [], num_rows, num_pages)
-        x = self._embed(np.pad(batch.token_ids, (0, num_rows - num_tokens)))
+        x = self._embed(batch, num_rows)
         return self._segments[shape].forward(x, step, num_tokens)
 
     def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
-        step, x = self._maker.make(batch, expanded), self._embed(batch.token_ids)
+        step, x = self._maker.make(batch, expanded), self._embed(batch)
         for layer in self.layers:
             if should_stop and should_stop():
                 raise Cancelled
@@ -209,9 +209,13 @@ class HybridTransformer:
         if self._recorder:
             self._recorder.drop()
 
-    def _embed(self, token_ids: np.ndarray) -> torch.Tensor:
-        """float32 (T, D) on the device."""
+    def _embed(self, batch: Batch, num_rows: int = 0) -> torch.Tensor:
+        """float32 (T, D) on the device, padded to at least `num_rows`: embeddings of tokens, features in their
+        places."""
+        token_ids = np.pad(batch.token_ids, (0, max(0, num_rows - len(batch.token_ids))))
         rows = dequantize(self._token_embd.data[token_ids], self._token_embd.layout.name)
+        if batch.features:
+            rows[batch.features.rows] = batch.features.values
         return torch.from_numpy(rows).to(self._streams.device)
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
