@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kimi_lite.engine.sequence import Sequence
+from kimi_lite.kv.chain import Key
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.native.latent_rows import PAGE_TOKENS
@@ -100,7 +101,7 @@ class Scheduler:
             return False
         if any(_has_pages_to_come_for(other, sequence) for other in self.running):
             return False
-        pages = self.kv.open(sequence.token_ids)
+        pages = self.kv.open(sequence.token_ids, sequence.request.salts)
         if not self.kv.reserve(pages, len(sequence.token_ids)):
             self.kv.release(pages)
             return False
@@ -152,5 +153,8 @@ def _has_pages_to_come_for(running: Sequence, waiting: Sequence) -> bool:
     return running.pages.num_computed < shared
 
 
-def _page(sequence: Sequence, first: int) -> list[int]:
-    return sequence.token_ids[first : first + PAGE_TOKENS]
+def _page(sequence: Sequence, first: int) -> list[Key]:
+    """The keys of a page of its tokens so far."""
+    prompt_length = len(sequence.prompt_keys)
+    generated = sequence.token_ids[max(first, prompt_length) : max(first + PAGE_TOKENS, prompt_length)]
+    return [*sequence.prompt_keys[first : first + PAGE_TOKENS], *generated]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from kimi_lite.engine.loop_guard import LoopGuard
 from kimi_lite.engine.sampler import Sampler
 from kimi_lite.engine.types import Constraint, Request, Stats
+from kimi_lite.kv.chain import Key, digests_of, keys_of
 from kimi_lite.kv.pages import SequencePages
 from kimi_lite.text.stream import StreamParser
 
@@ -20,6 +21,7 @@ class Sequence:
     constraint: Constraint | None = None
     guard: LoopGuard | None = None
     token_ids: list[int] = field(init=False)  # the prompt and everything sampled
+    prompt_keys: tuple[Key, ...] = field(init=False)  # token ids, and which images they stand for
     pages: SequencePages | None = None
     num_cached: int = 0  # tokens of the prompt that were in the cache when it first ran
     started_s: float | None = None
@@ -28,6 +30,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
+        self.prompt_keys = tuple(keys_of(self.token_ids, digests_of(self.request.salts)))
 
     @property
     def num_generated(self) -> int:

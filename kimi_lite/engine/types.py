@@ -14,6 +14,7 @@ import numpy as np
 
 from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.kv.chain import Salt
 from kimi_lite.text.stream import Kind
 from kimi_lite.text.tool_calls import ToolCall
 
@@ -95,6 +96,20 @@ def _require(name: str, value: object, allowed: str, is_allowed: bool) -> None:
         raise KimiLiteError(f"{name} is {value!r}; it must be {allowed}.")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedImage:
+    """An image, or a chunk of a video's frames, in a prompt: rows that stand in the place of the embeddings of as many
+    equal placeholder ids."""
+
+    position: int  # of the first placeholder
+    features: np.ndarray  # float32 (tokens, D)
+    digest: bytes  # of what was shown to the vision tower, and of the tower
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.features)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to continue. `id` is the caller's name for it, never used again: a late `cancel` would hit its
@@ -112,6 +127,12 @@ class Request:
     earlier_calls: tuple[tuple[str, str], ...] = ()  # (name, arguments) of the conversation, for the loop guard
     client: str = ""  # whose request it is: clients take turns in the queue
     is_plain: bool = False  # a text to go on with, no chat: the answer is all content, markers mean nothing
+    images: tuple[PlacedImage, ...] = ()  # in the order of their positions
+
+    @property
+    def salts(self) -> tuple[Salt, ...]:
+        """What the prompt's ids do not say: which images they stand for."""
+        return tuple(Salt(image.position, image.digest) for image in self.images)
 
 
 @dataclass(frozen=True, slots=True)

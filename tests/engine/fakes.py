@@ -13,6 +13,7 @@ import numpy as np
 
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import ModelInfo
+from kimi_lite.kv.disk import PrefixStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled
 from kimi_lite.native.latent_rows import PAGE_TOKENS
@@ -107,13 +108,14 @@ def fake_engine(
     context_length: int = 1024,
     num_pages: int | None = None,
     max_step_tokens: int | None = None,
+    prefixes: PrefixStore | None = None,
     **more: object,
 ) -> Engine:
     """A real engine, cache, tokenizer and template around the fake model (`engine.model`)."""
     metadata = tiny_metadata()
     tokenizer = Tokenizer.from_metadata(metadata)
     template = ChatTemplate.from_metadata(metadata, tokenizer)
-    kv = KVCache(NUM_LAYERS, LATENT_SIZE, num_pages or -(-context_length // PAGE_TOKENS), "f32")
+    kv = KVCache(NUM_LAYERS, LATENT_SIZE, num_pages or -(-context_length // PAGE_TOKENS), "f32", prefixes=prefixes)
     info = ModelInfo("fake", Path("fake.gguf"), 3_000_000, (("Q8_0", 2_000_000), ("F32", 1_000_000)))
     return Engine(FakeModel(kv, next_logits), kv, tokenizer, template, context_length, info, max_step_tokens, **more)
 
