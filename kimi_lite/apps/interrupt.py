@@ -51,15 +51,19 @@ def on_interrupt(action: Callable[[], None]) -> Iterator[Interrupt]:
 
 
 @contextmanager
-def silent_keys() -> Iterator[None]:
-    """Inside the block what is typed is not shown but kept for the next prompt; at a terminal only."""
+def silent_keys(has_editor: bool = False) -> Iterator[None]:
+    """Inside the block what is typed is not shown but kept for the next prompt; at a terminal only.
+
+    has_editor: the prompt reads keys, not lines. Then Ctrl-D is kept as a key, too: in a terminal that reads lines it
+    is the end of a line, of which nothing is left for who reads keys later."""
     if not sys.stdin.isatty():
         yield
         return
     import termios
 
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    off = termios.ECHO | (termios.ICANON if has_editor else 0)
+    silent = [*before[:3], before[3] & ~off, *before[4:]]
     try:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
         yield

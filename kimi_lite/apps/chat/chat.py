@@ -204,7 +204,7 @@ class Chat:
         tokens = loop.follow(tokens, self.on_prefill, settings=settings) if loop else tokens
         self._num_read = 0
         with (
-            silent_keys(),
+            silent_keys(has_editor=self.is_interactive),
             self._progress,
             on_interrupt(loop.cancel if loop else self.conversation.cancel) as interrupt,
         ):

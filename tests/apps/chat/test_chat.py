@@ -89,6 +89,17 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_says_how_to_leave(terminal: Te
     assert terminal.wait() == 0
 
 
+def test_ctrl_d_during_an_answer_leaves_after_it_and_what_is_typed_waits(terminal: Terminal) -> None:
+    terminal.wait_for("❯")
+    terminal.type("slow\r")
+    terminal.wait_for("tick tick")
+    terminal.type("\x03next\r\x04")  # stop, then a line, then the end; Ctrl-C forgets what was typed before it
+    terminal.wait_for("stopped")
+    terminal.wait_for("you said: next")
+    terminal.wait_for("TTFT")
+    assert terminal.wait() == 0
+
+
 def test_a_later_ctrl_c_ends_a_program_that_does_not_stop(terminal: Terminal) -> None:
     terminal.wait_for("❯")
     terminal.type("deaf\r")  # the model never asks whether it should stop
