@@ -107,7 +107,7 @@ def line_width(console: Console) -> int:
 
 def _public(endpoint: str) -> str:
     """The address without a password."""
-    from kimi_lite.apps.remote.http import address_of
+    from kimi_lite.apps.remote.endpoint import address_of
 
     return address_of(endpoint).url
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.apps.remote.deltas import DeltaReader
-from kimi_lite.apps.remote.http import Server, address_of
+from kimi_lite.apps.remote.endpoint import address_of
+from kimi_lite.apps.remote.http import Server
 from kimi_lite.apps.remote.session import RemoteSession
 from kimi_lite.apps.remote.sse import EventReader
 from kimi_lite.engine.answer_settings import AnswerSettings
@@ -310,7 +311,7 @@ def test_the_vendor_has_its_own_switch() -> None:
     session = RemoteSession(
         Server("https://api.moonshot.ai/v1", "k"), "kimi-k2.5", None, "", AnswerSettings(is_thinking=False)
     )
-    body = session._body([], session.settings)
+    body = session.dialect.body([], session.settings)
     assert body["thinking"] == {"type": "disabled"}
     assert "chat_template_kwargs" not in body
 
