@@ -1,11 +1,12 @@
 """Decides which tokens of which sequences run in the next step.
 
-Every running sequence that decodes gets its one token; what is left of the budget goes to prompts, oldest first, in
-chunks. A chunk holds tokens of the prompt or generated ones (of a sequence that was sent back), never both, for they
-take different kernels (`model.batch`). A sequence waits while its prompt does not fit, and, when a sequence that runs
-begins like it, until that one has computed their common pages. Of those that wait, the client with the fewest running
-sequences is served first. When decoding runs out of pages the youngest sequence goes back to waiting; it computes again
-what left the cache, with the same kernels, and goes on where it was.
+Every running sequence that decodes gets its one token; what is left of the budget goes to prompts in chunks: by their
+`priority`, highest first, and of equal ones the oldest first. A chunk holds tokens of the prompt or generated ones (of
+a sequence that was sent back), never both, for they take different kernels (`model.batch`). A sequence waits while its
+prompt does not fit, and, when a sequence that runs begins like it, until that one has computed their common pages. Of
+those that wait, the client with the fewest running sequences is served first, and of its sequences the one with the
+highest priority. When decoding runs out of pages the sequence with the lowest priority, of those the youngest, goes
+back to waiting; it computes again what left the cache, with the same kernels, and goes on where it was.
 """
 
 from collections import Counter, deque
@@ -70,18 +71,19 @@ class Scheduler:
         budget = self.max_step_tokens - len(work)
         if decoding and max_prompt_tokens is not None:
             budget = min(budget, max_prompt_tokens)
-        for sequence in [s for s in self.running if s.num_left > 1]:
+        for sequence in sorted((s for s in self.running if s.num_left > 1), key=_reversed_priority):
             budget = self._give_chunk(work, sequence, budget)
         while budget > 0 and self.waiting and self._let_in(self._next_in_line()):
             budget = self._give_chunk(work, self.running[-1], budget)
         return sorted(work, key=lambda item: not item.is_generated)
 
     def _next_in_line(self) -> Sequence:
-        """Who had begun already goes on first; then the oldest of the client with the fewest running sequences."""
+        """Who had begun already goes on first; then, of the client with the fewest running sequences, the highest
+        priority, and of those the oldest."""
         if self.waiting[0].num_generated:
             return self.waiting[0]
         num_running = Counter(sequence.request.client for sequence in self.running)
-        return min(self.waiting, key=lambda sequence: num_running[sequence.request.client])
+        return min(self.waiting, key=lambda s: (num_running[s.request.client], _reversed_priority(s)))
 
     def advance(self, work: list[Work]) -> None:
         """The model has run this work: its rows are valid."""
@@ -113,17 +115,21 @@ class Scheduler:
         return True
 
     def _secure_pages(self) -> None:
-        """Every running sequence has pages for the tokens it knows; the youngest go back to waiting if they must."""
+        """Every running sequence has pages for the tokens it knows; the last in rank wait again if they must."""
         for sequence in list(self.running):
             while sequence.pages is not None and not self.kv.reserve(sequence.pages, len(sequence.token_ids)):
-                youngest = self.running[-1]
-                self._stop_running(youngest)
-                self.waiting.appendleft(youngest)
+                last = max(reversed(self.running), key=_reversed_priority)  # the youngest of the lowest
+                self._stop_running(last)
+                self.waiting.appendleft(last)
 
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.kv.release(sequence.pages)
         sequence.pages = None
+
+
+def _reversed_priority(sequence: Sequence) -> int:
+    return -sequence.request.priority
 
 
 def make_batch(work: list[Work]) -> Batch:

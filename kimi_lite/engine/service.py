@@ -135,10 +135,13 @@ class Answer:
 class EngineService:
     """Owns the engine; others use its `tokenizer` and `template` only."""
 
-    def __init__(self, open_engine: Callable[[], Engine], max_waiting: int = 64, clock_s=time.monotonic) -> None:
+    def __init__(
+        self, open_engine: Callable[[], Engine], max_waiting: int = 64, clock_s=time.monotonic, is_owner: bool = True
+    ) -> None:
         """`open_engine` runs in the service's thread; what it does may be told to `on_progress`. max_waiting: requests
-        in the queue; more are refused."""
+        in the queue; more are refused. is_owner: the engine is closed with the service."""
         self._open_engine, self._max_waiting, self._clock_s = open_engine, max_waiting, clock_s
+        self._is_owner = is_owner
         self.state: State = "loading"
         self.loading: Loading | None = None
         self.failure: BaseException | None = None
@@ -259,7 +262,8 @@ class EngineService:
             self.on_failure(error)
             self._fail(error)
         finally:
-            self.engine.close()
+            if self._is_owner:
+                self.engine.close()
 
     def _take_inbox(self) -> bool:
         """Wait for work; hand what came to the engine. False when the service is closed."""

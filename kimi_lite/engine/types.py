@@ -126,6 +126,7 @@ class Request:
     loop_limits: LoopLimits | None = None  # None: an answer may repeat itself
     earlier_calls: tuple[tuple[str, str], ...] = ()  # (name, arguments) of the conversation, for the loop guard
     client: str = ""  # whose request it is: clients take turns in the queue
+    priority: int = 0  # of a client's requests the highest is let in first and its prompt read first
     is_plain: bool = False  # a text to go on with, no chat: the answer is all content, markers mean nothing
     images: tuple[PlacedImage, ...] = ()  # in the order of their positions
 

@@ -126,3 +126,50 @@ def test_clients_take_turns_and_no_more_run_than_allowed() -> None:
         assert len(engine.scheduler.running) <= 2
         order += [s.request.id for s in engine.scheduler.running if s.request.id not in order]
     assert order[:4] == ["a0", "b0", "a1", "b1"] and sorted(order) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1"]
+
+
+def started(engine) -> list[str]:
+    return [sequence.request.id for sequence in engine.scheduler.running]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_a_clients_highest_priority_is_let_in_first_and_of_equal_ones_the_oldest(priorities: list[int]) -> None:
+    engine = fake_engine(context_length=256, num_pages=64, max_running=1)
+    for i, priority in enumerate(priorities):
+        engine.add(replace(request(str(i), prompt_of(5, seed=i), 1), priority=priority))
+    order = []
+    while not engine.is_idle:
+        order += [token.request_id for token in engine.step()]
+    assert order == [str(i) for i in sorted(range(len(priorities)), key=lambda i: -priorities[i])]
+
+
+def test_a_priority_does_not_go_before_the_turn_of_another_client() -> None:
+    engine = fake_engine(context_length=256, num_pages=64, max_running=2)
+    for name, client, priority in (("a", "A", 0), ("a2", "A", 9), ("b", "B", 0)):
+        engine.add(replace(request(name, prompt_of(5, seed=len(name)), 50), client=client, priority=priority))
+    engine.step()
+    assert started(engine) == ["a2", "b"]
+
+
+def test_the_prompt_of_the_highest_priority_is_read_first() -> None:
+    engine = fake_engine(context_length=512, num_pages=64, max_step_tokens=100)
+    engine.add(request("running", prompt_of(90), 50, ignore_eos=True))
+    engine.step()
+    engine.add(request("low", prompt_of(150, seed=1), 50, ignore_eos=True))
+    assert scheduled(engine) == [1, 99]
+    engine.add(replace(request("high", prompt_of(160, seed=2), 50, ignore_eos=True), priority=1))
+    engine.add(request("last", prompt_of(100, seed=3), 50, ignore_eos=True))
+    assert scheduled(engine) == [1, 51, 48]  # "high" was not let in yet
+    assert scheduled(engine) == [1, 1, 98]
+    assert scheduled(engine) == [1, 1, 14, 84]
+
+
+def test_the_lowest_priority_makes_way_and_of_equal_ones_the_youngest() -> None:
+    engine = fake_engine(context_length=256, num_pages=5)
+    engine.add(request("low", prompt_of(120, seed=1), 80, ignore_eos=True))
+    engine.add(replace(request("high", prompt_of(120, seed=2), 80, ignore_eos=True), priority=1))
+    while started(engine) != ["high"]:
+        engine.step()
+    assert [s.request.id for s in engine.scheduler.waiting] == ["low"]
+    assert engine.scheduler.waiting[0].num_generated > 0

@@ -45,6 +45,7 @@ class ChatRequest:
     json_schema: Mapping[str, Any] | None = None  # of the answer
     schema_place: str = "response_format.json_schema.schema"  # where the client wrote it
     client: str = ""
+    priority: int = 0  # among the requests of this client
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,10 @@ class Prepared:
 class Chats:
     """Turns chat requests into the engine's and remembers what was sampled for them."""
 
-    def __init__(self, service: EngineService, loop_limits: LoopLimits | None) -> None:
-        self.service, self._loop_limits = service, loop_limits
+    def __init__(
+        self, service: EngineService, loop_limits: LoopLimits | None, num_conversations: int = NUM_CONVERSATIONS
+    ) -> None:
+        self.service, self._loop_limits, self._num_conversations = service, loop_limits, num_conversations
         self._known_ids: OrderedDict[int, list[int]] = OrderedDict()  # prompts with their answers, oldest first
         self._numbers = count()
 
@@ -95,7 +98,7 @@ class Chats:
     def remember(self, ids: list[int]) -> None:
         """The ids of a prompt and its answer."""
         self._known_ids[next(self._numbers)] = ids
-        while len(self._known_ids) > NUM_CONVERSATIONS:
+        while len(self._known_ids) > self._num_conversations:
             self._known_ids.popitem(last=False)
 
     def _prepare(self, engine: Engine, chat: ChatRequest) -> Prepared:
@@ -118,6 +121,7 @@ class Chats:
                 loop_limits=self._loop_limits,
                 earlier_calls=calls,
                 client=chat.client,
+                priority=chat.priority,
             )
             engine.require_room(request)
             requests.append(request)

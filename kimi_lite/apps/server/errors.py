@@ -1,15 +1,16 @@
 """Errors of the API: what a client did wrong or cannot have now, with the numbers, shaped as each API shapes them."""
 
 from collections.abc import Mapping
-from typing import Any
-
-from starlette.datastructures import Headers
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from typing import TYPE_CHECKING, Any
 
 from kimi_lite.engine.service import QueueFull, Unavailable
 from kimi_lite.engine.types import ContextExceeded
 from kimi_lite.errors import KimiLiteError
+
+if TYPE_CHECKING:  # `chat` is also the swarm's, which needs no package of the server's
+    from starlette.datastructures import Headers
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import Response
 
 _OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
@@ -67,12 +68,12 @@ class ApiError(Exception):
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
-    def body_for(self, path: str, headers: Headers) -> dict[str, Any]:
+    def body_for(self, path: str, headers: "Headers") -> dict[str, Any]:
         """In the shape of the API that was asked."""
         return self.anthropic() if "/v1/messages" in path or "anthropic-version" in headers else self.openai()
 
 
-def told(http: HttpRequest, error: Exception) -> ApiError:
+def told(http: "HttpRequest", error: Exception) -> ApiError:
     """What the client is told of an error; what it is not told goes to the log."""
     known, log = ApiError.of(error), http.app.state.server.log
     if known.status == 500:
@@ -82,7 +83,9 @@ def told(http: HttpRequest, error: Exception) -> ApiError:
     return known
 
 
-def error_response(http: HttpRequest, error: Exception) -> Response:
+def error_response(http: "HttpRequest", error: Exception) -> "Response":
     """The whole response to a request that failed."""
+    from starlette.responses import JSONResponse
+
     known = told(http, error)
     return JSONResponse(known.body_for(http.url.path, http.headers), known.status, known.headers)

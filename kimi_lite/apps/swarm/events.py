@@ -148,6 +148,9 @@ class AgentStep(Event):
     step: int
     message: Mapping[str, Any]
     usage: Usage
+    finish_reason: str = "stop"
+    error: str = ""  # what is wrong with a tool call that could not be read
+    seconds: float = 0.0  # that it took, without waiting for its turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +163,13 @@ class ToolStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class ToolEnded(Event):
+    is_durable: ClassVar[bool] = True
+
     agent_id: str
     call_id: str
     tool: str
     outcome: ToolOutcome
-    result: str  # shortened
+    result: str  # as the model got it: a resumed run does not call again
     seconds: float
 
 
@@ -197,6 +202,9 @@ class OrchestratorStep(Event):
     step: int
     message: Mapping[str, Any]
     usage: Usage
+    finish_reason: str = "stop"  # "plan": not asked for, a plan fixes it
+    error: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ with ToolBox.open(Path("."), Path("mcp.json"), allow=["read_file"]) as box:
     text = box.call(call, ask)
 """
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_lite.apps.tools.confirm import Ask, Question
-from kimi_lite.apps.tools.tool import Tool, ToolError, check_arguments, shortened
+from kimi_lite.apps.tools.tool import Tool, ToolError, read_arguments, shortened
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.tool_calls import ToolCall
 
@@ -120,14 +119,7 @@ class ToolBox:
         tool = self.tools.get(call.name)
         if tool is None:
             raise ToolError(f"there is no tool {call.name!r}; there are: {', '.join(self.tools) or 'none'}")
-        try:
-            arguments = json.loads(call.arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ToolError(f"the arguments are not valid JSON: {error}. Call again with a JSON object") from error
-        if not isinstance(arguments, dict):
-            raise ToolError("the arguments are not a JSON object. Call again with one")
-        check_arguments(arguments, tool.parameters)
-        return tool, arguments
+        return tool, read_arguments(call.arguments, tool.parameters)
 
     def _permit(self, tool: Tool, arguments: Mapping[str, Any], ask: Ask) -> None:
         if self.is_allowed(tool.name):

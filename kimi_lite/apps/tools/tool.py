@@ -3,6 +3,7 @@
 Whatever goes wrong in a call is told to the model, which can do better: `ToolError` with words that say how.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,18 @@ class Tool:
 def parameters(required: tuple[str, ...] = (), **properties: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of an object with these properties and no others."""
     return {"type": "object", "properties": dict(properties), "required": list(required), "additionalProperties": False}
+
+
+def read_arguments(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, as the model wrote them, checked; ToolError with what is wrong."""
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ToolError(f"the arguments are not valid JSON: {error}. Call again with a JSON object") from error
+    if not isinstance(arguments, dict):
+        raise ToolError("the arguments are not a JSON object. Call again with one")
+    check_arguments(arguments, schema)
+    return arguments
 
 
 def check_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
