@@ -2,7 +2,9 @@
 time."""
 
 import codecs
+import os
 import time
+from collections.abc import Callable
 from fnmatch import fnmatch
 from itertools import islice
 
@@ -15,9 +17,16 @@ MOST_MATCHES, LONGEST_MATCH = 100, 200
 LARGEST_SEARCHED_BYTES, SEARCH_S = 4 * 1024**2, 10.0
 PROBE_BYTES = 8192
 
+OnRead = Callable[[str, os.stat_result], None]
 
-def file_tools(folder: Folder) -> list[Tool]:
-    """The three tools for `folder`."""
+
+def ignore_read(name: str, status: os.stat_result) -> None:
+    """Where it does not matter what was read."""
+
+
+def file_tools(folder: Folder, on_read: OnRead = ignore_read) -> list[Tool]:
+    """The three tools for `folder`. `on_read` gets the path in the folder of every file that `read_file` opens, and the
+    status of what it read."""
     path = {"type": "string", "description": "Path inside the folder, relative to it. Default: the folder itself."}
     return [
         Tool(
@@ -37,7 +46,7 @@ def file_tools(folder: Folder) -> list[Tool]:
                 first_line={"type": "integer", "description": "Number of the first line. Default: 1.", "minimum": 1},
                 num_lines={"type": "integer", "description": f"Default and maximum: {MOST_LINES}.", "minimum": 1},
             ),
-            lambda arguments, should_stop: read_file(folder, should_stop, **arguments),
+            lambda arguments, should_stop: read_file(folder, should_stop, **arguments, on_read=on_read),
         ),
         Tool(
             "search_files",
@@ -67,16 +76,22 @@ def list_files(folder: Folder, path: str = ".", depth: int = 1) -> str:
 
 
 def read_file(
-    folder: Folder, should_stop: ShouldStop, path: str, first_line: int = 1, num_lines: int = MOST_LINES
+    folder: Folder,
+    should_stop: ShouldStop,
+    path: str,
+    first_line: int = 1,
+    num_lines: int = MOST_LINES,
+    on_read: OnRead = ignore_read,
 ) -> str:
-    """The lines, and a note where there are more."""
+    """The lines, and where there are more, how to go on."""
     start, most, size, rows = int(max(first_line, 1)), int(min(num_lines, MOST_LINES)), 0, []
     end_s = time.monotonic() + SEARCH_S
     with folder.find(path) as entry:
         if entry.is_folder:
             raise ToolError(f"{path!r} is a folder; list_files lists it")
-        file = entry.open()
+        name, file = entry.name, entry.open()
     with file:
+        on_read(name, os.fstat(file.fileno()))
         _require_text(file.read(PROBE_BYTES), path)
         file.seek(0)
         for number, line in enumerate(iter(lambda: file.readline(1024**2), b""), start=1):
