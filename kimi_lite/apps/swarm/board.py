@@ -81,11 +81,9 @@ class SharedFiles:
                 lambda arguments, should_stop: self.append(agent_id, should_stop, **arguments),
             ),
         ]
-        shared = (
-            " The board is a folder for notes and results that all agents of this run share." if self.prefix else ""
-        )
+        shared = f" The {self.name} is a folder that all agents of this run share." if self.name else ""
         return [
-            replace(tool, name=self.prefix + tool.name, description=tool.description + shared)
+            replace(tool, name=self.tool_name(tool.name), description=tool.description + shared)
             for tool in (*file_tools(self.folder, on_read), *writing)
         ]
 
@@ -137,7 +135,7 @@ class SharedFiles:
         since = "after you last saw it" if seen else "before, and you have not read it"
         raise ToolError(
             f"{path!r} was not written: it holds something else than you know. {who} {since}. Read it with "
-            f"{self.tool_name('read_file')}, then write what keeps the work of both; or write to a file of another name."
+            f"{self.tool_name('read_file')}, then write what keeps the work of both; or write to another file."
         )
 
     def _seen_by(self, agent_id: str, name: str) -> Version | None:
