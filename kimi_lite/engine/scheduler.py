@@ -71,11 +71,22 @@ class Scheduler:
         budget = self.max_step_tokens - len(work)
         if decoding and max_prompt_tokens is not None:
             budget = min(budget, max_prompt_tokens)
-        for sequence in sorted((s for s in self.running if s.num_left > 1), key=_reversed_priority):
-            budget = self._give_chunk(work, sequence, budget)
-        while budget > 0 and self.waiting and self._let_in(self._next_in_line()):
-            budget = self._give_chunk(work, self.running[-1], budget)
+        reading = deque(sorted((s for s in self.running if s.num_left > 1), key=_reversed_priority))
+        while budget > 0:
+            if self._lets_in_above(reading[0].request.priority if reading else None):
+                budget = self._give_chunk(work, self.running[-1], budget)
+            elif reading:
+                budget = self._give_chunk(work, reading.popleft(), budget)
+            else:
+                break
         return sorted(work, key=lambda item: not item.is_generated)
+
+    def _lets_in_above(self, priority: int | None) -> bool:
+        """Let in who is next in line, where nothing is being read or only what has a lower priority."""
+        if not self.waiting:
+            return False
+        sequence = self._next_in_line()
+        return (priority is None or sequence.request.priority > priority) and self._let_in(sequence)
 
     def _next_in_line(self) -> Sequence:
         """Who had begun already goes on first; then, of the client with the fewest running sequences, the highest

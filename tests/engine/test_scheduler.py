@@ -158,11 +158,10 @@ def test_the_prompt_of_the_highest_priority_is_read_first() -> None:
     engine.step()
     engine.add(request("low", prompt_of(150, seed=1), 50, ignore_eos=True))
     assert scheduled(engine) == [1, 99]
-    engine.add(replace(request("high", prompt_of(160, seed=2), 50, ignore_eos=True), priority=1))
-    engine.add(request("last", prompt_of(100, seed=3), 50, ignore_eos=True))
-    assert scheduled(engine) == [1, 51, 48]  # "high" was not let in yet
-    assert scheduled(engine) == [1, 1, 98]
-    assert scheduled(engine) == [1, 1, 14, 84]
+    engine.add(replace(request("high", prompt_of(120, seed=2), 50, ignore_eos=True), priority=1))
+    assert scheduled(engine) == [1, 99]
+    assert scheduled(engine) == [1, 21, 51]  # the end of "high", then what was left of "low"
+    assert scheduled(engine) == [1, 1, 1]
 
 
 def test_the_lowest_priority_makes_way_and_of_equal_ones_the_youngest() -> None:
