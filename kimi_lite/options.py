@@ -17,7 +17,9 @@ from kimi_lite.units import SIZE_HELP, parse_size, parse_token_count
 
 MODEL, MACHINE, SAMPLING, PROMPT = "Model", "Memory and speed", "Sampling", "Prompt and generation"
 OUTPUT, CHAT, TOOLS, SERVER = "Output", "Conversation", "Tools", "Server"
+DEFAULTS = "Requests that do not say otherwise"
 ANSWERING = ("chat", "run")
+SAMPLED = (*ANSWERING, "serve")
 LOADING = ("chat", "run", "serve", "bench")
 PLANNED = (*LOADING, "plan")
 
@@ -54,6 +56,7 @@ class Option:
     shown_default: str | None = None  # for the help, where the default is not told by it
     is_setting: bool = True  # may also come from the configuration file and the environment
     help_in: Mapping[str, str] = field(default_factory=dict)  # other words for a command
+    panel_in: Mapping[str, str] = field(default_factory=dict)  # and another panel
     convert: Callable[[Any], Any] | None = None  # from the parsed value to the field's
     unused: "Callable[[Options, Situation], str]" = lambda options, situation: ""  # why it has no effect; "": it has
 
@@ -146,6 +149,7 @@ class Situation:
     is_warmed: bool = False  # the whole model fits into free memory and may be read there
     can_think: bool = True
     is_terminal: bool = True  # answers or remarks go to one
+    is_serving: bool = False  # requests may say otherwise
 
 
 def _local(options: "Options", situation: Situation) -> str:
@@ -202,7 +206,7 @@ def _warm(options: "Options", situation: Situation) -> str:
 
 
 def _greedy(options: "Options", situation: Situation) -> str:
-    return "--temp 0 takes the likeliest token" if options.temperature == 0 else ""
+    return "--temp 0 takes the likeliest token" if options.temperature == 0 and not situation.is_serving else ""
 
 
 def _thinks(options: "Options", situation: Situation) -> str:
@@ -412,7 +416,7 @@ class Options:
         convert=_prefix_folder,
         unused=_local,
         panel=MACHINE,
-        commands=ANSWERING,
+        commands=(*ANSWERING, "serve"),
         command_default=True,
         shown_default="on",
     )
@@ -422,7 +426,7 @@ class Options:
         kind="size",
         unused=_prefix_bytes,
         panel=MACHINE,
-        commands=ANSWERING,
+        commands=(*ANSWERING, "serve"),
         metavar="SIZE",
         default=8 << 30,
         shown_default="8G",
@@ -472,7 +476,8 @@ class Options:
         least=1,
         none_text="-1",
         panel=PROMPT,
-        commands=ANSWERING,
+        commands=SAMPLED,
+        panel_in={"serve": DEFAULTS},
         metavar="TOKENS",
     )
     images: tuple[str, ...] = _option(
@@ -491,7 +496,8 @@ class Options:
         kind="number",
         least=0,
         panel=SAMPLING,
-        commands=ANSWERING,
+        commands=SAMPLED,
+        panel_in={"serve": DEFAULTS},
     )
     top_k: int = _option(
         "--top-k",
@@ -500,7 +506,8 @@ class Options:
         least=0,
         unused=_greedy,
         panel=SAMPLING,
-        commands=ANSWERING,
+        commands=SAMPLED,
+        panel_in={"serve": DEFAULTS},
         default=0,
     )
     top_p: float = _option(
@@ -511,7 +518,8 @@ class Options:
         most=1,
         unused=_greedy,
         panel=SAMPLING,
-        commands=ANSWERING,
+        commands=SAMPLED,
+        panel_in={"serve": DEFAULTS},
         default=0.95,
         shown_default="0.95",
     )
@@ -523,7 +531,8 @@ class Options:
         most=1,
         unused=_greedy,
         panel=SAMPLING,
-        commands=ANSWERING,
+        commands=SAMPLED,
+        panel_in={"serve": DEFAULTS},
         default=0.0,
     )
     repetition_penalty: float = _option(
@@ -532,7 +541,8 @@ class Options:
         kind="number",
         above=0,
         panel=SAMPLING,
-        commands=ANSWERING,
+        commands=SAMPLED,
+        panel_in={"serve": DEFAULTS},
         default=1.0,
     )
     seed: int | None = _option(
@@ -542,7 +552,8 @@ class Options:
         least=0,
         unused=_greedy,
         panel=SAMPLING,
-        commands=ANSWERING,
+        commands=SAMPLED,
+        panel_in={"serve": DEFAULTS},
         none_text="-1",
     )
 

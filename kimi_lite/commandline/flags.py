@@ -74,7 +74,7 @@ def _parameter(command: str, option: Option) -> inspect.Parameter:
     info = typer.Option(
         *option.flags,
         help=option.help_in.get(command, option.help) + default,
-        rich_help_panel=option.panel,
+        rich_help_panel=option.panel_in.get(command, option.panel),
         metavar=None if option.kind == "switch" else metavar,
         show_default=False,
     )

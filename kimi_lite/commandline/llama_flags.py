@@ -234,7 +234,7 @@ FLAGS = (
     Flag(("--list-devices",), refused("kimi-lite doctor shows the GPU.")),
     Flag(  # ours where an answer is made
         ("--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed", "-n", "--max-tokens"),
-        nothing("it is chat's and run's; to serve, each request brings its own"),
+        nothing("only chat, run and serve make answers"),
         "one",
     ),
     Flag(("--slots", "--no-slots", "--props", "--metrics"), nothing("serve has /status and /metrics anyway")),

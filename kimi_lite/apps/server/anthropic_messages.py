@@ -26,7 +26,7 @@ from kimi_lite.apps.server.messages import read_choice, read_tools, strict_names
 from kimi_lite.apps.server.openai_models import MAX_MESSAGES, Body
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
-from kimi_lite.engine.types import TOP_P, FinishReason, SamplingParams, Token
+from kimi_lite.engine.types import FinishReason, SamplingParams, Token
 
 # Claude Code writes one into the system prompt, and it differs from request to request: nothing behind it would ever
 # be found in the cache. It is nothing that the model needs.
@@ -107,7 +107,7 @@ def to_chat(body: CountBody, state: ServerState, client: str) -> ChatRequest:
         is_thinking=thinking.type != "disabled",
         strict_tools=strict_names(functions),
         max_reasoning_tokens=thinking.budget_tokens if thinking.type == "enabled" else None,
-        sampling=_sampling(body) if isinstance(body, MessagesBody) else SamplingParams(),
+        sampling=_sampling(body, state) if isinstance(body, MessagesBody) else SamplingParams(),
         temperature=body.temperature if isinstance(body, MessagesBody) else None,
         client=client,
     )
@@ -246,11 +246,11 @@ def _functions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return functions
 
 
-def _sampling(body: MessagesBody) -> SamplingParams:
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
-        top_p=TOP_P if body.top_p is None else body.top_p,
+def _sampling(body: MessagesBody, state: ServerState) -> SamplingParams:
+    return state.sampling(
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
         max_tokens=body.max_tokens,
         stop=tuple(text for text in body.stop_sequences or () if text),
     )

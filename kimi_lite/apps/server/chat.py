@@ -13,13 +13,14 @@ from typing import Any
 from uuid import uuid4
 
 from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.grammar import AnswerForm, ToolChoice
 from kimi_lite.engine.json_schema import SchemaError
 from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import Answer, EngineService, Event
 from kimi_lite.engine.splice import splice
-from kimi_lite.engine.types import INSTANT_TEMPERATURE, THINKING_TEMPERATURE, Constraint, Request, SamplingParams, Token
+from kimi_lite.engine.types import Constraint, Request, SamplingParams, Token
 from kimi_lite.text.stream import DEEPSEEK, KIMI
 from kimi_lite.text.template import EncodedPrompt
 
@@ -39,7 +40,7 @@ class ChatRequest:
     keeps_reasoning: bool = False  # past reasoning stays in the prompt
     max_reasoning_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    temperature: float | None = None  # None: the mode's own
+    temperature: float | None = None  # None: the server's, or the mode's
     num_choices: int = 1
     strict_tools: frozenset[str] = frozenset()  # names of those whose arguments must follow their schema
     json_schema: Mapping[str, Any] | None = None  # of the answer
@@ -64,9 +65,15 @@ class Chats:
     """Turns chat requests into the engine's and remembers what was sampled for them."""
 
     def __init__(
-        self, service: EngineService, loop_limits: LoopLimits | None, num_conversations: int = NUM_CONVERSATIONS
+        self,
+        service: EngineService,
+        loop_limits: LoopLimits | None,
+        answers: AnswerSettings,
+        num_conversations: int = NUM_CONVERSATIONS,
     ) -> None:
-        self.service, self._loop_limits, self._num_conversations = service, loop_limits, num_conversations
+        """answers: how those are made that a request says nothing of."""
+        self.service, self._loop_limits, self._answers = service, loop_limits, answers
+        self._num_conversations = num_conversations
         self._known_ids: OrderedDict[int, list[int]] = OrderedDict()  # prompts with their answers, oldest first
         self._numbers = count()
 
@@ -154,7 +161,7 @@ class Chats:
     def _sampling(self, engine: Engine, chat: ChatRequest, is_thinking: bool) -> SamplingParams:
         temperature = chat.temperature
         if temperature is None:
-            temperature = THINKING_TEMPERATURE if is_thinking else INSTANT_TEMPERATURE
+            temperature = self._answers.with_thinking(is_thinking).sampling_temperature
         biases = dict(chat.sampling.logit_bias)
         if chat.tool_choice == "none" or (chat.json_schema is not None and not chat.tools):
             # Tools stay declared, so that the prompt's beginning stays in the cache.

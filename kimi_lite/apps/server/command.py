@@ -9,12 +9,14 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kimi_lite import __version__
 from kimi_lite.apps.model_path import find_model
 from kimi_lite.apps.opening import DEMO_REMARKS, check_before_loading, line_width, wrapped
 from kimi_lite.apps.progress import LoadProgress
+from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine, OnProgress
 from kimi_lite.engine.loader import load
 from kimi_lite.engine.planning import situation_of
@@ -106,6 +108,7 @@ def settings_of(options: Options):
         hosts=None if is_open else names,
         origins=options.origins,
         has_loop_guard=options.has_loop_guard,
+        answers=AnswerSettings.from_options(options),
         shuts_down_within_s=_DRAIN_S,
     )
 
@@ -130,7 +133,8 @@ def _say_ready(engine: Engine, options: Options, listener: socket.socket, status
     mode = f"{options.num_sequences} requests at a time"
     lines = start_panel(engine.plan, mode, f"{address}/v1", width=width) if engine.plan else []
     lines += [*(engine.plan.warnings if engine.plan else ())]
-    lines += unused_options(options, situation_of(engine.plan, options)) if engine.plan else []
+    if engine.plan:
+        lines += unused_options(options, replace(situation_of(engine.plan, options), is_serving=True))
     lines += DEMO_REMARKS if options.is_demo and engine.plan else ()
     for line in lines:
         show_plain(status, wrapped(line, width))

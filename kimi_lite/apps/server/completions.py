@@ -19,7 +19,6 @@ from kimi_lite.apps.server.openai_chat import finish_reason, sampling_of, timing
 from kimi_lite.apps.server.openai_models import CompletionBody
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
-from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import Logprob, Logprobs, Request, Token
 from kimi_lite.text.tokenizer import Tokenizer
 
@@ -32,14 +31,14 @@ async def completions(http: HttpRequest) -> Response:
     state: ServerState = http.app.state.server
     body = await read_body(http, CompletionBody)
     client = client_of(http, body.prompt_cache_key or body.user)
-    requests = await asyncio.to_thread(to_requests, body, state.service.require_ready(), client)
+    requests = await asyncio.to_thread(to_requests, body, state, client)
     writer = _Writer(http, body, requests, state.chats.open(requests))
     if body.stream:
         return sse.EventStream(writer.chunks(), writer.sign_of_life)
     return sse.Document(http, writer.document)
 
 
-def to_requests(body: CompletionBody, engine: Engine, client: str) -> list[Request]:
+def to_requests(body: CompletionBody, state: ServerState, client: str) -> list[Request]:
     """One for each choice, the choices of a prompt together; ApiError 400 for what cannot be had."""
     if body.suffix:
         raise ApiError(400, "The model only goes on with a text: it fills no gaps (suffix).", "unsupported", "suffix")
@@ -48,11 +47,13 @@ def to_requests(body: CompletionBody, engine: Engine, client: str) -> list[Reque
                        "logprobs")  # fmt: skip
     if (body.best_of or 1) > (body.n or 1):
         raise ApiError(400, "best_of may not be more than n.", "unsupported", "best_of")
+    engine = state.service.require_ready()
     prompts = _prompts(body.prompt, engine.tokenizer)
     num_choices = len(prompts) * (body.n or 1)
     if num_choices > MAX_CHOICES:
         raise ApiError(400, f"The prompts and n ask for {num_choices} texts; {MAX_CHOICES} are allowed.", "too_many")
-    sampling = sampling_of(body, body.max_tokens or DEFAULT_MAX_TOKENS, body.logprobs, engine.tokenizer.vocab_size)
+    max_tokens = body.max_tokens or state.settings.answers.sampling.max_tokens or DEFAULT_MAX_TOKENS
+    sampling = sampling_of(body, state, max_tokens, body.logprobs)
     requests = []
     for ids in prompts:
         for i in range(body.n or 1):

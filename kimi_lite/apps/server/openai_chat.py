@@ -19,7 +19,7 @@ from kimi_lite.apps.server.openai_models import ChatBody, Sampled, is_thinking_a
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
 from kimi_lite.engine.service import Progress
-from kimi_lite.engine.types import TOP_P, FinishReason, Logprobs, SamplingParams, Stats, Token
+from kimi_lite.engine.types import FinishReason, Logprobs, SamplingParams, Stats, Token
 from kimi_lite.text.tokenizer import Tokenizer
 
 
@@ -47,9 +47,7 @@ def to_chat(body: ChatBody, state: ServerState, client: str) -> ChatRequest:
         is_thinking=_is_thinking(body),
         keeps_reasoning=_keeps_reasoning(body),
         max_reasoning_tokens=_reasoning_tokens(body),
-        sampling=sampling_of(
-            body, body.max_completion_tokens or body.max_tokens, _num_logprobs(body), engine.tokenizer.vocab_size
-        ),
+        sampling=sampling_of(body, state, body.max_completion_tokens or body.max_tokens, _num_logprobs(body)),
         temperature=body.temperature,
         num_choices=body.n or 1,
         strict_tools=strict_names(tools),
@@ -58,18 +56,18 @@ def to_chat(body: ChatBody, state: ServerState, client: str) -> ChatRequest:
     )
 
 
-def sampling_of(body: Sampled, max_tokens: int | None, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
-    """The sampling fields; the temperature is the mode's where none is given, which `Chats` fills in."""
+def sampling_of(body: Sampled, state: ServerState, max_tokens: int | None, num_logprobs: int | None) -> SamplingParams:
+    """The sampling fields; a chat's temperature is the mode's where none is given, which `Chats` fills in."""
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(0, body.top_k or 0),
-        top_p=TOP_P if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or body.repeat_penalty or 1.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        logit_bias=_biases(body.logit_bias or {}, vocab_size),
+    return state.sampling(
+        temperature=body.temperature,
+        top_k=None if body.top_k is None else max(0, body.top_k),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty or body.repeat_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias=_biases(body.logit_bias or {}, state.service.require_ready().tokenizer.vocab_size),
         num_logprobs=num_logprobs,
         seed=None if body.seed is None else body.seed % (1 << 63),
         max_tokens=max_tokens,

@@ -27,7 +27,7 @@ from kimi_lite.apps.server.openai_models import Body, Effort, is_thinking_at
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
 from kimi_lite.apps.server.stored import Item, StoredResponse, missing
-from kimi_lite.engine.types import TOP_P, SamplingParams, Token
+from kimi_lite.engine.types import Token
 from kimi_lite.text.tool_calls import ToolCall
 
 _CALLABLE = ("function", "custom")  # types of tools that the client runs
@@ -124,9 +124,9 @@ def to_chat(
         tool_choice=read_choice(wanted, declared),
         has_parallel_calls=body.parallel_tool_calls is not False,
         is_thinking=is_thinking_at(effort),
-        sampling=SamplingParams(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=TOP_P if body.top_p is None else body.top_p,
+        sampling=state.sampling(
+            temperature=body.temperature,
+            top_p=body.top_p,
             max_tokens=body.max_output_tokens,
             num_logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
         ),

@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request as HttpRequest
 
 from kimi_lite.apps.server.chat import Chats
 from kimi_lite.apps.server.log import AnswerLog
 from kimi_lite.apps.server.stored import StoredResponses
+from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.service import EngineService
-from kimi_lite.engine.types import Stats
+from kimi_lite.engine.types import SamplingParams, Stats
 
 _QUESTION = [{"role": "user", "content": "?"}]
 
@@ -24,6 +25,7 @@ class ServerSettings:
     hosts: tuple[str, ...] | None = None  # of the Host header; None: any
     origins: tuple[str, ...] = ()  # that pages may ask from
     has_loop_guard: bool = True
+    answers: AnswerSettings = field(default_factory=AnswerSettings)  # of requests that do not say how
     shuts_down_within_s: float = 10.0
 
 
@@ -59,6 +61,11 @@ class ServerState:
             template = self.service.require_ready().template
             self._facts["can_think"] = template.encode(_QUESTION, thinking=True).starts_in_reasoning
         return self._facts["can_think"]
+
+    def sampling(self, **asked: object) -> SamplingParams:
+        """What a request asks for, by the names of SamplingParams; the server's own where it says nothing (None)."""
+        said = {name: value for name, value in asked.items() if value is not None}
+        return replace(self.settings.answers.sampling, **said)
 
     def log_answer(self, num_prompt_tokens: int, stats: Sequence[Stats | None]) -> None:
         """One line for all choices of a request; None: it had no token yet."""
