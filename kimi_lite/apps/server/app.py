@@ -31,7 +31,7 @@ def build_app(service: EngineService, settings: ServerSettings, log: AnswerLog |
     """The application. It starts the service when it starts, and closes it when it ends."""
     log = log or AnswerLog()
     service.on_failure = log.failure
-    chats = Chats(service, LoopLimits() if settings.has_loop_guard else None, settings.answers)
+    chats = Chats(service, LoopLimits() if settings.has_loop_guard else None, answers=settings.answers)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

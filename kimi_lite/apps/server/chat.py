@@ -68,12 +68,12 @@ class Chats:
         self,
         service: EngineService,
         loop_limits: LoopLimits | None,
-        answers: AnswerSettings,
         num_conversations: int = NUM_CONVERSATIONS,
+        answers: AnswerSettings | None = None,
     ) -> None:
         """answers: how those are made that a request says nothing of."""
-        self.service, self._loop_limits, self._answers = service, loop_limits, answers
-        self._num_conversations = num_conversations
+        self.service, self._loop_limits, self._num_conversations = service, loop_limits, num_conversations
+        self._answers = answers or AnswerSettings()
         self._known_ids: OrderedDict[int, list[int]] = OrderedDict()  # prompts with their answers, oldest first
         self._numbers = count()
 
