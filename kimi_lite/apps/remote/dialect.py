@@ -35,8 +35,10 @@ class Dialect:
         messages: Sequence[Mapping[str, Any]],
         settings: AnswerSettings,
         tools: Sequence[Mapping[str, Any]] = (),
+        may_call: bool = True,
     ) -> dict[str, Any]:
-        """The request. What is as OpenAI's default is not sent: not every server knows every field."""
+        """The request. What is as OpenAI's default is not sent: not every server knows every field. may_call False:
+        tools are declared, and none may be called."""
         params = settings.params
         body: dict[str, Any] = {
             "model": self.model,
@@ -56,6 +58,7 @@ class Dialect:
             "min_p": params.min_p or None,
             "repetition_penalty": None if params.repetition_penalty == 1.0 else params.repetition_penalty,
             "tools": (typed_tools(tools) if self._is_vendor else list(tools)) or None,
+            "tool_choice": "none" if tools and not may_call else None,
         }
         body |= {name: value for name, value in optional.items() if value is not None}
         return {name: value for name, value in body.items() if name not in self._refused}

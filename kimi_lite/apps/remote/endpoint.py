@@ -102,6 +102,10 @@ class Endpoint:
             f"{self.url} is no OpenAI-compatible API: it answers with {kind}.", "Its address ends in /v1 as a rule."
         )
 
+    def silent(self) -> KimiLiteError:
+        """For a server that sends nothing any more."""
+        return KimiLiteError(f"{self.url} was silent for too long.", "Look at the server's log; what came is kept.")
+
     def redacted(self, text: str) -> str:
         """`text` without the secrets that a server may have repeated."""
         for secret in self._secrets:
@@ -129,7 +133,7 @@ class Endpoint:
                 "Start the server there, or correct --endpoint.",
             )
         if isinstance(error, httpx.TimeoutException):
-            return KimiLiteError(f"{self.url} was silent for too long.", "Look at the server's log; what came is kept.")
+            return self.silent()
         return KimiLiteError(
             f"The connection to {self.url} was lost: {reason or type(error).__name__}.",
             f"What came is kept. {AGAIN}",

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from kimi_lite.apps.swarm.events import ORCHESTRATOR, Usage
 from kimi_lite.engine.answer_settings import AnswerSettings
+from kimi_lite.engine.turns import AnswerRecord
 from kimi_lite.engine.types import FinishReason
 
 Message = Mapping[str, Any]  # of OpenAI's chat API
@@ -83,3 +84,26 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Stop what still runs and let go of everything; also after an `open` that failed. A second call does
         nothing."""
+
+
+def progress_of(record: AnswerRecord) -> ChatProgress:
+    """How far an answer is whose first token has come."""
+    stats = record.last.stats
+    return ChatProgress(
+        "generating",
+        stats.prompt_tokens,
+        stats.prompt_tokens,
+        stats.cached_tokens,
+        stats.generated_tokens,
+        stats.generation_tok_s,
+        record.texts["content"],
+    )
+
+
+def reply_of(record: AnswerRecord, error: str) -> Reply:
+    """Of an answer whose last token has come. `error`: what is wrong with a call of it."""
+    last = record.last
+    turn = record.to_turn(is_thinking=bool(record.texts["reasoning"]), lead_ids=())
+    message = {"role": "assistant", "content": ""} if turn is None else turn.to_message()
+    usage = Usage(last.stats.prompt_tokens, last.stats.cached_tokens, last.stats.generated_tokens)
+    return Reply(message, last.finish_reason, usage, error)

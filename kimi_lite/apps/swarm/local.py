@@ -8,14 +8,20 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kimi_lite.apps.server.chat import ChatRequest, Chats
-from kimi_lite.apps.swarm.backend import ChatProgress, ChatSettings, Message, OnProgress, Reply
-from kimi_lite.apps.swarm.events import Usage
+from kimi_lite.apps.swarm.backend import (
+    ChatProgress,
+    ChatSettings,
+    Message,
+    OnProgress,
+    Reply,
+    progress_of,
+    reply_of,
+)
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.engine import OnProgress as OnLoading
 from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import EngineService, Progress
 from kimi_lite.engine.turns import AnswerRecord
-from kimi_lite.engine.types import Token
 from kimi_lite.errors import KimiLiteError
 
 _MOST_WAITING = 100_000  # requests; how many agents there may be, the run's limits say
@@ -71,10 +77,10 @@ class LocalBackend:
                         raise event.failure
                     record.add(event)
                     error = event.error or error
-                on_progress(_generating(record)) if record.last is not None else None
+                on_progress(progress_of(record)) if record.last is not None else None
         finally:
             choice.close()
-        return _reply(record, error)
+        return reply_of(record, error)
 
     async def close(self) -> None:
         await self._service.close(0.0)
@@ -93,24 +99,3 @@ def _request(messages: Sequence[Message], tools: Sequence[Message], settings: Ch
         temperature=answer.temperature,
         priority=settings.priority,
     )
-
-
-def _generating(record: AnswerRecord) -> ChatProgress:
-    stats = record.last.stats
-    return ChatProgress(
-        "generating",
-        stats.prompt_tokens,
-        stats.prompt_tokens,
-        stats.cached_tokens,
-        stats.generated_tokens,
-        stats.generation_tok_s,
-        record.texts["content"],
-    )
-
-
-def _reply(record: AnswerRecord, error: str) -> Reply:
-    last: Token = record.last
-    turn = record.to_turn(is_thinking=bool(record.texts["reasoning"]), lead_ids=())
-    message = {"role": "assistant", "content": ""} if turn is None else turn.to_message()
-    usage = Usage(last.stats.prompt_tokens, last.stats.cached_tokens, last.stats.generated_tokens)
-    return Reply(message, last.finish_reason, usage, error)
