@@ -10,14 +10,16 @@ back to waiting; it computes again what left the cache, with the same kernels, a
 """
 
 from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from kimi_lite.engine.sequence import Sequence
+from kimi_lite.engine.types import PlacedImage
 from kimi_lite.kv.chain import Key
 from kimi_lite.kv.pages import KVCache
-from kimi_lite.model.batch import Batch, SequenceSlice
+from kimi_lite.model.batch import Batch, Features, SequenceSlice
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 
@@ -146,17 +148,33 @@ def _reversed_priority(sequence: Sequence) -> int:
 def make_batch(work: list[Work]) -> Batch:
     """Flatten the work of a step for the model."""
     token_ids, positions, wants_logits, slices = [], [], [], []
+    shown: list[Features] = []
     for item in work:
         pages, first = item.sequence.pages, item.sequence.pages.num_computed
         last = first + item.num_tokens
         num_pages = -(-last // PAGE_TOKENS)
         slices.append(SequenceSlice(len(token_ids), item.num_tokens, pages.pages[:num_pages], item.is_generated))
+        shown += _features(item.sequence.request.images, first, last, len(token_ids))
         token_ids += item.sequence.token_ids[first:last]
         positions += range(first, last)
         wants_logits += [False] * (item.num_tokens - 1) + [item.is_last]
+    features = Features(*map(np.concatenate, zip(*shown, strict=True))) if shown else None
     return Batch(
-        np.array(token_ids, np.int32), np.array(positions, np.int32), np.array(wants_logits, np.bool_), tuple(slices)
+        np.array(token_ids, np.int32),
+        np.array(positions, np.int32),
+        np.array(wants_logits, np.bool_),
+        tuple(slices),
+        features,
     )
+
+
+def _features(images: Iterable[PlacedImage], first: int, last: int, start: int) -> Iterator[Features]:
+    """What is shown at the positions `first` to `last` of a prompt, which are the rows from `start` on."""
+    for image in images:
+        begin, end = max(image.position, first), min(image.end, last)
+        if begin < end:
+            rows = np.arange(start + begin - first, start + end - first)
+            yield Features(rows, image.features[begin - image.position : end - image.position])
 
 
 def _has_pages_to_come_for(running: Sequence, waiting: Sequence) -> bool:

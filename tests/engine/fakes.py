@@ -70,8 +70,15 @@ class FakeModel:
     def _write(self, batch, piece, layer: int) -> None:
         for row in self._rows(piece):
             position = int(batch.positions[row])
-            value = batch.token_ids[row] if layer == 0 else digest(self._read(piece.pages, layer - 1, position + 1))
+            value = self._input(batch, row) if layer == 0 else digest(self._read(piece.pages, layer - 1, position + 1))
             self.kv.storage[layer, piece.pages[position // PAGE_TOKENS], position % PAGE_TOKENS] = value
+
+    @staticmethod
+    def _input(batch, row: int) -> float:
+        """The token's id, or the first number of what is shown in its place."""
+        if batch.features is not None and row in batch.features.rows:
+            return batch.features.values[np.flatnonzero(batch.features.rows == row)[0], 0]
+        return batch.token_ids[row]
 
     def _logits(self, batch, piece, row: int) -> np.ndarray:
         num_tokens = int(batch.positions[row]) + 1
