@@ -12,6 +12,7 @@ from functools import cached_property
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.isolation import IsolatedTemplate
 from kimi_lite.text.kimi import KIMI_TEMPLATE
+from kimi_lite.text.placeholders import PAD, VIDEO, Placeholders, Stamps
 from kimi_lite.text.sandbox import Segment
 from kimi_lite.text.stream import KIMI, dialect_of
 from kimi_lite.text.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class EncodedPrompt:
 
     ids: list[int]
     starts_in_reasoning: bool
+    places: tuple[int, ...] = ()  # where in `ids` a placeholder stands for one run of an image's or video's tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._template = IsolatedTemplate(source, tokenizer.special)
+        self._template = IsolatedTemplate(source, (*tokenizer.special, VIDEO))
         self._dialect = dialect_of(tokenizer.special)
         self._is_kimi = self._dialect is KIMI
 
@@ -74,7 +76,7 @@ class ChatTemplate:
         plain = self._probe([question])
         past = [question, answer, question]
         form = next(
-            ((content, is_object) for content, is_object in _CALL_FORMS if self._shows(content, is_object)), None
+            ((content, is_object) for content, is_object in _CALL_FORMS if self._shows_call(content, is_object)), None
         )
         content, takes_objects = form or _CALL_FORMS[0]
         past_call = "" if form is None else self._probe(_past_call(*form), [_PROBE_TOOL])
@@ -87,6 +89,24 @@ class ChatTemplate:
             takes_objects=takes_objects,
             fences_arguments="```json" in past_call,
         )
+
+    @cached_property
+    def _shows(self) -> tuple[bool, bool]:
+        """Whether it has a place for images, and one for videos."""
+        probes = [_user({"type": f"{kind}_url", f"{kind}_url": {"url": "data:"}}) for kind in ("image", "video")]
+        found = []
+        for probe in probes:
+            try:
+                segments = self._render([probe], None, True, True, False)
+            except KimiLiteError:
+                segments = []
+            found.append({segment.text for segment in segments if segment.is_control})
+        return PAD in found[0], VIDEO in found[1]
+
+    @property
+    def pad_id(self) -> int:
+        """The id that stands where an image's features do; any, where the vocabulary has none for it."""
+        return self._tokenizer.special.get(PAD, self._tokenizer.bos_id or 0)
 
     def _probe(
         self,
@@ -105,7 +125,7 @@ class ChatTemplate:
     def _ends_in_think(self, messages: Sequence[Mapping]) -> bool:
         return self._probe(messages).rstrip().endswith("<think>")
 
-    def _shows(self, content: str | None, is_object: bool) -> bool:
+    def _shows_call(self, content: str | None, is_object: bool) -> bool:
         """Whether a past call in this form is rendered, its arguments as JSON."""
         text = self._probe(_past_call(content, is_object), [_PROBE_TOOL])
         return "zq_f" in text and any(f'"zq_a"{colon}1' in text for colon in (": ", ":"))
@@ -117,15 +137,28 @@ class ChatTemplate:
         thinking: bool = True,
         add_generation_prompt: bool = True,
         preserve_thinking: bool = False,
+        media: Sequence[Stamps] | None = None,
     ) -> EncodedPrompt:
-        """Prompt ids of OpenAI-style messages. A `<|media_pad|>` id stands for one image, in order."""
+        """Prompt ids of OpenAI-style messages. media: of every image and video in them, in order, the time stamps of
+        its runs of tokens ("" for an image); each gets one `pad_id`. KimiLiteError where the prompt has more or fewer
+        places. None: not known, one `pad_id` for each image."""
+        plain, placeholders = self._messages(messages), Placeholders(self._tokenizer.special)
+        if media:
+            plain = placeholders.hide(plain, *self._shows)
+        segments = self._render(plain, tools, thinking, add_generation_prompt, preserve_thinking)
+        if media is not None:
+            segments = placeholders.fill(segments, media)
         ids: list[int] = []
-        segments = self._segments(messages, tools, thinking, add_generation_prompt, preserve_thinking)
+        places: list[int] = []
         for segment in segments:
-            ids += (
-                [self._tokenizer.special[segment.text]] if segment.is_control else self._tokenizer.encode(segment.text)
-            )
-        return EncodedPrompt(ids, add_generation_prompt and _ends_in_think(segments))
+            if segment == _PAD_SEGMENT:
+                places.append(len(ids))
+                ids.append(self.pad_id)
+            elif segment.is_control and segment.text != VIDEO:
+                ids.append(self._tokenizer.special[segment.text])
+            else:
+                ids += self._tokenizer.encode(segment.text)
+        return EncodedPrompt(ids, add_generation_prompt and _ends_in_think(segments), tuple(places))
 
     def _segments(
         self,
@@ -196,6 +229,7 @@ class ChatTemplate:
         return "" if token_id is None else self._tokenizer.decode([token_id])
 
 
+_PAD_SEGMENT = Segment(PAD, True)
 _CALL_FORMS = (
     ("", False),
     (None, False),
@@ -210,6 +244,10 @@ _PROBE_TOOL = {
         "parameters": {"type": "object", "properties": {"zq_b": {"type": "integer"}}},
     },
 }
+
+
+def _user(part: Mapping) -> Mapping:
+    return {"role": "user", "content": [part]}
 
 
 def _past_call(content: str | None, is_object: bool) -> list[Mapping]:
