@@ -16,9 +16,11 @@ import numpy as np
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.turns import AnswerRecord, Content, Turn, now, num_images, require_utf8, text_of
 from kimi_lite.engine.types import ModelInfo, Token
+from kimi_lite.engine.vision import NO_TOWER_HINT, OnMedia
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.plan.types import Plan
 from kimi_lite.text.tool_calls import ToolCall
+from kimi_lite.units import counted
 
 OnPrefill = Callable[[str, int, int], None]  # request id, prompt tokens done, prompt tokens in all
 SUMMARY_TOKENS = 400  # longest summary
@@ -41,6 +43,7 @@ class Conversation(ABC):
     can_see: bool  # whether messages may have images
     can_call: bool  # whether it can be told of tools
     can_preserve: bool  # whether past reasoning can stay in the prompt
+    on_media: OnMedia | None = None  # told while images and videos are read and looked at
     is_watched: bool = True  # answers are seen as they come; else nothing comes before it is known to be content
 
     def __init__(self, system: str = "", settings: AnswerSettings | None = None) -> None:
@@ -303,8 +306,6 @@ class Conversation(ABC):
         num_seen = sum(num_images(turn.content) for turn in self.turns[self.num_dropped :])
         if num_seen and not self.can_see:
             raise KimiLiteError(
-                f"The conversation has {num_seen} image(s); they need a vision tower, and {self.info.name} has "
-                f"none here.",
-                "Leave images out (/undo takes the last message back), or use --endpoint URL of a server whose "
-                "model sees.",
+                f"The conversation has {counted(num_seen, 'image')}, and {self.info.name} has no vision tower here.",
+                f"{NO_TOWER_HINT} /undo takes the last message back.",
             )

@@ -25,6 +25,7 @@ from kimi_lite.engine.sampler import Sampler, logprobs
 from kimi_lite.engine.scheduler import Scheduler, Work, make_batch
 from kimi_lite.engine.sequence import Sequence
 from kimi_lite.engine.types import ContextExceeded, FinishReason, ModelInfo, Request, Stats, Token
+from kimi_lite.engine.vision import Vision
 from kimi_lite.engine.watch import OnPrefill, StepWatch
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.kv.pages import KVCache
@@ -79,14 +80,17 @@ class Engine:
         max_context_length: int | None = None,
         max_running: int | None = None,
         max_gap_s: float | None = None,
+        vision: Vision | None = None,
     ) -> None:
         """max_step_tokens: default and most, what the model takes at once. holdings: closed, in order, after the model.
         plan: what lies where, for front ends to show. max_context_length: what the model is made for; None: not
         known. max_running: sequences at the same time. max_gap_s: how long a running answer may wait for its next token
-        while another's prompt is read; None: as long as a whole step of prompt takes."""
+        while another's prompt is read; None: as long as a whole step of prompt takes. vision: for images; closed
+        after the model. None: it sees none."""
         assert context_length <= kv.num_pages * PAGE_TOKENS, (context_length, kv.num_pages)
         assert max_step_tokens is None or max_step_tokens <= model.max_batch_tokens, max_step_tokens
         self.model, self.tokenizer, self.template, self.info = model, tokenizer, template, info
+        self.vision = vision
         self.kv, self.context_length, self.plan = kv, context_length, plan
         self.max_context_length = max_context_length
         self.scheduler = Scheduler(kv, max_step_tokens or model.max_batch_tokens, max_running)
@@ -111,7 +115,7 @@ class Engine:
         for sequence in list(self._live.values()):
             self._drop(sequence)
         with ExitStack() as stack:  # one that fails does not keep the others open
-            for holding in (*reversed(self._holdings), self.model):
+            for holding in (*reversed(self._holdings), *([self.vision] if self.vision else []), self.model):
                 stack.callback(holding.close)
 
     def __enter__(self) -> "Engine":
@@ -123,8 +127,9 @@ class Engine:
         self.close()
 
     def counters(self) -> Mapping[str, float]:
-        """What happened since the model was loaded, by name: of the cache and of the model."""
-        return {**self.kv.counters(), **self.model.counters()}
+        """What happened since the model was loaded, by name: of the cache, of images and of the model."""
+        seen = self.vision.counters() if self.vision is not None else {}
+        return {**self.kv.counters(), **seen, **self.model.counters()}
 
     def generate(self, requests: Many[Request], on_prefill: OnPrefill | None = None) -> Iterator[Token]:
         """Run requests to their ends, together. Whatever ends the iteration ends them; what they computed stays

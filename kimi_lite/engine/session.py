@@ -5,6 +5,7 @@ as much as reads the same, so that only what is new is prefilled; see `engine.sp
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -16,18 +17,16 @@ from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.splice import splice, with_sampled_ids
 from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Request, Token
+from kimi_lite.engine.vision import MarkedPrompt, encode_prompt, placed, without_marks
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK
-from kimi_lite.text.template import EncodedPrompt
 
 NUM_LEAD_IDS = 4  # `<|im_assistant|> assistant <|im_middle|> <think>`
 
 
 class Session(Conversation):
     """One user's conversation with an engine."""
-
-    can_see = False  # no vision tower is loaded yet
 
     def __init__(self, engine: Engine, system: str = "", settings: AnswerSettings | None = None) -> None:
         self.engine, self.info, self.context_length = engine, engine.info, engine.context_length
@@ -40,6 +39,10 @@ class Session(Conversation):
     def cancel(self) -> None:
         self._is_cancelled = True
         self.engine.cancel(self._request_id)
+
+    @property
+    def can_see(self) -> bool:
+        return self.engine.vision is not None
 
     @property
     def can_think(self) -> bool:
@@ -100,7 +103,7 @@ class Session(Conversation):
         budget = settings.thinking_budget if settings.is_thinking else None
         request = Request(
             self._request_id,
-            tuple(ids),
+            without_marks(ids, self.engine.template.pad_id),
             settings.params,
             prompt.starts_in_reasoning,
             self.tools,
@@ -108,6 +111,7 @@ class Session(Conversation):
             max_reasoning_tokens=budget,
         )
         self.engine.require_room(request)
+        request = self._with_images(request, ids, prompt)
         if self._is_cancelled:  # while the prompt was encoded
             self.engine.cancel(request.id)
         if is_turn:
@@ -121,9 +125,23 @@ class Session(Conversation):
         finally:
             tokens.close()
 
+    def _with_images(self, request: Request, ids: Sequence[int], prompt: MarkedPrompt) -> Request:
+        """The request with what its images are to the model; without, where it was cancelled meanwhile."""
+        if not prompt.items:
+            return request
+        features = self.engine.vision.see(prompt.items, self.on_media, lambda: self._is_cancelled)
+        return request if features is None else replace(request, images=placed(ids, prompt.items, features))
+
     def _encode(
         self, messages: Sequence[dict[str, Any]], settings: AnswerSettings, is_asking: bool = True
-    ) -> EncodedPrompt:
-        return self.engine.template.encode(
-            messages, self.tools, settings.is_thinking, is_asking, settings.preserve_thinking
+    ) -> MarkedPrompt:
+        return encode_prompt(
+            self.engine.template,
+            self.engine.vision,
+            messages,
+            self.on_media,
+            tools=self.tools,
+            thinking=settings.is_thinking,
+            add_generation_prompt=is_asking,
+            preserve_thinking=settings.preserve_thinking,
         )

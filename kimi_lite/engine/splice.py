@@ -56,10 +56,10 @@ def _runs(turn: Turn, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
 
 
 def _spellings(ids: Iterable[int], tokenizer: Tokenizer) -> list[bytes]:
-    """Each token's bytes; control tokens get ones that no text has, so that text which spells them is not taken for
-    them."""
+    """Each token's bytes; control tokens, and the marks of images (`engine.vision`), get ones that no text has, so that
+    text which spells them is not taken for them."""
     special = frozenset(tokenizer.special.values())
-    return [b"\xff\xfe%d\xff" % i if i in special else tokenizer.decode_bytes(i) for i in ids]
+    return [b"\xff\xfe%d\xff" % i if i < 0 or i in special else tokenizer.decode_bytes(i) for i in ids]
 
 
 def _num_common(a: bytes, b: bytes) -> int:

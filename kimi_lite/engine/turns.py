@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 
 from kimi_lite.engine.types import FinishReason, Stats, Token
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.text.placeholders import is_shown
 from kimi_lite.text.tool_calls import ToolCall
 
 Role = Literal["user", "assistant", "tool"]
 Content = str | list[dict[str, Any]]  # text, or OpenAI content parts
-IMAGE_PARTS = ("image_url", "image")
 
 
 def now() -> str:
@@ -140,7 +140,8 @@ def text_of(content: Content) -> str:
 
 
 def num_images(content: Content) -> int:
-    return 0 if isinstance(content, str) else sum(part.get("type") in IMAGE_PARTS for part in content)
+    """Images and videos."""
+    return 0 if isinstance(content, str) else sum(map(is_shown, content))
 
 
 def require_utf8(text: str, what: str = "The message") -> None:

@@ -43,6 +43,7 @@ _MAX_SIBLINGS = 256  # pages after the same page that are looked at
 _HEAD_BYTES = 1 << 20  # of each shard, for the model key
 _QUEUED_PAGES = 16  # computing waits while more are to be written
 _READERS = 4
+_KEPT = (".page", ".features")  # `media.features` keeps what images are next to the pages
 _STALE_S = 3600.0  # what a process that died left half-written
 
 
@@ -148,7 +149,7 @@ class PrefixStore:
         has_written = self._writer is not None
         self.flush()
         if has_written:
-            self._prune()
+            prune(self.folder, self.max_bytes)
         if self._readers is not None:
             self._readers.shutdown()
             self._readers = None
@@ -229,33 +230,35 @@ class PrefixStore:
 
     def _prune_when_due(self) -> None:
         if self._unpruned_bytes > self.max_bytes // 8:
-            self._prune()
+            prune(self.folder, self.max_bytes)
             self._unpruned_bytes = 0
-
-    def _prune(self) -> None:
-        """Delete what was longest of no use, of any model, until the folder is as small as it must be."""
-        pages, total_bytes = [], 0
-        for path in self.folder.glob("*/*.*"):
-            try:
-                status = path.stat()
-                if path.suffix == ".partial" and time.time() - status.st_mtime > _STALE_S:
-                    path.unlink(missing_ok=True)
-                elif path.suffix == ".page":
-                    pages.append((status.st_mtime_ns, status.st_size, path))
-                    total_bytes += status.st_size
-            except FileNotFoundError:  # another process prunes too
-                continue
-        for _, num_bytes, path in sorted(pages):
-            if total_bytes <= self.max_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total_bytes -= num_bytes
 
     def _warn(self, message: str) -> None:
         """The first thing that went wrong; the rest would be more of it."""
         if not self._has_warned:
             self._has_warned = True
             logging.getLogger(__name__).warning("%s", message)
+
+
+def prune(folder: Path, max_bytes: int) -> None:
+    """Delete what was longest of no use, of any model, pages and images' features, until the folder is as small as it
+    must be."""
+    files, total_bytes = [], 0
+    for path in folder.glob("*/*.*"):
+        try:
+            status = path.stat()
+            if path.suffix == ".partial" and time.time() - status.st_mtime > _STALE_S:
+                path.unlink(missing_ok=True)
+            elif path.suffix in _KEPT:
+                files.append((status.st_mtime_ns, status.st_size, path))
+                total_bytes += status.st_size
+        except FileNotFoundError:  # another process prunes too
+            continue
+    for _, num_bytes, path in sorted(files):
+        if total_bytes <= max_bytes:
+            return
+        path.unlink(missing_ok=True)
+        total_bytes -= num_bytes
 
 
 def _digest(path: Path, keys: bytes, data: memoryview) -> bytes:

@@ -13,10 +13,10 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.vision.patches import Patches
+from kimi_lite.text.placeholders import kind_of
 
 Kind = Literal["image", "video"]
 MAX_IMAGE_BYTES = 20_000_000
-_KINDS: Mapping[str, Kind] = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 
 
 class Item(NamedTuple):
@@ -81,15 +81,10 @@ def _too_large(name: str, have: int, most: int) -> KimiLiteError:
     return KimiLiteError(f"{name} has {have:,} bytes; {most:,} can be read.", "Make it smaller, or set --image-size.")
 
 
-def kind_of_part(part: Mapping[str, Any]) -> Kind | None:
-    """What a content part shows; None for text."""
-    return _KINDS.get(str(part.get("type")))
-
-
 def source_of(part: Mapping[str, Any]) -> Source:
     """Of an OpenAI content part that shows something: a `data:` URL, or a `file:` URL that this program wrote.
     KimiLiteError for other addresses."""
-    kind = kind_of_part(part)
+    kind = kind_of(part)
     assert kind is not None, part.get("type")
     value = part.get(str(part["type"]))
     url = value.get("url") if isinstance(value, Mapping) else value

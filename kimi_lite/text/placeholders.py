@@ -9,6 +9,7 @@ place for an image.
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.text.sandbox import Segment
@@ -17,7 +18,7 @@ PAD = "<|media_pad|>"
 VIDEO = "<|kimi_k25_video_placeholder|>"  # no token: Kimi's template writes it as text
 _BEGINNINGS = ("<|media_begin|>", "<|media_start|>")  # K2.5's, Kimi-VL's
 _CONTENT, _END = "<|media_content|>", "<|media_end|>"
-IMAGE_PARTS, VIDEO_PARTS = ("image", "image_url"), ("video", "video_url")
+_IMAGE_PARTS, _VIDEO_PARTS = ("image", "image_url"), ("video", "video_url")
 Stamps = Sequence[str]  # of one image or video, for each run of its tokens: the time, "" for an image
 
 
@@ -36,11 +37,8 @@ class Placeholders:
         parts = message.get("content")
         if not isinstance(parts, list) or not any(is_shown(part) for part in parts):
             return message
-        known = (IMAGE_PARTS if shows_images else ()) + (VIDEO_PARTS if shows_videos else ())
-        hidden = [
-            {"type": "text", "text": self._secret} if is_shown(part) and part["type"] not in known else part
-            for part in parts
-        ]
+        is_known = {"image": shows_images, "video": shows_videos, None: True}
+        hidden = [part if is_known[kind_of(part)] else {"type": "text", "text": self._secret} for part in parts]
         if all(part.get("type") == "text" for part in hidden):
             return {**message, "content": "".join(str(part.get("text", "")) for part in hidden)}
         return {**message, "content": hidden}
@@ -91,9 +89,15 @@ class Placeholders:
                 yield Segment("\n", False)
 
 
+def kind_of(part: object) -> Literal["image", "video"] | None:
+    """What a content part shows; None for text and what else there may be."""
+    name = part.get("type") if isinstance(part, Mapping) else None
+    return "image" if name in _IMAGE_PARTS else "video" if name in _VIDEO_PARTS else None
+
+
 def is_shown(part: object) -> bool:
     """Whether a content part is an image or a video."""
-    return isinstance(part, Mapping) and part.get("type") in (*IMAGE_PARTS, *VIDEO_PARTS)
+    return kind_of(part) is not None
 
 
 def _joined(segments: Sequence[Segment]) -> Iterator[Segment]:

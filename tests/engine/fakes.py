@@ -13,9 +13,13 @@ import numpy as np
 
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import ModelInfo
+from kimi_lite.engine.vision import Vision
 from kimi_lite.kv.disk import PrefixStore
 from kimi_lite.kv.pages import KVCache
+from kimi_lite.media.features import FeatureStore
+from kimi_lite.media.reader import MediaReader
 from kimi_lite.model.batch import Batch, Cancelled
+from kimi_lite.model.vision.patches import Patches
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
@@ -125,6 +129,28 @@ def fake_engine(
     kv = KVCache(NUM_LAYERS, LATENT_SIZE, num_pages or -(-context_length // PAGE_TOKENS), "f32", prefixes=prefixes)
     info = ModelInfo("fake", Path("fake.gguf"), 3_000_000, (("Q8_0", 2_000_000), ("F32", 1_000_000)))
     return Engine(FakeModel(kv, next_logits), kv, tokenizer, template, context_length, info, max_step_tokens, **more)
+
+
+class FakeTower:
+    """Sees the mean of an item's pixels: in every feature, as a number that is a token's id, too."""
+
+    def __init__(self, width: int = 4) -> None:
+        self.width, self.grids, self.num_closed = width, [], 0
+
+    def encode(self, patches: Patches) -> np.ndarray:
+        self.grids.append(patches.grid)
+        return np.full((patches.grid.num_tokens(), self.width), round(patches.pixels.mean()), np.float32)
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def fake_vision(
+    folder: Path | None = None, tower: FakeTower | None = None, limits: MediaLimits | None = None
+) -> Vision:
+    """A real reader and store around the fake tower (`vision.tower`)."""
+    tower = tower or FakeTower()
+    return Vision(tower, "tower", MediaReader(limits), FeatureStore(tower.width, folder, "tower", 1 << 30))
 
 
 def scripted_logits(tokenizer: Tokenizer, answer: Callable[[str], tuple[str, str]]) -> NextLogits:
