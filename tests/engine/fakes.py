@@ -145,12 +145,10 @@ class FakeTower:
         self.num_closed += 1
 
 
-def fake_vision(
-    folder: Path | None = None, tower: FakeTower | None = None, limits: MediaLimits | None = None
-) -> Vision:
-    """A real reader and store around the fake tower (`vision.tower`)."""
-    tower = tower or FakeTower()
-    return Vision(tower, "tower", MediaReader(limits), FeatureStore(tower.width, folder, "tower", 1 << 30))
+def fake_vision(folder: Path | None = None) -> Vision:
+    """A real reader and store around the fake tower."""
+    tower = FakeTower()
+    return Vision(tower, "tower", MediaReader(), FeatureStore(tower.width, folder, "tower", 1 << 30))
 
 
 def scripted_logits(tokenizer: Tokenizer, answer: Callable[[str], tuple[str, str]]) -> NextLogits:

@@ -14,8 +14,9 @@ from kimi_lite.apps.chat.parameters import PARAMETERS
 from kimi_lite.apps.tools.box import ToolBox
 from kimi_lite.engine.types import SamplingParams
 from tests.apps.talk import Talk
-from tests.engine.fakes import scripted_logits
+from tests.engine.fakes import fake_vision, scripted_logits
 from tests.engine.test_conversation import says
+from tests.media.pictures import encoded, pixels
 
 
 @pytest.fixture
@@ -407,11 +408,11 @@ def test_a_tool_call_is_asked_about_run_and_answered(talk: Talk, tmp_path: Path)
 
 
 def test_images_go_with_the_message_where_the_model_sees(talk: Talk, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "a.png").write_bytes(encoded(pixels(28, 28)))
     shown = talk.say(f"what is {tmp_path}/a.png")
     assert "has no vision tower here" in shown
     assert isinstance(talk.session.turns[0].content, str)
-    talk.session.can_see = True
+    talk.session.engine.vision = fake_vision()
     assert "a.png (image) goes with your next message" in talk.say(f"/image {tmp_path}/a.png")
     talk.say("look")
     image, text = talk.session.messages[-2]["content"]
