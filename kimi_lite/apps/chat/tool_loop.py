@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 
 from kimi_lite.apps.tools.box import Ask, Stopped, ToolBox
+from kimi_lite.apps.tools.tool import UNUSABLE_CALL
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation, OnPrefill
 from kimi_lite.engine.turns import Turn
@@ -22,7 +23,6 @@ MOST_ROUNDS = 16  # of calls for one message
 _LIMIT_REACHED = (
     "Not run: {rounds} rounds of tool calls were made for this message, the limit. Answer with what you have."
 )
-_UNUSABLE = "[A tool call could not be used. {error} Call a tool by its name, with one JSON object as arguments.]"
 
 
 class ToolLoop:
@@ -71,7 +71,7 @@ class ToolLoop:
                     return
                 tokens = self.conversation.answer_calls(results, on_prefill, settings)
             else:
-                tokens = self.conversation.ask(_UNUSABLE.format(error=error), on_prefill, settings=settings)
+                tokens = self.conversation.ask(UNUSABLE_CALL.format(error=error), on_prefill, settings=settings)
 
     def cancel(self) -> None:
         """Stop the answer or the call that is running, and call nothing more."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LONGEST_RESULT = 20_000  # characters; about 5,000 tokens
+UNUSABLE_CALL = "[A tool call could not be used. {error} Call a tool by its name, with one JSON object as arguments.]"
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
