@@ -78,7 +78,7 @@ class Work:
     replay: Replay
     turnstile: Turnstile
     is_stopping: bool = False  # the run ends early: agents that are cancelled say what they have
-    usage: Usage = Usage()  # of all agents so far, the orchestrator included
+    usage: Usage = field(default_factory=Usage)  # of all agents so far, the orchestrator included
     steps: int = 0
     busy_s: float = 0.0  # of all agents, each one's own
     tasks: set[asyncio.Task] = field(default_factory=set)  # agents, and calls of tools that the orchestrator made
@@ -102,7 +102,7 @@ class Ending:
     outcome: Outcome
     text: str
     reason: str = ""
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     steps: int = 0
     critical_steps: int = 0
 
@@ -156,8 +156,9 @@ class Agent:
             reply = await self._work.backend.chat(
                 messages, self._tools.declarations, self._settings(may_call=False), self._show
             )
-        except KimiLiteError:
-            self._work.emitter.emit(lambda t_s: Warned(t_s, f"no last answer: {error}"))
+        except KimiLiteError as error:
+            text = f"no last answer: {error}"
+            self._work.emitter.emit(lambda t_s: Warned(t_s, text))
             return None
         self._work.usage += reply.usage
         return reply

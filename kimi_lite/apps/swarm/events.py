@@ -100,6 +100,7 @@ class StageEnded(Event):
     index: int
     agents: tuple[str, ...]
     critical_steps: int  # of the run, up to here
+    slowest: str = ""  # the agent with the most steps: the stage's critical path
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,7 @@ class AgentEnded(Event):
     result: str  # whole
     usage: Usage  # of all its steps
     steps: int
+    critical_steps: int = 0  # more than its steps where it started agents itself
 
 
 @dataclass(frozen=True, slots=True)

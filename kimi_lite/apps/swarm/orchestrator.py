@@ -116,8 +116,8 @@ class Staff:
     endings: dict[str, Ending] = field(default_factory=dict)  # by agent id, in the order in which they ended
     num_started: int = 0
     num_stages: int = 0
-    critical_steps: int = 0  # of the orchestrator's stages so far
-    by_call: dict[str, str] = field(default_factory=dict)  # the orchestrator's call id -> its agent's whole result
+    critical_steps: int = 0  # of the orchestrator's stages so far, without its own
+    by_call: dict[str, list[str]] = field(default_factory=dict)  # the orchestrator's call id -> ids of its agents
 
     def create(self, name: str, system_prompt: str) -> AgentKind:
         """A new configuration. ToolError where the name is empty or taken."""
@@ -191,14 +191,11 @@ class SwarmTools:
         stage = self._begin_stage(orders)
         tasks = {order.agent_id: work.start(self._run_agent(order, stage)) for order in orders}
         own_calls = {call.id: work.start(self._call_own(call)) for call in calls if not _is_swarm(call)}
-        try:
-            endings = {agent_id: await task for agent_id, task in tasks.items()}
-            own = {call_id: await task for call_id, task in own_calls.items()}
-        except BaseException:
-            await _cancel([*tasks.values(), *own_calls.values()])
-            raise
+        await asyncio.gather(*tasks.values(), *own_calls.values(), return_exceptions=True)
+        endings = {agent_id: self._ended(task) for agent_id, task in tasks.items()}
+        own = {call_id: task.result() for call_id, task in own_calls.items()}
         critical_steps = max((ending.critical_steps for ending in endings.values()), default=0)
-        self._end_stage(stage, orders, critical_steps)
+        self._end_stage(stage, orders, endings)
         texts, seconds = [], 0.0
         for call, each in zip(calls, prepared, strict=True):
             if isinstance(each, str):
@@ -246,7 +243,10 @@ class SwarmTools:
         self._num_started += 1
         self._staff.num_started += 1
         prefix = "a" if self._agent_id == ORCHESTRATOR else f"{self._agent_id}."
-        return _Order(f"{prefix}{self._num_started}", kind, prompt, call.id)
+        order = _Order(f"{prefix}{self._num_started}", kind, prompt, call.id)
+        if self._agent_id == ORCHESTRATOR:
+            self._staff.by_call.setdefault(call.id, []).append(order.agent_id)
+        return order
 
     def _require_places(self, number: int) -> None:
         most, started = self._staff.work.settings.max_agents, self._staff.num_started
@@ -266,13 +266,20 @@ class SwarmTools:
         staff.work.emitter.emit(lambda t_s: StageStarted(t_s, stage, names))
         return stage
 
-    def _end_stage(self, stage: int, orders: Sequence[_Order], critical_steps: int) -> None:
+    def _end_stage(self, stage: int, orders: Sequence[_Order], endings: Mapping[str, Ending]) -> None:
         staff = self._staff
         if self._agent_id != ORCHESTRATOR or not orders:
             return
-        staff.critical_steps += critical_steps
+        slowest = max(endings, key=lambda agent_id: endings[agent_id].critical_steps)
+        staff.critical_steps += endings[slowest].critical_steps
         names = tuple(order.agent_id for order in orders)
-        staff.work.emitter.emit(lambda t_s: StageEnded(t_s, stage, names, staff.critical_steps))
+        staff.work.emitter.emit(lambda t_s: StageEnded(t_s, stage, names, staff.critical_steps, slowest))
+
+    def _ended(self, task: asyncio.Task) -> Ending:
+        """How an agent's task ended; the run may stop before it has begun."""
+        if task.cancelled() and self._staff.work.is_stopping:
+            return Ending("cancelled", "", "the run was stopped before it began")
+        return task.result()
 
     async def _run_agent(self, order: _Order, stage: int) -> Ending:
         """Start the agent, or take its end from the journal."""
@@ -296,13 +303,18 @@ class SwarmTools:
             ending = await Agent(work, order.agent_id, messages, tools, kind.limits, work.settings.fuller_below).run()
             work.emitter.emit(
                 lambda t_s: AgentEnded(
-                    t_s, order.agent_id, ending.outcome, ending.reason, ending.text, ending.usage, ending.steps
+                    t_s,
+                    order.agent_id,
+                    ending.outcome,
+                    ending.reason,
+                    ending.text,
+                    ending.usage,
+                    ending.steps,
+                    ending.critical_steps,
                 )
             )
         staff.endings[order.agent_id] = ending
         staff.results[order.agent_id] = ending.text
-        if self._agent_id == ORCHESTRATOR:
-            staff.by_call[order.call_id] = ending.text
         return ending
 
     async def _call_own(self, call: ToolCall) -> Results:
@@ -351,10 +363,4 @@ def _known_ending(work: Work, known: AgentEnded) -> Ending:
     work.usage += known.usage
     work.steps += known.steps
     work.busy_s += sum(step.seconds for step in steps)
-    return Ending(known.outcome, known.result, known.reason, known.usage, known.steps, known.steps)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    return Ending(known.outcome, known.result, known.reason, known.usage, known.steps, known.critical_steps)

@@ -65,14 +65,24 @@ class Permissions:
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise KimiLiteError(f"{what} cannot be read: {error}.", _EXAMPLE) from error
         _require_keys(document, ("default", "agents"), what)
-        default = _rules(document.get("default", {}), f"[default] in {path}")
+        return cls.from_tables(document, str(path))
+
+    @classmethod
+    def from_tables(cls, document: Mapping[str, Any], where: str) -> "Permissions":
+        """From the tables `default` and `agents` of a file, which `where` names."""
+        default = _rules(document.get("default", {}), f"[default] in {where}")
         agents = document.get("agents", {})
         if not isinstance(agents, dict):
-            raise KimiLiteError(f"{what} sets agents to {agents!r:.80}.", _EXAMPLE)
+            raise KimiLiteError(f"{where} sets agents to {agents!r:.80}.", _EXAMPLE)
         return cls(
             default.over(cls().default),
-            {name: _rules(table, f"[agents.{name}] in {path}") for name, table in agents.items()},
+            {name: _rules(table, f"[agents.{name}] in {where}") for name, table in agents.items()},
         )
+
+    def to_tables(self) -> dict[str, Any]:
+        """What `from_tables` reads, for a run that may be resumed when the file is another."""
+        agents = {name: _table(rules) for name, rules in self.agents.items()}
+        return {"default": _table(self.default), "agents": agents}
 
     def with_allowed(self, names: Sequence[str]) -> "Permissions":
         """With more tools for the agents that have no list of their own: `--allow`."""
@@ -102,6 +112,11 @@ class Permissions:
                     f"{who} is to have {', '.join(unknown)}, and there is no such tool.",
                     f"There are: {', '.join(names) or 'none'}; --dir FOLDER and --mcp-config FILE bring more.",
                 )
+
+
+def _table(rules: Rules) -> dict[str, Any]:
+    values = {name: getattr(rules, name) for name in _KEYS if getattr(rules, name) is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _allows(pattern: str, tool: Tool) -> bool:

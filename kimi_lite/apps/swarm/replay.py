@@ -1,8 +1,8 @@
 """What a run has done already, by the events of its journal: a resumed run takes it from here and does the rest.
 
 Answers, results of tools and ends of agents are each found by who they belong to; an event that comes again supersedes
-the one before. An agent whose work is determined otherwise now (another `prompt_key`) has done nothing yet, and what its
-parents made of its result has not been said.
+the one before. An agent whose work is determined otherwise now (another `prompt_key`) has done nothing yet, and what
+its parents made of its result has not been said.
 """
 
 from collections.abc import Iterable
