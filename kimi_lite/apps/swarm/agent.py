@@ -62,6 +62,9 @@ class Tools(Protocol):
     def declarations(self) -> Sequence[Message]:
         """As the OpenAI API declares them; the same ones in the same order each time."""
 
+    def starts_agents(self, calls: Sequence[ToolCall]) -> bool:
+        """Whether to run these calls means to wait for other agents."""
+
     async def run(self, calls: Sequence[ToolCall]) -> Results:
         """Run the calls of one answer. What goes wrong is a text for the model. Cancelled, it leaves nothing
         running."""
@@ -76,7 +79,7 @@ class Work:
     answer: AnswerSettings
     emitter: Emitter
     replay: Replay
-    turnstile: Turnstile
+    turnstile: Turnstile  # for agents; the orchestrator works while none of its agents does
     is_stopping: bool = False  # the run ends early: agents that are cancelled say what they have
     usage: Usage = field(default_factory=Usage)  # of all agents so far, the orchestrator included
     steps: int = 0
@@ -108,7 +111,8 @@ class Ending:
 
 
 class Agent:
-    """One agent, for one task. `script` gives answers that are fixed from outside, by the number of the step."""
+    """One agent, for one task. `script` gives answers that are fixed from outside, by the number of the step; where
+    the model may not call (`may_call`), only they do."""
 
     def __init__(
         self,
@@ -119,21 +123,26 @@ class Agent:
         limits: Limits,
         fuller_below: int = 0,
         script: Callable[[int], Message | None] = lambda step: None,
+        may_call: bool = True,
     ) -> None:
         self.id, self.messages, self._tools, self._limits = agent_id, list(messages), tools, limits
-        self._work, self._fuller_below, self._script = work, fuller_below, script
+        self._work, self._fuller_below, self._script, self._may_call = work, fuller_below, script, may_call
         self._usage, self._steps, self._critical_steps, self._busy_s = Usage(), 0, 0, 0.0
         self._calls: list[tuple[str, str]] = []  # (name, arguments), for the loop guard
         self._text = ""  # said last, perhaps not to its end
         self._context_tokens = sum(len(str(message.get("content"))) for message in messages) // _CHARS_PER_TOKEN
         self._deadline = asyncio.timeout(None)
+        self._since_s: float | None = None  # since when it works; None: it waits
+        self.draft = ""  # what it has said of an answer that is not complete
         self._progress = AgentProgress(-1.0, agent_id, "queued")
         self.is_waiting_for_calls = False
+        self._has_place = False  # at the turnstile
 
     async def run(self) -> Ending:
         """Work to the end. Cancelled while the run is stopping, it ends with what it has."""
         try:
             async with self._deadline:
+                await self._take_place()
                 return await self._follow_calls()
         except TimeoutError:
             if not self._deadline.expired():
@@ -146,6 +155,7 @@ class Agent:
         except KimiLiteError as error:
             return self._ending("failed", str(error))
         finally:
+            self._give_place_back()
             self._say("done")
 
     async def answer_now(self, request: str) -> Reply | None:
@@ -204,17 +214,17 @@ class Agent:
     async def _next_reply(self) -> Reply:
         """From the journal, from the script, or from the model."""
         if known := self._work.replay.step(self.id, self._steps):
-            reply, seconds = Reply(known.message, known.finish_reason, known.usage, known.error), known.seconds
+            reply = Reply(known.message, known.finish_reason, known.usage, known.error)
+            self._busy_s += known.seconds
         elif (said := self._script(self._steps)) is not None:
-            reply, seconds = Reply(said, "plan", Usage()), 0.0
-            self._keep(reply, seconds)
+            reply = Reply(said, "plan", Usage())
+            self._keep(reply, 0.0)
         else:
             reply, seconds = await self._ask()
             self._keep(reply, seconds)
         self._usage += reply.usage
         self._work.usage += reply.usage
         self._context_tokens = reply.usage.prompt_tokens + reply.usage.generated_tokens or self._context_tokens
-        self._spend(seconds)
         self._steps += 1
         if reply.finish_reason != "plan":
             self._critical_steps += 1
@@ -222,33 +232,48 @@ class Agent:
         return reply
 
     async def _ask(self) -> tuple[Reply, float]:
-        """The model's answer, and the seconds that it took once it was this agent's turn."""
-        settings = self._settings()
-        self._say("queued")
-        async with self._work.turnstile.turn(settings.priority):
-            self._start_clock()
-            started_s = self._work.emitter.now_s
-            try:
-                reply = await self._work.backend.chat(self.messages, self._tools.declarations, settings, self._show)
-            finally:
-                self._stop_clock()
-            return replace(reply, message=self._with_own_ids(reply.message)), self._work.emitter.now_s - started_s
+        """The model's answer, and the seconds that it took without those in which it waited for its turn."""
+        settings = self._settings(self._may_call)
+        before_s = self._busy_s
+        try:
+            reply = await self._work.backend.chat(self.messages, self._tools.declarations, settings, self._show)
+        finally:
+            self._stop_clock()
+        self.draft = ""
+        return replace(reply, message=self._with_own_ids(reply.message)), self._busy_s - before_s
 
     async def _answer_calls(self, calls: Sequence[ToolCall]) -> None:
         self._say("tool")
-        self._start_clock()
+        before_s, waits = self._busy_s, self._tools.starts_agents(calls)
+        if waits:
+            self._give_place_back()
+        else:
+            self._start_clock()
         self.is_waiting_for_calls = True
         try:
             results = await self._tools.run(calls)
         finally:
             self.is_waiting_for_calls = False
             self._stop_clock()
+        if waits:
+            await self._take_place()
+        self._busy_s = before_s + results.seconds
         self._critical_steps += results.critical_steps
-        self._spend(results.seconds)
         for call, text in zip(calls, results.texts, strict=True):
             self.messages.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text})
 
-    def _settings(self, may_call: bool = True) -> ChatSettings:
+    async def _take_place(self) -> None:
+        if self.id != ORCHESTRATOR:
+            self._say("queued")
+            await self._work.turnstile.enter(self._priority)
+            self._has_place = True
+
+    def _give_place_back(self) -> None:
+        if self._has_place:
+            self._has_place = False
+            self._work.turnstile.leave()
+
+    def _settings(self, may_call: bool) -> ChatSettings:
         return ChatSettings(self._work.answer, self.id, self._priority, may_call)
 
     @property
@@ -280,8 +305,8 @@ class Agent:
         return guard.repeats_calls(made)
 
     def _is_too_short(self, text: str) -> bool:
-        """Whether more is to be asked for: of nothing, or of a few words after work of several steps."""
-        return not text or (self._steps > 1 and len(text) < self._fuller_below)
+        """Whether more is to be asked for: of nothing, or of a few words on work with tools."""
+        return not text or (bool(self._calls) and len(text) < self._fuller_below)
 
     def _with_own_ids(self, message: Message) -> Message:
         """Calls whose ids are missing or were there before get others: results and the journal know calls by them."""
@@ -301,24 +326,35 @@ class Agent:
         self.messages.append({"role": "user", "content": text})
 
     def _ending(self, outcome: Outcome, reason: str = "") -> Ending:
+        self._stop_clock()
         self._work.busy_s += self._busy_s
         self._busy_s = 0.0
         return Ending(outcome, self._text, reason, self._usage, self._steps, self._critical_steps)
 
-    def _spend(self, seconds: float) -> None:
-        self._busy_s += seconds
-
     def _start_clock(self) -> None:
+        """From here on it works, and does not wait for its turn."""
+        if self._since_s is not None:
+            return
+        self._since_s = self._work.emitter.now_s
         if self._limits.seconds is not None:
             left_s = max(self._limits.seconds - self._busy_s, 0.0)
             self._deadline.reschedule(asyncio.get_running_loop().time() + left_s)
 
     def _stop_clock(self) -> None:
+        if self._since_s is None:
+            return
+        self._busy_s += self._work.emitter.now_s - self._since_s
+        self._since_s = None
         if self._limits.seconds is not None and not self._deadline.expired():
             self._deadline.reschedule(None)
 
     def _show(self, progress: ChatProgress) -> None:
-        self._text = progress.text.strip() or self._text
+        if progress.state == "queued":
+            self._stop_clock()
+        else:
+            self._start_clock()
+        self.draft = progress.text.strip()
+        self._text = self.draft or self._text
         self._say(
             progress.state,
             prompt_tokens_done=progress.prompt_tokens_done,

@@ -27,6 +27,9 @@ class AgentTools:
     def declarations(self) -> Sequence[Message]:
         return self._box.declarations
 
+    def starts_agents(self, calls: Sequence[ToolCall]) -> bool:
+        return False
+
     async def run(self, calls: Sequence[ToolCall]) -> Results:
         ended = [await self.call(call) for call in calls]
         return Results([each.result for each in ended], sum(each.seconds for each in ended))

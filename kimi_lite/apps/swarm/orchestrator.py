@@ -183,6 +183,9 @@ class SwarmTools:
     def declarations(self) -> Sequence[Message]:
         return [*(tool.declaration for tool in SWARM_TOOLS), *self._own.declarations]
 
+    def starts_agents(self, calls: Sequence[ToolCall]) -> bool:
+        return any(call.name in (ASSIGN.name, SWARM.name) for call in calls)
+
     async def run(self, calls: Sequence[ToolCall]) -> Results:
         """All at the same time. Agents get their numbers in the calls' order, before any of them starts."""
         work = self._staff.work
@@ -192,7 +195,7 @@ class SwarmTools:
         tasks = {order.agent_id: work.start(self._run_agent(order, stage)) for order in orders}
         own_calls = {call.id: work.start(self._call_own(call)) for call in calls if not _is_swarm(call)}
         await asyncio.gather(*tasks.values(), *own_calls.values(), return_exceptions=True)
-        endings = {agent_id: self._ended(task) for agent_id, task in tasks.items()}
+        endings = {agent_id: self._ended(agent_id, task) for agent_id, task in tasks.items()}
         own = {call_id: task.result() for call_id, task in own_calls.items()}
         critical_steps = max((ending.critical_steps for ending in endings.values()), default=0)
         self._end_stage(stage, orders, endings)
@@ -275,8 +278,10 @@ class SwarmTools:
         names = tuple(order.agent_id for order in orders)
         staff.work.emitter.emit(lambda t_s: StageEnded(t_s, stage, names, staff.critical_steps, slowest))
 
-    def _ended(self, task: asyncio.Task) -> Ending:
-        """How an agent's task ended; the run may stop before it has begun."""
+    def _ended(self, agent_id: str, task: asyncio.Task) -> Ending:
+        """How an agent ended; the run may stop before it has begun."""
+        if agent_id in self._staff.endings:
+            return self._staff.endings[agent_id]
         if task.cancelled() and self._staff.work.is_stopping:
             return Ending("cancelled", "", "the run was stopped before it began")
         return task.result()

@@ -33,7 +33,11 @@ from kimi_lite.files import read_text
 _KEYS = ("task", "context", "synthesis", "default", "agents", "stages")
 _TASK_KEYS = ("agent", "prompt", "items", "name")
 _PLACE = re.compile(r"\{\{\s*([\w.-]+)\s*\}\}")
-_EXAMPLE = 'It looks like:\n[agents.reader]\nsystem_prompt = "You read."\n[[stages]]\ntasks = [{ agent = "reader", prompt = "Read a.py." }]'
+_EXAMPLE = """It looks like:
+[agents.reader]
+system_prompt = "You read code."
+[[stages]]
+tasks = [{ agent = "reader", prompt = "Read a.py." }]"""
 
 ResultOf = Callable[[str], str]  # the name of a task -> its whole result
 
@@ -140,9 +144,7 @@ def _task(value: Any, number: int, what: str, permissions: Permissions, known: s
     agent, prompt, items = _text(table, "agent", what), _text(table, "prompt", what), table.get("items", [])
     if agent not in permissions.agents:
         named = ", ".join(permissions.agents) or "none"
-        raise KimiLiteError(
-            f"{what} is for the agent {agent!r}, which is not there.", f"[agents.NAME] there are: {named}."
-        )
+        raise KimiLiteError(f"{what} is for the agent {agent!r}, which is not in the plan.", f"There are: {named}.")
     if not prompt.strip():
         raise KimiLiteError(f"{what} has no prompt.", _EXAMPLE)
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):

@@ -31,7 +31,7 @@ class SwarmSettings:
     max_depth: int = 1  # 1: agents of the orchestrator start no agents themselves
     max_agents: int = MOST_AGENTS
     result_chars: int = RESULT_CHARS  # of a result that the orchestrator gets whole
-    fuller_below: int = FULLER_BELOW  # characters: a shorter result of several steps is asked for in full; 0: never
+    fuller_below: int = FULLER_BELOW  # characters: a shorter report of work with tools is asked for in full; 0: never
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

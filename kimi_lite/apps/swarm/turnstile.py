@@ -1,17 +1,12 @@
-"""Lets so many through at once, and of those who wait the one with the most work before it.
-
-async with turnstile.turn(priority): ...
-"""
+"""Lets so many agents work at once, and of those that wait the one with the most work before it first."""
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import count
 
 
 class Turnstile:
-    """Used on one event loop."""
+    """So many places; used on one event loop. Who entered leaves."""
 
     def __init__(self, most: int) -> None:
         assert most > 0, most
@@ -19,16 +14,8 @@ class Turnstile:
         self._numbers = count()
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # (-priority, number, who waits), a heap
 
-    @asynccontextmanager
-    async def turn(self, priority: int) -> AsyncIterator[None]:
-        """Inside the block one of the places is taken. Highest priority first, and of equal ones who came first."""
-        await self._enter(priority)
-        try:
-            yield
-        finally:
-            self._leave()
-
-    async def _enter(self, priority: int) -> None:
+    async def enter(self, priority: int) -> None:
+        """Wait for a place and take it. Highest priority first, and of equal ones who came first."""
         if self._num_free:
             self._num_free -= 1
             return
@@ -38,10 +25,11 @@ class Turnstile:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():  # it was given a place that it does not take
-                self._leave()
+                self.leave()
             raise
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Give a place back: to who waits."""
         while self._waiting:
             _, _, place = heapq.heappop(self._waiting)
             if not place.done():  # those who were cancelled wait no more
