@@ -267,15 +267,16 @@ class Options:
         "--endpoint",
         help="An OpenAI-compatible server; -m names its model.",
         panel=MODEL,
-        commands=ANSWERING,
+        commands=(*ANSWERING, "bench"),
         metavar="URL",
+        help_in={"bench": "Measure an OpenAI-compatible server; -m names its model."},
     )
     api_key: str | None = _option(
         "--api-key",
         help="For --endpoint.",
         unused=_remote,
         panel=MODEL,
-        commands=(*ANSWERING, "serve"),
+        commands=(*ANSWERING, "serve", "bench"),
         metavar="KEY",
         help_in={"serve": "Clients must know it; commas between several."},
     )

@@ -2,14 +2,16 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kimi_lite.commandline.flags import with_options
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import require_writable
-from kimi_lite.options import Options
+from kimi_lite.options import Options, Situation, unused_options
 
 if TYPE_CHECKING:
     from kimi_lite.tools.bench.bench import Measured
@@ -24,7 +26,12 @@ def bench(
     prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt tokens, comma-separated; 0: none.")] = "512",
     generate: Annotated[str, typer.Option("-n", "--n-gen", help="Generated tokens, comma-separated; 0: none.")] = "128",
     depth: Annotated[str, typer.Option("-d", "--n-depth", help="Tokens of context before the clock starts.")] = "0",
-    batch: Annotated[str, typer.Option("-b", "--sequences", help="Sequences at once, comma-separated.")] = "1",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "-b", "--sequences", help="Sequences at once, comma-separated. Default: 1; with --endpoint 1 to 32."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option("-r", "--repetitions", help="Undisturbed warm runs.", min=1)] = 5,
     output: Annotated[
         Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="The results on stdout.")
@@ -51,6 +58,12 @@ def bench(
     """Measure tokens per second, next to the limit that memory bandwidth sets."""
     from kimi_lite.tools.bench.plan import plan_tests
 
+    if options.endpoint:
+        local = {"--sweep": sweep, "--random": random, "--cold": cold, "--compare": compare_with, "--trace": trace}
+        _require_remote(local | {"--plot": plot, "--baseline": baseline, "--routing-trace": options.routing_trace})
+        _bench_endpoint(options, (prompt, generate, depth, batch), repeats, output)
+        return
+    batch = batch or "1"
     tests = plan_tests(prompt, generate, depth, batch, sweep)
     for path, what in (
         (trace, "The timeline"),
@@ -87,6 +100,33 @@ def bench(
         raise typer.Exit(_REGRESSED)
 
 
+def _require_remote(local: Mapping[str, object]) -> None:
+    """Refuses flags that only a model of our own can follow."""
+    given = [flag for flag, value in local.items() if value]
+    if given:
+        raise KimiLiteError(f"{given[0]} measures a model in this process, not an endpoint.", f"Leave {given[0]} out.")
+
+
+def _bench_endpoint(options: Options, tests: tuple[str, str, str, str | None], repeats: int, output: str) -> None:
+    from kimi_lite.tools.bench import endpoint as work
+    from kimi_lite.tools.bench.bench import rounded
+    from kimi_lite.tools.bench.plan import plan_tests
+    from kimi_lite.tools.bench.report import ENDPOINT_CSV_FIELDS, Report, write_csv
+
+    prompt, generate, depth, batch = tests
+    planned = plan_tests(prompt, generate, depth, batch or work.DEFAULT_BATCHES, is_sweep=False)
+    report = Report(sys.stdout if output == "md" else sys.stderr)
+    for line in unused_options(options, Situation(is_endpoint=True)):
+        report.say(line)
+    job = work.EndpointJob(options.endpoint, options.api_key, options.model, work.with_again(planned), repeats)
+    measured = work.bench_endpoint(job, report)
+    document = rounded(work.make_endpoint_document(job, measured))
+    if output == "csv":
+        write_csv(measured.results, sys.stdout, ENDPOINT_CSV_FIELDS)
+        return
+    _write_json(output, document)
+
+
 def _check_baseline(before: dict, document: dict, report: "Report") -> list[str]:
     """Prints and returns what fell."""
     from kimi_lite.tools.bench.result import find_regressions, num_comparable
@@ -109,6 +149,10 @@ def _write(output: str, measured: "Measured", document: dict) -> None:
 
         write_csv(measured.results, sys.stdout)
         return
+    _write_json(output, document)
+
+
+def _write_json(output: str, document: dict) -> None:
     if output == "jsonl":
         for result in document["results"]:
             print(json.dumps(result))

@@ -5,7 +5,7 @@ Tables are Markdown and fit 80 columns, so that they can be pasted into an issue
 
 import csv
 from collections.abc import Mapping, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from kimi_lite.plan.types import Plan
 from kimi_lite.plan.view import WIDTH, place_lines
@@ -13,6 +13,9 @@ from kimi_lite.terminal import write
 from kimi_lite.tools.bench.result import Result, Spread
 from kimi_lite.tools.bench.roofline import Bandwidth, Limit
 from kimi_lite.units import number
+
+if TYPE_CHECKING:
+    from kimi_lite.tools.bench.endpoint import EndpointMeasured, EndpointResult
 
 _RESULTS = (("test", -14), ("t/s warm", 14), ("first", 6), ("TTFT s", 6), ("p50/p99", 9), ("GB/s", 4), ("limit", 5))
 _LIMITS = (
@@ -27,12 +30,18 @@ _LIMITS = (
 _TIERS = (("test", -17), ("experts there", 13), ("MB from disk", 12))
 _RATIOS = (("test", -17), ("kimi-lite", 14), ("llama.cpp", 14), ("ratio", 13), ("drop", 6))
 _SWEEP = (("PP", 5), ("TG", 5), ("N_KV", 6), ("T_PP s", 8), ("S_PP t/s", 9), ("T_TG s", 8), ("S_TG t/s", 9))
+_ENDPOINT = (("test", -12), ("all t/s", 12), ("each", 5), ("TTFT", 11), ("gap", 9), ("hit", 4), ("bad", 3))
 _CHART_WIDTH = 52
 _LEAST_DISK_BYTES = 50_000  # a token: less is the system's own reading
 _CSV_FIELDS = (
     *("program", "test", "kind", "num_tokens", "depth", "num_sequences", "tok_s", "tok_s_sd", "first_tok_s", "ttft_s"),
     *("gap_p50_s", "gap_p99_s", "gb_s", "limit_share", "disk_bytes_per_token", "expert_hit_share", "num_dropped"),
     *("is_noisy", "lost_share"),
+)
+ENDPOINT_CSV_FIELDS = (
+    *("test", "kind", "num_tokens", "depth", "num_sequences", "tok_s", "tok_s_sd", "each_tok_s", "ttft_p50_s"),
+    *("ttft_p99_s", "gap_p50_s", "gap_p99_s", "prompt_tokens", "cached_share", "generated_tokens", "num_requests"),
+    *("num_errors", "num_dropped", "is_noisy"),
 )
 
 
@@ -139,6 +148,47 @@ class Report:
             drawn = bar(r.tok_s.mean / fastest, _CHART_WIDTH)
             self.say(f"{f'{r.test.depth:,}{batch}':>12} {drawn:<{_CHART_WIDTH}} {number(r.tok_s.mean)}")
 
+    def print_endpoint(self, measured: "EndpointMeasured") -> None:
+        """Who is asked, and who counts."""
+        context = f", context {measured.context_length:,}" if measured.context_length else ""
+        self.say(f"server {measured.url}")
+        self.say(f"model  {measured.model}{context}")
+        if not measured.is_counted:
+            self.say("tokens the server does not count them: a piece of the answer is taken for one, and prompts")
+            self.say("       are estimated from their characters")
+
+    def begin_endpoint_results(self) -> None:
+        self._head(_ENDPOINT)
+
+    def print_endpoint_result(self, result: "EndpointResult") -> None:
+        all_tok_s = "-" if result.tok_s is None else spread(result.tok_s)
+        cached = "-" if result.cached_share is None else f"{result.cached_share:.0%}"
+        cells = [result.test.name, all_tok_s, number(result.each_tok_s), _pair_ms(result.ttft_p50_s, result.ttft_p99_s)]
+        cells += [_pair_ms(result.gap_p50_s, result.gap_p99_s), cached, str(result.num_errors or "-")]
+        self._row(_ENDPOINT, cells)
+
+    def end_endpoint_results(self, measured: "EndpointMeasured") -> None:
+        """What must be known to read the table."""
+        self.say("all, each: of all requests together, of one among them; TTFT: ms to the first piece, gap: ms between")
+        self.say("pieces, p50/p99; hit: share of the prompt in the server's cache; bad: requests that failed")
+        short = [
+            r for r in measured.results if r.test.kind == "tg" and (r.generated_tokens or 0) < r.test.num_tokens - 1
+        ]
+        if short:
+            least = min(r.generated_tokens or 0 for r in short)
+            self.say(
+                f"answers ended before their length in {len(short)} tests: {least:.0f} tokens in the mean at least"
+            )
+        if measured.left_out:
+            self.say(f"the server does not know {', '.join(measured.left_out)}: asked without")
+        dropped, noisy = sum(r.num_dropped for r in measured.results), sum(r.is_noisy for r in measured.results)
+        if dropped:
+            self.say(f"{dropped} disturbed repeats were dropped")
+        if noisy:
+            self.say(f"{noisy} of {len(measured.results)} tests are noisy: this machine was busy")
+        for error, count in measured.errors.most_common():
+            self.say(f"failed {count} x {error}")
+
     def _head(self, columns: Sequence[tuple[str, int]]) -> None:
         self.say()
         self._row(columns, [name for name, _ in columns])
@@ -150,12 +200,17 @@ class Report:
         self.say("| " + " | ".join(aligned) + " |")
 
 
-def write_csv(results: Sequence[Result], out: TextIO) -> None:
+def write_csv(results: "Sequence[Result | EndpointResult]", out: TextIO, fields: Sequence[str] = _CSV_FIELDS) -> None:
     """A line for each test and program."""
-    writer = csv.DictWriter(out, _CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for result in results:
-        writer.writerow(result.to_json() | {"tok_s": result.tok_s.mean, "tok_s_sd": result.tok_s.sd})
+        rate = {} if result.tok_s is None else {"tok_s": result.tok_s.mean, "tok_s_sd": result.tok_s.sd}
+        writer.writerow(result.to_json() | rate)
+
+
+def _pair_ms(p50_s: float | None, p99_s: float | None) -> str:
+    return "-" if p50_s is None or p99_s is None else f"{number(1000 * p50_s)}/{number(1000 * p99_s)}"
 
 
 def bar(share: float, width: int) -> str:

@@ -57,7 +57,7 @@ class DeltaReader:
         self._request_id, self._clock_s = request_id, clock_s
         self._began_s = clock_s()
         self._first_s = self._last_s = None
-        self._num_deltas = 0
+        self.num_deltas = 0  # pieces that said something
         self._usage: Mapping[str, Any] = {}
         self.opens_thinking = opens_thinking
         self._is_assumed = is_thinking and bool(opens_thinking)
@@ -91,7 +91,7 @@ class DeltaReader:
                 continue  # one answer was asked for
             self._count(choice.get("usage"))
             delta = choice.get("delta")
-            if not delta and not self._num_deltas:  # a server that does not stream, or repeats the answer at its end
+            if not delta and not self.num_deltas:  # a server that does not stream, or repeats the answer at its end
                 delta = choice.get("message")
             if delta and not isinstance(delta, Mapping):
                 raise _malformed("a delta", delta)
@@ -101,9 +101,14 @@ class DeltaReader:
         return tokens
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the server said how many tokens there are."""
+        return bool(_number(self._usage.get("completion_tokens")))
+
+    @property
     def hint(self) -> str:
         """What to do when an answer breaks off."""
-        return f"What came is kept. {AGAIN}" if self._num_deltas else AGAIN
+        return f"What came is kept. {AGAIN}" if self.num_deltas else AGAIN
 
     def failure(self) -> KimiLiteError | None:
         """For an answer whose end the server calls a failure."""
@@ -149,7 +154,7 @@ class DeltaReader:
         self._has_calls = self._has_calls or bool(delta.get("tool_calls"))
         if not (reasoning or content or calls):
             return []
-        self._num_deltas += 1
+        self.num_deltas += 1
         self._last_s = self._clock_s()
         self._first_s = self._first_s or self._last_s
         pieces: list[Piece] = []
@@ -222,7 +227,7 @@ class DeltaReader:
             prompt_tokens=_number(usage.get("prompt_tokens")),
             cached_tokens=cached or _number(usage.get("cached_tokens")),
             prompt_s=until_first_s if _number(usage.get("prompt_tokens")) else 0.0,
-            generated_tokens=_number(usage.get("completion_tokens")) or self._num_deltas,
+            generated_tokens=_number(usage.get("completion_tokens")) or self.num_deltas,
             generation_s=(self._last_s - self._first_s)
             if self._first_s is not None and self._last_s is not None
             else 0.0,

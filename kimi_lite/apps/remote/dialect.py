@@ -73,6 +73,11 @@ class Dialect:
             raise error
         self._refused.add(named[0])
 
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The fields that it was found not to know."""
+        return frozenset(self._refused)
+
     def _thinking(self, settings: AnswerSettings) -> dict[str, Any]:
         """The switch: the vendor has a field of its own, servers pass arguments to the template."""
         if self._is_vendor:

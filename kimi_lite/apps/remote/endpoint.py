@@ -28,6 +28,7 @@ PIECE_BYTES = 64 << 10
 LEAST_SECRET = 4  # characters; shorter ones cannot be told from other text
 KEY_VARIABLES = ("KIMI_LITE_API_KEY", "OPENAI_API_KEY")
 _COMPLETIONS = "/chat/completions"
+_NEEDS_PARSER = "--enable-auto-tool-choice"  # what vLLM says it lacks for tools
 _LONGEST_WAIT_S = 10**6
 
 
@@ -157,7 +158,9 @@ class Endpoint:
             ),
             429: f"Wait {wait} and ask again; look at your quota.",
         }
-        if 300 <= status < 400:
+        if _NEEDS_PARSER in said:
+            hint = f"Start vLLM with {_NEEDS_PARSER} --tool-call-parser kimi_k2 (or the parser of its model)."
+        elif 300 <= status < 400:
             place = one_line(self.redacted(_without_user(headers.get("location", ""))), 200) or "elsewhere"
             hint = f"It points to {place}: give that address with --endpoint."
         else:
