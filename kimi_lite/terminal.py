@@ -69,6 +69,11 @@ class Console(rich.console.Console):
             yield segment if segment.control else _harmless_segment(segment)
 
 
+def can_redraw(console: Console) -> bool:
+    """Whether what is shown can be changed again."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 def show_plain(console: Console, text: str, end: str = "\n", style: str | None = None) -> None:
     """Print text as it is: no markup, no highlighting, no wrapping of our own."""
     console.print(text, end=end, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from kimi_lite.apps.markdown.rows import Row
 from kimi_lite.apps.markdown.stream import MarkdownStream
 from kimi_lite.engine.turns import AnswerRecord
 from kimi_lite.engine.types import Stats, Token
-from kimi_lite.terminal import Console, show_plain, write
+from kimi_lite.terminal import Console, can_redraw, show_plain, write
 from kimi_lite.units import counted, shortened
 
 LEAST_PREFILL_TOKENS = 64  # below it a progress bar only flickers
@@ -188,11 +188,6 @@ class ReasoningView:
         limit = self._live.limit
         last = self._text.rsplit("\n", limit)[-limit:]
         return self._console.render_lines(Text("\n".join(last), "dim", overflow="fold"), pad=False)
-
-
-def can_redraw(console: Console) -> bool:
-    """Whether what is shown can be changed again."""
-    return console.is_terminal and not console.is_dumb_terminal
 
 
 class WorkProgress:
