@@ -33,7 +33,11 @@ class OpenModel(NamedTuple):
 
 def open_model(path: str | PathLike[str]) -> OpenModel:
     """Maps a GGUF model and checks it before any weight is read. Raises KimiLiteError."""
-    store = GGUFStore.open(Path(path))
+    return checked_model(GGUFStore.open(Path(path)))
+
+
+def checked_model(store: GGUFStore) -> OpenModel:
+    """Raises KimiLiteError where the header does not fit its metadata."""
     config = ModelConfig.from_metadata(store.metadata, store.path.name)
     store = in_our_names(store, config.table)
     check_tensors(store, config)

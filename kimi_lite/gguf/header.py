@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import require_no_pointer
+from kimi_lite.gguf.foreign_types import foreign_type
 from kimi_lite.gguf.metadata import DAMAGED_HINT, U32, U64, Cursor, Value, quoted, read_metadata
 from kimi_lite.native.layouts import LAYOUTS, Layout
 
@@ -44,10 +46,10 @@ class GGUFHeader:
     tensors: tuple[TensorInfo, ...]
 
 
-def read_header(path: Path, data: memoryview) -> GGUFHeader:
-    """Parse and check the header of a whole mapped file (uint8); `path` is only for the sentences. Raises
-    KimiLiteError."""
-    cursor = Cursor(path, data)
+def read_header(path: Path, data: memoryview, file_bytes: int | None = None) -> GGUFHeader:
+    """Parse and check the header of a whole mapped file (uint8); `path` is only for the sentences. `file_bytes`: `data`
+    is the beginning of a file of this size. Raises KimiLiteError; HeaderGoesOn where more of the file is needed."""
+    cursor = Cursor(path, data, file_bytes=file_bytes)
     _check_magic(cursor)
     num_tensors = cursor.unpack(U64, "the number of tensors")
     num_keys = cursor.unpack(U64, "the number of metadata keys")
@@ -120,9 +122,7 @@ def _place_tensor(cursor: Cursor, entry: _TensorEntry, alignment: int, data_star
     shown = f"tensor {quoted(entry.name)}"
     layout = LAYOUTS.get(entry.ggml_id)
     if layout is None:
-        known = ", ".join(f"{known.name} ({known.ggml_id})" for known in LAYOUTS.values())
-        problem = f"{shown} has type {entry.ggml_id:,}{_foreign_type(entry.ggml_id)}, and the known types are {known}"
-        raise cursor.error(problem, "Get the model in one of these types, or make it with: kimi-lite quantize FOLDER")
+        raise _unknown_type(cursor, shown, entry.ggml_id)
     if entry.dims[0] % layout.block_size:
         problem = (
             f"{shown} has rows of {entry.dims[0]:,} weights, and {layout.name} needs a multiple of {layout.block_size}"
@@ -135,14 +135,14 @@ def _place_tensor(cursor: Cursor, entry: _TensorEntry, alignment: int, data_star
     return TensorInfo(entry.name, layout, entry.dims[::-1], data_start + entry.offset, num_bytes)
 
 
-def _foreign_type(ggml_id: int) -> str:
-    """The name of a type that other programs have and we do not, as " (I32)"; empty for an unknown one."""
-    from gguf.constants import GGMLQuantizationType  # only needed to name a type in an error
-
-    names = {int(kind): kind.name for kind in GGMLQuantizationType}
-    if ggml_id in names:
-        return f" ({names[ggml_id]})"
-    return " (a type of ik_llama.cpp)" if 97 <= ggml_id <= 410 else ""
+def _unknown_type(cursor: Cursor, shown: str, ggml_id: int) -> KimiLiteError:
+    known = ", ".join(f"{known.name} ({known.ggml_id})" for known in LAYOUTS.values())
+    foreign = foreign_type(ggml_id)
+    named = f" ({foreign.name})" if foreign else ""
+    origin = f", {foreign.origin}" if foreign and foreign.origin else ""
+    problem = f"{shown} has type {ggml_id:,}{named}{origin}, and the known types are {known}"
+    hint = "Get the model in one of these types, or make it with: kimi-lite quantize FOLDER"
+    return cursor.error(problem, foreign.instead if foreign else hint)
 
 
 def _check_unique(cursor: Cursor, tensors: tuple[TensorInfo, ...]) -> None:
@@ -161,7 +161,8 @@ def _check_places(cursor: Cursor, tensors: tuple[TensorInfo, ...]) -> None:
         if end > after.start:
             where = f"bytes {before.start:,} to {end:,}, and tensor {quoted(after.name)} starts at {after.start:,}"
             raise cursor.error(f"tensors overlap: {quoted(before.name)} takes {where}", DAMAGED_HINT)
-    need, have = max((tensor.start + tensor.num_bytes for tensor in ordered), default=0), len(cursor.data)
+    need = max((tensor.start + tensor.num_bytes for tensor in ordered), default=0)
+    have = len(cursor.data) if cursor.file_bytes is None else cursor.file_bytes
     for num_whole, tensor in enumerate(ordered):
         end = tensor.start + tensor.num_bytes
         if end > have:

@@ -92,13 +92,23 @@ def quoted(value: object, limit: int = 80) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
+class HeaderGoesOn(KimiLiteError):
+    """The header is longer than the part of the file that was given: `num_bytes` of it are needed, or more."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        super().__init__(f"{path}: the header has {num_bytes:,} bytes or more.", DAMAGED_HINT)
+        self.num_bytes = num_bytes
+
+
 @dataclass(slots=True)
 class Cursor:
-    """A place in the file. Every read says what it is for, so that a file that ends too early is told in a sentence."""
+    """A place in the file. Every read says what it is for, so that a file that ends too early is told in a sentence.
+    `data` may be the beginning of a file of `file_bytes`; None: it is the whole."""
 
     path: Path
     data: memoryview
     at: int = 0
+    file_bytes: int | None = None
 
     @property
     def end(self) -> int:
@@ -135,6 +145,8 @@ class Cursor:
             self.refuse_length(count * min_bytes, f"a list of {count:,} {what}")
 
     def refuse_length(self, num_bytes: int, what: str) -> None:
+        if self.file_bytes is not None and self.at + num_bytes <= min(self.file_bytes, MAX_HEADER_BYTES):
+            raise HeaderGoesOn(self.path, self.at + num_bytes)
         if self.end == len(self.data):
             left = f"and {self.left:,} are left: the file is cut short or damaged"
             raise self.error(f"{what} needs {num_bytes:,} bytes at byte {self.at:,}, {left}", DAMAGED_HINT)

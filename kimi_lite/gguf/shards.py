@@ -7,6 +7,7 @@ caller, then asks every shard whether it belongs.
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from kimi_lite.errors import KimiLiteError
 
@@ -34,10 +35,25 @@ def find_shards(path: Path) -> tuple[Path, ...]:
         ) from error
 
 
-def shard_number_and_count(path: Path) -> tuple[int, int]:
-    """(1, 7) for `PREFIX-00001-of-00007.gguf`, counted from 1 as in the name; (1, 1) for any other name."""
-    match = _SHARD_NAME.fullmatch(path.name)
-    return (int(match["number"]), int(match["count"])) if match else (1, 1)
+class ShardName(NamedTuple):
+    """What the name of a file says: `prefix`-0000`number`-of-0000`count`.gguf, counted from 1."""
+
+    prefix: str
+    number: int
+    count: int
+
+
+def shard_name(name: str) -> ShardName:
+    """1 of 1 for a name that is no shard's."""
+    match = _SHARD_NAME.fullmatch(name)
+    if match is None:
+        return ShardName(name.removesuffix(".gguf"), 1, 1)
+    return ShardName(match["prefix"], int(match["number"]), int(match["count"]))
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a file of this name may hold a language model: vision parts and statistics lie next to many."""
+    return name.lower().endswith(".gguf") and not any(word in name.lower() for word in _NOT_MODELS)
 
 
 def _siblings(path: Path) -> tuple[Path, ...]:
@@ -46,7 +62,7 @@ def _siblings(path: Path) -> tuple[Path, ...]:
     match = _SHARD_NAME.fullmatch(path.name)
     if not match:
         return (path,)
-    number, count = shard_number_and_count(path)
+    _, number, count = shard_name(path.name)
     if not 1 <= number <= count:
         hint = "Rename it back to the name that its publisher gave it."
         raise KimiLiteError(f"{path} is named shard {number} of {count}, which cannot be.", hint)
@@ -92,7 +108,7 @@ def _model_in_folder(folder: Path) -> Path:
     """The one model in a folder: its file or first shard."""
     models: dict[str, Path] = {}
     for path in sorted(folder.glob("*.gguf")):
-        if any(word in path.name.lower() for word in _NOT_MODELS):
+        if not is_model_name(path.name):
             continue
         match = _SHARD_NAME.fullmatch(path.name)
         models.setdefault(f"{match['prefix']} of {match['count']}" if match else path.name, path)

@@ -8,7 +8,7 @@ stopped half-way, a shard of another model or a flipped bit is one sentence at s
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.header import GGUFHeader, TensorInfo, read_header
 from kimi_lite.gguf.metadata import DAMAGED_HINT, Value, quoted
-from kimi_lite.gguf.shards import find_shards, shard_number_and_count
+from kimi_lite.gguf.shards import find_shards, shard_name
 from kimi_lite.native.layouts import Layout
 
 _FOREIGN_HINT = "Put only the shards of one download into a folder; fetch this one again."
@@ -60,13 +60,18 @@ class GGUFStore:
         shards = find_shards(Path(os.path.expanduser(path)))  # pathlib's raises for an unknown ~user
         files = [_map_file(shard) for shard in shards]
         headers = [read_header(shard, memoryview(file)) for shard, file in zip(shards, files, strict=True)]
-        for shard, header in zip(shards, headers, strict=True):
-            _check_place(shard, header)
-            if shard is not shards[0]:
-                _check_kinship(shard, header, shards[0], headers[0])
-        _check_completeness(shards, headers)
+        _check_shards(shards, headers)
         opened = zip(shards, files, headers, strict=True)
         tensors = {info.name: _view(info, shard, file) for shard, file, header in opened for info in header.tensors}
+        return cls(shards, headers[0].values, tensors)
+
+    @classmethod
+    def from_headers(cls, shards: tuple[Path, ...], headers: Sequence[GGUFHeader]) -> "GGUFStore":
+        """A model whose headers alone are here, those of all its shards: its tensors have names, types and sizes, and
+        zeros for weights. Raises KimiLiteError as `open` does."""
+        _check_shards(shards, headers)
+        stated = zip(shards, headers, strict=True)
+        tensors = {info.name: _absent(info, shard) for shard, header in stated for info in header.tensors}
         return cls(shards, headers[0].values, tensors)
 
     def renamed(self, names: Mapping[str, str]) -> "GGUFStore":
@@ -121,9 +126,24 @@ def _view(info: TensorInfo, shard: Path, file: np.ndarray) -> TensorView:
     return TensorView(info.name, info.layout, info.shape, flat.reshape(*info.shape[:-1], row_bytes), shard, info.start)
 
 
+def _absent(info: TensorInfo, shard: Path) -> TensorView:
+    """One zero, seen as all bytes of the tensor."""
+    shape = (*info.shape[:-1], info.layout.row_bytes(info.shape[-1]))
+    return TensorView(info.name, info.layout, info.shape, np.broadcast_to(np.uint8(0), shape), shard, info.start)
+
+
+def _check_shards(shards: tuple[Path, ...], headers: Sequence[GGUFHeader]) -> None:
+    """Every shard is of this model, and none is missing."""
+    for shard, header in zip(shards, headers, strict=True):
+        _check_place(shard, header)
+        if shard is not shards[0]:
+            _check_kinship(shard, header, shards[0], headers[0])
+    _check_completeness(shards, headers)
+
+
 def _check_place(shard: Path, header: GGUFHeader) -> None:
     """What a shard says about its place must agree with its name."""
-    number, count = shard_number_and_count(shard)
+    _, number, count = shard_name(shard.name)
     said_count = _integer(shard, header, "split.count", 1)
     said_number = _integer(shard, header, "split.no", 0)  # counted from 0
     if count == 1 and said_count > 1:
@@ -170,7 +190,7 @@ def _integer(shard: Path, header: GGUFHeader, key: str, default: int) -> int:
     return value
 
 
-def _check_completeness(shards: tuple[Path, ...], headers: list[GGUFHeader]) -> None:
+def _check_completeness(shards: tuple[Path, ...], headers: Sequence[GGUFHeader]) -> None:
     """No tensor twice, and the number that shard 1 states."""
     owner: dict[str, Path] = {}
     for shard, header in zip(shards, headers, strict=True):

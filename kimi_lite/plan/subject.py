@@ -13,7 +13,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5, KNOWN, find_known, moonvit_bytes, unknown_model
 from kimi_lite.arch.recipe import LOSSLESS, OWN_TYPES, named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
-from kimi_lite.arch.tensors import open_model, tensor_shapes
+from kimi_lite.arch.tensors import OpenModel, open_model, tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.options import Options
@@ -176,11 +176,16 @@ def smaller_model(hardware: Hardware, limits: Options) -> str:
     return ""
 
 
+def file_subject(model: OpenModel, origin: str, vision_bytes: int = 0) -> Subject:
+    """A file whose header was read."""
+    return Subject(model.config, origin, store_sizes(model.store, model.config, vision_bytes), vision_bytes)
+
+
 def _gguf(path: Path, has_vision: bool) -> Subject:
-    store, config = open_model(path)
-    towers = sorted(store.path.parent.glob("mmproj*.gguf")) if has_vision else []
+    model = open_model(path)
+    towers = sorted(model.store.path.parent.glob("mmproj*.gguf")) if has_vision else []
     vision_bytes = min((file.stat().st_size for file in towers), default=0)
-    return Subject(config, str(path), store_sizes(store, config, vision_bytes), vision_bytes)
+    return file_subject(model, str(path), vision_bytes)
 
 
 def _checkpoint(folder: Path, has_vision: bool) -> Subject:

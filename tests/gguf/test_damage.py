@@ -3,6 +3,7 @@
 import re
 import struct
 from datetime import timedelta
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,8 +15,9 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import check_tensors
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.header import read_header
+from kimi_lite.gguf.metadata import HeaderGoesOn
 from kimi_lite.gguf.store import GGUFStore
-from tests.gguf.gguf_bytes import GGUFBytes, array_key, key, number_key, tensor, text
+from tests.gguf.gguf_bytes import STRING, U32, GGUFBytes, array_key, key, number_key, tensor, text
 from tests.tiny import write_tiny_gguf
 
 U32_MAX, U64_MAX = (1 << 32) - 1, (1 << 64) - 1
@@ -241,7 +243,7 @@ CASES = {
     ),
     "type for activations": (GGUFBytes(tensors=[tensor("w", [256], 15)]), r"type 15 \(Q8_K\)", "quantize"),
     "retired type": (GGUFBytes(tensors=[tensor("w", [256], 4)]), "type 4, and the known types .* Q2_0 .42.", ""),
-    "type of a fork": (GGUFBytes(tensors=[tensor("w", [256], 139)]), r"type 139 \(a type of ik_llama.cpp\)", ""),
+    "type of a fork": (GGUFBytes(tensors=[tensor("w", [256], 139)]), r"type 139 \(IQ4_K\), a type of ik_llama.cpp", ""),
     "unknown type": (GGUFBytes(tensors=[tensor("w", [8], U32_MAX)]), "type 4,294,967,295", ""),
     "offset not aligned": (
         GGUFBytes(tensors=[tensor("w", [2], offset=8)]),
@@ -293,3 +295,51 @@ def test_control_characters_from_a_file_are_not_printed(tmp_path):
     message = refusal(path).message
     assert r"\x1b[31mw\x07" in message
     assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("ggml_id", "said", "instead"),
+    [
+        (64, "IQ1_XS.*Unsloth", "UD-TQ1_0 or IQ1_S"),
+        (65, "IQ1_XXS.*Unsloth", "UD-TQ1_0 or IQ1_S"),
+        (66, "IQ1_XXXS.*Unsloth", "UD-TQ1_0 or IQ1_S"),
+        (142, "PQ2_0.*PrismML.*blocks of 128", "llama.cpp's own Q2_0"),
+        (158, r"\(IQ1_KT\), a type of ik_llama.cpp", "kimi-lite pull"),
+        (337, r"\(IQ2_K with interleaved rows\), a type of ik_llama.cpp", "kimi-lite pull"),
+        (229, r"\(IQ1_M with interleaved rows\)", "kimi-lite pull"),
+    ],
+)
+def test_a_type_of_a_fork_is_refused_by_name_with_what_to_get(tmp_path, ggml_id, said, instead):
+    path = tmp_path / "fork.gguf"
+    path.write_bytes(GGUFBytes(tensors=[tensor("w", [256], ggml_id)]).build())
+    error = refusal(path)
+    assert re.search(said, error.message) and instead in error.hint
+
+
+@given(st.integers(24, 4000), st.booleans())
+def test_a_header_in_parts_is_the_header(part_bytes, is_damaged):
+    """Read from a growing beginning of the file, a header is what it is in the whole file, errors too."""
+    keys = [array_key("a", U32, 300, bytes(1200)), key("b", STRING, text("x" * 900))]
+    data = GGUFBytes(keys=keys, tensors=[tensor("w", [8], 4 if is_damaged else 0)]).build()
+    whole = _outcome(lambda: read_header(Path("x.gguf"), memoryview(data)))
+    size = part_bytes
+    while True:
+        part = memoryview(data)[:size]
+        try:
+            found = _outcome(lambda part=part: read_header(Path("x.gguf"), part, len(data)))
+        except HeaderGoesOn as more:
+            assert size < more.num_bytes <= len(data)
+            size = max(more.num_bytes, 2 * size)
+        else:
+            break
+    assert found == whole
+
+
+def _outcome(read):
+    try:
+        header = read()
+    except HeaderGoesOn:
+        raise
+    except KimiLiteError as error:
+        return str(error)
+    return header.tensors, {name: str(value) for name, value in header.metadata.items()}
