@@ -17,7 +17,9 @@ import typer
 
 from kimi_lite import __version__
 from kimi_lite.apps.doctor.command import main as doctor
+from kimi_lite.apps.models import main as models
 from kimi_lite.apps.plan import main as plan
+from kimi_lite.apps.pull import main as pull
 from kimi_lite.commandline.commands import Client, Command, CommandGroup, Launch
 from kimi_lite.commandline.flags import with_options
 from kimi_lite.errors import KimiLiteError
@@ -116,6 +118,8 @@ def launch(
 
 
 app.command("plan", cls=Command)(plan)
+app.command("pull", cls=Command)(pull)
+app.command("models", cls=Command)(models)
 app.command("doctor", cls=Command)(doctor)
 app.command("quantize", cls=Command)(quantize)
 app.command("imatrix", cls=Command)(imatrix)

@@ -18,10 +18,12 @@ from kimi_lite.units import SIZE_HELP, parse_size, parse_token_count
 MODEL, MACHINE, SAMPLING, PROMPT = "Model", "Memory and speed", "Sampling", "Prompt and generation"
 OUTPUT, CHAT, TOOLS, SERVER = "Output", "Conversation", "Tools", "Server"
 DEFAULTS = "Requests that do not say otherwise"
+HUB_PREFIX = "hf:"  # of models of a hub
 ANSWERING = ("chat", "run")
 SAMPLED = (*ANSWERING, "serve")
 LOADING = ("chat", "run", "serve", "bench")
 PLANNED = (*LOADING, "plan")
+FITTED = (*PLANNED, "pull", "models")  # that say what fits this machine
 
 Kind = Literal["text", "path", "integer", "number", "size", "tokens", "choice", "switch", "texts"]
 _WORDS = {
@@ -253,12 +255,12 @@ class Options:
     model: str | None = _option(
         "-m",
         "--model",
-        help="GGUF file, first shard or folder. Default: a demo.",
+        help="GGUF file, first shard, folder, or hf:OWNER/REPO:QUANT. Default: a demo.",
         panel=MODEL,
         commands=(*PLANNED, "doctor", "imatrix"),
         metavar="PATH",
         help_in={
-            "plan": "GGUF, checkpoint folder, or a name. Default: kimi-k2.5.",
+            "plan": "GGUF, checkpoint folder, hf:OWNER/REPO:QUANT, or a name. Default: kimi-k2.5.",
             "doctor": "Look at this model too: shards, tokenizer, plan.",
             "imatrix": "GGUF file, first shard or folder; best unquantized or Q8_0.",
         },
@@ -280,6 +282,15 @@ class Options:
         metavar="KEY",
         help_in={"serve": "Clients must know it; commas between several."},
     )
+    is_offline: bool = _option(
+        "--offline",
+        help="Fetch nothing: a model of a hub must be on this machine.",
+        kind="switch",
+        unused=_local,
+        panel=MODEL,
+        commands=LOADING,
+        default=False,
+    )
     context_length: int | None = _option(  # tokens of one sequence; 0: the model's own limit
         "-c",
         "--ctx",
@@ -287,7 +298,7 @@ class Options:
         kind="tokens",
         unused=_local,
         panel=MODEL,
-        commands=(*ANSWERING, "serve", "plan"),
+        commands=(*ANSWERING, "serve", "plan", "pull", "models"),
         metavar="TOKENS",
     )
     num_sequences: int = _option(  # that the cache serves at the same time, each with a whole context
@@ -308,7 +319,7 @@ class Options:
         choices=("f16", "bf16", "q8", "f32"),
         unused=_local,
         panel=MODEL,
-        commands=PLANNED,
+        commands=FITTED,
         default="f16",
         shown_default="f16",
     )
@@ -329,7 +340,7 @@ class Options:
         help="cuda, cuda:1 or cpu. Default: the GPU where one can be used.",
         unused=_local,
         panel=MACHINE,
-        commands=PLANNED,
+        commands=FITTED,
         help_in={"plan": "cpu: without the GPU."},
     )
     vram_bytes: int | None = _option(
@@ -339,7 +350,7 @@ class Options:
         least=0,
         unused=_vram,
         panel=MACHINE,
-        commands=PLANNED,
+        commands=FITTED,
         metavar="SIZE",
         help_in={"plan": f"VRAM, or less of it; more than is here: a hypothetical machine. 0: no GPU. {SIZE_HELP}."},
     )
@@ -349,7 +360,7 @@ class Options:
         kind="size",
         unused=_ram,
         panel=MACHINE,
-        commands=PLANNED,
+        commands=FITTED,
         metavar="SIZE",
         help_in={"plan": "RAM, or less of it; more than is here: the same CPU with more."},
     )

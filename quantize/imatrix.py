@@ -27,13 +27,16 @@ def main(
     memory."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from kimi_lite.hub.names import is_hub_name
+    from kimi_lite.hub.resolve import find_or_fetch
     from kimi_lite.plan.subject import require_no_bare_name
     from kimi_lite.quantize.calibrate.statistics import collect_importance
     from kimi_lite.terminal import Console
 
     if options.model is None:
         raise KimiLiteError("No model is named.", "Give -m FILE: a GGUF, best unquantized or Q8_0.")
-    require_no_bare_name(options.model)
+    if not is_hub_name(options.model):
+        require_no_bare_name(options.model)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -42,8 +45,11 @@ def main(
         def show(name: str, done: int, total: int) -> None:
             progress.update(task, description=name, completed=done, total=total)
 
+        path = Path(options.model).expanduser()
+        if is_hub_name(options.model):
+            path = find_or_fetch(options.model, options, show)
         lines = collect_importance(
-            Path(options.model).expanduser(),
+            path,
             text.expanduser(),
             output.expanduser(),
             max_chunks=chunks,

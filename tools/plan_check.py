@@ -93,7 +93,7 @@ def main(
     ] = None,
 ) -> None:
     """Compare the plan with what a model really takes and does."""
-    found = compare(find_model(str(model) if model else None), parse_token_count(context), threads)
+    found = compare(find_model(Options(model=str(model) if model else None)), parse_token_count(context), threads)
     planned, resident = found.planned_bytes / MIB, found.resident_bytes / MIB
     print(f"memory   planned {planned:,.0f} MiB, resident {resident:,.0f} MiB: {found.memory_error:+.1%}")
     for name, tok_s, expected, limit in (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kimi_lite import __version__
 from kimi_lite.apps.interrupt import on_interrupt, silent_keys
-from kimi_lite.apps.model_path import find_model
+from kimi_lite.apps.model_path import find_model, require_model_name
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
@@ -18,7 +18,6 @@ from kimi_lite.engine.types import ModelInfo
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import require_writable
 from kimi_lite.options import Options, Situation, unused_options
-from kimi_lite.plan.subject import require_no_bare_name
 from kimi_lite.terminal import Console, show_plain
 from kimi_lite.units import gib
 
@@ -60,7 +59,7 @@ def check_before_loading(options: Options) -> None:
             "Remove it, or use --endpoint URL of a server whose model sees.",
         )
     if options.model:
-        require_no_bare_name(options.model)
+        require_model_name(options.model)
 
 
 def _situation(conversation: Conversation, options: Options, status: Console) -> Situation:
@@ -120,7 +119,7 @@ def _open_remote(options: Options, answer: AnswerSettings) -> Conversation:
 
 def _open_local(options: Options, answer: AnswerSettings, status: Console) -> Session:
     with silent_keys(), LoadProgress(status if not options.is_quiet else Console(quiet=True)) as progress:
-        path = find_model(options.model, progress)
+        path = find_model(options, progress)
         engine = load(path, options, None if options.is_quiet else progress)
         try:
             if options.is_warm:

@@ -67,9 +67,12 @@ def main(
     """Where weights and cache go, and what limits speed: before any download."""
     from kimi_lite.hardware.machine import described
     from kimi_lite.hardware.probe import probe
+    from kimi_lite.hub.names import is_hub_name
+    from kimi_lite.hub.resolve import find_hub_subject
     from kimi_lite.plan.subject import check_recipe, find_subject
 
-    subject = find_subject(options.model, vision)
+    is_on_hub = is_hub_name(options.model or "")
+    subject = find_hub_subject(options.model, vision) if is_on_hub else find_subject(options.model, vision)
     check_recipe(subject, recipe or rest)
     hardware = described(probe(subject.path, measure), options.ram_bytes, options.vram_bytes, cores)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}

@@ -17,17 +17,11 @@ from kimi_lite.errors import KimiLiteError
 Client = Literal["opencode", "codex", "claude", "aider", "kimi", "qwen"]  # that `launch` knows
 
 _ELSEWHERE = {
-    **dict.fromkeys(
-        ("list", "ls", "models"),
-        "kimi-lite keeps no list of models: -m names a file or a folder. The demo needs none.",
-    ),
+    **dict.fromkeys(("list", "ls"), "kimi-lite models lists what is on this machine, kimi-lite pull REPO what is not."),
     "ps": "A model is loaded by the command that uses it and leaves memory with it.",
     "show": "kimi-lite doctor -m FILE checks and describes a file, kimi-lite plan -m FILE says how it would run.",
-    **dict.fromkeys(("rm", "delete"), "Delete the file. The demo and caches are in the folder that doctor names."),
-    **dict.fromkeys(
-        ("pull", "download", "get"),
-        "kimi-lite downloads no models: hf download REPO --local-dir FOLDER, then -m FOLDER.",
-    ),
+    **dict.fromkeys(("rm", "delete", "remove"), "kimi-lite models --rm NAME deletes a model that was pulled."),
+    **dict.fromkeys(("download", "get"), "kimi-lite pull OWNER/REPO:QUANT downloads a model."),
     **dict.fromkeys(("server", "start"), "kimi-lite serve answers requests over HTTP."),
     **dict.fromkeys(("cli", "generate", "completion"), "kimi-lite run answers one prompt, kimi-lite chat talks."),
     **dict.fromkeys(("perplexity", "ppl"), "python -m tools.quality measures perplexity."),

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import read_text
+from kimi_lite.options import HUB_PREFIX
 
 _SWITCH_VALUES = ("on", "off", "auto", "0", "1", "true", "false", "enabled", "disabled")
 _ATTACHED = re.compile(r"-[A-Za-z][\d.~/].*")  # a short option with its value: -c4096, -m/models/k2.5
@@ -118,12 +119,13 @@ def _reasoning_budget(name: str, value: str) -> Meaning:
     return Meaning({"-1": (), "0": ["--no-think"]}.get(value, ["--think-budget", value]))
 
 
+def _hub_model(name: str, value: str) -> Meaning:
+    return Meaning(["--model", f"{HUB_PREFIX}{value.removeprefix(HUB_PREFIX)}"])
+
+
 _CACHE_TYPES = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8", "q8": "q8"}
 _SAMPLING = "Samplers here: --temp, --top-k, --top-p, --min-p, --repeat-penalty."
-_DOWNLOAD = (
-    "kimi-lite downloads no models. Download the GGUF files (hf download REPO --local-dir FOLDER), then -m FOLDER; "
-    "`kimi-lite plan -m kimi-k2.5` says first what would run here."
-)
+_DOWNLOAD = "A model of a hub is named by -m hf:OWNER/REPO:QUANT; kimi-lite pull OWNER/REPO lists the quants."
 _TEMPLATE = "The template and its keys are the model file's own."
 _ROPE = "The context's scaling is the model file's own; -c sets the context."
 _THREADS = "threads are pinned and wait as they should; -t sets their number"
@@ -178,8 +180,11 @@ FLAGS = (
     Flag(("--context-shift", "--no-context-shift"), nothing("a full context asks what to drop")),
     Flag(("--prompt-cache",), nothing("processed prompts are kept anyway, see --prefix-cache"), "one"),
     Flag(("--prompt-cache-all", "--prompt-cache-ro"), nothing("processed prompts are kept anyway")),
-    Flag(("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url"), refused(_DOWNLOAD), "one"),
-    Flag(("-hft", "--hf-token", "-hfd", "-hfv", "-dr", "--docker-repo"), refused(_DOWNLOAD), "one"),
+    Flag(("-hf", "-hfr", "--hf-repo"), _hub_model, "one"),
+    Flag(("-hff", "--hf-file", "-mu", "--model-url", "-dr", "--docker-repo"), refused(_DOWNLOAD), "one"),
+    Flag(("-hft", "--hf-token"), refused("Set HF_TOKEN, or log in with: hf auth login."), "one"),
+    Flag(("-hfd", "-hfrd", "--hf-repo-draft"), refused("There is no draft model."), "one"),
+    Flag(("-hfv", "-hfrv", "--hf-repo-v"), refused("There is no vocoder."), "one"),
     Flag(("-md", "--model-draft", "--draft", "--draft-max", "--draft-min"), refused("There is no draft model."), "one"),
     Flag(("-st", "--single-turn"), lambda name, value: Meaning(["--single-turn"])),
     Flag(("-cnv", "--conversation"), lambda name, value: Meaning(["--conversation"])),

@@ -1,7 +1,7 @@
 """Tensor types of other programs that are not read here: named where a file has them, with what to get instead.
 
-Numbers: the `gguf` package for llama.cpp's own; ik_llama.cpp's `ggml.h`; the forks' headers, as of November 2026. Two
-numbers mean different types in different forks.
+Numbers: the `gguf` package for llama.cpp's own; ik_llama.cpp's header of ggml; the forks' headers, as of November 2026.
+Two numbers mean different types in different forks.
 """
 
 from typing import NamedTuple

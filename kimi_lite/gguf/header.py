@@ -135,14 +135,23 @@ def _place_tensor(cursor: Cursor, entry: _TensorEntry, alignment: int, data_star
     return TensorInfo(entry.name, layout, entry.dims[::-1], data_start + entry.offset, num_bytes)
 
 
-def _unknown_type(cursor: Cursor, shown: str, ggml_id: int) -> KimiLiteError:
+class UnknownTypeError(KimiLiteError):
+    """A tensor of a type that is not read here; `what` names the type in a few words."""
+
+    def __init__(self, message: str, hint: str, what: str) -> None:
+        super().__init__(message, hint)
+        self.what = what
+
+
+def _unknown_type(cursor: Cursor, shown: str, ggml_id: int) -> UnknownTypeError:
     known = ", ".join(f"{known.name} ({known.ggml_id})" for known in LAYOUTS.values())
     foreign = foreign_type(ggml_id)
     named = f" ({foreign.name})" if foreign else ""
     origin = f", {foreign.origin}" if foreign and foreign.origin else ""
-    problem = f"{shown} has type {ggml_id:,}{named}{origin}, and the known types are {known}"
+    problem = f"{cursor.path}: {shown} has type {ggml_id:,}{named}{origin}, and the known types are {known}."
     hint = "Get the model in one of these types, or make it with: kimi-lite quantize FOLDER"
-    return cursor.error(problem, foreign.instead if foreign else hint)
+    what = f"{foreign.name}{origin}" if foreign else f"type {ggml_id:,}"
+    return UnknownTypeError(problem, foreign.instead if foreign else hint, what)
 
 
 def _check_unique(cursor: Cursor, tensors: tuple[TensorInfo, ...]) -> None:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +34,15 @@ class Described(NamedTuple):
     problem: KimiLiteError | None = None
 
 
-def describe(hub: Hub, repository: Repository, quant: Quant) -> Subject:
+def describe(hub: Hub, repository: Repository, quant: Quant, has_vision: bool = True) -> Subject:
     """Raises KimiLiteError where a header is damaged, of another architecture, or has types that are not known."""
     quant.require_whole()
     headers = [_header(hub, repository, file) for file in quant.files]
     store = GGUFStore.from_headers(tuple(Path(file.name) for file in quant.files), headers)
-    tower = repository.tower_of(quant)
-    return file_subject(checked_model(store), str(repository.name), tower.num_bytes if tower else 0)
+    tower = repository.tower_of(quant) if has_vision else None
+    return file_subject(
+        checked_model(store), replace(repository.name, quant=quant.label).flag, tower.num_bytes if tower else 0
+    )
 
 
 def describe_all(
@@ -63,13 +66,15 @@ def describe_all(
 def _header(hub: Hub, repository: Repository, file: RemoteFile) -> GGUFHeader:
     """From the beginning of the file, as much of it as it takes. What was read is kept under the file's checksum."""
     kept = cache_folder() / "headers" / f"{file.etag}.zlib"
-    data, is_kept = _kept(kept), True
+    data = _kept(kept)
+    is_kept = bool(data)
+    data = data or _read(hub, repository, file, 0, min(_FIRST_BYTES, file.num_bytes))
     while True:
         try:
             header = read_header(Path(file.name), memoryview(data), file.num_bytes)
             break
         except HeaderGoesOn as more:
-            wanted = max(more.num_bytes, _GROWTH * len(data), _FIRST_BYTES)
+            wanted = max(more.num_bytes, _GROWTH * len(data))
             data += _read(hub, repository, file, len(data), min(wanted, file.num_bytes))
             is_kept = False
     if not is_kept:

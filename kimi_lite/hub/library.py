@@ -112,9 +112,17 @@ def _of_revision(name: HubName) -> Iterable[LocalModel]:
     return _models_of(cached, cached.snapshot(commit)) if commit else ()
 
 
+UNFINISHED_LABEL = "unfinished"
+
+
 def _hub_models() -> Iterator[LocalModel]:
-    """Of each repository the newest snapshot that has a model, and of older ones what it lacks."""
+    """Of each repository the newest snapshot that has a model, and of older ones what it lacks; then what was begun
+    there and not ended."""
     for cached in cached_repositories():
+        begun = tuple(sorted((cached.folder / "blobs").glob(f"*{UNFINISHED}")))
+        if begun:
+            is_ours = all("." not in path.name.removesuffix(UNFINISHED) for path in begun)
+            yield LocalModel(HUB, cached.name, UNFINISHED_LABEL, begun, is_ours=is_ours, is_whole=False)
         seen = set()
         for snapshot in cached.snapshots():
             for model in _models_of(cached, snapshot):

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.options import HUB_PREFIX
 
-PREFIX = "hf:"
 _HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>[\w./-]+))?(?::(?P<quant>[\w.+ /-]+))?", re.ASCII)
@@ -36,17 +36,17 @@ class HubName:
     @property
     def flag(self) -> str:
         """As -m takes it."""
-        return f"{PREFIX}{self}"
+        return f"{HUB_PREFIX}{self}"
 
 
 def is_hub_name(text: str) -> bool:
     """Whether what -m names can only be a model of a hub."""
-    return text.startswith((PREFIX, "http://", "https://")) or text.partition("/")[0] in _HOSTS
+    return text.startswith((HUB_PREFIX, "http://", "https://")) or text.partition("/")[0] in _HOSTS
 
 
 def parse_hub_name(text: str) -> HubName:
     """A name with or without its prefix, or an address. Raises KimiLiteError."""
-    bare = text.removeprefix(PREFIX).strip()
+    bare = text.removeprefix(HUB_PREFIX).strip()
     if "://" in bare:
         return _from_address(bare)
     host, _, rest = bare.partition("/")

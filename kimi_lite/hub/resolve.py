@@ -41,13 +41,13 @@ def find_here(text: str) -> Path:
     return local.path
 
 
-def find_subject_on_hub(text: str) -> Subject:
+def find_hub_subject(text: str, has_vision: bool = True) -> Subject:
     """What a plan is about: the model here, or its headers on the hub. Raises KimiLiteError."""
     from kimi_lite.plan.subject import find_subject
 
     name = parse_hub_name(text)
     if local := find_local(name):
-        return find_subject(str(local.path))
+        return find_subject(str(local.path), has_vision)
     with Hub() as hub:
         repository = hub.repository(name)
         quant = repository.find(name.quant)
@@ -56,7 +56,7 @@ def find_subject_on_hub(text: str) -> Subject:
                 f"{name.repository} is a checkpoint: what of it would run depends on its types to be.",
                 f"kimi-lite pull {name}, then: kimi-lite plan -m FOLDER.",
             )
-        return describe(hub, repository, quant)
+        return describe(hub, repository, quant, has_vision)
 
 
 def fetch_quant(

@@ -216,12 +216,12 @@ def require_no_bare_name(name: str) -> None:
     if known is None:
         return
     size = gib(find_subject(alias, has_vision=False).sizes_in(_SMALL_RECIPE).total_bytes)
-    repository = name if "/" in name else "REPO"
+    repository = name if "/" in name else "OWNER/REPO"
     raise KimiLiteError(
         f"{name} names {known.config.name}, {known.config.total_parameters / 1e9:,.0f} G parameters; -m wants its file "
         f"or folder.",
         f"1. kimi-lite plan -m {alias}: what of it would run here.\n"
-        f"2. Download a GGUF of it, or its checkpoint: hf download {repository} --local-dir FOLDER.\n"
+        f"2. Download a GGUF of it, or its checkpoint: kimi-lite pull {repository} lists what there is.\n"
         f"3. kimi-lite quantize FOLDER {alias}.gguf --recipe {_SMALL_RECIPE} makes {size} of the checkpoint, then "
         f"-m {alias}.gguf.",
     )

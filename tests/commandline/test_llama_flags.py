@@ -20,7 +20,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.options import OPTIONS, Options, options_of
 
 GROUP = typer.main.get_command(app)
-NEEDED = {"quantize": ["src", "dst"], "imatrix": ["-m", "model", "-f", "text"]}
+NEEDED = {"quantize": ["src", "dst"], "imatrix": ["-m", "model", "-f", "text"], "pull": ["owner/repo"]}
 NEEDED_LAST = {"launch": ["codex"]}
 COMMANDS = sorted(GROUP.commands)
 
@@ -144,7 +144,8 @@ def test_a_system_prompt_in_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("command", "written", "hint"),
     [
-        ("run", "-hf moonshotai/Kimi-K2.5", "hf download"),
+        ("run", "-hff Kimi.gguf", "-m hf:OWNER/REPO:QUANT"),
+        ("run", "-hft hf_x", "HF_TOKEN"),
         ("run", "-ctk q4_0", "--kv-dtype takes"),
         ("run", "-cnv", "kimi-lite chat"),
         ("chat", "-st", "kimi-lite run"),
@@ -179,7 +180,7 @@ def test_the_table_names_options_that_exist():
 
 def test_commands_of_other_programs_name_ours():
     runner = CliRunner()
-    for name in ("list", "ps", "show", "rm", "server", "pull"):
+    for name in ("list", "ps", "show", "rm", "server", "download"):
         done = runner.invoke(app, [name])
         assert isinstance(done.exception, KimiLiteError) and done.exception.hint
     assert runner.invoke(app, []).exit_code == runner.invoke(app, ["help"]).exit_code == 0
@@ -191,6 +192,12 @@ def test_commands_of_other_programs_name_ours():
 def test_every_option_has_a_flag_and_help():
     for option in OPTIONS.values():
         assert option.help.endswith("."), option.name
+
+
+def test_a_model_of_a_hub_is_named_as_llama_cpp_names_it():
+    for flag in ("-hf", "-hfr", "--hf-repo"):
+        assert options("chat", flag, "unsloth/Kimi-K2.5-GGUF:UD-TQ1_0").model == "hf:unsloth/Kimi-K2.5-GGUF:UD-TQ1_0"
+    assert options("serve", "--offline", "-hf", "a/b").is_offline
 
 
 CARDS = [  # command lines as model cards and threads have them, with our names in place of llama.cpp's
@@ -217,7 +224,7 @@ def test_experts_on_the_cpu_is_where_they_are_and_other_overrides_are_refused(sa
         assert "-ot is not an option" in str(attempt("chat", "-ot", rules)[1])
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("run", "launch")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("run", "launch", "pull")])
 @pytest.mark.parametrize("word", ["x.gguf", "/m/Kimi K2.gguf", "kimi-k2.5", "hello"])
 def test_arguments_without_a_place_are_answered_with_their_option(command: str, word: str) -> None:
     _, error = attempt(command, word)

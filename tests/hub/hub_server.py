@@ -1,5 +1,5 @@
 """A hub on this machine: the part of Hugging Face's interface that its own client uses (model info, tree with pages,
-resolve with a redirect to another host name, ranges, ETags, LFS checksums, tokens), with whatever goes wrong on the way.
+resolve with a redirect to another host name, ranges, ETags, LFS checksums, tokens), and whatever goes wrong.
 
     with HubServer() as hub:
         hub.add("owner/repo", {"model.gguf": data})

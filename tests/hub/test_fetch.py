@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hub import fetch as fetching
-from kimi_lite.hub.cache import CachedRepository
+from kimi_lite.hub.cache import CachedRepository, hub_cache
 from kimi_lite.hub.client import Hub
 from kimi_lite.hub.fetch import fetch, missing
 from kimi_lite.hub.names import HubName
@@ -22,9 +23,9 @@ DATA = np.random.default_rng(0).bytes(300_000)
 FILES = {"a/m-00001-of-00002.gguf": DATA, "a/m-00002-of-00002.gguf": DATA[::-1], "README.md": b"short"}
 
 
-def pull(say=lambda what, done, total: None) -> list:
+def pull(say=lambda what, done, total: None, name=NAME) -> list:
     with Hub() as hub:
-        repository = hub.repository(NAME)
+        repository = hub.repository(name)
         return fetch(hub, repository, repository.files, say)
 
 
@@ -35,14 +36,13 @@ def require_right(paths) -> None:
 
 def test_files_lie_where_the_hubs_own_library_finds_them(hub):
     from huggingface_hub import hf_hub_download, scan_cache_dir
-    from kimi_lite.hub.cache import hub_cache
 
     commit = hub.add("owner/repo", FILES).commit
     paths = pull()
     require_right(paths)
     for name, data in FILES.items():
         found = hf_hub_download("owner/repo", name, cache_dir=hub_cache(), local_files_only=True)
-        assert open(found, "rb").read() == data and f"/snapshots/{commit}/" in found
+        assert Path(found).read_bytes() == data and f"/snapshots/{commit}/" in found
     (scanned,) = scan_cache_dir(hub_cache()).repos
     assert scanned.repo_id == "owner/repo" and scanned.nb_files == 3
     sent = hub.file_bytes_sent()
@@ -51,7 +51,6 @@ def test_files_lie_where_the_hubs_own_library_finds_them(hub):
 
 def test_what_the_hubs_own_library_fetched_is_not_fetched_again(hub):
     from huggingface_hub import snapshot_download
-    from kimi_lite.hub.cache import hub_cache
 
     hub.add("owner/repo", FILES)
     snapshot_download("owner/repo", cache_dir=hub_cache(), endpoint=hub.address)
@@ -93,7 +92,7 @@ def test_a_broken_connection_goes_on_where_it_was(hub, tmp_path_factory, cuts, i
 def test_a_hub_that_does_not_come_back_ends_in_a_sentence_and_what_was_fetched_stays(hub):
     hub.add("owner/repo", FILES)
     hub.faults[:] = [Fault("00001-of-00002.gguf", after=100_000), Fault("00001-of-00002.gguf", status=503, times=99)]
-    with pytest.raises(KimiLiteError, match="00001-of-00002.gguf cannot be fetched: HTTP 503, 6 times") as caught:
+    with pytest.raises(KimiLiteError, match=r"00001-of-00002.gguf cannot be fetched: HTTP 503, 6 times") as caught:
         pull()
     assert "goes on where it was" in caught.value.hint
     hub.faults.clear()
@@ -188,7 +187,7 @@ def test_two_programs_do_not_write_the_same_file(hub):
     first.start()
     try:
         assert reached.wait(20)
-        with pytest.raises(KimiLiteError, match="00001-of-00002.gguf is being fetched by another program"):
+        with pytest.raises(KimiLiteError, match=r"00001-of-00002.gguf is being fetched by another program"):
             pull()
     finally:
         go_on.set()
@@ -237,9 +236,8 @@ def test_what_a_hub_refuses_is_said_with_what_to_do(hub, monkeypatch, change, sa
     if status := change.get("fault"):
         hub.faults[:] = [Fault("owner/repo/revision/main", status=status, times=99)]
     name = HubName(change.get("name", "owner/repo"), revision=change.get("revision", "main"))
-    with pytest.raises(KimiLiteError, match=said) as caught, Hub() as client:
-        repository = client.repository(name)
-        fetch(client, repository, repository.files, lambda *_: None)
+    with pytest.raises(KimiLiteError, match=said) as caught:
+        pull(name=name)
     assert hint in caught.value.hint
 
 

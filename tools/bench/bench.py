@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kimi_lite.apps.model_path import find_model
+from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
@@ -27,6 +28,7 @@ from kimi_lite.options import Options, unused_options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.types import Plan
 from kimi_lite.plan.view import verdict_line
+from kimi_lite.terminal import Console
 from kimi_lite.tools.bench.environment import describe_environment, describe_model, drop_page_cache
 from kimi_lite.tools.bench.measure import read_stolen_s
 from kimi_lite.tools.bench.ours import Ours, Runner
@@ -225,7 +227,8 @@ def read_document(path: Path) -> dict:
 
 def with_model(options: Options) -> Options:
     """With the path of the model that is named, or of the demo."""
-    return replace(options, model=str(find_model(options.model)))
+    with LoadProgress(Console(stderr=True)) as progress:
+        return replace(options, model=str(find_model(options, progress)))
 
 
 def forget_file(job: Job, report: Report) -> None:

@@ -33,7 +33,7 @@ def main(options: Options, quick: Quick = False, warm: Warm = False, as_json: As
     from kimi_lite.apps.model_path import find_model
     from kimi_lite.terminal import echo
 
-    path = find_model(options.model) if options.model else None
+    path = find_model(options, downloads=False) if options.model else None
     if warm and path is None:
         from kimi_lite.demo.build import ensure_demo_model
 

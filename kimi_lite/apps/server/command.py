@@ -120,7 +120,7 @@ def _open_engine(options: Options, status: Console, on_progress: OnProgress) -> 
             progress(stage, done, total)
             on_progress(stage, done, total)
 
-        return load(find_model(options.model, progress), options, report)
+        return load(find_model(options, progress), options, report)
 
 
 def _say_ready(engine: Engine, options: Options, listener: socket.socket, status: Console) -> None:

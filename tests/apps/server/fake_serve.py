@@ -43,5 +43,5 @@ def open_fake(path: object, options: Options, on_progress: OnProgress) -> Engine
 
 if __name__ == "__main__":
     command.load = open_fake
-    command.find_model = lambda name, on_progress: name
+    command.find_model = lambda options, on_progress: options.model
     cli.main()

@@ -1,0 +1,155 @@
+"""`kimi-lite pull`: what a hub offers of a model and what of it fits this machine, by the plan and before any download;
+then the download. Flags and printing live here, the work is in `kimi_lite.hub`.
+
+    kimi-lite pull unsloth/Kimi-K2.5-GGUF               lists its quants
+    kimi-lite pull unsloth/Kimi-K2.5-GGUF:UD-TQ1_0      fetches one
+"""
+
+import json
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kimi_lite.commandline.flags import with_options
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.options import MODEL, OUTPUT, Options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kimi_lite.apps.model_table import Row
+    from kimi_lite.apps.progress import LoadProgress
+    from kimi_lite.hub.client import Hub, Repository
+    from kimi_lite.hub.quants import Quant
+    from kimi_lite.terminal import Console
+
+Name = Annotated[
+    str, typer.Argument(metavar="OWNER/REPO[:QUANT]", help="A repository of the hub, or an address of one.")
+]
+OnlyLists = Annotated[bool, typer.Option("--list", help="List the quants, and fetch none.", rich_help_panel=MODEL)]
+Vision = Annotated[
+    bool,
+    typer.Option("--vision/--no-vision", help="With the vision tower, where there is one.", rich_help_panel=MODEL),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Fetch what would not run here: for another machine.", rich_help_panel=MODEL)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The list as one JSON document.", rich_help_panel=OUTPUT)]
+
+
+@with_options("pull")
+def main(
+    options: Options,
+    name: Name,
+    only_lists: OnlyLists = False,
+    vision: Vision = True,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Download a model, or list a repository's quants with whether they fit. Goes on where it was interrupted."""
+    from kimi_lite.apps.progress import LoadProgress
+    from kimi_lite.hub.client import Hub
+    from kimi_lite.hub.names import parse_hub_name
+    from kimi_lite.terminal import Console
+
+    status = Console(stderr=True)
+    with Hub() as hub, LoadProgress(status) as progress:
+        repository = hub.repository(parse_hub_name(name))
+        quants = repository.quants
+        if only_lists or as_json or (len(quants) > 1 and not repository.name.quant):
+            lines = _listed(hub, repository, options, progress, as_json)
+        else:
+            lines = _fetched(hub, repository, options, vision, force, progress, status)
+    for line in lines:
+        typer.echo(line)
+
+
+def _listed(
+    hub: "Hub", repository: "Repository", options: Options, progress: "LoadProgress", as_json: bool
+) -> list[str]:
+    from kimi_lite.apps.model_table import best_row, table_lines
+    from kimi_lite.hub.quants import find_quant
+    from kimi_lite.terminal import harmless, width
+    from kimi_lite.units import counted
+
+    quants = repository.quants
+    if not quants:
+        find_quant(quants, "", repository.name.repository)  # says so
+    rows = _rows(hub, repository, quants, options, progress)
+    best = best_row(rows)
+    if as_json:
+        found = [row.to_json() for row in rows]
+        best_name = best.name if best else None
+        document = {"repository": repository.name.repository, "commit": repository.commit, "best": best_name}
+        return [json.dumps(document | {"models": found})]
+    columns = width()
+    lines = [f"{repository.name.repository}: {counted(len(rows), 'model')}", *table_lines(rows, best, columns)]
+    example = best.name if best else rows[0].name
+    if best:
+        lines.append("* the largest that fits this machine")
+    command = f"kimi-lite pull {shlex.quote(str(replace(repository.name, quant=example)))}"
+    return [harmless(line) for line in (*lines, "", command if best else f"To fetch one: {command}")]
+
+
+def _rows(
+    hub: "Hub", repository: "Repository", quants: "tuple[Quant, ...]", options: Options, progress: "LoadProgress"
+) -> "list[Row]":
+    from kimi_lite.apps.model_table import Row, reason
+    from kimi_lite.hardware.probe import probe
+    from kimi_lite.hub.cache import hub_cache
+    from kimi_lite.hub.fetch import missing
+    from kimi_lite.hub.headers import describe_all
+    from kimi_lite.plan.plan import make_plan
+
+    hardware = probe(hub_cache())
+    rows = []
+    for quant, subject, problem in describe_all(hub, repository, quants, progress):
+        left = missing(repository, quant.files)
+        place = "" if left.files else "here"
+        if subject is None:
+            rows.append(Row(quant.label, quant.num_bytes, problem=reason(problem), place=place))
+        else:
+            plan = make_plan(subject.sizes, hardware, options, file_bytes=left.num_bytes)
+            rows.append(Row(quant.label, quant.num_bytes, plan, place=place))
+    return rows
+
+
+def _fetched(
+    hub: "Hub",
+    repository: "Repository",
+    options: Options,
+    has_vision: bool,
+    is_forced: bool,
+    progress: "LoadProgress",
+    status: "Console",
+) -> list[str]:
+    from kimi_lite.hub.fetch import missing
+    from kimi_lite.hub.headers import describe
+    from kimi_lite.hub.resolve import fetch_quant, require_runnable, same_elsewhere
+    from kimi_lite.terminal import harmless, show_plain
+    from kimi_lite.units import gib
+
+    quant = repository.find(repository.name.quant)
+    name = replace(repository.name, quant=quant.label)
+    if local := same_elsewhere(repository, quant):
+        return [f"{name} is here already ({local.store}): {harmless(str(local.path))}", *_next(name.flag, local.path)]
+    quant.require_whole()
+    left = missing(repository, quant.files)
+    if not (quant.is_checkpoint or is_forced):
+        try:
+            require_runnable(describe(hub, repository, quant), options, left.num_bytes)
+        except KimiLiteError as error:
+            raise KimiLiteError(error.message, f"{error.hint}\nAdd --force to fetch it all the same.") from error
+    show_plain(status, f"{name}: {gib(left.num_bytes)} of {gib(quant.num_bytes)} to fetch")
+    path = fetch_quant(hub, repository, quant, progress, has_vision)
+    tower = repository.tower_of(quant) if has_vision else None
+    with_tower = f", with {tower.name}" if tower else ""
+    return [f"{name}: {harmless(str(path))}{with_tower}", *_next(name.flag, path, quant.is_checkpoint)]
+
+
+def _next(flag: str, path: "Path", is_checkpoint: bool = False) -> list[str]:
+    if is_checkpoint:
+        return [f"kimi-lite quantize {shlex.quote(str(path))} OUT.gguf --recipe RECIPE"]
+    return [f"kimi-lite chat -m {shlex.quote(flag)}"]
