@@ -1,11 +1,23 @@
-"""What must be settled before any test module is imported: Triton decides at its import whether kernels are
-interpreted.
+"""What must be decided before any test module is imported: Triton decides at its import whether kernels are
+interpreted. And what all tests share.
 
 Tests run GPU kernels in Triton's interpreter, on the CPU. KIMI_LITE_TEST_DEVICE=cuda runs the same tests on a CUDA
 device (tests/native/gpu/test_cuda.py does, where there is one).
 """
 
 import os
+from functools import cache
+
+import pytest
 
 if os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_tls_context() -> None:
+    """Every `httpx.get` makes a client, and every client reads all certificates, for a plain http:// URL too: 25 ms of
+    CPU for each of thousands of requests."""
+    from httpx._transports import default
+
+    default.create_ssl_context = cache(default.create_ssl_context)

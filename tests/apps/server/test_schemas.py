@@ -196,7 +196,7 @@ def demo() -> Engine:
     from kimi_lite.options import Options
 
     path = ensure_demo_model()
-    engine = load(path, Options(context_length=2048, num_sequences=8))
+    engine = load(path, Options(context_length=2048, num_sequences=8, num_threads=1))
     with closing(GGUFStore.open(path)) as store:
         metadata = dict(store.metadata)
     tokens = [_MARKERS.get(token, token) for token in metadata["tokenizer.ggml.tokens"]]
@@ -210,25 +210,26 @@ def demo() -> Engine:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
-@pytest.mark.parametrize("temperature", [0, 1.5])
-def test_the_demo_model_follows_schemas_and_calls(temperature: float) -> None:
+def test_the_demo_model_follows_schemas_and_calls() -> None:
+    """Some of the schemas: what a real vocabulary and real logits add. The kinds of schemas are the tests' above."""
     from kimi_lite.demo.build import ensure_demo_model
 
     try:
         ensure_demo_model()
     except KimiLiteError as error:
         pytest.skip(f"the demo model cannot be built here: {error.message}")
-    more = {"temperature": temperature, "max_tokens": 100}
-    some = SCHEMAS[temperature > 0 :: 10]  # a fifth of them: an answer of 100 tokens takes seconds on the demo
+    some = SCHEMAS[::20]
     question = [{"role": "user", "content": "Tell me about the weather in Rome, in a few words."}]
     with running(demo) as url, ThreadPoolExecutor(8) as pool:
-        contents = [(schema, pool.submit(ask, url, i % 2 == 0, seed=i, messages=question, **more,
-                                         response_format=response_format(schema)))
-                    for i, schema in enumerate(some)]  # fmt: skip
+
+        def asked(i: int, **form: object):
+            more = {"temperature": (0, 1.5)[i // 2 % 2], "max_tokens": 64, "seed": i, "messages": question}
+            return pool.submit(ask, url, i % 2 == 0, **more, **form)
+
+        contents = [(schema, asked(i, response_format=response_format(schema))) for i, schema in enumerate(some)]
         objects = [schema for schema in some if schema.get("type") == "object"]
-        calls = [(schema, pool.submit(ask, url, i % 2 == 0, seed=i, messages=question, tool_choice="required", **more,
-                                      parallel_tool_calls=False, tools=[tool("weather", schema)]))
-                 for i, schema in enumerate(objects)]  # fmt: skip
+        once = {"tool_choice": "required", "parallel_tool_calls": False}
+        calls = [(schema, asked(i, tools=[tool("weather", schema)], **once)) for i, schema in enumerate(objects)]
         contents = [(schema, each.result()) for schema, each in contents]
         calls = [(schema, each.result()) for schema, each in calls]
     num_ended = 0
@@ -241,4 +242,4 @@ def test_the_demo_model_follows_schemas_and_calls(temperature: float) -> None:
             num_ended += 1
             require_valid(schema, said.calls[0]["arguments"])
     print(f"{num_ended} of {len(contents) + len(calls)} answers ended, all valid")
-    assert num_ended > 0.6 * (len(contents) + len(calls))
+    assert num_ended > 0.4 * (len(contents) + len(calls))
