@@ -10,7 +10,7 @@ shapes and checks (`arch.tensors`), sizes (`arch.sizes`), config.json (`arch.che
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -117,8 +117,17 @@ class Architecture:
 
     def num_weights(self, config: "ModelConfig", *parts: Part) -> int:
         """Of all layers together, in these parts of a converted model."""
-        rows = (row for row in self.conversion_rows if row.part in parts and row.applies(config))
-        return sum(row.num_layers(config) * prod(row.shape_in(config)) for row in rows)
+        known = self._known_numbers.get((config, parts))
+        if known is None:
+            rows = (row for row in self.conversion_rows if row.part in parts and row.applies(config))
+            known = sum(row.num_layers(config) * prod(row.shape_in(config)) for row in rows)
+            self._known_numbers[config, parts] = known
+        return known
+
+    @cached_property
+    def _known_numbers(self) -> dict[tuple["ModelConfig", tuple[Part, ...]], int]:
+        """A plan asks thousands of times."""
+        return {}
 
 
 def _factor(config: "ModelConfig", factor: str) -> int:
@@ -131,6 +140,7 @@ _REGISTRY: dict[str, Architecture] = {}
 def register(architecture: Architecture) -> Architecture:
     """Makes it known; a later one of the same name replaces it."""
     _REGISTRY[architecture.name] = architecture
+    _rows.cache_clear()
     return architecture
 
 
@@ -148,8 +158,13 @@ def find_architecture(name: object) -> Architecture | None:
 
 def find_row(name: str) -> Row | None:
     """The row of a tensor by the name that the model's code uses, with or without "blk.N."."""
-    role = role_of(name)
-    return next((known.by_name[role] for known in architectures() if role in known.by_name), None)
+    return _rows().get(role_of(name))
+
+
+@cache
+def _rows() -> Mapping[str, Row]:
+    """Of all architectures; of the first that has it, where several have a tensor."""
+    return {name: row for known in reversed(architectures()) for name, row in known.by_name.items()}
 
 
 def role_of(name: str) -> str:

@@ -5,7 +5,7 @@ For the last two a recipe says which types the weights will get.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from kimi_lite.arch.checkpoint import read_checkpoint_config
@@ -56,11 +56,7 @@ class Subject:
     def sizes_in(self, recipe_name: str, rest: str | None = None) -> ModelSizes:
         """The model in the types of a recipe; `rest`: the type of all but the routed experts, where it is another.
         Raises KimiLiteError for an unknown one."""
-        recipe, shapes = named_recipe(recipe_name), tensor_shapes(self.config)
-        if rest:
-            recipe = replace(recipe, rest=named_recipe(rest).experts)
-        tensors = ((name, shape, recipe.choose(name, shape).layout) for name, shape in shapes.items())
-        return sizes_of(self.config, tensors, self.vision_bytes)
+        return _sizes_in(self.config, self.vision_bytes, recipe_name, rest)
 
     @property
     def path(self) -> Path | None:
@@ -77,6 +73,15 @@ class Subject:
     def recipes(self) -> tuple[str, ...]:
         """From fine to coarse."""
         return (LOSSLESS, *(name for name in RECIPES if name != "q4_0")) if self.has_int4_experts else RECIPES
+
+
+@lru_cache(maxsize=64)  # a plan looks at every recipe several times
+def _sizes_in(config: ModelConfig, vision_bytes: int, recipe_name: str, rest: str | None) -> ModelSizes:
+    recipe, shapes = named_recipe(recipe_name), tensor_shapes(config)
+    if rest:
+        recipe = replace(recipe, rest=named_recipe(rest).experts)
+    tensors = ((name, shape, recipe.choose(name, shape).layout) for name, shape in shapes.items())
+    return sizes_of(config, tensors, vision_bytes)
 
 
 @dataclass(frozen=True, slots=True)

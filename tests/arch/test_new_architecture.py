@@ -68,6 +68,8 @@ CORPUS = "The heron waits, and the river goes on. " * 60
 def registered(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     register(LORIS)
+    yield
+    registry._rows.cache_clear()
 
 
 def write_checkpoint(folder: Path, config: ModelConfig) -> Path:
