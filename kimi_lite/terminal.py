@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
 # C0 but tab and newline, DEL, C1 (escape sequences begin with one of them); line and paragraph separator; the
-# embeddings, overrides and isolates of Unicode's bidirectional algorithm (UAX 9), which show text in another order.
-_HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# embeddings, overrides and isolates of Unicode's bidirectional algorithm (UAX 9), which show text in another order;
+# halves of surrogate pairs, which no encoding has.
+_HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _REPLACEMENT = "\ufffd"
 # Letters and marks without ink: Hangul fillers, the empty Braille pattern, combining grapheme joiner, Khmer vowels that
 # are not written, variation selectors.
@@ -38,7 +39,7 @@ _SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")  # with letter
 
 
 def harmless(text: str) -> str:
-    """`text` with U+FFFD for every character that acts on a terminal instead of being shown."""
+    """`text` with U+FFFD for every character that acts on a terminal instead of being shown, or cannot be sent there."""
     return _HARMFUL.sub(_REPLACEMENT, text)
 
 

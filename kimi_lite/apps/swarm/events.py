@@ -100,7 +100,7 @@ class StageEnded(Event):
     index: int
     agents: tuple[str, ...]
     critical_steps: int  # of the run, up to here
-    slowest: str = ""  # the agent with the most steps: the stage's critical path
+    slowest: str = ""  # the agent with the most steps: those that count into the critical steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,9 @@ class Agent:
     spans: list[Span] = field(default_factory=list)
 
     @property
-    def name(self) -> str:
-        return self.started.name if self.started is not None else self.id
+    def label(self) -> str:
+        """Its id and the name of its configuration."""
+        return self.id if self.started is None else f"{self.id} {self.started.name}"
 
     @property
     def state(self) -> State:

@@ -50,6 +50,7 @@ MOST_ROWS = 30  # of the tree, on a high screen
 
 _BUSIEST: tuple[State, ...] = ("generating", "tool", "reading", "queued", "done")
 STYLES: Mapping[State, str] = {"queued": "dim", "reading": "blue", "generating": "green", "tool": "yellow", "done": ""}
+CRITICAL_PATH = "critical path: the agent that each stage waited for"
 OUTCOMES = {
     "completed": "completed",
     "failed": "failed",
@@ -153,7 +154,9 @@ def tree(overview: Overview, now_s: float, width: int, most_rows: int) -> list[T
     seconds = f" {duration(now_s)}"
     head = _fitted(f"swarm: {one_line(task, 4 * width)}", width - len(seconds))
     shown, others = _chosen(overview.running, most_rows - 3)
-    name_width = min(max([len(ORCHESTRATOR) - 3, *(cell_len(_name(agent, 80)) for agent in shown)]), max(width // 3, 8))
+    name_width = min(
+        max([len(ORCHESTRATOR) - 3, *(cell_len(one_line(agent.label, 80)) for agent in shown)]), max(width // 3, 8)
+    )
     rows = [
         Text(set_cell_size(head, width - len(seconds)), "bold").append(seconds, "dim"),
         _agent_row(overview.orchestrator, "", name_width + 3, width, _waits_for(overview)),
@@ -175,7 +178,9 @@ def _chosen(running: list[Agent], most: int) -> tuple[list[Agent], list[Agent]]:
 def _agent_row(agent: Agent, branch: str, name_width: int, width: int, idle: str = "") -> Text:
     """`├─ a3 researcher   step 2   1,204 tok   generating 212 tok 6.2 t/s`; narrow ones leave the middle out."""
     style = STYLES[agent.state]
-    row = Text(f"{branch}", "dim").append(set_cell_size(_fitted(_name(agent, 4 * width), name_width), name_width))
+    row = Text(f"{branch}", "dim").append(
+        set_cell_size(_fitted(one_line(agent.label, 4 * width), name_width), name_width)
+    )
     if width >= 72:
         row.append(f"  {counted(agent.num_steps, 'step'):>8}  {agent.num_generated:>7,} tok", "dim")
     row.append("  ")
@@ -187,10 +192,6 @@ def _waits_for(overview: Overview) -> str:
     """Of the orchestrator, while agents run."""
     is_idle = overview.orchestrator.state not in ("reading", "generating")
     return f"waits for {counted(len(overview.running), 'agent')}" if is_idle and overview.running else ""
-
-
-def _name(agent: Agent, most: int) -> str:
-    return one_line(agent.id if agent.started is None else f"{agent.id} {agent.name}", most)
 
 
 def _doing(agent: Agent) -> str:
@@ -215,7 +216,7 @@ def _counts(overview: Overview, others: list[Agent]) -> list[str]:
         states = Counter(agent.state for agent in others)
         parts.append(f"{len(others):,} more ({', '.join(f'{states[s]:,} {s}' for s in _BUSIEST if states[s])})")
     ends = Counter(agent.ended.outcome for agent in overview.agents.values() if agent.ended is not None)
-    parts += [f"{num:,} {OUTCOMES.get(outcome, one_line(outcome, 20))}" for outcome, num in sorted(ends.items())]
+    parts += [f"{num:,} {outcome_name(outcome)}" for outcome, num in sorted(ends.items())]
     generating = [agent.progress for agent in overview.everyone if agent.state == "generating" and agent.progress]
     speed = sum(progress.decode_tok_s or 0.0 for progress in generating)
     num_generated = sum(agent.num_generated for agent in overview.everyone)
@@ -270,14 +271,14 @@ def _told(event: Event, overview: Overview) -> tuple[str, str] | None:
             return f"warning: {event.text}", "yellow"
         case RunEnded():
             reason = f": {event.reason}" if event.reason else ""
-            what = OUTCOMES.get(event.outcome, event.outcome)
+            what = outcome_name(event.outcome)
             return f"{what}{reason} · {totals(event.totals)}", "bold" if event.outcome == "completed" else "bold red"
     return None
 
 
 def _step(event: AgentStep | OrchestratorStep) -> str:
     """`step 2: calls assign_task x 3, read_result · says ...`"""
-    calls = Counter(called(event.message))
+    calls = Counter(name for name, _ in called(event.message))
     names = ", ".join(name if num == 1 else f"{name} x {num}" for name, num in calls.items())
     content = event.message.get("content")
     says = f"says {content}" if isinstance(content, str) and content.strip() else ""
@@ -285,16 +286,21 @@ def _step(event: AgentStep | OrchestratorStep) -> str:
 
 
 def _ended(event: AgentEnded, agent: Agent) -> str:
-    what = OUTCOMES.get(event.outcome, event.outcome) + (f": {event.reason}" if event.reason else "")
+    what = outcome_name(event.outcome) + (f": {event.reason}" if event.reason else "")
     amount = f"{counted(event.steps, 'step')}, {event.usage.generated_tokens:,} tok"
-    return f"{event.agent_id} {agent.name} · {duration(event.t_s - agent.begin_s)}, {amount} · {what}"
+    return f"{agent.label} · {duration(event.t_s - agent.begin_s)}, {amount} · {what}"
 
 
-def called(message: Mapping[str, Any]) -> list[str]:
-    """Names of the tools that a message calls."""
+def called(message: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The calls of a message as (tool, arguments), as far as it has the form that it should have."""
     calls = message.get("tool_calls")
     functions = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    return [str(function.get("name")) for function in functions if isinstance(function, dict)]
+    return [(str(one.get("name")), str(one.get("arguments") or "")) for one in functions if isinstance(one, dict)]
+
+
+def outcome_name(outcome: str) -> str:
+    """`step limit`; what only a newer version knows, as it is written."""
+    return OUTCOMES.get(outcome, one_line(outcome, 20))
 
 
 def conflict(event: FileConflict) -> str:

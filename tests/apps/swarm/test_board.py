@@ -104,7 +104,7 @@ _agents, _paths, _texts = st.sampled_from("abc"), st.sampled_from(["x", "d/y", "
 _deeds = st.tuples(_agents, st.sampled_from(["read", "write", "append", "outside"]), _paths, _texts)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(deeds=st.lists(_deeds, max_size=12))
 def test_a_write_happens_exactly_where_the_agent_knows_what_is_there(
     deeds: list[tuple[str, str, str, str]], tmp_path_factory: pytest.TempPathFactory

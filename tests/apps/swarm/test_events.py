@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.apps.swarm import journal
@@ -24,6 +24,7 @@ from kimi_lite.errors import KimiLiteError
 from tests.apps.swarm.made import events
 
 
+@settings(deadline=None)
 @given(events)
 def test_an_event_is_one_line_of_strict_json_and_comes_back(event: Event) -> None:
     line = to_line(event)
@@ -50,6 +51,7 @@ def test_fields_and_kinds_of_newer_versions_do_not_disturb() -> None:
     assert from_line('{"event":"AgentRenamed","t_s":1}') is None
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_field_of_another_type_is_a_value_error_that_names_it(data: st.DataObject) -> None:
     event = json.loads(to_line(data.draw(events)))
@@ -70,6 +72,7 @@ def test_speed_up_is_the_agents_own_time_over_the_time_that_passed() -> None:
     assert Totals().speed_up is None
 
 
+@settings(deadline=None)
 @given(written=st.lists(events, max_size=5), cut=st.integers(0, 10**9))
 def test_a_journal_cut_anywhere_keeps_its_whole_lines_and_goes_on(
     written: list[Event], cut: int, tmp_path_factory: pytest.TempPathFactory

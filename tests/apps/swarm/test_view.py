@@ -94,7 +94,7 @@ def test_a_narrow_terminal_leaves_numbers_out() -> None:
     assert shown[1:] == ["orchestrator      waits for 1 agent", "├─ a1 a reviewe…  reading 1 / 9 tok", "└─ 0 tok"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     happened=st.lists(events, max_size=25),
     width=st.integers(1, 200),
