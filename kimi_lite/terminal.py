@@ -39,7 +39,7 @@ _SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")  # with letter
 
 
 def harmless(text: str) -> str:
-    """`text` with U+FFFD for every character that acts on a terminal instead of being shown, or cannot be sent there."""
+    """`text` with U+FFFD for every character that acts on a terminal instead of being shown, or cannot go there."""
     return _HARMFUL.sub(_REPLACEMENT, text)
 
 
