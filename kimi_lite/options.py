@@ -494,13 +494,59 @@ class Options:
     )
     images: tuple[str, ...] = _option(
         "--image",
-        help="An image for the first message.",
+        help="An image for the first message. May be repeated.",
         kind="texts",
         panel=PROMPT,
         commands=ANSWERING,
         metavar="FILE",
         default=(),
         is_setting=False,
+    )
+    videos: tuple[str, ...] = _option(
+        "--video",
+        help="A video for the first message. May be repeated.",
+        kind="texts",
+        panel=PROMPT,
+        commands=ANSWERING,
+        metavar="FILE",
+        default=(),
+        is_setting=False,
+    )
+    video_fps: float = _option(
+        "--video-fps",
+        help="Frames of a video that the model sees a second.",
+        kind="number",
+        above=0,
+        most=60,
+        unused=_local,
+        panel=PROMPT,
+        commands=(*ANSWERING, "serve"),
+        metavar="NUMBER",
+        default=2.0,
+        shown_default="2",
+    )
+    video_frames: int = _option(
+        "--video-frames",
+        help="Most frames of a video that the model sees, evenly over all of it.",
+        kind="integer",
+        least=1,
+        most=4096,
+        unused=_local,
+        panel=PROMPT,
+        commands=(*ANSWERING, "serve"),
+        metavar="NUMBER",
+        default=128,
+        shown_default="128",
+    )
+    image_bytes: int = _option(
+        "--image-size",
+        help="Largest file of an image that is read.",
+        kind="size",
+        panel=PROMPT,
+        commands=(*ANSWERING, "serve"),
+        metavar="SIZE",
+        default=20 << 20,
+        shown_default="20M",
     )
     temperature: float | None = _option(
         "--temp",
@@ -677,6 +723,16 @@ class Options:
     max_waiting: int = _option(
         "--max-waiting",
         help="Requests that may wait for their turn; more get 429.",
+        kind="integer",
+        least=0,
+        panel=SERVER,
+        commands=("serve",),
+        default=64,
+        shown_default="64",
+    )
+    max_images: int = _option(
+        "--max-images",
+        help="Most images and videos in one request.",
         kind="integer",
         least=0,
         panel=SERVER,

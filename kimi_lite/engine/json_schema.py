@@ -243,7 +243,11 @@ class _Preparation:
         if "pattern" in schema:
             schema["pattern"] = self._pattern(schema["pattern"], place, "pattern")
         name = schema.get("format")
-        if name is None or name in _COMPILED_FORMATS:
+        if name is None:
+            return
+        if not isinstance(name, str):
+            raise SchemaError(place, "format", f"it is {name!r:.40}, not a name", "")
+        if name in _COMPILED_FORMATS:
             return
         del schema["format"]
         if name in _OWN_FORMATS:

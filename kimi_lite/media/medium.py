@@ -16,7 +16,7 @@ from kimi_lite.model.vision.patches import Patches
 from kimi_lite.text.placeholders import kind_of
 
 Kind = Literal["image", "video"]
-MAX_IMAGE_BYTES = 20_000_000
+MAX_IMAGE_BYTES = 20 << 20
 
 
 class Item(NamedTuple):

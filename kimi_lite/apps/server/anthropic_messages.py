@@ -21,6 +21,7 @@ from kimi_lite.apps.server import sse
 from kimi_lite.apps.server.bodies import read_body
 from kimi_lite.apps.server.chat import ChatRequest, Choice, Prepared
 from kimi_lite.apps.server.errors import ApiError, told
+from kimi_lite.apps.server.media import Kind, MediaParts
 from kimi_lite.apps.server.merge import merged
 from kimi_lite.apps.server.messages import read_choice, read_tools, strict_names
 from kimi_lite.apps.server.openai_models import MAX_MESSAGES, Body
@@ -100,7 +101,7 @@ def to_chat(body: CountBody, state: ServerState, client: str) -> ChatRequest:
     choice, thinking = body.tool_choice or ToolChoice(type="auto"), body.thinking or Thinking(type="disabled")
     wanted = {"any": "required", "tool": {"name": choice.name}}.get(choice.type, choice.type)
     return ChatRequest(
-        messages=read_conversation(body.system, body.messages),
+        messages=read_conversation(body.system, body.messages, state.media()),
         tools=tools,
         tool_choice=read_choice(wanted, tools),
         has_parallel_calls=not choice.disable_parallel_tool_use,
@@ -113,7 +114,9 @@ def to_chat(body: CountBody, state: ServerState, client: str) -> ChatRequest:
     )
 
 
-def read_conversation(system: object, messages: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+def read_conversation(
+    system: object, messages: Sequence[dict[str, Any]], media: MediaParts
+) -> tuple[dict[str, Any], ...]:
     """Messages as the template takes them, the system prompt first; ApiError 400 that names the place of what is
     wrong."""
     read: list[dict[str, Any]] = []
@@ -122,7 +125,7 @@ def read_conversation(system: object, messages: Sequence[dict[str, Any]]) -> tup
     for i, message in enumerate(messages):
         role, place = message.get("role"), f"messages.{i}"
         if role == "user":
-            read += _user_messages(_blocks(message.get("content"), f"{place}.content"))
+            read += _user_messages(_blocks(message.get("content"), f"{place}.content"), media)
         elif role == "assistant":
             read.append(_assistant_message(_blocks(message.get("content"), f"{place}.content")))
         elif role == "system":
@@ -170,26 +173,59 @@ def _blocks(content: object, place: str) -> list[tuple[str, dict[str, Any]]]:
     return blocks
 
 
-def _user_messages(blocks: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Results of tools are messages of their own; the text around them stays in its place."""
+def _user_messages(blocks: list[tuple[str, dict[str, Any]]], media: MediaParts) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own; the text and images around them stay in their places."""
     read: list[dict[str, Any]] = []
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for place, block in blocks:
         if block["type"] == "tool_result":
-            if texts:
-                read.append({"role": "user", "content": "\n\n".join(texts)})
-                texts = []
-            read.append({"role": "tool", "content": _result(place, block), "tool_call_id": block["tool_use_id"]})
+            if parts:
+                read.append({"role": "user", "content": _joined(parts)})
+                parts = []
+            read.append({"role": "tool", "content": _result(place, block, media), "tool_call_id": block["tool_use_id"]})
         else:
-            texts.append(_text(place, block))
-    if texts or not read:
-        read.append({"role": "user", "content": "\n\n".join(texts)})
+            parts.append(_part(place, block, media))
+    if parts or not read:
+        read.append({"role": "user", "content": _joined(parts)})
     return read
 
 
-def _result(place: str, block: dict[str, Any]) -> str:
-    texts = [_text(where, part) for where, part in _blocks(block.get("content"), f"{place}.content")]
-    return "\n\n".join(texts) or ("The tool failed." if block.get("is_error") is True else "")
+def _result(place: str, block: dict[str, Any], media: MediaParts) -> str | list[dict[str, Any]]:
+    parts = [_part(where, part, media) for where, part in _blocks(block.get("content"), f"{place}.content")]
+    return _joined(parts) or ("The tool failed." if block.get("is_error") is True else "")
+
+
+def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """One text; a list of parts only where there are images. Texts that follow each other are paragraphs."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": f"{joined[-1]['text']}\n\n{part['text']}"}
+        else:
+            joined.append(part)
+    if all(part["type"] == "text" for part in joined):
+        return joined[0]["text"] if joined else ""
+    return joined
+
+
+def _part(place: str, block: dict[str, Any], media: MediaParts) -> dict[str, Any]:
+    """A block of a user's or a tool's as OpenAI has it."""
+    if block["type"] in ("image", "video"):
+        return _shown(place, block["type"], block.get("source"), media)
+    return {"type": "text", "text": _text(place, block)}
+
+
+def _shown(place: str, kind: Kind, source: object, media: MediaParts) -> dict[str, Any]:
+    media.count(kind, place)
+    if isinstance(source, dict):
+        match source.get("type"):
+            case "base64" if isinstance(source.get("data"), str):
+                return media.data(kind, f"data:{source.get('media_type')};base64,{source['data']}", place)
+            case "url" if isinstance(source.get("url"), str):
+                return media.data(kind, source["url"], place)
+            case "file" if isinstance(source.get("file_id"), str):
+                return media.file(kind, source["file_id"], place)
+    raise ApiError(400, f"{place}.source must be base64 data, or a file_id.", "invalid_value", f"{place}.source")
 
 
 def _text(place: str, block: dict[str, Any]) -> str:
@@ -203,9 +239,6 @@ def _text(place: str, block: dict[str, Any]) -> str:
         raise ApiError(400, f"{place} is a document that is not plain text, which cannot be read.", "invalid_value")
     if kind == "tool_reference" and isinstance(block.get("tool_name"), str):
         return block["tool_name"]
-    if kind == "image":
-        problem = f"{place} is an image, and the model has no vision encoder here: images cannot be read."
-        raise ApiError(400, problem, "vision_unsupported", place)
     raise ApiError(400, f"{place} has the type {kind!r:.40}, which this server does not read.", "invalid_value", place)
 
 

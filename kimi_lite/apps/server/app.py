@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_lite.apps.server import anthropic_messages, basics, completions, openapi, page, responses
+from kimi_lite.apps.server import anthropic_messages, basics, completions, files, openapi, page, responses
 from kimi_lite.apps.server.chat import Chats
 from kimi_lite.apps.server.errors import ApiError, error_response
 from kimi_lite.apps.server.log import AnswerLog
@@ -38,6 +38,7 @@ def build_app(service: EngineService, settings: ServerSettings, log: AnswerLog |
         service.start()
         yield
         await service.close(settings.shuts_down_within_s)
+        app.state.server.files.close()
 
     guard = Middleware(Guard, api_keys=settings.api_keys, hosts=settings.hosts, origins=settings.origins)
     handlers = {HTTPException: _on_http_error, Exception: _on_error}
@@ -58,6 +59,10 @@ def routes() -> list[Route]:
         _route("/v1/responses/{name}", responses.delete, "DELETE"),
         _route("/v1/messages", anthropic_messages.messages, "POST", anthropic_messages.MessagesBody, _STREAMED),
         _route("/v1/messages/count_tokens", anthropic_messages.count_tokens, "POST", anthropic_messages.CountBody),
+        _route("/v1/files", files.upload, "POST"),
+        _route("/v1/files", files.list_files),
+        _route("/v1/files/{name}", files.retrieve),
+        _route("/v1/files/{name}", files.delete, "DELETE"),
         _route("/v1/models", basics.models),
         _route("/v1/models/{name:path}", basics.model),
         _route("/tokenize", basics.tokenize, "POST", TokenizeBody),

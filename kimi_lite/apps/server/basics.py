@@ -50,7 +50,8 @@ def _model_for(http: HttpRequest) -> dict[str, Any]:
         "max_model_len": engine.context_length,  # vLLM's name
         "supports_reasoning": state.can_think,
         "supports_tools": state.can_call,
-        "supports_image_in": False,
+        "supports_image_in": engine.vision is not None,
+        "supports_video_in": engine.vision is not None,
     }
 
 
@@ -73,8 +74,7 @@ async def tokenize(http: HttpRequest) -> Response:
     engine = state.service.require_ready()
     if body.messages is not None:
         tools = read_tools(body.tools or [], state.can_call, engine.info.name)
-        prepared = await state.chats.prepare(ChatRequest(read_messages(body.messages, can_see=False), tools))
-        ids = list(prepared.requests[0].prompt_ids)
+        ids = await state.chats.prompt_ids(ChatRequest(read_messages(body.messages, state.media()), tools))
     else:
         text = body.content if body.content is not None else body.prompt
         if text is None:

@@ -21,8 +21,8 @@ from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import Answer, EngineService, Event
 from kimi_lite.engine.splice import splice
 from kimi_lite.engine.types import Constraint, Request, SamplingParams, Token
+from kimi_lite.engine.vision import MarkedPrompt, encode_prompt, marked_ids, placed, without_marks
 from kimi_lite.text.stream import DEEPSEEK, KIMI
-from kimi_lite.text.template import EncodedPrompt
 
 NUM_CONVERSATIONS = 64  # whose sampled ids are remembered, so that their next prompts are found in the cache
 MAX_CHOICES = 16
@@ -90,6 +90,12 @@ class Chats:
         engine = self.service.require_ready()
         return len((await asyncio.to_thread(self._encode, engine, chat)).ids)
 
+    async def prompt_ids(self, chat: ChatRequest) -> list[int]:
+        """The ids of the prompt, without anything being seen or computed."""
+        engine = self.service.require_ready()
+        prompt = await asyncio.to_thread(self._encode, engine, chat)
+        return list(without_marks(prompt.ids, engine.template.pad_id))
+
     def open(self, requests: Sequence[Request]) -> list["Choice"]:
         """Put all choices into the queue; QueueFull where they have no place, and then none is."""
         choices: list[Choice] = []
@@ -110,7 +116,8 @@ class Chats:
 
     def _prepare(self, engine: Engine, chat: ChatRequest) -> Prepared:
         prompt = self._encode(engine, chat)
-        ids = tuple(self._with_known_ids(engine, prompt.ids))
+        marked = self._with_known_ids(engine, prompt.ids)
+        ids = without_marks(marked, engine.template.pad_id)
         sampling = self._sampling(engine, chat, prompt.starts_in_reasoning)
         calls = tuple(_calls_of(chat.messages))
         constraint = self._constraint(engine, chat, prompt.starts_in_reasoning, len(calls))
@@ -132,11 +139,20 @@ class Chats:
             )
             engine.require_room(request)
             requests.append(request)
+        if prompt.items:  # the tower sees them once it is known that they fit
+            images = placed(marked, prompt.items, engine.vision.see(prompt.items))
+            requests = [replace(request, images=images) for request in requests]
         return Prepared(chat, tuple(requests))
 
-    def _encode(self, engine: Engine, chat: ChatRequest) -> EncodedPrompt:
-        is_thinking = True if chat.is_thinking is None else chat.is_thinking
-        return engine.template.encode(chat.messages, chat.tools, is_thinking, True, chat.keeps_reasoning)
+    def _encode(self, engine: Engine, chat: ChatRequest) -> MarkedPrompt:
+        return encode_prompt(
+            engine.template,
+            engine.vision,
+            chat.messages,
+            tools=chat.tools,
+            thinking=True if chat.is_thinking is None else chat.is_thinking,
+            preserve_thinking=chat.keeps_reasoning,
+        )
 
     def _constraint(
         self, engine: Engine, chat: ChatRequest, starts_in_reasoning: bool, num_calls: int
@@ -185,7 +201,7 @@ class Choice:
 
     def __init__(self, chats: Chats, answer: Answer) -> None:
         self._chats, self._answer = chats, answer
-        self._ids = list(answer.request.prompt_ids)
+        self._ids = marked_ids(answer.request)
 
     def __aiter__(self) -> "Choice":
         return self

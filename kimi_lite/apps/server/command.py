@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from kimi_lite.engine.service import EngineService
 
-_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
+_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "python_multipart")
 _DRAIN_S = 10.0  # running answers have so long to end
 
 
@@ -107,6 +107,7 @@ def settings_of(options: Options):
         api_keys=keys,
         hosts=None if is_open else names,
         origins=options.origins,
+        max_images=options.max_images,
         has_loop_guard=options.has_loop_guard,
         answers=AnswerSettings.from_options(options),
         shuts_down_within_s=_DRAIN_S,

@@ -10,20 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.media import MediaParts
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 MAX_TOOLS = 1024
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], can_see: bool) -> tuple[dict[str, Any], ...]:
+def read_messages(messages: Sequence[Mapping[str, Any]], media: MediaParts) -> tuple[dict[str, Any], ...]:
     """Messages as the template takes them; ApiError 400 that names the place of what is wrong."""
     read: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         place = f"messages.{i}"
         role = message.get("role")
         if role == "function":  # before tools were
-            result = {"role": "tool", "content": _content(message.get("content"), place, can_see)}
+            result = {"role": "tool", "content": _content(message.get("content"), place, media)}
             called = message.get("name")
             read.append({**result, "tool_call_id": _last_id_of(read, called), "name": called})
             continue
@@ -32,7 +33,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], can_see: bool) -> tuple
             raise ApiError(
                 400, f"{place}.role is {role!r}; it must be one of {known}.", "invalid_value", f"{place}.role"
             )
-        plain = {"role": _ROLES[role], "content": _content(message.get("content"), f"{place}.content", can_see)}
+        plain = {"role": _ROLES[role], "content": _content(message.get("content"), f"{place}.content", media)}
         if isinstance(message.get("name"), str):
             plain["name"] = message["name"]
         if role == "assistant":
@@ -111,7 +112,7 @@ def _assistant(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {**more, "tool_calls": read} if read else more
 
 
-def _content(content: object, place: str, can_see: bool) -> object:
+def _content(content: object, place: str, media: MediaParts) -> object:
     """Text; a list of parts only where there are images."""
     if content is None:
         return ""
@@ -119,13 +120,13 @@ def _content(content: object, place: str, can_see: bool) -> object:
         return content
     if not isinstance(content, Sequence):
         raise ApiError(400, f"{place} must be a text or a list of parts.", "invalid_value", place)
-    parts = [_part(part, f"{place}.{i}", can_see) for i, part in enumerate(content)]
+    parts = [_part(part, f"{place}.{i}", media) for i, part in enumerate(content)]
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
     return parts
 
 
-def _part(part: object, place: str, can_see: bool) -> dict[str, Any]:
+def _part(part: object, place: str, media: MediaParts) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -134,12 +135,9 @@ def _part(part: object, place: str, can_see: bool) -> dict[str, Any]:
         if not isinstance(text, str):
             raise ApiError(400, f"{place}.text must be a text.", "invalid_value", f"{place}.text")
         return {"type": "text", "text": text}
-    if kind in ("image_url", "input_image", "video_url"):
-        if not can_see:
-            raise ApiError(
-                400, "The model has no vision encoder here: images cannot be read.", "vision_unsupported", place
-            )
-        return dict(part)
+    shown = media.read(part, place) if isinstance(part, Mapping) else None
+    if shown is not None:
+        return shown
     raise ApiError(
         400, f"{place} has the type {kind!r}, which this server does not read.", "invalid_value", f"{place}.type"
     )

@@ -40,7 +40,7 @@ def to_chat(body: ChatBody, state: ServerState, client: str) -> ChatRequest:
     declared = read_tools(tools, state.can_call, engine.info.name)
     choice = body.tool_choice if body.tool_choice is not None else body.function_call
     return ChatRequest(
-        messages=read_messages(body.messages, can_see=False),
+        messages=read_messages(body.messages, state.media()),
         tools=declared,
         tool_choice=read_choice(choice, declared),
         has_parallel_calls=body.parallel_tool_calls is not False,

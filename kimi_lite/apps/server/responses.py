@@ -111,7 +111,7 @@ def to_chat(
     """What the body asks for; ApiError 400 for what it cannot have."""
     engine = state.service.require_ready()
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    messages = read_messages([*instructions, *messages_of(items)], can_see=False)
+    messages = read_messages([*instructions, *messages_of(items)], state.media())
     if not messages:
         raise ApiError(400, "There is no input.", "invalid_value", "input")
     wanted, tools = _choice(body.tool_choice, tools)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from starlette.requests import Request as HttpRequest
 
 from kimi_lite.apps.server.chat import Chats
+from kimi_lite.apps.server.files import UploadedFiles
 from kimi_lite.apps.server.log import AnswerLog
+from kimi_lite.apps.server.media import MediaParts
 from kimi_lite.apps.server.stored import StoredResponses
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.service import EngineService
@@ -24,6 +26,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] | None = None  # of the Host header; None: any
     origins: tuple[str, ...] = ()  # that pages may ask from
+    max_images: int = 64  # and videos, of one request
     has_loop_guard: bool = True
     answers: AnswerSettings = field(default_factory=AnswerSettings)  # of requests that do not say how
     shuts_down_within_s: float = 10.0
@@ -39,6 +42,7 @@ class ServerState:
     log: AnswerLog
     started_s: float = field(default_factory=time.time)
     stored: StoredResponses = field(default_factory=StoredResponses)
+    files: UploadedFiles = field(default_factory=UploadedFiles)
     _facts: dict[str, bool] = field(default_factory=dict)  # of the template; looked at once
 
     @property
@@ -61,6 +65,10 @@ class ServerState:
             template = self.service.require_ready().template
             self._facts["can_think"] = template.encode(_QUESTION, thinking=True).starts_in_reasoning
         return self._facts["can_think"]
+
+    def media(self) -> MediaParts:
+        """What reads the images and videos of one request."""
+        return MediaParts(self.service.require_ready().vision is not None, self.files, self.settings.max_images)
 
     def sampling(self, **asked: object) -> SamplingParams:
         """What a request asks for, by the names of SamplingParams; the server's own where it says nothing (None)."""

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from kimi_lite.apps.server.anthropic_messages import MessagesBody, read_conversation, without_attribution
 from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.files import UploadedFiles
+from kimi_lite.apps.server.media import MediaParts
 from tests.apps.server.running import call, running, speaking
 
 WEATHER = {
@@ -263,7 +265,9 @@ _BLOCK = st.fixed_dictionaries(
 )
 def test_any_conversation_is_read_or_refused(messages, system) -> None:
     try:
-        read = read_conversation(system, MessagesBody(max_tokens=1, messages=messages).messages)
+        read = read_conversation(
+            system, MessagesBody(max_tokens=1, messages=messages).messages, MediaParts(False, UploadedFiles(), 64)
+        )
     except ApiError:
         return
     for message in read:

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.files import UploadedFiles
+from kimi_lite.apps.server.media import MediaParts
 from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools
 from tests.apps.server.running import running, speaking
 
@@ -42,7 +44,7 @@ _CHOICE = st.sampled_from(["auto", "none", "required"]) | objects({"function": _
 @given(st.lists(_MESSAGE, max_size=4), st.lists(_TOOL, max_size=3), _CHOICE)
 def test_anything_is_read_or_refused(messages, tools, choice) -> None:
     for work in (
-        lambda: read_messages(messages, can_see=False),
+        lambda: read_messages(messages, MediaParts(False, UploadedFiles(), 64)),
         lambda: read_choice(choice, read_tools(tools, True, "x")),
     ):
         try:
@@ -53,7 +55,7 @@ def test_anything_is_read_or_refused(messages, tools, choice) -> None:
             continue
         assert problem.status == 400 and problem.message
     try:
-        read = read_messages(messages, can_see=False)
+        read = read_messages(messages, MediaParts(False, UploadedFiles(), 64))
     except ApiError:
         return
     for message in read:

@@ -11,6 +11,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from kimi_lite.apps.server.errors import ApiError
+from kimi_lite.apps.server.files import UploadedFiles
+from kimi_lite.apps.server.media import MediaParts
 from kimi_lite.apps.server.messages import read_messages
 from kimi_lite.apps.server.responses import _opened, messages_of, sealed
 from kimi_lite.apps.server.stored import StoredResponse, StoredResponses
@@ -225,7 +227,7 @@ _ITEM = st.dictionaries(st.sampled_from(_FIELDS), st.text(max_size=5) | _JSON).f
 @given(st.lists(_ITEM, max_size=5))
 def test_any_items_are_read_or_refused(items) -> None:
     try:
-        read = read_messages(messages_of(items), can_see=False)
+        read = read_messages(messages_of(items), MediaParts(False, UploadedFiles(), 64))
     except ApiError:
         return
     for message in read:
