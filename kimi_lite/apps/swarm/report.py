@@ -114,7 +114,7 @@ def print_report(console: Console, summary: RunSummary, overview: Overview, jour
     if overview.ended is not None:
         _print_part(console, "Answer", overview.ended.answer)
     elif summary.state == "interrupted":
-        show_plain(console, f"\nIt can go on: kimi-lite swarm --resume {summary.run_id}", style="dim")
+        show_plain(console, f"\nIt can go on: kimi-lite swarm resume {summary.run_id}", style="dim")
 
 
 def went_wrong(overview: Overview) -> list[str]:

@@ -202,7 +202,7 @@ def test_a_run_that_was_interrupted_says_how_to_go_on(store: RunStore, capsys: p
         file.write(b'garbage\n{"event":"Later","t_s":1}\n')
     show_run(folder.name)
     out = capsys.readouterr().out
-    assert f"kimi-lite swarm --resume {folder.name}" in out
+    assert f"kimi-lite swarm resume {folder.name}" in out
     assert "- 1 line of the journal damaged and left out:" in out and "- 1 event of a newer version" in out
 
 
