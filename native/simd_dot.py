@@ -100,6 +100,11 @@ HAS_FULL_UNSIGNED_DOT = "vnni" in isa().name  # unsigned codes may use all 8 bit
 dot_i8x64 = _dot(i32x16, i8x64, _dot_signed)
 
 
+def dot_of(builder, acc, a, b):
+    """LLVM code of acc + 4 products a lane of two signed vectors; where HAS_FULL_UNSIGNED_DOT, `a` has 128 added."""
+    return (_dot_unsigned if HAS_FULL_UNSIGNED_DOT else _dot_signed)(builder, acc, a, b)
+
+
 # Products with integer scales
 # ------------------------------------------------------------------------------------------
 

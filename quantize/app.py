@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kimi_lite.arch.moonvit import read_checkpoint_tower
 from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import read_imatrix
@@ -13,7 +14,7 @@ from kimi_lite.quantize.check.verify import verify_lines
 from kimi_lite.quantize.codecs import EXACT_TYPES
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import ConvertReport, convert, importance_notes, make_job, open_model
-from kimi_lite.quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, read_tower, write_mmproj
+from kimi_lite.quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, write_mmproj
 from kimi_lite.quantize.recipe.budget import fit_recipe, parse_machine
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.recipe.plan import describe_plan, plan_conversion
@@ -111,7 +112,7 @@ def _check_mmproj(settings: Settings) -> None:
     """Finds now, and not after hours, what would stop the vision tower's file."""
     src, path = settings.src.expanduser(), mmproj_path(settings.dst.expanduser())
     find_mmproj_layout(settings.mmproj)
-    _, raw = check_mmproj(src, read_tower(src)[0])
+    _, raw = check_mmproj(src, read_checkpoint_tower(src)[0])
     check_outputs([path], {tensor.file for tensor in raw.values()} | {src / "config.json"})
     check_replaceable(path, settings.is_overwriting)
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kimi_lite.arch.moonvit import read_checkpoint_tower
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.plan.subject import find_subject
 from kimi_lite.quantize.convert import open_model
-from kimi_lite.quantize.mmproj import read_tower
 from tests.checkpoints import make_checkpoint
 
 SCALARS = st.one_of(
@@ -97,7 +97,7 @@ def test_any_content_is_a_model_or_a_sentence(originals, tmp_path, data):
     names = sorted(path.name for path in folder.iterdir())
     for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
         mutate_file(folder / name, data)
-    for read in (lambda: open_model(folder).make_metadata(BY_NAME["Q8_0"]), lambda: read_tower(folder),
+    for read in (lambda: open_model(folder).make_metadata(BY_NAME["Q8_0"]), lambda: read_checkpoint_tower(folder),
                  lambda: find_subject(str(folder))):  # fmt: skip
         try:
             read()

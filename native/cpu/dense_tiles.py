@@ -1,0 +1,147 @@
+"""Register tiles of dense products: 16 V rows of a packed matrix times T rows of activations, V x T sums in registers.
+
+    float_tile(dtype, ...)   float32 rows times panels of float32, float16 or bfloat16
+    byte_tile(...)           int8 rows times int8 panels, scaled by group into float32
+
+A panel holds 16 rows of a matrix side by side, K after K (`native.cpu.dense`). Generated against LLVM, because V and T
+are what fits the registers of an ISA: with AVX-512 24 sums of 32 registers, elsewhere 6 sums of two registers each.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from kimi_lite.native.half import widen_half
+from kimi_lite.native.isa import AVX512_VNNI, isa
+from kimi_lite.native.simd_dot import dot_of
+from kimi_lite.native.vectors import Vec, call_llvm, f32x16, i8x64, i16x16, i32x16, splat
+
+TILE_VECTORS, TILE_ROWS = (2, 12) if isa().name == AVX512_VNNI else (1, 6)
+GROUP = 128  # columns of int8 that share a scale
+FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _address(builder, base, *terms):
+    """base + the sum of terms; a term is a constant, a value, or a (value, constant factor) pair."""
+    for term in terms:
+        if isinstance(term, tuple):
+            term = builder.mul(term[0], ir.Constant(_I64, term[1]))
+        base = builder.add(base, ir.Constant(_I64, term) if isinstance(term, int) else term)
+    return base
+
+
+def _load(builder, address, llvm_type, align: int = 1):
+    value = builder.load(builder.inttoptr(address, llvm_type.as_pointer()))
+    value.align = align
+    return value
+
+
+def _store(builder, address, value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+def _weights(builder, address, dtype: str):
+    """16 weights as float32 lanes."""
+    if dtype == "F16":
+        return widen_half(builder, _load(builder, address, Vec("f16", 16).llvm))
+    if dtype == "BF16":
+        words = builder.zext(_load(builder, address, i16x16.llvm), i32x16.llvm)
+        return builder.bitcast(builder.shl(words, ir.Constant(i32x16.llvm, [16] * 16)), f32x16.llvm)
+    return _load(builder, address, f32x16.llvm)
+
+
+@cache
+def float_tile(dtype: str, vectors: int, rows: int, is_added: bool) -> Callable:
+    """`tile(weights, step, panel_bytes, x, x_stride, k, out, out_stride)`: out[r, 16 v + lane] = or += the sum over k
+    of weights[v][k][lane] * x[r][k].
+
+    weights: 16 of dtype at every multiple of `step` bytes, and those of the next v `panel_bytes` further; x, out:
+    float32, `rows` rows. Strides in bytes.
+    """
+
+    @intrinsic
+    def tile(typingctx, weights, step, panel_bytes, x, x_stride, k, out, out_stride):
+        def codegen(context, builder, sig, args):
+            panels, step, panel_bytes, x, x_stride, k, out, out_stride = args
+            places = [(r, v) for r in range(rows) for v in range(vectors)]
+            at = {(r, v): _address(builder, out, (out_stride, r), 64 * v) for r, v in places}
+            zero = ir.Constant(f32x16.llvm, [0.0] * 16)
+            start = {p: _load(builder, at[p], f32x16.llvm) if is_added else zero for p in places}
+            sums = {p: cgutils.alloca_once_value(builder, start[p]) for p in places}
+            bases = [_address(builder, panels, (panel_bytes, v)) for v in range(vectors)]
+            inputs = [_address(builder, x, (x_stride, r)) for r in range(rows)]
+            with cgutils.for_range(builder, k, intp=_I64) as loop:
+                offset = builder.mul(loop.index, step)
+                weights = [_weights(builder, builder.add(b, offset), dtype) for b in bases]
+                for r in range(rows):
+                    value = splat(builder, f32x16, _load(builder, _address(builder, inputs[r], (loop.index, 4)), _F32))
+                    for v in range(vectors):
+                        total = builder.load(sums[r, v])
+                        fused = call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, (weights[v], value, total))
+                        builder.store(fused, sums[r, v])
+            for p in places:
+                _store(builder, at[p], builder.load(sums[p]))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return tile
+
+
+@cache
+def byte_tile(vectors: int, rows: int) -> Callable:
+    """`tile(panels, panel_bytes, scales, starts, x, x_scales, num_groups, out)`: out[r, 16 v + lane] = the sum over
+    groups of scale * x_scale * (start + the sum of products of the group).
+
+    panels: (K / 4, 16, 4) int8 each; scales, starts: float32 and int32 (K / GROUP, 16), those of the next panel behind
+    them; x: (rows, K) bytes and x_scales: float32 (rows, K / GROUP), as `native.cpu.dense.quantize_row` writes them.
+    out: float32 (rows, 16 * vectors), contiguous.
+    """
+    places = [(r, v) for r in range(rows) for v in range(vectors)]
+
+    @intrinsic
+    def tile(typingctx, panels, panel_bytes, scales, starts, x, x_scales, num_groups, out):
+        def codegen(context, builder, sig, args):
+            panels, panel_bytes, scales, starts, x, x_scales, num_groups, out = args
+            outputs = {(r, v): _address(builder, out, 64 * (r * vectors + v)) for r, v in places}
+            for at in outputs.values():
+                _store(builder, at, ir.Constant(f32x16.llvm, [0.0] * 16))
+            k = builder.mul(num_groups, ir.Constant(_I64, GROUP))
+            bases = [_address(builder, panels, (panel_bytes, v)) for v in range(vectors)]
+            inputs = [_address(builder, x, (k, r)) for r in range(rows)]
+            with cgutils.for_range(builder, num_groups, intp=_I64) as group:
+                of_group = [_address(builder, group.index, (num_groups, i)) for i in range(max(rows, vectors))]
+                sums = {}
+                for r, v in places:
+                    start = _load(builder, _address(builder, starts, (of_group[v], 64)), i32x16.llvm)
+                    sums[r, v] = cgutils.alloca_once(builder, i32x16.llvm)
+                    builder.store(start, sums[r, v])
+                first = builder.mul(group.index, ir.Constant(_I64, GROUP))
+                with cgutils.for_range(builder, ir.Constant(_I64, GROUP // 4), intp=_I64) as loop:
+                    column = _address(builder, first, (loop.index, 4))
+                    weights = [_load(builder, _address(builder, b, (column, 16)), i8x64.llvm) for b in bases]
+                    for r in range(rows):
+                        word = _load(builder, _address(builder, inputs[r], column), _I32)
+                        value = builder.bitcast(splat(builder, i32x16, word), i8x64.llvm)
+                        for v in range(vectors):
+                            builder.store(dot_of(builder, builder.load(sums[r, v]), value, weights[v]), sums[r, v])
+                scale = [
+                    _load(builder, _address(builder, scales, (of_group[v], 64)), f32x16.llvm) for v in range(vectors)
+                ]
+                for r, v in places:
+                    x_scale = _load(builder, _address(builder, x_scales, (of_group[r], 4)), _F32)
+                    value = builder.sitofp(builder.load(sums[r, v]), f32x16.llvm)
+                    before = _load(builder, outputs[r, v], f32x16.llvm)
+                    factor = builder.fmul(scale[v], splat(builder, f32x16, x_scale))
+                    after = call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, (value, factor, before))
+                    _store(builder, outputs[r, v], after)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return tile
