@@ -106,7 +106,9 @@ def find_mmproj_layout(type_name: str) -> Layout:
 
 
 def _bare(name: str) -> str:
-    return name.removeprefix("model.")
+    """As the vendor's checkpoint calls it; what transformers saves has the patch filter inside the encoder."""
+    bare = name.removeprefix("model.")
+    return bare.replace("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed.", 1)
 
 
 def split_axes(rows: np.ndarray, num_heads: int) -> np.ndarray:
