@@ -145,6 +145,25 @@ def test_files_of_llama_cpp(vl_file, folder, tower, tmp_path):
         assert np.array_equal(k25.encode(small), tower.encode(small))
 
 
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize(("type_name", "limit"), [("f32", LIMIT), ("bf16", 2e-2), ("q8_0", 3e-2)])
+def test_on_a_gpu(folder, type_name, limit, stays, monkeypatch):
+    """Torch on a CPU stands in for the GPU."""
+    path = write_mmproj(folder, folder / f"gpu-{type_name}.gguf", type_name, is_overwriting=True).path
+    monkeypatch.setattr("kimi_lite.model.vision.gpu._CHUNK_ROWS", 50)
+    with closing(VisionTower.open(path, device="cpu:0", stays_on_device=stays)) as tower:
+        for grid in (Grid(1, 8, 10), Grid(3, 4, 6)):
+            patches = random_patches(grid)
+            assert error(tower.encode(patches), features([patches])[0]) < limit
+
+
+def test_kimi_vl_on_a_gpu(vl_file):
+    path, weights = vl_file
+    image, patches = square_image()
+    with closing(VisionTower.open(path, device="cpu:0")) as tower:
+        assert error(tower.encode(patches), moonvit.encode_image("kimi_vl", weights, image)) < 5e-4
+
+
 def test_stops_and_goes_on(tower):
     patches = random_patches(Grid(1, 4, 4))
     want = tower.encode(patches)
