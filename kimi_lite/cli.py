@@ -20,6 +20,7 @@ from kimi_lite.apps.doctor.command import main as doctor
 from kimi_lite.apps.models import main as models
 from kimi_lite.apps.plan import main as plan
 from kimi_lite.apps.pull import main as pull
+from kimi_lite.apps.swarm.command import swarm
 from kimi_lite.commandline.commands import Client, Command, CommandGroup, Launch
 from kimi_lite.commandline.flags import with_options
 from kimi_lite.errors import KimiLiteError
@@ -117,6 +118,7 @@ def launch(
     raise typer.Exit(launch_client(client, arguments or [], options, context.meta[Launch.OURS], only_prints))
 
 
+app.add_typer(swarm, name="swarm", help="Let an orchestrator divide a task among agents that work at the same time.")
 app.command("plan", cls=Command)(plan)
 app.command("pull", cls=Command)(pull)
 app.command("models", cls=Command)(models)

@@ -16,12 +16,13 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.units import SIZE_HELP, parse_size, parse_token_count
 
 MODEL, MACHINE, SAMPLING, PROMPT = "Model", "Memory and speed", "Sampling", "Prompt and generation"
-OUTPUT, CHAT, TOOLS, SERVER = "Output", "Conversation", "Tools", "Server"
+OUTPUT, CHAT, TOOLS, SERVER, SWARM = "Output", "Conversation", "Tools", "Server", "Swarm"
 DEFAULTS = "Requests that do not say otherwise"
 HUB_PREFIX = "hf:"  # of models of a hub
 ANSWERING = ("chat", "run")
-SAMPLED = (*ANSWERING, "serve")
-LOADING = ("chat", "run", "serve", "bench")
+ASKING = (*ANSWERING, "swarm")
+SAMPLED = (*ASKING, "serve")
+LOADING = ("chat", "run", "serve", "bench", "swarm")
 PLANNED = (*LOADING, "plan")
 FITTED = (*PLANNED, "pull", "models")  # that say what fits this machine
 
@@ -278,7 +279,7 @@ class Options:
         help="For --endpoint.",
         unused=_remote,
         panel=MODEL,
-        commands=(*ANSWERING, "serve", "bench"),
+        commands=(*ASKING, "serve", "bench"),
         metavar="KEY",
         help_in={"serve": "Clients must know it; commas between several."},
     )
@@ -298,7 +299,7 @@ class Options:
         kind="tokens",
         unused=_local,
         panel=MODEL,
-        commands=(*ANSWERING, "serve", "plan", "pull", "models"),
+        commands=(*ASKING, "serve", "plan", "pull", "models"),
         metavar="TOKENS",
     )
     num_sequences: int = _option(  # that the cache serves at the same time, each with a whole context
@@ -428,7 +429,7 @@ class Options:
         convert=_prefix_folder,
         unused=_local,
         panel=MACHINE,
-        commands=(*ANSWERING, "serve"),
+        commands=(*ASKING, "serve"),
         command_default=True,
         shown_default="on",
     )
@@ -438,7 +439,7 @@ class Options:
         kind="size",
         unused=_prefix_bytes,
         panel=MACHINE,
-        commands=(*ANSWERING, "serve"),
+        commands=(*ASKING, "serve"),
         metavar="SIZE",
         default=8 << 30,
         shown_default="8G",
@@ -454,13 +455,13 @@ class Options:
     )
 
     # How answers are made.
-    system: str = _option("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, commands=ANSWERING, default="")
+    system: str = _option("-s", "-sys", "--system", help="System prompt.", panel=PROMPT, commands=ASKING, default="")
     is_thinking: bool | None = _option(
         "--think/--no-think",
         help="Reason first. Default: if the model can.",
         kind="switch",
         panel=PROMPT,
-        commands=ANSWERING,
+        commands=ASKING,
     )
     thinking_budget: int | None = _option(
         "--think-budget",
@@ -469,7 +470,7 @@ class Options:
         none_text="-1",
         unused=_thinks,
         panel=PROMPT,
-        commands=ANSWERING,
+        commands=ASKING,
         metavar="TOKENS",
     )
     preserve_thinking: bool = _option(
@@ -477,7 +478,7 @@ class Options:
         help="Past reasoning stays in the prompt, where the model can.",
         kind="switch",
         panel=PROMPT,
-        commands=ANSWERING,
+        commands=ASKING,
         default=False,
     )
     max_tokens: int | None = _option(
@@ -645,17 +646,164 @@ class Options:
         help="MCP servers with more tools.",
         kind="path",
         panel=TOOLS,
-        commands=ANSWERING,
+        commands=ASKING,
         metavar="FILE",
     )
     allowed_tools: tuple[str, ...] = _option(
         "--allow",
         help="A tool that need not ask; *: all. May be repeated.",
+        help_in={"swarm": "A tool that agents may use in addition; *: all. May be repeated."},
         kind="texts",
         panel=TOOLS,
-        commands=ANSWERING,
+        commands=ASKING,
         metavar="NAME",
         default=(),
+    )
+
+    # How a swarm works.
+    endpoints: tuple[str, ...] = _option(
+        "--endpoint",
+        help="An OpenAI-compatible server; may be repeated. role=orchestrator or role=agents: for those alone.",
+        kind="texts",
+        panel=MODEL,
+        commands=("swarm",),
+        metavar="URL[=WEIGHT][,model=NAME][,role=ROLE][,parallel=N][,key=VARIABLE]",
+        default=(),
+        is_setting=False,  # the name is that of the one endpoint of chat
+    )
+    work_folder: Path | None = _option(
+        "--dir",
+        help="Let agents read the files of FOLDER; --allow write_file, append_file and run_python for more.",
+        kind="path",
+        panel=SWARM,
+        commands=("swarm",),
+        metavar="FOLDER",
+        is_setting=False,
+    )
+    plan_file: Path | None = _option(
+        "--plan",
+        help="The parts of the task, in stages (TOML or JSON); the orchestrator only answers at the end.",
+        kind="path",
+        panel=SWARM,
+        commands=("swarm",),
+        metavar="FILE",
+        is_setting=False,
+    )
+    agents_file: Path | None = _option(
+        "--agents",
+        help="Which agents there are and what they may use (TOML).",
+        kind="path",
+        panel=SWARM,
+        commands=("swarm",),
+        metavar="FILE",
+    )
+    max_parallel: int = _option(  # each with a whole context where the model runs here
+        "--max-parallel",
+        help="Agents that work at the same time.",
+        kind="integer",
+        least=1,
+        most=256,
+        panel=SWARM,
+        commands=("swarm",),
+        default=4,
+        shown_default="4",
+    )
+    max_agents: int = _option(
+        "--max-agents",
+        help="Agents in all.",
+        kind="integer",
+        least=0,
+        panel=SWARM,
+        commands=("swarm",),
+        default=100,
+        shown_default="100",
+    )
+    max_depth: int = _option(
+        "--max-depth",
+        help="1: only the orchestrator starts agents; 2: its agents may, too.",
+        kind="integer",
+        least=1,
+        most=8,
+        panel=SWARM,
+        commands=("swarm",),
+        default=1,
+        shown_default="1",
+    )
+    orchestrator_steps: int = _option(
+        "--max-steps",
+        help="Answers of the orchestrator, those with calls included.",
+        kind="integer",
+        least=1,
+        panel=SWARM,
+        commands=("swarm",),
+        default=15,
+        shown_default="15",
+    )
+    agent_steps: int = _option(
+        "--agent-steps",
+        help="Answers of an agent.",
+        kind="integer",
+        least=1,
+        panel=SWARM,
+        commands=("swarm",),
+        default=100,
+        shown_default="100",
+    )
+    agent_tokens: int | None = _option(
+        "--agent-tokens",
+        help="Tokens that an agent may generate in all. Default: no limit.",
+        kind="tokens",
+        least=1,
+        panel=SWARM,
+        commands=("swarm",),
+        metavar="TOKENS",
+    )
+    agent_seconds: float | None = _option(
+        "--agent-time",
+        help="Seconds that an agent may work, waiting for its turn not counted. Default: no limit.",
+        kind="number",
+        above=0,
+        panel=SWARM,
+        commands=("swarm",),
+        metavar="SECONDS",
+    )
+    run_tokens: int | None = _option(
+        "--run-tokens",
+        help="Tokens that all may generate; then the orchestrator answers from what is there. Default: no limit.",
+        kind="tokens",
+        least=1,
+        panel=SWARM,
+        commands=("swarm",),
+        metavar="TOKENS",
+    )
+    run_seconds: float | None = _option(
+        "--run-time",
+        help="Seconds that the run may take; then the orchestrator answers from what is there. Default: no limit.",
+        kind="number",
+        above=0,
+        panel=SWARM,
+        commands=("swarm",),
+        metavar="SECONDS",
+    )
+    result_chars: int = _option(
+        "--result-size",
+        help="Characters of a result that the orchestrator gets at once; it can read on.",
+        kind="integer",
+        least=100,
+        panel=SWARM,
+        commands=("swarm",),
+        default=8000,
+        shown_default="8000",
+    )
+    fuller_below: int = _option(
+        "--min-report",
+        help="Ask an agent that worked with tools once for more where its report has fewer characters; 0: never.",
+        kind="integer",
+        least=0,
+        panel=SWARM,
+        commands=("swarm",),
+        default=200,
+        shown_default="200",
     )
 
     # What goes to the terminal.
@@ -674,7 +822,7 @@ class Options:
         kind="switch",
         unused=_on_terminal,
         panel=OUTPUT,
-        commands=ANSWERING,
+        commands=ASKING,
         default=False,
     )
     is_quiet: bool = _option(
@@ -683,7 +831,7 @@ class Options:
         help="No progress, remarks or statistics.",
         kind="switch",
         panel=OUTPUT,
-        commands=ANSWERING,
+        commands=ASKING,
         default=False,
     )
 
@@ -799,7 +947,7 @@ class Options:
     @property
     def is_demo(self) -> bool:
         """Nothing names a model."""
-        return self.model is None and self.endpoint is None
+        return self.model is None and self.endpoint is None and not self.endpoints
 
     @property
     def allows_gpu(self) -> bool:

@@ -54,14 +54,14 @@ class Command(TyperCommand):
         return extra
 
     def _refuse(self, ctx: typer.Context, extra: list[str]) -> None:
-        name, first = ctx.info_name or "", extra[0]
+        name, first = _name_of(ctx), extra[0]
         taken = [value for value in ctx.params.values() if isinstance(value, str)]
         model = next((word for word in (*taken, *extra) if _is_model(word)), None)
         takes_model = any("--model" in param.opts for param in self.params)
         if takes_model and model is not None:
             hint = f"A model is named with -m: kimi-lite {name} -m {shlex.quote(model)}."
-        elif name == "run":
-            hint = "Put the whole prompt into quotes."
+        elif name in ("run", "swarm"):
+            hint = f"Put the whole {'prompt' if name == 'run' else 'task'} into quotes."
         elif name == "chat":
             hint = f"A model is named with -m; kimi-lite run {shlex.quote(' '.join(extra))} answers one prompt."
         elif name == "quantize":
@@ -77,7 +77,7 @@ class Command(TyperCommand):
         with_value = frozenset(n for o in options if not o.is_flag for n in o.opts)
         is_quiet = not {"-q", "--quiet"}.isdisjoint(args)
         say = (lambda line: None) if is_quiet else _say
-        return translate(ctx.info_name or "", Accepted(with_value, switches), args, say)
+        return translate(_name_of(ctx), Accepted(with_value, switches), args, say)
 
 
 class Launch(Command):
@@ -95,6 +95,20 @@ class Launch(Command):
         ours = [arg for arg in args[:place] if arg != "--"]
         ctx.meta[self.OURS] = [arg for arg in ours if arg != "--print"]
         return TyperCommand.parse_args(self, ctx, [*self._translated(ctx, ours), *args[place:]])
+
+
+class DefaultGroup(TyperGroup):
+    """A command with commands below it: words that name none of those are the arguments of the one that is named like
+    the group."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = [ctx.info_name or "", *(args or ["--help"])]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return (None if name == ctx.info_name else name), command, rest  # its path is the group's
 
 
 class CommandGroup(TyperGroup):
@@ -120,6 +134,11 @@ class CommandGroup(TyperGroup):
         if name not in self.commands and name in _ELSEWHERE:
             raise KimiLiteError(f"There is no command {name!r}.", _ELSEWHERE[name])
         return super().resolve_command(ctx, args)
+
+
+def _name_of(ctx: typer.Context) -> str:
+    """Of the command, or the group that it stands for."""
+    return ctx.info_name or (ctx.parent.info_name if ctx.parent is not None else None) or ""
 
 
 def _is_model(word: str) -> bool:

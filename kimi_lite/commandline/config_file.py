@@ -52,7 +52,8 @@ def read_settings(path: Path) -> dict[str, Setting]:
 
 
 def _field(name: str, path: Path) -> str:
-    by_key = {option.key: option for option in OPTIONS.values()}
+    settings_last = sorted(OPTIONS.values(), key=lambda option: option.is_setting)  # commands may share a flag's name
+    by_key = {option.key: option for option in settings_last}
     option = by_key.get(name.replace("_", "-"))
     if option is None:
         near = _nearest(name.replace("_", "-"), [key for key, each in by_key.items() if each.is_setting])
