@@ -669,7 +669,6 @@ class Options:
         commands=("swarm",),
         metavar="URL[=WEIGHT][,model=NAME][,role=ROLE][,parallel=N][,key=VARIABLE]",
         default=(),
-        is_setting=False,  # the name is that of the one endpoint of chat
     )
     work_folder: Path | None = _option(
         "--dir",
@@ -789,7 +788,7 @@ class Options:
         "--result-size",
         help="Characters of a result that the orchestrator gets at once; it can read on.",
         kind="integer",
-        least=100,
+        least=1,
         panel=SWARM,
         commands=("swarm",),
         default=8000,

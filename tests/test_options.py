@@ -25,7 +25,7 @@ from kimi_lite.plan.plan import make_plan
 from kimi_lite.units import GIB, MIB
 from tests.tiny import write_tiny_gguf
 
-COMMANDS = ("chat", "run", "bench", "plan", "imatrix")
+COMMANDS = ("chat", "run", "bench", "plan", "imatrix", "swarm")
 GOOD = {  # what may be typed for a kind, and what it is
     "text": ("abc", "abc"),
     "path": ("~/abc", Path("~/abc").expanduser()),
@@ -151,7 +151,7 @@ def test_flags_variables_and_keys_are_unique():
     for command in COMMANDS:
         flags = [flag for option in options_of(command) for side in option.flags for flag in side.split("/")]
         assert len(flags) == len(set(flags))
-    assert len({option.variable for option in OPTIONS.values()}) == len(OPTIONS)
+        assert len({option.variable for option in options_of(command)}) == len(options_of(command))
 
 
 def test_defaults_are_values_of_their_options():

@@ -46,21 +46,21 @@ def read_settings(path: Path) -> dict[str, Setting]:
             f"The configuration file {path} cannot be read: {error}.", "Fix it or move it away."
         ) from error
     return {
-        _field(name, path): Setting(_value(name, value, path), _source(name, text, path))
+        field: Setting(_value(name, value, path), _source(name, text, path))
         for name, value in values.items()
+        for field in _fields(name, path)
     }
 
 
-def _field(name: str, path: Path) -> str:
-    settings_last = sorted(OPTIONS.values(), key=lambda option: option.is_setting)  # commands may share a flag's name
-    by_key = {option.key: option for option in settings_last}
-    option = by_key.get(name.replace("_", "-"))
-    if option is None:
-        near = _nearest(name.replace("_", "-"), [key for key, each in by_key.items() if each.is_setting])
+def _fields(name: str, path: Path) -> list[str]:
+    """Several where commands share a flag's name: each command takes its own."""
+    found = [option for option in OPTIONS.values() if option.key == name.replace("_", "-")]
+    if not found:
+        near = _nearest(name.replace("_", "-"), [each.key for each in OPTIONS.values() if each.is_setting])
         raise KimiLiteError(f"{path} sets {name!r}, which is not an option.{near}", "kimi-lite chat --help lists them.")
-    if not option.is_setting:
+    if not any(option.is_setting for option in found):
         raise KimiLiteError(f"{path} sets {name!r}, which can only be given on the command line.", "Remove the line.")
-    return option.name
+    return [option.name for option in found if option.is_setting]
 
 
 def _value(name: str, value: object, path: Path) -> object:

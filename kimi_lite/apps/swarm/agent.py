@@ -164,7 +164,7 @@ class Agent:
         messages = [*self.messages, {"role": "user", "content": request}]
         try:
             reply = await self._work.backend.chat(
-                messages, self._tools.declarations, self._settings(may_call=False), self._show
+                messages, self._declarations, self._settings(may_call=False), self._show
             )
         except KimiLiteError as error:
             text = f"no last answer: {error}"
@@ -236,7 +236,7 @@ class Agent:
         settings = self._settings(self._may_call)
         before_s = self._busy_s
         try:
-            reply = await self._work.backend.chat(self.messages, self._tools.declarations, settings, self._show)
+            reply = await self._work.backend.chat(self.messages, self._declarations, settings, self._show)
         finally:
             self._stop_clock()
         self.draft = ""
@@ -259,6 +259,10 @@ class Agent:
             await self._take_place()
         self._busy_s = before_s + results.seconds
         self._critical_steps += results.critical_steps
+        if not self._work.backend.can_call:  # a plan's calls: the model knows of none
+            self.messages.pop()
+            self._tell("\n\n".join(results.texts))
+            return
         for call, text in zip(calls, results.texts, strict=True):
             self.messages.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text})
 
@@ -272,6 +276,10 @@ class Agent:
         if self._has_place:
             self._has_place = False
             self._work.turnstile.leave()
+
+    @property
+    def _declarations(self) -> Sequence[Message]:
+        return self._tools.declarations if self._work.backend.can_call else ()
 
     def _settings(self, may_call: bool) -> ChatSettings:
         return ChatSettings(self._work.answer, self.id, self._priority, may_call)

@@ -69,6 +69,10 @@ class Backend(Protocol):
         """What of it determines answers: a run that is resumed does not take the words of another model for its
         own."""
 
+    @property
+    def can_call(self) -> bool:
+        """Whether the model can be told of tools; known once it is open. If not, it is asked with none."""
+
     async def open(self) -> None:
         """Load the model, or reach the servers. KimiLiteError where that fails."""
 

@@ -263,6 +263,10 @@ class Emitter:
         self._zero_s = clock() - start_s
         self._lock = threading.RLock()
 
+    def begin(self, start_s: float) -> None:
+        """The run begins now, or goes on: what was before, loading a model, is no part of its time."""
+        self._zero_s = self._clock() - start_s
+
     @property
     def now_s(self) -> float:
         """Seconds since the run began."""

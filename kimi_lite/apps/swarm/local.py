@@ -22,7 +22,6 @@ from kimi_lite.engine.engine import OnProgress as OnLoading
 from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import EngineService, Progress
 from kimi_lite.engine.turns import AnswerRecord
-from kimi_lite.errors import KimiLiteError
 
 _MOST_WAITING = 100_000  # requests; how many agents there may be, the run's limits say
 _NUM_CONVERSATIONS = 512  # whose sampled ids are remembered
@@ -44,6 +43,10 @@ class LocalBackend:
         return self._service.require_ready().info.name
 
     @property
+    def can_call(self) -> bool:
+        return self._service.require_ready().template.facts.can_call
+
+    @property
     def identity(self) -> str:
         info = self._service.require_ready().info
         return f"{info.name}/{info.total_bytes}"
@@ -58,11 +61,6 @@ class LocalBackend:
     async def chat(
         self, messages: Sequence[Message], tools: Sequence[Message], settings: ChatSettings, on_progress: OnProgress
     ) -> Reply:
-        if tools and not self._service.require_ready().template.facts.can_call:
-            raise KimiLiteError(
-                f"The chat template of {self.name} has no place for tools.",
-                "Use a model that can call tools, or --plan FILE without tools.",
-            )
         on_progress(ChatProgress("queued"))
         prepared = await self._chats.prepare(_request(messages, tools, settings))
         (choice,) = self._chats.open(prepared.requests)

@@ -65,6 +65,10 @@ class RemoteBackend:
         return ", ".join(f"{member.model or '?'} at {member.server.url}" for member in self._pool.members)
 
     @property
+    def can_call(self) -> bool:
+        return True
+
+    @property
     def identity(self) -> str:
         """The models and what they do; the same model may run elsewhere."""
         names = {

@@ -56,6 +56,7 @@ complete report of what you found and did, with the facts, and say what you coul
 _BOARD = f"""
 The tools whose names begin with {BOARD}_ reach a folder that all agents share. Hand over long texts as files there, \
 and name the files in your report."""
+_NO_CALLS = "{name} cannot be told of tools: it starts no agents by itself (--plan FILE does), and agents have none"
 _ANSWER_NOW = (
     "[{reason} No agent can be started any more. Write the answer for the user now, from the results that are there, "
     "and say what is missing.]"
@@ -110,7 +111,8 @@ class SwarmRun:
         finally:
             if timer is not None:
                 timer.cancel()
-        if not self._staff.endings and self._assignment.plan is None and ending.outcome == "completed":
+        is_alone = not self._staff.endings and self._assignment.plan is None and ending.outcome == "completed"
+        if is_alone and self._work.backend.can_call:
             self._warn("the orchestrator started no agent and answered alone; --plan FILE fixes the parts of a task")
         totals = self._totals(ending)
         return self._emitter.emit(lambda t_s: RunEnded(t_s, ending.outcome, answer, totals, ending.reason))
@@ -130,6 +132,7 @@ class SwarmRun:
     def _begin(self) -> None:
         started, now = self._work.replay.started, datetime.now().astimezone().isoformat(timespec="seconds")
         assignment = self._assignment
+        self._emitter.begin(self._work.replay.last_s)
         if started is None:
             begin = (assignment.run_id, assignment.task, dict(assignment.record or {}), __version__, now)
             self._emitter.emit(lambda t_s: RunStarted(t_s, *begin))
@@ -137,6 +140,8 @@ class SwarmRun:
             self._emitter.emit(lambda t_s: RunResumed(t_s, __version__, now))
         for note in self._toolshed.notes:
             self._warn(note)
+        if not self._work.backend.can_call:
+            self._warn(_NO_CALLS.format(name=self._work.backend.name))
         for name, rules in assignment.permissions.agents.items():
             self._staff.create(name, rules.system_prompt or "")
 

@@ -245,7 +245,7 @@ def _tell(ended: RunEnded, run_id: str) -> int:
     if ended.outcome == "cancelled":
         return INTERRUPTED
     if ended.outcome == "failed" or not ended.answer:
-        raise KimiLiteError(f"The run ended without an answer: {ended.reason or ended.outcome}", resume)
+        raise KimiLiteError(f"The run ended without the orchestrator's answer: {ended.reason or ended.outcome}", resume)
     if ended.outcome != "completed":
         echo(f"kimi-lite: not complete ({ended.outcome}): {ended.reason}; {resume}", to_stderr=True)
     return 0

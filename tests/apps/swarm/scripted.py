@@ -83,6 +83,7 @@ class ScriptedBackend:
     most_at_once: int = 0
     identity: str = "scripted"
     name: str = "scripted"
+    can_call: bool = True
     on_hang: Callable[[], None] = lambda: None
     _num_now: int = 0
 
