@@ -26,6 +26,7 @@ from kimi_lite.apps.tools.folder import Entry, Folder, Place
 from kimi_lite.apps.tools.tool import ShouldStop, Tool, ToolError, parameters
 from kimi_lite.units import counted
 
+BOARD = "board"  # the name of a run's own folder, in the run's folder and before its tools
 LARGEST_BYTES = LARGEST_SEARCHED_BYTES  # of a file that is written
 LOCK_S = 10.0  # how long a lock is waited for; it is held for milliseconds
 

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from kimi_lite.errors import KimiLiteError
+
 ORCHESTRATOR = "orchestrator"  # the agent id of the orchestrator, in events that agents have
 
 State = Literal["queued", "reading", "generating", "tool", "done"]
@@ -259,7 +261,7 @@ class Emitter:
         self, listeners: Sequence[Listener], start_s: float = 0.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`start_s` is the time of the last event of a run that is resumed."""
-        self._listeners, self._clock = tuple(listeners), clock
+        self._listeners, self._clock = list(listeners), clock
         self._zero_s = clock() - start_s
         self._lock = threading.RLock()
 
@@ -273,11 +275,17 @@ class Emitter:
         return self._clock() - self._zero_s
 
     def emit(self, make: Callable[[float], Event]) -> Event:
-        """`make` gets the event's time."""
+        """`make` gets the event's time. A listener that cannot go on (a full disk) is heard of by the others, once, and
+        the run goes on without it."""
         with self._lock:
             event = make(round(self.now_s, 4))
-            for listener in self._listeners:
-                listener(event)
+            for listener in tuple(self._listeners):
+                try:
+                    listener(event)
+                except KimiLiteError as error:
+                    self._listeners.remove(listener)
+                    text = f"{error.message} The run goes on; what is not written is done again if it is resumed."
+                    self.emit(lambda t_s, text=text: Warned(t_s, text))
         return event
 
 

@@ -149,5 +149,5 @@ def _lock(file: int) -> None:
 def _unwritable(path: Path, error: OSError) -> KimiLiteError:
     return KimiLiteError(
         f"The run's journal {path} cannot be written: {error.strerror}.",
-        "Free space there, or name another folder in KIMI_LITE_STATE; resuming the run goes on from what is written.",
+        "Free space there, or name another folder in KIMI_LITE_STATE.",
     )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_lite.apps.swarm import journal
+from kimi_lite.apps.swarm.board import BOARD
 from kimi_lite.apps.swarm.events import Usage
 from kimi_lite.apps.swarm.journal import Recorded
 from kimi_lite.apps.swarm.overview import Agent, Overview
@@ -28,6 +29,7 @@ _COLUMNS = (  # of the table, for wide terminals and narrower ones
     ("agent", "outcome", "took", "steps", "generated"),
     ("agent", "outcome", "took"),
 )
+_MOST_FILES = 50  # of the board, that are named
 _GAP, _LEAST_NAME = 2, 24  # cells between columns; of a name, before columns are left out
 
 
@@ -46,6 +48,11 @@ def show_run(beginning: str, svg: Path | None = None, html: Path | None = None) 
         _write(html, page(summary, overview, problems(recorded)), "page")
     if svg is None and html is None:
         print_report(Console(width=width()), summary, overview, problems(recorded))
+        board = folder / BOARD
+        files = sorted(str(path.relative_to(board)) for path in board.rglob("*") if path.is_file())
+        if files:
+            echo(f"\nThe board has {counted(len(files), 'file')}, in {board}:")
+            echo("\n".join(one_line(name, 200) for name in files[:_MOST_FILES]))
 
 
 def list_runs() -> None:

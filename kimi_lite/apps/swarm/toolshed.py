@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kimi_lite.apps.folders import make_private, state_folder
-from kimi_lite.apps.swarm.board import SharedFiles
+from kimi_lite.apps.swarm.board import BOARD, SharedFiles
 from kimi_lite.apps.swarm.events import Emitter, FileConflict
 from kimi_lite.apps.swarm.permissions import Permissions
 from kimi_lite.apps.tools.box import ToolBox
@@ -15,7 +15,6 @@ from kimi_lite.apps.tools.mcp_config import read_mcp_config
 from kimi_lite.apps.tools.python import isolation, python_tool
 from kimi_lite.apps.tools.tool import Tool
 
-BOARD = "board"
 _MOST_THREADS = 128  # calls of tools at the same time
 
 

@@ -72,7 +72,7 @@ def test_speed_up_is_the_agents_own_time_over_the_time_that_passed() -> None:
     assert Totals().speed_up is None
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(written=st.lists(events, max_size=5), cut=st.integers(0, 10**9))
 def test_a_journal_cut_anywhere_keeps_its_whole_lines_and_goes_on(
     written: list[Event], cut: int, tmp_path_factory: pytest.TempPathFactory
@@ -148,3 +148,15 @@ def test_emitted_events_come_in_one_order_with_times_of_the_run() -> None:
     emitter.emit(lambda t_s: Warned(t_s, "x"))
     emitter.emit(lambda t_s: RunEnded(t_s, "completed", "42", Totals()))
     assert seen == also == [Warned(8.0, "x"), RunEnded(9.5, "completed", "42", Totals())]
+
+
+def test_a_listener_that_cannot_go_on_does_not_end_the_run() -> None:
+    seen: list[Event] = []
+
+    def full(event: Event) -> None:
+        raise KimiLiteError("The disk is full.", "Free space.")
+
+    emitter = Emitter([full, seen.append], clock=lambda: 5.0)
+    emitter.emit(lambda t_s: Warned(t_s, "x"))
+    emitter.emit(lambda t_s: Warned(t_s, "y"))
+    assert [event.text.partition(" The run")[0] for event in seen] == ["The disk is full.", "x", "y"]

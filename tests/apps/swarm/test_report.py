@@ -165,15 +165,20 @@ def test_the_page_in_a_browser_runs_and_loads_nothing(store: RunStore, tmp_path:
 def test_files_are_written_instead_of_the_report(
     store: RunStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keep(store, Run(2, 1))
+    folder = keep(store, Run(2, 1))
     show_run("", svg=tmp_path / "a.svg", html=tmp_path / "a.html")
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("written to") == 2
     assert (tmp_path / "a.svg").read_text() in (tmp_path / "a.html").read_text()
     with pytest.raises(KimiLiteError, match="cannot be written"):
         show_run("", svg=tmp_path / "missing" / "a.svg")
+    (folder / "board" / "a").mkdir(parents=True)
+    (folder / "board" / "a" / "notes\x1b[2J.md").write_text("x")
     show_run("")
-    assert "Three fit: **A**" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Three fit: **A**" in out and out.endswith(
+        f"The board has 1 file, in {folder / 'board'}:\na/notes\\x1b[2J.md\n"
+    )
 
 
 def test_runs_are_listed_with_their_states_and_deleted(store: RunStore, capsys: pytest.CaptureFixture[str]) -> None:
