@@ -19,7 +19,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.media.features import FeatureStore
 from kimi_lite.media.medium import Item, Medium, Source, source_of
 from kimi_lite.media.reader import MediaReader
-from kimi_lite.model.vision.patches import Patches
+from kimi_lite.model.vision.patches import EncodingStopped, Patches
 from kimi_lite.text.placeholders import is_shown
 from kimi_lite.text.template import ChatTemplate, EncodedPrompt
 from kimi_lite.units import counted
@@ -32,15 +32,6 @@ NO_TOWER_HINT = (
 )
 
 
-class Tower(Protocol):
-    """What is needed of `model.vision`'s tower."""
-
-    def encode(self, patches: Patches) -> np.ndarray:
-        """float32 (tokens, D) of one item."""
-
-    def close(self) -> None: ...
-
-
 class ShownItem(NamedTuple):
     """An item with the name that its features have in caches."""
 
@@ -50,6 +41,20 @@ class ShownItem(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.item.patches.grid.num_tokens()
+
+
+class Tower(Protocol):
+    """What is needed of `model.vision`'s tower."""
+
+    def encode(
+        self,
+        patches: Patches,
+        on_progress: OnMedia | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> np.ndarray:
+        """float32 (tokens, D) of one item. Raises EncodingStopped where `should_stop` said so."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +100,29 @@ class Vision:
         report: OnMedia | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[np.ndarray] | None:
-        """Features of each, float32 (tokens, D): kept ones, or by the tower. None where `should_stop` said so between
-        two of them."""
+        """Features of each, float32 (tokens, D): kept ones, or by the tower. None where `should_stop` said so."""
         features = []
-        for number, (item, digest) in enumerate(items):
+        for number, one in enumerate(items, 1):
             if should_stop is not None and should_stop():
                 return None
-            kept = self.store.get(digest, item.patches.grid.num_tokens())
+            kept = self.store.get(one.digest, one.num_tokens)
             if kept is None:
-                if report is not None:
-                    report("looking at images", number, len(items))
-                kept = self._encode(item, digest)
+                of = f" ({number} of {len(items)})" if len(items) > 1 else ""
+                tell = report and (lambda what, done, total, of=of: report(f"{what}{of}", done, total))
+                try:
+                    kept = self._encode(one, tell, should_stop)
+                except EncodingStopped:
+                    return None
             features.append(kept)
         return features
 
-    def _encode(self, item: Item, digest: bytes) -> np.ndarray:
+    def _encode(self, one: ShownItem, report: OnMedia | None, should_stop: Callable[[], bool] | None) -> np.ndarray:
         with self._seeing:
-            kept = self.store.get(digest, item.patches.grid.num_tokens())  # another thread saw it meanwhile
+            kept = self.store.get(one.digest, one.num_tokens)  # another thread saw it meanwhile
             if kept is None:
+                features = self.tower.encode(one.item.patches, report, should_stop)
+                kept = self.store.put(one.digest, features)
                 self.num_encoded += 1
-                kept = self.store.put(digest, self.tower.encode(item.patches))
         return kept
 
     def counters(self) -> Mapping[str, float]:

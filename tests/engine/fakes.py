@@ -19,7 +19,7 @@ from kimi_lite.kv.pages import KVCache
 from kimi_lite.media.features import FeatureStore
 from kimi_lite.media.reader import MediaReader
 from kimi_lite.model.batch import Batch, Cancelled
-from kimi_lite.model.vision.patches import Patches
+from kimi_lite.model.vision.patches import EncodingStopped, Patches
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.text.template import ChatTemplate
 from kimi_lite.text.tokenizer import Tokenizer
@@ -137,7 +137,11 @@ class FakeTower:
     def __init__(self, width: int = 4) -> None:
         self.width, self.grids, self.num_closed = width, [], 0
 
-    def encode(self, patches: Patches) -> np.ndarray:
+    def encode(self, patches: Patches, on_progress=None, should_stop=None) -> np.ndarray:
+        if on_progress is not None:
+            on_progress("looking", 0, 1)
+        if should_stop is not None and should_stop():
+            raise EncodingStopped
         self.grids.append(patches.grid)
         return np.full((patches.grid.num_tokens(), self.width), round(patches.pixels.mean()), np.float32)
 

@@ -11,6 +11,10 @@ import numpy as np
 PATCH = 14  # pixels along one side: MoonViT has no other
 
 
+class EncodingStopped(Exception):
+    """`VisionTower.encode` stopped between layers because `should_stop()` said so."""
+
+
 class Grid(NamedTuple):
     """Patches of an item: frames, rows, columns."""
 

@@ -16,14 +16,10 @@ import numpy as np
 from kimi_lite.arch.moonvit import MoonViT, VisionFile, read_vision_file
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.model.vision.patches import PATCH, Grid, Patches
+from kimi_lite.model.vision.patches import PATCH, EncodingStopped, Grid, Patches
 from kimi_lite.model.vision.weights import VisionWeights
 
 OnProgress = Callable[[str, int, int], None]
-
-
-class EncodingStopped(Exception):
-    """`VisionTower.encode` stopped between layers because `should_stop()` said so."""
 
 
 class _Backend(Protocol):

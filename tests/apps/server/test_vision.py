@@ -195,10 +195,10 @@ def test_others_are_answered_while_images_are_seen(engine: Engine, client: opena
     has_begun, may_go_on = threading.Event(), threading.Event()
     encode = engine.vision.tower.encode
 
-    def slow(patches):
+    def slow(patches, report, should_stop):
         has_begun.set()
         assert may_go_on.wait(60)
-        return encode(patches)
+        return encode(patches, report, should_stop)
 
     engine.vision.tower.encode = slow
     answers = []
