@@ -167,6 +167,14 @@ def _on_gpu(options: "Options", situation: Situation) -> str:
     return _local(options, situation) or ("" if situation.is_on_gpu else "no GPU is used")
 
 
+def _vision(options: "Options", situation: Situation) -> str:
+    return _local(options, situation) or ("--vision off" if options.vision == "off" else "")
+
+
+def _vision_place(options: "Options", situation: Situation) -> str:
+    return _on_gpu(options, situation) if options.vision == "gpu" else _local(options, situation)
+
+
 def _vram(options: "Options", situation: Situation) -> str:
     return _local(options, situation) or ("" if options.vram_bytes == 0 else _on_gpu(options, situation))
 
@@ -282,6 +290,26 @@ class Options:
         commands=(*ASKING, "serve", "bench"),
         metavar="KEY",
         help_in={"serve": "Clients must know it; commas between several."},
+    )
+    mmproj: Path | None = _option(  # None: the one next to the model
+        "--mmproj",
+        help="The model's vision file. Default: the one next to the model.",
+        kind="path",
+        unused=_vision,
+        panel=MODEL,
+        commands=PLANNED,
+        metavar="FILE",
+    )
+    vision: str = _option(  # where the tower's weights lie; off: there is none
+        "--vision",
+        help="The vision tower: in ram, brought up when an image comes; on the gpu; off.",
+        kind="choice",
+        choices=("ram", "gpu", "off"),
+        unused=_vision_place,
+        panel=MODEL,
+        commands=PLANNED,
+        default="ram",
+        shown_default="ram",
     )
     is_offline: bool = _option(
         "--offline",

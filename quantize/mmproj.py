@@ -82,7 +82,7 @@ def write_mmproj(
     config.json says."""
     layout, (tower, config) = find_mmproj_layout(type_name), read_checkpoint_tower(folder)
     parts, raw = check_mmproj(folder, tower)
-    choices = {part.name: _choose(part, layout) for part in parts}
+    choices = {part.name: choose_type(part, layout) for part in parts}
     tensors = [
         Tensor(part.name, part.shape, choices[part.name][0], partial(_open_rows, part, raw, tower.heads))
         for part in parts
@@ -146,7 +146,7 @@ def _check(folder: Path, parts: list[VisionTensor], raw: Mapping[str, RawTensor]
         raise KimiLiteError(f"{folder} has {len(unknown)} vision tensors that {tower.projector} lacks: {some}.", HINT)
 
 
-def _choose(part: VisionTensor, wanted: Layout) -> tuple[Layout, str]:
+def choose_type(part: VisionTensor, wanted: Layout) -> tuple[Layout, str]:
     """The type of a tensor, and a note where it is not the one asked for."""
     if part.name in (PATCH, POSITIONS):
         return BY_NAME["F32"], ""

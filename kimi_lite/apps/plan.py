@@ -32,9 +32,6 @@ Recipe = Annotated[
 Rest = Annotated[
     str | None, _option("--rest", help="Type of all but the routed experts. Default: the recipe's.", panel=MODEL)
 ]
-Vision = Annotated[
-    bool, _option("--vision/--no-vision", help="Include the vision encoder, where the model has one.", panel=MODEL)
-]
 NumCores = Annotated[
     int | None, _option("--cores", help="A hypothetical desktop CPU with this many cores.", panel=MACHINE, min=1)
 ]
@@ -56,7 +53,6 @@ def main(
     options: Options,
     recipe: Recipe = None,
     rest: Rest = None,
-    vision: Vision = True,
     cores: NumCores = None,
     ram_speed: RamSpeed = None,
     disk_speed: DiskSpeed = None,
@@ -72,7 +68,11 @@ def main(
     from kimi_lite.plan.subject import check_recipe, find_subject
 
     is_on_hub = is_hub_name(options.model or "")
-    subject = find_hub_subject(options.model, vision) if is_on_hub else find_subject(options.model, vision)
+    can_see = options.vision != "off"
+    if is_on_hub:
+        subject = find_hub_subject(options.model, can_see)
+    else:
+        subject = find_subject(options.model, can_see, options.mmproj)
     check_recipe(subject, recipe or rest)
     hardware = described(probe(subject.path, measure), options.ram_bytes, options.vram_bytes, cores)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}

@@ -255,6 +255,24 @@ def check_tensors(store: GGUFStore, tower: MoonViT) -> None:
             )
 
 
+def find_vision_file(model: Path, hidden_size: int, named: Path | None = None) -> Path | None:
+    """The one that is named; else, of those in the model's folder that end in its width, the one with llama.cpp's name,
+    mmproj-MODEL.gguf, or the only one. None where there is none, or several."""
+    if named is not None:
+        return named
+    fitting = [file for file in sorted(model.parent.glob("*mmproj*.gguf")) if _width_of(file) == hidden_size]
+    own = model.with_name(f"mmproj-{model.name}")
+    return own if own in fitting else fitting[0] if len(fitting) == 1 else None
+
+
+def _width_of(file: Path) -> object:
+    """Of the features that a vision file makes; None of a damaged one."""
+    try:
+        return GGUFStore.open(file).metadata.get("clip.vision.projection_dim")
+    except KimiLiteError:
+        return None
+
+
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 

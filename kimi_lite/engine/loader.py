@@ -8,16 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.moonvit import find_vision_file
 from kimi_lite.arch.tensors import open_model
 from kimi_lite.engine.device import choose_device, find_gpu
 from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.planning import plan_load
 from kimi_lite.engine.types import ModelInfo
+from kimi_lite.engine.vision import Vision
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.disk import PrefixStore, model_key
 from kimi_lite.kv.pages import KVCache, page_shape
+from kimi_lite.media.features import FeatureStore
+from kimi_lite.media.reader import MediaLimits, MediaReader
 from kimi_lite.options import Options
 from kimi_lite.plan.types import Plan
 
@@ -44,6 +48,7 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     device = choose_device(options.device if options.allows_gpu else "cpu")
     plan = plan_load(store, config, options, find_gpu(device))
     prefixes = open_prefixes(store, config, plan)
+    vision = open_vision(store, config, plan, device)
     model, kv = _open_model(store, config, options, device, plan, prefixes, report)
     report("ready", 4, 4)
     holdings = [*([prefixes] if prefixes else []), store]
@@ -59,7 +64,28 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
         max_context_length=config.context_length,
         max_running=options.num_sequences,
         max_gap_s=options.max_gap_s,
+        vision=vision,
     )
+
+
+def open_vision(store: GGUFStore, config: ModelConfig, plan: Plan, device: str) -> Vision | None:
+    """The model's vision tower, where the options allow one and there is a file of it; only its header is read now."""
+    options = plan.limits
+    file = None if options.vision == "off" else find_vision_file(store.path, config.hidden_size, options.mmproj)
+    if file is None:
+        return None
+    from kimi_lite.model.vision.tower import VisionTower
+
+    tower = VisionTower.open(
+        file,
+        hidden_size=config.hidden_size,
+        device=device,
+        stays_on_device=options.vision == "gpu",
+        num_threads=plan.num_threads,
+    )
+    reader = MediaReader(MediaLimits(fps=options.video_fps, max_frames=options.video_frames))
+    features = FeatureStore(config.hidden_size, options.prefix_folder, tower.key, options.prefix_bytes)
+    return Vision(tower, tower.key, reader, features)
 
 
 def _open_model(

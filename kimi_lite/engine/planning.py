@@ -10,6 +10,7 @@ from kimi_lite.hardware.machine import Gpu
 from kimi_lite.hardware.probe import probe
 from kimi_lite.options import Options, Situation
 from kimi_lite.plan.plan import make_plan
+from kimi_lite.plan.subject import vision_bytes
 from kimi_lite.plan.types import Plan
 
 WARM_SHARE = 0.9  # of the free memory that a model's files may fill before they are read there
@@ -20,7 +21,8 @@ def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu 
     do."""
     hardware = replace(probe(store.path), gpu=gpu)
     on_path = options if gpu else replace(options, device="cpu")
-    return make_plan(store_sizes(store, config), hardware, on_path).require()
+    seen = 0 if options.vision == "off" else vision_bytes(store, config, options.mmproj)
+    return make_plan(store_sizes(store, config, seen), hardware, on_path).require()
 
 
 def situation_of(plan: Plan, options: Options) -> Situation:

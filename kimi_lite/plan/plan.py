@@ -89,6 +89,8 @@ def lay_out(situation: PlanInputs) -> Plan:
     if is_on_gpu:
         on_gpu, chunk, num_slots = _lay_out_gpu(situation, sizes, budgets, num_pages * page_bytes)
     in_ram = _ram_rows(sizes, hardware, num_threads, num_pages * page_bytes, chunk if is_on_gpu else 0)
+    if not (is_on_gpu and limits.vision == "gpu"):
+        in_ram.append(MemoryRow("RAM", VISION, sizes.vision_bytes))
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
     wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
     if is_on_gpu:
@@ -171,7 +173,7 @@ def _lay_out_gpu(
     fixed = [
         MemoryRow("VRAM", DENSE, sizes.gpu_dense_bytes),
         MemoryRow("VRAM", KV, cache_bytes),
-        MemoryRow("VRAM", VISION, sizes.vision_bytes),
+        MemoryRow("VRAM", VISION, sizes.vision_bytes if limits.vision == "gpu" else 0),
         MemoryRow("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu.vram_total_bytes)),
     ]
     left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
@@ -201,7 +203,7 @@ def _ram_rows(
     if gpu_chunk:
         return [MemoryRow("RAM", PINNED, pinned_bytes(sizes, gpu_chunk)), *always]
     weights = MemoryRow("RAM", DENSE, sizes.dense_bytes + sizes.converted_bytes)
-    return [weights, MemoryRow("RAM", KV, cache_bytes), MemoryRow("RAM", VISION, sizes.vision_bytes), *always]
+    return [weights, MemoryRow("RAM", KV, cache_bytes), *always]
 
 
 def _bottleneck(slowest: str, wanted_bytes: int, ram_bytes: int) -> str:

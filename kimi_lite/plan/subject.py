@@ -11,10 +11,12 @@ from pathlib import Path
 from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5, KNOWN, find_known, moonvit_bytes, unknown_model
+from kimi_lite.arch.moonvit import find_vision_file
 from kimi_lite.arch.recipe import LOSSLESS, OWN_TYPES, named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
 from kimi_lite.arch.tensors import OpenModel, open_model, tensor_shapes
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
@@ -101,18 +103,17 @@ class RecipePlan:
         return self.recipe != LOSSLESS and self.recipe.upper() not in OWN_TYPES
 
 
-def find_subject(model: str | None, has_vision: bool = True) -> Subject:
-    """`model`: a path, a name such as kimi-k2.5, or None for that one. Raises KimiLiteError."""
+def find_subject(model: str | None, has_vision: bool = True, mmproj: Path | None = None) -> Subject:
+    """`model`: a path, a name such as kimi-k2.5, or None for that one; mmproj: the vision file, where it is named.
+    Raises KimiLiteError."""
     path = Path(model).expanduser() if model else None
     if path and path.exists():
-        return _checkpoint(path, has_vision) if (path / "config.json").is_file() else _gguf(path, has_vision)
+        return _checkpoint(path, has_vision) if (path / "config.json").is_file() else _gguf(path, has_vision, mmproj)
     known = find_known(model) if model else KNOWN["kimi-k2.5"]
     if known is None:
         raise unknown_model(model or K2_5.name)
-    vision_bytes = known.vision_bytes if has_vision else 0
-    return Subject(
-        known.config, model or "kimi-k2.5", vision_bytes=vision_bytes, has_int4_experts=known.has_int4_experts
-    )
+    of_vision = known.vision_bytes if has_vision else 0
+    return Subject(known.config, model or "kimi-k2.5", vision_bytes=of_vision, has_int4_experts=known.has_int4_experts)
 
 
 def plan_in(subject: Subject, recipe: str, hardware: Hardware, limits: Options, rest: str | None = None) -> Plan:
@@ -186,11 +187,15 @@ def file_subject(model: OpenModel, origin: str, vision_bytes: int = 0) -> Subjec
     return Subject(model.config, origin, store_sizes(model.store, model.config, vision_bytes), vision_bytes)
 
 
-def _gguf(path: Path, has_vision: bool) -> Subject:
+def _gguf(path: Path, has_vision: bool, mmproj: Path | None) -> Subject:
     model = open_model(path)
-    towers = sorted(model.store.path.parent.glob("mmproj*.gguf")) if has_vision else []
-    vision_bytes = min((file.stat().st_size for file in towers), default=0)
-    return file_subject(model, str(path), vision_bytes)
+    return file_subject(model, str(path), vision_bytes(model.store, model.config, mmproj) if has_vision else 0)
+
+
+def vision_bytes(store: GGUFStore, config: ModelConfig, mmproj: Path | None) -> int:
+    """Of the weights in the vision file of an open model; 0 where it has none."""
+    file = find_vision_file(store.path, config.hidden_size, mmproj)
+    return GGUFStore.open(file).total_bytes if file else 0
 
 
 def _checkpoint(folder: Path, has_vision: bool) -> Subject:
@@ -198,8 +203,8 @@ def _checkpoint(folder: Path, has_vision: bool) -> Subject:
     checkpoint = read_checkpoint_config(folder)
     config, scheme = checkpoint.config, checkpoint.object("quantization_config")
     is_int4 = scheme.get("quant_method") == "compressed-tensors"
-    vision_bytes = moonvit_bytes(checkpoint.vision, config.hidden_size) if has_vision else 0
-    return Subject(config, str(folder), vision_bytes=vision_bytes, has_int4_experts=is_int4)
+    of_vision = moonvit_bytes(checkpoint.vision, config.hidden_size) if has_vision else 0
+    return Subject(config, str(folder), vision_bytes=of_vision, has_int4_experts=is_int4)
 
 
 def check_recipe(subject: Subject, recipe: str | None) -> None:

@@ -17,6 +17,7 @@ from kimi_lite.arch.sizes import sizes_of
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.cli import app
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware import probe as hardware
 from kimi_lite.hardware.machine import Disk, Hardware, described, free_of
 from kimi_lite.options import Options
@@ -26,6 +27,7 @@ from kimi_lite.plan.subject import RECIPES, best_choice, choices, find_subject
 from kimi_lite.plan.types import KV
 from kimi_lite.plan.view import next_line, plan_lines, start_panel, verdict_line
 from kimi_lite.quantize.recipe.choose import with_overrides
+from kimi_lite.tools.make.vision import K2_5_TOWER, write_tower
 from kimi_lite.units import GIB
 from tests.tiny import write_tiny_gguf
 
@@ -264,12 +266,15 @@ def test_speeds_can_be_given():
 
 def test_a_file_has_its_types(tmp_path):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), types={"_exps": "F16"})
-    (tmp_path / "mmproj-tiny.gguf").write_bytes(bytes(2 << 20))
+    width = GGUFStore.open(path).metadata["deepseek2.embedding_length"]
+    small = replace(K2_5_TOWER, hidden=64, feed_forward=96, heads=4, layers=1, text_hidden=width)
+    write_tower(tmp_path / "mmproj-tiny.gguf", small)
+    write_tower(tmp_path / "mmproj-of-another-model.gguf", replace(small, text_hidden=32))
     document = json.loads(run("-m", path, "--json").stdout)
     assert document["types"].startswith("F16 experts") and document["verdict"] == "fits"
     rows = {(row["place"], row["part"]): row["num_bytes"] for row in document["rows"]}
-    assert rows["RAM", "vision"] == 2 << 20
-    blind = json.loads(run("-m", path, "--no-vision", "--json").stdout)
+    assert rows["RAM", "vision"] == GGUFStore.open(tmp_path / "mmproj-tiny.gguf").total_bytes
+    blind = json.loads(run("-m", path, "--vision", "off", "--json").stdout)
     assert ("RAM", "vision") not in {(row["place"], row["part"]) for row in blind["rows"]}
     assert "tq1_0 is for a model that is still to be made" in str(run("-m", path, "--recipe", "tq1_0").exception)
 

@@ -331,9 +331,11 @@ def test_everything_on_the_gpu_needs_no_memory_for_experts():
 def test_eight_bits_halve_the_cache_and_vision_counts():
     full, half = (make_plan(K25["tq1_0"], machine(), Options(kv_dtype=kv_dtype)) for kv_dtype in ("f16", "q8"))
     assert half.part_bytes("VRAM", KV) == pytest.approx(full.part_bytes("VRAM", KV) * 0.53, rel=0.01)
-    seeing = make_plan(replace(K25["tq1_0"], vision_bytes=KNOWN["kimi-k2.5"].vision_bytes), machine())
-    assert seeing.num_vram_slots < full.num_vram_slots
-    assert seeing.part_bytes("VRAM", "vision") == 942_287_840
+    seeing = replace(K25["tq1_0"], vision_bytes=KNOWN["kimi-k2.5"].vision_bytes)
+    in_ram, on_gpu = (make_plan(seeing, machine(), Options(vision=place)) for place in ("ram", "gpu"))
+    assert on_gpu.num_vram_slots < full.num_vram_slots == in_ram.num_vram_slots
+    assert on_gpu.part_bytes("VRAM", "vision") == in_ram.part_bytes("RAM", "vision") == 942_287_840
+    assert not on_gpu.part_bytes("RAM", "vision") and not in_ram.part_bytes("VRAM", "vision")
 
 
 def test_flags_of_the_gpu_are_kept():

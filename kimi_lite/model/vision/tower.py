@@ -16,6 +16,7 @@ import numpy as np
 from kimi_lite.arch.moonvit import MoonViT, VisionFile, read_vision_file
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.kv.disk import model_key
 from kimi_lite.model.vision.patches import PATCH, EncodingStopped, Grid, Patches
 from kimi_lite.model.vision.weights import VisionWeights
 
@@ -78,6 +79,11 @@ class VisionTower:
     @property
     def path(self) -> Path:
         return self._store.path
+
+    @property
+    def key(self) -> str:
+        """The same only where features are: of this file, computed the same way."""
+        return model_key(self._store, "vision", self._device == "cpu")
 
     @property
     def file_bytes(self) -> int:
