@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from kimi_lite.arch.moonvit import ROW_ORDER_KEY
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.model.vision.patches import Grid, Patches
-from kimi_lite.model.vision.tower import EncodingStopped, VisionTower
+from kimi_lite.model.vision.patches import EncodingStopped, Grid, Patches
+from kimi_lite.model.vision.tower import VisionTower
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.mmproj import write_mmproj
 from tests.model.vision.checkpoint import TEXT_HIDDEN, features, random_patches, write_checkpoint
