@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from kimi_lite.tools.bench.measure import MAX_LOST_SHARE, read_stolen_s, read_waited_s
 from kimi_lite.tools.bench.ours import Run, Runner
-from kimi_lite.tools.bench.plan import BenchTest, Passages, Prompt
+from kimi_lite.tools.bench.plan import BenchTest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,14 @@ class Samples:
         return np.array([sample.run.tok_s for sample in self.warm])
 
 
+class Prompts(Protocol):
+    """What `plan.Passages` does: prompts for each sequence of a test, other ones each time."""
+
+    def prompts(self, test: BenchTest) -> Sequence[Any]: ...
+
+
 def measure_test(
-    test: BenchTest, runners: Mapping[str, Runner], passages: Passages, num_repeats: int, num_threads: int
+    test: BenchTest, runners: Mapping[str, Runner], passages: Prompts, num_repeats: int, num_threads: int
 ) -> dict[str, Samples]:
     """First, then warm runs of each program over the same tokens; the order within a turn reverses from turn to
     turn."""
@@ -78,7 +85,7 @@ def _keep(turns: Sequence[dict[str, Sample]], num_wanted: int) -> tuple[list[dic
     return sorted(turns, key=_lost_share)[: max(1, num_wanted)], True
 
 
-def _run(runner: Runner, test: BenchTest, prompts: Sequence[Prompt], num_threads: int) -> Sample:
+def _run(runner: Runner, test: BenchTest, prompts: Sequence[Any], num_threads: int) -> Sample:
     stolen_s, waited_s, disk_bytes, start_s = read_stolen_s(), read_waited_s(), _read_disk_bytes(), time.perf_counter()
     run = runner(test, prompts)
     elapsed_s = time.perf_counter() - start_s

@@ -30,7 +30,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from kimi_lite.apps.model_path import find_model
 from kimi_lite.apps.swarm.backend import Backend, ChatSettings, Message, OnProgress, Reply
 from kimi_lite.apps.swarm.events import Emitter
 from kimi_lite.apps.swarm.local import LocalBackend
@@ -40,6 +39,7 @@ from kimi_lite.apps.swarm.run import Assignment, SwarmRun
 from kimi_lite.apps.swarm.settings import SwarmSettings
 from kimi_lite.apps.swarm.toolshed import Toolshed
 from kimi_lite.arch.costs import expected_expert_share
+from kimi_lite.arch.tensors import open_model
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import load
@@ -48,6 +48,8 @@ from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.recorder import RoutingTrace, read_trace
 from kimi_lite.options import Options
+from kimi_lite.text.tokenizer import Tokenizer
+from kimi_lite.tools.bench.bench import with_model
 from kimi_lite.tools.bench.environment import describe_environment
 from kimi_lite.tools.bench.ours import Run
 from kimi_lite.tools.bench.plan import BenchTest
@@ -56,8 +58,8 @@ from kimi_lite.tools.bench.result import Spread
 from kimi_lite.tools.bench.run import Samples, measure_test
 
 _SUBJECTS = ("Emma", "Mr. Knightley", "Harriet", "Miss Bates", "Mr. Elton", "Jane", "Frank Churchill", "the father")
-_CHARACTERS_PER_TOKEN = 4.4
-_TEMPLATE_TOKENS = 512  # system prompts of the swarm, the template, the task
+_TEMPLATE_CHARACTERS = 2400  # system prompts of the swarm, the template, the task
+_MOST_CHARACTERS = 16  # of a token, in the mean
 _PROMPT_TOKENS = 32  # of `experts`
 _DRAWS = 400  # of tokens that choose independently
 
@@ -101,6 +103,10 @@ class Marked:
     def identity(self) -> str:
         return self._backend.identity
 
+    @property
+    def can_call(self) -> bool:
+        return self._backend.can_call
+
     async def open(self) -> None:
         """It is open."""
 
@@ -121,9 +127,12 @@ class SwarmBench:
 
     def __init__(self, options: Options, num_agents: int, context_tokens: int, num_tokens: int) -> None:
         self.num_agents, self._num_tokens = num_agents, num_tokens
-        self._plan = plan_for(num_agents, context_tokens)
-        need = context_tokens + _TEMPLATE_TOKENS + num_tokens
+        text = " ".join(TEXT.read_text(encoding="utf-8").split())
+        tokenizer = Tokenizer.from_metadata(open_model(options.model)[0].metadata)
+        context = tokenizer.decode(tokenizer.encode(text[: _MOST_CHARACTERS * context_tokens])[:context_tokens])
+        need = context_tokens + len(tokenizer.encode(text[:_TEMPLATE_CHARACTERS])) + num_tokens
         options = replace(options, context_length=need, num_sequences=num_agents, prefix_folder=None)
+        self._plan = plan_for(num_agents, context)
         self._runner = asyncio.Runner()
         self._engine = load(options.model, options)
         self.num_threads = self._engine.plan.num_threads
@@ -163,29 +172,29 @@ class SwarmBench:
         return SwarmRound(totals.seconds, usage.generated_tokens, 0.0, (), {}, usage.prompt_tokens, usage.cached_tokens)
 
 
-def plan_for(num_agents: int, context_tokens: int) -> Plan:
-    """One stage of agents that have a page of text in common, and no tools."""
-    text = " ".join(TEXT.read_text(encoding="utf-8").split())[: round(context_tokens * _CHARACTERS_PER_TOKEN)]
+def plan_for(num_agents: int, context: str) -> Plan:
+    """One stage of agents that have a text in common, and no tools."""
     subjects = itertools.islice(itertools.cycle(_SUBJECTS), num_agents)
     tasks = [
         {"agent": "reader", "prompt": f"{i + 1}. Write what the text says of {subject}."}
         for i, subject in enumerate(subjects)
     ]
     agents = {"reader": {"system_prompt": "You read closely.", "tools": []}}
-    document = {"context": text, "synthesis": False, "agents": agents, "stages": [{"tasks": tasks}]}
+    document = {"context": context, "synthesis": False, "agents": agents, "stages": [{"tasks": tasks}]}
     return Plan.from_document(document, "of tools.bench.swarm")
 
 
 def compare_modes(bench: SwarmBench, num_repeats: int, num_tokens: int) -> dict[str, Samples]:
-    """Every mode, in turns. The passages are the marks that `SwarmBench.run` sets."""
+    """Every mode, in turns."""
     runners = {mode.name: lambda test, prompts, mode=mode: bench.run(mode) for mode in MODES}
     test = BenchTest("tg", num_tokens, num_sequences=bench.num_agents)
-    return measure_test(test, runners, _NoPassages(), num_repeats, bench.num_threads)
+    return measure_test(test, runners, _Nothing(), num_repeats, bench.num_threads)
 
 
-class _NoPassages:
+class _Nothing:
+    """Where `measure_test` asks for prompts: the plan has its own."""
+
     def prompts(self, test: BenchTest) -> list[Any]:
-        """The plan has its own."""
         return []
 
 
@@ -212,6 +221,9 @@ class ExpertsRead:
 
 def read_experts(options: Options, counts: Sequence[int], num_tokens: int) -> list[ExpertsRead]:
     """Decodes with each number of sequences; the record of routing says what was read."""
+    _, config = open_model(options.model)
+    if not config.num_moe_layers:
+        raise KimiLiteError(f"{config.name} has no routed experts.", "Name another model with -m.")
     context = _PROMPT_TOKENS + num_tokens + 1
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "routing.npz"
@@ -219,9 +231,6 @@ def read_experts(options: Options, counts: Sequence[int], num_tokens: int) -> li
             options, context_length=context, num_sequences=max(counts), prefix_folder=None, routing_trace=record
         )
         with _opened(found) as engine:
-            config = engine.plan.sizes.config
-            if not config.num_moe_layers:
-                raise KimiLiteError(f"{config.name} has no routed experts.", "Name another model with -m.")
             rates = {count: _decode(engine, count, num_tokens) for count in counts}
         trace = read_trace(record)
     alone = _steps(trace, 1)
@@ -316,7 +325,7 @@ def agents(
     threads: _Threads = None,
 ) -> None:
     """Agents at once against one after the other, with and without pages in common."""
-    bench = SwarmBench(Options(model=str(find_model(model)), num_threads=threads), count, context, tokens)
+    bench = SwarmBench(with_model(Options(model=model, num_threads=threads)), count, context, tokens)
     try:
         samples = compare_modes(bench, repeats, tokens)
         name, used_threads = bench.name, bench.num_threads
@@ -354,7 +363,7 @@ def experts(
 ) -> None:
     """Experts read per token, next to what routing predicts."""
     wanted = sorted({1, *(int(part) for part in counts.split(","))})
-    options = Options(model=str(find_model(model)), num_threads=threads)
+    options = with_model(Options(model=model, num_threads=threads))
     rows = read_experts(options, wanted, tokens)
     print("| agents | experts a token and layer | of one alone | predicted | if uniform | tok/s |")
     print("|-------:|--------------------------:|-------------:|----------:|-----------:|------:|")

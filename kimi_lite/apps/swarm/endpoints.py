@@ -9,6 +9,7 @@ API key, so that no key stands in a command line, and none goes to another serve
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -77,6 +78,11 @@ def parse_endpoint(text: str, model: str | None = None) -> EndpointChoice:
     )
 
 
+def without_password(text: str) -> str:
+    """An `--endpoint` as a run keeps it: who resumes the run says again who asks."""
+    return re.sub(r"(?<=//)[^/,]*@|^[^/,]*@", "", text)
+
+
 def _weighted(place: str) -> tuple[str, float]:
     """An address may itself have a = in it: a weight is a number behind the last one."""
     url, is_assigned, weight = place.rpartition("=")
@@ -108,5 +114,4 @@ def _parallel(text: str, said: Mapping[str, str]) -> int | None:
 
 
 def _wrong(text: str, problem: str) -> KimiLiteError:
-    shown = text.rpartition("@")[2]  # no password
-    return KimiLiteError(f"--endpoint {shown!r}: {problem}.", f"Write {FORM}.")
+    return KimiLiteError(f"--endpoint {without_password(text)!r}: {problem}.", f"Write {FORM}.")

@@ -19,7 +19,7 @@ from kimi_lite.apps.model_path import find_model
 from kimi_lite.apps.opening import check_before_loading, line_width, say_demo, wrapped
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.apps.swarm.backend import Backend
-from kimi_lite.apps.swarm.endpoints import parse_endpoints
+from kimi_lite.apps.swarm.endpoints import parse_endpoints, without_password
 from kimi_lite.apps.swarm.events import Emitter, RunEnded, Warned
 from kimi_lite.apps.swarm.journal import Journal, read
 from kimi_lite.apps.swarm.local import LocalBackend
@@ -102,6 +102,8 @@ def open_backend_of(options: Options, status: Console, warn: Callable[[str], Non
 def options_to_json(options: Options) -> dict[str, Any]:
     """What was said, for a run that is resumed; the rest are defaults then too."""
     kept = {name: getattr(options, name) for name in options.given if name not in _NOT_KEPT}
+    if "endpoints" in kept:
+        kept["endpoints"] = tuple(map(without_password, options.endpoints))
     return {name: _plain(value) for name, value in kept.items()}
 
 
@@ -231,7 +233,7 @@ def _load(options: Options, status: Console, on_progress: OnProgress) -> Engine:
             progress(stage, done, total)
             on_progress(stage, done, total)
 
-        engine = load(find_model(options.model, progress), options, report)
+        engine = load(find_model(options, progress), options, report)
     if engine.plan is not None and not options.is_quiet:
         remarks = [*engine.plan.warnings, *unused_options(options, situation_of(engine.plan, options))]
         for line in remarks:

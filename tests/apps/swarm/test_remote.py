@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kimi_lite.apps.swarm.backend import ChatProgress, ChatSettings, Message, Reply
-from kimi_lite.apps.swarm.endpoints import EndpointChoice, parse_endpoint, parse_endpoints
+from kimi_lite.apps.swarm.endpoints import EndpointChoice, parse_endpoint, parse_endpoints, without_password
 from kimi_lite.apps.swarm.events import ORCHESTRATOR, Usage
 from kimi_lite.apps.swarm.remote import MAX_FAILURES, RemoteBackend
 from kimi_lite.engine.answer_settings import AnswerSettings
@@ -110,6 +110,9 @@ def test_a_password_in_an_endpoint_is_not_shown() -> None:
     with pytest.raises(KimiLiteError) as refused:
         parse_endpoint("http://ann:secret@host,role=boss")
     assert "secret" not in str(refused.value)
+    assert without_password("http://ann:secret@host/v1=2,key=A") == "http://host/v1=2,key=A"
+    assert without_password("ann:secret@host:1") == "host:1"
+    assert without_password("http://host/a@b") == "http://host/a@b"
 
 
 @pytest.mark.parametrize("role", ["orchestrator", "agents"])
