@@ -137,6 +137,25 @@ class Staff:
             raise ToolError(f"there is no agent {name!r}; there are: {known}")
         return self.kinds[name]
 
+    def keep(self, agent_id: str, ending: Ending) -> None:
+        """What came of an agent."""
+        self.endings[agent_id], self.results[agent_id] = ending, ending.text
+
+    def take(self, known: AgentEnded) -> Ending:
+        """An agent's end from the journal, with the agents that it started itself; all they did is counted."""
+        work = self.work
+        steps = [step for number in range(known.steps) if (step := work.replay.step(known.agent_id, number))]
+        work.usage += known.usage
+        work.steps += known.steps
+        work.busy_s += sum(step.seconds for step in steps)
+        ending = Ending(known.outcome, known.result, known.reason, known.usage, known.steps, known.critical_steps)
+        self.keep(known.agent_id, ending)
+        for child in work.replay.children(known.agent_id):
+            self.num_started += 1
+            if (end := work.replay.end(child)) is not None:
+                self.take(end)
+        return ending
+
     def shortened(self, reference: str, text: str) -> str:
         """The result, or its beginning and the reference to read on with."""
         most = self.work.settings.result_chars
@@ -300,7 +319,7 @@ class SwarmTools:
         key = prompt_key(work, messages, tools, kind.limits)
         is_known = work.replay.is_started(order.agent_id, key)
         if known := work.replay.end(order.agent_id) if is_known else None:
-            ending = _known_ending(work, known)
+            ending = staff.take(known)
         else:
             if not is_known:
                 started = (order.agent_id, kind.name, order.prompt, stage, order.call_id, self._agent_id, key)
@@ -318,8 +337,7 @@ class SwarmTools:
                     ending.critical_steps,
                 )
             )
-        staff.endings[order.agent_id] = ending
-        staff.results[order.agent_id] = ending.text
+        staff.keep(order.agent_id, ending)
         return ending
 
     async def _call_own(self, call: ToolCall) -> Results:
@@ -360,12 +378,3 @@ def _is_swarm(call: ToolCall) -> bool:
 def _word(ending: Ending) -> str:
     """kimi-code's words for outcomes."""
     return {"completed": "completed", "cancelled": "aborted"}.get(ending.outcome, "failed")
-
-
-def _known_ending(work: Work, known: AgentEnded) -> Ending:
-    """From the journal, its steps counted."""
-    steps = [step for number in range(known.steps) if (step := work.replay.step(known.agent_id, number))]
-    work.usage += known.usage
-    work.steps += known.steps
-    work.busy_s += sum(step.seconds for step in steps)
-    return Ending(known.outcome, known.result, known.reason, known.usage, known.steps, known.critical_steps)

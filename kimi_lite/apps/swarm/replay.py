@@ -69,6 +69,10 @@ class Replay:
         found = self._ends.get(agent_id)
         return None if found is None or found.event.outcome == "cancelled" else found.event
 
+    def children(self, agent_id: str) -> list[str]:
+        """The ids of the agents that it started."""
+        return [name for name, placed in self._agents.items() if placed.event.parent == agent_id]
+
     def call(self, agent_id: str, call_id: str) -> ToolEnded | None:
         """What came of a call of a tool."""
         return self._calls.get((agent_id, call_id))

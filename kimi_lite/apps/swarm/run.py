@@ -48,6 +48,9 @@ in a turn as there are independent parts. agent_swarm starts one agent for each 
 - An agent knows nothing but its prompts: put all it needs into them. You get its last message only.
 - Long results come back shortened; read_result reads on.
 - When the results are there, check them, and write the answer for the user. A small task needs no agents."""
+_PLANNED = """\
+A team of agents works at the user's task; its parts were fixed beforehand. When their results are there, check them, \
+and write the answer for the user from them."""
 _KINDS = "These configurations are there already: {names}."
 _AGENT = """\
 You are one of several agents that work at the same time on parts of a larger task. The agent that leads them gives \
@@ -160,11 +163,15 @@ class SwarmRun:
         assignment, settings = self._assignment, self._assignment.settings
         own = self._open_tools(ORCHESTRATOR, ORCHESTRATOR)
         tools = SwarmTools(self._staff, ORCHESTRATOR, own, 1)
-        system = "\n\n".join(part for part in (_ORCHESTRATOR, self._named_kinds(), assignment.system) if part)
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": assignment.task}]
         plan = assignment.plan
-        if plan is not None and plan.synthesis:
-            messages[1]["content"] = f"{assignment.task}\n\n{plan.synthesis}".strip()
+        role, task = "", assignment.task
+        if plan is not None:
+            role, task = _PLANNED, f"{task}\n\n{plan.synthesis}".strip()
+        elif self._work.backend.can_call:
+            role = "\n\n".join(part for part in (_ORCHESTRATOR, self._named_kinds()) if part)
+        system = "\n\n".join(part for part in (role, assignment.system) if part)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": task})
         return Agent(
             self._work,
             ORCHESTRATOR,
