@@ -148,6 +148,10 @@ class Conversation(ABC):
         del self.turns[start + 1 :]
         return self._answer(before, settings, on_prefill)
 
+    def add_exchange(self, question: str, answer: str) -> None:
+        """What was asked and answered elsewhere, as if it had been here."""
+        self.turns += [Turn("user", question), Turn("assistant", answer, finish_reason="stop")]
+
     def undo(self) -> Content:
         """Take the last message and all that followed back; what the message was."""
         start = self._last_exchange()

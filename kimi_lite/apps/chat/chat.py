@@ -24,7 +24,7 @@ from kimi_lite.apps.model_files import ModelFiles
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import require_utf8
-from kimi_lite.engine.types import Token
+from kimi_lite.engine.types import Stats, Token
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import rescue
 from kimi_lite.options import Options
@@ -225,6 +225,12 @@ class Chat:
         assert view.last is not None
         self._say_statistics(view.last, settings or self.conversation.settings)
         return view.last
+
+    def show_text(self, text: str) -> None:
+        """An answer that is there already, as answers are shown."""
+        view = AnswerView(sys.stdout, self.status, self.shows_reasoning, self.options.is_plain)
+        view.show(Token("", None, text, "content", "stop", Stats(0, 0, 0.0, 0, 0.0, 0.0)))
+        view.close()
 
     def require_files(self) -> None:
         """Refuse to work with a model whose file has become shorter; warn where it was written."""

@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kimi_lite.apps.interrupt import PATIENCE_S
 from kimi_lite.apps.model_path import find_model
@@ -157,6 +157,27 @@ def _run(options: Options, assignment: Assignment, folder: Path | None, open_bac
     check_before_loading(options)
     if options.is_demo and not options.is_quiet:
         say_demo(status)
+    done = carry_out(options, assignment, status, open_backend, folder)
+    return INTERRUPTED if done.ended is None else _tell(done.ended, done.run_id)
+
+
+class Done(NamedTuple):
+    """A run that is over. `ended` is None where it was stopped before it began."""
+
+    run_id: str
+    ended: RunEnded | None
+
+
+def carry_out(
+    options: Options,
+    assignment: Assignment,
+    status: Console,
+    open_backend: OpenBackend,
+    folder: Path | None = None,
+    ends: "Ends | None" = None,
+) -> Done:
+    """A run with its journal, tools, view and signals. folder: of a run that is resumed. ends: which signals end it,
+    and how; else SIGINT and SIGTERM, at last the process with it."""
     store = RunStore()
     is_new = folder is None
     folder = store.create() if folder is None else folder
@@ -174,23 +195,41 @@ def _run(options: Options, assignment: Assignment, folder: Path | None, open_bac
                 emitter.emit(lambda t_s: Warned(t_s, text))
 
             backend = open_backend(options, status, warn)
-            ended = asyncio.run(_serve(SwarmRun(assignment, backend, toolshed, emitter, replay), backend, view))
+            run = SwarmRun(assignment, backend, toolshed, emitter, replay)
+            ended = asyncio.run(
+                _serve(run, backend, ends or Ends((signal.SIGINT, signal.SIGTERM), _exit_at_once(view)))
+            )
     except BaseException:
         if is_new and not read(folder).events:
             store.delete(folder)
         raise
-    if ended is None:
-        if is_new:
-            store.delete(folder)
-        return INTERRUPTED
-    return _tell(ended, folder.name)
+    if ended is None and is_new:
+        store.delete(folder)
+    return Done(folder.name, ended)
 
 
-async def _serve(run: SwarmRun, backend: Backend, view: View) -> RunEnded | None:
+class Ends(NamedTuple):
+    """The signals that end a run gently, and what one of them does that comes `PATIENCE_S` after the first."""
+
+    signals: Sequence[int]
+    at_once: Callable[[int], None]
+
+
+def _exit_at_once(view: View) -> Callable[[int], None]:
+    """The process ends as it is: the journal has all that is done."""
+
+    def end(number: int) -> None:
+        view.__exit__(None, None, None)
+        os._exit(128 + number)
+
+    return end
+
+
+async def _serve(run: SwarmRun, backend: Backend, ends: Ends) -> RunEnded | None:
     """The run's end; None where Ctrl-C came before it began."""
     loop, opening = asyncio.get_running_loop(), asyncio.ensure_future(backend.open())
-    ending = _Ending(run, opening, view)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ending = _Ending(run, opening, ends)
+    for number in ends.signals:
         with suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, ending.on_signal, number)
     try:
@@ -204,11 +243,10 @@ async def _serve(run: SwarmRun, backend: Backend, view: View) -> RunEnded | None
 
 
 class _Ending:
-    """What signals do: the first ends the run gently, one `PATIENCE_S` after it ends the process as it is: the journal
-    has all that is done."""
+    """What signals do: the first ends the run gently."""
 
-    def __init__(self, run: SwarmRun, opening: asyncio.Future, view: View) -> None:
-        self._run, self._opening, self._view = run, opening, view
+    def __init__(self, run: SwarmRun, opening: asyncio.Future, ends: Ends) -> None:
+        self._run, self._opening, self._ends = run, opening, ends
         self.has_begun = False
         self._came_s: float | None = None
 
@@ -216,8 +254,7 @@ class _Ending:
         now_s = time.monotonic()
         if self._came_s is not None:
             if now_s - self._came_s >= PATIENCE_S:
-                self._view.__exit__(None, None, None)
-                os._exit(128 + number)
+                self._ends.at_once(number)
             return
         self._came_s = now_s
         if self.has_begun:

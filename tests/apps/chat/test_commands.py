@@ -1,7 +1,10 @@
 """Every slash command: what it does, what it says, what it refuses."""
 
+import itertools
 import json
+import os
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +14,10 @@ import pytest
 
 from kimi_lite.apps.chat.commands.registry import _ELSEWHERE, all_commands, is_command
 from kimi_lite.apps.chat.parameters import PARAMETERS
+from kimi_lite.apps.swarm.runs import RunStore
 from kimi_lite.apps.tools.box import ToolBox
 from kimi_lite.engine.types import SamplingParams
+from tests.apps.chat.test_tool_loop import WithControls, written
 from tests.apps.talk import Talk
 from tests.engine.fakes import fake_vision, scripted_logits
 from tests.engine.test_conversation import says
@@ -437,3 +442,70 @@ def test_an_endpoint_that_says_little_is_told_as_it_is(talk: Talk, monkeypatch: 
 def test_every_command_is_tested_here() -> None:
     source = Path(__file__).read_text()
     assert [command.names[0] for command in all_commands().commands if f'"/{command.names[0]}' not in source] == []
+
+
+def led(prompt: str) -> tuple[str, str]:
+    """An orchestrator with two agents."""
+    if "You lead a team" not in prompt:
+        return "", "the second part " * 8 if "second" in prompt else "part 1"
+    if "<|tool_call_begin|>" in prompt.rpartition("Divide it")[2]:
+        return "", "All parts: **12**"
+    made = [("create_subagent", {"name": "worker", "system_prompt": "Work."})]
+    made += [("assign_task", {"agent": "worker", "prompt": f"Do the {which} part."}) for which in ("first", "second")]
+    return "", written([(name, json.dumps(arguments)) for name, arguments in made], 0)
+
+
+@pytest.fixture
+def leading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Talk]:
+    """A chat whose model can lead a swarm."""
+    monkeypatch.setenv("KIMI_LITE_STATE", str(tmp_path / "state"))
+    talk = Talk(tmp_path / "sessions", capsys, context_length=32768)
+    engine = talk.session.engine
+    engine.model.next_logits = scripted_logits(WithControls(engine.tokenizer), led)
+    yield talk
+    talk.chat.autosave.close()
+
+
+def test_a_swarm_answers_in_the_conversation(leading: Talk) -> None:
+    engine = leading.session.engine
+    shown = leading.say("/swarm Divide it")
+    assert "orchestrator step 1: calls create_subagent, assign_task x 2" in shown
+    assert "a2 worker begins: Do the second part." in shown and "completed · 2 agents · 4 steps (3 critical)" in shown
+    assert leading.answers == "All parts: **12**\n" and said(leading) == ["Divide it", "All parts: **12**"]
+    leading.say("hello")
+    assert said(leading)[2:] == ["hello", "part 1"] and engine.scheduler.max_running is None
+    (run,) = RunStore().summaries()
+    assert run.state == "finished" and f"kimi-lite swarm show {run.run_id}" in shown
+    saved = leading.store.read(leading.chat.autosave.name)
+    assert [turn["content"] for turn in saved["turns"]] == said(leading)
+
+
+def test_ctrl_c_ends_a_swarm_with_what_is_there_and_the_chat_goes_on(leading: Talk) -> None:
+    engine, before = leading.session.engine, signal.getsignal(signal.SIGINT)
+    num_steps = itertools.count()
+
+    def interrupt(batch: object, layer: int) -> None:
+        known = engine.tokenizer.decode(engine.scheduler.running[0].token_ids)
+        if layer == 0 and "second" in known and "You lead a team" not in known and next(num_steps) == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    engine.model.before_layer = interrupt
+    shown = leading.say("/swarm Divide it", "hello")
+    assert re.search(r"a1 worker · .* completed", shown) and re.search(r"a2 worker · .* stopped", shown)
+    assert "The task is not complete: " in shown
+    assert said(leading) == ["Divide it", "All parts: **12**", "hello", "part 1"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_swarm_needs_a_task_and_a_model_that_can_call(leading: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "There is no task" in leading.say("/swarm")
+    monkeypatch.setattr(type(leading.session), "can_call", False)
+    assert "tools" in leading.say("/swarm Divide it") and not said(leading) and not RunStore().summaries()
+
+
+def test_a_swarm_that_has_no_answer_leaves_the_conversation_alone(leading: Talk) -> None:
+    engine = leading.session.engine
+    engine.model.next_logits = scripted_logits(engine.tokenizer, lambda prompt: ("", ""))
+    shown = leading.say("/swarm Divide it")
+    assert "The swarm has no answer: it said nothing" in shown and "kimi-lite swarm show" in shown
+    assert said(leading) == []

@@ -105,10 +105,10 @@ def is_command(line: str) -> bool:
 
 def all_commands() -> Registry:
     """Every command of the chat, in the order of /help."""
-    from kimi_lite.apps.chat.commands import answer, context, files, general, sessions
+    from kimi_lite.apps.chat.commands import answer, context, files, general, sessions, swarm
 
     registry = Registry()
-    for module in (general, answer, context, files, sessions):
+    for module in (general, answer, swarm, context, files, sessions):
         for command in module.COMMANDS.commands:
             registry.add(command)
     return registry
