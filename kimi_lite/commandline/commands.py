@@ -67,7 +67,7 @@ class Command(TyperCommand):
         elif name == "quantize":
             hint = "Types of the experts are named with --recipe, as --recipe q4_k."
         else:
-            hint = f"kimi-lite {name} --help lists the options."
+            hint = f"{ctx.command_path} --help lists the options."
         raise KimiLiteError(f"{name} has no place for {first!r}.", hint)
 
     def _translated(self, ctx: typer.Context, args: list[str]) -> list[str]:

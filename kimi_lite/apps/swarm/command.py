@@ -3,10 +3,13 @@
     kimi-lite swarm "Compare the three parsers in src" --dir src
     kimi-lite swarm --plan plan.toml
     kimi-lite swarm resume                    # the last run, after a kill
+    kimi-lite swarm show --html run.html      # what became of the last run
 
-A task is one argument; `resume` and `list` alone are commands. Exit code 130 where Ctrl-C ended the run.
+A task is one argument; `resume`, `show`, `list` and `delete` alone are commands. Exit code 130 where Ctrl-C ended the
+run.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,8 +21,9 @@ from kimi_lite.options import Options
 RUN = "a run's name, or its beginning; without one the last run"
 swarm = typer.Typer(
     cls=DefaultGroup,
-    epilog="kimi-lite swarm resume [RUN] goes on with a run that was killed; swarm list shows the runs. Settings can "
-    "also come from the environment: --max-parallel 8 is KIMI_LITE_MAX_PARALLEL=8.",
+    epilog="kimi-lite swarm resume [RUN] goes on with a run that was killed, swarm show [RUN] tells who did what, "
+    "swarm list shows the runs, swarm delete RUN removes one. Settings can also come from the environment: "
+    "--max-parallel 8 is KIMI_LITE_MAX_PARALLEL=8.",
 )
 
 
@@ -46,3 +50,37 @@ def resume(
     from kimi_lite.apps.swarm.start import resume_run
 
     raise typer.Exit(resume_run(options, run))
+
+
+@swarm.command("show", cls=Command)
+def show(
+    run: Annotated[str, typer.Argument(help=f"{RUN[0].upper()}{RUN[1:]}.", show_default=False)] = "",
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write the timeline there.", show_default=False)
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page with all of it.", show_default=False)
+    ] = None,
+) -> None:
+    """Tell what became of a run: who did what, when and how long, what went wrong, the critical path, the answer."""
+    from kimi_lite.apps.swarm.report import show_run
+
+    show_run(run, svg, html)
+
+
+@swarm.command("list", cls=Command)
+def list_() -> None:
+    """List the runs, the last first, with their states."""
+    from kimi_lite.apps.swarm.report import list_runs
+
+    list_runs()
+
+
+@swarm.command("delete", cls=Command)
+def delete(
+    runs: Annotated[list[str], typer.Argument(help="Names of runs, or their beginnings.", metavar="RUN")],
+) -> None:
+    """Remove runs with their boards."""
+    from kimi_lite.apps.swarm.report import delete_runs
+
+    delete_runs(runs)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from typer.testing import CliRunner
 
 from kimi_lite.apps.swarm import journal
 from kimi_lite.apps.swarm.events import Event, RunEnded, Totals
@@ -19,6 +20,7 @@ from kimi_lite.apps.swarm.page import page
 from kimi_lite.apps.swarm.report import delete_runs, list_runs, print_report, show_run
 from kimi_lite.apps.swarm.runs import RunStore, RunSummary, summarise
 from kimi_lite.apps.swarm.timeline import tick_step, timeline
+from kimi_lite.cli import app
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.terminal import Console
 from tests.apps.screen import Screen
@@ -220,3 +222,23 @@ def test_the_timeline_marks_the_agent_that_its_stage_waited_for() -> None:
 @given(st.floats(1e-3, 1e6))
 def test_an_axis_has_a_few_ticks(end_s: float) -> None:
     assert 1 <= end_s / tick_step(end_s) <= 10.001 or end_s < 1e-3
+
+
+def test_the_commands(store: RunStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = keep(store, Run(2, 1))
+
+    def typed(*words: str) -> int:
+        done = CliRunner().invoke(app, ["swarm", *words])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        capsys.readouterr()
+        return done.exit_code
+
+    assert typed("show", folder.name[:10], "--svg", str(tmp_path / "a.svg"), "--html", str(tmp_path / "a.html")) == 0
+    assert (tmp_path / "a.svg").exists() and (tmp_path / "a.html").exists()
+    assert typed("show") == typed("list") == 0
+    with pytest.raises(KimiLiteError, match="swarm show --help lists the options"):
+        typed("show", "a", "b")
+    with pytest.raises(KimiLiteError, match="There is no run 'x'"):
+        typed("delete", folder.name, "x")
+    assert typed("delete", folder.name) == 0 and store.summaries() == []
