@@ -104,18 +104,17 @@ def options_to_json(options: Options) -> dict[str, Any]:
     kept = {name: getattr(options, name) for name in options.given if name not in _NOT_KEPT}
     if "endpoints" in kept:
         kept["endpoints"] = tuple(map(without_password, options.endpoints))
+    if "model" in kept and os.path.exists(str(options.model)):
+        kept["model"] = os.path.abspath(str(options.model))  # a run may be resumed from another folder
     return {name: _plain(value) for name, value in kept.items()}
 
 
 def options_from_json(kept: Mapping[str, Any], typed: Options) -> Options:
-    """The options of a run, and what is typed now instead."""
-    values: dict[str, Any] = {}
-    for field in fields(Options):
-        if field.name in kept and field.name in OPTIONS:
-            values[field.name] = _unplain(field.type, kept[field.name])
-    new = {name: getattr(typed, name) for name, source in typed.given.items() if source.startswith("-")}
-    new |= {name: getattr(typed, name) for name in _NOT_KEPT}
-    return replace(Options(**values), **new, given=typed.given)
+    """The options of a run, but for those that are typed now."""
+    is_typed = {name for name, source in typed.given.items() if source.startswith("-")}
+    kinds = {field.name: field.type for field in fields(Options)}
+    taken = kept.keys() & OPTIONS.keys() - is_typed - set(_NOT_KEPT)
+    return replace(typed, **{name: _unplain(kinds[name], kept[name]) for name in taken})
 
 
 def _plain(value: Any) -> Any:
