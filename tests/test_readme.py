@@ -13,8 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from kimi_lite.apps.swarm.journal import Journal
+from kimi_lite.apps.swarm.runs import RunStore
 from kimi_lite.cli import app
+from tests.apps.swarm.plausible import Run
 from tests.tiny import write_tiny_gguf
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +106,19 @@ def test_quantize_imatrix_and_bench_as_shown(place):
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+def test_the_views_of_a_swarm_as_shown(place):
+    shown = [shlex.split(line)[1:] for line in SHOWN if re.match(r"kimi-lite swarm (list|show|delete)\b", line)]
+    assert {words[1] for words in shown} == {"list", "show", "delete"}
+    run = RunStore().create().rename(RunStore().folder / "2026-11-29_02-10-45")
+    with Journal(run) as journal:
+        for event in Run(2, 1).events():
+            journal(event)
+    for words in sorted(shown, key=lambda words: words[1] == "delete"):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+    assert {"run.html", "timeline.svg"} <= set(os.listdir()) and not run.exists()
+
+
 def test_serve_as_shown(place):
     pytest.importorskip("uvicorn", reason="needs the server extra")
     command = [
@@ -134,7 +151,7 @@ def test_what_sentences_name_is_there(span):
     if (match := re.search(r"python -m (tools[\w.]*)", span)) and "NAME" not in span:
         place = ROOT.joinpath(*match[1].split("."))
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), span
-    if match := re.match(r"(?:git diff \| )?kimi-lite (\w+)(.*)", span):
-        words = kimi_lite(match[1], "--help").stdout
+    if match := re.match(r"(?:git diff \| )?kimi-lite ((?:swarm (?:resume|show|list|delete)\b)|\w+)(.*)", span):
+        words = kimi_lite(*match[1].split(), "--help").stdout
         for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", match[2]):
             assert flag in words, (flag, span)
