@@ -20,9 +20,9 @@ import typer
 
 from kimi_lite.errors import KimiLiteError
 
-_INK, _GRID = "#768390", "#76839055"
+INK, _GRID = "#768390", "#76839055"
 _OURS, _THEIRS, _BOUND = "#2f81f7", "#db6d28", "#2da44e"
-_PALETTE = (_OURS, _THEIRS, _BOUND, "#a371f7", "#d4a72c", "#e5534b", "#1b9e9e", "#bf4b8a")
+PALETTE = (_OURS, _THEIRS, _BOUND, "#a371f7", "#d4a72c", "#e5534b", "#1b9e9e", "#bf4b8a")
 _MAX_STAGES = 10
 _SUFFIXES = (".svg", ".png")
 
@@ -39,19 +39,25 @@ def check_plotting(path: Path) -> None:
 
 def draw(path: Path, documents: Sequence[Mapping]) -> None:
     """Writes the picture of documents of one kind. Raises KimiLiteError for a kind that is unknown, or several."""
-    check_plotting(path)
-    import matplotlib
-
     kinds = {_kind(document) for document in documents}
     if len(kinds) != 1:
         raise KimiLiteError(f"The files are of {len(kinds)} kinds.", "Give results of one tool.")
+    drawer = _DRAWERS[kinds.pop()]
+    save_figure(path, lambda figure: drawer(figure, documents))
+
+
+def save_figure(path: Path, draw_on: Callable) -> None:
+    """Writes what `draw_on` draws on a matplotlib figure, in the colours of all pictures. Raises KimiLiteError."""
+    check_plotting(path)
+    import matplotlib
+
     style = {"svg.fonttype": "none", "svg.hashsalt": "kimi-lite", "font.family": "sans-serif", "font.size": 9}
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style | colours | {"grid.color": _GRID, "axes.grid": True, "axes.axisbelow": True}):
         from matplotlib.figure import Figure  # no pyplot: no window, no global state
 
         figure = Figure(figsize=(8, 3.6), layout="constrained")
-        _DRAWERS[kinds.pop()](figure, documents)
+        draw_on(figure)
         for axes in figure.axes:
             axes.set_facecolor("none")
             axes.spines[["top", "right"]].set_visible(False)
@@ -101,7 +107,7 @@ def _draw_speed(figure, documents: Sequence[Mapping]) -> None:
                 )
         axes.set(title=titles[kind], xlabel="tokens of context", ylabel="tokens/s")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, labelcolor=_INK)
+        axes.legend(frameon=False, labelcolor=INK)
 
 
 def _draw_kernels(figure, documents: Sequence[Mapping]) -> None:
@@ -126,7 +132,7 @@ def _draw_kernels(figure, documents: Sequence[Mapping]) -> None:
         axes.plot(rates, names, "|", color=_THEIRS, markersize=11, markeredgewidth=2.5, label="llama.cpp")
     axes.set(xlabel=f"GB/s of weights, {report['threads']} threads")
     axes.grid(visible=False, axis="y")
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower right")
+    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
 
 
 def _draw_quality(figure, documents: Sequence[Mapping]) -> None:
@@ -160,7 +166,7 @@ def _draw_timeline(figure, documents: Sequence[Mapping]) -> None:
     axes = figure.subplots()
     for row, stage in enumerate(stages):
         pieces = [((span["ts"] - start) / 1000, span["dur"] / 1000) for span in spans if span["name"] == stage]
-        axes.broken_barh(pieces, (row - 0.35, 0.7), facecolor=_PALETTE[row % len(_PALETTE)])
+        axes.broken_barh(pieces, (row - 0.35, 0.7), facecolor=PALETTE[row % len(PALETTE)])
     labels = [f"{stage}  {total[stage] / (stop - start):.0%}" for stage in stages]
     axes.set(yticks=range(len(stages)), yticklabels=labels, xlabel="ms of one token")
     axes.set_xlim(0, (stop - start) / 1000)

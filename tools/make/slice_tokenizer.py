@@ -9,8 +9,8 @@ from kimi_lite.gguf.metadata import Value, array, text, u32
 from kimi_lite.quantize.source.vocabulary import CONTROL, NORMAL, UNUSED, bytes_to_text
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_NUM_CONTROL = 256
-_CONTROL_NAMES = {
+NUM_CONTROL = 256
+CONTROL_NAMES = {
     0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 6: "<|start_header_id|>",
     7: "<|end_header_id|>", 9: "[EOT]", 10: "<|im_system|>", 11: "<|tool_calls_section_begin|>",
     12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>", 14: "<|tool_call_argument_begin|>",
@@ -18,7 +18,7 @@ _CONTROL_NAMES = {
     17: "<|im_middle|>", 18: "<|media_begin|>", 19: "<|media_content|>", 20: "<|media_end|>", 21: "<|media_pad|>",
     22: "<think>", 23: "</think>", 254: "[UNK]", 255: "[PAD]",
 }  # fmt: skip
-MIN_VOCAB_SIZE = 256 + len(_LETTERS) + _NUM_CONTROL
+MIN_VOCAB_SIZE = 256 + len(_LETTERS) + NUM_CONTROL
 
 
 def slice_tokenizer(vocab_size: int) -> dict[str, Value]:
@@ -29,10 +29,10 @@ def slice_tokenizer(vocab_size: int) -> dict[str, Value]:
         )
     space = bytes_to_text(b" ")
     tokens = [bytes_to_text(bytes([byte])) for byte in range(256)] + [space + letter for letter in _LETTERS]
-    num_normal, first_control = len(tokens), vocab_size - _NUM_CONTROL
+    num_normal, first_control = len(tokens), vocab_size - NUM_CONTROL
     tokens += [f"[PAD{i}]" for i in range(num_normal, first_control)]
-    tokens += [_CONTROL_NAMES.get(i, f"<|reserved_token_{first_control + i}|>") for i in range(_NUM_CONTROL)]
-    types = [NORMAL] * num_normal + [UNUSED] * (first_control - num_normal) + [CONTROL] * _NUM_CONTROL
+    tokens += [CONTROL_NAMES.get(i, f"<|reserved_token_{first_control + i}|>") for i in range(NUM_CONTROL)]
+    types = [NORMAL] * num_normal + [UNUSED] * (first_control - num_normal) + [CONTROL] * NUM_CONTROL
     return {
         "tokenizer.ggml.model": text("gpt2"),
         "tokenizer.ggml.pre": text("kimi-k2"),

@@ -1,0 +1,80 @@
+"""Training for low-bit experts: every forward pass sees them as a file of that type would hold them.
+
+The straight-through estimator (Bengio et al. 2013): the forward pass uses decode(encode(W)), by the codecs that
+quantize writes files with, and the gradient goes to W as if nothing had been rounded. After training,
+`kimi-lite quantize` without an importance matrix writes the very bytes that were trained with. As loss serves the
+divergence from the unquantized model, which says more about a token than the text's next one does.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from kimi_lite.arch.architecture import find_row
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.native.cpu.matrix import dequantize
+from kimi_lite.native.layouts import Layout
+from kimi_lite.quantize.codecs import encode, find_layout
+from kimi_lite.tools.train.model import Model, Output
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowBit:
+    """A model whose routed experts are of a type."""
+
+    model: Model
+    layout: Layout
+
+    @classmethod
+    def of(cls, model: Model, type_name: str) -> "LowBit":
+        """Raises KimiLiteError where the type cannot be written here, or the experts' rows are no whole blocks."""
+        layout = find_layout(type_name)
+        for name, weight in model.named_parameters():
+            if is_expert(name) and weight.shape[-1] % layout.block_size:
+                problem = f"{name} has rows of {weight.shape[-1]}, and {layout.name} has blocks of {layout.block_size}"
+                raise KimiLiteError(f"{problem}.", "Choose a type with smaller blocks, such as Q2_0 or Q4_0.")
+        return cls(model, layout)
+
+    @torch.no_grad()
+    def rounded(self) -> dict[str, Tensor]:
+        """What a file would hold of the experts as they are now."""
+        return {
+            name: round_to(self.layout, weight) for name, weight in self.model.named_parameters() if is_expert(name)
+        }
+
+    def forward(self, ids: Tensor, rounded: dict[str, Tensor]) -> Output:
+        """The model with `rounded` in place of its experts, which get the gradient."""
+        parameters = dict(self.model.named_parameters())
+        used = {name: _StraightThrough.apply(parameters[name], value) for name, value in rounded.items()}
+        return functional_call(self.model, used, (ids,))
+
+
+def is_expert(name: str) -> bool:
+    row = find_row(f"{name}.weight")
+    return row is not None and row.part == "routed"
+
+
+def round_to(layout: Layout, weight: Tensor) -> Tensor:
+    """(..., n) float32 as a file of the type gives it back."""
+    rows = np.ascontiguousarray(weight.detach().numpy()).reshape(-1, weight.shape[-1])
+    return torch.from_numpy(dequantize(encode(layout, rows), layout.name)).view_as(weight)
+
+
+def divergence(wanted: Tensor, logits: Tensor) -> Tensor:
+    """Mean over tokens of the Kullback-Leibler divergence of softmax(logits) from softmax(wanted), (..., V) both, in
+    nats."""
+    target, ours = (each.float().log_softmax(-1) for each in (wanted, logits))
+    return (target.exp() * (target - ours)).sum(-1).mean()
