@@ -7,6 +7,7 @@ taken out here, for all that print. Our own colours and cursor movements are sty
     echo         a line without a console; `write` for an answer to stdout
     width        columns of a table or of wrapped lines
     open_prompt  prompt_toolkit's line editor
+    send_picture a thumbnail in pixels
     report_crash as `sys.excepthook`
 """
 
@@ -78,6 +79,14 @@ def can_redraw(console: Console) -> bool:
 def show_plain(console: Console, text: str, end: str = "\n", style: str | None = None) -> None:
     """Print text as it is: no markup, no highlighting, no wrapping of our own."""
     console.print(text, end=end, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def send_picture(console: Console, sequences: Iterable[str]) -> None:
+    """Escape sequences of our own that draw pixels (`apps.chat.thumbnail`). They hold no text of others': numbers and
+    base64 alone."""
+    for sequence in sequences:
+        console.file.write(sequence)
+    console.file.flush()
 
 
 def echo(text: str = "", *, to_stderr: bool = False, end: str = "\n", colour: str | None = None) -> None:

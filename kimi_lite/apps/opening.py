@@ -53,11 +53,6 @@ def check_before_loading(options: Options) -> None:
         require_writable(options.routing_trace, "The record of routing")
     if options.endpoint:
         return
-    if options.images:
-        raise KimiLiteError(
-            "--image needs a model that sees, and no vision tower is loaded here yet.",
-            "Remove it, or use --endpoint URL of a server whose model sees.",
-        )
     if options.model:
         require_model_name(options.model)
 

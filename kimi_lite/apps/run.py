@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from kimi_lite.apps.chat.attachments import compose, read_image
+from kimi_lite.apps.chat.attachments import attachments_from, compose
 from kimi_lite.apps.chat.render import (
     LEAST_PREFILL_TOKENS,
     AnswerView,
@@ -27,6 +27,7 @@ from kimi_lite.apps.tools.choice import open_tools
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Token
+from kimi_lite.engine.vision import NO_TOWER_HINT
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import read_text, require_writable, rescue, whole_file
 from kimi_lite.options import Options
@@ -83,7 +84,7 @@ def start_run(
     stderr = Console(stderr=True)
     say = partial(show_plain, stderr, style="dim")
     text = read_prompt(prompt, prompt_option, file, sys.stdin, say)
-    attachments = [read_image(name) for name in options.images]
+    attachments = attachments_from(options)
     output = RunOutput(path, is_json, options.is_quiet, options.is_plain, not options.is_hiding_thinking)
     if options.is_demo and not options.is_quiet:
         say_demo(stderr)
@@ -92,6 +93,9 @@ def start_run(
         if tools is not None:
             stack.enter_context(tools)
         conversation = stack.enter_context(closing(open_conversation(options, stderr)))
+        if attachments and not conversation.can_see:
+            problem = f"--image and --video need a vision tower; {conversation.info.name} has none here."
+            raise KimiLiteError(problem, NO_TOWER_HINT)
         if tools is not None:
             conversation.require_calls()
             for remark in () if output.is_quiet else tools.notes:
@@ -113,11 +117,23 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         WorkProgress(stderr, least=LEAST_PREFILL_TOKENS) as progress,
+        WorkProgress(stderr) as seeing,
     ):
         shows_reasoning = stderr.is_terminal and output.shows_reasoning and not output.is_quiet
         view = AnswerView(nowhere if is_whole else out, stderr, shows_reasoning, output.is_plain, not output.is_quiet)
         ids, failure = [], None
-        report = None if output.is_quiet else lambda _, done, total: progress("reading the prompt", done, total)
+
+        def report(_: str, done: int, total: int) -> None:
+            seeing.close()
+            if not output.is_quiet:
+                progress("reading the prompt", done, total)
+
+        def report_media(what: str, done: int, total: int) -> None:
+            progress.close()
+            if not output.is_quiet:
+                seeing(what, done, total)
+
+        conversation.on_media = report_media
         if not output.is_quiet:
             progress.wait(f"waiting for {conversation.info.name}")
         loop = None if tools is None else _tool_loop(conversation, tools, view, stderr, output.is_quiet)
@@ -126,6 +142,7 @@ def run(conversation: Conversation, prompt: Content, output: RunOutput, tools: "
             try:
                 for token in loop.follow(tokens, report) if loop else tokens:
                     progress.close()
+                    seeing.close()
                     ids += [] if token.id is None else [token.id]
                     failure = _shown(view, token, nowhere) or failure
             except KimiLiteError as error:

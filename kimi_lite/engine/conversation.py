@@ -7,7 +7,7 @@ endpoint; both say only how a prompt becomes tokens. `chat` and `run` see nothin
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from kimi_lite.engine.turns import AnswerRecord, Content, Turn, now, num_images,
 from kimi_lite.engine.types import ModelInfo, Token
 from kimi_lite.engine.vision import NO_TOWER_HINT, OnMedia
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.model.vision.patches import Patches
 from kimi_lite.plan.types import Plan
 from kimi_lite.text.tool_calls import ToolCall
 from kimi_lite.units import counted
@@ -31,6 +32,15 @@ _SUMMARY_REQUEST = (
 )
 _SUMMARY_HEADING = "Summary of the earlier conversation:\n"
 _NOT_RUN = "Not run: the user went on without it."
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a person may know of an image or video before it is sent."""
+
+    num_tokens: int
+    remark: str  # "the first frame of an animation"; "": nothing
+    thumbnail: Patches  # of its first frames
 
 
 class Conversation(ABC):
@@ -67,6 +77,11 @@ class Conversation(ABC):
     def count_tokens(self, content: Content | None = None, num_dropped: int | None = None) -> int | None:
         """Tokens of the next prompt, with a message `content` and without the first turns; None where they are
         not known."""
+        return None
+
+    def look_at(self, part: Mapping[str, Any]) -> Look | None:
+        """An image or a video that is to go with a message; None where only the other side reads it. KimiLiteError
+        where it cannot be read."""
         return None
 
     def count_messages(self, messages: list[dict[str, Any]]) -> int | None:

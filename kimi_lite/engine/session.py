@@ -12,13 +12,14 @@ from uuid import uuid4
 import numpy as np
 
 from kimi_lite.engine.answer_settings import AnswerSettings
-from kimi_lite.engine.conversation import Conversation, OnPrefill
+from kimi_lite.engine.conversation import Conversation, Look, OnPrefill
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.splice import splice, with_sampled_ids
 from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Request, Token
-from kimi_lite.engine.vision import MarkedPrompt, encode_prompt, placed, without_marks
+from kimi_lite.engine.vision import NO_TOWER_HINT, MarkedPrompt, encode_prompt, placed, without_marks
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.media.medium import source_of
 from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK
 
@@ -67,6 +68,14 @@ class Session(Conversation):
         if content is not None:
             messages.append({"role": "user", "content": content})
         return len(self._encode(messages, self.settings, is_asking=content is not None).ids) if messages else 0
+
+    def look_at(self, part: Mapping[str, Any]) -> Look | None:
+        vision = self.engine.vision
+        if vision is None:
+            raise KimiLiteError(f"{self.info.name} has no vision tower here.", NO_TOWER_HINT)
+        medium = vision.read(source_of(part), self.on_media)
+        num_tokens = sum(item.num_tokens for item in vision.shown(medium))
+        return Look(num_tokens, medium.remark, medium.items[0].patches)
 
     def count_messages(self, messages: list[dict[str, Any]]) -> int:
         return len(self._encode(messages, self.settings.with_thinking(False)).ids)

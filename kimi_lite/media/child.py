@@ -77,7 +77,7 @@ def _reason(error: Exception, kind: str) -> str:
         return f"is not a {NAMES} image"
     if "truncated" in words or "EOF" in words:
         return "is cut off: the end of its data is missing"
-    if name == "InvalidDataError":
+    if type(error).__module__.startswith("av."):
         return "is not a video that can be read, or is damaged"
     return f"cannot be decoded: {words[:200] or name}"
 

@@ -78,18 +78,24 @@ def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
 
 
 def _too_large(name: str, have: int, most: int) -> KimiLiteError:
-    return KimiLiteError(f"{name} has {have:,} bytes; {most:,} can be read.", "Make it smaller, or set --image-size.")
+    hint = "Take a part of it, or make it smaller; --image-size is for images."
+    return KimiLiteError(f"{name} has {have:,} bytes; {most:,} can be read.", hint)
+
+
+def url_of(part: Mapping[str, Any]) -> str:
+    """The address in an OpenAI content part that shows something; KimiLiteError where it has none."""
+    value = part.get(str(part.get("type")))
+    url = value.get("url") if isinstance(value, Mapping) else value
+    if not isinstance(url, str) or not url:
+        raise KimiLiteError(f"A part of type {part.get('type')!r:.40} has no URL.")
+    return url
 
 
 def source_of(part: Mapping[str, Any]) -> Source:
     """Of an OpenAI content part that shows something: a `data:` URL, or a `file:` URL that this program wrote.
     KimiLiteError for other addresses."""
-    kind = kind_of(part)
+    kind, url = kind_of(part), url_of(part)
     assert kind is not None, part.get("type")
-    value = part.get(str(part["type"]))
-    url = value.get("url") if isinstance(value, Mapping) else value
-    if not isinstance(url, str) or not url:
-        raise KimiLiteError(f"An {kind} part has no URL." if kind == "image" else "A video part has no URL.")
     if url.startswith("file://"):
         path = Path(unquote(urlsplit(url).path))
         return Source(kind, path.name, path=path)

@@ -7,17 +7,27 @@ is saved before and after every answer (`chat.sessions`); where that is impossib
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kimi_lite.apps.chat.attachments import Attachment, compose, dropped_images, read_image
+from kimi_lite.apps.chat.attachments import (
+    Attachment,
+    attachment_of,
+    attachments_from,
+    compose,
+    dropped_files,
+    image_of,
+)
+from kimi_lite.apps.chat.clipboard import clipboard_image
 from kimi_lite.apps.chat.commands.registry import all_commands, is_command
 from kimi_lite.apps.chat.context import ensure_fits, warn_when_nearly_full
 from kimi_lite.apps.chat.render import LEAST_PREFILL_TOKENS, AnswerView, WorkProgress, stats_line
 from kimi_lite.apps.chat.sessions import Autosave, Claim, HeldElsewhere, NotWritable
+from kimi_lite.apps.chat.thumbnail import show_thumbnail
 from kimi_lite.apps.folders import state_folder
 from kimi_lite.apps.interrupt import Forced, Interrupt, as_exit, on_interrupt, silent_keys
 from kimi_lite.apps.model_files import ModelFiles
@@ -25,6 +35,7 @@ from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.conversation import Conversation
 from kimi_lite.engine.turns import require_utf8
 from kimi_lite.engine.types import Stats, Token
+from kimi_lite.engine.vision import NO_TOWER_HINT
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import rescue
 from kimi_lite.options import Options
@@ -69,7 +80,7 @@ class Chat:
         self.commands = all_commands()
         self.can_think = conversation.can_think  # asked at every key
         self.shows_reasoning = not options.is_hiding_thinking and status.is_terminal
-        self.attachments: list[Attachment] = [read_image(path) for path in options.images]
+        self.attachments: list[Attachment] = attachments_from(options)
         self.draft = ""  # what the prompt begins with
         self.is_editing = False  # the next message replaces the last one
         self.is_over = False
@@ -78,6 +89,8 @@ class Chat:
         self._is_unsaved = is_unsaved  # and it was said
         self._files = ModelFiles(conversation.info.path)
         self._progress = WorkProgress(status, least=LEAST_PREFILL_TOKENS)
+        self._seeing = WorkProgress(status)
+        conversation.on_media = self.on_media
         self._interrupt = Interrupt(lambda: None)  # of the answer in progress
         self._num_read = 0  # tokens of its prompt
 
@@ -87,11 +100,9 @@ class Chat:
 
     def begin(self, claim: Claim | None = None) -> None:
         """Open what the command line names. What else it says has precedence over what was saved."""
-        if self.attachments and not self.conversation.can_see:
-            raise KimiLiteError(
-                f"--image needs a model with a vision tower; {self.conversation.info.name} has none here.",
-                "Remove --image, or use --endpoint URL of a server whose model sees.",
-            )
+        if self.attachments:
+            self.require_sight("--image and --video need")
+            self.attachments = [self.looked_at(one) for one in self.attachments]
         if claim is not None:
             self._open(claim)
         self.conversation.settings = self.conversation.settings.overridden(AnswerSettings.from_options(self.options))
@@ -160,6 +171,7 @@ class Chat:
             require_utf8(text)
             self.require_files()
             content = compose(text, [*self.attachments, *self._dropped(text)])
+            self._seeing.close()
             if ensure_fits(self, content):
                 tokens = self.conversation.ask(content, self.on_prefill, declarations, settings)
                 self.answer(tokens, settings, saves_first=True)  # whatever ends the program while the model answers
@@ -217,10 +229,12 @@ class Chat:
                 for token in tokens:
                     interrupt.again()
                     self._progress.close()
+                    self._seeing.close()
                     view.show(token)
             finally:
                 tokens.close()  # at once: what was said becomes a turn before it is saved
                 self._progress.close()
+                self._seeing.close()
                 view.close()
         assert view.last is not None
         self._say_statistics(view.last, settings or self.conversation.settings)
@@ -237,9 +251,48 @@ class Chat:
         if warning := self._files.changes():
             self.warn(warning)
 
+    def require_sight(self, what: str) -> None:
+        """Refuse what needs a vision tower where there is none."""
+        if not self.conversation.can_see:
+            raise KimiLiteError(f"{what} a vision tower; {self.conversation.info.name} has none here.", NO_TOWER_HINT)
+
+    def attach(self, one: Attachment) -> None:
+        """Put a file into the next message; KimiLiteError where it cannot be read."""
+        self.attachments.append(self.looked_at(one))
+        self.say(f"{self.attachments[-1].describe()} goes with your next message")
+
+    def paste_image(self) -> None:
+        """Put the clipboard's image into the next message, or say why not."""
+        try:
+            self.require_sight("An image needs")
+            self.attach(image_of(clipboard_image(self.options.image_bytes), "clipboard"))
+        except KimiLiteError as error:
+            self.warn(error.message)
+            self._say(error.hint, "")
+
+    def looked_at(self, one: Attachment) -> Attachment:
+        """The attachment with what is known of it; what it shows is shown here, too."""
+        if not one.url:
+            return one
+        look = self.conversation.look_at(one.part)
+        self._seeing.close()
+        if look is None:
+            return one
+        if not self.options.is_quiet and self.is_interactive:
+            show_thumbnail(self.status, look.thumbnail)
+        return replace(one, details=", ".join(filter(None, [counted(look.num_tokens, "token"), look.remark])))
+
+    def on_media(self, what: str, done: int, total: int) -> None:
+        """So much of an image or a video is read or seen."""
+        self._interrupt.again()
+        if not self.options.is_quiet:
+            self._progress.close()
+            self._seeing(what, done, total)
+
     def on_prefill(self, request_id: str, done: int, total: int) -> None:
         """So much of the prompt is read."""
         self._interrupt.again()
+        self._seeing.close()
         self._num_read = done
         if not self.options.is_quiet:
             self._progress("reading the prompt", done, total)
@@ -330,6 +383,7 @@ class Chat:
 
     def _on_cleared_line(self) -> None:
         if self.is_editing:
+            self.attachments.clear()
             self.say("the last message stays as it was")
         elif not self._has_said_how_to_leave:
             self.say("(Ctrl-D or /exit to leave)")
@@ -337,16 +391,16 @@ class Chat:
         self.is_editing = False
 
     def _dropped(self, text: str) -> list[Attachment]:
-        """Images whose paths stand in the message."""
-        paths = dropped_images(text)
-        if paths and not self.conversation.can_see:
-            name = self.conversation.info.name
-            self.say(f"{name} has no vision tower here: {paths[0]} is sent as a name, not as an image")
+        """Images and videos whose paths stand in the message."""
+        found = dropped_files(text)
+        if found and not self.conversation.can_see:
+            name, (kind, path) = self.conversation.info.name, found[0]
+            self.say(f"{name} has no vision tower here: {path} is sent as a name, not as {_A[kind]}")
             return []
-        images = [read_image(path) for path in paths]
-        for image in images:
-            self.say(f"{image.describe()} goes with this message")
-        return images
+        files = [self.looked_at(attachment_of(kind, path, self.options)) for kind, path in found]
+        for one in files:
+            self.say(f"{one.describe()} goes with this message")
+        return files
 
     def _tool_loop(self, view: AnswerView) -> "ToolLoop | None":
         if self.tools is None:
@@ -374,6 +428,9 @@ class Chat:
         texts = [turn.text for turn in self.conversation.turns if turn.role == "user"]
         text = " ".join(texts[-1].split()) if texts else ""
         return f", the last about: {shortened(text, max(self.status.width - 40, 20))}" if text else ""
+
+
+_A = {"image": "an image", "video": "a video"}
 
 
 def run_chat(chat: Chat, claim: Claim | None, greet: Callable[[], None]) -> None:

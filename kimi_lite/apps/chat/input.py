@@ -167,6 +167,10 @@ class TerminalInput:
             else:
                 run_in_terminal(lambda: self._chat.say("there is no editor: name one in $EDITOR"))
 
+        @keys.add("c-v")
+        def _paste_image(event: KeyPressEvent) -> None:
+            run_in_terminal(self._chat.paste_image)
+
         @keys.add("escape", "t")
         def _toggle(event: KeyPressEvent) -> None:
             if self._chat.can_think:

@@ -153,7 +153,8 @@ def test_set_changes_what_answers_are_made_with(talk: Talk) -> None:
         ("/tokens", "no answer yet"),
         ("/read no/such", "cannot be read"),
         ("/read /tmp", "is a folder"),
-        ("/image a.png", "needs a model with a vision tower"),
+        ("/image a.png", "needs a vision tower"),
+        ("/video a.mp4", "needs a vision tower"),
     ],
 )
 def test_mistakes_are_sentences(talk: Talk, line: str, message: str) -> None:
@@ -418,12 +419,12 @@ def test_images_go_with_the_message_where_the_model_sees(talk: Talk, tmp_path: P
     assert "has no vision tower here" in shown
     assert isinstance(talk.session.turns[0].content, str)
     talk.session.engine.vision = fake_vision()
-    assert "a.png (image) goes with your next message" in talk.say(f"/image {tmp_path}/a.png")
+    assert "a.png (image, 1 token) goes with your next message" in talk.say(f"/image {tmp_path}/a.png")
     talk.say("look")
     image, text = talk.session.messages[-2]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert text == {"type": "text", "text": "look"}
-    assert "a.png (image) goes with this message" in talk.say(f"and {tmp_path}/a.png")
+    assert "a.png (image, 1 token) goes with this message" in talk.say(f"and {tmp_path}/a.png")
     assert len(talk.session.messages[-2]["content"]) == 2
 
 

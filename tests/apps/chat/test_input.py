@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_lite.apps.chat.attachments import dropped_images, read_image
+from kimi_lite.apps.chat.attachments import dropped_files, read_image
 from kimi_lite.apps.chat.input import MAX_HISTORY_CHARS, Pastes, PrivateHistory
 from kimi_lite.apps.chat.input_pipe import is_open_block, unquote_block
 from kimi_lite.errors import KimiLiteError
@@ -136,11 +136,11 @@ def test_images_dropped_into_the_prompt_are_found(tmp_path: Path) -> None:
     escaped = str(tmp_path / "my cat.PNG").replace(" ", "\\ ")
     found = f"{tmp_path}/a.png and '{tmp_path}/my cat.PNG' or {escaped} or file://{tmp_path}/a.png"
     text = f"what is {found} not {tmp_path}/b.txt no/such.png"
-    assert len(dropped_images(text)) == 4
-    for word in dropped_images(text):
+    assert [kind for kind, _ in dropped_files(text)] == ["image"] * 4
+    for _, word in dropped_files(text):
         assert read_image(word).url.startswith("data:image/png;base64,")
     (tmp_path / "no.png").write_text("text")
     with pytest.raises(KimiLiteError, match="is not a PNG"):
         read_image(str(tmp_path / "no.png"))
-    assert dropped_images("x" * 100_000 + ".png") == []
+    assert dropped_files("x" * 100_000 + ".png") == []
     assert os.sep in str(tmp_path)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kimi_lite.apps.chat.attachments import attachments_of
 from kimi_lite.apps.chat.commands.registry import Registry
 from kimi_lite.apps.chat.parameters import changed, parse_pairs
-from kimi_lite.engine.turns import num_images, text_of
+from kimi_lite.engine.turns import text_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.units import counted, shortened
 
@@ -50,10 +51,13 @@ def _edit(chat: Chat, argument: str) -> None:
         raise KimiLiteError("There is no message yet to edit.", "Type one.")
     last = chat.conversation.turns[chat.conversation.exchanges[-1]].content
     if argument:
+        chat.attachments = attachments_of(last)
         chat.replace(argument)
     elif not chat.is_interactive:
         raise KimiLiteError("There is no prompt here to edit in.", "Use /edit TEXT.")
     else:
-        if num_images(last):
-            chat.say("its images are not kept; attach them again with /image")
+        chat.attachments = attachments_of(last)
+        if chat.attachments:
+            names = ", ".join(one.name for one in chat.attachments)
+            chat.say(f"{names} stays with the message; /read off takes files out of it")
         chat.draft, chat.is_editing = text_of(last), True

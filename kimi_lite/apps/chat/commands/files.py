@@ -1,10 +1,10 @@
-"""/read, /image and /tools: what the model is given apart from words."""
+"""/read, /image, /video and /tools: what the model is given apart from words."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kimi_lite.apps.chat.attachments import read_image, read_text
+from kimi_lite.apps.chat.attachments import attachment_of, read_text
 from kimi_lite.apps.chat.commands.registry import Registry
 from kimi_lite.errors import KimiLiteError
 
@@ -49,16 +49,20 @@ def _tools(chat: Chat, argument: str) -> None:
     chat.say_table(rows)
 
 
-@COMMANDS.command("image", usage="FILE", arguments="file")
+@COMMANDS.command("image", usage="[FILE]", arguments="file")
 def _image(chat: Chat, argument: str) -> None:
-    """put an image into the next message; a path dropped into the prompt does the same"""
-    if not chat.conversation.can_see:
-        raise KimiLiteError(
-            f"An image needs a model with a vision tower; {chat.conversation.info.name} has none here.",
-            "Describe it in words, or use --endpoint URL of a server whose model sees.",
-        )
+    """put an image into the next message, the clipboard's without FILE; a path dropped into the prompt does the same"""
+    if argument:
+        chat.require_sight("An image needs")
+        chat.attach(attachment_of("image", argument, chat.options))
+    else:
+        chat.paste_image()
+
+
+@COMMANDS.command("video", usage="FILE", arguments="file")
+def _video(chat: Chat, argument: str) -> None:
+    """put a video into the next message; --video-fps and --video-frames say how much of it is seen"""
+    chat.require_sight("A video needs")
     if not argument:
-        raise KimiLiteError("There is no image.", "Use /image FILE.")
-    one = read_image(argument)
-    chat.attachments.append(one)
-    chat.say(f"{one.describe()} goes with your next message")
+        raise KimiLiteError("There is no video.", "Use /video FILE.")
+    chat.attach(attachment_of("video", argument, chat.options))

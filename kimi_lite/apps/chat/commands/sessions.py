@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kimi_lite.apps.chat.commands.registry import Registry
-from kimi_lite.apps.chat.export import FORMATS, export
+from kimi_lite.apps.chat.export import FORMATS, Pictures, export
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import require_writable, whole_file
 from kimi_lite.units import counted
@@ -83,15 +83,22 @@ def _export(chat: Chat, argument: str) -> None:
         if chat.choose(f"{path} exists already: [o]verwrite it or [c]ancel? ", "oc") == "c":
             chat.say("not written")
             return
+    pictures = Pictures(f"{path.stem}-images")
+    text = export(chat.conversation, form, pictures)
     try:
+        for name, data in pictures.files.items():
+            (path.parent / name).parent.mkdir(exist_ok=True)
+            with whole_file(path.parent / name, "wb") as file:
+                file.write(data)
         with whole_file(path) as file:
-            file.write(export(chat.conversation, form))
+            file.write(text)
     except OSError as error:
         raise KimiLiteError(
             f"The conversation cannot be written to {path}: {error.strerror}.",
             "Name a file elsewhere.",
         ) from error
-    chat.say(f"written to {path}")
+    images = f", {counted(len(pictures.files), 'image')} to {path.parent / pictures.folder}" if pictures.files else ""
+    chat.say(f"written to {path}{images}")
 
 
 def _form_and_name(argument: str) -> tuple[str, str]:
