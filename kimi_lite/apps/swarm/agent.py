@@ -376,7 +376,7 @@ class Agent:
         last, now_s = self._progress, self._work.emitter.now_s
         if state == last.state and now_s - last.t_s < PROGRESS_S:
             return
-        self._progress = AgentProgress(now_s, self.id, state, **more)
+        self._progress = AgentProgress(now_s, self.id, state, priority=self._priority, **more)
         self._work.emitter.emit(lambda t_s: replace(self._progress, t_s=t_s))
 
 

@@ -139,6 +139,7 @@ class AgentProgress(Event):
     cached_tokens: int = 0
     generated_tokens: int = 0
     decode_tok_s: float | None = None
+    priority: int = 0  # tokens of work that it is expected to have before it: the most goes first
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ class Agent:
     id: str
     started: AgentStarted | None = None  # None for the orchestrator, and where the event is missing
     ended: AgentEnded | None = None
-    progress: AgentProgress | None = None  # the last of it
+    progress: AgentProgress | None = None  # the last of the answer that it is at
+    priority: int = 0
     steps: dict[int, AgentStep | OrchestratorStep] = field(default_factory=dict)  # by their numbers
     calls: list[Call] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -172,7 +173,7 @@ class Overview:
                 self._begin_agent(event)
             case AgentProgress():
                 agent = self.agent(event.agent_id)
-                agent.progress = event
+                agent.progress, agent.priority = event, event.priority
                 if agent.ended is None:
                     agent.begin(event.state, event.t_s)
             case AgentStep():
@@ -211,6 +212,12 @@ class Overview:
     def running(self) -> list[Agent]:
         """Agents that have started and not ended, in the order of their start."""
         return [agent for agent in self.agents.values() if agent.ended is None]
+
+    @property
+    def first(self) -> Agent | None:
+        """Of several agents that run, the one that goes before the others: its stage is expected to wait for it."""
+        running = [agent for agent in self.running if agent.priority]
+        return max(running, key=lambda agent: agent.priority) if len(running) > 1 else None
 
     @property
     def totals(self) -> Totals:

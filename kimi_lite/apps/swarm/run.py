@@ -64,6 +64,10 @@ _ANSWER_NOW = (
     "[{reason} No agent can be started any more. Write the answer for the user now, from the results that are there, "
     "and say what is missing.]"
 )
+_STOPPING: Mapping[Outcome, str] = {
+    "cancelled": "stopping: agents end with what they have, and an answer is made of that; Ctrl-C again ends at once",
+    "time_limit": "the run's time is over: agents end with what they have, and an answer is made of that",
+}
 _REASONS: Mapping[Outcome, str] = {
     "cancelled": "The user ends the run.",
     "time_limit": "The run's time is over.",
@@ -127,6 +131,7 @@ class SwarmRun:
                 task.cancel()
             return
         self._stopped_by, self._work.is_stopping = outcome, True
+        self._warn(_STOPPING[outcome])
         for task in list(self._work.tasks):
             task.cancel()
         if self._tasks and not self._main.is_waiting_for_calls:

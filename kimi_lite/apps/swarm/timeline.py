@@ -92,10 +92,10 @@ def _bar(agent: Agent, span: Span, y: int, end_s: float, is_critical: bool, is_t
     x, width = _x(span.begin_s, end_s), max(_x(last_s, end_s) - _x(span.begin_s, end_s), 0.5)
     outline = f' stroke="{_MARK}" stroke-width="1.5"' if is_critical and span.state != "queued" else ""
     title = f"{agent.id}: {span.state}, {duration(span.begin_s)} to {duration(last_s)}"
-    height = 2 if is_thin else _BAR
+    height, colour = (2, COLOURS["queued"]) if is_thin else (_BAR, COLOURS.get(span.state, _PALE))
     return (
         f'<rect x="{x}" y="{y + (_ROW - height) // 2}" width="{width:.1f}" height="{height}" '
-        f'fill="{COLOURS.get(span.state, _PALE)}"{outline}><title>{_shown(title)}</title></rect>'
+        f'fill="{colour}"{outline}><title>{_shown(title)}</title></rect>'
     )
 
 

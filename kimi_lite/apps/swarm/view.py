@@ -153,25 +153,29 @@ def tree(overview: Overview, now_s: float, width: int, most_rows: int) -> list[T
     task = overview.started.task if overview.started is not None else ""
     seconds = f" {duration(now_s)}"
     head = _fitted(f"swarm: {one_line(task, 4 * width)}", width - len(seconds))
-    shown, others = _chosen(overview.running, most_rows - 3)
+    first = overview.first
+    shown, others = _chosen(overview.running, first, most_rows - 3)
     name_width = min(
         max([len(ORCHESTRATOR) - 3, *(cell_len(one_line(agent.label, 80)) for agent in shown)]), max(width // 3, 8)
     )
     rows = [
         Text(set_cell_size(head, width - len(seconds)), "bold").append(seconds, "dim"),
         _agent_row(overview.orchestrator, "", name_width + 3, width, _waits_for(overview)),
-        *(_agent_row(agent, "├─ ", name_width, width) for agent in shown),
-        Text(_fitted("└─ " + " · ".join(_counts(overview, others)), width), "dim"),
+        *(_agent_row(agent, "├● " if agent is first else "├─ ", name_width, width) for agent in shown),
+        Text(_fitted("└─ " + " · ".join([*_counts(overview, others), *["● goes first"] * bool(first)]), width), "dim"),
     ]
     for row in rows:
         row.truncate(width)
     return rows[-max(most_rows, 1) :]
 
 
-def _chosen(running: list[Agent], most: int) -> tuple[list[Agent], list[Agent]]:
-    """The busiest, in the order of their start; and the others."""
-    busiest = sorted(range(len(running)), key=lambda i: (_BUSIEST.index(running[i].state), i))[: max(most, 0)]
-    shown = set(busiest)
+def _chosen(running: list[Agent], first: Agent | None, most: int) -> tuple[list[Agent], list[Agent]]:
+    """The first and the busiest, in the order of their start; and the others."""
+
+    def place(i: int) -> tuple[bool, int, int]:
+        return running[i] is not first, _BUSIEST.index(running[i].state), i
+
+    shown = set(sorted(range(len(running)), key=place)[: max(most, 0)])
     return [running[i] for i in sorted(shown)], [agent for i, agent in enumerate(running) if i not in shown]
 
 

@@ -87,6 +87,16 @@ def test_of_many_agents_the_busiest_are_shown_and_the_others_counted() -> None:
     assert shown[-1] == "└─ 94 more (16 reading, 78 queued) · 2 tok 4.0 t/s"
 
 
+def test_the_agent_that_goes_first_is_marked_and_shown() -> None:
+    many = [started(f"a{i}") for i in range(30)]
+    first = AgentProgress(2.0, "a20", "queued", priority=900)
+    others = [AgentProgress(2.0, f"a{i}", "generating", priority=i + 1) for i in range(10)]
+    shown = rows(BEGUN, *many, *others, first, most=6)
+    assert [row.split("  ")[0].rstrip() for row in shown[2:-1]] == ["├─ a0 writer", "├─ a1 writer", "├● a20 writer"]
+    assert shown[-1].endswith("· ● goes first")
+    assert "●" not in "".join(rows(BEGUN, many[0], AgentProgress(2.0, "a0", "queued", priority=9)))  # alone
+
+
 def test_a_narrow_terminal_leaves_numbers_out() -> None:
     shown = rows(
         BEGUN, started("a1", name="a reviewer of everything"), AgentProgress(2, "a1", "reading", 1, 9), width=40
