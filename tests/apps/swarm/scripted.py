@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_lite.apps.swarm.agent import calls_of
-from kimi_lite.apps.swarm.backend import ChatProgress, ChatSettings, Message, OnProgress, Reply
+from kimi_lite.apps.swarm.backend import Backend, ChatProgress, ChatSettings, Message, OnProgress, Reply
 from kimi_lite.apps.swarm.events import Emitter, Event, RunEnded, Usage
 from kimi_lite.apps.swarm.journal import Journal, read
 from kimi_lite.apps.swarm.permissions import Permissions
@@ -159,7 +159,7 @@ class Outcome:
 
 def run_swarm(
     folder: Path,
-    backend: ScriptedBackend,
+    backend: Backend,
     task: str = "the task",
     settings: SwarmSettings | None = None,
     *,
@@ -167,6 +167,7 @@ def run_swarm(
     permissions: Permissions | None = None,
     work_folder: Path | None = None,
     mcp_config: Path | None = None,
+    answer: AnswerSettings | None = None,
     on_event: Callable[[SwarmRun, Event], None] = lambda run, event: None,
 ) -> Outcome:
     """A run in `folder`, which goes on with what its journal knows."""
@@ -182,10 +183,13 @@ def run_swarm(
             emitter = Emitter(listeners, replay.last_s)
             toolshed = Toolshed(emitter, folder, permissions, work_folder, mcp_config)
             try:
-                assignment = Assignment("run", task, settings or SwarmSettings(), AnswerSettings(), permissions, plan)
+                how = settings or SwarmSettings(), answer or AnswerSettings(), permissions
+                assignment = Assignment("run", task, *how, plan)
+                await backend.open()
                 holder.append(SwarmRun(assignment, backend, toolshed, emitter, replay))
                 return await holder[0].run()
             finally:
+                await backend.close()
                 toolshed.close()
 
     return Outcome(asyncio.run(run()), events, backend)
