@@ -165,7 +165,7 @@ def run(engine: Recording, coming: Sequence[Arrival]) -> int:
     return num_sent_back
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     coming=arrivals(),
     num_pages=st.integers(5, 9),
@@ -226,6 +226,7 @@ def test_many_at_once(model: Model) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("model", ["Q8_0"], indirect=True)  # of the engine's, whatever the types
 def test_nothing_is_left_of_requests_that_ended(model: Model) -> None:
     """400 requests, some cancelled: pages, threads, files and objects are those of the first hundred."""
     engine, rng = model.engine(num_pages=12, num_threads=2, max_step_tokens=64), np.random.default_rng(1)
