@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.apps.fake_openai import Answer, FakeOpenAI, call_delta, sse
+from tests.apps.several import SEPARATOR
 from tests.apps.terminal import Terminal
 from tests.test_terminal import HOSTILE, assert_harmless
 
@@ -19,6 +21,7 @@ CALL = sse(
     reason="tool_calls",
 )
 ANSWER = sse({"reasoning_content": EVIL}, {"content": f"{EVIL}\n\n# {EVIL}\n`{EVIL}`\n\n```\n{EVIL}\n```\n"})
+FLAGS = ((), ("--plain",), ("--json",))
 SERVERS = {
     "answer": ([ANSWER], None),
     "error body": ([Answer([ERROR], 500, "application/json")], None),
@@ -39,27 +42,34 @@ def folders(tmp_path: Path) -> dict[str, str]:
 
 
 def shown_by(*arguments: str, **environment: str) -> str:
-    terminal = Terminal("kimi_lite", *arguments, **environment)
+    (shown,) = shown_by_each([arguments], **environment)
+    return shown
+
+
+def shown_by_each(command_lines: Sequence[Sequence[str]], **environment: str) -> list[str]:
+    """What each shows on the same terminal."""
+    terminal = Terminal("tests.apps.several", COMMAND_LINES=json.dumps(command_lines), **environment)
     terminal.wait()
     terminal.close()
     assert_harmless(terminal.raw)
-    return terminal.raw
+    *shown, rest = terminal.raw.split(SEPARATOR)
+    assert (len(shown), rest.strip()) == (len(command_lines), "")
+    return shown
 
 
-@pytest.mark.parametrize("flags", [(), ("--plain",), ("--json",)])
 @pytest.mark.parametrize("server", SERVERS)
-def test_run_against_a_hostile_server(tmp_path: Path, folders: dict, server: str, flags: tuple[str, ...]) -> None:
+def test_run_against_a_hostile_server(tmp_path: Path, folders: dict, server: str) -> None:
     answers, models = SERVERS[server]
     options = {} if models is None else {"models": models}
-    with FakeOpenAI(*answers, **options) as fake:
+    with FakeOpenAI(*answers * len(FLAGS), **options) as fake:
         allowed = ("--tools", str(tmp_path), "--allow", "read_file") if "call" in server else ()
-        shown = shown_by("run", "--endpoint", fake.url, *flags, *allowed, "hi", **folders)
-    assert "EVIL" in shown or server == "no event"
+        run = ("run", "--endpoint", fake.url, *allowed, "hi")
+        for shown in shown_by_each([[*run, *flags] for flags in FLAGS], **folders):
+            assert "EVIL" in shown or server == "no event"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_hostile_names_on_the_command_line(folders: dict) -> None:
+    command_lines = [
         ("run", "-m", f"/tmp/{EVIL.replace(chr(0), '')}.gguf", "hi"),
         ("run", "-f", f"/tmp/{EVIL}", "hi"),
         ("run", "--image", f"/tmp/{EVIL}", "hi"),
@@ -73,10 +83,10 @@ def test_run_against_a_hostile_server(tmp_path: Path, folders: dict, server: str
         ("bench", "-m", f"/tmp/{EVIL}"),
         ("run", "--mcp-config", f"/tmp/{EVIL}", "hi"),
         ("run", "--tools", f"/tmp/{EVIL}", "hi"),
-    ],
-)
-def test_hostile_names_on_the_command_line(folders: dict, arguments: tuple[str, ...]) -> None:
-    assert "EVIL" in shown_by(*(argument.replace("/EVIL", "EVIL") for argument in arguments), **folders)
+    ]
+    given = [[argument.replace("/EVIL", "EVIL") for argument in arguments] for arguments in command_lines]
+    for arguments, shown in zip(given, shown_by_each(given, **folders), strict=True):
+        assert "EVIL" in shown, arguments
 
 
 def test_hostile_names_of_files_and_settings(tmp_path: Path, folders: dict) -> None:
