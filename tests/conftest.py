@@ -15,9 +15,12 @@ if os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu") == "cpu":
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_tls_context() -> None:
+def _clients() -> None:
     """Every `httpx.get` makes a client, and every client reads all certificates, for a plain http:// URL too: 25 ms of
-    CPU for each of thousands of requests."""
+    CPU for each of thousands of requests. And it waits for 5 s, which is little on a busy machine."""
+    from httpx import _config
     from httpx._transports import default
 
     default.create_ssl_context = cache(default.create_ssl_context)
+    patience = _config.DEFAULT_TIMEOUT_CONFIG
+    patience.connect = patience.read = patience.write = patience.pool = 120.0

@@ -138,11 +138,11 @@ def test_serve_as_shown(place):
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         address = next(line.split()[-1] for line in server.stderr if "listens on" in line)
-        with urllib.request.urlopen(f"{address}/health", timeout=20) as response:
+        with urllib.request.urlopen(f"{address}/health", timeout=120) as response:
             assert json.load(response)["status"] == "ok"
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
 
 
 @pytest.mark.parametrize("span", sorted({span for path in READMES for span in [*spans(path), *commands(path)]}))

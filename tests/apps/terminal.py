@@ -18,7 +18,7 @@ import pyte
 ROOT = Path(__file__).parents[2]
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()=>][0-9A-B]?|\x1b\][^\x07]*\x07")
 _PROMPT = re.compile(r"(\d+ files? )?❯(\s+(thinking|instant|editing the last message))?")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class Terminal:

@@ -66,7 +66,7 @@ def run(fake: FakeOpenAI, *arguments: object) -> subprocess.CompletedProcess:
         "what is in a.txt?",
         *map(str, arguments),
     ]
-    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
 
 
 def test_run_with_a_tool_that_is_allowed(folder: Path) -> None:

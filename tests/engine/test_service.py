@@ -93,7 +93,7 @@ def test_a_full_queue_and_impossible_requests_are_refused():
         gate, forward = threading.Event(), engine.model.forward
 
         def wait(batch, should_stop=None):
-            gate.wait(10)
+            gate.wait(120)
             return forward(batch, should_stop)
 
         engine.model.forward = wait
@@ -141,7 +141,7 @@ def test_a_model_that_cannot_be_loaded_and_one_that_is_loading():
         gate = threading.Event()
 
         def fail():
-            gate.wait(10)
+            gate.wait(120)
             raise KimiLiteError("The file is cut short.", "Fetch it again.")
 
         service = EngineService(fail)

@@ -155,8 +155,8 @@ def test_a_header_of_kimis_size_is_quick(tmp_path):
             array_key("tokenizer.ggml.token_type", 5, len(words), bytes(4 * len(words)))]  # fmt: skip
     path = tmp_path / "kimi.gguf"
     path.write_bytes(GGUFBytes(keys=keys).build())
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     metadata = GGUFStore.open(path).metadata
-    took_s = time.perf_counter() - start_s
+    took_s = time.process_time() - start_s
     assert metadata["tokenizer.ggml.merges"][-1] == "Ġtoken163839"
     assert took_s < 2, f"{took_s:.2f} s; 0.2 s on one 2.6 GHz core, the gguf package takes 9 s"

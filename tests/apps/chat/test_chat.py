@@ -162,7 +162,7 @@ def test_lines_of_a_pipe_are_messages_and_stdout_has_only_answers() -> None:
         input=lines,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.stdout == "you said: hello\nyou said: again\nyou said: more\n"
     assert done.returncode == 0
@@ -188,7 +188,7 @@ def test_an_endpoint_answers_in_the_same_chat(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kimi_lite", "chat"]
     with FakeOpenAI(*answers) as server:
         flags = ["--endpoint", server.url, "--api-key", "k"]
-        done = subprocess.run([*command, *flags], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*command, *flags], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "answer 0\nanswer 1\nanswer 2\nanswer 3\nanswer 4\n"
         assert "kimi-k2.5" in done.stderr
@@ -201,7 +201,7 @@ def test_an_endpoint_answers_in_the_same_chat(tmp_path: Path) -> None:
         assert contents[3] == "three"
         server.answers.append(Answer([sse({"content": "again"})]))
         more = subprocess.run(
-            [*command, *flags, "--continue"], cwd=ROOT, input="four\n", capture_output=True, text=True, timeout=60
+            [*command, *flags, "--continue"], cwd=ROOT, input="four\n", capture_output=True, text=True, timeout=120
         )
         assert more.stdout == "again\n"
         assert "answer 4" in server.bodies[-1]["messages"][0]["content"]  # the summary

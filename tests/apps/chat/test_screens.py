@@ -74,7 +74,7 @@ def last_answer(folder: Path) -> str:
 
 
 def test_every_command_on_the_demo_model(folder: Path) -> None:
-    terminal = Terminal("kimi_lite", "chat", "--temp", "0", "-n", "16", num_rows=60, num_columns=80)
+    terminal = Terminal("kimi_lite", "chat", "--temp", "0", "-n", "16", "-t", "1", num_rows=60, num_columns=80)
     terminal.timeout_s = COMPILING_S
     start = terminal.wait_for_prompt()
     assert start[0].startswith(f"kimi-lite 0.1.0 · {NAME}")
@@ -100,7 +100,7 @@ def test_every_command_on_the_demo_model(folder: Path) -> None:
 
 
 def test_a_long_conversation_goes_on_after_a_restart_with_nothing_read_twice(folder: Path) -> None:
-    flags = ("chat", "--temp", "0", "-n", "8", "--session", "long")
+    flags = ("chat", "--temp", "0", "-n", "8", "-t", "1", "--session", "long")
     terminal = Terminal("kimi_lite", *flags)
     terminal.timeout_s = COMPILING_S
     terminal.wait_for_prompt()

@@ -211,7 +211,7 @@ def test_flags_go_before_what_was_saved(tmp_path: Path) -> None:
     def chat(lines: str, *flags: str) -> str:
         command = [sys.executable, "-m", FAKE, "chat", "-m", "x", *flags]
         return subprocess.run(
-            command, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=60, check=True
+            command, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=120, check=True
         ).stderr
 
     chat("/system from before\n/set temp 0.4\n/set top-k 7\nhello\n", "--session", "mine")

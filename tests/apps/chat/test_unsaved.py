@@ -29,7 +29,13 @@ FAKE = [sys.executable, "-m", "tests.apps.fake_main", "chat", "-m", "x"]
 
 def chat(lines: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*FAKE, *flags], cwd=ROOT, input=lines, capture_output=True, text=True, timeout=60, env=os.environ | environment
+        [*FAKE, *flags],
+        cwd=ROOT,
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
     )
 
 

@@ -282,13 +282,13 @@ def test_silence_is_not_awaited_for_ever(fake: FakeOpenAI) -> None:
 @pytest.mark.parametrize("is_before_headers", [True, False])
 def test_cancelling_closes_the_connection_and_keeps_what_came(fake: FakeOpenAI, is_before_headers: bool) -> None:
     pieces = [sse({"content": f"{i} "}, reason=None, is_done=False) for i in range(400)]
-    session = opened(fake, Answer(pieces, pause_s=0.02, wait_s=1.0 if is_before_headers else 0.0))
+    session = opened(fake, Answer(pieces, pause_s=0.1, wait_s=40.0 if is_before_headers else 0.0))
     threading.Timer(0.3, session.cancel).start()
     began_s = time.perf_counter()
     tokens = list(session.ask("?"))
-    assert time.perf_counter() - began_s < 0.9
+    assert time.perf_counter() - began_s < 30  # of the 40 that it would take
     assert tokens[-1].finish_reason == "cancelled"
-    assert fake.is_dropped.wait(5.0)
+    assert fake.is_dropped.wait(120)
     said = texts(tokens)["content"]
     assert said == "" if is_before_headers else said.startswith("0 1 ")
     assert session.messages[-1]["role"] == ("user" if is_before_headers else "assistant")
@@ -419,7 +419,7 @@ def test_a_fast_server_waits_for_its_reader(fake: FakeOpenAI) -> None:
     time.sleep(1.0)
     assert not fake.is_written.is_set()
     tokens.close()
-    assert fake.is_dropped.wait(5.0)
+    assert fake.is_dropped.wait(120)
 
 
 @settings(deadline=None, max_examples=100)
@@ -583,9 +583,8 @@ def test_nothing_is_said_to_be_kept_where_nothing_came(fake: FakeOpenAI) -> None
 @pytest.mark.parametrize("after", [b"", b"data: {oops\n\n", sse({"content": " LATE"})])
 def test_done_ends_an_answer_though_the_connection_stays_open(fake: FakeOpenAI, after: bytes) -> None:
     session = opened(fake, Answer([sse({"content": "all"}) + after, b": ping\n\n"], pause_s=1.5))
-    began_s = time.monotonic()
     assert texts(list(session.ask("?")))["content"] == "all"
-    assert time.monotonic() - began_s < 2.5
+    assert not fake.is_written.is_set(), "it waited for the connection's end"
 
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=6))

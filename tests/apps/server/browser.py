@@ -98,7 +98,7 @@ def browser(width: int = 1200, height: int = 800, is_dark: bool = False, is_phon
                 "deviceMetrics": {"width": width, "height": height, "pixelRatio": 2.0, "touch": True}
             }
         capabilities = {"browserName": "chrome", "goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
             made = client.post("/session", json={"capabilities": {"alwaysMatch": capabilities}}).json()["value"]
             assert "sessionId" in made, made
             window = Browser(client, made["sessionId"])
@@ -109,4 +109,4 @@ def browser(width: int = 1200, height: int = 800, is_dark: bool = False, is_phon
             client.delete(f"/session/{made['sessionId']}")
     finally:
         driver.terminate()
-        driver.wait(10)
+        driver.wait(120)

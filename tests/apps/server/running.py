@@ -29,11 +29,11 @@ def running(
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
-        assert not waits or service.is_ready.wait(60)
+        assert not waits or service.is_ready.wait(120)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(120)
     assert not thread.is_alive(), "the server did not end"
 
 

@@ -43,7 +43,7 @@ def url():
 
 @pytest.fixture
 def client(url):
-    return anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=30)
+    return anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=120)
 
 
 def test_an_answer_whole_and_streamed_is_the_same(client) -> None:
@@ -71,7 +71,7 @@ def test_an_answer_whole_and_streamed_is_the_same(client) -> None:
 def test_events_come_in_anthropics_order_and_shape(url) -> None:
     body = {"model": "claude-x", "max_tokens": 200, "messages": [{"role": "user", "content": "weather?"}],
             "tools": [WEATHER], "thinking": THINKING, "stream": True, "temperature": 0}  # fmt: skip
-    lines = httpx.post(f"{url}/v1/messages?beta=true", json=body, timeout=30).text.split("\n\n")
+    lines = httpx.post(f"{url}/v1/messages?beta=true", json=body, timeout=120).text.split("\n\n")
     events = []
     for lump in lines[:-1]:
         name, data = lump.split("\n")

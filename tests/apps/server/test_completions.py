@@ -35,7 +35,7 @@ def url():
 
 @pytest.fixture
 def client(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 @pytest.mark.parametrize("more", [{}, {"echo": True}, {"logprobs": 2}, {"logprobs": 0}, {"n": 3, "seed": 1},

@@ -47,7 +47,7 @@ def request(path: str, body: dict) -> bytes:
 
 def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=120)
 
 
 def read_to_end(connected: socket.socket) -> bytes:
@@ -83,7 +83,7 @@ def test_hanging_up_while_the_prompt_is_read_ends_the_reading(path: str, stream:
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_a_stream_shows_signs_of_life_while_the_prompt_is_read(monkeypatch, path: str) -> None:
     monkeypatch.setattr(sse, "KEEPALIVE_S", 0.2)
-    with running(lambda: slow_engine(0.005)) as url, httpx.Client(timeout=30) as client:
+    with running(lambda: slow_engine(0.005)) as url, httpx.Client(timeout=120) as client:
         started_s, came_s, lines = time.monotonic(), [], []
         with client.stream("POST", f"{url}{path}", json=ENDPOINTS[path] | {"stream": True}) as response:
             for line in response.iter_lines():
@@ -104,7 +104,7 @@ def test_a_stream_shows_signs_of_life_while_the_prompt_is_read(monkeypatch, path
 def test_a_document_begins_with_blanks_when_it_takes_long(monkeypatch, path: str) -> None:
     monkeypatch.setattr(sse, "DOCUMENT_KEEPALIVE_S", 0.2)
     with running(lambda: slow_engine(0.005)) as url:
-        response = httpx.post(f"{url}{path}", json=ENDPOINTS[path], timeout=30)
+        response = httpx.post(f"{url}{path}", json=ENDPOINTS[path], timeout=120)
         assert response.status_code == 200 and response.headers["content-type"] == "application/json"
         assert response.text.startswith("   ") and response.json()["usage"]
 
@@ -113,7 +113,7 @@ def test_progress_is_told_to_those_who_ask() -> None:
     with running(lambda: slow_engine(0.003)) as url:
 
         def progress(more: dict) -> list[dict]:
-            text = httpx.post(f"{url}/v1/chat/completions", json=LONG | {"stream": True} | more, timeout=60).text
+            text = httpx.post(f"{url}/v1/chat/completions", json=LONG | {"stream": True} | more, timeout=120).text
             chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
             return [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
 
@@ -134,13 +134,13 @@ def test_slow_clients_are_left(monkeypatch) -> None:
         for start, words in ((b"", b""), (b"POST /v1/chat", b""), (whole[:-5], b" 408 ")):
             connected, started_s = connect(url), time.monotonic()
             connected.sendall(start)
-            connected.settimeout(5)
+            connected.settimeout(120)
             if words:  # the answer comes, and the connection may go on
                 assert words in connected.recv(65536)
             else:
                 with suppress(ConnectionResetError):
                     assert connected.recv(1) == b"", "it is hung up on"
-            assert time.monotonic() - started_s < 3
+            assert time.monotonic() - started_s < connection.HEADERS_WITHIN_S + 20  # half a second, and a busy machine
             connected.close()
         connected = connect(url)
         start = whole.index(b"{")
@@ -149,7 +149,7 @@ def test_slow_clients_are_left(monkeypatch) -> None:
             for byte in whole[start:-1]:  # a byte now and then does not keep a body open
                 connected.sendall(bytes([byte]))
                 time.sleep(0.05)
-        connected.settimeout(5)
+        connected.settimeout(120)
         data = connected.recv(65536)
         assert b"408" in data
         assert httpx.post(f"{url}/v1/chat/completions", json=HELLO).status_code == 200
@@ -171,7 +171,7 @@ def test_a_client_that_does_not_read_is_left(monkeypatch) -> None:
         connected.connect((host, int(port)))
         many = {"stream": True, "logprobs": True, "top_logprobs": 20}
         connected.sendall(request("/v1/chat/completions", HELLO | many))
-        until_s = time.monotonic() + 40
+        until_s = time.monotonic() + 200
         while not engines[0].model.batches or not engines[0].is_idle:
             assert time.monotonic() < until_s, "it still generates"
             time.sleep(0.05)
@@ -240,12 +240,12 @@ _LARGE = (
 @pytest.mark.parametrize("body", _LARGE, ids=range(len(_LARGE)))
 def test_large_bodies_hold_up_no_other_client(url, body: bytes) -> None:
     answers = []
-    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/detokenize", content=body, timeout=60)))
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/detokenize", content=body, timeout=120)))
     asking.start()
     longest_s = 0.0
     while asking.is_alive():
         started_s = time.monotonic()
-        assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+        assert httpx.get(f"{url}/health", timeout=120).status_code == 200
         longest_s = max(longest_s, time.monotonic() - started_s)
         time.sleep(0.02)
     assert answers[0].status_code == (200 if b"tokens" in body[:10] else 400), answers[0].text[:200]
@@ -300,7 +300,7 @@ def test_while_it_loads_every_endpoint_says_so() -> None:
     may_load = threading.Event()
 
     def loading():
-        may_load.wait(20)
+        may_load.wait(120)
         return speaking(lambda prompt: ("", "Hi"))
 
     with running(loading, waits=False) as url:
@@ -318,7 +318,7 @@ def test_a_full_queue_is_a_429_with_a_time() -> None:
     with running(lambda: slow_engine(0.02), max_waiting=0) as url:
 
         async def ask_many() -> list[httpx.Response]:
-            async with httpx.AsyncClient(timeout=60) as client:
+            async with httpx.AsyncClient(timeout=120) as client:
                 asked = [client.post(f"{url}/v1/messages", json=LONG) for _ in range(3)]
                 return await asyncio.gather(*asked)
 

@@ -53,7 +53,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, Options]]:
 @pytest.mark.parametrize("path", PATHS)
 def test_the_servers_own_hold_where_a_request_says_nothing(path: str, server, seen: list[SamplingParams]) -> None:
     url, options = server
-    assert httpx.post(f"{url}/v1/{path}", json=PATHS[path], timeout=30).status_code == 200
+    assert httpx.post(f"{url}/v1/{path}", json=PATHS[path], timeout=120).status_code == 200
     (sampling,) = seen
     if options is OPTIONS:
         assert {name: getattr(sampling, name) for name in GIVEN} == GIVEN
@@ -66,7 +66,7 @@ def test_the_servers_own_hold_where_a_request_says_nothing(path: str, server, se
 @pytest.mark.parametrize("path", PATHS)
 def test_a_request_has_precedence(path: str, server, seen: list[SamplingParams]) -> None:
     url, options = server
-    assert httpx.post(f"{url}/v1/{path}", json=PATHS[path] | ASKED[path], timeout=30).status_code == 200
+    assert httpx.post(f"{url}/v1/{path}", json=PATHS[path] | ASKED[path], timeout=120).status_code == 200
     wanted = {NAMES.get(name, name): max(value, 0) for name, value in ASKED[path].items()}
     (sampling,) = seen
     base = {name: getattr(SamplingParams(), name) for name in GIVEN} if options is not OPTIONS else GIVEN

@@ -54,7 +54,7 @@ def answer(server: Served, text: str) -> tuple[str, int]:
 
 def ends_with(server: Served, number: int) -> int:
     server.process.send_signal(number)
-    return server.process.wait(60)
+    return server.process.wait(120)
 
 
 def test_what_outlives_a_server(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_outlives_a_server(tmp_path: Path) -> None:
         asking.start()
         until(lambda: len(place.pages) > len(saved) + 3)  # of more than thirty
         assert ends_with(server, signal.SIGKILL) == -signal.SIGKILL
-        asking.join(60)
+        asking.join(120)
     assert place.heat.read_bytes() == kept  # of the last orderly end
     assert saved <= place.pages
 

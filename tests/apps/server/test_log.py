@@ -48,7 +48,7 @@ def lines(request, monkeypatch, caplog) -> list[str]:
     with (
         caplog.at_level(logging.DEBUG, "kimi_lite.server"),
         running(failing, ServerSettings(api_keys=(KEY,), shuts_down_within_s=1.0)) as url,
-        httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=20) as client,
+        httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as client,
     ):
         for path, body in BODIES.items():
             assert client.post(url + path, json=body | {"stream": True}).status_code == 200

@@ -79,7 +79,7 @@ def url():
 @given(st.lists(_MESSAGE, min_size=1, max_size=4), st.lists(_TOOL, max_size=3), _CHOICE, st.booleans())
 def test_anything_is_answered_or_refused(url, messages, tools, choice, stream: bool) -> None:
     body = {"messages": messages, "tools": tools, "tool_choice": choice, "max_tokens": 3, "stream": stream}
-    response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), timeout=20)
+    response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), timeout=120)
     assert response.status_code in (200, 400), response.text
     assert "internal_error" not in response.text and "engine_stopped" not in response.text
 
@@ -111,7 +111,7 @@ def test_any_schema_is_followed_or_refused(url, schema, of_a_tool: bool, is_stri
     else:
         wanted = {"name": "x", "schema": schema, "strict": is_strict}
         body["response_format"] = {"type": "json_schema", "json_schema": wanted}
-    response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), timeout=20)
+    response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), timeout=120)
     assert response.status_code in (200, 400), response.text
     if response.status_code == 400:
         assert response.json()["error"]["message"]

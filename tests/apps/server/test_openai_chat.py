@@ -52,16 +52,16 @@ def url():
 
 @pytest.fixture
 def client(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def ask(url: str, **body: object) -> tuple[dict, list[dict]]:
     """The document and the chunks of one request, all valid."""
     body = {"messages": HELLO, "temperature": 0, "stream_options": {"include_usage": True}} | body
-    whole = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+    whole = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
     assert whole.status_code == 200, whole.text
     DOCUMENT.validate_python(whole.json())
-    text = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=30).text
+    text = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=120).text
     lines = text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]

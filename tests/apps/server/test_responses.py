@@ -46,12 +46,12 @@ def url():
 
 @pytest.fixture
 def client(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def streamed(url: str, **body: object) -> list[dict]:
     """The events of a request, each valid, numbered and named."""
-    text = httpx.post(f"{url}/v1/responses", json={"stream": True, **body}, timeout=30).text
+    text = httpx.post(f"{url}/v1/responses", json={"stream": True, **body}, timeout=120).text
     events = []
     for lump in text.split("\n\n")[:-1]:
         name, data = lump.split("\n")
@@ -81,7 +81,7 @@ def without_names(response: dict) -> dict:
 @pytest.mark.parametrize("more", [{}, {"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}])
 def test_an_answer_whole_and_streamed_is_the_same(url, question: str, kinds: list[str], more) -> None:
     body = {"input": question, "tools": [FIND, PATCH], "temperature": 0, **more}
-    whole = httpx.post(f"{url}/v1/responses", json=body, timeout=30).json()
+    whole = httpx.post(f"{url}/v1/responses", json=body, timeout=120).json()
     DOCUMENT.validate_python(whole)
     events = streamed(url, **body)
     last = events[-1]

@@ -95,24 +95,31 @@ def test_the_clients_own_errors(guarded) -> None:
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions", "/v1/chat/completions", "/v1/messages/count_tokens"])
 def test_a_long_text_holds_up_no_other_client(path: str) -> None:
     """Others are answered while one request's text is made tokens."""
+    has_begun, may_end = threading.Event(), threading.Event()
 
     def open_engine():
         engine = speaking(lambda prompt: ("Hm.", "Hi"))
         encode = engine.tokenizer.encode
-        engine.tokenizer.encode = lambda text: (time.sleep(1.0 if "slow" in text else 0), encode(text))[1]
+
+        def slow(text: str) -> list[int]:
+            if "slow" in text:
+                has_begun.set()
+                assert may_end.wait(120)
+            return encode(text)
+
+        engine.tokenizer.encode = slow
         return engine
 
     with running(open_engine) as url:
         body = {"content": "slow", "prompt": "slow"}
         if path.startswith("/v1/c") or "messages" in path:
             body["messages"] = [{"role": "user", "content": "slow"}]
-        slow = threading.Thread(target=httpx.post, args=(f"{url}{path}",), kwargs={"json": body, "timeout": 20})
+        slow = threading.Thread(target=httpx.post, args=(f"{url}{path}",), kwargs={"json": body, "timeout": 120})
         slow.start()
-        time.sleep(0.3)
-        started_s = time.monotonic()
+        assert has_begun.wait(120)
         assert httpx.get(f"{url}/health").status_code == 200
-        assert time.monotonic() - started_s < 0.4
         assert slow.is_alive()
+        may_end.set()
         slow.join()
 
 

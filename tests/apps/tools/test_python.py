@@ -43,7 +43,7 @@ def run(code: str, should_stop=lambda: False, how: Isolation = HERE, **limits: f
 
 def is_gone(mark: str) -> bool:
     """Whether no process has `mark` in its command, waiting a moment for those that are being ended."""
-    end_s = time.monotonic() + 10.0
+    end_s = time.monotonic() + 40.0
     while time.monotonic() < end_s:
         commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
         if not any(mark in command for command in commands):
@@ -92,14 +92,14 @@ def test_pythons_behind_links_and_in_folders_behind_links(tmp_path: Path, links:
         (tmp_path / f"bin{i}/python").symlink_to(target)
         target = str(tmp_path / f"bin{i}/python")
     environment = tmp_path / "over/environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=120)
     (environment / "bin/python").unlink()
     (environment / "bin/python").symlink_to(target)
     (tmp_path / "work").mkdir()
     (tmp_path / "work/script.py").write_text("import sys; print(sys.prefix)")
     numbers = (str(1 << 31), "20", "9999999", "1", "1")
     command = [environment / "bin/python", "-I", CHILD, tmp_path / "work/script.py", *numbers]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == f"{environment}\n", done.stderr
 
 
@@ -115,8 +115,8 @@ def test_processes_share_work_and_memory_among_themselves() -> None:
 
 def test_time_memory_and_output_have_limits() -> None:
     began_s = time.monotonic()
-    assert run("print('begun', flush=True)\nwhile True: pass", time_s=0.4) == "begun\n[ended after 0.4 s, the limit]"
-    assert time.monotonic() - began_s < 5.0
+    assert run("print('begun', flush=True)\nwhile True: pass", time_s=1.5) == "begun\n[ended after 1.5 s, the limit]"
+    assert time.monotonic() - began_s < 30.0
     assert "MemoryError" in run("x = bytearray(10**9)", memory_bytes=256 * MIB)
     shown = run("print('x' * 10**6)")
     assert len(shown) < LONGEST_RESULT
@@ -128,20 +128,20 @@ def test_time_memory_and_output_have_limits() -> None:
 def test_limits_count_all_its_processes_together(how: Isolation) -> None:
     children = (
         "import os, time\nfor _ in range({num}):\n    if os.fork() == 0:\n        b = bytearray({size} << 20)\n"
-        "        b[::4096] = b'x' * len(b[::4096])\n        time.sleep(20)\n        os._exit(0)\ntime.sleep(20)"
+        "        b[::4096] = b'x' * len(b[::4096])\n        time.sleep(90)\n        os._exit(0)\ntime.sleep(90)"
     )
-    shown = run(children.format(num=4, size=100), how=how, memory_bytes=250 * MIB, time_s=15.0)
+    shown = run(children.format(num=4, size=100), how=how, memory_bytes=250 * MIB, time_s=60.0)
     assert shown == "[ended: its processes together took more than 250 MiB, the limit]"
-    shown = run(children.format(num=40, size=0), how=how, num_processes=20, time_s=15.0)
+    shown = run(children.format(num=40, size=0), how=how, num_processes=20, time_s=60.0)
     assert shown == "[ended: it started more than 20 processes, the limit]"
-    files = "import time\nfor i in range(8): open(f'f{i}', 'wb').write(bytes(1 << 20))\ntime.sleep(20)"
-    shown = run(files, how=how, disk_bytes=4 * MIB, time_s=15.0)
+    files = "import time\nfor i in range(8): open(f'f{i}', 'wb').write(bytes(1 << 20))\ntime.sleep(90)"
+    shown = run(files, how=how, disk_bytes=4 * MIB, time_s=60.0)
     assert ("No space left" in shown) if how.has_namespaces else ("files took more than 4 MiB" in shown)
     unlinked = files.replace("write(bytes(1 << 20))", "write(bytes(1 << 20)), os.unlink(f'f{i}')").replace(
         "time", "os, time", 1
     )
     unlinked = unlinked.replace("open(", "kept.append(open(").replace(", 'wb').write", ", 'wb')), kept[-1].write")
-    shown = run(f"kept = []\n{unlinked}", how=how, disk_bytes=4 * MIB, time_s=15.0)
+    shown = run(f"kept = []\n{unlinked}", how=how, disk_bytes=4 * MIB, time_s=60.0)
     assert ("No space left" in shown) if how.has_namespaces else ("files took more than 4 MiB" in shown)
     shared = "import os, time\nb = bytearray(100 << 20)\nb[::4096] = b'x' * len(b[::4096])\n"
     shared += "children = [os.fork() or time.sleep(0.5) or os._exit(0) for _ in range(4)]\nprint('shared')"
@@ -152,7 +152,7 @@ def test_it_can_be_stopped() -> None:
     began_s = time.monotonic()
     stopped = run("import time; time.sleep(60)", should_stop=lambda: time.monotonic() > began_s + 0.3)
     assert stopped == "[stopped by the user]"
-    assert time.monotonic() - began_s < 5.0
+    assert time.monotonic() - began_s < 30.0
 
 
 LEAVERS = {
@@ -178,7 +178,7 @@ def test_nothing_lives_on(
         f"import ctypes, os, signal, subprocess, time\nMARK = {mark!r}\nprint('begun', flush=True)\n{LEAVERS[leaver]}\n"
     )
     code += "time.sleep(0.1 if {} else 60)".format(ending == "ends")
-    shown = run(code, how=how, time_s=20.0 if ending == "ends" else 0.6)
+    shown = run(code, how=how, time_s=60.0 if ending == "ends" else 1.5)
     assert shown.startswith("begun")
     assert ("the limit" in shown) == (ending == "is ended")
     assert is_gone(f"{os.environ['TMPDIR']}/")
@@ -192,7 +192,7 @@ def test_it_ends_with_the_program(tmp_path: Path) -> None:
         f"run_python({{'code': {code!r}}}, lambda: False, Limits(), isolation())"
     )
     process = subprocess.Popen([sys.executable, "-c", outer], env=os.environ | {"TMPDIR": str(tmp_path)})
-    end_s = time.monotonic() + 20.0
+    end_s = time.monotonic() + 120.0
     while not any(f"{tmp_path}/" in part for p in psutil.process_iter(["cmdline"]) for part in p.info["cmdline"] or ()):
         assert time.monotonic() < end_s
         time.sleep(0.05)
@@ -381,7 +381,7 @@ def test_as_another_user() -> None:
         ]
         done = subprocess.run(
             [*map(str, command), "1", "1"], user=65534, group=65534, extra_groups=[], cwd=folder / "work",
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.stdout == "refused\nrefused\nrefused\n1000\n", done.stderr
         assert done.returncode == 0
@@ -421,7 +421,7 @@ def test_what_is_denied_is_found_out(denial: str, tmp_path: Path) -> None:
         f"c._prctl(c._NO_NEW_PRIVILEGES, 1)\nc.refuse_calls({refused!r})\n"
         f"os.execv(sys.executable, [sys.executable, '-I', {CHILD!r}, 'probe', {str(tmp_path)!r}])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert is_right(json.loads(done.stdout)), done.stdout
 
 
