@@ -142,7 +142,7 @@ def test_an_answer_that_takes_too_long_is_cut_and_ends_as_a_stream_should(tmp_pa
         assert "10 s" in refused_with
         asking.join(120)
         assert server.process.wait(120) == 0
-        assert 9 < time.monotonic() - begun_s
+        assert time.monotonic() - begun_s > 9
         assert answers[0].text.rstrip().endswith("data: [DONE]")
         assert closed.exists()
 

@@ -1,7 +1,6 @@
 """Who may talk to the server, asked with bare headers."""
 
 import threading
-import time
 
 import anthropic
 import httpx
