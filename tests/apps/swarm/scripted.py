@@ -85,7 +85,9 @@ class ScriptedBackend:
     name: str = "scripted"
     can_call: bool = True
     on_hang: Callable[[], None] = lambda: None
+    meet: Callable[[Asked], int] = lambda asked: 0  # answers wait for each other until so many are asked
     _num_now: int = 0
+    _barriers: dict[int, asyncio.Barrier] = field(default_factory=dict)
 
     async def open(self) -> None:
         """There is nothing to open."""
@@ -107,6 +109,8 @@ class ScriptedBackend:
             for _ in range(random.Random(f"{self.seed} {settings.agent_id} {asked.num_said}").randrange(5)):
                 await asyncio.sleep(0)
             on_progress(ChatProgress("generating", 100, 100, 64, 3, 9.0, said.text))
+            if number := self.meet(asked):
+                await self._barriers.setdefault(asked.num_said, asyncio.Barrier(number)).wait()
             if said.failure is not None:
                 raise said.failure
             if said.hangs:
