@@ -110,12 +110,13 @@ class TreeView:
             self._overview.take(event)
             self._clock_s = time.monotonic()
             line = log_line(event, self._overview) if _stays(event) else None
-            if line is not None:
-                self._live.erase()
-                is_whole = isinstance(event, AgentEnded | FileConflict | Warned | RunEnded)  # why something went wrong
-                _print(self._console, line, 2 * LONGEST_LINE if is_whole else self._console.width)
-            if line is not None or self._clock_s - self._drawn_s >= DRAW_S:
-                self._draw()
+            with self._console:  # one write
+                if line is not None:
+                    self._live.erase()
+                    is_whole = isinstance(event, AgentEnded | FileConflict | Warned | RunEnded)  # why it went wrong
+                    _print(self._console, line, 2 * LONGEST_LINE if is_whole else self._console.width)
+                if line is not None or self._clock_s - self._drawn_s >= DRAW_S:
+                    self._draw()
 
     def __enter__(self) -> "TreeView":
         self._ticker.start()

@@ -14,10 +14,14 @@ import pytest
 
 from kimi_lite.apps.chat.commands.registry import _ELSEWHERE, all_commands, is_command
 from kimi_lite.apps.chat.parameters import PARAMETERS
+from kimi_lite.apps.remote.session import RemoteSession
+from kimi_lite.apps.swarm.journal import read as read_journal
 from kimi_lite.apps.swarm.runs import RunStore
 from kimi_lite.apps.tools.box import ToolBox
 from kimi_lite.engine.types import SamplingParams
+from kimi_lite.options import Options
 from tests.apps.chat.test_tool_loop import WithControls, written
+from tests.apps.fake_openai import FakeOpenAI, call_delta, sse
 from tests.apps.talk import Talk
 from tests.engine.fakes import fake_vision, scripted_logits
 from tests.engine.test_conversation import says
@@ -496,6 +500,32 @@ def test_ctrl_c_ends_a_swarm_with_what_is_there_and_the_chat_goes_on(leading: Ta
     assert "The task is not complete: " in shown
     assert said(leading) == ["Divide it", "All parts: **12**", "hello", "part 1"]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_swarm_works_at_the_endpoint_of_the_chat(leading: Talk, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "a.txt").write_text("42")
+    read = call_delta(0, '{"path": "a.txt"}', "read_file", "functions.read_file:0")
+    with FakeOpenAI(sse(read, reason="tool_calls"), sse({"content": "It says 42."})) as fake:
+        session = RemoteSession.open(fake.url)
+        leading.chat.conversation = leading.chat.autosave.conversation = session
+        session.system = "Be brief."
+        leading.chat.options = Options(endpoint=fake.url, tools_folder=tmp_path / "shared", given={"endpoint": "-"})
+        shown = leading.say("/swarm What does a.txt say?")
+        session.close()
+    assert leading.answers == "It says 42.\n" and "orchestrator ← read_file" in shown
+    assert [turn.text for turn in session.turns] == ["What does a.txt say?", "It says 42."]
+    first, second = fake.bodies
+    assert first["messages"][0]["content"].endswith("Be brief.") and second["messages"][-1]["content"] == "42"
+    names = {tool["function"]["name"] for tool in first["tools"]}
+    assert {"assign_task", "read_file", "board_write_file"} <= names and not names & {"write_file", "run_python"}
+    record = RunStore().summaries()[0]
+    options = read_journal(RunStore().find(record.run_id)).events[0].settings["options"]
+    assert options == {
+        "endpoints": [fake.url],
+        "model": "kimi-k2.5",
+        "work_folder": str(tmp_path / "shared"),
+    }  # so that it can be resumed
 
 
 def test_a_swarm_needs_a_task_and_a_model_that_can_call(leading: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
