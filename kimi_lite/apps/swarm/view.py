@@ -323,7 +323,8 @@ def totals(of: Totals) -> str:
         usage(of.usage),
         duration(of.seconds),
     ]
-    speed_up = f"{of.speed_up:.1f} x as fast as one after the other" if of.speed_up is not None else ""
+    is_compared = of.speed_up is not None and of.agents > 1
+    speed_up = f"{of.speed_up:.1f} x as fast as one after the other" if is_compared else ""
     return " · ".join(filter(None, [*parts, speed_up]))
 
 

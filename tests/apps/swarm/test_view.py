@@ -190,7 +190,7 @@ def test_the_log_has_a_line_for_every_event_but_progress() -> None:
         AgentEnded(65.0, "a1", "step_limit", "3 steps", "x", Usage(10, 5, 1000), 3),
         StageEnded(66.0, 0, ("a1",), 4),
         Warned(70.0, "slow"),
-        RunEnded(7300.0, "failed", "", Totals(1, 4, 4, Usage(9, 0, 1), 7300.0, 14600.0), "no answer"),
+        RunEnded(7300.0, "failed", "", Totals(2, 4, 4, Usage(9, 0, 1), 7300.0, 14600.0), "no answer"),
     ) == [
         "  0.00 s  run run: Compare them",
         "  0.50 s  resumed: 0 agents had ended",
@@ -203,7 +203,7 @@ def test_the_log_has_a_line_for_every_event_but_progress() -> None:
         "  3.50 s  conflict: a1 was not let write x: it was changed from outside",
         "  65.0 s  a1 writer · 64.0 s, 3 steps, 1,000 tok · step limit: 3 steps",
         "  70.0 s  warning: slow",
-        " 2:01:40  failed: no answer · 1 agent · 4 steps (4 critical) · 9 tok read, 1 generated · 2:01:40 · "
+        " 2:01:40  failed: no answer · 2 agents · 4 steps (4 critical) · 9 tok read, 1 generated · 2:01:40 · "
         "2.0 x as fast as one after the other",
     ]
 
