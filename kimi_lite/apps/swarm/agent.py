@@ -127,7 +127,9 @@ class Agent:
     ) -> None:
         self.id, self.messages, self._tools, self._limits = agent_id, list(messages), tools, limits
         self._work, self._fuller_below, self._script, self._may_call = work, fuller_below, script, may_call
-        self._usage, self._steps, self._critical_steps, self._busy_s = Usage(), 0, 0, 0.0
+        self._usage, self._busy_s = Usage(), 0.0
+        self._steps = self._num_asked = 0  # answers; those that are not the script's
+        self._critical_steps = 0
         self._calls: list[tuple[str, str]] = []  # (name, arguments), for the loop guard
         self._text = ""  # said last, perhaps not to its end
         self._context_tokens = sum(len(str(message.get("content"))) for message in messages) // _CHARS_PER_TOKEN
@@ -184,7 +186,7 @@ class Agent:
             num_unusable = num_unusable + 1 if reply.error and not calls else 0
             if reply.finish_reason not in ("stop", "tool_calls", "plan"):
                 return self._cut_off(reply)
-            if self._repeats(calls):
+            if reply.finish_reason != "plan" and self._repeats(calls):
                 return self._ending("looping", f"it called {calls[-1].name} again and again with the same arguments")
             if num_unusable == MOST_UNUSABLE:
                 return self._ending("failed", f"{num_unusable} calls in a row could not be used: {reply.error}")
@@ -203,7 +205,7 @@ class Agent:
         if self._work.is_stopping:
             return self._ending("cancelled", _STOPPED)
         steps, tokens = self._limits.steps, self._limits.tokens
-        if self._steps >= steps:
+        if self._num_asked >= steps:
             return self._ending("step_limit", f"it did not come to an end within {steps} steps; split its task")
         if tokens is not None and self._usage.generated_tokens >= tokens:
             return self._ending("token_limit", f"it generated {self._usage.generated_tokens:,} tokens of {tokens:,}")
@@ -227,6 +229,7 @@ class Agent:
         self._context_tokens = reply.usage.prompt_tokens + reply.usage.generated_tokens or self._context_tokens
         self._steps += 1
         if reply.finish_reason != "plan":
+            self._num_asked += 1
             self._critical_steps += 1
             self._work.steps += 1
         return reply

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kimi_lite.apps.swarm.agent import calls_of
 from kimi_lite.apps.swarm.events import AgentEnded, OrchestratorStep, StageStarted
 from kimi_lite.apps.swarm.plan_file import Plan
+from kimi_lite.apps.swarm.settings import Limits, SwarmSettings
 from kimi_lite.errors import KimiLiteError
 from tests.apps.swarm.scripted import Asked, Say, ScriptedBackend, run_swarm
 
@@ -139,3 +140,11 @@ def test_a_file_that_is_none_is_told(tmp_path: Path, name: str, text: str) -> No
     (tmp_path / name).write_text(text)
     with pytest.raises(KimiLiteError, match="cannot be read"):
         Plan.read(tmp_path / name)
+
+
+def test_a_plan_may_have_more_stages_than_the_orchestrator_steps_and_the_same_ones(tmp_path: Path) -> None:
+    plan = plan_of(*([{"agent": "r", "prompt": "x"}] for _ in range(7)))
+    few = SwarmSettings(orchestrator=Limits(steps=1))
+    outcome = run_swarm(tmp_path, ScriptedBackend(say), plan=plan, settings=few)
+    assert (outcome.ended.outcome, outcome.ended.answer) == ("completed", "the table")
+    assert len(outcome.of(StageStarted)) == 7
