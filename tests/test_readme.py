@@ -119,6 +119,17 @@ def test_the_views_of_a_swarm_as_shown(place):
     assert {"run.html", "timeline.svg"} <= set(os.listdir()) and not run.exists()
 
 
+def test_a_swarm_by_the_plan_that_is_shown(place):
+    text = (ROOT / "kimi_lite/apps/swarm/README.md").read_text(encoding="utf-8")
+    Path("plan.toml").write_text(
+        next(block for block in re.findall(r"```toml\n(.*?)```", text, re.S) if "stages" in block)
+    )
+    line = next(line for line in SHOWN if line.startswith("kimi-lite swarm --plan"))
+    done = kimi_lite(*shlex.split(line)[1:], "-m", "tiny.gguf", "-n", "4", "-c", "4096")
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr  # 2: it may say nothing at all
+    assert "stage 1: 2 agents" in done.stderr and "stage 2: 1 agent" in done.stderr and "3 agents" in done.stderr
+
+
 def test_serve_as_shown(place):
     pytest.importorskip("uvicorn", reason="needs the server extra")
     command = [
