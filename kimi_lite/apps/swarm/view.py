@@ -316,16 +316,12 @@ def conflict(event: FileConflict) -> str:
 
 
 def totals(of: Totals) -> str:
-    """`8 agents · 24 steps (9 critical) · 12,345 tok ... · 41 s · 2.3 x`"""
-    parts = [
-        counted(of.agents, "agent"),
-        f"{counted(of.steps, 'step')} ({of.critical_steps:,} critical)",
-        usage(of.usage),
-        duration(of.seconds),
-    ]
-    is_compared = of.speed_up is not None and of.agents > 1
-    speed_up = f"{of.speed_up:.1f} x as fast as one after the other" if is_compared else ""
-    return " · ".join(filter(None, [*parts, speed_up]))
+    """`8 agents · 24 steps (9 critical) · 12,345 tok read ... · 41.0 s; own times add up to 1:43, 2.5 x as much`"""
+    own = ""
+    if of.speed_up is not None and of.agents > 1:
+        own = f"; own times add up to {duration(of.sequential_s)}, {of.speed_up:.1f} x as much"
+    steps = f"{counted(of.steps, 'step')} ({of.critical_steps:,} critical)"
+    return " · ".join([counted(of.agents, "agent"), steps, usage(of.usage), duration(of.seconds) + own])
 
 
 def usage(of: Usage) -> str:

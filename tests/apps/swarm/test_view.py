@@ -155,7 +155,7 @@ def test_what_is_over_stays_above_and_the_tree_is_gone_at_the_end() -> None:
     lines = whole.split("\n")
     assert not any(row.startswith(("├─", "└─", "swarm:")) for row in lines)
     assert sum(" · completed" in row or "limit: " in row or "looping" in row or "failed" in row for row in lines) == 10
-    assert "300 generated · 99.0 s · 2.5 x as fast as one after the other" in whole.replace("\n", "")
+    assert "300 generated · 99.0 s; own times add up to 4:08, 2.5 x as much" in whole.replace("\n", "")
 
 
 def test_time_passes_without_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_the_log_has_a_line_for_every_event_but_progress() -> None:
         "  3.50 s  conflict: a1 was not let write x: it was changed from outside",
         "  65.0 s  a1 writer · 64.0 s, 3 steps, 1,000 tok · step limit: 3 steps",
         "  70.0 s  warning: slow",
-        " 2:01:40  failed: no answer · 2 agents · 4 steps (4 critical) · 9 tok read, 1 generated · 2:01:40 · "
-        "2.0 x as fast as one after the other",
+        " 2:01:40  failed: no answer · 2 agents · 4 steps (4 critical) · 9 tok read, 1 generated · 2:01:40; "
+        "own times add up to 4:03:20, 2.0 x as much",
     ]
 
 
