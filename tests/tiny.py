@@ -59,6 +59,7 @@ class TinyConfig:
     rope_beta_slow: float = 1.0
     rope_log_multiplier: float = 0.1
     is_kv_b_joined: bool = False  # files older than the MLA tensors: attn_kv_b, and 192/128-style key/value lengths
+    is_tied: bool = False  # no matrix of its own for the logits
     is_gate_up_fused: bool = False  # ffn_gate_up_exps in place of ffn_gate_exps and ffn_up_exps
     max_tensors_per_shard: int = 0  # 0: one file; else PREFIX-00001-of-0000N.gguf
     types: Mapping[str, str] = field(default_factory=dict)
@@ -160,7 +161,8 @@ def tiny_tensors(config: TinyConfig, rng: np.random.Generator) -> dict[str, np.n
     c = config
     tensors["token_embd.weight"] = rng.standard_normal((c.vocab_size, c.hidden_size)).astype(np.float32)
     norm("output_norm", c.hidden_size)
-    matrix("output", c.vocab_size, c.hidden_size)
+    if not c.is_tied:
+        matrix("output", c.vocab_size, c.hidden_size)
     for layer in range(c.num_layers):
         _add_attention(f"blk.{layer}", c, matrix, norm)
         norm(f"blk.{layer}.ffn_norm", c.hidden_size)

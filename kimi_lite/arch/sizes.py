@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from kimi_lite.arch.architecture import Row, find_row, layer_of
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.tensors import is_tied
 from kimi_lite.native.layouts import BY_NAME, Layout
 
 if TYPE_CHECKING:
@@ -76,14 +77,17 @@ class ModelSizes:
 
 
 def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
-    """Sums the tensors of a file, or of a file to be."""
+    """Sums the tensors of a file, or of a file to be. An embedding that is the head too is read whole, for every
+    token."""
+    tensors = list(tensors)
+    has_head = not is_tied([name for name, _, _ in tensors])
     embedding, dense, routed, converted, on_gpu = 0, 0, 0, 0, Counter[str]()
     slot, by_type, experts_by_type = Counter[int](), Counter[str](), Counter[str]()
     for name, shape, layout in tensors:
         num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
         by_type[layout.name] += num_bytes
         row = find_row(name)
-        if row and row.part == "embedding":
+        if row and row.part == "embedding" and has_head:
             embedding += num_bytes
         elif row and row.part == "routed":
             routed += num_bytes

@@ -21,6 +21,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import quoted
 from kimi_lite.gguf.store import GGUFStore
 
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> numpy order, the last axis is the input
 
 
@@ -84,11 +85,24 @@ def tensor_shapes(config: ModelConfig, names: Collection[str] | None = None) -> 
     conversion writes."""
     rows = [row for row in config.table.rows if row.applies(config) or row.is_optional]
     shapes: Shapes = {row.name: row.shape_in(config) for row in rows if row.layers == "none"}
+    if names is not None and is_tied(names):
+        del shapes[HEAD]
     for layer in range(config.num_layers):
         here = [row for row in rows if row.is_in_layer(config, layer)]
         for row in _variant(here, f"blk.{layer}.", config, names):
             shapes[f"blk.{layer}.{row.name}"] = row.shape_in(config)
     return shapes
+
+
+def is_tied(names: Collection[str]) -> bool:
+    """Whether a file with these tensors makes its logits with the embedding, as llama.cpp does for one that has no
+    matrix of its own for that."""
+    return HEAD not in names and EMBEDDING in names
+
+
+def head_name(names: Collection[str]) -> str:
+    """The matrix (vocabulary, hidden) that logits are made with, of a file with these tensors."""
+    return EMBEDDING if is_tied(names) else HEAD
 
 
 def _variant(rows: list[Row], prefix: str, config: ModelConfig, names: Collection[str] | None) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.tensors import head_name
 from kimi_lite.experts.heat import load_heat, save_heat
 from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.ram import RamSlots, heat_shape, open_ram
@@ -38,7 +39,7 @@ class Head:
 
     def __init__(self, store: GGUFStore, config: ModelConfig, num_threads: int) -> None:
         c = config
-        norm, output = vector(store, "output_norm.weight"), matrix(store, "output.weight")
+        norm, output = vector(store, "output_norm.weight"), matrix(store, head_name(store.tensors))
         self.x = np.zeros((MAX_LOGITS, c.hidden_size), np.float32)
         self.run = RunTable(MAX_LOGITS, num_threads, experts_scratch_bytes(c.hidden_size, 0, MAX_LOGITS))
         self.logits = np.zeros((MAX_LOGITS, c.vocab_size), np.float32)

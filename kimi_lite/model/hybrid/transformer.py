@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.tensors import head_name
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
@@ -96,7 +97,7 @@ class HybridTransformer:
             gain = ResidentGain(slot_table[number], options.cache_bias) if options.cache_bias else None
             self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels, gain))
         self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
-        self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix("output.weight")
+        self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix(head_name(store.tensors))
         self.dense_bytes = weights.num_bytes
 
     @torch.inference_mode()

@@ -150,11 +150,10 @@ def test_demo_perplexity_is_llama_cpps():
         path = ensure_demo_model(type_name="q8_0")
     except KimiLiteError as error:
         pytest.skip(f"the demo model cannot be built here: {error.message}")
-    ours = OurLogits(path)
-    theirs = LlamaLogits(path, ours.num_threads)
+    ours, theirs = OurLogits(path, 1), LlamaLogits(path, 1)  # on a busy machine more threads wait for each other
     ids = ours.tokenizer.encode(TEXT.read_text())
     assert ids == theirs.llama.tokenize(TEXT.read_text())
-    own, ((other, _),) = quality.score_text(ours, [theirs], list(chunks_of(ids, ours.bos_id, 8)), lambda rows: None)
+    own, ((other, _),) = quality.score_text(ours, [theirs], list(chunks_of(ids, ours.bos_id, 3)), lambda rows: None)
     ours.close()
     theirs.close()
     assert own.perplexity.mean == pytest.approx(other.perplexity.mean, rel=0.005)
