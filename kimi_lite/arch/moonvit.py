@@ -33,6 +33,7 @@ Change = Literal["", "columns first", "query", "key", "value"]  # of a checkpoin
 _PROJECTORS = {"kimi_k25": "kimik25", "kimi_vl": "kimivl"}  # by config.json's model_type
 _MAX_SIZE, _MAX_LAYERS = 1 << 20, 1 << 10  # far beyond what exists: more is damage
 _MIN_PATCHES, _MAX_PATCHES = 8, 16384  # of an image, by the vendor's preprocessor
+_MAX_KIMIVL_PATCHES = 4096
 _ROPE_AXES = 2  # of an image: columns and rows
 _FIELDS = {  # ours: the names that K2.5's, transformers' and Kimi-VL's config.json have
     "hidden": ("vt_hidden_size", "hidden_size"),
@@ -83,6 +84,11 @@ class MoonViT:
     @property
     def max_frames(self) -> int:
         return min(self.time, MAX_FRAMES) if self.projector == "kimik25" else 1
+
+    @property
+    def max_patches(self) -> int:
+        """Of an image, before it is padded: the vendors' preprocessors shrink larger ones."""
+        return _MAX_PATCHES if self.projector == "kimik25" else _MAX_KIMIVL_PATCHES
 
     @property
     def num_weights(self) -> int:

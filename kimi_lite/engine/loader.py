@@ -83,7 +83,13 @@ def open_vision(store: GGUFStore, config: ModelConfig, plan: Plan, device: str) 
         stays_on_device=options.vision == "gpu",
         num_threads=plan.num_threads,
     )
-    reader = MediaReader(MediaLimits(fps=options.video_fps, max_frames=options.video_frames))
+    limits = MediaLimits(
+        max_bytes=options.image_bytes,
+        max_patches=tower.sizes.max_patches,
+        fps=options.video_fps,
+        max_frames=options.video_frames,
+    )
+    reader = MediaReader(limits)
     features = FeatureStore(config.hidden_size, options.prefix_folder, tower.key, options.prefix_bytes)
     return Vision(tower, tower.key, reader, features)
 
