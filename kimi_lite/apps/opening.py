@@ -36,10 +36,8 @@ def open_conversation(options: Options, status: Console) -> Conversation:
     conversation.set_thinking(conversation.can_think if options.is_thinking is None else options.is_thinking)
     if options.thinking_budget is not None:
         conversation.require_budget()
-    if options.preserve_thinking and not conversation.can_preserve:
-        raise KimiLiteError(
-            f"The chat template of {conversation.info.name} always drops past reasoning.", "Remove --preserve-thinking."
-        )
+    if not conversation.can_preserve:
+        refuse_to_preserve(options, conversation.info.name)
     remarks = [*(conversation.plan.warnings if conversation.plan else ())]
     remarks += unused_options(options, _situation(conversation, options, status))
     for line in () if options.is_quiet else remarks:
@@ -51,10 +49,16 @@ def check_before_loading(options: Options) -> None:
     """What can be known to fail before minutes of loading. Raises KimiLiteError."""
     if options.routing_trace:
         require_writable(options.routing_trace, "The record of routing")
-    if options.endpoint:
+    if options.endpoint or options.endpoints:
         return
     if options.model:
         require_model_name(options.model)
+
+
+def refuse_to_preserve(options: Options, name: str) -> None:
+    """For a model, `name`, whose template cannot keep past reasoning in the prompt."""
+    if options.preserve_thinking:
+        raise KimiLiteError(f"The chat template of {name} always drops past reasoning.", "Remove --preserve-thinking.")
 
 
 def _situation(conversation: Conversation, options: Options, status: Console) -> Situation:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from kimi_lite.apps.interrupt import PATIENCE_S
 from kimi_lite.apps.model_path import find_model
-from kimi_lite.apps.opening import check_before_loading, line_width, say_demo, wrapped
+from kimi_lite.apps.opening import check_before_loading, line_width, refuse_to_preserve, say_demo, wrapped
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.apps.swarm.backend import Backend
 from kimi_lite.apps.swarm.endpoints import parse_endpoints, without_password
@@ -38,7 +38,7 @@ from kimi_lite.engine.loader import load
 from kimi_lite.engine.planning import situation_of
 from kimi_lite.engine.turns import require_utf8
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.options import OPTIONS, Options, unused_options
+from kimi_lite.options import OPTIONS, Options, Situation, unused_options
 from kimi_lite.terminal import Console, echo, show_plain
 
 INTERRUPTED = 130
@@ -94,6 +94,7 @@ def resume_run(typed: Options, name: str, open_backend: "OpenBackend | None" = N
 def open_backend_of(options: Options, status: Console, warn: Callable[[str], None]) -> Backend:
     """The endpoints, or the model in this process; not open yet."""
     if options.endpoints:
+        _remark(unused_options(options, Situation(is_endpoint=True)), options, status)
         return RemoteBackend(parse_endpoints(options.endpoints, options.model), options.api_key, on_warning=warn)
     here = replace(options, num_sequences=options.max_parallel)
     return LocalBackend(lambda on_progress: _load(here, status, on_progress))
@@ -270,11 +271,20 @@ def _load(options: Options, status: Console, on_progress: OnProgress) -> Engine:
             on_progress(stage, done, total)
 
         engine = load(find_model(options, progress), options, report)
-    if engine.plan is not None and not options.is_quiet:
-        remarks = [*engine.plan.warnings, *unused_options(options, situation_of(engine.plan, options))]
-        for line in remarks:
-            show_plain(status, wrapped(line, line_width(status)), style="dim")
+    try:
+        if not engine.template.facts.can_preserve:
+            refuse_to_preserve(options, engine.info.name)
+    except BaseException:
+        engine.close()
+        raise
+    if engine.plan is not None:
+        _remark([*engine.plan.warnings, *unused_options(options, situation_of(engine.plan, options))], options, status)
     return engine
+
+
+def _remark(lines: Sequence[str], options: Options, status: Console) -> None:
+    for line in () if options.is_quiet else lines:
+        show_plain(status, wrapped(line, line_width(status)), style="dim")
 
 
 def _tell(ended: RunEnded, run_id: str) -> int:

@@ -157,7 +157,8 @@ def test_a_second_signal_ends_the_process(monkeypatch) -> None:
         def __exit__(self, *exception: object) -> None:
             calls.append("view closed")
 
-    ending = start._Ending(Run(), None, View())
+    ends = start.Ends((signal.SIGINT,), start._exit_at_once(View()))
+    ending = start._Ending(Run(), None, ends)
     ending.has_begun = True
     ending.on_signal(signal.SIGINT)
     ending.on_signal(signal.SIGINT)
