@@ -14,7 +14,8 @@ from kimi_lite.engine.device import choose_device, find_gpu
 from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.planning import plan_load
 from kimi_lite.engine.types import ModelInfo
-from kimi_lite.engine.vision import Vision
+from kimi_lite.engine.vision import NO_TOWER_HINT, Vision
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
@@ -72,6 +73,8 @@ def open_vision(store: GGUFStore, config: ModelConfig, plan: Plan, device: str) 
     """The model's vision tower, where the options allow one and there is a file of it; only its header is read now."""
     options = plan.limits
     file = None if options.vision == "off" else find_vision_file(store.path, config.hidden_size, options.mmproj)
+    if file is None and (options.images or options.videos):  # known before minutes of loading
+        raise KimiLiteError(f"--image and --video need a vision tower; {config.name} has none here.", NO_TOWER_HINT)
     if file is None:
         return None
     from kimi_lite.model.vision.tower import VisionTower

@@ -7,9 +7,10 @@ between them is only how it is written and how the answer is.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from kimi_lite.apps.server.errors import ApiError
@@ -21,11 +22,14 @@ from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import Answer, EngineService, Event
 from kimi_lite.engine.splice import splice
 from kimi_lite.engine.types import Constraint, Request, SamplingParams, Token
-from kimi_lite.engine.vision import MarkedPrompt, encode_prompt, marked_ids, placed, without_marks
+from kimi_lite.engine.vision import MarkedPrompt, encode_prompt, marked_ids, placed, shown_parts, without_marks
 from kimi_lite.text.stream import DEEPSEEK, KIMI
 
 NUM_CONVERSATIONS = 64  # whose sampled ids are remembered, so that their next prompts are found in the cache
 MAX_CHOICES = 16
+NUM_SEEING_THREADS = 2
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class Chats:
         self._answers = answers or AnswerSettings()
         self._known_ids: OrderedDict[int, list[int]] = OrderedDict()  # prompts with their answers, oldest first
         self._numbers = count()
+        # Images take seconds each, one after the other; threads that others need must not all wait for them.
+        self._seeing = ThreadPoolExecutor(NUM_SEEING_THREADS, "kimi-lite-images")
 
     async def prepare(self, chat: ChatRequest) -> Prepared:
         """Render and tokenize, which may take a while for long conversations; ApiError or KimiLiteError where it
@@ -83,18 +89,25 @@ class Chats:
         engine = self.service.require_ready()
         if not 1 <= chat.num_choices <= MAX_CHOICES:
             raise ApiError(400, f"n is {chat.num_choices}; it may be 1 to {MAX_CHOICES}.", "invalid_value", "n")
-        return await asyncio.to_thread(self._prepare, engine, chat)
+        return await self._in_thread(self._prepare, engine, chat)
 
     async def count_tokens(self, chat: ChatRequest) -> int:
         """Tokens of the prompt: messages, tools, system prompt and the template's own."""
         engine = self.service.require_ready()
-        return len((await asyncio.to_thread(self._encode, engine, chat)).ids)
+        return len((await self._in_thread(self._encode, engine, chat)).ids)
 
     async def prompt_ids(self, chat: ChatRequest) -> list[int]:
         """The ids of the prompt, without anything being seen or computed."""
         engine = self.service.require_ready()
-        prompt = await asyncio.to_thread(self._encode, engine, chat)
+        prompt = await self._in_thread(self._encode, engine, chat)
         return list(without_marks(prompt.ids, engine.template.pad_id))
+
+    async def _in_thread(
+        self, work: Callable[[Engine, ChatRequest], Result], engine: Engine, chat: ChatRequest
+    ) -> Result:
+        """In a thread, so that the event loop goes on."""
+        pool = self._seeing if shown_parts(chat.messages) else None
+        return await asyncio.get_running_loop().run_in_executor(pool, work, engine, chat)
 
     def open(self, requests: Sequence[Request]) -> list["Choice"]:
         """Put all choices into the queue; QueueFull where they have no place, and then none is."""

@@ -3,6 +3,7 @@
 import base64
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,18 +202,18 @@ def test_others_are_answered_while_images_are_seen(engine: Engine, client: opena
         return encode(patches, report, should_stop)
 
     engine.vision.tower.encode = slow
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(chat(client, part("Z")).choices[0].message.content))
-    thread.start()
-    try:
-        assert has_begun.wait(60)
-        assert httpx.get(f"{url}/health").json()["status"] == "ok"
-        assert chat(client, text("hi")).choices[0].message.content == ""
-    finally:
-        may_go_on.set()
-        thread.join()
-        engine.vision.tower.encode = encode
-    assert answers == ["Z2"]
+    letters = "QRSTUVWXYZ"  # more than there are threads
+    with ThreadPoolExecutor(len(letters)) as pool:
+        waiting = [pool.submit(chat, client, part(letter)) for letter in letters]
+        try:
+            assert has_begun.wait(60)
+            assert httpx.get(f"{url}/health").json()["status"] == "ok"
+            assert chat(client, text("hi")).choices[0].message.content == ""
+        finally:
+            may_go_on.set()
+            answers = [each.result().choices[0].message.content for each in waiting]
+            engine.vision.tower.encode = encode
+    assert answers == [f"{letter}2" for letter in letters]
 
 
 def test_a_server_without_a_tower_says_so(client: openai.OpenAI, url: str) -> None:

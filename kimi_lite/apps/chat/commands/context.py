@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COMMANDS = Registry()
 _SHOWN_TOKENS = 200
-_CACHE_COUNTERS = ("kv_", "prefix_")
+_CACHE_COUNTERS = ("kv_", "prefix_", "images_")
 _COUNTERS = {
     "expert_hits": "found in RAM",
     "expert_late": "found in RAM, but late",
@@ -132,6 +132,9 @@ def _cache_rows(counters: Mapping[str, float]) -> list[tuple[str, str]]:
     if "prefix_pages_found" in counters:
         found, saved = (counters[f"prefix_pages_{what}"] * PAGE_TOKENS for what in ("found", "saved"))
         rows.append(("prompts on disk", f"{found:,.0f} tokens found, {saved:,.0f} saved"))
+    if "images_seen" in counters:
+        seen, found = counters["images_seen"], counters["images_found"]
+        rows.append(("images", f"{seen:,.0f} seen, {found:,.0f} times known already"))
     return rows
 
 
