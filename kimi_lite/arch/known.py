@@ -119,7 +119,7 @@ KNOWN: dict[str, KnownModel] = {
     "kimi-vl": KnownModel(
         replace(_MOONLIGHT, name="Kimi-VL-A3B", context_length=131_072, rope=RopeConfig(800_000.0)),
         ("kimi-vl-a3b",),
-        2 * (416_866_032 + 30_683_136),  # the same tower with a projector to 2048
+        2 * (416_866_032 + 30_679_808),  # the same tower with a projector to 2048
     ),
     "deepseek-v3": KnownModel(_V3, ("v3", "deepseek-v3.1")),
     "deepseek-r1": KnownModel(replace(_V3, name="DeepSeek-R1"), ("r1",)),

@@ -1,6 +1,6 @@
 """The vision tower's file: names, shapes and values, and llama.cpp's own vision code run on it beside numpy."""
 
-import ctypes
+from contextlib import closing
 
 import gguf
 import numpy as np
@@ -93,43 +93,17 @@ def test_types(folder, type_name):
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_llama_cpp_sees_what_the_checkpoint_means(folder, tmp_path):
     path, kind, weights = folder
-    mtmd = pytest.importorskip("llama_cpp.mtmd_cpp")
+    pytest.importorskip("llama_cpp.mtmd_cpp")
+    from kimi_lite.tools.bench.clip import Clip
+
     report = write_mmproj(path, path / "mmproj.gguf", "f32")
     text_model = write_tiny_gguf(tmp_path / "text.gguf", np.random.default_rng(1), hidden_size=TEXT_HIDDEN)
     image = np.random.default_rng(2).integers(0, 256, (14 * GRID, 14 * GRID, 3), dtype=np.uint8)
-    have, want = run_llama_cpp(mtmd, text_model, report.path, image), encode_image(kind, weights, image)
+    with closing(Clip(report.path, text_model, 1)) as clip:
+        clip.show(image)
+        have, want = clip.encode(), encode_image(kind, weights, image)
     assert have.shape == want.shape == (16, TEXT_HIDDEN)
     assert np.linalg.norm(have - want) < 3e-3 * np.linalg.norm(want)
-
-
-def run_llama_cpp(mtmd, text_model, projector, image: np.ndarray) -> np.ndarray:
-    import llama_cpp
-
-    llama_cpp.llama_backend_init()
-    model_params = llama_cpp.llama_model_default_params()
-    model_params.use_extra_bufts = False  # AMX buffers, see tests.llama
-    model = llama_cpp.llama_model_load_from_file(str(text_model).encode(), model_params)
-    assert model, text_model
-    params = mtmd.mtmd_context_params_default()
-    params.use_gpu, params.n_threads, params.warmup, params.print_timings = False, 1, False, False
-    context = mtmd.mtmd_init_from_file(str(projector).encode(), model, params)
-    assert context, projector
-    pixels = (ctypes.c_ubyte * image.size).from_buffer_copy(image.tobytes())
-    bitmap = mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], pixels)
-    prompt, chunks = mtmd.mtmd_input_text(), mtmd.mtmd_input_chunks_init()
-    prompt.text, prompt.add_special, prompt.parse_special = mtmd.mtmd_get_marker(context), False, True
-    prompt.text_len = len(prompt.text)
-    assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1) == 0
-    all_chunks = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
-    picture = next(chunk for chunk in all_chunks if mtmd.mtmd_input_chunk_get_type(chunk) == 1)
-    assert mtmd.mtmd_encode_chunk(context, picture) == 0
-    shape = (mtmd.mtmd_input_chunk_get_n_tokens(picture), TEXT_HIDDEN)
-    found = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape).copy()
-    mtmd.mtmd_bitmap_free(bitmap)
-    mtmd.mtmd_input_chunks_free(chunks)
-    mtmd.mtmd_free(context)
-    llama_cpp.llama_model_free(model)
-    return found
 
 
 def test_what_does_not_fit_is_refused(folder):

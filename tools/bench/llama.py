@@ -21,7 +21,7 @@ BATCH_TOKENS = 512  # as ours, and llama.cpp's own default for n_ubatch
 
 
 @cache
-def _no_log():
+def no_log():
     """A log function that says nothing; kept for good, because llama.cpp calls it until the process ends."""
     return import_llama_cpp().llama_log_callback(lambda level, text, data: None)
 
@@ -33,7 +33,7 @@ class Llama:
 
     def __init__(self, path: Path, num_threads: int, context_length: int, num_sequences: int = 1) -> None:
         self._api = api = import_llama_cpp()
-        api.llama_log_set(_no_log(), ctypes.c_void_p())
+        api.llama_log_set(no_log(), ctypes.c_void_p())
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
         model_params.use_extra_bufts = False  # AMX buffers, which MLA models trip over

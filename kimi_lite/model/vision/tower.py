@@ -86,6 +86,11 @@ class VisionTower:
         return model_key(self._store, "vision", self._device == "cpu")
 
     @property
+    def is_int8(self) -> bool:
+        """Whether the CPU multiplies its matrices in int8."""
+        return VisionWeights(self._store, self._file).has_quantized
+
+    @property
     def file_bytes(self) -> int:
         """Of its weights, in the file."""
         return self._store.total_bytes
