@@ -16,9 +16,11 @@ from kimi_lite.apps.swarm.overview import Agent, Call, Overview
 from kimi_lite.apps.swarm.runs import RunSummary
 from kimi_lite.apps.swarm.timeline import timeline
 from kimi_lite.apps.swarm.view import CRITICAL_PATH, called, conflict, duration, outcome_name, totals
+from kimi_lite.apps.tools.tool import shortened
 from kimi_lite.terminal import harmless
 from kimi_lite.units import counted, one_line
 
+_LONGEST_RESULT = 4_000  # characters of a tool's result: the journal has them whole
 _LONGEST_MARKDOWN = 50_000  # characters; longer texts stay as they are
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -165,9 +167,7 @@ def _call(call: Call) -> str:
     if ended is None:
         return f"<p>{head} <span class=bad>was cut off</span></p>"
     style = " class=bad" if ended.outcome == "failed" else " class=pale"
-    return (
-        f"<p>{head} <span{style}>{_line(ended.outcome, 20)}, {duration(ended.seconds)}</span></p>{_text(ended.result)}"
-    )
+    return f"<p>{head} <span{style}>{_line(ended.outcome, 20)}, {duration(ended.seconds)}</span></p>{_text(shortened(ended.result, _LONGEST_RESULT))}"
 
 
 def _number(value: object) -> str:
