@@ -167,7 +167,8 @@ def _call(call: Call) -> str:
     if ended is None:
         return f"<p>{head} <span class=bad>was cut off</span></p>"
     style = " class=bad" if ended.outcome == "failed" else " class=pale"
-    return f"<p>{head} <span{style}>{_line(ended.outcome, 20)}, {duration(ended.seconds)}</span></p>{_text(shortened(ended.result, _LONGEST_RESULT))}"
+    how = f"<span{style}>{_line(ended.outcome, 20)}, {duration(ended.seconds)}</span>"
+    return f"<p>{head} {how}</p>{_text(shortened(ended.result, _LONGEST_RESULT))}"
 
 
 def _number(value: object) -> str:
