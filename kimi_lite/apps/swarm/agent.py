@@ -185,6 +185,7 @@ class Agent:
             self._text = text or self._text
             num_unusable = num_unusable + 1 if reply.error and not calls else 0
             if reply.finish_reason not in ("stop", "tool_calls", "plan"):
+                self.draft = text if reply.finish_reason == "length" else ""
                 return self._cut_off(reply)
             if reply.finish_reason != "plan" and self._repeats(calls):
                 return self._ending("looping", f"it called {calls[-1].name} again and again with the same arguments")

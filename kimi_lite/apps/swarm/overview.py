@@ -162,6 +162,7 @@ class Overview:
             case RunResumed():
                 self._cut(event.t_s)
                 self.resumed.append(event)
+                self.ended = None
             case StageStarted():
                 stage = self.stages.setdefault(event.index, Stage(event.index, event.t_s))
                 stage.agent_ids += [one for one in event.agents if one not in stage.agent_ids]

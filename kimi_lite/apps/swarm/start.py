@@ -185,8 +185,10 @@ def carry_out(
     try:
         with ExitStack() as stack:
             journal = stack.enter_context(Journal(folder))
-            replay = Replay(read(folder).events)
-            view = stack.enter_context(open_view(Console(quiet=True) if options.is_quiet else status, options.is_plain))
+            recorded = read(folder).events
+            replay = Replay(recorded)
+            shown_on = Console(quiet=True) if options.is_quiet else status
+            view = stack.enter_context(open_view(shown_on, options.is_plain, recorded))
             emitter = Emitter([journal, view], replay.last_s)
             toolshed = Toolshed(emitter, folder, assignment.permissions, options.work_folder, options.mcp_config)
             stack.callback(toolshed.close)

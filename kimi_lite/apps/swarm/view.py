@@ -11,7 +11,7 @@ shows what runs: the busiest agents, as many as fit, and the others counted. Whe
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from rich.cells import cell_len, set_cell_size
@@ -72,15 +72,17 @@ class View(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def open_view(console: Console, is_plain: bool = False) -> View:
-    return TreeView(console) if can_redraw(console) and not is_plain else LogView(console)
+def open_view(console: Console, is_plain: bool = False, recorded: Iterable[Event] = ()) -> View:
+    """`recorded`: what a run that is resumed has behind it; it is known, and not shown again."""
+    kind = TreeView if can_redraw(console) and not is_plain else LogView
+    return kind(console, recorded)
 
 
 class LogView:
     """Adds a line for every event but progress."""
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._overview, self._lock = console, Overview(), threading.Lock()
+    def __init__(self, console: Console, recorded: Iterable[Event] = ()) -> None:
+        self._console, self._overview, self._lock = console, Overview(recorded), threading.Lock()
 
     def __call__(self, event: Event) -> None:
         with self._lock:
@@ -98,8 +100,8 @@ class LogView:
 class TreeView:
     """The tree, below the lines of what is over. A thread shows that time passes."""
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._overview, self._lock = console, Overview(), threading.Lock()
+    def __init__(self, console: Console, recorded: Iterable[Event] = ()) -> None:
+        self._console, self._overview, self._lock = console, Overview(recorded), threading.Lock()
         self._live = LiveRows(console, MOST_ROWS)
         self._is_over = threading.Event()
         self._clock_s = self._drawn_s = time.monotonic()  # of the last event; of the last drawing

@@ -463,3 +463,10 @@ def test_whatever_the_interleaving_the_orchestrator_sees_the_same(
         return json.dumps([final.messages, outcome.ended.answer, outcome.ended.totals.critical_steps])
 
     assert transcript(seed, max_parallel) == transcript(0, 1)
+
+
+def test_an_answer_that_was_cut_off_at_its_limit_is_the_answer(tmp_path: Path) -> None:
+    turns = (Say("", (create("a"), assign("a", "1"))), Say("The answer is lo", finish_reason="length"))
+    outcome = run_swarm(tmp_path, ScriptedBackend(leader(*turns)))
+    assert (outcome.ended.outcome, outcome.ended.answer) == ("token_limit", "The answer is lo")
+    assert len(outcome.backend.asked) == 3
