@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from kimi_lite.apps.tools.files import LARGEST_SEARCHED_BYTES, file_tools
+from kimi_lite.apps.tools.files import LARGEST_SEARCHED_BYTES, Reading, file_tools
 from kimi_lite.apps.tools.folder import Entry, Folder, Place
 from kimi_lite.apps.tools.tool import ShouldStop, Tool, ToolError, parameters
 from kimi_lite.units import counted
@@ -53,8 +53,9 @@ class SharedFiles:
         (`board/plan.md`). KimiLiteError where there is no folder `root`."""
         self.folder, self.name = Folder(root), name
         self._on_conflict = on_conflict
-        self._lock = threading.Lock()  # over the two below
+        self._lock = threading.Lock()  # over the three below
         self._seen: dict[tuple[str, str], Version] = {}  # by agent and path
+        self._begun: dict[tuple[str, str], tuple[Version, int]] = {}  # read from line 1 up to a line, not to the end
         self._written: dict[str, tuple[Version, str]] = {}  # by path: the last write here, and the agent
 
     def tool_name(self, tool: str) -> str:
@@ -63,15 +64,14 @@ class SharedFiles:
     def tools(self, agent_id: str) -> list[Tool]:
         """For one agent: to list, read and search, and to write and append."""
 
-        def on_read(name: str, status: os.stat_result) -> None:
-            with self._lock:
-                self._seen[agent_id, name] = Version.of(status)
+        def on_read(reading: Reading) -> None:
+            self._take_reading(agent_id, reading)
 
         path = {"type": "string", "description": "Path inside the folder, relative to it. Folders are made."}
         writing = [
             Tool(
                 "write_file",
-                "Write a text file whole. One that exists must have been read before, as it is now.",
+                "Write a text file whole. One that exists must have been read to its end, as it is now.",
                 parameters(("path", "text"), path=path, text={"type": "string"}),
                 lambda arguments, should_stop: self.write(agent_id, should_stop, **arguments),
             ),
@@ -111,6 +111,19 @@ class SharedFiles:
             self._replace(agent_id, place, before + data, knows_all)
         return f"{path} has {_amount(data)} more: {_amount(before + data)} in all"
 
+    def _take_reading(self, agent_id: str, reading: Reading) -> None:
+        """An agent has seen a file when it has read it to its end, in one call or in several that leave no gap."""
+        key, version = (agent_id, reading.name), Version.of(reading.status)
+        with self._lock:
+            before, next_line = self._begun.get(key, (version, 1))
+            next_line = next_line if before == version else 1
+            if reading.first_line > next_line:
+                return
+            if reading.next_line is None:
+                self._seen[key] = version
+            else:
+                self._begun[key] = version, max(next_line, reading.next_line)
+
     def _replace(self, agent_id: str, place: Place, data: bytes, knows_all: bool) -> None:
         """`knows_all`: the agent knows what the file then holds."""
         try:
@@ -133,7 +146,7 @@ class SharedFiles:
         if seen is not None or is_known:
             self._on_conflict(os.path.join(self.name, there.name), (agent_id, writer) if is_known else (agent_id,))
         who = f"Agent {writer} wrote it" if is_known else "It was changed from outside" if seen else "It was there"
-        since = "after you last saw it" if seen else "before, and you have not read it"
+        since = "after you last saw it" if seen else "before, and you have not read it to its end"
         raise ToolError(
             f"{path!r} was not written: it holds something else than you know. {who} {since}. Read it with "
             f"{self.tool_name('read_file')}, then write what keeps the work of both; or write to another file."

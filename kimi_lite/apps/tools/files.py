@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from fnmatch import fnmatch
 from itertools import islice
+from typing import NamedTuple
 
 from kimi_lite.apps.tools.folder import Entry, Folder
 from kimi_lite.apps.tools.tool import LONGEST_RESULT, ShouldStop, Tool, ToolError, parameters
@@ -17,16 +18,25 @@ MOST_MATCHES, LONGEST_MATCH = 100, 200
 LARGEST_SEARCHED_BYTES, SEARCH_S = 4 * 1024**2, 10.0
 PROBE_BYTES = 8192
 
-OnRead = Callable[[str, os.stat_result], None]
+
+class Reading(NamedTuple):
+    """What a call of `read_file` showed of a file: lines from one number up to another, None for the end."""
+
+    name: str  # path in the folder
+    status: os.stat_result  # of what was read
+    first_line: int
+    next_line: int | None
 
 
-def ignore_read(name: str, status: os.stat_result) -> None:
+OnRead = Callable[[Reading], None]
+
+
+def ignore_read(reading: Reading) -> None:
     """Where it does not matter what was read."""
 
 
 def file_tools(folder: Folder, on_read: OnRead = ignore_read) -> list[Tool]:
-    """The three tools for `folder`. `on_read` gets the path in the folder of every file that `read_file` opens, and the
-    status of what it read."""
+    """The three tools for `folder`. `on_read` hears what `read_file` showed."""
     path = {"type": "string", "description": "Path inside the folder, relative to it. Default: the folder itself."}
     return [
         Tool(
@@ -85,27 +95,31 @@ def read_file(
 ) -> str:
     """The lines, and where there are more, how to go on."""
     start, most, size, rows = int(max(first_line, 1)), int(min(num_lines, MOST_LINES)), 0, []
+    next_line: int | None = None
     end_s = time.monotonic() + SEARCH_S
     with folder.find(path) as entry:
         if entry.is_folder:
             raise ToolError(f"{path!r} is a folder; list_files lists it")
         name, file = entry.name, entry.open()
     with file:
-        on_read(name, os.fstat(file.fileno()))
+        status = os.fstat(file.fileno())
         _require_text(file.read(PROBE_BYTES), path)
         file.seek(0)
         for number, line in enumerate(iter(lambda: file.readline(1024**2), b""), start=1):
             if should_stop() or time.monotonic() > end_s:
                 rows.append(f"[stopped after {SEARCH_S:g} s at line {number}]")
+                next_line = max(number, start)
                 break
             if number < start:
                 continue
             if len(rows) == most or size > LONGEST_RESULT * 3 // 4:
                 rows.append(f"[more lines; go on with first_line={number}]")
+                next_line = number
                 break
             text = line.decode("utf-8", "replace").rstrip("\n")
             rows.append(text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} [... line cut]")
             size += len(rows[-1])
+    on_read(Reading(name, status, start, next_line))
     if not rows:
         return f"(no line {start})" if start > 1 else "(empty file)"
     return "\n".join(rows)

@@ -100,6 +100,23 @@ def test_to_add_without_reading_is_no_reading(shared: Shared) -> None:
     assert (shared.root / "log").read_text() == "e\n"
 
 
+def test_a_part_of_a_file_is_not_the_file(shared: Shared) -> None:
+    (shared.root / "x").write_text("1\n2\n3\n4\n")
+    for lines in ({"num_lines": 2}, {"first_line": 4}, {"first_line": 2, "num_lines": 2}):  # up to line 3, and line 4
+        shared.call("a1", "read_file", path="x", **lines)
+        with pytest.raises(ToolError, match="you have not read it to its end"):
+            shared.call("a1", "write_file", path="x", text="y")
+    shared.call("a1", "read_file", path="x", first_line=4)
+    shared.call("a1", "write_file", path="x", text="y")
+    shared.call("a2", "read_file", path="x", num_lines=1)  # which is all of it
+    shared.call("a2", "write_file", path="x", text="1\n2\n")
+    shared.call("a1", "read_file", path="x", num_lines=1)
+    shared.call("a2", "write_file", path="x", text="1\n3\n")
+    shared.call("a1", "read_file", path="x", first_line=2)  # goes on in another file
+    with pytest.raises(ToolError, match="Agent a2 wrote it after you last saw it"):
+        shared.call("a1", "write_file", path="x", text="y")
+
+
 _agents, _paths, _texts = st.sampled_from("abc"), st.sampled_from(["x", "d/y", "link"]), st.text("xy\n", max_size=2)
 _deeds = st.tuples(_agents, st.sampled_from(["read", "write", "append", "outside"]), _paths, _texts)
 
