@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kimi_lite.engine import loader
 from kimi_lite.engine.answer_settings import AnswerSettings
 from kimi_lite.engine.documents import load_document, to_document
 from kimi_lite.engine.session import Session
 from kimi_lite.engine.vision import Vision, marked_ids, without_marks
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.media.features import FeatureStore
+from kimi_lite.options import Options
 from tests.engine.fakes import fake_engine, fake_vision, scripted_logits
 from tests.media.pictures import Image, encoded, write_video
+from tests.tiny import write_tiny_gguf
 
 
 def grey(level: int, width: int = 56, height: int = 28) -> dict:
@@ -179,6 +182,16 @@ def test_without_a_tower_a_sentence_says_what_to_download() -> None:
         ask(session, grey(10))
     assert "--mmproj" in caught.value.hint
     assert session.turns == []
+
+
+@pytest.mark.parametrize("named", [{"images": ("a.png",)}, {"videos": ("a.mp4",)}])
+def test_images_for_a_model_without_a_tower_are_refused_before_its_weights_are_read(
+    named: dict[str, tuple[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    monkeypatch.setattr(loader, "_open_model", None)
+    with pytest.raises(KimiLiteError, match="need a vision tower"):
+        loader.load(path, Options(context_length=256, num_threads=1, **named))
 
 
 def test_marks_are_the_vocabulary_s_ids_to_the_model() -> None:
