@@ -185,8 +185,14 @@ def plan_for(num_agents: int, context: str) -> Plan:
 
 
 def compare_modes(bench: SwarmBench, num_repeats: int, num_tokens: int) -> dict[str, Samples]:
-    """Every mode, in turns."""
-    runners = {mode.name: lambda test, prompts, mode=mode: bench.run(mode) for mode in MODES}
+    """Every mode, in turns; stderr says each one's seconds as it ends."""
+
+    def run(mode: Mode) -> SwarmRound:
+        done = bench.run(mode)
+        print(f"{mode.name}: {done.seconds:.2f} s, {done.cached_tokens:,} cached", file=sys.stderr, flush=True)
+        return done
+
+    runners = {mode.name: lambda test, prompts, mode=mode: run(mode) for mode in MODES}
     test = BenchTest("tg", num_tokens, num_sequences=bench.num_agents)
     return measure_test(test, runners, _Nothing(), num_repeats, bench.num_threads)
 
