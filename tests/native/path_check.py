@@ -6,6 +6,7 @@ Says each type before it begins with it, so that a crash has a name. Run by test
 """
 
 import sys
+from contextlib import closing
 from unittest import mock
 
 import numpy as np
@@ -16,6 +17,7 @@ from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.matrix import VALUES_PADDING, values_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
+from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.isa import isa
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear, seen_activations
@@ -24,6 +26,7 @@ from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.closeness import assert_close, product_size, sizes
 from tests.native.guard import at_page_end, at_page_start
 from tests.native.harness import run_ops, run_table
+from tests.native.test_dense import check_attention, check_product
 from tests.native.test_experts import NUM_ROUTED, TOP_K, Layer, distinct_ids, tokens_of
 
 NUM_TOKENS, NUM_ROWS = 5, 13
@@ -90,12 +93,23 @@ def check_experts(name: str, rng: np.random.Generator) -> None:
         layer.check(tokens_of(layer, num_tokens, rng), ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32))
 
 
+def check_dense() -> None:
+    """What a vision tower runs."""
+    with closing(Team(2)) as team:
+        for dtype in ("F16", "int8"):
+            print("dense", dtype, flush=True)
+            check_product(team, dtype, 29, 144, 50, "gelu_tanh")
+        print("attention", flush=True)
+        check_attention(team, 97, 3, 72)
+
+
 def main(path: str) -> None:
     assert isa().name == path, (isa(), path)
     for name in BY_NAME:
         print(name, BY_NAME[name].block_size, flush=True)
         check_products(name, np.random.default_rng(1))
         check_experts(name, np.random.default_rng(2))
+    check_dense()
     print("all equal", flush=True)
 
 

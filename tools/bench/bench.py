@@ -38,6 +38,7 @@ from kimi_lite.tools.bench.result import Result, Spread, compare, make_result
 from kimi_lite.tools.bench.roofline import RAM, Bandwidth, Limit, find_limits, measure_bandwidth
 from kimi_lite.tools.bench.run import measure_test
 
+_IMAGES = 3  # at most: K2.5's tower takes seconds
 _TRACED_TOKENS = 8
 
 
@@ -73,6 +74,7 @@ class Measured:
     environment: dict
     model: dict
     stolen_s: float
+    image: dict | None = None  # by the vision tower
 
     @property
     def results(self) -> list[Result]:
@@ -109,9 +111,22 @@ def bench(job: Job, report: Report) -> Measured:
         longest = max(test.context_tokens for test in job.tests)
         passages = Passages(load_tokens(ours.tokenizer, job.is_random, longest))
         rows = _measure(job, runners, passages, num_threads, {c.test: c for c in limits}, report)
+        image = _measure_image(ours, job.num_repeats, report)
         if job.trace:
             _trace(ours, job.traced, passages, job.trace, report)
-    return Measured(plan, bandwidth, limits, rows, environment, model, round(read_stolen_s() - stolen_s, 2))
+    return Measured(plan, bandwidth, limits, rows, environment, model, round(read_stolen_s() - stolen_s, 2), image)
+
+
+def _measure_image(ours: Ours, num_repeats: int, report: Report) -> dict | None:
+    """What the vision tower takes for a screenshot, where the model has one."""
+    if ours.engine.vision is None:
+        return None
+    from kimi_lite.tools.bench.vision import SCREENSHOT, time_image
+
+    seconds, bound_s = time_image(ours.engine.vision.tower, SCREENSHOT, ours.num_threads, min(num_repeats, _IMAGES))
+    share = f", {100 * bound_s / seconds:.0f} % of what the arithmetic allows" if bound_s else ""
+    report.say(f"image 1024 x 768, {SCREENSHOT.num_tokens():,} tokens: {seconds:.2f} s{share}")
+    return {"tokens": SCREENSHOT.num_tokens(), "seconds": seconds, "bound_s": bound_s}
 
 
 def _open_llama(path: Path, tests: Sequence[BenchTest], num_threads: int):
@@ -174,6 +189,7 @@ def make_document(job: Job, measured: Measured) -> dict:
         "memory_plan": measured.plan.to_json(),
         "text": "random" if job.is_random else "emma.txt",
         "num_repeats": job.num_repeats,
+        "image": measured.image,
         "bandwidth": {
             "gb_s": {RAM: measured.bandwidth.gb_s},
             "is_noisy": measured.bandwidth.is_noisy,

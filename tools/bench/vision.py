@@ -3,10 +3,10 @@
     python -m tools.make.vision mmproj.gguf --type q8_0
     python -m tools.bench.vision mmproj.gguf --size 1024x768 --compare llama.cpp
 
-The bound counts multiply-adds: those of the matrices at the peak of the instruction that they take (float32 FMA, or
-the int8 dot product for files with quantized matrices), those of attention likewise. Peaks are measured in the same
-run, one core times threads. Repeats of ours and llama.cpp's take turns; the image has a multiple of 28 pixels, so that
-both see the same patches.
+The bound counts multiply-adds: matrices at the peak of the instruction that they take (float32 FMA, or the int8 dot
+product for files with quantized matrices), attention at that of float32 FMA. Peaks are measured in the same run, one
+core times threads. Repeats of ours and llama.cpp's take turns; the image has a multiple of 28 pixels, so that both see
+the same patches.
 """
 
 import json
@@ -34,6 +34,7 @@ from kimi_lite.native.simd import fma_f32x16, load_f32x16, store_f32x16
 from kimi_lite.tools.bench.clip import Clip
 from kimi_lite.tools.make.slice import make_slice
 
+SCREENSHOT = Grid(1, 56, 74)  # 1024 x 768 pixels, padded
 _STEP = 2 * PATCH  # pixels that an image is padded to a multiple of
 _FMA_ROUNDS, _FMA_MACS = 50_000, 12 * 16
 
@@ -89,15 +90,42 @@ class Measured(NamedTuple):
     difference: float  # of the features, relative; 0 without --compare
 
 
-def measure(path: Path, grid: Grid, num_threads: int, repeats: int, has_llama_cpp: bool) -> Measured:
-    """Raises KimiLiteError."""
+def random_image(grid: Grid) -> tuple[np.ndarray, Patches]:
+    """uint8 (height, width, 3), and its patches."""
     image = np.random.default_rng(0).integers(0, 256, (PATCH * grid.h, PATCH * grid.w, 3), dtype=np.uint8)
     pixels = image.reshape(grid.h, PATCH, grid.w, PATCH, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, PATCH, PATCH)
-    patches = Patches(np.ascontiguousarray(pixels), grid)
+    return image, Patches(np.ascontiguousarray(pixels), grid)
+
+
+def prepare(tower: VisionTower) -> None:
+    """Packs and compiles, which the first image pays for."""
+    side = tower.sizes.merge
+    tower.encode(random_image(Grid(1, side, side))[1])
+
+
+def time_image(tower: VisionTower, grid: Grid, num_threads: int, repeats: int) -> tuple[float, float | None]:
+    """Median seconds of an image, and what the arithmetic takes at least; None on a GPU."""
+    prepare(tower)
+    times_s, (_, patches) = [], random_image(grid)
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        tower.encode(patches)
+        times_s.append(time.perf_counter() - start_s)
+    return median(times_s), find_bound_s(tower, grid, num_threads) if tower.is_on_cpu else None
+
+
+def find_bound_s(tower: VisionTower, grid: Grid, num_threads: int) -> float:
+    """Matrices at the peak of their instruction, attention at that of float32."""
+    fmas = measure_fmas(num_threads)
+    return Work.of(tower.sizes, grid).bound_s(measure_macs(num_threads) if tower.is_int8 else fmas, fmas)
+
+
+def measure(path: Path, grid: Grid, num_threads: int, repeats: int, has_llama_cpp: bool) -> Measured:
+    """Raises KimiLiteError."""
+    image, patches = random_image(grid)
     with ExitStack() as stack:
         tower = stack.enter_context(closing(VisionTower.open(path, num_threads=num_threads)))
-        small = Grid(1, tower.sizes.merge, tower.sizes.merge)
-        tower.encode(Patches(patches.pixels[: small.num_patches], small))  # packs and compiles
+        prepare(tower)
         clip = stack.enter_context(closing(_clip(stack, path, tower.sizes, num_threads))) if has_llama_cpp else None
         ours_s, theirs_s, difference = [], [], 0.0
         if clip:
@@ -145,9 +173,8 @@ def main(
     grid = Grid(1, *(-(-side // _STEP) * _STEP // PATCH for side in (height, width)))
     try:
         with closing(VisionTower.open(path)) as tower:
-            work, is_int8 = Work.of(tower.sizes, grid), tower.is_int8
+            work, bound_s = Work.of(tower.sizes, grid), find_bound_s(tower, grid, num_threads)
         fmas, macs = measure_fmas(num_threads), measure_macs(num_threads)
-        bound_s = work.bound_s(*((macs, macs) if is_int8 else (fmas, fmas)))
         print(
             f"{path.name}: {grid.w} x {grid.h} patches, {sum(work) / 1e12:.2f} T multiply-adds, {num_threads} threads"
         )

@@ -261,7 +261,7 @@ def _dense_into(span: Span, rows: DenseRows, linear: Linear, out: DenseRows, act
 
 
 def _turn_tables(angles: np.ndarray, capacity: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of each value's pair, as `full_attention.split_op` wants them."""
+    """Cosines and sines of each value's pair, as `native.cpu.full_attention.split_op` wants them."""
     cos, sin = (aligned_zeros((capacity, width), np.float32) for _ in range(2))
     count, pairs = angles.shape
     cos[:count, : 2 * pairs] = np.repeat(np.cos(angles), 2, axis=1)

@@ -83,7 +83,11 @@ class VisionTower:
     @property
     def key(self) -> str:
         """The same only where features are: of this file, computed the same way."""
-        return model_key(self._store, "vision", self._device == "cpu")
+        return model_key(self._store, "vision", self.is_on_cpu)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return self._device == "cpu"
 
     @property
     def is_int8(self) -> bool:
