@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,11 @@ def test_serve_as_shown(place):
         assert server.wait(120) == 0
 
 
+@cache
+def help_of(command: str) -> str:
+    return kimi_lite(*command.split(), "--help").stdout
+
+
 @pytest.mark.parametrize("span", sorted({span for path in READMES for span in [*spans(path), *commands(path)]}))
 def test_what_sentences_name_is_there(span):
     """`python -m tools.X` is a module, and every flag of a `kimi-lite` command is one it has."""
@@ -163,6 +169,6 @@ def test_what_sentences_name_is_there(span):
         place = ROOT.joinpath(*match[1].split("."))
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), span
     if match := re.match(r"(?:git diff \| )?kimi-lite ((?:swarm (?:resume|show|list|delete)\b)|\w+)(.*)", span):
-        words = kimi_lite(*match[1].split(), "--help").stdout
+        words = help_of(match[1])
         for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", match[2]):
             assert flag in words, (flag, span)
