@@ -9,6 +9,11 @@ import os
 from functools import cache
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, whatever else the machine has to do; --hypothesis-profile default tries others.
+settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 if os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"

@@ -165,7 +165,9 @@ def run(engine: Recording, coming: Sequence[Arrival]) -> int:
     return num_sent_back
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     coming=arrivals(),
     num_pages=st.integers(5, 9),

@@ -13,7 +13,9 @@ from kimi_lite.experts.heat import load_heat, save_heat
 from kimi_lite.experts.recorder import RoutingTrace, read_trace, write_trace
 
 SHAPE = (2, 3, 40)
-ANY_FOLDER = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY_FOLDER = settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4)
 
 

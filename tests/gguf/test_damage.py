@@ -123,7 +123,9 @@ def test_every_field_of_the_header_replaced(tmp_path, small):
 
 
 hostile = settings(
-    max_examples=1000, deadline=timedelta(seconds=10), suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=1000,
+    deadline=timedelta(seconds=10),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -82,7 +82,9 @@ def test_odd_files_are_no_traceback(machine, text):
     assert host.usable_cores(root).num_usable == (2 if text.startswith("200000") else 4)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data(), num_cores=st.integers(1, 64), threads_a_core=st.sampled_from([1, 2]))
 def test_generated_machines(machine, data, num_cores, threads_a_core):
     """Never more threads than cores, affinity or quota allow, never none, and a reason wherever cores are left out."""

@@ -68,7 +68,9 @@ def test_the_token_goes_to_the_hub_and_not_to_where_the_bytes_are(hub, monkeypat
     assert {each.token for each in hub.seen if each.host.startswith("127.0.0.1")} == {""}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     cuts=st.lists(st.integers(0, 120_000), max_size=4),
     ignores_range=st.booleans(),

@@ -21,7 +21,9 @@ def ask_until_refused(talk: Talk, sizes: list[int]) -> None:
         talk.say("x" * size, answers="c", is_interactive=True)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     context_length=st.sampled_from([128, 200, 300, 512, 1024]),
     sizes=st.lists(st.integers(1, 300), max_size=4),

@@ -255,7 +255,9 @@ _DAMAGES = {
 }
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(kind=st.sampled_from(sorted(_DAMAGES)), share=st.floats(0, 1))
 def test_any_damage_to_a_session_is_one_sentence(tmp_path: Path, kind: str, share: float) -> None:
     autosave = open_autosave(tmp_path)

@@ -588,7 +588,7 @@ def test_done_ends_an_answer_though_the_connection_stays_open(fake: FakeOpenAI, 
 
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=6))
-@settings(deadline=None)
+@settings(max_examples=25)
 def test_events_without_empty_lines_between_are_read(contents: list[str]) -> None:
     stream = sse(*({"content": text} for text in contents)).replace(b"\n\n", b"\n")
     with FakeOpenAI(stream, sse(*({"content": text} for text in contents))) as fake:

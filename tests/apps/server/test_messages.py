@@ -40,7 +40,7 @@ _TOOL = objects({"type": st.sampled_from(["function", "builtin_function"]), "fun
 _CHOICE = st.sampled_from(["auto", "none", "required"]) | objects({"function": _FUNCTION, "name": st.just("f")})
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(_MESSAGE, max_size=4), st.lists(_TOOL, max_size=3), _CHOICE)
 def test_anything_is_read_or_refused(messages, tools, choice) -> None:
     for work in (

@@ -223,7 +223,7 @@ _ITEM = st.dictionaries(st.sampled_from(_FIELDS), st.text(max_size=5) | _JSON).f
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(_ITEM, max_size=5))
 def test_any_items_are_read_or_refused(items) -> None:
     try:

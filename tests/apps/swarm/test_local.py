@@ -175,7 +175,9 @@ TASKS = [f"{steps} {words}" for steps in (0, 1, 2) for words in ("read", "write 
 _alone: dict[str, list[str]] = {}
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.lists(st.sampled_from(TASKS), min_size=1, max_size=6, unique=True),
     st.integers(1, 6),

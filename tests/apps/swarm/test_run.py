@@ -435,7 +435,9 @@ def test_an_agents_tools_are_those_it_is_allowed(tmp_path: Path) -> None:
     assert "configurations are there already: w" in outcome.backend.asked[0].system
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     seed=st.integers(0, 10**6),
     max_parallel=st.integers(1, 5),

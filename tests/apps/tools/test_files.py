@@ -135,7 +135,7 @@ _PARTS = st.sampled_from(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(_PARTS, max_size=8).map("/".join))
 def test_it_finds_what_the_system_finds_inside_and_nothing_else(folder: Folder, path: str) -> None:
     if not (folder.root / "all").is_symlink():

