@@ -244,7 +244,7 @@ class Agent:
         finally:
             self._stop_clock()
         self.draft = ""
-        return replace(reply, message=self._with_own_ids(reply.message)), self._busy_s - before_s
+        return replace(reply, message=self._with_own_ids(well_formed(reply.message))), self._busy_s - before_s
 
     async def _answer_calls(self, calls: Sequence[ToolCall]) -> None:
         self._say("tool")
@@ -384,6 +384,15 @@ class Agent:
         self._work.emitter.emit(lambda t_s: replace(self._progress, t_s=t_s))
 
 
+def well_formed(value: Any) -> Any:
+    """A message, or arguments, without lone surrogates: no tokenizer and no server takes them."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, Mapping):
+        return {well_formed(key): well_formed(each) for key, each in value.items()}
+    return [well_formed(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def calls_of(message: Message) -> list[ToolCall]:
     """The calls of an assistant's message."""
     return [
@@ -392,7 +401,7 @@ def calls_of(message: Message) -> list[ToolCall]:
     ]
 
 
-def prompt_key(work: Work, messages: Sequence[Message], tools: Tools, limits: Limits) -> str:
-    """A digest of all that determines an agent's work: the model, how it answers, messages, tools and limits."""
-    determining = [work.backend.identity, work.answer.to_json(), list(messages), list(tools.declarations), limits.steps]
+def prompt_key(work: Work, messages: Sequence[Message], tools: Tools) -> str:
+    """A digest of all that determines what an agent says: the model, how it answers, messages and tools."""
+    determining = [work.backend.identity, work.answer.to_json(), list(messages), list(tools.declarations)]
     return blake2b(json.dumps(determining, sort_keys=True).encode(), digest_size=16).hexdigest()

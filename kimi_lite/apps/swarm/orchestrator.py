@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
-from kimi_lite.apps.swarm.agent import Agent, Ending, Results, Tools, Work, prompt_key
+from kimi_lite.apps.swarm.agent import Agent, Ending, Results, Tools, Work, prompt_key, well_formed
 from kimi_lite.apps.swarm.agent_tools import AgentTools
 from kimi_lite.apps.swarm.backend import Message
 from kimi_lite.apps.swarm.events import (
@@ -235,7 +235,7 @@ class SwarmTools:
         if tool is None:
             return None
         try:
-            arguments = read_arguments(call.arguments, tool.parameters)
+            arguments = well_formed(read_arguments(call.arguments, tool.parameters))
             if tool is CREATE:
                 kind = self._staff.create(**arguments)
                 return f"Created {kind.name}. There are: {', '.join(self._staff.kinds)}."
@@ -316,7 +316,7 @@ class SwarmTools:
             {"role": "system", "content": staff.brief(kind)},
             {"role": "user", "content": order.prompt},
         ]
-        key = prompt_key(work, messages, tools, kind.limits)
+        key = prompt_key(work, messages, tools)
         is_known = work.replay.is_started(order.agent_id, key)
         if known := work.replay.end(order.agent_id) if is_known else None:
             ending = staff.take(known)
@@ -352,7 +352,7 @@ class SwarmTools:
         """What the caller is told of the agents of one call."""
         if call.name == ASSIGN.name:
             return self._result(orders[0], endings[orders[0].agent_id])
-        items = json.loads(call.arguments)["items"]
+        items = well_formed(json.loads(call.arguments)["items"])
         rows = [
             f"<subagent agent_id={quoteattr(order.agent_id)} item={quoteattr(item)} "
             f'outcome="{_word(endings[order.agent_id])}">{escape(self._result(order, endings[order.agent_id]))}'

@@ -27,6 +27,7 @@ from typing import Any
 from kimi_lite.apps.swarm.backend import Message
 from kimi_lite.apps.swarm.orchestrator import ASSIGN, ITEM, LEAST_ITEMS, MOST_ITEMS, SWARM
 from kimi_lite.apps.swarm.permissions import Permissions
+from kimi_lite.engine.turns import require_utf8
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import read_text
 
@@ -88,6 +89,7 @@ class Plan:
     @classmethod
     def from_document(cls, document: Any, where: str) -> "Plan":
         """`where` names the file in the KimiLiteError for what is wrong in it."""
+        require_utf8(json.dumps(document, ensure_ascii=False, default=str), f"The plan {where}")
         table = _table(document, f"The plan {where}", _KEYS)
         synthesis = table.get("synthesis", True)
         if not isinstance(synthesis, bool | str):

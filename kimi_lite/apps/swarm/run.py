@@ -28,7 +28,7 @@ from kimi_lite.apps.swarm.events import (
     Warned,
 )
 from kimi_lite.apps.swarm.orchestrator import AgentKind, Staff, SwarmTools
-from kimi_lite.apps.swarm.permissions import Permissions
+from kimi_lite.apps.swarm.permissions import Permissions, Rules
 from kimi_lite.apps.swarm.plan_file import Plan
 from kimi_lite.apps.swarm.replay import Replay
 from kimi_lite.apps.swarm.settings import Limits, SwarmSettings
@@ -150,8 +150,9 @@ class SwarmRun:
             self._warn(note)
         if not self._work.backend.can_call:
             self._warn(_NO_CALLS.format(name=self._work.backend.name))
-        for name, rules in assignment.permissions.agents.items():
-            self._staff.create(name, rules.system_prompt or "")
+        for name in assignment.permissions.agents:
+            if name != ORCHESTRATOR:  # that one is there in any case
+                self._staff.create(name, assignment.permissions.of(name).system_prompt or "")
 
     def _start_timer(self) -> asyncio.TimerHandle | None:
         seconds = self._assignment.settings.seconds
@@ -174,7 +175,8 @@ class SwarmRun:
             role, task = _PLANNED, f"{task}\n\n{plan.synthesis}".strip()
         elif self._work.backend.can_call:
             role = "\n\n".join(part for part in (_ORCHESTRATOR, self._named_kinds()) if part)
-        system = "\n\n".join(part for part in (role, assignment.system) if part)
+        rules = assignment.permissions.agents.get(ORCHESTRATOR, Rules())
+        system = "\n\n".join(part for part in (role, rules.system_prompt, assignment.system) if part)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": task})
         return Agent(
@@ -182,7 +184,7 @@ class SwarmRun:
             ORCHESTRATOR,
             messages,
             tools,
-            settings.orchestrator,
+            _limits(settings.orchestrator, rules),
             script=self._said_by_plan,
             may_call=plan is None,
         )
@@ -239,9 +241,7 @@ class SwarmRun:
         return AgentTools(self._work, agent_id, self._toolshed.box(agent_id, name), self._toolshed.threads)
 
     def _limits_of(self, name: str) -> Limits:
-        rules, limits = self._assignment.permissions.of(name), self._assignment.settings.agent
-        steps = limits.steps if rules.max_steps is None else rules.max_steps
-        return replace(limits, steps=steps, tokens=limits.tokens if rules.max_tokens is None else rules.max_tokens)
+        return _limits(self._assignment.settings.agent, self._assignment.permissions.of(name))
 
     def _brief(self, kind: AgentKind) -> str:
         """What agents have in common comes first: it is read once for all of them."""
@@ -267,6 +267,12 @@ class SwarmRun:
 
     def _warn(self, text: str) -> None:
         self._emitter.emit(lambda t_s: Warned(t_s, text))
+
+
+def _limits(limits: Limits, rules: Rules) -> Limits:
+    """With what the rules say instead."""
+    steps = limits.steps if rules.max_steps is None else rules.max_steps
+    return replace(limits, steps=steps, tokens=limits.tokens if rules.max_tokens is None else rules.max_tokens)
 
 
 def _by_number(item: tuple[str, str]) -> list[int]:

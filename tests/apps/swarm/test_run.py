@@ -472,3 +472,46 @@ def test_an_answer_that_was_cut_off_at_its_limit_is_the_answer(tmp_path: Path) -
     outcome = run_swarm(tmp_path, ScriptedBackend(leader(*turns)))
     assert (outcome.ended.outcome, outcome.ended.answer) == ("token_limit", "The answer is lo")
     assert len(outcome.backend.asked) == 3
+
+
+def test_the_orchestrator_has_a_table_of_its_own(tmp_path: Path) -> None:
+    table = {"system_prompt": "Be brief.", "tools": [], "max_steps": 1}
+    permissions = Permissions.from_tables({"agents": {"orchestrator": table}}, "agents.toml")
+    turns = (Say("", (create("a"), assign("a", "1"))), "forced")
+    outcome = run_swarm(tmp_path, ScriptedBackend(leader(*turns)), permissions=permissions)
+    first = outcome.backend.asked[0]
+    assert first.system.endswith("Be brief.")
+    assert first.tools == ["create_subagent", "assign_task", "agent_swarm", "read_result"]
+    assert [event.name for event in outcome.of(AgentCreated)] == ["a"]
+    assert (outcome.ended.outcome, outcome.ended.answer) == ("step_limit", "forced")
+
+
+_json = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(st.characters(), max_size=9)
+    | st.sampled_from(["a", "{{item}}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+_names = st.sampled_from(
+    ["agent", "prompt", "name", "system_prompt", "prompt_template", "items", "reference", "offset"]
+)
+_calls = st.tuples(
+    st.sampled_from(["create_subagent", "assign_task", "agent_swarm", "read_result", "board_write_file"]) | st.text(),
+    st.dictionaries(_names, _json, max_size=5) | st.text(max_size=9),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(_calls, min_size=1, max_size=4), st.text(st.characters(), max_size=30))
+def test_whatever_a_model_calls_and_says_the_run_goes_on(tmp_path_factory, calls: list, said: str) -> None:
+    turns = (Say(said, (create("a"), *calls)), Say("", (assign("a", f"x{said}"),)), "ok")
+    backend = ScriptedBackend(leader(*turns, agents=lambda asked: f"{said}."))
+    outcome = run_swarm(tmp_path_factory.mktemp("run"), backend)
+    assert (outcome.ended.outcome, outcome.ended.answer) == ("completed", "ok")
+    final = next(asked for asked in reversed(backend.asked) if asked.settings.is_orchestrator)
+    assert len(final.results) == len(calls) + 2
+    for asked in backend.asked:  # as a tokenizer or a server takes it
+        json.dumps(list(asked.messages), ensure_ascii=False).encode()
