@@ -16,9 +16,10 @@ from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import ConvertReport, convert, importance_notes, make_job, open_model
 from kimi_lite.quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, write_mmproj
 from kimi_lite.quantize.recipe.budget import fit_recipe, parse_machine
-from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
+from kimi_lite.quantize.recipe.choose import find_recipe, kept_recipe, uniform_recipe, with_overrides
 from kimi_lite.quantize.recipe.plan import describe_plan, plan_conversion
 from kimi_lite.quantize.source.files import check_outputs
+from kimi_lite.quantize.source.model import SourceModel
 from kimi_lite.quantize.write.checksums import check_source
 from kimi_lite.quantize.write.writer import OnProgress, check_replaceable
 from kimi_lite.units import gib, parse_size
@@ -77,7 +78,7 @@ def _run(
     has_importance = importance is not None or calibration is not None
     src, dst = settings.src.expanduser(), settings.dst.expanduser()
     model = open_model(src)
-    recipe = None if _is_fitting(settings) else _choose_recipe(settings, has_importance)
+    recipe = None if _is_fitting(settings) else _choose_recipe(settings, model, has_importance)
     if calibration and not importance and not is_dry and _needs_importance(recipe):
         importance = calibration.importance(settings.calibrate, on_progress)
     fit = None if recipe else fit_recipe(model, parse_machine(settings.fit), importance)
@@ -142,9 +143,11 @@ def _is_fitting(settings: Settings) -> bool:
     return settings.fit is not None
 
 
-def _choose_recipe(settings: Settings, has_importance: bool) -> Recipe:
+def _choose_recipe(settings: Settings, model: SourceModel, has_importance: bool) -> Recipe:
     if settings.recipe:
         recipe = find_recipe(settings.recipe, has_importance)
+    elif not settings.type_name and (kept := kept_recipe(model)):
+        recipe = kept
     else:
         recipe = uniform_recipe(settings.type_name or _DEFAULT_TYPE, has_importance)
     return with_overrides(recipe, settings.tensor_types, has_importance)

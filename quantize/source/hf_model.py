@@ -17,7 +17,7 @@ from kimi_lite.quantize.source.metadata import model_metadata
 from kimi_lite.quantize.source.model import RowReader, SourceModel, SourceTensor
 from kimi_lite.quantize.source.names import TensorSource, list_sources
 from kimi_lite.quantize.source.open import Checkpoint
-from kimi_lite.quantize.source.repack import kept_type, repack_rows
+from kimi_lite.quantize.source.repack import check_scales, kept_type, repack_rows
 from kimi_lite.quantize.source.tokenizer import TOKENIZER_FILES, tokenizer_metadata
 
 _INCOMPLETE_HINT = "Check that config.json belongs to these weights and that all files are there."
@@ -77,17 +77,20 @@ def _check_sources(checkpoint: Checkpoint, sources: list[TensorSource]) -> None:
 def _source_tensor(checkpoint: Checkpoint, source: TensorSource) -> SourceTensor:
     weights = [checkpoint.weights[part.weight] for part in source.parts]
     kinds = {weight.kind for weight in weights}
-    kept_types = {kept_type(weight) for weight in weights}
-    kept = kept_types.pop() if len(kept_types) == 1 else None  # one that holds the codes of all parts
+    kept = kept_type(weights)
     exact = set.intersection(*({*_EXACT.get(kind, ("F32",))} for kind in kinds)) | ({kept} if kept else set())
 
     def open_encoded(layout: Layout) -> RowReader | None:
         if layout.name != kept:
             return None
+        try:
+            check_scales(weights, kept)
+        except KimiLiteError as error:
+            raise KimiLiteError(f"{source.name}: {error.message}", error.hint.replace("NAME", source.name)) from error
 
         def read_part(index: int, start: int, stop: int) -> np.ndarray:
             first = source.parts[index].start
-            return repack_rows(weights[index], first + start, first + stop)
+            return repack_rows(weights[index], kept, first + start, first + stop)
 
         return _joined(source, read_part)
 
@@ -105,6 +108,7 @@ def _source_tensor(checkpoint: Checkpoint, source: TensorSource) -> SourceTensor
         exact=frozenset(exact),
         open_rows=lambda: _joined(source, read_part),
         open_encoded=open_encoded,
+        codes=kept,
     )
 
 

@@ -33,6 +33,7 @@ class SourceTensor:
     exact: frozenset[str]
     open_rows: Callable[[], RowReader]
     open_encoded: Callable[[Layout], RowReader | None]
+    codes: str | None = None  # the type that holds the codes that a checkpoint stores the tensor by
 
     @property
     def num_weights(self) -> int:

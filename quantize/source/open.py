@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from kimi_lite.arch.checkpoint import CheckpointConfig, inner_object, read_checkpoint_config
-from kimi_lite.arch.reader import Reader, shown
+from kimi_lite.arch.checkpoint import CheckpointConfig, read_checkpoint_config
+from kimi_lite.arch.reader import Reader
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.quantize.source.formats import read_formats
 from kimi_lite.quantize.source.names import canonical_name, layer_number
 from kimi_lite.quantize.source.shards import RawTensor, find_raw_tensors
-from kimi_lite.quantize.source.stored import FACTOR_SUFFIXES, StoredWeight, make_weight
+from kimi_lite.quantize.source.stored import FACTOR_SUFFIXES, ZERO_POINT, StoredWeight, make_weight
 
-_FP8_BLOCK = (128, 128)
 _CONFIG_HINT = "Check that config.json belongs to these weights."
 _PREDICTION = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.")  # what only next-token-prediction layers have
 
@@ -37,7 +37,7 @@ class Checkpoint:
     def open(cls, folder: Path) -> "Checkpoint":
         """Raises KimiLiteError where config.json, a shard or a header is missing, damaged or of an unknown kind."""
         config = read_checkpoint_config(folder)
-        fp8_block = _check_quantization(config)
+        formats = read_formats(config)
         num_layers, unused = config.config.num_layers, config.config.table.unused_weights
         raw, vision, extra, stored_names = {}, [], [], {}
         tensors = find_raw_tensors(folder)
@@ -64,7 +64,7 @@ class Checkpoint:
         if extra:
             notes.append(f"next-token-prediction layers left out ({_num_values(extra)})")
         names = dict.fromkeys(map(_weight_name, raw))
-        weights = {name: make_weight(name, raw, fp8_block) for name in names}
+        weights = {name: make_weight(name, raw, formats.fp8_block, formats.of(name, raw)) for name in names}
         files = tuple(sorted({tensor.file for tensor in tensors.values()}))
         return cls(folder, config, weights, files, tuple(notes))
 
@@ -96,34 +96,4 @@ def _weight_name(name: str) -> str:
     for suffix in FACTOR_SUFFIXES:
         if name.endswith(f".weight{suffix}"):
             return name.removesuffix(suffix)
-    return name
-
-
-def _check_quantization(config: CheckpointConfig) -> tuple[int, int]:
-    """Raises KimiLiteError for a way of quantizing that is not read here; returns the FP8 block's rows and columns."""
-    quantization = config.object("quantization_config")
-    if not quantization:
-        return _FP8_BLOCK
-    method = quantization.get("quant_method")
-    if method == "fp8":
-        block = quantization.get("weight_block_size") or _FP8_BLOCK
-        is_pair = isinstance(block, list | tuple) and len(block) == 2
-        if not is_pair or not all(type(size) is int and size > 0 for size in block):
-            raise KimiLiteError(
-                f"{config.file}: weight_block_size is {shown(block)}, and must be two whole numbers above 0.",
-                "Download config.json again.",
-            )
-        return block[0], block[1]
-    if method == "humming" and quantization.get("b_dtype") == "uint2" and not quantization.get("has_zero_point"):
-        return _FP8_BLOCK
-    source = f"{config.file}, quantization_config"
-    groups = inner_object(quantization, "config_groups", source)
-    weights = [inner_object(inner_object(groups, name, source), "weights", source) for name in groups]
-    is_int4 = all(w.get("num_bits") == 4 and w.get("type") == "int" and w.get("symmetric", True) for w in weights)
-    if method == "compressed-tensors" and quantization.get("format") == "pack-quantized" and is_int4:
-        return _FP8_BLOCK
-    have = f"quant_method {shown(method)}, format {shown(quantization.get('format'))}"
-    raise KimiLiteError(
-        f"The checkpoint is quantized by {have}.",
-        "Read are: none, block FP8, pack-quantized symmetric INT4, and uint2.",
-    )
+    return f"{name.removesuffix(ZERO_POINT)}.weight" if name.endswith(ZERO_POINT) else name

@@ -1,5 +1,5 @@
-"""The ways a checkpoint stores a weight, each read as float32 rows: plain floats, FP8 in blocks, INT4 and 2 bits in
-groups.
+"""The ways a checkpoint stores a weight, each read as float32 rows: plain floats, FP8 in blocks, integer codes of
+2 to 8 bits in groups.
 
 Rows are counted over all axes but the last, and only the rows asked for are touched. Everything here is exact in
 float32: each stored number is a float32, and each product below is the number the checkpoint stands for.
@@ -17,9 +17,14 @@ from kimi_lite.quantize.source.shards import RawTensor
 
 FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 # what may stand behind "X.weight" and say what the weight means
+ZERO_POINT = ".zero_point"  # what Humming puts in the place of ".weight"
 FACTOR_SUFFIXES = ("_packed", "_scale", "_shape", "_scale_inv", "_zero_point", "_g_idx")
-_CODES_PER_WORD = 8
-_FORMATS_HINT = "It reads float32, float16, bfloat16, block FP8 (e4m3), pack-quantized INT4 and Humming's uint2."
+_WORD_BITS = 32
+_CODE_BITS = range(2, 9)
+_FORMATS_HINT = (
+    "It reads float32, float16, bfloat16, block FP8 (e4m3), and integers of 2 to 8 bits as compressed-tensors "
+    "(pack-quantized) and Humming store them."
+)
 
 
 class StoredWeight(Protocol):
@@ -81,83 +86,95 @@ class Fp8Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Weight:
-    """compressed-tensors' pack-quantized INT4, as Kimi's routed experts: eight codes in an int32, lowest nibble first,
-    offset 8, one scale for each group of columns."""
+class CodeFormat:
+    """How a configuration says that codes are stored; `group`: columns that share a scale, None where that is not
+    said."""
 
-    packed: RawTensor  # (N, M / 8) int32
+    bits: int
+    group: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """Codes of `bits` bits in int32 words, one after another from the lowest bits on, that stand for
+    (code - zero point) * scale, with a scale for each group of columns. So Kimi's INT4 experts are stored
+    (compressed-tensors' pack-quantized), and GSQ's, in that form and in Humming's. The container may be wider than
+    its codes: which codes there are, only reading all of them tells."""
+
+    packed: RawTensor  # (N, M * bits / 32) int32
     scales: RawTensor  # (N, M / group)
+    bits: int
+    zero_points: RawTensor | None = None  # (N, M / group) floats; None: 2^(bits - 1) throughout
 
     @property
     def kind(self) -> str:
-        return "int4"
+        return f"int{self.bits}"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.packed.shape[0], self.packed.shape[1] * _CODES_PER_WORD
+        return self.packed.shape[0], self.packed.shape[1] * _WORD_BITS // self.bits
 
     @property
     def group(self) -> int:
         return self.shape[1] // self.scales.shape[1]
 
+    @property
+    def offset(self) -> int:
+        """The code that stands for 0 where there are no zero points."""
+        return 1 << (self.bits - 1)
+
     def read_codes(self, start: int, stop: int) -> np.ndarray:
-        """Codes 0..15 (the weight's integer plus 8) as uint8 (rows, M)."""
-        packed = self.packed.read_rows(start, stop).view(np.uint8)  # (R, M / 2), a plain stream of nibbles
-        return np.stack([packed & 15, packed >> 4], axis=-1).reshape(stop - start, -1)
+        """As they are stored, from 0 on: uint8 (rows, M)."""
+        return unpack(self.packed.read_rows(start, stop), self.bits)
+
+    def read_signed(self, start: int, stop: int) -> np.ndarray:
+        """Codes less their zero points: int8 (rows, M), or float32 where zero points are given."""
+        codes = self.read_codes(start, stop)
+        if self.zero_points is None:
+            return (codes ^ self.offset).view(np.int8) if self.bits == 8 else codes.view(np.int8) - np.int8(self.offset)
+        groups = codes.reshape(stop - start, self.scales.shape[1], -1)  # (R, groups, group)
+        return (groups - self.read_zero_points(start, stop)[..., None]).reshape(stop - start, -1)
+
+    def read_zero_points(self, start: int, stop: int) -> np.ndarray:
+        """float32 (rows, M / group)"""
+        assert self.zero_points is not None
+        return _to_float32(self.zero_points.read_rows(start, stop), self.zero_points.dtype)
 
     def read_scales(self, start: int, stop: int) -> np.ndarray:
-        return _to_float32(self.scales.read_rows(start, stop), self.scales.dtype)  # (R, M / group)
+        """float32 (rows, M / group)"""
+        return _to_float32(self.scales.read_rows(start, stop), self.scales.dtype)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         scales = self.read_scales(start, stop)
-        weights = self.read_codes(start, stop).astype(np.float32)
-        weights -= 8
+        weights = self.read_signed(start, stop).astype(np.float32)
         groups = weights.reshape(stop - start, scales.shape[1], -1)  # (R, groups, group), a view
         with np.errstate(invalid="ignore"):  # a damaged scale may be infinite: encoders refuse what comes of it
             groups *= scales[..., None]
         return weights
 
 
-@dataclass(frozen=True, slots=True)
-class Int2Weight:
-    """Humming's uint2, as the 2-bit GSQ release of K2.5: sixteen codes in an int32, lowest bits first, that stand for
-    -2, -1, 0 and 1 times the scale of their group of columns."""
-
-    packed: RawTensor  # (N, M / 16) int32
-    scales: RawTensor  # (N, M / group)
-
-    @property
-    def kind(self) -> str:
-        return "int2"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.packed.shape[0], self.packed.shape[1] * _CODES_PER_WORD * 2
-
-    @property
-    def group(self) -> int:
-        return self.shape[1] // self.scales.shape[1]
-
-    def read_codes(self, start: int, stop: int) -> np.ndarray:
-        """Codes 0..3 (the weight's integer plus 2) as uint8 (rows, M)."""
-        quads = self.packed.read_rows(start, stop).view(np.uint8)  # (R, M / 4)
-        return np.stack([quads & 3, quads >> 2 & 3, quads >> 4 & 3, quads >> 6], axis=-1).reshape(stop - start, -1)
-
-    def read_scales(self, start: int, stop: int) -> np.ndarray:
-        return _to_float32(self.scales.read_rows(start, stop), self.scales.dtype)  # (R, M / group)
-
-    def read_rows(self, start: int, stop: int) -> np.ndarray:
-        scales = self.read_scales(start, stop)
-        weights = self.read_codes(start, stop).astype(np.float32) - np.float32(2)
-        weights.reshape(stop - start, scales.shape[1], -1)[...] *= scales[..., None]
-        return weights
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 (R, W) to the uint8 codes (R, 32 W / bits) in them, from the lowest bits on."""
+    stream = np.ascontiguousarray(words).view(np.uint8)  # (R, 4 W)
+    if bits == 8:
+        return stream
+    if bits == 4:
+        return np.stack([stream & 15, stream >> 4], axis=-1).reshape(len(words), -1)
+    if bits == 2:
+        quads = [stream & 3, stream >> 2 & 3, stream >> 4 & 3, stream >> 6]
+        return np.stack(quads, axis=-1).reshape(len(words), -1)
+    single = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(words), -1, bits)  # (R, M, bits)
+    return np.packbits(single, axis=-1, bitorder="little")[..., 0]
 
 
-def make_weight(name: str, raw: dict[str, RawTensor], fp8_block: tuple[int, int]) -> StoredWeight:
-    """The weight `name` (ending in ".weight", or plain), from whichever tensors of `raw` store it. Raises
-    KimiLiteError, also for a tensor next to it that this way of storing does not use: it would change the weight."""
+def make_weight(
+    name: str, raw: dict[str, RawTensor], fp8_block: tuple[int, int], codes: CodeFormat | None = None
+) -> StoredWeight:
+    """The weight `name` (ending in ".weight", or plain), from whichever tensors of `raw` store it; `codes` says how its
+    codes are stored, where it is of codes (as it is: 4 bits packed, else 2). Raises KimiLiteError, also for a tensor
+    next to it that this way of storing does not use: it would change the weight."""
     if f"{name}_packed" in raw:
-        weight, used = _make_int4(name, raw), {"_packed", "_scale", "_shape"}
+        weight, used = _make_coded(name, f"{name}_packed", raw, codes or CodeFormat(4)), {"_packed", "_scale", "_shape"}
     elif name not in raw:
         raise KimiLiteError(f"{name} has a scale or a shape, but no weights with them.", _FORMATS_HINT)
     else:
@@ -165,17 +182,25 @@ def make_weight(name: str, raw: dict[str, RawTensor], fp8_block: tuple[int, int]
         if tensor.dtype == "F8_E4M3":
             weight, used = _make_fp8(name, raw, fp8_block), {"", "_scale_inv"}
         elif tensor.dtype == "I32":
-            weight, used = _make_int2(name, raw), {"", "_scale", "_shape"}
+            weight, used = _make_coded(name, name, raw, codes or CodeFormat(2)), {"", "_scale", "_shape"}
         elif tensor.dtype in FLOAT_DTYPES:
             weight, used = PlainWeight(tensor), {""}
         else:
             problem = f"{name} is stored as {shown(tensor.dtype)}, which this program does not read"
             raise KimiLiteError(f"{problem}.", _FORMATS_HINT)
-    unused = [name + suffix for suffix in ("", *FACTOR_SUFFIXES) if suffix not in used and name + suffix in raw]
+    others = [name + suffix for suffix in ("", *FACTOR_SUFFIXES) if suffix not in used]
+    if not isinstance(weight, CodedWeight):
+        others.append(zero_point_name(name))
+    unused = [other for other in others if other in raw]
     if unused:
         problem = f"{name} is {weight.kind}, and {unused[0]} would change it in a way that is not known here"
         raise KimiLiteError(f"{problem}.", _FORMATS_HINT)
     return weight
+
+
+def zero_point_name(name: str) -> str:
+    """Where Humming has the zero points of `X.weight`."""
+    return f"{name.removesuffix('.weight')}{ZERO_POINT}"
 
 
 def _make_fp8(name: str, raw: dict[str, RawTensor], block: tuple[int, int]) -> Fp8Weight:
@@ -193,33 +218,30 @@ def _make_fp8(name: str, raw: dict[str, RawTensor], block: tuple[int, int]) -> F
     return Fp8Weight(tensor, factors, block)
 
 
-def _make_int4(name: str, raw: dict[str, RawTensor]) -> Int4Weight:
+def _make_coded(name: str, packed_name: str, raw: dict[str, RawTensor], codes: CodeFormat) -> CodedWeight:
     """`weight_shape` says nothing that the packed shape and config.json do not, and reading 70,000 of them is slow."""
-    packed, scales = raw[f"{name}_packed"], raw.get(f"{name}_scale")
+    packed, scales, zeros = raw[packed_name], raw.get(f"{name}_scale"), raw.get(zero_point_name(name))
     if scales is None:
-        raise KimiLiteError(f"{name} is packed without its scale.", _FORMATS_HINT)
-    is_sound = packed.dtype == "I32" and scales.dtype in FLOAT_DTYPES and len(packed.shape) == len(scales.shape) == 2
-    if is_sound:
-        columns = packed.shape[1] * _CODES_PER_WORD
-        is_sound = packed.shape[0] == scales.shape[0] and scales.shape[1] > 0 and columns % scales.shape[1] == 0
-    if not is_sound:
-        have = f"{packed.dtype} {list(packed.shape)} with {scales.dtype} scales {list(scales.shape)}"
-        raise KimiLiteError(f"{name} is not INT4 packed in groups along its rows: have {have}.", _FORMATS_HINT)
-    return Int4Weight(packed, scales)
-
-
-def _make_int2(name: str, raw: dict[str, RawTensor]) -> Int2Weight:
-    packed, scales = raw[name], raw.get(f"{name}_scale")
-    is_sound = scales is not None and scales.dtype in FLOAT_DTYPES and len(packed.shape) == len(scales.shape) == 2
-    if is_sound:
-        columns = packed.shape[1] * _CODES_PER_WORD * 2
-        is_sound = packed.shape[0] == scales.shape[0] and scales.shape[1] > 0 and columns % scales.shape[1] == 0
-    if not is_sound:
-        have = f"{scales.dtype} scales {list(scales.shape)}" if scales else "no scales"
         raise KimiLiteError(
-            f"{name}: I32 {list(packed.shape)} is not 2-bit weights in groups: have {have}.", _FORMATS_HINT
+            f"{name} is packed in {packed.dtype} {list(packed.shape)} without its scale.", _FORMATS_HINT
         )
-    return Int2Weight(packed, scales)
+    sizes = (packed.shape, scales.shape, *([zeros.shape] if zeros else []))
+    is_sound = packed.dtype == "I32" and scales.dtype in FLOAT_DTYPES and all(len(shape) == 2 for shape in sizes)
+    if is_sound and codes.bits in _CODE_BITS:
+        columns = packed.shape[1] * _WORD_BITS
+        is_sound = columns % codes.bits == 0 and packed.shape[0] == scales.shape[0] and scales.shape[1] > 0
+        columns //= codes.bits
+        is_sound = is_sound and columns % scales.shape[1] == 0
+        is_sound = is_sound and codes.group in (None, columns // scales.shape[1])
+    if is_sound and zeros:
+        is_sound = zeros.shape == scales.shape and zeros.dtype in FLOAT_DTYPES
+    if not is_sound or codes.bits not in _CODE_BITS:
+        group = f" of {codes.group}" if codes.group else ""
+        have = f"{packed.dtype} {list(packed.shape)} with {scales.dtype} scales {list(scales.shape)}"
+        have += f" and {zeros.dtype} zero points {list(zeros.shape)}" if zeros else ""
+        problem = f"{name} is not {codes.bits}-bit codes in groups{group} along its rows: have {have}"
+        raise KimiLiteError(f"{problem}.", _FORMATS_HINT)
+    return CodedWeight(packed, scales, codes.bits, zeros)
 
 
 def _to_float32(values: np.ndarray, dtype: str) -> np.ndarray:

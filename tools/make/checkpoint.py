@@ -3,11 +3,12 @@ vendor does.
 
     python -m tools.make.checkpoint FOLDER --layers 0+1            # one layer of 384 INT4 experts, 9.5 GB
     kimi-lite quantize FOLDER out.gguf --recipe tq1_0
+    python -m tools.make.checkpoint FOLDER --experts gsq         # 2-bit codes as GSQ leaves them; or humming
 
-Routed experts are pack-quantized INT4 in groups of 32, all else bfloat16, a shard a layer, so that `quantize` can be
-timed on what it will meet 60 times: seconds, memory and weights per second of one layer extrapolate. Weights are
-Gaussian, codes go to
--7..7; each tensor is cut from one tile of a few megabytes at changing offsets.
+Routed experts are pack-quantized INT4 in groups of 32 (or 2-bit codes in groups of 128), all else bfloat16, a shard a
+layer, so that `quantize` can be timed on what it will meet 60 times: seconds, memory and weights per second of one layer
+extrapolate. Weights are Gaussian, codes go to -7..7; each tensor is cut from one tile of a few megabytes at changing
+offsets.
 """
 
 import base64
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import typer
@@ -29,7 +30,8 @@ from kimi_lite.quantize.codecs.floats import encode_bf16
 from kimi_lite.quantize.source.names import TensorSource, list_sources
 from kimi_lite.quantize.write.writer import check_space
 
-_GROUP = 32
+_GROUP, _GSQ_GROUP = 32, 128
+Experts = Literal["int4", "gsq", "humming"]  # gsq: in a container of 4 bits, as compressed-tensors packs it
 _TILE_ROWS, _TILE_COLUMNS = 512, 8192
 _DTYPE_BYTES = {"BF16": 2, "F32": 4, "I32": 4}
 _NUM_CONTROL = 256
@@ -47,25 +49,25 @@ class _Stored(NamedTuple):
         return prod(self.shape) * _DTYPE_BYTES[self.dtype]
 
 
-def make_checkpoint(folder: Path, config: ModelConfig, seed: int = 0) -> int:
+def make_checkpoint(folder: Path, config: ModelConfig, seed: int = 0, experts: Experts = "int4") -> int:
     """Writes config.json, tokenizer, index and shards; returns the bytes of weights. Raises KimiLiteError."""
     if folder.exists() and any(folder.iterdir()):
         raise KimiLiteError(f"{folder} is not empty.", "Name a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _group_tensors(config)
+    shards = _group_tensors(config, experts)
     total_bytes = sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors)
     check_space(folder / "weights", total_bytes)
-    tiles = _make_tiles(np.random.default_rng(seed))
+    tiles = _make_tiles(np.random.default_rng(seed), experts)
     for name, tensors in shards.items():
         _write_shard(folder / name, tensors, tiles)
     weight_map = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    _write_config(folder, config)
+    _write_config(folder, config, experts)
     return total_bytes
 
 
-def _group_tensors(config: ModelConfig) -> dict[str, list[_Stored]]:
+def _group_tensors(config: ModelConfig, experts: Experts) -> dict[str, list[_Stored]]:
     """Shard names to tensors: one shard a layer, the rest in the last."""
     biases = {
         f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
@@ -76,7 +78,7 @@ def _group_tensors(config: ModelConfig) -> dict[str, list[_Stored]]:
     for source in list_sources(config, biases):
         shard = int(source.name.split(".")[1]) if source.name.startswith("blk.") else config.num_layers
         by_shard.setdefault(shard, [])
-        for tensor in _list_stored(source, config):
+        for tensor in _list_stored(source, config, experts):
             if tensor.name not in seen:
                 seen.add(tensor.name)
                 by_shard[shard].append(tensor)
@@ -86,31 +88,40 @@ def _group_tensors(config: ModelConfig) -> dict[str, list[_Stored]]:
     }
 
 
-def _list_stored(source: TensorSource, config: ModelConfig) -> Iterator[_Stored]:
+def _list_stored(source: TensorSource, config: ModelConfig, experts: Experts) -> Iterator[_Stored]:
     """What the checkpoint holds for the parts of a GGUF tensor."""
     for part in source.parts:
         name = f"language_model.{part.weight}"
         if ".mlp.experts." in name:
             rows, row = part.stop - part.start, source.shape[-1]
-            yield _Stored(f"{name}_packed", "I32", (rows, row // 8))
-            yield _Stored(f"{name}_scale", "BF16", (rows, row // _GROUP))
-            yield _Stored(f"{name}_shape", "I32", (2,))
+            groups = row // (_GROUP if experts == "int4" else _GSQ_GROUP)
+            if experts == "humming":
+                yield _Stored(name, "I32", (rows, row // 16))
+                yield _Stored(name.replace(".weight", ".zero_point"), "BF16", (rows, groups))
+            else:
+                yield _Stored(f"{name}_packed", "I32", (rows, row // 8))
+                yield _Stored(f"{name}_shape", "I32", (2,))
+            yield _Stored(f"{name}_scale", "BF16", (rows, groups))
         elif name.endswith("kv_b_proj.weight"):
             yield _Stored(name, "BF16", (config.num_heads * config.kv_head_dim, config.kv_lora_rank))
         else:
             yield _Stored(name, "F32" if name.endswith("bias") else "BF16", source.shape)
 
 
-def _make_tiles(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Flat uint8 values by kind: bfloat16 weights, INT4 codes with their scales, norms near one, small float32."""
+def _make_tiles(rng: np.random.Generator, experts: Experts) -> dict[str, np.ndarray]:
+    """Flat uint8 values by kind: bfloat16 weights, codes with their scales and zero points, norms near one, small
+    float32."""
     weights = rng.standard_normal((_TILE_ROWS, _TILE_COLUMNS), np.float32) * np.float32(0.02)
     groups = weights.reshape(-1, _GROUP)  # (groups, 32)
     scales = np.abs(groups).max(axis=1, keepdims=True) / np.float32(7)
     codes = (np.rint(groups / scales) + 8).astype(np.uint8).reshape(-1, 2)
+    if experts != "int4":
+        codes = rng.integers(6, 10, codes.shape).astype(np.uint8)  # -2 to 1 in 4 bits; of 2 bits any byte is four codes
     near_one = 1 + 0.1 * rng.standard_normal((1, _TILE_COLUMNS), np.float32)
     return {
         "weights": encode_bf16(weights).reshape(-1),
-        "codes": codes[:, 0] | codes[:, 1] << 4,
+        "codes": rng.integers(0, 256, len(codes), np.uint8) if experts == "humming" else codes[:, 0] | codes[:, 1] << 4,
+        "zeros": np.tile(encode_bf16(np.full((1, 256), 2, np.float32)).reshape(-1), 256),
         "scales": encode_bf16(scales).reshape(-1),
         "norms": encode_bf16(near_one.astype(np.float32)).reshape(-1),
         "biases": (0.1 * rng.standard_normal(_TILE_COLUMNS, np.float32)).astype("<f4").view(np.uint8),
@@ -144,7 +155,8 @@ def _pieces(tensor: _Stored, number: int, tiles: Mapping[str, np.ndarray]) -> It
         yield np.zeros(2, "<i4").tobytes()  # readers take the shape from the packed tensor
         return
     kind = "norms" if tensor.name.endswith(("norm.weight", "layernorm.weight")) else "weights"
-    for suffix, other in (("_packed", "codes"), ("_scale", "scales"), ("bias", "biases")):
+    kind = "codes" if tensor.dtype == "I32" else kind
+    for suffix, other in (("_scale", "scales"), ("bias", "biases"), (".zero_point", "zeros")):
         kind = other if tensor.name.endswith(suffix) else kind
     tile = memoryview(tiles[kind])
     start = (number * 2654435761 >> 8) % len(tile) // _GROUP * _GROUP
@@ -156,17 +168,19 @@ def _pieces(tensor: _Stored, number: int, tiles: Mapping[str, np.ndarray]) -> It
         start = 0
 
 
-def _write_config(folder: Path, config: ModelConfig) -> None:
+def _write_config(folder: Path, config: ModelConfig, experts: Experts) -> None:
     weights = {
         "num_bits": 4,
         "type": "int",
         "strategy": "group",
-        "group_size": _GROUP,
+        "group_size": _GROUP if experts == "int4" else _GSQ_GROUP,
         "symmetric": True,
         "dynamic": False,
     }
+    if experts == "humming":
+        weights = {"dtype": "uint2", "group_size": _GSQ_GROUP, "has_zero_point": True, "is_fp_zero_point": True}
     quantization = {
-        "quant_method": "compressed-tensors",
+        "quant_method": "humming" if experts == "humming" else "compressed-tensors",
         "format": "pack-quantized",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
     }
@@ -187,14 +201,16 @@ def main(
     layers: Annotated[str, typer.Option(help="Dense layers + expert layers.")] = "0+1",
     num_experts: Annotated[int, typer.Option(help="Routed experts a layer; K2.5 has 384.", min=8)] = 384,
     vocab: Annotated[int, typer.Option(help="Tokens; K2.5 has 163840.", min=512)] = 8192,
+    experts: Annotated[Experts, typer.Option(help="How the routed experts are stored.")] = "int4",
 ) -> None:
-    """Write a K2.5-shaped INT4 checkpoint with random weights."""
+    """Write a K2.5-shaped checkpoint with random weights."""
     start_s = time.perf_counter()
-    dense, _, experts = layers.partition("+")
-    if not (dense.isdecimal() and experts.isdecimal() and int(dense) + int(experts) > 0):
+    dense, _, sparse = layers.partition("+")
+    if not (dense.isdecimal() and sparse.isdecimal() and int(dense) + int(sparse) > 0):
         raise typer.BadParameter(f"{layers!r} is not dense + expert layers, such as 0+1")
     try:
-        num_bytes = make_checkpoint(folder, slice_of(K2_5, int(dense), int(experts), num_experts, vocab))
+        config = slice_of(K2_5, int(dense), int(sparse), num_experts, vocab)
+        num_bytes = make_checkpoint(folder, config, experts=experts)
     except KimiLiteError as error:
         typer.echo(f"make_checkpoint: {error}", err=True)
         raise typer.Exit(2) from error

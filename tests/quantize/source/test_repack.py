@@ -15,7 +15,7 @@ from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.convert import convert
 from kimi_lite.quantize.recipe.choose import find_recipe
 from kimi_lite.quantize.source.repack import kept_type, repack_rows
-from kimi_lite.quantize.source.stored import Int2Weight, Int4Weight, make_weight
+from kimi_lite.quantize.source.stored import CodedWeight, make_weight
 from tests.checkpoints import make_checkpoint
 from tests.quantize.source.raw import raw_tensor
 
@@ -38,11 +38,11 @@ def test_rows_and_blocks_are_exact(tmp_path):
         "<u2"
     )  # bfloat16 bits, both signs
     packed = raw_tensor(tmp_path, "packed", "I32", pack(codes))
-    weight = Int2Weight(packed, raw_tensor(tmp_path, "scales", "BF16", scales))
+    weight = CodedWeight(packed, raw_tensor(tmp_path, "scales", "BF16", scales), 2)
     expected = codes * np.repeat((scales.astype("<u4") << 16).view("<f4"), 128, axis=1)
-    assert kept_type(weight) == "Q2_0"
+    assert kept_type([weight]) == "Q2_0"
     assert np.array_equal(weight.read_rows(0, 6), expected.astype(np.float32))
-    assert np.array_equal(dequantize(repack_rows(weight, 1, 5), "Q2_0"), expected[1:5].astype(np.float32))
+    assert np.array_equal(dequantize(repack_rows(weight, "Q2_0", 1, 5), "Q2_0"), expected[1:5].astype(np.float32))
 
 
 def test_int4_becomes_q4_0_without_loss(tmp_path):
@@ -53,10 +53,12 @@ def test_int4_becomes_q4_0_without_loss(tmp_path):
     scales = torch.from_numpy(rng.uniform(2**-16, 4, (6, 4)).astype(np.float32)).to(torch.bfloat16)
     scales[0, 0], scales[1, 1] = 2.0**-17, -0.5
     packed = raw_tensor(tmp_path, "packed", "I32", pack_to_int32(torch.from_numpy(codes), 4).numpy())
-    weight = Int4Weight(packed, raw_tensor(tmp_path, "scales", "BF16", scales.view(torch.int16).numpy().view("<u2")))
-    blocks = repack_rows(weight, 1, 6)
+    weight = CodedWeight(
+        packed, raw_tensor(tmp_path, "scales", "BF16", scales.view(torch.int16).numpy().view("<u2")), 4
+    )
+    blocks = repack_rows(weight, "Q4_0", 1, 6)
     expected = codes.reshape(6, 4, 32) * scales.float().numpy()[..., None]
-    assert kept_type(weight) == "Q4_0"
+    assert kept_type([weight]) == "Q4_0"
     assert np.array_equal(gguf.quants.dequantize(blocks, GGMLQuantizationType.Q4_0), expected.reshape(6, 128)[1:])
     assert np.array_equal(weight.read_rows(0, 6), expected.reshape(6, 128))
 
@@ -103,5 +105,5 @@ def test_the_release_is_kept_without_loss(tmp_path):
 
 def test_integers_without_scales_are_refused(tmp_path):
     raw = {"x.weight": raw_tensor(tmp_path, "x.weight", "I32", np.zeros((4, 8), np.int32))}
-    with pytest.raises(KimiLiteError, match="not 2-bit weights in groups: have no scales"):
+    with pytest.raises(KimiLiteError, match=r"packed in I32 .* without its scale"):
         make_weight("x.weight", raw, (128, 128))

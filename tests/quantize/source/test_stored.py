@@ -6,7 +6,7 @@ import torch
 from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.source.stored import Fp8Weight, Int4Weight, PlainWeight, e4m3_values, make_weight
+from kimi_lite.quantize.source.stored import CodedWeight, Fp8Weight, PlainWeight, e4m3_values, make_weight
 from tests.quantize.source.raw import raw_tensor
 
 
@@ -53,7 +53,7 @@ def test_int4_equals_compressed_tensors(tmp_path):
         "w.weight_scale": raw_tensor(tmp_path, "s", "BF16", scales.view(torch.int16).numpy()),
     }
     weight = make_weight("w.weight", raw, (128, 128))
-    assert isinstance(weight, Int4Weight)
+    assert isinstance(weight, CodedWeight) and weight.kind == "int4"
     assert (weight.shape, weight.group) == ((10, 256), 32)
     unpacked = unpack_from_int32(packed, 4, torch.Size((10, 256)))
     expected = (unpacked.float().unflatten(1, (8, 32)) * scales.float()[..., None]).flatten(1)
@@ -62,7 +62,7 @@ def test_int4_equals_compressed_tensors(tmp_path):
 
 def test_int4_word_of_the_published_example(tmp_path):
     packed = raw_tensor(tmp_path, "p", "I32", np.array([[-1075214576]], "<i4"))  # 0xBFE98710
-    weight = Int4Weight(packed, raw_tensor(tmp_path, "s", "F32", np.ones((1, 1), "<f4")))
+    weight = CodedWeight(packed, raw_tensor(tmp_path, "s", "F32", np.ones((1, 1), "<f4")), 4)
     assert weight.read_rows(0, 1).tolist() == [[-8, -7, -1, 0, 1, 6, 7, 3]]
 
 
@@ -70,11 +70,11 @@ def test_int4_word_of_the_published_example(tmp_path):
     ("stored", "word"),
     [
         ({"w.weight": ("U8", (2, 2))}, "stored as 'U8'"),
-        ({"w.weight": ("I32", (2, 2)), "w.weight_scale": ("F32", (2, 3))}, "not 2-bit weights in groups"),
+        ({"w.weight": ("I32", (2, 2)), "w.weight_scale": ("F32", (2, 3))}, "not 2-bit codes in groups"),
         ({"w.weight": ("F8_E4M3", (2, 2))}, "without w.weight_scale_inv"),
         ({"w.weight": ("F8_E4M3", (300, 2)), "w.weight_scale_inv": ("F32", (2, 1))}, r"need floats \[3, 1\]"),
         ({"w.weight_packed": ("I32", (2, 4))}, "without its scale"),
-        ({"w.weight_packed": ("I32", (2, 4)), "w.weight_scale": ("F32", (2, 5))}, "not INT4 packed"),
+        ({"w.weight_packed": ("I32", (2, 4)), "w.weight_scale": ("F32", (2, 5))}, "not 4-bit codes in groups"),
         (
             {
                 "w.weight_packed": ("I32", (2, 4)),
