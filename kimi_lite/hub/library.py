@@ -23,6 +23,7 @@ from kimi_lite.hub.quants import Quant, RemoteFile, find_quant, find_tower, grou
 HUB, LM_STUDIO, OLLAMA, LLAMA_CPP = "Hugging Face cache", "LM Studio", "Ollama", "llama.cpp"
 _OLLAMA_MODEL, _OLLAMA_TOWER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.projector"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+SERVICE_FOLDER = Path("/usr/share/ollama/.ollama/models")  # of Ollama's Linux service
 _MANIFEST_BYTES = 1 << 20  # more is none
 
 
@@ -197,7 +198,7 @@ def ollama_folders() -> list[Path]:
     """$OLLAMA_MODELS, the user's, and that of the Linux service."""
     chosen = os.environ.get("OLLAMA_MODELS")
     folders = [Path(chosen).expanduser()] if chosen else []
-    folders += [Path.home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
+    folders += [Path.home() / ".ollama" / "models", SERVICE_FOLDER]
     return [folder for folder in dict.fromkeys(folders) if os.access(folder / "manifests", os.R_OK | os.X_OK)]
 
 

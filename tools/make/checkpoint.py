@@ -6,9 +6,9 @@ vendor does.
     python -m tools.make.checkpoint FOLDER --experts gsq         # 2-bit codes as GSQ leaves them; or humming
 
 Routed experts are pack-quantized INT4 in groups of 32 (or 2-bit codes in groups of 128), all else bfloat16, a shard a
-layer, so that `quantize` can be timed on what it will meet 60 times: seconds, memory and weights per second of one layer
-extrapolate. Weights are Gaussian, codes go to -7..7; each tensor is cut from one tile of a few megabytes at changing
-offsets.
+layer, so that `quantize` can be timed on what it will meet 60 times: seconds, memory and weights per second of one
+layer extrapolate. Weights are Gaussian, codes go to -7..7; each tensor is cut from one tile of a few megabytes at
+changing offsets.
 """
 
 import base64
