@@ -29,9 +29,9 @@ Name = Annotated[
     str, typer.Argument(metavar="OWNER/REPO[:QUANT]", help="A repository of the hub, or an address of one.")
 ]
 OnlyLists = Annotated[bool, typer.Option("--list", help="List the quants, and fetch none.", rich_help_panel=MODEL)]
-Vision = Annotated[
+Mmproj = Annotated[
     bool,
-    typer.Option("--vision/--no-vision", help="With the vision tower, where there is one.", rich_help_panel=MODEL),
+    typer.Option("--mmproj/--no-mmproj", help="With the vision file, where there is one.", rich_help_panel=MODEL),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Fetch what would not run here: for another machine.", rich_help_panel=MODEL)
@@ -44,7 +44,7 @@ def main(
     options: Options,
     name: Name,
     only_lists: OnlyLists = False,
-    vision: Vision = True,
+    mmproj: Mmproj = True,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +61,7 @@ def main(
         if only_lists or as_json or (len(quants) > 1 and not repository.name.quant):
             lines = _listed(hub, repository, options, progress, as_json)
         else:
-            lines = _fetched(hub, repository, options, vision, force, progress, status)
+            lines = _fetched(hub, repository, options, mmproj, force, progress, status)
     for line in lines:
         typer.echo(line)
 
@@ -139,7 +139,7 @@ def _fetched(
     left = missing(repository, quant.files)
     if not (quant.is_checkpoint or is_forced):
         try:
-            require_runnable(describe(hub, repository, quant), options, left.num_bytes)
+            require_runnable(describe(hub, repository, quant, has_vision), options, left.num_bytes)
         except KimiLiteError as error:
             raise KimiLiteError(error.message, f"{error.hint}\nAdd --force to fetch it all the same.") from error
     show_plain(status, f"{name}: {gib(left.num_bytes)} of {gib(quant.num_bytes)} to fetch")

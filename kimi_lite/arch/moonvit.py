@@ -263,12 +263,17 @@ def check_tensors(store: GGUFStore, tower: MoonViT) -> None:
 
 def find_vision_file(model: Path, hidden_size: int, named: Path | None = None) -> Path | None:
     """The one that is named; else, of those in the model's folder that end in its width, the one with llama.cpp's name,
-    mmproj-MODEL.gguf, or the only one. None where there is none, or several."""
+    mmproj-MODEL.gguf, or the only one. Publishers with a folder for each quant (UD-TQ1_0/MODEL-UD-TQ1_0.gguf) have it
+    in the folder above. None where there is none, or several."""
     if named is not None:
         return named
-    fitting = [file for file in sorted(model.parent.glob("*mmproj*.gguf")) if _width_of(file) == hidden_size]
-    own = model.with_name(f"mmproj-{model.name}")
-    return own if own in fitting else fitting[0] if len(fitting) == 1 else None
+    folders = [model.parent, *([model.parent.parent] if model.parent.name in model.name else [])]
+    for folder in folders:
+        fitting = [file for file in sorted(folder.glob("*mmproj*.gguf")) if _width_of(file) == hidden_size]
+        own = folder / f"mmproj-{model.name}"
+        if own in fitting or len(fitting) == 1:
+            return own if own in fitting else fitting[0]
+    return None
 
 
 def _width_of(file: Path) -> object:

@@ -27,9 +27,11 @@ def find_or_fetch(text: str, options: Options, on_progress: OnProgress) -> Path:
         quant = repository.find(name.quant)
         if local := same_elsewhere(repository, quant):
             return local.path
+        can_see = options.vision != "off"
         if not quant.is_checkpoint:
-            require_runnable(describe(hub, repository, quant), options, missing(repository, quant.files).num_bytes)
-        return fetch_quant(hub, repository, quant, on_progress)
+            subject = describe(hub, repository, quant, can_see)
+            require_runnable(subject, options, missing(repository, quant.files).num_bytes)
+        return fetch_quant(hub, repository, quant, on_progress, can_see)
 
 
 def find_here(text: str) -> Path:

@@ -1,6 +1,7 @@
 """`pull`, `models` and `-m hf:` as they are typed, against a hub on this machine."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kimi_lite.hub.library import local_models
 from tests.gguf.gguf_bytes import GGUFBytes, tensor
 from tests.hub.conftest import home, hub  # noqa: F401
 from tests.hub.hub_server import Fault
+from tests.test_readme import READMES, commands
 from tests.tiny import write_tiny_gguf
 
 
@@ -113,7 +115,7 @@ def test_what_would_not_run_is_refused_before_it_is_fetched(hub, repo):  # noqa:
     assert hub.file_bytes_sent() - sent < len(repo.files["Q8_0/tiny-Q8_0.gguf"])
     assert "--force" in refusal("pull tiny/Tiny-GGUF:Q8_0 --ram 1M").hint
     assert "IQ1_KT" in refusal("pull tiny/Tiny-GGUF:smol-IQ1_KT").message
-    kimi_lite("pull tiny/Tiny-GGUF:Q8_0 --ram 1M --force --no-vision")
+    kimi_lite("pull tiny/Tiny-GGUF:Q8_0 --ram 1M --force --no-mmproj")
     (model,) = local_models()
     assert model.label == "Q8_0" and model.tower is None
 
@@ -121,11 +123,11 @@ def test_what_would_not_run_is_refused_before_it_is_fetched(hub, repo):  # noqa:
 def test_an_interrupted_pull_goes_on(hub, repo, quants):  # noqa: F811
     hub.faults[:] = [Fault("tiny-Q8_0.gguf"), Fault("tiny-Q8_0.gguf", after=400_000)]
     hub.faults += [Fault("tiny-Q8_0.gguf", status=503, times=99)]
-    assert "goes on where it was" in refusal("pull tiny/Tiny-GGUF:Q8_0 --no-vision").hint
+    assert "goes on where it was" in refusal("pull tiny/Tiny-GGUF:Q8_0 --no-mmproj").hint
     hub.faults.clear()
     assert "tiny/Tiny-GGUF:unfinished" in (listed := kimi_lite("models")) and "pull goes on with it" in listed
     sent = hub.file_bytes_sent()
-    kimi_lite("pull tiny/Tiny-GGUF:Q8_0 --no-vision")
+    kimi_lite("pull tiny/Tiny-GGUF:Q8_0 --no-mmproj")
     assert hub.file_bytes_sent() - sent == len(quants["Q8_0/tiny-Q8_0.gguf"]) - 400_000
     assert "unfinished" not in kimi_lite("models")
 
@@ -161,3 +163,11 @@ def test_a_checkpoint_is_fetched_for_quantize(hub):  # noqa: F811
 def test_without_the_extra_it_is_said_what_to_install(hub, repo, monkeypatch):  # noqa: F811
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert "pip install 'kimi-lite[pull]'" in refusal("pull tiny/Tiny-GGUF").hint
+
+
+def test_commands_of_the_readmes_run(hub, quants):  # noqa: F811
+    lines = {line for path in READMES for line in commands(path) if re.match(r"kimi-lite (pull|models)", line)}
+    hub.add("unsloth/Kimi-K2.5-GGUF", {path.replace("TQ2_0", "TQ1_0"): data for path, data in quants.items()})
+    assert len(lines) >= 3
+    for line in sorted(lines):
+        kimi_lite(line.removeprefix("kimi-lite "))
