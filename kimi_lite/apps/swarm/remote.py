@@ -13,7 +13,7 @@ from uuid import uuid4
 from kimi_lite.apps.remote.answer import AnswerReader
 from kimi_lite.apps.remote.deltas import DeltaReader
 from kimi_lite.apps.remote.dialect import COMPLETIONS, Dialect
-from kimi_lite.apps.remote.endpoint import READ_S, Refused, address_of
+from kimi_lite.apps.remote.endpoint import READ_S, Refused
 from kimi_lite.apps.remote.http_async import AsyncServer
 from kimi_lite.apps.remote.models import MODELS, Models, models_of, no_models, only_model
 from kimi_lite.apps.swarm.backend import (
@@ -33,6 +33,7 @@ from kimi_lite.errors import KimiLiteError
 MAX_FAILURES = 8  # of one question, refusals for the limit of rate not counted
 PATIENCE_S = 900.0  # how long one question is refused for the limit of rate
 STALL_S = 180.0  # silence in the middle of an answer
+WARN_EVERY_S = 60.0  # of one server
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 _OUT = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)  # the server, its key or its model is not what was meant
 
@@ -52,9 +53,9 @@ class RemoteBackend:
         read_s: float = READ_S,
         stall_s: float = STALL_S,
     ) -> None:
-        """api_key: for servers that name no variable for theirs. on_warning: told once of each server that is asked no
-        more. seed: of the waits that chance stretches. read_s: how long a server may be silent before an answer begins,
-        stall_s: in the middle of one."""
+        """api_key: for servers that name no variable for theirs. on_warning: told of each server that is asked no more,
+        and now and then of one that fails. seed: of the waits that chance stretches. read_s: how long a server may be
+        silent before an answer begins, stall_s: in the middle of one."""
         self._on_warning, self._stall_s = on_warning, stall_s
         members = [_Remote(choice, choice.key(api_key), read_s) for choice in choices]
         self._pool: Pool[_Remote] = Pool(members, clock or LoopClock(), seed)
@@ -141,9 +142,12 @@ class RemoteBackend:
         """The server is not asked for a while, or no more."""
         if verdict == "out":
             self._leave_out(member, error)
-        else:
-            wait_s = error.retry_after_s if isinstance(error, Refused) else None
-            self._pool.failed(member, verdict == "limited", wait_s)
+            return
+        now_s = self._pool.clock.now_s()
+        self._pool.failed(member, verdict == "limited", error.retry_after_s if isinstance(error, Refused) else None)
+        if now_s - member.warned_s >= WARN_EVERY_S:
+            member.warned_s = now_s
+            self._on_warning(f"{error.message} It is asked again in {max(0.0, member.closed_until_s - now_s):.0f} s.")
 
     def _leave_out(self, member: "_Remote", error: KimiLiteError) -> None:
         if member.why_out is None:
@@ -158,6 +162,7 @@ class _Remote(Member):
         super().__init__(choice.weight, choice.serves(True), choice.serves(False), choice.most_at_once)
         self.server = AsyncServer(choice.url, key, read_s)
         self.model = choice.model
+        self.warned_s = -float("inf")  # when it was last told that a question failed
         self._dialect: Dialect | None = None  # once the model is chosen
         self._opens_thinking: bool | None = None  # whether its answers begin inside <think>; None: not known yet
 
@@ -241,9 +246,3 @@ def _verdict(error: KimiLiteError) -> Verdict:
 def _given_up(error: KimiLiteError, num_asked: int, passed_s: float) -> KimiLiteError:
     times = "once" if num_asked == 1 else f"{num_asked} times in {passed_s:.0f} s"
     return KimiLiteError(f"{error.message} It was asked {times}.", "Look at the server, or give another --endpoint.")
-
-
-def describe(choices: Sequence[EndpointChoice]) -> str:
-    """Addresses and what they do, for people, before any is reached."""
-    roles = {"any": "", "orchestrator": " (orchestrator)", "agents": " (agents)"}
-    return ", ".join(f"{address_of(choice.url).url}{roles[choice.role]}" for choice in choices)

@@ -281,9 +281,24 @@ def test_what_no_server_would_answer_is_not_asked_again(fake: FakeOpenAI, status
 def test_a_limit_of_rate_is_waited_for_and_fewer_are_asked_at_once(fake: FakeOpenAI) -> None:
     refusal = Answer([b'{"error": "slow down"}'], 429, headers={"Retry-After": "30"})
     fake.answers += [refusal, Answer([sse({"content": "ok"})])]
-    clock = FakeClock()
-    assert asked(fake.url, work=chat, clock=clock).message["content"] == "ok"
+    clock, warnings = FakeClock(), list[str]()
+    assert asked(fake.url, work=chat, clock=clock, on_warning=warnings.append).message["content"] == "ok"
     assert 30 <= clock.now_s() <= 45
+    (warning,) = warnings
+    assert "answered 429 (refused): slow down. It is asked again in" in warning
+
+
+def test_a_server_that_fails_often_is_told_of_now_and_then(fake: FakeOpenAI) -> None:
+    refusal, ok = Answer([b"{}"], 503, headers={"Retry-After": "1"}), Answer([sse({"content": "ok"})])
+    fake.answers += [refusal, ok] * 90
+    warnings: list[str] = []
+
+    async def work(backend: RemoteBackend) -> None:
+        for _ in range(90):
+            await chat(backend)
+
+    asked(fake.url, work=work, on_warning=warnings.append)
+    assert 2 <= len(warnings) <= 4  # in 90 to 135 seconds
 
 
 def test_a_server_that_only_refuses_for_its_limit_of_rate_is_given_up() -> None:
