@@ -131,7 +131,7 @@ class Agent:
         self._steps = self._num_asked = 0  # answers; those that are not the script's
         self._critical_steps = 0
         self._calls: list[tuple[str, str]] = []  # (name, arguments), for the loop guard
-        self._text = ""  # said last, perhaps not to its end
+        self._text = ""  # of its last whole answer that says something
         self._context_tokens = sum(len(str(message.get("content"))) for message in messages) // _CHARS_PER_TOKEN
         self._deadline = asyncio.timeout(None)
         self._since_s: float | None = None  # since when it works; None: it waits
@@ -341,7 +341,7 @@ class Agent:
         self._stop_clock()
         self._work.busy_s += self._busy_s
         self._busy_s = 0.0
-        return Ending(outcome, self._text, reason, self._usage, self._steps, self._critical_steps)
+        return Ending(outcome, self.draft.strip() or self._text, reason, self._usage, self._steps, self._critical_steps)
 
     def _start_clock(self) -> None:
         """From here on it works, and does not wait for its turn."""
@@ -365,8 +365,7 @@ class Agent:
             self._stop_clock()
         else:
             self._start_clock()
-        self.draft = progress.text.strip()
-        self._text = self.draft or self._text
+        self.draft = progress.text
         self._say(
             progress.state,
             prompt_tokens_done=progress.prompt_tokens_done,

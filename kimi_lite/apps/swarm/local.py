@@ -30,7 +30,7 @@ _LOADING_POLL_S = 0.02
 
 class LocalBackend:
     """`open_engine` runs in the engine's thread; it may tell how far it is. An engine that is not ours to close
-    (`is_owner`) is used between `open` and `close` by nobody else."""
+    (`is_owner`) is ours alone between `open` and `close`."""
 
     def __init__(self, open_engine: Callable[[OnLoading], Engine], is_owner: bool = True) -> None:
         self._service = EngineService(

@@ -78,7 +78,7 @@ class Replay:
         return self._calls.get((agent_id, call_id))
 
     def is_cut_off(self, agent_id: str, call_id: str) -> bool:
-        """Whether a call was begun and nobody knows what came of it."""
+        """Whether a call was begun and what came of it is not known."""
         return (agent_id, call_id) in self._begun and (agent_id, call_id) not in self._calls
 
     def _add(self, place: int, event: Event) -> None:

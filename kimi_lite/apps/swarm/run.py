@@ -78,7 +78,7 @@ _REASONS: Mapping[Outcome, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What is to be done, and how. `record` is what the journal keeps for resuming, of whoever makes assignments."""
+    """What is to be done, and how. `record` is what the journal keeps for resuming."""
 
     run_id: str
     task: str
@@ -207,8 +207,8 @@ class SwarmRun:
         """The orchestrator's; where it came to no end, a last one from what is there, or what is there itself."""
         if ending.outcome == "completed" or not any(self._staff.results.values()):
             return ending.text
-        if orchestrator.draft:  # it was at its answer
-            return orchestrator.draft
+        if draft := orchestrator.draft.strip():  # it was at its answer
+            return draft
         if ending.outcome in _REASONS:
             request = _ANSWER_NOW.format(reason=_REASONS[ending.outcome])
             try:
@@ -216,7 +216,7 @@ class SwarmRun:
             except asyncio.CancelledError:
                 if asyncio.current_task().cancelling():
                     raise
-                return orchestrator.draft or self._all_results()
+                return orchestrator.draft.strip() or self._all_results()
             if reply is not None and (text := str(reply.message.get("content") or "").strip()):
                 return text
         return self._all_results()

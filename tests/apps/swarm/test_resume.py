@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ from tests.apps.swarm.scripted import Asked, Say, ScriptedBackend, assign, creat
 
 PERMISSIONS = Permissions.from_tables({"default": {"tools": ["board_*"]}}, "test")
 SETTINGS = SwarmSettings(max_depth=2, max_parallel=2, result_chars=50, fuller_below=30, agent=Limits(steps=4))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_fsync() -> Iterator[None]:
+    """What a kill leaves does not depend on it; only a power cut's does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kimi_lite.apps.swarm.journal.os.fsync", lambda file: None)
+        yield
 
 
 def answer(asked: Asked) -> Say | str:

@@ -1,6 +1,7 @@
 """Runs of a swarm on a model by script: stages, failures, limits, malformed calls, an end by hand."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ from kimi_lite.apps.swarm.permissions import Permissions
 from kimi_lite.apps.swarm.settings import Limits, SwarmSettings
 from kimi_lite.errors import KimiLiteError
 from tests.apps.swarm.scripted import Asked, Say, ScriptedBackend, assign, create, run_swarm
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_fsync() -> Iterator[None]:
+    """What a kill leaves does not depend on it; only a power cut's does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kimi_lite.apps.swarm.journal.os.fsync", lambda file: None)
+        yield
 
 
 def leader(*turns: Say | str, agents=lambda asked: f"done: {asked.prompt}"):

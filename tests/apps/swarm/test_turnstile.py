@@ -1,4 +1,4 @@
-"""So many at once, the highest priority first, and no place is lost, whoever is cancelled when."""
+"""So many at once, the highest priority first, and no place is lost when some are cancelled."""
 
 import asyncio
 from random import Random
