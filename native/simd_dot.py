@@ -105,6 +105,15 @@ def dot_of(builder, acc, a, b):
     return (_dot_unsigned if HAS_FULL_UNSIGNED_DOT else _dot_signed)(builder, acc, a, b)
 
 
+def unsigned_dot_of(builder, acc, a, b):
+    """LLVM code of acc + 4 products a lane of an unsigned vector, whose values are at most MAX_UNSIGNED, and a signed
+    one."""
+    return _dot_unsigned(builder, acc, a, b)
+
+
+MAX_UNSIGNED = 255 if HAS_FULL_UNSIGNED_DOT else 127
+
+
 # Products with integer scales
 # ------------------------------------------------------------------------------------------
 

@@ -37,10 +37,10 @@ from kimi_lite.native.simd import (
 from kimi_lite.native.vectors import f32x16, shuffler
 
 _FAST = {"fastmath": FASTMATH, "error_model": "numpy"}
-_KEYS = 128  # of a block
-_QUERIES = 96  # of a task
+BLOCK_KEYS = 128  # of a block
+TASK_QUERIES = 96  # of a task
 _ROW_MULTIPLE = 384  # holds whole blocks of keys and whole tiles of queries
-_LOWEST = types.float32(-1e30)
+LOWEST = types.float32(-1e30)
 _swap_pairs = shuffler(f32x16, f32x16, [lane ^ 1 for lane in range(16)])
 
 
@@ -77,14 +77,14 @@ class Heads(NamedTuple):
 
 def attention_scratch_bytes(head_dim: int) -> int:
     """A thread's: scores of a tile, state of a task's queries."""
-    return 4 * (TILE_ROWS * _KEYS + _QUERIES * (round_up(head_dim, 16) + 16)) + 4096
+    return 4 * (TILE_ROWS * BLOCK_KEYS + TASK_QUERIES * (round_up(head_dim, 16) + 16)) + 4096
 
 
 # Splitting ------------------------------------------------------------------------------------------------------------
 
 
 @njit(**_FAST)
-def _turn(x, cos, sin, width, scale, out):
+def turn_row(x, cos, sin, width, scale, out):
     """out = x with its pairs turned by their angles, times scale; zeros where both tables are."""
     for i in range(0, 4 * width, 64):
         value = load_f32x16(x + i)
@@ -115,8 +115,8 @@ def _split_kernel(args, thread, team):
                 row, at = first + 16 * task + r, qkv + (16 * task + r) * stride + 4 * head * head_dim
                 c, s = cos + 4 * row * width, sin + 4 * row * width
                 place = 4 * (head * capacity + row) * width
-                _turn(at, c, s, width, scale, queries + place)
-                _turn(at + 4 * heads * head_dim, c, s, width, one, stage + 4 * r * width)
+                turn_row(at, c, s, width, scale, queries + place)
+                turn_row(at + 4 * heads * head_dim, c, s, width, one, stage + 4 * r * width)
                 for i in range(0, 4 * width, 64):
                     store_f32x16(values + place + i, load_f32x16(at + 8 * heads * head_dim + i))
             panel = keys + 64 * width * ((head * capacity + first) // 16 + task)
@@ -144,19 +144,29 @@ def split_op(span: Span, qkv: np.ndarray, num_heads: int, cos: np.ndarray, sin: 
 def _softmax_row(scores, peak):
     """Scores of a block become e^(score - new peak); returns (new peak, their sum)."""
     largest = load_f32x16(scores)
-    for i in range(64, 4 * _KEYS, 64):
+    for i in range(64, 4 * BLOCK_KEYS, 64):
         largest = max_f32x16(largest, load_f32x16(scores + i))
     new_peak = max(peak, largest_f32x16(largest))
     shift, total = splat_f32x16(new_peak), zero_f32x16()
-    for i in range(0, 4 * _KEYS, 64):
+    for i in range(0, 4 * BLOCK_KEYS, 64):
         weight = exp_f32x16(load_f32x16(scores + i) - shift)
         store_f32x16(scores + i, weight)
         total = total + weight
     return new_peak, sum_f32x16(total)
 
 
+@njit(**_FAST)
+def store_context(context, total, target, head_dim):
+    """target = context / total, float32 (head_dim,)."""
+    inverse = types.float32(1) / total
+    for i in range(0, head_dim // 16 * 64, 64):
+        store_f32x16(target + i, load_f32x16(context + i) * splat_f32x16(inverse))
+    for i in range(head_dim // 16 * 16, head_dim):
+        store_f32(target + 4 * i, load_f32(context + 4 * i) * inverse)
+
+
 def _score_block(vectors, query, keys, width, head_dim, scores):
-    """scores (TILE_ROWS, _KEYS) of a tile of queries and a block of keys."""
+    """scores (TILE_ROWS, BLOCK_KEYS) of a tile of queries and a block of keys."""
 
 
 @overload(_score_block, prefer_literal=True)
@@ -164,15 +174,15 @@ def _choose_score_block(vectors, query, keys, width, head_dim, scores):
     tile = float_tile("F32", TILE_VECTORS, TILE_ROWS, False)
 
     def score_block(vectors, query, keys, width, head_dim, scores):
-        for panel in range(0, _KEYS // 16, TILE_VECTORS):
+        for panel in range(0, BLOCK_KEYS // 16, TILE_VECTORS):
             at = keys + 64 * width * panel
-            tile(at, 64, 64 * width, query, 4 * width, head_dim, scores + 64 * panel, 4 * _KEYS)
+            tile(at, 64, 64 * width, query, 4 * width, head_dim, scores + 64 * panel, 4 * BLOCK_KEYS)
 
     return score_block
 
 
 def _add_values(vectors, weights, values, width, num_keys, state):
-    """state (TILE_ROWS, W) += weights (TILE_ROWS, _KEYS) @ values (num_keys, W)."""
+    """state (TILE_ROWS, W) += weights (TILE_ROWS, BLOCK_KEYS) @ values (num_keys, W)."""
 
 
 @overload(_add_values, prefer_literal=True)
@@ -185,7 +195,7 @@ def _choose_add_values(vectors, weights, values, width, num_keys, state):
     def add_values(vectors, weights, values, width, num_keys, state):
         for row in range(0, TILE_ROWS, rows):
             at = state + 4 * width * row
-            tile(values, 4 * width, 64, weights + 4 * _KEYS * row, 4 * _KEYS, num_keys, at, 4 * width)
+            tile(values, 4 * width, 64, weights + 4 * BLOCK_KEYS * row, 4 * BLOCK_KEYS, num_keys, at, 4 * width)
 
     return add_values
 
@@ -199,28 +209,28 @@ def _attention_kernel(vectors: int):
         heads, head_dim, capacity = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
         out, stride, width, count = load_i64(args + 56), load_i64(args + 64), 16 * vectors, span_count(span)
         scores = span_scratch(span, thread)
-        state = scores + 4 * TILE_ROWS * _KEYS
-        peaks = state + 4 * _QUERIES * width  # largest score and sum of each query
-        num_blocks = -(-count // _QUERIES)
+        state = scores + 4 * TILE_ROWS * BLOCK_KEYS
+        peaks = state + 4 * TASK_QUERIES * width  # largest score and sum of each query
+        num_blocks = -(-count // TASK_QUERIES)
         task = next_task(team)
         while task < heads * num_blocks:
-            head, first = task // num_blocks, task % num_blocks * _QUERIES
-            rows = min(_QUERIES, count - first)
+            head, first = task // num_blocks, task % num_blocks * TASK_QUERIES
+            rows = min(TASK_QUERIES, count - first)
             query = queries + 4 * width * (head * capacity + first)
-            for i in range(0, 4 * _QUERIES * width, 64):
+            for i in range(0, 4 * TASK_QUERIES * width, 64):
                 store_f32x16(state + i, zero_f32x16())
-            for row in range(_QUERIES):
-                store_f32(peaks + 8 * row, _LOWEST)
+            for row in range(TASK_QUERIES):
+                store_f32(peaks + 8 * row, LOWEST)
                 store_f32(peaks + 8 * row + 4, types.float32(0))
-            for key in range(0, count, _KEYS):
-                num_keys = min(_KEYS, count - key)
+            for key in range(0, count, BLOCK_KEYS):
+                num_keys = min(BLOCK_KEYS, count - key)
                 for row in range(0, rows, TILE_ROWS):
                     at = keys + 4 * width * (head * capacity + key)
                     _score_block(vectors, query + 4 * width * row, at, width, head_dim, scores)
                     for r in range(TILE_ROWS):
-                        line, place = scores + 4 * _KEYS * r, peaks + 8 * (row + r)
-                        for i in range(num_keys, _KEYS):
-                            store_f32(line + 4 * i, _LOWEST)
+                        line, place = scores + 4 * BLOCK_KEYS * r, peaks + 8 * (row + r)
+                        for i in range(num_keys, BLOCK_KEYS):
+                            store_f32(line + 4 * i, LOWEST)
                         before = load_f32(place)
                         peak, total = _softmax_row(line, before)
                         factor = np.exp(before - peak)
@@ -232,12 +242,8 @@ def _attention_kernel(vectors: int):
                     at = values + 4 * width * (head * capacity + key)
                     _add_values(vectors, scores, at, width, num_keys, state + 4 * width * row)
             for row in range(rows):
-                target, context = out + (first + row) * stride + 4 * head * head_dim, state + 4 * width * row
-                inverse = types.float32(1) / load_f32(peaks + 8 * row + 4)
-                for i in range(0, head_dim // 16 * 64, 64):
-                    store_f32x16(target + i, load_f32x16(context + i) * splat_f32x16(inverse))
-                for i in range(head_dim // 16 * 16, head_dim):
-                    store_f32(target + 4 * i, load_f32(context + 4 * i) * inverse)
+                target = out + (first + row) * stride + 4 * head * head_dim
+                store_context(state + 4 * width * row, load_f32(peaks + 8 * row + 4), target, head_dim)
             task = next_task(team)
 
     return kernel(attend)

@@ -26,7 +26,7 @@ from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.closeness import assert_close, product_size, sizes
 from tests.native.guard import at_page_end, at_page_start
 from tests.native.harness import run_ops, run_table
-from tests.native.test_dense import check_attention, check_product
+from tests.native.test_dense import WAYS, check_attention, check_product
 from tests.native.test_experts import NUM_ROUTED, TOP_K, Layer, distinct_ids, tokens_of
 
 NUM_TOKENS, NUM_ROWS = 5, 13
@@ -99,8 +99,9 @@ def check_dense() -> None:
         for dtype in ("F16", "int8"):
             print("dense", dtype, flush=True)
             check_product(team, dtype, 29, 144, 50, "gelu_tanh")
-        print("attention", flush=True)
-        check_attention(team, 97, 3, 72)
+        for way in WAYS:
+            print("attention", way, flush=True)
+            check_attention(team, 97, 3, 72, way)
 
 
 def main(path: str) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from kimi_lite.model.vision.cpu import BYTES, FLOATS
 from kimi_lite.native.cpu.activations import aligned_zeros
 from kimi_lite.native.cpu.dense import (
     DenseMatrix,
@@ -17,7 +18,6 @@ from kimi_lite.native.cpu.dense import (
     rows_op,
 )
 from kimi_lite.native.cpu.dense_tiles import TILE_ROWS
-from kimi_lite.native.cpu.full_attention import Heads, attention_scratch_bytes, full_attention_op, split_op
 from kimi_lite.native.cpu.patch_merge import merge_op, merge_scratch_bytes
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.cpu.threads import Team
@@ -96,12 +96,19 @@ def test_what_is_not_finite_spoils_its_row_alone(team, dtype, value):
     assert not is_finite[3] and is_finite.sum() == TILE_ROWS - 1
 
 
-def check_attention(team: Team, num_rows: int, num_heads: int, head_dim: int, spread: float = 1.0) -> None:
-    """Packed in two chunks, as the tower does."""
+# rows of a chunk, and how far the form may be from float64
+WAYS = {"float32": (FLOATS, 48, 3e-6), "int8": (BYTES, 128, 2e-2)}
+
+
+def check_attention(
+    team: Team, num_rows: int, num_heads: int, head_dim: int, name: str = "float32", spread: float = 1.0
+) -> None:
+    """Packed in chunks, as the tower does."""
     rng, d = np.random.default_rng(num_rows), num_heads * head_dim
-    capacity, cut = round_up(num_rows, 48), 48
-    span = Span(team.num_threads, max(attention_scratch_bytes(head_dim), 64 * round_up(head_dim, 16)))
-    heads = Heads.make(num_rows, num_heads, head_dim)
+    way, cut, limit = WAYS[name]
+    capacity = round_up(num_rows, cut)
+    span = Span(team.num_threads, max(way.scratch_bytes(head_dim), 64 * round_up(head_dim, 16)))
+    heads = way.heads.make(num_rows, num_heads, head_dim)
     qkv = aligned_zeros((capacity, 3 * d), np.float32, 64)
     qkv[:num_rows] = spread * rng.standard_normal((num_rows, 3 * d))
     angles = rng.standard_normal((num_rows, head_dim // 2))
@@ -113,9 +120,9 @@ def check_attention(team: Team, num_rows: int, num_heads: int, head_dim: int, sp
         chunk = aligned_zeros((cut, 3 * d), np.float32, 64)
         chunk[: len(qkv[first : first + cut])] = qkv[first : first + cut]
         span.set(first, min(cut, num_rows - first))
-        team.run(Program([split_op(span, chunk, num_heads, cos, sin, heads)]))
+        team.run(Program([way.split_op(span, chunk, num_heads, cos, sin, heads)]))
     span.set(0, num_rows)
-    team.run(Program([full_attention_op(span, heads, out)]))
+    team.run(Program([way.attention_op(span, heads, out)]))
     parts = torch.from_numpy(qkv[:num_rows].astype(np.float64)).view(num_rows, 3, num_heads, head_dim)
     q, k, v = parts.permute(1, 2, 0, 3)
     turns = torch.from_numpy(np.exp(1j * angles))
@@ -124,12 +131,13 @@ def check_attention(team: Team, num_rows: int, num_heads: int, head_dim: int, sp
         for each in (q, k)
     )
     want = functional.scaled_dot_product_attention(q, k, v).permute(1, 0, 2).reshape(num_rows, d).numpy()
-    assert error(out[:num_rows], want) < 3e-6
+    assert error(out[:num_rows], want) < limit
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", [(1, 1, 16), (5, 2, 16), (97, 3, 72), (130, 2, 24), (300, 1, 128)], ids=str)
-def test_attention(team, shape):
-    check_attention(team, *shape)
+def test_attention(team, shape, way):
+    check_attention(team, *shape, way)
 
 
 def test_attention_to_one_key(team):

@@ -1,13 +1,15 @@
 """The tower on the CPU: programs of dense products and full attention, run by a team of threads.
 
 An item's patches go through each layer in chunks, except that attention wants them all: memory grows by the residual
-stream, the context and the heads' queries, keys and values, 27 KB a patch for K2.5's tower, and by nothing that is
-quadratic. Files with a quantized matrix (Q8_0) are multiplied in int8, all others in float32 with the file's weights.
+stream, the context and the heads' queries, keys and values (25 KB a patch for K2.5's tower, 16 KB in int8), and by
+nothing that is quadratic. Files with a quantized matrix (Q8_0) are computed in int8, attention too, all others in
+float32 with the file's weights.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,13 @@ from kimi_lite.model.vision.patches import Grid, Patches
 from kimi_lite.model.vision.positions import position_rows, rope_angles
 from kimi_lite.model.vision.weights import Stored, VisionWeights
 from kimi_lite.native.cpu.activations import aligned_zeros
+from kimi_lite.native.cpu.byte_attention import (
+    MAX_HEAD,
+    ByteHeads,
+    byte_attention_op,
+    byte_attention_scratch_bytes,
+    byte_split_op,
+)
 from kimi_lite.native.cpu.dense import (
     DenseMatrix,
     DenseRows,
@@ -32,11 +41,24 @@ from kimi_lite.native.cpu.patch_merge import merge_op, merge_scratch_bytes
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.threads import Team
 
-CHUNK_ROWS = 960  # that go through a layer's products at once: whole tiles, whole panels of keys
+CHUNK_ROWS = 1152  # that go through a layer's products at once: whole tiles, whole blocks of keys
 _ROW_MULTIPLE = 48  # of buffers: tiles of rows and panels of 16
 _TILE_BYTES = 4096  # of sums, at most
 
 Report = Callable[[str, int, int], None]
+
+
+class Attention(NamedTuple):
+    """How patches attend: float32, or int8 where the matrices are."""
+
+    heads: type[Heads] | type[ByteHeads]
+    scratch_bytes: Callable[[int], int]
+    split_op: Callable[..., Op]
+    attention_op: Callable[..., Op]
+
+
+FLOATS = Attention(Heads, attention_scratch_bytes, split_op, full_attention_op)
+BYTES = Attention(ByteHeads, byte_attention_scratch_bytes, byte_split_op, byte_attention_op)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +101,7 @@ class CpuTower:
     ) -> None:
         self._file, self._tower = file, file.tower
         self.is_int8 = weights.has_quantized
+        self.attention = BYTES if self.is_int8 and file.tower.head_dim <= MAX_HEAD else FLOATS
         report = report or (lambda stage, done, total: None)
         self._team = Team(num_threads or usable_cores().num_usable)
         try:
@@ -176,7 +199,7 @@ class _Item:
         d, first = tower.hidden, owner._layers[0]
         self._x = aligned_zeros((capacity, first.out.matrix.padded_rows), np.float32, 64)
         self._context = aligned_zeros((capacity, round_up(d, 16)), np.float32, 64)
-        self._heads = Heads.make(count, tower.heads, tower.head_dim)
+        self._heads = owner.attention.heads.make(count, tower.heads, tower.head_dim)
         self._pixels = DenseRows(chunk, 3 * tower.patch**2, is_int8=False)
         self._wide = DenseRows(chunk, tower.feed_forward, owner.is_int8)
         self._normed = DenseRows(chunk, d, owner.is_int8)
@@ -206,7 +229,7 @@ class _Item:
             [
                 layer_norm_op(span, x, layer.ln1, self._normed),
                 dense_op(span, self._normed, layer.qkv.matrix, self._qkv, layer.qkv.bias),
-                split_op(span, self._qkv, self._owner._tower.heads, *self._turns, self._heads),
+                self._owner.attention.split_op(span, self._qkv, self._owner._tower.heads, *self._turns, self._heads),
             ]
         )
         hidden, quantize = _dense_into(span, self._normed, layer.up, self._wide, "gelu_tanh")
@@ -224,7 +247,7 @@ class _Item:
             span.set(*chunk)
             self._team.run(before)
         span.set(0, count)
-        self._team.run(Program([full_attention_op(span, self._heads, self._context)]))
+        self._team.run(Program([self._owner.attention.attention_op(span, self._heads, self._context)]))
         for chunk in self._chunks(count):
             span.set(*chunk)
             self._team.run(after)
