@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kimi_lite.apps.model_table import Row
     from kimi_lite.apps.progress import LoadProgress
     from kimi_lite.hub.client import Hub, Repository
+    from kimi_lite.hub.library import LocalModel
+    from kimi_lite.hub.names import HubName
     from kimi_lite.hub.quants import Quant
     from kimi_lite.terminal import Console
 
@@ -50,13 +52,18 @@ def main(
 ) -> None:
     """Download a model, or list a repository's quants with whether they fit. Goes on where it was interrupted."""
     from kimi_lite.apps.progress import LoadProgress
+    from kimi_lite.hub.cache import is_offline
     from kimi_lite.hub.client import Hub
+    from kimi_lite.hub.library import find_local
     from kimi_lite.hub.names import parse_hub_name
     from kimi_lite.terminal import Console
 
-    status = Console(stderr=True)
+    status, named = Console(stderr=True), parse_hub_name(name)
+    if is_offline() and (local := find_local(named)):
+        typer.echo("\n".join(_already(named, local)))
+        return
     with Hub() as hub, LoadProgress(status) as progress:
-        repository = hub.repository(parse_hub_name(name))
+        repository = hub.repository(named)
         quants = repository.quants
         if only_lists or as_json or (len(quants) > 1 and not repository.name.quant):
             lines = _listed(hub, repository, options, progress, as_json)
@@ -101,17 +108,20 @@ def _rows(
     from kimi_lite.hub.cache import hub_cache
     from kimi_lite.hub.fetch import missing
     from kimi_lite.hub.headers import describe_all
+    from kimi_lite.hub.library import local_models
+    from kimi_lite.hub.resolve import same_here
     from kimi_lite.plan.plan import make_plan
 
-    hardware = probe(hub_cache())
+    hardware, here = probe(hub_cache()), list(local_models())
     rows = []
     for quant, subject, problem in describe_all(hub, repository, quants, progress):
-        left = missing(repository, quant.files)
-        place = "" if left.files else "here"
+        local = same_here(repository, quant, here)
+        place = f"here: {local.store}" if local else ""
         if subject is None:
             rows.append(Row(quant.label, quant.num_bytes, problem=reason(problem), place=place))
         else:
-            plan = make_plan(subject.sizes, hardware, options, file_bytes=left.num_bytes)
+            left_bytes = 0 if local else missing(repository, quant.files).num_bytes
+            plan = make_plan(subject.sizes, hardware, options, file_bytes=left_bytes)
             rows.append(Row(quant.label, quant.num_bytes, plan, place=place))
     return rows
 
@@ -125,28 +135,44 @@ def _fetched(
     progress: "LoadProgress",
     status: "Console",
 ) -> list[str]:
+    from kimi_lite.hub.client import NoAccess
     from kimi_lite.hub.fetch import missing
     from kimi_lite.hub.headers import describe
-    from kimi_lite.hub.resolve import fetch_quant, require_runnable, same_elsewhere
+    from kimi_lite.hub.library import HUB, local_models
+    from kimi_lite.hub.resolve import fetch_quant, require_runnable, same_here
     from kimi_lite.terminal import harmless, show_plain
     from kimi_lite.units import gib
 
     quant = repository.find(repository.name.quant)
     name = replace(repository.name, quant=quant.label)
-    if local := same_elsewhere(repository, quant):
-        return [f"{name} is here already ({local.store}): {harmless(str(local.path))}", *_next(name.flag, local.path)]
+    tower = repository.tower_of(quant) if has_vision else None
+    local = same_here(repository, quant, local_models())
+    if local and not (tower and local.tower is None and local.store == HUB):
+        return _already(name, local)
     quant.require_whole()
     left = missing(repository, quant.files)
     if not (quant.is_checkpoint or is_forced):
         try:
             require_runnable(describe(hub, repository, quant, has_vision), options, left.num_bytes)
+        except NoAccess:
+            raise
         except KimiLiteError as error:
             raise KimiLiteError(error.message, f"{error.hint}\nAdd --force to fetch it all the same.") from error
     show_plain(status, f"{name}: {gib(left.num_bytes)} of {gib(quant.num_bytes)} to fetch")
-    path = fetch_quant(hub, repository, quant, progress, has_vision)
-    tower = repository.tower_of(quant) if has_vision else None
+    try:
+        path = fetch_quant(hub, repository, quant, progress, has_vision)
+    except KeyboardInterrupt:
+        show_plain(status, "interrupted; the same command goes on where it was")
+        raise
     with_tower = f", with {tower.name}" if tower else ""
     return [f"{name}: {harmless(str(path))}{with_tower}", *_next(name.flag, path, quant.is_checkpoint)]
+
+
+def _already(name: "HubName", local: "LocalModel") -> list[str]:
+    from kimi_lite.terminal import harmless
+
+    said = f"{name} is here already ({local.store}): {harmless(str(local.path))}"
+    return [said, *_next(name.flag, local.path, local.is_checkpoint)]
 
 
 def _next(flag: str, path: "Path", is_checkpoint: bool = False) -> list[str]:

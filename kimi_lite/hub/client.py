@@ -52,6 +52,10 @@ class Repository:
         return find_tower(self.files, quant)
 
 
+class NoAccess(KimiLiteError):
+    """The hub will not show the files to who asks: none of them."""
+
+
 class Unavailable(Exception):
     """The hub did not answer, or not now: worth another try after `wait_s`."""
 
@@ -179,7 +183,7 @@ class Hub:
         has_token = "authorization" in {key.lower() for key in self._headers}
         if code == "GatedRepo" or (status == 403 and not code):
             steps = f"Open {page} in a browser, accept its conditions"
-            return KimiLiteError(
+            return NoAccess(
                 f"{what} is gated: its publisher grants access, and the hub says {status}.",
                 f"{steps}, then repeat the command." if has_token else f"{steps}, then: {_TOKEN_HINT}",
             )

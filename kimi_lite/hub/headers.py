@@ -16,7 +16,7 @@ from kimi_lite.files import cache_folder, whole_file
 from kimi_lite.gguf.header import GGUFHeader, read_header
 from kimi_lite.gguf.metadata import HeaderGoesOn
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.hub.client import Hub, Patience, Repository, Unavailable
+from kimi_lite.hub.client import Hub, NoAccess, Patience, Repository, Unavailable
 from kimi_lite.hub.quants import Quant, RemoteFile
 from kimi_lite.plan.subject import Subject, file_subject
 
@@ -48,12 +48,15 @@ def describe(hub: Hub, repository: Repository, quant: Quant, has_vision: bool = 
 def describe_all(
     hub: Hub, repository: Repository, quants: Iterable[Quant], on_progress: Callable[[str, int, int], None]
 ) -> Iterator[Described]:
-    """Each in turn, several under way; what is wrong with one does not stop the others."""
+    """Each in turn, several under way; what is wrong with one does not stop the others. Raises KimiLiteError where the
+    hub shows none of them."""
     quants = list(quants)
 
     def described(quant: Quant) -> Described:
         try:
             return Described(quant, describe(hub, repository, quant))
+        except NoAccess:
+            raise
         except KimiLiteError as error:
             return Described(quant, None, error)
 

@@ -1,6 +1,6 @@
 """From a hub's name to files: those that are here, or those that are fetched now."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kimi_lite.errors import KimiLiteError
@@ -25,7 +25,7 @@ def find_or_fetch(text: str, options: Options, on_progress: OnProgress) -> Path:
     with Hub() as hub:
         repository = hub.repository(name)
         quant = repository.find(name.quant)
-        if local := same_elsewhere(repository, quant):
+        if local := same_here(repository, quant, local_models()):
             return local.path
         can_see = options.vision != "off"
         if not quant.is_checkpoint:
@@ -81,10 +81,11 @@ def require_runnable(subject: Subject, options: Options, download_bytes: int) ->
     make_plan(subject.sizes, probe(hub_cache()), options, file_bytes=download_bytes).require()
 
 
-def same_elsewhere(repository: Repository, quant: Quant) -> LocalModel | None:
-    """The same model where another program keeps it: with the same checksum, or of the same name and sizes."""
+def same_here(repository: Repository, quant: Quant, models: Iterable[LocalModel]) -> LocalModel | None:
+    """The same model among those that are here, whichever program keeps it: with the same checksum, or of the same name
+    and sizes."""
     digests = [file.etag for file in quant.files]
-    for model in local_models():
+    for model in models:
         names = [path.resolve().name.removeprefix("sha256-") for path in model.files]
         is_named = model.repository.lower() == repository.name.repository.lower() and _is_label(model, quant.files)
         if names == digests or (is_named and same_bytes(quant.files, model)):

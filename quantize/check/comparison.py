@@ -8,21 +8,25 @@ A checkpoint that is small enough is converted without loss to a temporary file.
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
-from kimi_lite.arch.recipe import LOSSLESS, Recipe
+from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.convert import convert, open_model
-from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe
+from kimi_lite.quantize.recipe.choose import kept_recipe, uniform_recipe
+from kimi_lite.quantize.source.model import SourceModel
 from kimi_lite.quantize.write.writer import OnProgress
 from kimi_lite.units import gib
 
 _NUM_CHUNKS = 4
 _MEMORY_SHARE = 0.6  # of free memory for both models
-_STORED_BYTES = {"int4": 0.5625, "bf16": 2, "f16": 2}  # a weight; other kinds as float32
+# of a weight as it is compared; other kinds as float32
+_STORED_BYTES = {"int2": 0.28125, "int3": 0.5625, "int4": 0.5625, "bf16": 2, "f16": 2}
 
 
 def compare_models(src: Path, path: Path, on_progress: OnProgress | None = None) -> str:
@@ -35,7 +39,7 @@ def compare_models(src: Path, path: Path, on_progress: OnProgress | None = None)
     if need > have:
         return f"perplexity not compared: source and result need {gib(need)} of memory, and {gib(have)} are free"
     try:
-        with _runnable(src, path.parent, {t.stored for t in model.tensors}) as source:
+        with _runnable(src, path.parent, model) as source:
             return _measure(source, path, on_progress or (lambda name, done, total: None))
     except (
         KimiLiteError
@@ -44,18 +48,19 @@ def compare_models(src: Path, path: Path, on_progress: OnProgress | None = None)
 
 
 @contextmanager
-def _runnable(src: Path, folder: Path, stored: set[str]) -> Iterator[Path]:
+def _runnable(src: Path, folder: Path, model: SourceModel) -> Iterator[Path]:
     """The source as a GGUF file."""
     if not (src / "config.json").is_file():
         yield src
         return
     with tempfile.TemporaryDirectory(prefix="kimi-lite-verify-", dir=folder) as work:
-        yield convert(src, Path(work) / "source.gguf", _exact_recipe(stored)).path
+        yield convert(src, Path(work) / "source.gguf", _exact_recipe(model)).path
 
 
-def _exact_recipe(stored: set[str]) -> Recipe:
-    if "int4" in stored:
-        return find_recipe(LOSSLESS)
+def _exact_recipe(model: SourceModel) -> Recipe:
+    if kept := kept_recipe(model):
+        return replace(kept, rest=BY_NAME["BF16"])
+    stored = {tensor.stored for tensor in model.tensors}
     return uniform_recipe("bf16" if stored <= {"bf16", "f32"} else "f32")
 
 

@@ -1,8 +1,10 @@
 """`pull`, `models` and `-m hf:` as they are typed, against a hub on this machine."""
 
 import json
+import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.hub import fetch as fetching
 from kimi_lite.hub.cache import CachedRepository
 from kimi_lite.hub.library import local_models
+from kimi_lite.tools.make.vision import K2_5_TOWER, write_tower
 from tests.gguf.gguf_bytes import GGUFBytes, tensor
 from tests.hub.conftest import home, hub  # noqa: F401
 from tests.hub.hub_server import Fault
@@ -132,6 +135,24 @@ def test_an_interrupted_pull_goes_on(hub, repo, quants):  # noqa: F811
     assert "unfinished" not in kimi_lite("models")
 
 
+def test_offline_only_what_is_here_is_found(hub, repo, monkeypatch):  # noqa: F811
+    kimi_lite("pull tiny/Tiny-GGUF:Q8_0 --no-mmproj")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "is here already" in kimi_lite("pull tiny/Tiny-GGUF:Q8_0")
+    assert "HF_HUB_OFFLINE forbids" in refusal("pull tiny/Tiny-GGUF:UD-TQ2_0").message
+    assert answers("-m hf:tiny/Tiny-GGUF:Q8_0")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "with mmproj-F16.gguf" in kimi_lite("pull tiny/Tiny-GGUF:Q8_0")  # the tower alone was missing
+    assert "mmproj-F16.gguf" in {path.name for path in (Path(os.environ["HF_HOME"]) / "hub").rglob("*.gguf")}
+
+
+def test_a_gated_repository_is_told_once(hub, repo):  # noqa: F811
+    repo.is_gated, repo.token = True, "right"
+    for line in ("pull tiny/Tiny-GGUF", "pull tiny/Tiny-GGUF:Q8_0", "run -m hf:tiny/Tiny-GGUF:Q8_0 hello"):
+        error = refusal(line)
+        assert "is gated" in error.message and "accept its conditions" in error.hint and "--force" not in error.hint
+
+
 def test_a_full_disk_is_said_before(hub, repo, monkeypatch):  # noqa: F811
     monkeypatch.setattr(fetching, "_free_bytes", lambda: 1_000_000)
     assert "too small for the download: need" in refusal("pull tiny/Tiny-GGUF:Q8_0").message
@@ -171,3 +192,16 @@ def test_commands_of_the_readmes_run(hub, quants):  # noqa: F811
     assert len(lines) >= 3
     for line in sorted(lines):
         kimi_lite(line.removeprefix("kimi-lite "))
+
+
+def test_the_vision_file_above_the_folder_of_a_quant_is_found(hub, quants, tmp_path):  # noqa: F811
+    small = replace(K2_5_TOWER, hidden=64, feed_forward=96, heads=4, layers=1, text_hidden=256)
+    write_tower(tmp_path / "mmproj-F16.gguf", small)
+    hub.add("tiny/Tiny-GGUF", quants | {"mmproj-F16.gguf": (tmp_path / "mmproj-F16.gguf").read_bytes()})
+    line = "plan -m hf:tiny/Tiny-GGUF:Q8_0 --json"
+    before, _ = json.loads(kimi_lite(line)), kimi_lite("pull tiny/Tiny-GGUF:Q8_0")
+    after, blind = json.loads(kimi_lite(line)), json.loads(kimi_lite(f"{line} --vision off"))
+    sizes = [
+        sum(row["num_bytes"] for row in plan["rows"] if row["part"] == "vision") for plan in (before, after, blind)
+    ]
+    assert sizes[0] > 0.9 * sizes[1] > 0 and sizes[2] == 0

@@ -14,7 +14,7 @@ from kimi_lite.hub.fetch import fetch
 from kimi_lite.hub.library import HUB, LLAMA_CPP, LM_STUDIO, OLLAMA, find_local, find_named, local_models
 from kimi_lite.hub.names import HubName, parse_hub_name
 from kimi_lite.hub.removal import plan_removal
-from kimi_lite.hub.resolve import find_here, find_or_fetch, same_elsewhere
+from kimi_lite.hub.resolve import find_here, find_or_fetch, same_here
 from kimi_lite.options import Options
 
 SHARDS = [f"UD-TQ1_0/K-UD-TQ1_0-{number:05}-of-00002.gguf" for number in (1, 2)]
@@ -130,10 +130,10 @@ def test_the_same_bytes_elsewhere_are_used(hub, home):
     write(home / ".lmstudio/models/a/K-GGUF/K-UD-TQ1_0-00002-of-00002.gguf", DATA[SHARDS[1]])
     with Hub() as client:
         repository = client.repository(HubName("a/K-GGUF"))
-        assert same_elsewhere(repository, repository.find("IQ1_M")).store == OLLAMA
-        assert same_elsewhere(repository, repository.find("UD-TQ1_0")).store == LM_STUDIO
+        assert same_here(repository, repository.find("IQ1_M"), local_models()).store == OLLAMA
+        assert same_here(repository, repository.find("UD-TQ1_0"), local_models()).store == LM_STUDIO
         write(home / ".lmstudio/models/a/K-GGUF/K-UD-TQ1_0-00002-of-00002.gguf", b"of another revision")
-        assert same_elsewhere(repository, repository.find("UD-TQ1_0")) is None
+        assert same_here(repository, repository.find("UD-TQ1_0"), local_models()) is None
 
 
 def pulled(*labels: str) -> None:

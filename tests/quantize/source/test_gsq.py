@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.quantize.app import Settings, run
+from kimi_lite.quantize.check.comparison import _exact_recipe
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe, kept_recipe
 from kimi_lite.quantize.source.repack import kept_type, repack_rows
@@ -226,3 +227,9 @@ def test_what_a_configuration_says_must_fit_the_weights(tmp_path, floats, change
     (tmp_path / "gsq" / "config.json").write_text(json.dumps(config))
     with pytest.raises(KimiLiteError, match=said):
         open_model(tmp_path / "gsq")
+
+
+def test_a_comparison_runs_the_codes_as_they_are(tmp_path, floats):
+    write_gsq(tmp_path / "gsq", floats)
+    recipe = _exact_recipe(open_model(tmp_path / "gsq"))
+    assert (recipe.experts.name, recipe.rest.name) == ("Q2_0", "BF16")
