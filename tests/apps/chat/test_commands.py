@@ -531,7 +531,9 @@ def test_a_swarm_works_at_the_endpoint_of_the_chat(leading: Talk, tmp_path: Path
 def test_a_swarm_needs_a_task_and_a_model_that_can_call(leading: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "There is no task" in leading.say("/swarm")
     monkeypatch.setattr(type(leading.session), "can_call", False)
-    assert "tools" in leading.say("/swarm Divide it") and not said(leading) and not RunStore().summaries()
+    shown = leading.say("/swarm Divide it")
+    assert "fake takes no tools, so it cannot start agents" in shown and "--plan FILE" in shown
+    assert not said(leading) and not RunStore().summaries()
 
 
 def test_a_swarm_that_has_no_answer_leaves_the_conversation_alone(leading: Talk) -> None:

@@ -30,7 +30,11 @@ def _swarm(chat: Chat, argument: str) -> None:
     if not argument:
         raise KimiLiteError("There is no task.", "It is /swarm TASK; kimi-lite swarm --help tells more.")
     require_utf8(argument, "The task")
-    chat.conversation.require_calls()
+    if not chat.conversation.can_call:
+        raise KimiLiteError(
+            f"{chat.conversation.info.name} takes no tools, so it cannot start agents.",
+            "kimi-lite swarm --plan FILE lets agents work on parts that you name.",
+        )
     chat.require_files()
     from kimi_lite.apps.swarm.start import Ends, carry_out
 
