@@ -22,6 +22,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.disk import PrefixStore, model_key
 from kimi_lite.kv.pages import KVCache, page_shape
 from kimi_lite.media.features import FeatureStore
+from kimi_lite.media.preprocess import TOKEN_PATCHES
 from kimi_lite.media.reader import MediaLimits, MediaReader
 from kimi_lite.options import Options
 from kimi_lite.plan.types import Plan
@@ -86,6 +87,12 @@ def open_vision(store: GGUFStore, config: ModelConfig, plan: Plan, device: str) 
         stays_on_device=options.vision == "gpu",
         num_threads=plan.num_threads,
     )
+    if tower.sizes.merge != TOKEN_PATCHES:
+        raise KimiLiteError(
+            f"{file} makes a token of {tower.sizes.merge} x {tower.sizes.merge} patches; {TOKEN_PATCHES} x "
+            f"{TOKEN_PATCHES} can be read.",
+            "Go without it: --vision off.",
+        )
     limits = MediaLimits(
         max_bytes=options.image_bytes,
         max_patches=tower.sizes.max_patches,

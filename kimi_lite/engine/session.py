@@ -19,7 +19,6 @@ from kimi_lite.engine.turns import Content
 from kimi_lite.engine.types import Request, Token
 from kimi_lite.engine.vision import NO_TOWER_HINT, MarkedPrompt, encode_prompt, placed, without_marks
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.media.medium import source_of
 from kimi_lite.plan.types import Plan
 from kimi_lite.text.stream import END_THINK
 
@@ -73,7 +72,7 @@ class Session(Conversation):
         vision = self.engine.vision
         if vision is None:
             raise KimiLiteError(f"{self.info.name} has no vision tower here.", NO_TOWER_HINT)
-        medium = vision.read(source_of(part), self.on_media)
+        medium = vision.read(part, self.on_media)
         num_tokens = sum(item.num_tokens for item in vision.shown(medium))
         return Look(num_tokens, medium.remark, medium.items[0].patches)
 

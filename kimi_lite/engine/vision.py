@@ -17,14 +17,15 @@ import numpy as np
 from kimi_lite.engine.types import PlacedImage, Request
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.media.features import FeatureStore
-from kimi_lite.media.medium import Item, Medium, Source, source_of
+from kimi_lite.media.medium import Item, Medium, source_of, url_of
 from kimi_lite.media.reader import MediaReader
 from kimi_lite.model.vision.patches import EncodingStopped, Patches
-from kimi_lite.text.placeholders import is_shown
+from kimi_lite.text.placeholders import is_shown, kind_of
 from kimi_lite.text.template import ChatTemplate, EncodedPrompt
 from kimi_lite.units import counted
 
 MAX_KEPT_BYTES = 512 << 20  # of patches of media that were read
+Key = tuple[object, ...]  # of a part: what is read once
 OnMedia = Callable[[str, int, int], None]  # what is done, units done, units in all
 NO_TOWER_HINT = (
     "Download the model's mmproj file (it is where the GGUF is) and give it by --mmproj FILE, or use --endpoint URL of "
@@ -72,22 +73,23 @@ class Vision:
     def __init__(self, tower: Tower, tower_key: str, reader: MediaReader, store: FeatureStore) -> None:
         self.tower, self.reader, self.store = tower, reader, store
         self._tower_key = tower_key
-        self._media: OrderedDict[bytes, Medium] = OrderedDict()  # by source, least recently used first
+        self._media: OrderedDict[Key, Medium] = OrderedDict()  # by source, least recently used first
         self._reading, self._seeing = threading.Lock(), threading.Lock()
         self.num_encoded = 0  # items, by the tower, since the start
 
-    def read(self, source: Source, report: OnMedia | None = None) -> Medium:
-        """Raises KimiLiteError where it is no image or video that can be read."""
-        key = _key_of(source)
+    def read(self, part: Mapping[str, Any], report: OnMedia | None = None) -> Medium:
+        """An OpenAI content part's image or video. Raises KimiLiteError where there is none that can be read."""
+        key = _key_of(part)
         with self._reading:
             medium = self._media.pop(key, None)
             if medium is None:
+                source = source_of(part)
                 words = f"reading {source.name}"
                 medium = self.reader.read(source, report and (lambda done, total: report(words, done, total)))
             self._media[key] = medium
-            total = sum(each.num_bytes for each in self._media.values())
+            total = sum(_num_bytes(*each) for each in self._media.items())
             while total > MAX_KEPT_BYTES and len(self._media) > 1:
-                total -= self._media.popitem(last=False)[1].num_bytes
+                total -= _num_bytes(*self._media.popitem(last=False))
         return medium
 
     def shown(self, medium: Medium) -> tuple[ShownItem, ...]:
@@ -151,7 +153,7 @@ def encode_prompt(
         return MarkedPrompt(prompt.ids, prompt.starts_in_reasoning)
     if vision is None:
         raise KimiLiteError(f"{counted(len(parts), 'image')} cannot be seen: no vision tower is loaded.", NO_TOWER_HINT)
-    media = [vision.read(source_of(part), report) for part in parts]
+    media = [vision.read(part, report) for part in parts]
     stamps = [[item.stamp for item in medium.items] for medium in media]
     items = [one for medium in media for one in vision.shown(medium)]
     prompt = template.encode(messages, media=stamps, **settings)
@@ -204,12 +206,19 @@ def marked_ids(request: Request) -> list[int]:
     return ids
 
 
-def _key_of(source: Source) -> bytes:
-    """Equal only for the same bytes, or a file that was not touched."""
-    if source.path is None:
-        return blake2b(source.data, digest_size=16, person=source.kind.encode()).digest()
+def _num_bytes(key: Key, medium: Medium) -> int:
+    return medium.num_bytes + len(str(key[1]))
+
+
+def _key_of(part: Mapping[str, Any]) -> Key:
+    """Equal only for the same bytes, or a file that was not touched. A conversation keeps its URLs, so that they are
+    mostly the same objects, which compare at once, however long."""
+    source_kind, url = str(kind_of(part)), url_of(part)
+    if not url.startswith("file:"):
+        return source_kind, url
+    path = source_of(part).path
     try:
-        status = source.path.stat()
+        status = path.stat() if path is not None else None
     except OSError:
-        return b""  # reading it says what is wrong
-    return repr((source.kind, str(source.path), status.st_size, status.st_mtime_ns, status.st_ino)).encode()
+        status = None  # reading it says what is wrong
+    return source_kind, url, status and (status.st_size, status.st_mtime_ns, status.st_ino)

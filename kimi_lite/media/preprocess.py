@@ -15,7 +15,8 @@ import numpy as np
 from kimi_lite.model.vision.patches import PATCH, Grid, Patches
 
 VERSION = 1  # part of every digest: a change of the rule makes other ones
-TOKEN = 2 * PATCH  # pixels along one side of what becomes one token
+TOKEN_PATCHES = 2  # along one side of what becomes one token
+TOKEN = TOKEN_PATCHES * PATCH  # pixels along one side of what becomes one token
 MAX_IMAGE_PATCHES = 16384
 MAX_FRAME_PATCHES = 4096  # of a video's frame
 MAX_SIDE_PATCHES = 512

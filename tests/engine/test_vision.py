@@ -108,6 +108,29 @@ def test_a_repeated_image_is_seen_once_whatever_is_undone_or_asked_again() -> No
     assert session.engine.counters()["images_seen"] == 1
 
 
+def test_an_image_is_decoded_once_however_often_its_tokens_are_counted() -> None:
+    session = seeing_session()
+    reader, read = session.engine.vision.reader, []
+    decode = reader.read
+    reader.read = lambda source, report: read.append(source.kind) or decode(source, report)
+    content = [text("look"), grey(10), grey(20)]
+    for _ in range(3):
+        session.count_tokens(content)
+    ask(session, *content)
+    session.count_tokens()
+    assert read == ["image", "image"]
+
+
+def test_a_video_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    session = seeing_session()
+    counts = []
+    for number in (4, 40):
+        write_video(path, number, 10)
+        counts.append(session.count_tokens([{"type": "video_url", "video_url": {"url": path.as_uri()}}]))
+    assert counts[0] < counts[1]
+
+
 def test_a_follow_up_prefills_only_what_is_new() -> None:
     session = seeing_session()
     first = ask(session, text("look"), grey(10), text("well?"))
