@@ -99,7 +99,7 @@ class SharedFiles:
         return f"{path} is written: {_amount(data)}"
 
     def append(self, agent_id: str, should_stop: ShouldStop, path: str, text: str) -> str:
-        """Add to the end of what is there, whoever wrote it."""
+        """Add to the end of what is there, by any agent."""
         data = _encoded(text)
         with self._locked(path, should_stop) as place:
             there, before, knows_all = place.entry(), b"", True

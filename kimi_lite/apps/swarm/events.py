@@ -2,7 +2,7 @@
 
 The run emits events; the journal, the live view and the report know a run by its events alone. `t_s` is seconds since
 the run began; a resumed run goes on from the last event's. Messages are those of OpenAI's chat API (`role`, `content`,
-`reasoning_content`, `tool_calls`, ...). Texts are as models and servers gave them: whoever shows them makes them
+`reasoning_content`, `tool_calls`, ...). Texts are as models and servers gave them: what shows them makes them
 harmless (`kimi_lite.terminal`).
 """
 

@@ -52,7 +52,8 @@ class Journal:
     def __call__(self, event: Event) -> None:
         """Append it. KimiLiteError where the disk takes no more: the journal then ends with a whole line."""
         with self._lock:
-            if isinstance(event, AgentProgress) and not self._keeps(event):
+            is_over = self._file < 0  # a tool that could not be stopped may still have something to tell
+            if is_over or (isinstance(event, AgentProgress) and not self._keeps(event)):
                 return
             data = to_line(event).encode("ascii") + b"\n"
             end = os.fstat(self._file).st_size

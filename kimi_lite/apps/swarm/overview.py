@@ -205,7 +205,7 @@ class Overview:
         return self.agents.setdefault(agent_id, Agent(agent_id))
 
     @property
-    def everyone(self) -> list[Agent]:
+    def all_agents(self) -> list[Agent]:
         """The orchestrator, then the agents."""
         return [self.orchestrator, *self.agents.values()]
 
@@ -228,11 +228,11 @@ class Overview:
         critical = [stage.ended.critical_steps for stage in self.stages.values() if stage.ended is not None]
         return Totals(
             agents=len(self.agents),
-            steps=sum(agent.num_steps for agent in self.everyone),
+            steps=sum(agent.num_steps for agent in self.all_agents),
             critical_steps=max(critical, default=0),
-            usage=sum((agent.usage for agent in self.everyone), Usage()),
+            usage=sum((agent.usage for agent in self.all_agents), Usage()),
             seconds=self.now_s,
-            sequential_s=sum(agent.busy_s(self.now_s) for agent in self.everyone),
+            sequential_s=sum(agent.busy_s(self.now_s) for agent in self.all_agents),
         )
 
     @property
@@ -272,7 +272,7 @@ class Overview:
 
     def _cut(self, t_s: float) -> None:
         """Nothing runs any more."""
-        for agent in self.everyone:
+        for agent in self.all_agents:
             agent.begin("done", t_s)
             for call in agent.calls:
                 call.is_cut_off = call.ended is None

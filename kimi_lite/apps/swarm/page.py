@@ -76,7 +76,7 @@ def _body(summary: RunSummary, overview: Overview, journal_problems: list[str]) 
     for created in overview.created.values():
         yield f"<details><summary>{_line(created.name, 80)}</summary>{_text(created.system_prompt)}</details>"
     yield "<h2>Their work</h2>"
-    for number, agent in enumerate(overview.everyone):
+    for number, agent in enumerate(overview.all_agents):
         yield from _work(agent, number)
 
 
@@ -90,7 +90,7 @@ def _facts(summary: RunSummary, overview: Overview) -> Iterator[str]:
 
 
 def _wrong(overview: Overview, journal_problems: list[str]) -> Iterator[str]:
-    for number, agent in enumerate(overview.everyone):
+    for number, agent in enumerate(overview.all_agents):
         if agent.ended is not None and agent.ended.outcome != "completed":
             what = f"{outcome_name(agent.ended.outcome)}: {agent.ended.reason}"
             yield f'<a href="#agent-{number}">{_line(agent.label, 80)}</a>: {_line(what, 2000)}'
@@ -105,7 +105,7 @@ def _table(overview: Overview) -> str:
     names = ("", "agent", "stage", "outcome", "began", "took", "steps", "tokens read", "cached", "generated")
     critical = set(overview.critical_path.values())
     rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
-    for number, agent in enumerate(overview.everyone):
+    for number, agent in enumerate(overview.all_agents):
         used, is_critical = agent.usage, agent.id in critical
         end_s = agent.ended.t_s if agent.ended is not None else overview.now_s
         share = f"{used.cached_tokens / used.prompt_tokens:.0%}" if used.prompt_tokens else ""

@@ -138,7 +138,7 @@ def went_wrong(overview: Overview) -> list[str]:
 def _table(overview: Overview, columns: int) -> Table:
     """An agent a row. Numbers are never cut: narrow terminals get fewer columns."""
     critical = set(overview.critical_path.values())
-    rows = [_row(agent, overview, is_critical=agent.id in critical) for agent in overview.everyone]
+    rows = [_row(agent, overview, is_critical=agent.id in critical) for agent in overview.all_agents]
     for names in _COLUMNS:
         widths = {name: max(len(name), *(row[name].cell_len for row in rows)) for name in names}
         left = columns - sum(width + _GAP for name, width in widths.items() if name != "agent")

@@ -25,7 +25,7 @@ _WAITING: tuple[State, ...] = ("queued", "tool")  # of the orchestrator: its too
 
 def timeline(overview: Overview) -> str:
     """The SVG, whole, as a file or in a page."""
-    agents = overview.everyone
+    agents = overview.all_agents
     end_s = max(overview.now_s, 1e-3)
     height = _TOP + _ROW * len(agents) + 46
     parts = [
@@ -105,7 +105,7 @@ def _marks(overview: Overview, end_s: float, height: int) -> Iterator[str]:
         x = _x(resumed.t_s, end_s)
         yield f'<line x1="{x}" y1="{_TOP}" x2="{x}" y2="{height - 40}" stroke="{_BAD}" stroke-dasharray="4 3"/>'
         yield _text(x + 3, height - 42, "resumed", fill=_BAD)
-    numbers = {agent.id: number for number, agent in enumerate(overview.everyone)}
+    numbers = {agent.id: number for number, agent in enumerate(overview.all_agents)}
     for conflict in overview.conflicts:
         number = numbers.get(conflict.agents[0] if conflict.agents else "")
         if number is not None:

@@ -44,7 +44,7 @@ from kimi_lite.terminal import Console, can_redraw
 from kimi_lite.units import counted, one_line
 
 LONGEST_LINE = 200  # characters of a line that is added, where no terminal says how wide it is
-DRAW_S = 0.1  # between two drawings; more often nobody can read
+DRAW_S = 0.1  # between two drawings; more often than that cannot be read
 TICK_S = 0.25  # without events: for the seconds that pass
 MOST_ROWS = 30  # of the tree, on a high screen
 
@@ -224,9 +224,9 @@ def _counts(overview: Overview, others: list[Agent]) -> list[str]:
         parts.append(f"{len(others):,} more ({', '.join(f'{states[s]:,} {s}' for s in _BUSIEST if states[s])})")
     ends = Counter(agent.ended.outcome for agent in overview.agents.values() if agent.ended is not None)
     parts += [f"{num:,} {outcome_name(outcome)}" for outcome, num in sorted(ends.items())]
-    generating = [agent.progress for agent in overview.everyone if agent.state == "generating" and agent.progress]
+    generating = [agent.progress for agent in overview.all_agents if agent.state == "generating" and agent.progress]
     speed = sum(progress.decode_tok_s or 0.0 for progress in generating)
-    num_generated = sum(agent.num_generated for agent in overview.everyone)
+    num_generated = sum(agent.num_generated for agent in overview.all_agents)
     parts.append(f"{num_generated:,} tok" + (f" {speed:,.1f} t/s" if speed else ""))
     return parts
 

@@ -124,6 +124,15 @@ def test_a_run_belongs_to_one_writer(tmp_path: Path) -> None:
     Journal(tmp_path).close()
 
 
+def test_what_comes_after_the_end_is_not_kept(tmp_path: Path) -> None:
+    kept = Journal(tmp_path)
+    kept(Warned(1.0, "x"))
+    kept.close()
+    kept(Warned(2.0, "late"))
+    kept.close()
+    assert journal.read(tmp_path).events == [Warned(1.0, "x")]
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Journal(tmp_path) as kept:
         kept(Warned(1.0, "before"))

@@ -126,7 +126,7 @@ def test_any_events_in_any_order_give_rows_that_fit(
     assert not any(CONTROL.search(row.plain) for row in shown)
     numbers = overview.totals
     assert numbers.seconds >= 0 and numbers.sequential_s >= 0
-    for agent in overview.everyone:
+    for agent in overview.all_agents:
         assert agent.busy_s(overview.now_s) >= 0 and all((span.end_s or 1e9) >= span.begin_s for span in agent.spans)
 
 
