@@ -9,6 +9,7 @@ A task is one argument; `resume`, `show`, `list` and `delete` alone are commands
 run.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,12 +32,14 @@ swarm = typer.Typer(
 @with_options("swarm")
 def run(
     options: Options,
-    task: Annotated[str | None, typer.Argument(help="The task, in quotes.", show_default=False)] = None,
+    task: Annotated[
+        str | None, typer.Argument(help="The task, in quotes; what is piped in is appended.", show_default=False)
+    ] = None,
 ) -> None:
     """Let an orchestrator divide a task among agents that work at the same time. Stdout carries its answer."""
     from kimi_lite.apps.swarm.start import start_run
 
-    raise typer.Exit(start_run(options, task))
+    raise typer.Exit(start_run(options, task, stdin=sys.stdin))
 
 
 @swarm.command("resume", cls=Command)

@@ -22,6 +22,8 @@ from kimi_lite.engine.engine import OnProgress as OnLoading
 from kimi_lite.engine.loop_guard import LoopLimits
 from kimi_lite.engine.service import EngineService, Progress
 from kimi_lite.engine.turns import AnswerRecord
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.terminal import report_crash
 
 _MOST_WAITING = 100_000  # requests; how many agents there may be, the run's limits say
 _NUM_CONVERSATIONS = 512  # whose sampled ids are remembered
@@ -36,6 +38,7 @@ class LocalBackend:
         self._service = EngineService(
             lambda: open_engine(self._service.on_progress), max_waiting=_MOST_WAITING, is_owner=is_owner
         )
+        self._service.on_failure = _report
         self._chats = Chats(self._service, LoopLimits(), _NUM_CONVERSATIONS)
 
     @property
@@ -82,6 +85,12 @@ class LocalBackend:
 
     async def close(self) -> None:
         await self._service.close(0.0)
+
+
+def _report(failure: BaseException) -> None:
+    """The engine stopped. Agents are told so in a sentence; where it is a bug of ours, it has a traceback."""
+    if not isinstance(failure, KimiLiteError):
+        report_crash(type(failure), failure, failure.__traceback__)
 
 
 def _request(messages: Sequence[Message], tools: Sequence[Message], settings: ChatSettings) -> ChatRequest:

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from kimi_lite.apps.interrupt import PATIENCE_S
 from kimi_lite.apps.model_path import find_model
 from kimi_lite.apps.opening import check_before_loading, line_width, refuse_to_preserve, say_demo, wrapped
+from kimi_lite.apps.piped import read_piped
 from kimi_lite.apps.progress import LoadProgress
 from kimi_lite.apps.swarm.backend import Backend
 from kimi_lite.apps.swarm.endpoints import parse_endpoints, without_password
@@ -46,14 +48,21 @@ _NOT_KEPT = ("api_key", "is_plain", "is_quiet")  # of the options: a key is no p
 OpenBackend = Callable[[Options, Console, Callable[[str], None]], Backend]
 
 
-def start_run(options: Options, task: str | None, open_backend: "OpenBackend | None" = None) -> int:
-    """`kimi-lite swarm`; the process's exit code. open_backend: another one than the options'."""
+def start_run(
+    options: Options, task: str | None, open_backend: "OpenBackend | None" = None, stdin: TextIO | None = None
+) -> int:
+    """`kimi-lite swarm`; the process's exit code. open_backend: another one than the options'. What is piped into
+    `stdin` is appended to the task."""
     if options.plan_file is not None and options.agents_file is not None:
         raise KimiLiteError("--plan and --agents both say which agents there are.", "Put the agents into the plan.")
     plan = None if options.plan_file is None else Plan.read(options.plan_file)
     permissions = plan.permissions if plan is not None else _permissions(options)
     task = task if task is not None else ("" if plan is None else plan.task)
-    if not task.strip() and plan is None:
+    is_missing = plan is None and not task.strip()
+    say = partial(show_plain, Console(stderr=True), style="dim")
+    piped = read_piped(stdin, is_missing and not (stdin is not None and stdin.isatty()), say)
+    task = "\n\n".join(part for part in (task, piped) if part.strip())
+    if not task and plan is None:
         raise KimiLiteError("There is no task.", 'Try kimi-lite swarm "TASK", or --plan FILE.')
     require_utf8(task, "The task")
     record = {
@@ -75,6 +84,10 @@ def resume_run(typed: Options, name: str, open_backend: "OpenBackend | None" = N
         show_plain(Console(stderr=True), f"the run {folder.name} is complete; this is its answer", style="dim")
         _print_answer(replay.ended)
         return 0
+    for name in ("plan_file", "agents_file"):
+        if typed.given.get(name, "").startswith("-"):
+            flag = OPTIONS[name].long_flag
+            raise KimiLiteError(f"{flag} has no effect here: a run goes on with what it began with.", "Start it anew.")
     record = replay.started.settings
     try:
         options = options_from_json(record["options"], typed)

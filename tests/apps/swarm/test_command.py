@@ -12,7 +12,7 @@ from kimi_lite.errors import KimiLiteError
 def called(monkeypatch) -> list[tuple]:
     """What was called instead of a run."""
     calls: list[tuple] = []
-    monkeypatch.setattr(start, "start_run", lambda options, task: calls.append(("run", task, options)) or 0)
+    monkeypatch.setattr(start, "start_run", lambda options, task, stdin: calls.append(("run", task, options)) or 0)
     monkeypatch.setattr(start, "resume_run", lambda options, run: calls.append(("resume", run, options)) or 0)
     monkeypatch.setattr(report, "list_runs", lambda: calls.append(("list",)))
     return calls

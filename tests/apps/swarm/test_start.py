@@ -228,3 +228,22 @@ def test_what_is_typed_goes_before_what_a_run_was_started_with() -> None:
     kept = options_to_json(typed(max_parallel="3", temperature="0.5"))
     again = options_from_json(kept, resolve("swarm", {"max_parallel": "7"}))
     assert (again.max_parallel, again.temperature) == (7, 0.5)
+
+
+def test_what_is_piped_in_is_appended_to_the_task(tmp_path: Path) -> None:
+    (tmp_path / "diff").write_text("+ a line\n")
+    for task, expected in (("Review this.", "Review this.\n\n+ a line\n"), (None, "+ a line\n")):
+        backend = ScriptedBackend(divides)
+        with open(tmp_path / "diff", encoding="utf-8") as stdin:
+            assert start_run(typed(), task, opened(backend), stdin) == 0
+        assert backend.asked[0].prompt == expected
+
+
+def test_a_run_goes_on_with_the_plan_it_began_with() -> None:
+    def fails(asked: Asked) -> Say | str:
+        return Say(failure=KimiLiteError("gone"))
+
+    with pytest.raises(KimiLiteError):
+        start_run(typed(), "the task", opened(ScriptedBackend(fails)))
+    with pytest.raises(KimiLiteError, match="--plan has no effect here"):
+        resume_run(typed(plan_file="other.toml"), "")
