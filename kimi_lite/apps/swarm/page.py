@@ -33,7 +33,8 @@ pre { font: 13px/1.45 ui-monospace, monospace; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { padding: .15rem .7rem .15rem 0; text-align: left; vertical-align: top; }
 th { font-weight: normal; color: #888; } .number { text-align: right; white-space: nowrap; }
-.bad { color: #c0392b; } .critical { color: #b03060; font-weight: bold; } .pale { color: #888; }
+.bad { color: #d0453a; } .critical { color: #c2507a; font-weight: bold; } .pale { color: #888; }
+p { margin: .4rem 0; }
 summary { cursor: pointer; } details { margin: .4rem 0; } details details { margin-left: 1rem; }
 .said p:first-child { margin-top: 0; } .said p:last-child { margin-bottom: 0; }
 """
@@ -108,7 +109,7 @@ def _table(overview: Overview) -> str:
     for number, agent in enumerate(overview.all_agents):
         used, is_critical = agent.usage, agent.id in critical
         end_s = agent.ended.t_s if agent.ended is not None else overview.now_s
-        share = f"{used.cached_tokens / used.prompt_tokens:.0%}" if used.prompt_tokens else ""
+        share = f"{100 * used.cached_tokens / used.prompt_tokens:.0f} %" if used.prompt_tokens else ""
         cells = [
             "<td class=critical>●</td>" if is_critical else "<td></td>",
             f'<td><a href="#agent-{number}">{_line(agent.label, 60)}</a></td>',

@@ -176,7 +176,7 @@ def cached_share(used: Usage) -> str:
     """` (33 % cached)`, or nothing."""
     if not used.cached_tokens or not used.prompt_tokens:
         return ""
-    return f" ({used.cached_tokens / used.prompt_tokens:.0%} cached)".replace("%", " %")
+    return f" ({100 * used.cached_tokens / used.prompt_tokens:.0f} % cached)"
 
 
 def _print_part(console: Console, name: str, text: str) -> None:
