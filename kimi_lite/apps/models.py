@@ -88,7 +88,7 @@ def _remove(name: str, is_sure: bool, is_forced: bool) -> None:
         for file in removal.files:
             echo(f"  {visible(str(file))}", to_stderr=True)
         if not sys.stdin.isatty():
-            raise KimiLiteError(f"{what} would be deleted, and there is nobody to ask.", "Add --yes.")
+            raise KimiLiteError(f"{what} would be deleted, and there is no terminal to ask on.", "Add --yes.")
         if not typer.confirm(f"Delete {what}?", err=True):
             raise typer.Exit(2)
     removal.run()

@@ -56,11 +56,11 @@ def main(
     from kimi_lite.hub.client import Hub
     from kimi_lite.hub.library import find_local
     from kimi_lite.hub.names import parse_hub_name
-    from kimi_lite.terminal import Console
+    from kimi_lite.terminal import Console, echo
 
     status, named = Console(stderr=True), parse_hub_name(name)
     if is_offline() and (local := find_local(named)):
-        typer.echo("\n".join(_already(named, local)))
+        echo("\n".join(_already(named, local)))
         return
     with Hub() as hub, LoadProgress(status) as progress:
         repository = hub.repository(named)
@@ -70,7 +70,7 @@ def main(
         else:
             lines = _fetched(hub, repository, options, mmproj, force, progress, status)
     for line in lines:
-        typer.echo(line)
+        echo(line)
 
 
 def _listed(
@@ -78,7 +78,7 @@ def _listed(
 ) -> list[str]:
     from kimi_lite.apps.model_table import best_row, table_lines
     from kimi_lite.hub.quants import find_quant
-    from kimi_lite.terminal import harmless, width
+    from kimi_lite.terminal import width
     from kimi_lite.units import counted
 
     quants = repository.quants
@@ -97,7 +97,7 @@ def _listed(
     if best:
         lines.append("* the largest that fits this machine")
     command = f"kimi-lite pull {shlex.quote(str(replace(repository.name, quant=example)))}"
-    return [harmless(line) for line in (*lines, "", command if best else f"To fetch one: {command}")]
+    return [*lines, "", command if best else f"To fetch one: {command}"]
 
 
 def _rows(
@@ -140,7 +140,7 @@ def _fetched(
     from kimi_lite.hub.headers import describe
     from kimi_lite.hub.library import HUB, local_models
     from kimi_lite.hub.resolve import fetch_quant, require_runnable, same_here
-    from kimi_lite.terminal import harmless, show_plain
+    from kimi_lite.terminal import show_plain
     from kimi_lite.units import gib
 
     quant = repository.find(repository.name.quant)
@@ -165,13 +165,11 @@ def _fetched(
         show_plain(status, "interrupted; the same command goes on where it was")
         raise
     with_tower = f", with {tower.name}" if tower else ""
-    return [f"{name}: {harmless(str(path))}{with_tower}", *_next(name.flag, path, quant.is_checkpoint)]
+    return [f"{name}: {path}{with_tower}", *_next(name.flag, path, quant.is_checkpoint)]
 
 
 def _already(name: "HubName", local: "LocalModel") -> list[str]:
-    from kimi_lite.terminal import harmless
-
-    said = f"{name} is here already ({local.store}): {harmless(str(local.path))}"
+    said = f"{name} is here already ({local.store}): {local.path}"
     return [said, *_next(name.flag, local.path, local.is_checkpoint)]
 
 

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -63,12 +63,16 @@ def fetch(hub: Hub, repository: Repository, files: Sequence[RemoteFile], on_prog
     finally:
         fetched = {file.etag for file in left.files if cached.blob(file).is_file()}
         if fetched:
-            cached.set_fetched_by_us(cached.fetched_by_us | fetched)
+            with suppress(OSError):  # on a full disk that is said already
+                cached.set_fetched_by_us(cached.fetched_by_us | fetched)
     failed = [error for job in jobs if not job.cancelled() and (error := job.exception())]
     for error in sorted(failed, key=lambda error: isinstance(error, _Stopped)):
         raise error
-    cached.set_commit(repository.name.revision, repository.commit)
-    return [cached.link(repository.commit, file) for file in files]
+    try:
+        cached.set_commit(repository.name.revision, repository.commit)
+        return [cached.link(repository.commit, file) for file in files]
+    except OSError as error:
+        raise _not_written(repository.name.repository, cached, error) from error
 
 
 class _Progress:
@@ -196,10 +200,14 @@ class _Transfer:
         if error.errno in _FULL:
             left = self._file.num_bytes - _size(self._cached.unfinished(self._file))
             return _disk_is_full(left, f"The disk became full while {self._file.path} was fetched")
-        return KimiLiteError(
-            f"{self._file.path} cannot be written to {self._cached.folder}: {error.strerror or error}.",
-            "Repeat the command when that is put right: it goes on where it was. HF_HOME names another place.",
-        )
+        return _not_written(self._file.path, self._cached, error)
+
+
+def _not_written(what: str, cached: CachedRepository, error: OSError) -> KimiLiteError:
+    return KimiLiteError(
+        f"{what} cannot be written to {cached.folder}: {error.strerror or error}.",
+        "Repeat the command when that is put right: it goes on where it was. HF_HOME names another place.",
+    )
 
 
 def _check_space(num_bytes: int) -> None:

@@ -42,15 +42,20 @@ def plan_removal(model: LocalModel, is_forced: bool) -> Removal:
         )
     others = [other for other in local_models() if other.files != model.files]
     kept = {path for other in others for path in (*other.files, other.tower) if path}
-    blobs = {path.resolve() for path in kept}
+    blobs = {_target(path) for path in kept}
     mine = [path for path in (*model.files, model.tower) if path and path not in kept]
     files = dict.fromkeys(mine)
-    files.update(dict.fromkeys(path.resolve() for path in mine if path.is_symlink() and path.resolve() not in blobs))
+    files.update(dict.fromkeys(_target(path) for path in mine if path.is_symlink() and _target(path) not in blobs))
     if model.store == OLLAMA:
         files = {path: None for path in files if path not in _ollama_blobs_of_others(model)}
     files.update(dict.fromkeys(model.traces))
     num_bytes = sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
     return Removal(model, tuple(files), num_bytes)
+
+
+def _target(path: Path) -> Path:
+    """What a link names, and not where that may lead in turn: to a store that several caches share."""
+    return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
 
 
 def _owner(model: LocalModel) -> str:

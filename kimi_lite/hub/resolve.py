@@ -12,12 +12,13 @@ from kimi_lite.hub.names import parse_hub_name
 from kimi_lite.hub.quants import Quant, RemoteFile
 from kimi_lite.options import Options
 from kimi_lite.plan.subject import Subject
+from kimi_lite.units import gib
 
 OnProgress = Callable[[str, int, int], None]
 
 
 def find_or_fetch(text: str, options: Options, on_progress: OnProgress) -> Path:
-    """The model's file, its first shard, or a checkpoint's folder. A quant that would not run here is refused before it
+    """The model's file or its first shard. A quant that would not run here is refused before it
     is fetched. Raises KimiLiteError."""
     name = parse_hub_name(text)
     if local := find_local(name):
@@ -25,12 +26,16 @@ def find_or_fetch(text: str, options: Options, on_progress: OnProgress) -> Path:
     with Hub() as hub:
         repository = hub.repository(name)
         quant = repository.find(name.quant)
+        if quant.is_checkpoint:
+            raise KimiLiteError(
+                f"{name.repository} is a checkpoint of {gib(quant.num_bytes)}, and GGUF is needed to run it.",
+                f"1. kimi-lite pull {name}\n2. kimi-lite quantize FOLDER OUT.gguf --recipe RECIPE, then -m OUT.gguf.",
+            )
         if local := same_here(repository, quant, local_models()):
             return local.path
         can_see = options.vision != "off"
-        if not quant.is_checkpoint:
-            subject = describe(hub, repository, quant, can_see)
-            require_runnable(subject, options, missing(repository, quant.files).num_bytes)
+        subject = describe(hub, repository, quant, can_see)
+        require_runnable(subject, options, missing(repository, quant.files).num_bytes)
         return fetch_quant(hub, repository, quant, on_progress, can_see)
 
 

@@ -160,7 +160,7 @@ def test_a_full_disk_is_said_before(hub, repo, monkeypatch):  # noqa: F811
 
 def test_deleting_asks_and_says_what(hub, repo):  # noqa: F811
     kimi_lite("pull tiny/Tiny-GGUF:Q8_0")
-    assert "Add --yes." in refusal("models --rm tiny/Tiny-GGUF:Q8_0").hint  # nobody to ask
+    assert "Add --yes." in refusal("models --rm tiny/Tiny-GGUF:Q8_0").hint  # no terminal
     assert list(local_models())
     assert "deleted tiny/Tiny-GGUF:Q8_0" in kimi_lite("models --rm tiny/Tiny-GGUF:Q8_0 --yes")
     assert not list(local_models()) and "No models are here" in kimi_lite("models")
@@ -178,6 +178,9 @@ def test_a_checkpoint_is_fetched_for_quantize(hub):  # noqa: F811
     assert "maker/Tiny:checkpoint" in listed and "kimi-lite quantize" in listed
     hub.add("maker/Other", files)
     assert "maker/Other is a checkpoint" in refusal("plan -m hf:maker/Other").message
+    sent = hub.file_bytes_sent()
+    assert "GGUF is needed to run it" in refusal("run -m hf:maker/Other hello").message
+    assert hub.file_bytes_sent() == sent
     assert "deleted maker/Tiny:checkpoint" in kimi_lite("models --rm maker/Tiny --yes") and not list(local_models())
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import threading
 from pathlib import Path
 
@@ -261,3 +262,20 @@ def test_paths_of_a_hub_stay_inside(hub, path):
     hub.add("owner/repo", {path: DATA})
     with pytest.raises(KimiLiteError, match="which is no path"), Hub() as client:
         client.repository(NAME)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
+def test_a_cache_that_cannot_be_written_is_said(hub, home):
+    hub.add("owner/repo", FILES)
+    (home / "hf").mkdir(mode=0o500)
+    with pytest.raises(KimiLiteError, match=r"cannot be written to .*: Permission denied"):
+        pull()
+
+
+def test_a_file_in_the_place_of_the_cache_is_said(hub, home):
+    hub.add("owner/repo", FILES)
+    (home / "hf").mkdir()
+    (home / "hf" / "hub").write_text("a file")
+    with pytest.raises(KimiLiteError, match=r"cannot be written to .*: (Not a directory|File exists)") as caught:
+        pull()
+    assert "HF_HOME" in caught.value.hint

@@ -87,7 +87,7 @@ def test_names_of_the_hub_find_files_in_any_store(stores):
     ):
         assert find_local(parse_hub_name(name)).path.read_bytes() == data, name
         assert find_here(f"hf:{name}").read_bytes() == data
-        assert find_or_fetch(f"hf:{name}", Options(), lambda *_: None).read_bytes() == data  # and asks nobody
+        assert find_or_fetch(f"hf:{name}", Options(), lambda *_: None).read_bytes() == data  # and asks no hub
     for name in ("a/K-GGUF", "a/K-GGUF:Q5_K", "x/y", "a/K-GGUF@v2:IQ1_M"):
         assert find_local(parse_hub_name(name)) is None
         with pytest.raises(KimiLiteError, match="is not on this machine"):
@@ -199,3 +199,14 @@ def test_names_that_are_not_one_model_are_refused(stores):
             find_named(name)
     path = stores / ".lmstudio/models/b/M-GGUF/M-Q4_K_M.gguf"
     assert find_named(str(path)).path == path
+
+
+def test_a_store_that_caches_share_is_left_alone(home):
+    """The hub's library may keep a blob in a store of its own, with a link in the cache."""
+    folder = hub_cache_model(home, data={"K-IQ1_M.gguf": DATA["K-IQ1_M.gguf"]})
+    (blob,) = (folder / "blobs").iterdir()
+    shared = write(home / "hf" / "shared" / "xet-hash", blob.read_bytes())
+    blob.unlink()
+    blob.symlink_to(shared)
+    plan_removal(find_named("a/K-GGUF"), is_forced=True).run()
+    assert shared.is_file() and not folder.exists()
