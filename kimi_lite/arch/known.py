@@ -3,7 +3,6 @@
 Numbers: each model's published config.json. `quantize` reads the same facts from a checkpoint, a test compares them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -156,15 +155,3 @@ def unknown_model(name: str) -> KimiLiteError:
     return KimiLiteError(
         f"{name} is no file or folder, and no model known by name.", f"{guess}Known are {', '.join(KNOWN)}."
     )
-
-
-def moonvit_bytes(vision: Mapping, text_hidden_size: int) -> int:
-    """The vision tower and projector that a config.json describes, in bfloat16; 0 where it describes none."""
-
-    def size(name: str) -> int:
-        return int(vision.get(f"vt_{name}") or vision.get(name) or 0)
-
-    hidden, layers, merged = size("hidden_size"), size("num_hidden_layers"), 4 * size("hidden_size")
-    tower = layers * hidden * (4 * hidden + 2 * size("intermediate_size"))
-    embeddings = hidden * (3 * size("patch_size") ** 2 + size("init_pos_emb_height") * size("init_pos_emb_width"))
-    return 2 * (tower + embeddings + merged * (merged + text_hidden_size)) if layers else 0

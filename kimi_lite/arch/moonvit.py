@@ -8,7 +8,7 @@ those that turn by its rows; the checkpoint has them in turns. llama.cpp's conve
 which its own graph then turns wrongly; our files of it have columns first, and say so in ROW_ORDER_KEY.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -114,6 +114,11 @@ def check_heads(tower: MoonViT, source: str, hint: str) -> MoonViT:
 
 
 # A checkpoint ---------------------------------------------------------------------------------------------------------
+
+
+def has_tower(config: Mapping[str, object]) -> bool:
+    """Whether a config.json describes a tower of ours."""
+    return config.get("model_type") in _PROJECTORS and bool(config.get("vision_config"))
 
 
 def read_checkpoint_tower(folder: Path) -> tuple[MoonViT, dict]:

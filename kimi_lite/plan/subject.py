@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.known import K2_5, KNOWN, find_known, moonvit_bytes, unknown_model
-from kimi_lite.arch.moonvit import find_vision_file
+from kimi_lite.arch.known import K2_5, KNOWN, find_known, unknown_model
+from kimi_lite.arch.moonvit import find_vision_file, has_tower, read_checkpoint_tower
 from kimi_lite.arch.recipe import LOSSLESS, OWN_TYPES, named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
 from kimi_lite.arch.tensors import OpenModel, open_model, tensor_shapes
@@ -42,6 +42,7 @@ RECIPES = (
 )
 _SMALLER = ("deepseek-v3", "moonlight", "deepseek-v2-lite")
 
+_BF16_BYTES = 2  # of a weight of a vision tower as it is published
 _SMALL_RECIPE = "tq1_0"  # whose size is named for a model that is not here
 
 
@@ -203,7 +204,8 @@ def _checkpoint(folder: Path, has_vision: bool) -> Subject:
     checkpoint = read_checkpoint_config(folder)
     config, scheme = checkpoint.config, checkpoint.object("quantization_config")
     is_int4 = scheme.get("quant_method") == "compressed-tensors"
-    of_vision = moonvit_bytes(checkpoint.vision, config.hidden_size) if has_vision else 0
+    can_see = has_vision and has_tower(checkpoint.outer)
+    of_vision = _BF16_BYTES * read_checkpoint_tower(folder)[0].num_weights if can_see else 0
     return Subject(config, str(folder), vision_bytes=of_vision, has_int4_experts=is_int4)
 
 
