@@ -1,7 +1,8 @@
 """`python -m tests.apps.fake_main ARGS`: kimi-lite with a scripted model in place of a real one.
 
 It thinks "about it", then repeats what it was told. Told "slow" it talks for long, told "long prompt" it takes its time
-to read, told "deaf" it cannot be stopped gently. It touches the file $FAKE_BEGUN when it begins to work.
+to read, told "deaf" it cannot be stopped gently. It touches the file $FAKE_BEGUN when it begins to work, $FAKE_TALKING
+when it has said some words.
 """
 
 import os
@@ -15,6 +16,7 @@ from kimi_lite.options import Options
 from tests.engine.fakes import fake_engine, scripted_logits
 
 SECONDS_PER_STEP = 0.03
+NUM_WORDS = 20  # tokens, more than it thinks
 
 
 def repeat(prompt: str) -> tuple[str, str]:
@@ -32,6 +34,9 @@ def open_fake(path: object, options: Options, on_progress: object = None) -> Eng
     def take_time(batch, layer: int) -> None:
         if "FAKE_BEGUN" in os.environ:
             Path(os.environ["FAKE_BEGUN"]).touch()
+        sequence = engine.scheduler.running[0]
+        if "FAKE_TALKING" in os.environ and sequence.num_generated > NUM_WORDS:
+            Path(os.environ["FAKE_TALKING"]).touch()
         known = engine.tokenizer.decode(engine.scheduler.running[0].token_ids[:200])
         if layer == 0 and "long prompt" in known:
             time.sleep(10 * SECONDS_PER_STEP)

@@ -18,10 +18,18 @@ FAKE = "tests.apps.fake_main"
 
 
 @pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    terminal = Terminal(FAKE, "chat", "-m", "x")
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    terminal = Terminal(FAKE, "chat", "-m", "x", FAKE_BEGUN=str(tmp_path / "begun"))
     yield terminal
     terminal.close()
+
+
+def wait_for_work(folder: Path) -> None:
+    """Until the model has begun to read the first message."""
+    end_s = time.monotonic() + 100
+    while not (folder / "begun").exists():
+        assert time.monotonic() < end_s, "it does not begin"
+        time.sleep(0.02)
 
 
 def test_a_conversation(terminal: Terminal) -> None:
@@ -63,10 +71,10 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal: Terminal) -> No
     assert terminal.wait() == 0
 
 
-def test_ctrl_c_stops_the_reading_of_a_long_prompt(terminal: Terminal) -> None:
+def test_ctrl_c_stops_the_reading_of_a_long_prompt(terminal: Terminal, tmp_path: Path) -> None:
     terminal.wait_for("❯")
     terminal.type("long prompt " * 60 + "\r")
-    time.sleep(1.0)
+    wait_for_work(tmp_path)
     terminal.type("\x03")
     assert "gen 0 tok" in terminal.wait_for("stopped")
     terminal.wait_for("❯")
@@ -100,16 +108,16 @@ def test_ctrl_d_during_an_answer_leaves_after_it_and_what_is_typed_waits(termina
     assert terminal.wait() == 0
 
 
-def test_a_later_ctrl_c_ends_a_program_that_does_not_stop(terminal: Terminal) -> None:
+def test_a_later_ctrl_c_ends_a_program_that_does_not_stop(terminal: Terminal, tmp_path: Path) -> None:
     terminal.wait_for("❯")
     terminal.type("deaf\r")  # the model never asks whether it should stop
-    time.sleep(1.0)
-    terminal.type("\x03")
-    time.sleep(0.3)
-    terminal.type("\x03")  # typed twice: the same wish
+    wait_for_work(tmp_path)
+    terminal.type("\x03\x03")  # typed twice: the same wish
     time.sleep(PATIENCE_S)
     assert terminal.process.poll() is None
-    terminal.type("\x03")
+    while terminal.process.poll() is None:  # a busy machine may have seen the first just now
+        terminal.type("\x03")
+        time.sleep(PATIENCE_S)
     assert terminal.wait() == 130
 
 

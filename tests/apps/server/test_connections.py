@@ -72,11 +72,9 @@ def test_hanging_up_while_the_prompt_is_read_ends_the_reading(path: str, stream:
         while not engines[0].model.batches:
             time.sleep(0.01)
         connected.close()
-        time.sleep(0.4)
-        num_steps = len(engines[0].model.batches)
-        assert num_steps < 15, "of 235"
-        time.sleep(0.3)
-        assert len(engines[0].model.batches) == num_steps and engines[0].is_idle
+        while not engines[0].is_idle:
+            time.sleep(0.01)
+        assert len(engines[0].model.batches) < 150, "of 235; some ten where the machine has nothing else to do"
         assert httpx.get(f"{url}/health").json()["running"] == 0
 
 
