@@ -109,11 +109,15 @@ class Hub:
         api = self._library.HfApi(endpoint=self.endpoint)
         try:
             info = api.model_info(name.repository, revision=name.revision, timeout=TIMEOUT_S)
-            tree = list(api.list_repo_tree(name.repository, recursive=True, revision=info.sha))
+        except Exception as error:
+            raise self._explained(error, name) from error
+        commit = _checked(info.sha, _COMMIT, "commit")
+        try:
+            tree = list(api.list_repo_tree(name.repository, recursive=True, revision=commit))
         except Exception as error:
             raise self._explained(error, name) from error
         files = tuple(_remote_file(entry) for entry in tree if hasattr(entry, "blob_id"))  # else a folder
-        return Repository(name, _checked(info.sha, _COMMIT, "commit"), files)
+        return Repository(name, commit, files)
 
     def read(self, repository: Repository, file: RemoteFile, start: int, stop: int) -> bytes:
         """Bytes start..stop of a file. Raises KimiLiteError, and Unavailable."""
@@ -171,6 +175,8 @@ class Hub:
         status = getattr(answer, "status_code", None)
         if status is not None:
             return self._refusal(status, answer.headers.get("X-Error-Code", ""), name)
+        if isinstance(error, (KeyError, TypeError)) or type(error).__name__ == "JSONDecodeError":
+            return KimiLiteError(f"{self.endpoint} does not answer as a hub does.", _NO_HUB)
         root = type(error).__module__.partition(".")[0]
         if root in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub"):
             reason = " ".join(str(error).split())[:200] or type(error).__name__

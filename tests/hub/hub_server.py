@@ -40,6 +40,7 @@ class Fault:
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     ignores_range: bool = False
+    body: bytes = b"{}"  # of an answer with a status
     action: Callable[[], object] | None = None
 
 
@@ -135,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.action:
             fault.action()
         if fault and fault.status:
-            self._send(fault.status, b"{}", fault.headers)
+            self._send(fault.status, fault.body, fault.headers)
         elif path.startswith("/api/models/"):
             self._api(path.removeprefix("/api/models/"), seen)
         elif is_cdn:

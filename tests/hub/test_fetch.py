@@ -257,6 +257,22 @@ def test_no_hub_at_all(home, monkeypatch):
         client.repository(NAME)
 
 
+@pytest.mark.parametrize(
+    "body", [b"<html>Sign in</html>", b"{}", b"[]", b"null", b'{"id": 3}', b'{"id": "a/b", "sha": "../x"}', b"\xff\xfe"]
+)
+@pytest.mark.parametrize("place", ["/revision/main", "/tree/main"])
+def test_what_is_no_hub_is_said(hub, body, place):
+    repo = hub.add("owner/repo", FILES)
+    hub.faults[:] = [Fault(place.replace("/tree/main", f"/tree/{repo.commit}"), status=200, body=body)]
+    if place == "/tree/main" and body in (b"{}", b"[]"):  # a hub without files
+        with Hub() as client:
+            assert not client.repository(NAME).files
+        return
+    with pytest.raises(KimiLiteError, match="hub") as caught, Hub() as client:
+        client.repository(NAME)
+    assert "HF_ENDPOINT" in caught.value.hint
+
+
 @pytest.mark.parametrize("path", ["../../outside.gguf", "/etc/x.gguf", "a//b.gguf", "a/./b.gguf", "a\\b.gguf", "a\nb"])
 def test_paths_of_a_hub_stay_inside(hub, path):
     hub.add("owner/repo", {path: DATA})
