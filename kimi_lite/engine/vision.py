@@ -28,8 +28,8 @@ MAX_KEPT_BYTES = 512 << 20  # of patches of media that were read
 Key = tuple[object, ...]  # of a part: what is read once
 OnMedia = Callable[[str, int, int], None]  # what is done, units done, units in all
 NO_TOWER_HINT = (
-    "Download the model's mmproj file (it is where the GGUF is) and give it by --mmproj FILE, or use --endpoint URL of "
-    "a server whose model sees."
+    "Put the model's vision file (mmproj-*.gguf, where its GGUF is; kimi-lite pull brings it along) next to the model, "
+    "or name it by --mmproj FILE; or use --endpoint URL of a server whose model sees."
 )
 
 

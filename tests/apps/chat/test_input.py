@@ -57,6 +57,14 @@ def test_the_ways_to_write_many_lines_and_to_change_them(terminal: Terminal) -> 
     assert "Ctrl-D" not in screen[-2]  # said once is enough
 
 
+def test_ctrl_v_is_for_the_clipboard_s_image(terminal: Terminal) -> None:
+    terminal.type("look \x16")
+    terminal.wait_for("An image needs a vision tower")
+    terminal.wait_for("look")  # the prompt is there again, with what was typed
+    terminal.enter("at this")
+    assert last_message(terminal) == "you said: look at this"
+
+
 def test_a_paste_of_any_size_is_one_message(terminal: Terminal) -> None:
     lines = [f"line {i}" for i in range(200)]
     terminal.type("look: \x1b[200~" + "\r\n".join(lines) + "\x1b[201~")
