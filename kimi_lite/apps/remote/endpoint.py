@@ -29,7 +29,7 @@ LEAST_SECRET = 4  # characters; shorter ones cannot be told from other text
 KEY_VARIABLES = ("KIMI_LITE_API_KEY", "OPENAI_API_KEY")
 _COMPLETIONS = "/chat/completions"
 _NEEDS_PARSER = "--enable-auto-tool-choice"  # what vLLM says it lacks for tools
-_LONGEST_WAIT_S = 10**6
+_LONGEST_WAIT_S = 1e6
 
 
 class Refused(KimiLiteError):
@@ -146,8 +146,8 @@ class Endpoint:
         except (ValueError, RecursionError):
             said = message_of(body) if "<html" not in body.lower() else ""
         said = self.redacted(said)
-        says, wait_s = f": {said}" if said else "", _seconds(headers.get("retry-after"))
-        wait = "a while" if wait_s is None else f"{wait_s:g} s"
+        says, wait_s = f": {said}" if said else "", retry_after_s(headers)
+        wait = "a while" if wait_s is None or wait_s >= _LONGEST_WAIT_S else f"{wait_s:g} s"
         hints = {
             401: "Give the right key with --api-key or in KIMI_LITE_API_KEY.",
             403: "The key may not use this; give another with --api-key.",
@@ -233,11 +233,13 @@ def _reason(error: Exception) -> str:
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
-def _seconds(retry_after: str | None, now_s: Callable[[], float] = time.time) -> float | None:
-    """Retry-After (RFC 9110, 10.2.3) in seconds from now: a number of them, or a date."""
-    text = (retry_after or "").strip()
-    if re.fullmatch(r"\d{1,6}(\.\d+)?", text, re.ASCII):
-        return float(text)
+def retry_after_s(headers: Mapping[str, str], now_s: Callable[[], float] = time.time) -> float | None:
+    """When to ask again, in seconds from now, as Retry-After says it (RFC 9110, 10.2.3: a number of seconds, or a
+    date) or OpenAI's retry-after-ms. None where neither says anything that can be read."""
+    milliseconds, text = headers.get("retry-after-ms", "").strip(), headers.get("retry-after", "").strip()
+    for number, scale in ((milliseconds, 1e-3), (text, 1.0)):
+        if re.fullmatch(r"\d+(\.\d+)?", number, re.ASCII):
+            return min(_LONGEST_WAIT_S, scale * float(number))
     try:
         return max(0.0, min(_LONGEST_WAIT_S, parsedate_to_datetime(text).timestamp() - now_s()))
     except (TypeError, ValueError, OverflowError):

@@ -236,6 +236,8 @@ def _verdict(error: KimiLiteError) -> Verdict:
     """What to do about it. Whatever is no refusal (a lost connection, an answer that broke off, or none) may pass."""
     if not isinstance(error, Refused):
         return "again"
+    if (error.retry_after_s or 0.0) > PATIENCE_S:
+        return "out"
     if error.status == 429:
         return "out" if "billing" in error.said.lower() else "limited"  # a quota that is used up does not fill again
     if error.status in _OUT:

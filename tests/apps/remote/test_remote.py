@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.apps.remote.deltas import DeltaReader
-from kimi_lite.apps.remote.endpoint import address_of
+from kimi_lite.apps.remote.endpoint import address_of, retry_after_s
 from kimi_lite.apps.remote.http import Server
 from kimi_lite.apps.remote.session import RemoteSession
 from kimi_lite.apps.remote.sse import EventReader
@@ -616,3 +616,27 @@ def test_a_list_of_faults_is_read_out(fake: FakeOpenAI) -> None:
     refusal = Answer([json.dumps({"detail": detail}).encode()], 422, "application/json")
     with pytest.raises(KimiLiteError, match=r"refused.: top_k: not permitted; too long"):
         list(opened(fake, refusal).ask("?"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": " 1.5 "}, 1.5),
+        ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+        ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40.0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, 0.0),
+        ({"retry-after": "99999999999999"}, 1e6),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "soon"}, None),
+    ],
+)
+def test_when_to_ask_again(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after_s(headers, lambda: 60.0) == seconds
+
+
+@given(st.text(max_size=40))
+def test_whatever_a_server_says_of_when_to_ask_again_is_a_time_or_nothing(text: str) -> None:
+    seconds = retry_after_s({"retry-after": text}, lambda: 0.0)
+    assert seconds is None or 0 <= seconds <= 1e6

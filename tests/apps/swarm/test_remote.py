@@ -288,6 +288,15 @@ def test_a_limit_of_rate_is_waited_for_and_fewer_are_asked_at_once(fake: FakeOpe
     assert "answered 429 (refused): slow down. It is asked again in" in warning
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_who_is_to_be_asked_hours_later_is_left_out(fake: FakeOpenAI, other: FakeOpenAI, status: int) -> None:
+    fake.answers.append(Answer([b"{}"], status, headers={"Retry-After": "86400"}))
+    other.answers.append(Answer([sse({"content": "alive"})]))
+    clock = FakeClock()
+    assert asked(f"{fake.url}=9", other.url, work=chat, clock=clock).message["content"] == "alive"
+    assert clock.now_s() == 0
+
+
 def test_a_server_that_fails_often_is_told_of_now_and_then(fake: FakeOpenAI) -> None:
     refusal, ok = Answer([b"{}"], 503, headers={"Retry-After": "1"}), Answer([sse({"content": "ok"})])
     fake.answers += [refusal, ok] * 90
