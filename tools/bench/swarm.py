@@ -86,6 +86,7 @@ class SwarmRound(Run):
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    cpu_s: float = 0.0  # of this process: with one thread, what it takes on a machine that does nothing else
 
 
 class Marked:
@@ -157,7 +158,7 @@ class SwarmBench:
         settings = SwarmSettings(max_parallel=self.num_agents if mode.is_at_once else 1)
         sampling = SamplingParams(max_tokens=self._num_tokens, ignore_eos=True, seed=1)
         answer = AnswerSettings(is_thinking=False, temperature=1.0, sampling=sampling)
-        emitter = Emitter([])
+        emitter, began_cpu_s = Emitter([]), time.process_time()
         toolshed = Toolshed(emitter, folder, self._plan.permissions, None, None)
         try:
             assignment = Assignment("bench", "", settings, answer, self._plan.permissions, self._plan)
@@ -169,7 +170,16 @@ class SwarmBench:
         if totals.usage.generated_tokens < self.num_agents:
             raise KimiLiteError(f"The swarm ended with {ended.outcome}: {ended.reason or ended.answer[:200]}")
         usage = totals.usage
-        return SwarmRound(totals.seconds, usage.generated_tokens, 0.0, (), {}, usage.prompt_tokens, usage.cached_tokens)
+        cpu_s = time.process_time() - began_cpu_s
+        return SwarmRound(
+            seconds=totals.seconds,
+            num_tokens=usage.generated_tokens,
+            first_token_s=0.0,
+            gaps_s=(),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            cpu_s=cpu_s,
+        )
 
 
 def plan_for(num_agents: int, context: str) -> Plan:
@@ -189,7 +199,8 @@ def compare_modes(bench: SwarmBench, num_repeats: int, num_tokens: int) -> dict[
 
     def run(mode: Mode) -> SwarmRound:
         done = bench.run(mode)
-        print(f"{mode.name}: {done.seconds:.2f} s, {done.cached_tokens:,} cached", file=sys.stderr, flush=True)
+        said = f"{done.seconds:.2f} s, CPU {done.cpu_s:.2f} s, {done.cached_tokens:,} cached"
+        print(f"{mode.name}: {said}", file=sys.stderr, flush=True)
         return done
 
     runners = {mode.name: lambda test, prompts, mode=mode: run(mode) for mode in MODES}
@@ -230,6 +241,11 @@ def read_experts(options: Options, counts: Sequence[int], num_tokens: int) -> li
     _, config = open_model(options.model)
     if not config.num_moe_layers:
         raise KimiLiteError(f"{config.name} has no routed experts.", "Name another model with -m.")
+    if num_tokens <= max(counts):  # the first comes with the prompt
+        raise KimiLiteError(
+            f"The prediction for {max(counts)} sequences draws from {num_tokens} tokens of one sequence alone.",
+            f"Give -n more than {max(counts)}.",
+        )
     context = _PROMPT_TOKENS + num_tokens + 1
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "routing.npz"
@@ -298,8 +314,10 @@ def measured_union(trace: RoutingTrace, num_tokens: int) -> float:
 
 
 def predicted_union(trace: RoutingTrace, alone: np.ndarray, num_tokens: int) -> float:
-    """The same for tokens that were recorded alone, drawn independently. `alone`: their places, (tokens, 1)."""
-    drawn = np.random.default_rng(0).choice(alone[:, 0], (_DRAWS, num_tokens))
+    """The same for different tokens that were recorded alone, drawn independently. `alone`: their places, (tokens, 1),
+    at least as many."""
+    rng = np.random.default_rng(0)
+    drawn = np.stack([rng.choice(alone[:, 0], num_tokens, replace=False) for _ in range(_DRAWS)])
     return _mean_union(trace, drawn)
 
 
@@ -339,14 +357,16 @@ def agents(
         bench.close()
     gains = speed_ups(samples)
     print(f"{name}, {used_threads} threads: {count} agents of {tokens} tokens, {context:,} of context in common\n")
-    print("| agents, prompts   |            s |  tok/s | prompt tokens read | x in turn, apart |")
-    print("|-------------------|-------------:|-------:|-------------------:|-----------------:|")
+    print("| agents, prompts   |            s |  CPU s |  tok/s | prompt tokens read | x in turn, apart |")
+    print("|-------------------|-------------:|-------:|-------:|-------------------:|-----------------:|")
     for mode, each in samples.items():
         rounds = [sample.run for sample in each.warm]
         seconds = Spread.of([one.seconds for one in rounds])
         rate = np.mean([one.num_tokens / one.seconds for one in rounds])
         read = np.mean([one.prompt_tokens - one.cached_tokens for one in rounds])
-        print(f"| {mode:<17} | {spread(seconds):>12} | {rate:6.1f} | {read:18,.0f} | {spread(gains[mode]):>16} |")
+        cpu = f"{np.mean([one.cpu_s for one in rounds]):6.2f}"
+        gain = f"{spread(gains[mode]):>16}"
+        print(f"| {mode:<17} | {spread(seconds):>12} | {cpu} | {rate:6.1f} | {read:18,.0f} | {gain} |")
     first = samples[SLOWEST]
     if first.num_dropped:
         print(f"{first.num_dropped} disturbed turns were dropped")
@@ -355,6 +375,7 @@ def agents(
     _print_document("agents", used_threads, {
         "model": name, "agents": count, "context_tokens": context, "num_tokens": tokens,
         "modes": {mode: [sample.run.seconds for sample in each.warm] for mode, each in samples.items()},
+        "cpu_s": {mode: [sample.run.cpu_s for sample in each.warm] for mode, each in samples.items()},
         "speed_up": {mode: {"mean": gain.mean, "sd": gain.sd} for mode, gain in gains.items()},
         "num_dropped": first.num_dropped, "is_noisy": first.is_noisy,
     })  # fmt: skip

@@ -61,6 +61,11 @@ def test_a_model_without_experts_is_told(tmp_path: Path) -> None:
         swarm.read_experts(Options(model=str(dense), num_threads=1), [1, 2], 4)
 
 
+def test_too_few_tokens_to_predict_from_are_told(tiny: Path) -> None:
+    with pytest.raises(KimiLiteError, match="from 8 tokens of one sequence alone"):
+        swarm.read_experts(Options(model=str(tiny), num_threads=1), [1, 8], 8)
+
+
 def made_trace() -> RoutingTrace:
     """Two layers, the first dense; 5 experts, top 2; passes of 1, 2, 1 and 2 tokens."""
     chosen = np.array([[0, 1], [0, 1], [0, 1], [2, 3], [0, 1], [1, 4]], np.int16)
@@ -76,8 +81,9 @@ def test_a_step_reads_the_union_of_what_its_tokens_chose() -> None:
 
 def test_the_prediction_draws_tokens_that_were_alone() -> None:
     trace = made_trace()
-    alone = np.array([[0], [3]])  # {0, 1} or {2, 3}: two of them are 2 or 4 experts, as often
+    alone = np.array([[0], [1], [2], [3]])  # {0, 1} three times and {2, 3}: two of them are 2 or 4 experts, as often
     assert swarm.predicted_union(trace, alone, 1) == 2
     assert abs(swarm.predicted_union(trace, alone, 2) - 3) < 0.2
+    assert swarm.predicted_union(trace, alone, 4) == 4
     same = replace(trace, ids=np.repeat(trace.ids[:1], 6, axis=0))
-    assert swarm.predicted_union(same, alone, 8) == 2
+    assert swarm.predicted_union(same, alone, 3) == 2
