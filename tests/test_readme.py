@@ -23,7 +23,8 @@ from tests.apps.swarm.plausible import Run
 from tests.tiny import write_tiny_gguf
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("kimi_lite/apps/**/README.md"))]
+_PLACES = ("*/README.md", "tools/*/README.md", "kimi_lite/apps/**/README.md")
+READMES = [ROOT / "README.md", *(path for place in _PLACES for path in sorted(ROOT.glob(place)))]
 
 
 def commands(path: Path) -> list[str]:

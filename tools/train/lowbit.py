@@ -24,7 +24,7 @@ from kimi_lite.tools.train.model import Model, Output
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
+        return rounded.view_as(rounded)  # a value of its own, without a copy
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:

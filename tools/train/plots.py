@@ -12,7 +12,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.tools.plot import INK, PALETTE, save_figure
 from kimi_lite.tools.train.train import Metrics, read_metrics
 
-_SMOOTHED = 0.9  # of a loss, what the steps before it weigh
+_MAX_POINTS = 200  # of a line: means over equal numbers of steps, of logits the largest
 
 
 def draw_runs(path: Path, folders: Sequence[Path]) -> None:
@@ -26,30 +26,24 @@ def draw_runs(path: Path, folders: Sequence[Path]) -> None:
         figure.set_size_inches(10, 3.2)
         losses, logits, loads = figure.subplots(1, 3)
         for (name, steps), colour in zip(runs.items(), PALETTE, strict=False):
-            numbers = [metrics.step for metrics in steps]
-            losses.plot(numbers, smoothed([metrics.loss for metrics in steps]), color=colour, label=name)
+            size = -(-len(steps) // _MAX_POINTS)
+            bins = [steps[start : start + size] for start in range(0, len(steps), size)]
+            numbers = [each[-1].step for each in bins]
+            means = [float(np.mean([metrics.loss for metrics in each])) for each in bins]
+            losses.plot(numbers, means, color=colour, label=name)
             measured = [metrics for metrics in steps if metrics.held_out is not None]
             held_out = [metrics.held_out for metrics in measured]
             losses.plot([metrics.step for metrics in measured], held_out, "o", color=colour, markersize=3)
-            logits.plot(numbers, [metrics.max_logit for metrics in steps], color=colour)
-            loads.plot(numbers, smoothed([metrics.imbalance for metrics in steps]), color=colour)
+            logits.plot(numbers, [max(metrics.max_logit for metrics in each) for each in bins], color=colour)
+            loads.plot(
+                numbers, [float(np.mean([metrics.imbalance for metrics in each])) for each in bins], color=colour
+            )
         losses.set(title="loss, nats; dots: held out", xlabel="step")
         logits.set(title="largest attention logit", xlabel="step", yscale="symlog")
         loads.set(title="most loaded expert, x the mean", xlabel="step")
         losses.legend(frameon=False, labelcolor=INK)
 
     save_figure(path, draw)
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential mean, without a bias to the start; a value that is not finite stays one."""
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        total, weight = _SMOOTHED * total + (1 - _SMOOTHED) * value, _SMOOTHED * weight + 1 - _SMOOTHED
-        out.append(total / weight if np.isfinite(value) else value)
-        if not np.isfinite(total):
-            total, weight = 0.0, 0.0
-    return out
 
 
 def describe(steps: Sequence[Metrics]) -> str:

@@ -35,7 +35,7 @@ def source(tmp_path_factory):
 
 
 def test_the_gradient_passes_the_rounding():
-    """Equal to that of a model whose experts are the rounded ones, and nobody else's weights are rounded."""
+    """Equal to that of a model whose experts are the rounded ones, and no other weights are rounded."""
     model = Model(CONFIG).initialize(0)
     low_bit = LowBit.of(model, "q2_0")
     rounded = low_bit.rounded()

@@ -70,7 +70,7 @@ def test_logits_explode_without_qk_clip_and_not_with_it(source, text, tmp_path):
         steps = list(read_metrics(tmp_path / name))
         largest[name] = [metrics.max_logit for metrics in steps]
         clipped[name] = sum(metrics.num_clipped for metrics in steps)
-    assert largest["muon"][-1] > 200 and clipped["muon"] == 0
+    assert largest["muon"][-1] > 3 * max(largest["muonclip"]) and clipped["muon"] == 0
     assert max(largest["muonclip"]) < 30 and clipped["muonclip"] > 20
 
 
