@@ -70,7 +70,7 @@ def test_the_token_goes_to_the_hub_and_not_to_where_the_bytes_are(hub, monkeypat
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(
     cuts=st.lists(st.integers(0, 120_000), max_size=4),

@@ -75,13 +75,11 @@ def require_kept(path, expected, kind) -> None:
         ("packed", "ternary", 4, "language_model.", False, "Q2_0"),
         ("packed", "3-bit", 4, "language_model.", False, "Q4_0"),
         ("packed", "3-bit", 3, "language_model.", False, "Q4_0"),
-        ("packed", "4-bit", 4, "language_model.", False, "Q4_0"),
         ("packed", "2-bit", 2, "", False, "Q2_0"),
         ("packed", "2-bit", 8, "", False, "Q2_0"),
         ("humming", "2-bit", 2, "language_model.", True, "Q2_0"),
         ("humming", "2-bit", 2, "", False, "Q2_0"),
         ("humming", "3-bit", 3, "language_model.", True, "Q4_0"),
-        ("humming", "ternary", 2, "language_model.", True, "Q2_0"),
     ],
 )
 def test_both_forms_are_kept_without_loss(tmp_path, floats, form, levels, bits, prefix, zero_points, kind):
@@ -169,7 +167,7 @@ def test_words_are_unpacked_as_compressed_tensors_packs_them(bits, rows, words, 
     assert np.array_equal(unpack_from_int32(packed, bits, torch.Size(codes.shape)).numpy(), codes)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.sampled_from(sorted(LEVELS)), st.sampled_from([4, 5, 8]), st.integers(0, 2**32 - 1), st.data())
 def test_levels_are_found_wherever_they_lie(tmp_path_factory, levels, bits, seed, data):
     """A matrix of a few levels with the outermost one at any place."""
