@@ -51,7 +51,7 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Kimi K2.5, a trillion-parameter mixture of experts, on one desk."""
+    """Kimi K2.5, a trillion-parameter mixture of experts, at home."""
 
 
 @app.command(cls=Command)
