@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,6 @@ class Run:
     low_bit: LowBit | None
     teacher: Model | None
     step: int = 0
-    _last_held_out: float | None = field(default=None, init=False)
 
     @classmethod
     def open(cls, folder: Path, settings: Settings) -> "Run":
