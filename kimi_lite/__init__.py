@@ -1,4 +1,4 @@
-"""kimi-lite: Kimi K2.5, a trillion-parameter mixture of experts, on one desk."""
+"""kimi-lite: Kimi K2.5, a trillion-parameter mixture of experts, at home."""
 
 from kimi_lite.files import cache_folder
 from kimi_lite.native.cache import keep_kernels_in
