@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
 
+for name in ("COLUMNS", "LINES"):  # a worker of pytest-xdist has them; they hide what a terminal's size is
+    os.environ.pop(name, None)
+
 if os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -89,7 +89,8 @@ def _remove(name: str, is_sure: bool, is_forced: bool) -> None:
             echo(f"  {visible(str(file))}", to_stderr=True)
         if not sys.stdin.isatty():
             raise KimiLiteError(f"{what} would be deleted, and there is no terminal to ask on.", "Add --yes.")
-        if not typer.confirm(f"Delete {what}?", err=True):
+        echo(f"Delete {what}? [y/N] ", to_stderr=True, end="")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise typer.Exit(2)
     removal.run()
     echo(f"deleted {what}")

@@ -17,6 +17,7 @@ from kimi_lite.hub import fetch as fetching
 from kimi_lite.hub.cache import CachedRepository
 from kimi_lite.hub.library import local_models
 from kimi_lite.tools.make.vision import K2_5_TOWER, write_tower
+from tests.apps.terminal import Terminal
 from tests.gguf.gguf_bytes import GGUFBytes, tensor
 from tests.hub.conftest import home, hub  # noqa: F401
 from tests.hub.hub_server import Fault
@@ -161,7 +162,11 @@ def test_a_full_disk_is_said_before(hub, repo, monkeypatch):  # noqa: F811
 def test_deleting_asks_and_says_what(hub, repo):  # noqa: F811
     kimi_lite("pull tiny/Tiny-GGUF:Q8_0")
     assert "Add --yes." in refusal("models --rm tiny/Tiny-GGUF:Q8_0").hint  # no terminal
-    assert list(local_models())
+    terminal = Terminal("kimi_lite", "models", "--rm", "tiny/Tiny-GGUF:Q8_0")
+    terminal.wait_for("[y/N] ")
+    terminal.type("n\n")
+    assert terminal.wait() == 2 and list(local_models())
+    terminal.close()
     assert "deleted tiny/Tiny-GGUF:Q8_0" in kimi_lite("models --rm tiny/Tiny-GGUF:Q8_0 --yes")
     assert not list(local_models()) and "No models are here" in kimi_lite("models")
     assert json.loads(kimi_lite("models --json")) == {"models": []}

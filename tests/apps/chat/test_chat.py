@@ -209,7 +209,7 @@ def test_an_endpoint_answers_in_the_same_chat(tmp_path: Path) -> None:
         contents = [body["messages"][-1]["content"] for body in server.bodies]
         assert contents[:2] == ["one", "one"]
         assert [part["type"] for part in contents[2]] == ["image_url", "text"]
-        assert contents[3] == "three"
+        assert contents[3] == [contents[2][0], {"type": "text", "text": "three"}], "its image stays"
         server.answers.append(Answer([sse({"content": "again"})]))
         more = subprocess.run(
             [*command, *flags, "--continue"], cwd=ROOT, input="four\n", capture_output=True, text=True, timeout=120

@@ -20,7 +20,11 @@ from tests.quantize.source import moonvit
 
 LIMIT = 1e-5  # of float32 weights; the sums have other orders
 IMAGES = [
-    Grid(1, 2 * h, 2 * w) for h, w in ((1, 1), (1, 9), (9, 1), (4, 4), (3, 5), (8, 8), (13, 2), (2, 31), (10, 12))
+    Grid(1, 2 * h, 2 * w)
+    for h, w in (
+        *((1, 1), (1, 9), (9, 1), (4, 4), (3, 5), (8, 8), (13, 2), (2, 31), (10, 12)),
+        *((1, 2), (5, 3), (7, 7), (6, 11), (11, 6), (20, 3), (16, 9), (9, 16), (1, 40), (32, 32)),
+    )
 ]
 CHUNKS = [Grid(t, 2 * h, 2 * w) for t in (2, 3, 4) for h, w in ((1, 1), (4, 4), (2, 7), (6, 3))]
 
