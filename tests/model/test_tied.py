@@ -22,7 +22,7 @@ IDS = np.random.default_rng(1).integers(0, 256, 20)
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("tied") / "tied.gguf", np.random.default_rng(0), is_tied=True)
+    return write_tiny_gguf(tmp_path_factory.mktemp("tied") / "tied.gguf", np.random.default_rng(2), is_tied=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def copied(tied: Path) -> Path:
     for key, value in (model_metadata(config) | tokenizer_metadata(config.vocab_size)).items():
         if value is not None and key != "general.architecture":
             _add_key(writer, key, value)
-    tensors = tiny_tensors(config, np.random.default_rng(0))
+    tensors = tiny_tensors(config, np.random.default_rng(2))
     for name, values in (tensors | {"output.weight": tensors["token_embd.weight"]}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -54,7 +54,7 @@ def test_the_logits_are_llama_cpps(tied: Path) -> None:
     parity = pytest.importorskip("tests.model.test_parity_llama_cpp", exc_type=ImportError)
     with Runner(tied) as runner:
         errors = relative_errors(runner.prefill(IDS), parity.llama_logits(tied, IDS))
-    assert np.median(errors) < 5e-3  # llama.cpp's cache is f16: a token may choose another expert
+    assert errors.max() < 5e-3  # with other weights a token may choose another expert: llama.cpp's cache is f16
 
 
 def test_it_is_opened_planned_and_run(tied: Path, copied: Path) -> None:
