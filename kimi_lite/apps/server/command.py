@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kimi_lite.engine.service import EngineService
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "python_multipart")
+_LOADED_S = 0.05  # how soon it is seen that the model is loaded
 _DRAIN_S = 10.0  # running answers have so long to end
 
 
@@ -67,8 +68,8 @@ async def _serve(options: Options, listener: socket.socket, open_engine: Callabl
             asyncio.get_running_loop().add_signal_handler(number, ending.on_signal, number)
     serving = asyncio.create_task(server.serve([listener]))
     while not serving.done() and not service.is_ready.is_set():
-        await asyncio.sleep(0.05)
-    if service.failure is not None:
+        await asyncio.sleep(_LOADED_S)
+    if service.engine is None and service.failure is not None:  # one that fails later goes on telling why
         server.should_exit = True
         await serving
         raise service.failure

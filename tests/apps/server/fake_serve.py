@@ -1,7 +1,8 @@
 """`python -m tests.apps.server.fake_serve ARGS`: `kimi-lite serve` with a scripted model.
 
 It repeats what it was told; told "slow" it talks for long, told "crash" its engine breaks, told "stuck" it stands
-still. $FAKE_LOADS_S: how long it loads. It touches the file $FAKE_CLOSED when it is closed as it should be.
+still. $FAKE_LOADS_S: how long it loads; $FAKE_LOADED_S: how soon the command sees that it is loaded. It touches the
+file $FAKE_CLOSED when it is closed as it should be.
 """
 
 import os
@@ -43,5 +44,6 @@ def open_fake(path: object, options: Options, on_progress: OnProgress) -> Engine
 
 if __name__ == "__main__":
     command.load = open_fake
+    command._LOADED_S = float(os.environ.get("FAKE_LOADED_S", command._LOADED_S))
     command.find_model = lambda options, on_progress: options.model
     cli.main()

@@ -165,8 +165,9 @@ def _swallow(server: Served, text: str) -> None:
         return
 
 
-def test_a_crashed_engine_is_told_and_never_hangs() -> None:
-    with serving() as server:
+@pytest.mark.parametrize("loaded_s", ["0.05", "1"])  # after the crash too: it is none of loading
+def test_a_crashed_engine_is_told_and_never_hangs(loaded_s: str) -> None:
+    with serving(FAKE_LOADED_S=loaded_s) as server:
         server.wait()
         answer = server.ask("crash")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_stopped")
