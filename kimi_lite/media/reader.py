@@ -12,24 +12,22 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.isolated import isolated_python
 from kimi_lite.media.child import HEADS, MAX_IMAGE_CPU_S, MAX_MEMORY_BYTES, MAX_VIDEO_CPU_S
 from kimi_lite.media.medium import MAX_IMAGE_BYTES, Item, Kind, Medium, Source
 from kimi_lite.media.preprocess import CHUNK_FRAMES, MAX_IMAGE_PATCHES, Size, digest_of, time_stamp, to_patches
 
 MAX_WAIT_S = 60.0  # without a sign of life: on a busy machine the seconds of work take longer
 OnFrames = Callable[[int, int], None]  # frames of a video decoded, frames in all
-_CODE = "import sys; sys.path[:] = sys.argv[2:]; from kimi_lite.media.child import serve; serve(int(sys.argv[1]))"
 _PACKAGES = {"PIL": "Pillow", "av": "PyAV"}
 _INSTALL = "pip install 'kimi-lite[vision]'"
 
@@ -128,10 +126,8 @@ class _Worker:
 
     def _running(self) -> socket.socket:
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
-            package = str(Path(__file__).parents[2])  # wherever it was found; the rest as here, and no more
-            folders = [package, *(folder or os.getcwd() for folder in sys.path)]
             ours, theirs = socket.socketpair()
-            command = [sys.executable, "-I", "-S", "-c", _CODE, str(theirs.fileno()), *folders]
+            command = isolated_python("kimi_lite.media.child", theirs.fileno())
             try:
                 self._child = subprocess.Popen(
                     command,

@@ -12,16 +12,15 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.isolated import isolated_python
 from kimi_lite.text.sandbox import (
     LENGTH,
     MAX_CPU_S,
@@ -35,7 +34,6 @@ from kimi_lite.units import one_line
 
 MAX_WAIT_S = 60.0  # on a busy machine the second of work takes longer
 MAX_REASON_CHARS = 300
-_CODE = "import sys; sys.path[:] = sys.argv[1:]; from kimi_lite.text.sandbox import serve; serve()"
 _REMEDY = "The file's template is at fault: use a GGUF of another source, or convert it with the model's own template."
 
 
@@ -108,9 +106,7 @@ class _Worker:
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
-            package = str(Path(__file__).parents[2])  # wherever it was found; the rest as here, and no more
-            folders = [package, *(folder or os.getcwd() for folder in sys.path)]
-            command = [sys.executable, "-I", "-S", "-c", _CODE, *folders]
+            command = isolated_python("kimi_lite.text.sandbox")
             try:
                 self._child = subprocess.Popen(
                     command,

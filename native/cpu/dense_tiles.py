@@ -17,6 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kimi_lite.native.cpu.tiles import shifted
 from kimi_lite.native.half import widen_half
 from kimi_lite.native.isa import AVX512_VNNI, isa
 from kimi_lite.native.simd_dot import dot_of, unsigned_dot_of
@@ -26,15 +27,6 @@ TILE_VECTORS, TILE_ROWS = (2, 12) if isa().name == AVX512_VNNI else (1, 6)
 GROUP = 128  # columns of int8 that share a scale
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-
-
-def _address(builder, base, *terms):
-    """base + the sum of terms; a term is a constant, a value, or a (value, constant factor) pair."""
-    for term in terms:
-        if isinstance(term, tuple):
-            term = builder.mul(term[0], ir.Constant(_I64, term[1]))
-        base = builder.add(base, ir.Constant(_I64, term) if isinstance(term, int) else term)
-    return base
 
 
 def _load(builder, address, llvm_type, align: int = 1):
@@ -71,17 +63,17 @@ def float_tile(dtype: str, vectors: int, rows: int, is_added: bool) -> Callable:
         def codegen(context, builder, sig, args):
             panels, step, panel_bytes, x, x_stride, k, out, out_stride = args
             places = [(r, v) for r in range(rows) for v in range(vectors)]
-            at = {(r, v): _address(builder, out, (out_stride, r), 64 * v) for r, v in places}
+            at = {(r, v): shifted(builder, out, (out_stride, r), 64 * v) for r, v in places}
             zero = ir.Constant(f32x16.llvm, [0.0] * 16)
             start = {p: _load(builder, at[p], f32x16.llvm) if is_added else zero for p in places}
             sums = {p: cgutils.alloca_once_value(builder, start[p]) for p in places}
-            bases = [_address(builder, panels, (panel_bytes, v)) for v in range(vectors)]
-            inputs = [_address(builder, x, (x_stride, r)) for r in range(rows)]
+            bases = [shifted(builder, panels, (panel_bytes, v)) for v in range(vectors)]
+            inputs = [shifted(builder, x, (x_stride, r)) for r in range(rows)]
             with cgutils.for_range(builder, k, intp=_I64) as loop:
                 offset = builder.mul(loop.index, step)
                 weights = [_weights(builder, builder.add(b, offset), dtype) for b in bases]
                 for r in range(rows):
-                    value = splat(builder, f32x16, _load(builder, _address(builder, inputs[r], (loop.index, 4)), _F32))
+                    value = splat(builder, f32x16, _load(builder, shifted(builder, inputs[r], (loop.index, 4)), _F32))
                     for v in range(vectors):
                         total = builder.load(sums[r, v])
                         fused = call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, (weights[v], value, total))
@@ -107,9 +99,9 @@ def _byte_sums(builder, num_words, weights, step, inputs, starts, emit) -> dict:
             sums[r, v] = cgutils.alloca_once(builder, i32x16.llvm)
             builder.store(start, sums[r, v])
     with cgutils.for_range(builder, num_words, intp=_I64) as loop:
-        columns = [_load(builder, _address(builder, each, (loop.index, step)), i8x64.llvm) for each in weights]
+        columns = [_load(builder, shifted(builder, each, (loop.index, step)), i8x64.llvm) for each in weights]
         for r, line in enumerate(inputs):
-            word = _load(builder, _address(builder, line, (loop.index, 4)), _I32)
+            word = _load(builder, shifted(builder, line, (loop.index, 4)), _I32)
             value = builder.bitcast(splat(builder, i32x16, word), i8x64.llvm)
             for v, column in enumerate(columns):
                 builder.store(emit(builder, builder.load(sums[r, v]), value, column), sums[r, v])
@@ -131,31 +123,31 @@ def byte_tile(vectors: int, rows: int) -> Callable:
     def tile(typingctx, panels, panel_bytes, scales, starts, x, x_scales, num_groups, out):
         def codegen(context, builder, sig, args):
             panels, panel_bytes, scales, starts, x, x_scales, num_groups, out = args
-            outputs = {(r, v): _address(builder, out, 64 * (r * vectors + v)) for r, v in places}
+            outputs = {(r, v): shifted(builder, out, 64 * (r * vectors + v)) for r, v in places}
             for at in outputs.values():
                 _store(builder, at, ir.Constant(f32x16.llvm, [0.0] * 16))
             k = builder.mul(num_groups, ir.Constant(_I64, GROUP))
-            bases = [_address(builder, panels, (panel_bytes, v)) for v in range(vectors)]
-            inputs = [_address(builder, x, (k, r)) for r in range(rows)]
+            bases = [shifted(builder, panels, (panel_bytes, v)) for v in range(vectors)]
+            inputs = [shifted(builder, x, (k, r)) for r in range(rows)]
             with cgutils.for_range(builder, num_groups, intp=_I64) as group:
-                of_group = [_address(builder, group.index, (num_groups, i)) for i in range(max(rows, vectors))]
+                of_group = [shifted(builder, group.index, (num_groups, i)) for i in range(max(rows, vectors))]
                 beginnings = [
-                    _load(builder, _address(builder, starts, (of_group[v], 64)), i32x16.llvm) for v in range(vectors)
+                    _load(builder, shifted(builder, starts, (of_group[v], 64)), i32x16.llvm) for v in range(vectors)
                 ]
                 sums = _byte_sums(
                     builder,
                     ir.Constant(_I64, GROUP // 4),
-                    [_address(builder, base, (group.index, 16 * GROUP)) for base in bases],
+                    [shifted(builder, base, (group.index, 16 * GROUP)) for base in bases],
                     64,
-                    [_address(builder, line, (group.index, GROUP)) for line in inputs],
+                    [shifted(builder, line, (group.index, GROUP)) for line in inputs],
                     beginnings,
                     dot_of,
                 )
                 scale = [
-                    _load(builder, _address(builder, scales, (of_group[v], 64)), f32x16.llvm) for v in range(vectors)
+                    _load(builder, shifted(builder, scales, (of_group[v], 64)), f32x16.llvm) for v in range(vectors)
                 ]
                 for r, v in places:
-                    x_scale = _load(builder, _address(builder, x_scales, (of_group[r], 4)), _F32)
+                    x_scale = _load(builder, shifted(builder, x_scales, (of_group[r], 4)), _F32)
                     value = builder.sitofp(sums[r, v], f32x16.llvm)
                     before = _load(builder, outputs[r, v], f32x16.llvm)
                     factor = builder.fmul(scale[v], splat(builder, f32x16, x_scale))
@@ -185,18 +177,18 @@ def byte_score_tile(vectors: int, rows: int) -> Callable:
             sums = _byte_sums(
                 builder,
                 words,
-                [_address(builder, keys, (key_bytes, v)) for v in at],
+                [shifted(builder, keys, (key_bytes, v)) for v in at],
                 64,
-                [_address(builder, x, (x_stride, r)) for r in range(rows)],
-                [_load(builder, _address(builder, starts, 64 * v), i32x16.llvm) for v in at],
+                [shifted(builder, x, (x_stride, r)) for r in range(rows)],
+                [_load(builder, shifted(builder, starts, 64 * v), i32x16.llvm) for v in at],
                 dot_of,
             )
-            scale = [_load(builder, _address(builder, scales, 64 * v), f32x16.llvm) for v in at]
+            scale = [_load(builder, shifted(builder, scales, 64 * v), f32x16.llvm) for v in at]
             for r in range(rows):
-                x_scale = splat(builder, f32x16, _load(builder, _address(builder, x_scales, 4 * r), _F32))
+                x_scale = splat(builder, f32x16, _load(builder, shifted(builder, x_scales, 4 * r), _F32))
                 for v in at:
                     value = builder.fmul(builder.sitofp(sums[r, v], f32x16.llvm), builder.fmul(scale[v], x_scale))
-                    _store(builder, _address(builder, out, (out_stride, r), 64 * v), value)
+                    _store(builder, shifted(builder, out, (out_stride, r), 64 * v), value)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), codegen
@@ -220,18 +212,18 @@ def byte_value_tile(vectors: int, rows: int) -> Callable:
             sums = _byte_sums(
                 builder,
                 words,
-                [_address(builder, values, 64 * v) for v in at],
+                [shifted(builder, values, 64 * v) for v in at],
                 64 * vectors,
-                [_address(builder, x, (x_stride, r)) for r in range(rows)],
+                [shifted(builder, x, (x_stride, r)) for r in range(rows)],
                 [ir.Constant(i32x16.llvm, [0] * 16)] * vectors,
                 unsigned_dot_of,
             )
-            scale = [_load(builder, _address(builder, scales, 64 * v), f32x16.llvm) for v in at]
+            scale = [_load(builder, shifted(builder, scales, 64 * v), f32x16.llvm) for v in at]
             for r in range(rows):
-                place = _address(builder, x_scales, (x_scale_stride, r))
+                place = shifted(builder, x_scales, (x_scale_stride, r))
                 x_scale = splat(builder, f32x16, _load(builder, place, _F32))
                 for v in at:
-                    target = _address(builder, out, (out_stride, r), 64 * v)
+                    target = shifted(builder, out, (out_stride, r), 64 * v)
                     value = builder.sitofp(sums[r, v], f32x16.llvm)
                     arguments = (value, builder.fmul(scale[v], x_scale), _load(builder, target, f32x16.llvm))
                     _store(builder, target, call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, arguments))

@@ -65,7 +65,7 @@ def _splat(builder, scalar):
     return builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16))
 
 
-def _at(builder, base, *terms):
+def shifted(builder, base, *terms):
     """base + the sum of terms; a term is a constant, a value, or a (value, constant factor) pair."""
     for term in terms:
         if isinstance(term, tuple):
@@ -89,20 +89,20 @@ def score_tile(num_heads: int, dtype: str) -> Callable:
             row, q, q_stride, length, scores = args
             sums = [cgutils.alloca_once_value(builder, ir.Constant(f32x16.llvm, [0.0] * 16)) for _ in range(num_heads)]
             steps = builder.udiv(length, ir.Constant(_I64, 16))
-            codes_end = _at(builder, row, length)
+            codes_end = shifted(builder, row, length)
             with cgutils.for_range(builder, steps, intp=_I64) as loop:
                 group = builder.udiv(loop.index, ir.Constant(_I64, GROUP_VALUES // 16))
-                scale = _load_scale(builder, _at(builder, codes_end, (group, form.scale_bytes)), dtype)
-                value = _load(builder, _at(builder, row, (loop.index, 16 * form.value_bytes)), dtype, scale)
+                scale = _load_scale(builder, shifted(builder, codes_end, (group, form.scale_bytes)), dtype)
+                value = _load(builder, shifted(builder, row, (loop.index, 16 * form.value_bytes)), dtype, scale)
                 for g, total in enumerate(sums):
-                    query = _load(builder, _at(builder, q, (q_stride, g), (loop.index, 64)), "f32")
+                    query = _load(builder, shifted(builder, q, (q_stride, g), (loop.index, 64)), "f32")
                     builder.store(_fma(builder, value, query, builder.load(total)), total)
             for g, total in enumerate(sums):
                 start = ir.Constant(_F32, -0.0)
                 result = call_llvm(
                     builder, "llvm.vector.reduce.fadd.v16f32", _F32, (start, builder.load(total)), _REASSOC
                 )
-                _store(builder, _at(builder, scores, SCORE_STRIDE * g), result)
+                _store(builder, shifted(builder, scores, SCORE_STRIDE * g), result)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), codegen
@@ -127,20 +127,25 @@ def value_tile(num_heads: int, dtype: str) -> Callable:
             places = [(g, half) for g in range(num_heads) for half in range(2)]
             totals = {}
             for g, half in places:
-                before = _load(builder, _at(builder, values, (stride, g), 64 * half), "f32")
-                factor = _broadcast(builder, _at(builder, factors, 4 * g))
+                before = _load(builder, shifted(builder, values, (stride, g), 64 * half), "f32")
+                factor = _broadcast(builder, shifted(builder, factors, 4 * g))
                 totals[g, half] = cgutils.alloca_once_value(builder, builder.fmul(before, factor))
             with cgutils.for_range(builder, count, intp=_I64) as loop:
                 offset = builder.mul(loop.index, row_bytes)
-                row, scale = _at(builder, page, offset), _load_scale(builder, _at(builder, scales, offset), dtype)
-                halves = [_load(builder, _at(builder, row, 16 * value_bytes * half), dtype, scale) for half in range(2)]
+                row, scale = (
+                    shifted(builder, page, offset),
+                    _load_scale(builder, shifted(builder, scales, offset), dtype),
+                )
+                halves = [
+                    _load(builder, shifted(builder, row, 16 * value_bytes * half), dtype, scale) for half in range(2)
+                ]
                 for g in range(num_heads):
-                    weight = _broadcast(builder, _at(builder, weights, SCORE_STRIDE * g, (loop.index, 4)))
+                    weight = _broadcast(builder, shifted(builder, weights, SCORE_STRIDE * g, (loop.index, 4)))
                     for half in range(2):
                         total = totals[g, half]
                         builder.store(_fma(builder, halves[half], weight, builder.load(total)), total)
             for g, half in places:
-                _store(builder, _at(builder, values, (stride, g), 64 * half), builder.load(totals[g, half]))
+                _store(builder, shifted(builder, values, (stride, g), 64 * half), builder.load(totals[g, half]))
             return target.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen

@@ -188,18 +188,11 @@ class _Writer:
             delta = _call_delta(token)
         elif token.text and not token.unsaid:
             delta = {"reasoning_content" if token.kind == "reasoning" else "content": token.text}
-        logprobs = self._token_logprobs(token)
+        logprobs = content_logprobs(self._tokenizer, token)
         if delta or logprobs:
             yield self._chunk(i, delta, None, logprobs)
         if token.finish_reason is not None:
             yield self._chunk(i, {}, finish_reason(token.finish_reason))
-
-    def _token_logprobs(self, token: Token) -> list[dict[str, Any]]:
-        """Also of a token whose text is not known yet."""
-        logprobs = token.logprobs
-        if logprobs is None or token.kind != "content" or self._tokenizer.is_control(logprobs.chosen.token_id):
-            return []
-        return [logprob_of(self._tokenizer, logprobs)]
 
     def _chunk(
         self, i: int, delta: dict[str, Any], reason: str | None = None, logprobs: list[dict[str, Any]] | None = None
@@ -263,6 +256,14 @@ def _call_delta(token: Token) -> dict[str, Any]:
 def finish_reason(reason: FinishReason) -> str:
     """OpenAI's word where it has one; the others ("repetition") say what they mean."""
     return "stop" if reason == "cancelled" else reason
+
+
+def content_logprobs(tokenizer: Tokenizer, token: Token) -> list[dict[str, Any]]:
+    """Of a token of the answer's text, also where that is not known yet; else none."""
+    logprobs = token.logprobs
+    if logprobs is None or token.kind != "content" or tokenizer.is_control(logprobs.chosen.token_id):
+        return []
+    return [logprob_of(tokenizer, logprobs)]
 
 
 def logprob_of(tokenizer: Tokenizer, logprobs: Logprobs) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from kimi_lite.apps.server.chat import ChatRequest, Choice, Prepared
 from kimi_lite.apps.server.errors import ApiError, told
 from kimi_lite.apps.server.merge import merged
 from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools, strict_names
-from kimi_lite.apps.server.openai_chat import logprob_of
+from kimi_lite.apps.server.openai_chat import content_logprobs
 from kimi_lite.apps.server.openai_models import Body, Effort, is_thinking_at
 from kimi_lite.apps.server.outcome import Outcome, TokenCounts
 from kimi_lite.apps.server.state import ServerState, client_of
@@ -439,19 +439,13 @@ class _Writer:
             async for _, token in source:
                 if isinstance(token, Token):
                     self._outcome.add(token)
-                    for each in self._output.add(token, self._logprobs(token)):
+                    for each in self._output.add(token, content_logprobs(self._tokenizer, token)):
                         yield each
             for each in self._output.close("completed" if self._incomplete() is None else "incomplete"):
                 yield each
         finally:
             await source.aclose()
             self._state.log_answer(self._prepared.num_prompt_tokens, [self._outcome.stats])
-
-    def _logprobs(self, token: Token) -> list[dict[str, Any]]:
-        logprobs = token.logprobs
-        if logprobs is None or token.kind != "content" or self._tokenizer.is_control(logprobs.chosen.token_id):
-            return []
-        return [logprob_of(self._tokenizer, logprobs)]
 
     def _incomplete(self) -> str | None:
         """Why the answer is not whole."""

@@ -1,4 +1,4 @@
-"""The tower's weights as the file has them, for whoever multiplies with them."""
+"""The tower's weights as the file has them, for the CPU and for a GPU."""
 
 from typing import NamedTuple
 
