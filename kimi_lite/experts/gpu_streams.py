@@ -1,11 +1,12 @@
-"""A torch device with what the hybrid path needs of one: pinned host memory, a stream for copies, events, free memory.
+"""A torch device with what the hybrid path needs of one: pinned host memory, a stream for copies, events, graphs, free
+memory.
 
 The same code runs with a CPU device standing in as the GPU: there a copy is done when it is asked for, so streams and
 events have nothing to do.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -34,8 +35,22 @@ class Done:
         return None
 
 
+class Graph(Protocol):
+    """Captured work of the device: `torch.cuda.CUDAGraph`."""
+
+    def replay(self) -> None:
+        """All of it again, behind what the current stream was given."""
+
+    def reset(self) -> None:
+        """Its memory is free again; it cannot be replayed any more."""
+
+
 class GpuStreams:
-    """One device; its `copy` stream is for uploads that run while the current stream computes."""
+    """One device; its copy stream is for uploads that run while the current stream computes.
+
+    All streams are made here, once: torch hands out 32 a device in turn, so that of streams made now and then the 33rd
+    is the first.
+    """
 
     def __init__(self, name: str, limit_bytes: int | None = None) -> None:
         """name: "cuda", "cuda:1", or "cpu" to stand in as one. limit_bytes: of VRAM, the driver's own part included.
@@ -51,6 +66,7 @@ class GpuStreams:
             torch.cuda.set_device(self.device)
             self._set_limit(limit_bytes)
         self._copy_stream = torch.cuda.Stream(self.device) if self.is_cuda else None
+        self._capture_stream = torch.cuda.Stream(self.device) if self.is_cuda else None
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that copies to and from the device go through at full speed, without a stop."""
@@ -85,6 +101,28 @@ class GpuStreams:
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
             yield
+
+    def graph_memory(self) -> tuple[int, int]:
+        """A pool that graphs share which never run at the same time."""
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], None], memory: tuple[int, int]) -> Graph:
+        """What `run` asks of the device, as a graph with its memory in `memory`; nothing is done yet.
+
+        Not `torch.cuda.graph`, which stops the device and empties the memory pool for each of a hundred graphs.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._capture_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._capture_stream):
+            graph.capture_begin(pool=memory, capture_error_mode="thread_local")  # promotions go on meanwhile
+            try:
+                run()
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the capture failed, which hides why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph
 
     def enter_thread(self) -> None:
         """What a new thread does first: CUDA's current device is a thread's own."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.gpu_streams import GpuStreams
+from kimi_lite.experts.gpu_streams import GpuStreams, Graph
 from kimi_lite.model.hybrid.cpu_experts import HostCopies
 from kimi_lite.model.hybrid.kernels import Angles
 from kimi_lite.model.hybrid.layer import Layer
@@ -24,28 +24,14 @@ from kimi_lite.model.hybrid.step import Step
 
 
 class Graphs:
-    """What the segments of one shape share: graph memory, as they run one after the other, and a stream to capture
-    on."""
+    """What the segments of one shape share: graph memory, as they run one after the other."""
 
     def __init__(self, streams: GpuStreams) -> None:
-        self._device = streams.device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(self._device)
+        self._streams, self._memory = streams, streams.graph_memory()
 
-    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """What `run` asks of the device, as a graph; nothing is done yet.
-
-        Not `torch.cuda.graph`, which stops the device and empties the memory pool for each of a hundred segments.
-        """
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # promotions go on meanwhile
-            try:
-                run()
-            finally:
-                graph.capture_end()
-        return graph
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """What `run` asks of the device; nothing is done yet."""
+        return self._streams.capture(run, self._memory)
 
 
 class StepSegment:
@@ -54,7 +40,7 @@ class StepSegment:
     def __init__(self, run: Callable[[], None], graphs: Graphs | None) -> None:
         """graphs: None where there are none."""
         self._run, self._graphs = run, graphs
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Graph | None = None
         self._is_warm = False
 
     def __call__(self) -> None:
