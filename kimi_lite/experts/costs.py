@@ -7,15 +7,21 @@ device; used by `kimi_lite.model.hybrid`.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 _MEMORY = 0.98  # weight of what was known, per observation: about the last 50 count
 _DOUBT = 0.995  # a layer: a quarter less after a chunk of 60
 _MIN_GAIN = 0.03  # a setting changes for at least this
+_QUIET_EVERY = 16  # steps: one of so many promotes nothing
+_NUM_PAIRS = 16  # of neighbouring steps that tell what a promotion costs: two of 16 steps
+_FIRST_PAUSE, _LONGEST_PAUSE = 32, 128  # steps without promotions until they are tried again
+_TRIAL_STEPS, _TRIAL_PAIRS, _TRIAL_PROMOTIONS = 16, 6, 2  # at most; enough to judge by; in every second step
 
 
 @dataclass(slots=True)
@@ -126,51 +132,84 @@ class Tuner:
         self.is_final = not near
 
 
-@dataclass(slots=True)
+class _Step(NamedTuple):
+    """A decode step that was measured."""
+
+    num_tokens: int
+    num_promoted: int
+    elapsed_s: float
+
+
 class PromotionBudget:
     """How many experts a decode step may upload in the background, between 0 and `most`.
 
-    Each is worth the CPU time of the hits it will have (`hits_per_promotion`, as counted) and costs the time by which
-    steps that promote are slower than steps that do not. Twice the cost raises the budget, less than the cost lowers
-    it. With a budget of 0 every 64th step still promotes one, or a change of topic would never be seen.
+    A promotion is worth the CPU time of the hits that it will have, and costs the time by which a step that promotes is
+    slower than its neighbour that does not (of as many tokens: contexts grow, and pairs of neighbours do not see that).
+    The cost is the median of the last pairs, so that no step that was slow for another reason counts, however slow.
+    Half of the gain raises the budget; more than the gain, beyond doubt, lowers it. With a budget of 0 there is a trial
+    of a few steps now and then, whose pairs alone decide: what the machine did before is forgotten.
     """
 
-    most: int
-    budget: int = 2
-    _num_steps: int = 0
-    _quiet_s: float = math.nan  # a step without promotions
-    _cost_s: float = 0.0  # of one promotion, with its noise
+    def __init__(self, most: int, budget: int = 2) -> None:
+        self.most, self.budget = most, min(budget, most)
+        self._num_steps = 0
+        self._last: _Step | None = None
+        self._costs_s: deque[float] = deque(maxlen=_NUM_PAIRS)  # of one promotion, by pairs of steps
+        self._trial_at, self._pause = _FIRST_PAUSE, _FIRST_PAUSE  # steps; where the budget is 0
 
     def next(self) -> int:
         """For the step that begins; now and then nothing, to know what a step without promotions takes."""
         self._num_steps += 1
-        if self._num_steps % 16 == 0:
-            return 0
-        if self.budget == 0:
-            return int(self._num_steps % 64 == 1 and self.most > 0)
-        return min(self.budget, self.most)
+        if self.budget > 0:
+            return 0 if self._num_steps % _QUIET_EVERY == 0 else min(self.budget, self.most)
+        into_trial = self._num_steps - self._trial_at
+        if into_trial >= _TRIAL_STEPS:  # too few of its steps could be measured
+            self._end_trial()
+        return min(_TRIAL_PROMOTIONS, self.most) if 0 <= into_trial < _TRIAL_STEPS and into_trial % 2 == 0 else 0
 
-    def observe(self, num_promoted: int, elapsed_s: float, hits_per_promotion: float, miss_s: float) -> None:
-        """After a step: what it copied, how long it took, and what a promotion has brought so far."""
-        if num_promoted == 0:
-            self._quiet_s = (
-                elapsed_s if math.isnan(self._quiet_s) else self._quiet_s + 0.25 * (elapsed_s - self._quiet_s)
-            )
+    def observe(self, num_tokens: int, num_promoted: int, elapsed_s: float, gain_s: float) -> None:
+        """After a step: what it copied, how long it took, and the CPU time that a promotion saves until it must go."""
+        last, self._last = self._last, _Step(num_tokens, num_promoted, elapsed_s)
+        if last is None or last.num_tokens != num_tokens or last.num_promoted == num_promoted:
             return
-        if math.isnan(self._quiet_s):
-            return
-        slower_s = (elapsed_s - self._quiet_s) / num_promoted  # may be negative: noise must not add up
-        self._cost_s += 0.1 * (slower_s - self._cost_s)
-        gain_s = hits_per_promotion * miss_s
-        if gain_s > 2 * self.cost_s:
-            self.budget = min(self.most, self.budget + 1)
-        elif gain_s < self.cost_s:
-            self.budget = max(0, self.budget - 1)
+        self._costs_s.append((elapsed_s - last.elapsed_s) / (num_promoted - last.num_promoted))
+        if self.budget > 0:
+            self._adjust(gain_s)
+        elif len(self._costs_s) >= _TRIAL_PAIRS:
+            is_worth_it = self.cost_s < gain_s
+            self._end_trial()
+            self.budget = int(is_worth_it and self.most > 0)
+
+    def interrupt(self) -> None:
+        """A step came that is no measure: kernels were compiled, graphs captured, a prompt ran. No pair spans it."""
+        self._last = None
 
     @property
     def cost_s(self) -> float:
         """Of one promotion: the time by which steps that promote were slower."""
-        return max(0.0, self._cost_s)
+        return max(0.0, median(self._costs_s)) if self._costs_s else 0.0
+
+    def _adjust(self, gain_s: float) -> None:
+        """One up or down, where promotions go on."""
+        if gain_s > 2 * self.cost_s:
+            self.budget, self._pause = min(self.most, self.budget + 1), _FIRST_PAUSE
+        elif len(self._costs_s) >= _TRIAL_PAIRS and gain_s < self.cost_s - self._doubt_s:
+            self.budget -= 1
+            if self.budget == 0:
+                self._pause //= 2
+                self._end_trial()
+
+    def _end_trial(self) -> None:
+        """The next one comes after a pause that grows as long as promotions do not pay."""
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        self._trial_at = self._num_steps + self._pause
+        self._costs_s.clear()
+
+    @property
+    def _doubt_s(self) -> float:
+        """Standard error of the median, from the median deviation."""
+        deviation = median(abs(cost_s - self.cost_s) for cost_s in self._costs_s)
+        return 1.25 * 1.48 * deviation / math.sqrt(len(self._costs_s))
 
 
 class Growth:

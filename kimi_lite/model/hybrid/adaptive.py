@@ -1,6 +1,6 @@
 """What changes between steps of its own accord: threads of the CPU's experts, promotions, where the two sides meet.
 
-Every decode step is a measurement (`experts.costs`).
+Every decode step in which nothing is compiled or captured is a measurement (`experts.costs`).
 """
 
 from kimi_lite.experts.costs import Growth, PromotionBudget, Tuner
@@ -27,18 +27,27 @@ class Adaptive:
         decoding."""
         if self._experts is None:
             return
+        if not is_decoding:
+            self._budget.interrupt()
         budget = self._budget.next() if is_decoding else 0
         self._num_promoted = self._experts.begin_step(budget, num_tokens)
         self._experts.num_threads = self._threads.value
 
-    def end(self, num_tokens: int, context: int, elapsed_s: float) -> None:
-        """After a decode step that took so long; `context`: positions that its longest sequence sees."""
+    def end(self, num_tokens: int, context: int, elapsed_s: float, is_steady: bool) -> None:
+        """After a decode step that took so long; `context`: positions that its longest sequence sees.
+
+        is_steady: nothing was compiled or captured in it, so that its time is a measure of the steps to come.
+        """
         if self._experts is None:
             return
         slots, costs = self._experts.slots, self._experts.costs
-        hits_per_promotion = slots.num_hits / max(1, slots.num_promotions)
-        self._budget.observe(self._num_promoted, elapsed_s, hits_per_promotion, costs.cpu_s + costs.choice_s)
-        if num_tokens == 1:  # steps of other sizes take other times
+        if is_steady:
+            hits_per_promotion = slots.num_hits / max(1, slots.num_promotions)
+            gain_s = hits_per_promotion * (costs.cpu_s + costs.choice_s)
+            self._budget.observe(num_tokens, self._num_promoted, elapsed_s, gain_s)
+        else:
+            self._budget.interrupt()
+        if is_steady and num_tokens == 1:  # steps of other sizes take other times
             self._threads.observe(elapsed_s)
         if self._growth.has_doubled(context):
             self._threads.restart()

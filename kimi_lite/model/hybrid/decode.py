@@ -92,9 +92,13 @@ class DecodeSegments:
         self._routers = [StepSegment(lambda i=i: self._run_router(i), graphs) for i in range(len(layers))]
         self._on_gpu = [StepSegment(lambda i=i: self._run_experts(i), graphs) for i in range(len(layers))]
         self._last = StepSegment(self._run_last, graphs)
+        self._num_unsteady = 1 if graphs is None else 2  # steps still to come in which kernels compile, graphs are made
+        self.is_steady = False  # whether the last step was an ordinary one, whose time says what the next ones take
 
     def forward(self, x: torch.Tensor, step: Step, num_tokens: int) -> np.ndarray:
         """x (num_rows, D) of a step padded to this shape -> float32 (num_tokens, vocabulary) on the host."""
+        self.is_steady = self._num_unsteady == 0
+        self._num_unsteady = max(0, self._num_unsteady - 1)
         self._load(x, step)
         for layer, router, experts in zip(self._layers, self._routers, self._on_gpu, strict=True):
             router()

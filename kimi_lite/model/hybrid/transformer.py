@@ -171,14 +171,16 @@ class HybridTransformer:
     def _forward_short(self, batch: Batch) -> np.ndarray:
         """A step that is measured: what it teaches changes the next ones."""
         start_s = time.perf_counter()
-        logits = self._forward_decode(batch)[batch.wants_logits]
+        segments, logits = self._forward_decode(batch)
+        logits = logits[batch.wants_logits]
         elapsed_s = time.perf_counter() - start_s
-        self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s)
+        self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s, segments.is_steady)
         self.num_decode_steps += 1
         self.decode_s += elapsed_s
         return logits
 
-    def _forward_decode(self, batch: Batch) -> np.ndarray:
+    def _forward_decode(self, batch: Batch) -> tuple[DecodeSegments, np.ndarray]:
+        """What ran the step, and float32 (T, vocabulary)."""
         num_tokens = len(batch.token_ids)
         shape = num_rows, num_pages = rows_for(num_tokens), pages_for(num_pages_seen(batch))
         if shape not in self._segments:
@@ -190,7 +192,7 @@ class HybridTransformer:
         self._segments.move_to_end(shape)
         step = self._maker.make(batch, [], num_rows, num_pages)
         x = self._embed(batch, num_rows)
-        return self._segments[shape].forward(x, step, num_tokens)
+        return self._segments[shape], self._segments[shape].forward(x, step, num_tokens)
 
     def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
