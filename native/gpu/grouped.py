@@ -3,6 +3,10 @@
 A tile of weights is decoded to bfloat16 in registers and multiplied at once, plane by plane: no expert is ever written
 out, which would cost 88 MB of traffic each way for one of Kimi K2.5's. Groups are found on the GPU with shapes that
 depend on nothing but the number of choices and slots, so that the host never waits.
+
+Weights are the first factor, of whose rows each warp needs its own alone; as the second factor each warp would decode
+all of them. That way also compiles for an H100 with Triton 3.4 to 3.6, whose compiler fails on decoded weights as the
+second factor of 64 choices (2026-11: TQ1_0 on an RTX 4090 3,920 -> 1,880 instructions, 64 -> 0 bytes spilled).
 """
 
 import torch
@@ -13,6 +17,9 @@ from kimi_lite.native.gpu.formats import formats, table_for, weights_of
 from kimi_lite.native.gpu.support import factor_type
 
 _BLOCK_ROWS, _LANE_TILE = 64, 32
+# Types that spill registers with four warps on an RTX 4090: eight decode half as much each. `tools.kernels.compile
+# --choose` counts both.
+EIGHT_WARPS = frozenset(("Q1_0", "Q2_0", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))
 
 
 class Groups:
@@ -66,7 +73,7 @@ def grouped_kernel(
         row_at = tl.minimum(row, num_rows - 1)[:, None].to(tl.int64) * row_stride
         row_base = data + (slot * slot_stride + offset + row_at) * ALIGN  # (ROWS, 1)
         source_at = x + source[:, None].to(tl.int64) * x_stride  # (CHOICES, 1)
-        total = tl.zeros((CHOICES, ROWS), tl.float32)
+        total = tl.zeros((ROWS, CHOICES), tl.float32)
         for start in range(0, num_blocks * LANES, TILE):
             lane = start + tl.arange(0, TILE)[None, :]  # for activations: (1, TILE)
             run = start + tl.arange(0, TILE // RUN)[None, :, None] * RUN  # for weights: the first lane of each run
@@ -81,9 +88,9 @@ def grouped_kernel(
                 values = tl.load(source_at + at, is_choice[:, None] & is_weight, other=0.0)
                 weight = DECODE(base, first, unit, block < num_blocks, table, plane).to(tl.bfloat16)
                 weight = tl.reshape(weight, (ROWS, TILE))
-                total = tl.dot(values.to(FACTOR), tl.trans(weight.to(FACTOR)), total)
-        at = choice[:, None].to(tl.int64) * out_stride + row[None, :]
-        tl.store(out + at, total, is_choice[:, None] & (row < num_rows)[None, :])
+                total = tl.dot(weight.to(FACTOR), tl.trans(values.to(FACTOR)), total)
+        at = choice[None, :].to(tl.int64) * out_stride + row[:, None]
+        tl.store(out + at, total, is_choice[None, :] & (row < num_rows)[:, None])
 
 
 def grouped_product(
@@ -109,6 +116,7 @@ def grouped_product(
         each.units(matrix.offset), each.units(slots.stride(0)), each.units(matrix.row_bytes),
         **each.constants(), ALIGN=each.align, FACTOR=factor_type(torch.bfloat16),
         IS_GATHERED=token_of_choice is not None,
-        CHOICES=groups.block_choices, ROWS=_BLOCK_ROWS, TILE=_LANE_TILE, num_warps=4, num_stages=2,
+        CHOICES=groups.block_choices, ROWS=_BLOCK_ROWS, TILE=_LANE_TILE,
+        num_warps=8 if each.name in EIGHT_WARPS else 4, num_stages=2,
     )  # fmt: skip
     return out
