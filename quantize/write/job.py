@@ -15,11 +15,11 @@ from typing import BinaryIO
 
 from kimi_lite import __version__
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.gguf.metadata import Value, ValueType
+from kimi_lite.gguf.metadata import Value
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.write.journal import Entry, Journal
-from kimi_lite.quantize.write.sharding import Shard
+from kimi_lite.quantize.write.sharding import Shard, shard_metadata
 from kimi_lite.quantize.write.writer import (
     ALIGNMENT,
     HEADER_BYTES,
@@ -196,7 +196,7 @@ def _open_shard(job: Job, number: int, done: Sequence[Entry]) -> BinaryIO:
     """The shard's partial file, open where its next tensor goes."""
     shard = job.shards[number]
     if not done:
-        return write_header(shard.partial, _shard_metadata(job, number), shard.tensors)
+        return write_header(shard.partial, shard_metadata(job.metadata, job.shards, number), shard.tensors)
     end = done[-1].end
     if not shard.partial.exists() or shard.partial.stat().st_size < end:
         raise KimiLiteError(
@@ -207,15 +207,3 @@ def _open_shard(job: Job, number: int, done: Sequence[Entry]) -> BinaryIO:
     file.truncate(end)
     file.seek(end)
     return file
-
-
-def _shard_metadata(job: Job, number: int) -> dict[str, Value]:
-    """The model's keys in the first shard; its place in all of them."""
-    first_only = dict(job.metadata) if number == 0 else {"general.architecture": job.metadata["general.architecture"]}
-    if len(job.shards) == 1:
-        return first_only
-    return first_only | {
-        "split.no": Value(number, ValueType.UINT16),
-        "split.count": Value(len(job.shards), ValueType.UINT16),
-        "split.tensors.count": Value(len(job.tensors), ValueType.INT32),
-    }

@@ -3,10 +3,11 @@
 A tensor never spans shards, and a shard is closed before the tensor that would make it larger than asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_lite.gguf.metadata import Value, ValueType
 from kimi_lite.quantize.write.writer import Tensor, padded_bytes
 
 
@@ -43,3 +44,15 @@ def plan_shards(path: Path, tensors: Sequence[Tensor], max_bytes: int) -> tuple[
     stem = path.name.removesuffix(".gguf")
     names = (f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
     return tuple(Shard(path.with_name(name), tuple(group)) for name, group in zip(names, groups, strict=True))
+
+
+def shard_metadata(metadata: Mapping[str, Value], shards: Sequence[Shard], number: int) -> dict[str, Value]:
+    """The model's keys in the first shard; its place in all of them."""
+    own = dict(metadata) if number == 0 else {"general.architecture": metadata["general.architecture"]}
+    if len(shards) == 1:
+        return own
+    return own | {
+        "split.no": Value(number, ValueType.UINT16),
+        "split.count": Value(len(shards), ValueType.UINT16),
+        "split.tensors.count": Value(sum(len(shard.tensors) for shard in shards), ValueType.INT32),
+    }

@@ -38,8 +38,8 @@ class Case:
         self.experts = {layer: layer_experts(self.store, self.config, layer)[0] for layer in layers}
         self.whole = {layer: experts.table[:, :, DATA // 8].copy() for layer, experts in self.experts.items()}
         self.bytes = {
-            (layer, e): [matrix.data.tobytes() for matrix in experts.matrices[e]]
-            for layer, experts in self.experts.items()
+            (layer, e): [matrix.data[e].tobytes() for matrix in self.index.layers[layer].matrices]
+            for layer in layers
             for e in range(NUM_EXPERTS)
         }
         self.slot_bytes = max(self.index.ram_pools)

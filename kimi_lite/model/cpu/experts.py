@@ -4,23 +4,39 @@ The addresses lie in the mapped file (`experts.index` says where). Where not all
 writes the addresses of its slots into the same table, and the kernels read those.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.index import RoutedLayer
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.cpu.weights import Matrix, matrix, matrix_view
-from kimi_lite.native.cpu.matrix import MATRIX_BYTES
+from kimi_lite.native.cpu.matrix import DATA, MATRIX_BYTES
 from kimi_lite.native.cpu.matrix import K as K_CELL
 
 
 class LayerExperts:
     """One layer's feed-forward matrices: routed experts first, then those that every token takes."""
 
-    def __init__(self, matrices: list[tuple[Matrix, Matrix, Matrix]], num_always: int) -> None:
-        self.matrices, self.num_always = matrices, num_always
-        self.table = np.stack([np.stack([m.table for m in expert]) for expert in matrices])  # (experts, 3, 8) int64
-        assert self.table.strides[1] == MATRIX_BYTES, self.table.strides
+    def __init__(
+        self,
+        routed: RoutedLayer | None = None,
+        num_routed: int = 0,
+        always: Sequence[tuple[Matrix, Matrix, Matrix]] = (),
+    ) -> None:
+        """routed: gate, up and down of `num_routed` experts; always: those of the others."""
+        self.num_routed, self.num_always = num_routed, len(always)
+        self.table = np.empty((num_routed + len(always), 3, MATRIX_BYTES // 8), np.int64)  # (experts, 3, 8)
+        self._first = []  # gate, up and down of one expert of each kind; they keep the mapping alive
+        if routed:
+            self._first.append([matrix_view(each.data[0], each.layout_name, each.k) for each in routed.matrices])
+            self.table[:num_routed] = [each.table for each in self._first[0]]
+            strides = np.array([each.stride for each in routed.matrices])
+            self.table[:num_routed, :, DATA // 8] += np.arange(num_routed)[:, None] * strides
+        for number, expert in enumerate(always, start=num_routed):
+            self._first.append(expert)
+            self.table[number] = [each.table for each in expert]
 
     @property
     def width(self) -> int:
@@ -29,11 +45,11 @@ class LayerExperts:
 
     @property
     def input_kinds(self) -> set[int]:
-        return {m.kind for gate, up, _ in self.matrices for m in (gate, up)} - {0}
+        return {m.kind for gate, up, _ in self._first for m in (gate, up)} - {0}
 
     @property
     def hidden_kinds(self) -> set[int]:
-        return {down.kind for _, _, down in self.matrices} - {0}
+        return {down.kind for _, _, down in self._first} - {0}
 
 
 def layer_experts(store: GGUFStore, config: ModelConfig, layer: int) -> list[LayerExperts]:
@@ -41,29 +57,20 @@ def layer_experts(store: GGUFStore, config: ModelConfig, layer: int) -> list[Lay
     cut."""
     prefix = f"blk.{layer}"
     if layer < config.num_dense_layers:
-        return [LayerExperts([_feed_forward(store, f"{prefix}.ffn_{{}}.weight")], num_always=1)]
-    width = config.expert_feed_forward_size
-    routed = _routed(RoutedLayer.find(store, config, layer), config.num_experts)
+        return [LayerExperts(always=[_feed_forward(store, f"{prefix}.ffn_{{}}.weight")])]
+    routed = RoutedLayer.find(store, config, layer)
     if not config.num_shared_experts:
-        return [LayerExperts(routed, num_always=0)]
+        return [LayerExperts(routed, config.num_experts)]
     shared = _feed_forward(store, f"{prefix}.ffn_{{}}_shexp.weight")
-    pieces = _cut(shared, width)
+    pieces = _cut(shared, config.expert_feed_forward_size)
     if pieces is None:
-        return [LayerExperts(routed, num_always=0), LayerExperts([shared], num_always=1)]
-    return [LayerExperts([*routed, *pieces], num_always=len(pieces))]
+        return [LayerExperts(routed, config.num_experts), LayerExperts(always=[shared])]
+    return [LayerExperts(routed, config.num_experts, pieces)]
 
 
 def _feed_forward(store: GGUFStore, pattern: str) -> tuple[Matrix, Matrix, Matrix]:
     gate, up, down = (matrix(store, pattern.format(name)) for name in ("gate", "up", "down"))
     return gate, up, down
-
-
-def _routed(layer: RoutedLayer, num_experts: int) -> list[tuple[Matrix, Matrix, Matrix]]:
-    """Gate, up and down of each routed expert, in the mapped file."""
-    gate, up, down = (
-        [matrix_view(each.data[e], each.layout_name, each.k) for e in range(num_experts)] for each in layer.matrices
-    )
-    return list(zip(gate, up, down, strict=True))
 
 
 def _cut(shared: tuple[Matrix, Matrix, Matrix], width: int) -> list[tuple[Matrix, Matrix, Matrix]] | None:

@@ -53,7 +53,7 @@ class FeedForward:
         """The routed experts, and those that every token takes: a group or none. Not of a dense layer."""
         assert not self.is_dense
         first, *others = self.experts
-        num_routed = len(first.table) - first.num_always
+        num_routed = first.num_routed
         shared = [ExpertGroup(each.table, each.width, each.num_always, each) for each in others]
         if first.num_always:
             shared.insert(0, ExpertGroup(first.table[num_routed:], first.width, first.num_always, first))
@@ -92,7 +92,7 @@ class FeedForward:
         """x += the experts of normed x: the chosen ones and those that every token takes."""
         ops = []
         for experts in self.experts:
-            has_routed = len(experts.matrices) > experts.num_always
+            has_routed = experts.num_routed > 0
             router = buffers.router if has_routed else buffers.no_router
             op = experts_op(
                 run,

@@ -119,7 +119,7 @@ class CpuExperts:
             self._run,
             self._x,
             self._sums,
-            experts.table[: len(experts.matrices) - experts.num_always],
+            experts.table[: experts.num_routed],
             self._hidden,
             self._ids,
             self._weights,
