@@ -1,6 +1,7 @@
 """Runs a GGUF file on the hybrid path: with a CPU device standing in as the GPU, or on a CUDA device."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.types import Plan
+from tests.model.hybrid.lazy_device import LazyDevice, LazyKernels
 from tests.model.hybrid.stand_in import GPU, StandInKernels
 from tests.model.runner import NUM_PAGES, Runner
 
@@ -40,6 +42,7 @@ class HybridRunner(Runner):
         path: Path,
         kv_dtype: str = "f32",
         kernels: Kernels | None = None,
+        streams: GpuStreams | None = None,
         dense_type: str = "file",
         recorder: RoutingRecorder | None = None,
         heat_file: Path | None = None,
@@ -51,7 +54,7 @@ class HybridRunner(Runner):
         """ram_expert_bytes: for experts, which do not all fit; None: they do. group_size: of a prompt's stream."""
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata)
-        streams = GpuStreams(DEVICE)
+        streams = streams or GpuStreams(DEVICE)
         chosen = {"num_threads": 1, "kv_dtype": kv_dtype, "dense_type": dense_type, "num_gpu_experts": num_gpu_experts}
         tier = {} if ram_expert_bytes is None else {"ram_expert_bytes": ram_expert_bytes, "disk_expert_bytes": 1}
         plan = plan_for(
@@ -70,3 +73,24 @@ class HybridRunner(Runner):
                 self.store, self.config, self.kv, streams, kernels, plan, heat_file, recorder=recorder
             )
         self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)
+
+
+class LazyRunner(HybridRunner):
+    """The same on a `LazyDevice`, whose policy, seed and kind come first; `device` is that device.
+
+    Tensors of the device can be made as long as the runner is open, and on its thread only.
+    """
+
+    def __init__(
+        self, path: Path, policy: str = "late", seed: int = 0, has_graphs: bool = True, **options: object
+    ) -> None:
+        self.device = LazyDevice(policy, seed, has_graphs)
+        with ExitStack() as stack:
+            stack.enter_context(self.device)
+            kernels = LazyKernels(self.device, StandInKernels())
+            super().__init__(path, streams=self.device, kernels=kernels, **options)
+            self._stack = stack.pop_all()
+
+    def __exit__(self, *_) -> None:
+        with self._stack:
+            super().__exit__()
