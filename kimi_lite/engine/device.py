@@ -3,32 +3,36 @@
 Imports torch only where a GPU's driver is found.
 """
 
-import ctypes
-import sys
+import re
 import warnings
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.hardware.gpu import probe_gpu
+from kimi_lite.hardware.gpu import count_gpus, probe_gpu
 from kimi_lite.hardware.machine import Gpu
+
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 def choose_device(wanted: str | None) -> str:
     """ "cpu", "cuda" or "cuda:N". None: CUDA where it can be used, with one warning where a GPU is found and cannot.
 
+    A small kernel runs on the GPU before this returns it, so that what is missing is seen before a weight is read.
+
     Raises KimiLiteError for a device that cannot be had.
     """
-    if wanted is not None and wanted != "cpu" and wanted.split(":")[0] != "cuda":
-        raise KimiLiteError(f"--device {wanted}: kimi-lite runs on cuda and cpu.", "Try --device cpu.")
+    if wanted is not None and not _DEVICE.fullmatch(wanted):
+        raise KimiLiteError(f"--device {wanted}: kimi-lite runs on cuda, cuda:N and cpu.", "Try --device cpu.")
     if wanted == "cpu" or (wanted is None and not has_nvidia_driver()):
         return "cpu"
     from kimi_lite.native.gpu.support import why_unusable
 
-    reason = why_unusable()
-    if reason is None:
+    unusable = why_unusable(index_of(wanted or "cuda"))
+    if unusable is None:
         return wanted or "cuda"
     if wanted is not None:
-        raise KimiLiteError(f"--device {wanted}: {reason}", "Try --device cpu, or install what is missing.")
-    warnings.warn(f"The GPU is not used, everything runs on the CPU: {reason}", RuntimeWarning, stacklevel=2)
+        raise KimiLiteError(f"--device {wanted}: {unusable.problem}", f"{unusable.remedy} Or --device cpu.")
+    reason = f"The GPU is not used, everything runs on the CPU: {unusable.problem} {unusable.remedy}"
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return "cpu"
 
 
@@ -37,7 +41,7 @@ def find_gpu(device: str) -> Gpu | None:
     free."""
     if device == "cpu":
         return None
-    if gpu := probe_gpu():
+    if gpu := probe_gpu(index_of(device)):
         return gpu
     import torch
 
@@ -47,9 +51,9 @@ def find_gpu(device: str) -> Gpu | None:
 
 def has_nvidia_driver() -> bool:
     """Whether NVIDIA's driver is here and sees a GPU, asked of the driver itself."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return count_gpus() > 0
+
+
+def index_of(device: str) -> int:
+    """ "cuda:1" is 1, "cuda" 0."""
+    return int(device.partition(":")[2] or 0)

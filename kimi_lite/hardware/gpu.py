@@ -5,6 +5,8 @@ not wishes.
 """
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,16 +33,44 @@ _FLOPS_RATIO = {
 _TRANSFERS_A_CLOCK = 2
 
 
-def probe_gpu() -> Gpu | None:
-    """The GPU with most memory; None without one, without its driver, or without the nvidia-ml-py package."""
+def probe_gpu(index: int = 0) -> Gpu | None:
+    """What CUDA calls device `index`, which follows CUDA_VISIBLE_DEVICES; where CUDA does not tell, the GPU with most
+    memory. None without one, without its driver, or without the nvidia-ml-py package."""
     try:
         with _nvml() as nvml:
             handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
             if not handles:
                 return None
+            bus_id = _bus_id(index)
+            if bus_id is not None:
+                return _describe(nvml, nvml.nvmlDeviceGetHandleByPciBusId(bus_id.encode()))
             return _describe(nvml, max(handles, key=lambda handle: nvml.nvmlDeviceGetMemoryInfo(handle).total))
     except _Unavailable:
         return None
+
+
+def count_gpus() -> int:
+    """GPUs that CUDA would use in this process, asked of the driver itself; 0 without one."""
+    driver = _libcuda()
+    count = ctypes.c_int(0)
+    return count.value if driver and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def _libcuda() -> Any:
+    """The driver, ready to be asked; None where there is none that works."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
+
+
+def _bus_id(index: int) -> str | None:
+    """Where on the bus CUDA's device `index` is, "00000000:65:00.0": NVML numbers GPUs in another order, and all."""
+    driver, text, device = _libcuda(), ctypes.create_string_buffer(32), ctypes.c_int(0)
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != 0:
+        return None
+    return text.value.decode() if driver.cuDeviceGetPCIBusId(text, len(text), device) == 0 else None
 
 
 class TorchBuild(NamedTuple):

@@ -130,6 +130,44 @@ def test_a_gpu_by_its_driver(monkeypatch):
     assert not hardware_gpu.unavailable_reason()
 
 
+class FakeLibcuda:
+    """The driver of a process that may see one of the machine's two GPUs."""
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device, ordinal):
+        return 0 if ordinal == 0 else 101
+
+    def cuDeviceGetPCIBusId(self, text, size, device):
+        text.value = b"00000000:65:00.0"
+        return 0
+
+
+def test_the_gpu_that_cuda_uses_and_not_the_largest(monkeypatch):
+    """CUDA_VISIBLE_DEVICES hides the larger one; a number that CUDA does not know is not guessed by its place."""
+    monkeypatch.setattr(hardware_gpu.ctypes, "CDLL", lambda name: FakeLibcuda())
+    assert hardware_gpu.count_gpus() == 1
+    nvml = FakeNvml(num_gpus=2)
+    asked = []
+    nvml.nvmlDeviceGetHandleByPciBusId = lambda bus_id: asked.append(bus_id) or "the small one"
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(
+        total=(16 if handle == "the small one" else 80) * GIB, free=GIB
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert hardware_gpu.probe_gpu(0).vram_total_bytes == 16 * GIB and asked == [b"00000000:65:00.0"]
+    monkeypatch.setattr(hardware_gpu.ctypes, "CDLL", raise_os_error)
+    assert hardware_gpu.count_gpus() == 0 and hardware_gpu.probe_gpu(0).vram_total_bytes == 80 * GIB
+
+
+def raise_os_error(name):
+    raise OSError(f"{name}: not found")
+
+
 def test_a_gpu_that_tells_little(monkeypatch):
     silent = ("nvmlDeviceGetMemoryBusWidth", "nvmlDeviceGetMaxPcieLinkWidth", "nvmlDeviceGetNumGpuCores")
     processes = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")

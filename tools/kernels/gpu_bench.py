@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.native.gpu.support import is_interpreted, why_unusable
+from kimi_lite.native.gpu.support import Unusable, is_interpreted, why_unusable
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.types.random_blocks import random_rows
 
@@ -71,21 +71,15 @@ def _known_types(types: str) -> list[str]:
 
 def check_device() -> None:
     """Raises KimiLiteError where there is nothing to measure."""
-    problem = why_unusable()
-    if problem is None and is_interpreted():
+    unusable = why_unusable()
+    if unusable is None and is_interpreted():
         problem = (
-            "TRITON_INTERPRET is set: kernels would run in the interpreter, on the CPU, which says "
-            "nothing of their speed."
+            "TRITON_INTERPRET is set: kernels would run in the interpreter, on the CPU, at no speed that says much."
         )
-    if problem:
-        remedy = (
-            "Run it on Linux with an NVIDIA GPU (compute capability 8.0 or more), its driver, and torch "
-            "built for CUDA:\n"
-        )
-        remedy += "  pip install torch --index-url https://download.pytorch.org/whl/cu128\n"
-        raise KimiLiteError(
-            problem, remedy + "  python -m tools.kernels    measures this machine's CPU kernels instead."
-        )
+        unusable = Unusable(problem, "Unset it.")
+    if unusable:
+        other = "python -m tools.kernels    measures this machine's CPU kernels instead."
+        raise KimiLiteError(unusable.problem, f"{unusable.remedy}\n  {other}")
 
 
 def _bench(names: list[str], num_tokens: int, repeats: int) -> None:

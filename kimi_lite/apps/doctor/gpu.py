@@ -1,16 +1,24 @@
-"""The doctor's checks of the GPU: driver, generation, free memory and who holds it, torch and Triton for it.
+"""The doctor's checks of the GPU: driver, generation, free memory and who holds it, torch and Triton, and whether a
+small kernel runs.
 
 torch is imported only where there is a GPU that it could use.
 """
 
+import platform
 from collections.abc import Iterator
 
 from kimi_lite.apps.doctor.system import Check, Facts
 from kimi_lite.hardware.gpu import torch_build
 from kimi_lite.hardware.machine import Gpu
+from kimi_lite.native.gpu.support import (
+    OLDEST_CAPABILITY,
+    compiler_problem,
+    driver_problem,
+    needs_compiler,
+    why_unusable,
+)
 from kimi_lite.units import GIB, gib
 
-_OLDEST_GENERATION = 8.0  # as native.gpu.support asks
 _BUSY_BYTES = 1.5 * GIB  # more than a desktop's windows
 
 
@@ -22,12 +30,16 @@ def gpu_checks(facts: Facts) -> Iterator[Check]:
         return
     yield check_gpu(gpu)
     yield check_free_memory(gpu)
-    yield check_torch(facts, gpu)
-    yield check_triton(facts)
+    checks = [check_torch(facts, gpu), check_triton(facts)]
+    yield from checks
+    if all(check.status == "ok" for check in checks):
+        yield check_kernel()
 
 
 def _no_gpu(facts: Facts) -> Check:
     found = f"none that can be used: {facts.gpu_reason}"
+    if platform.system() == "Windows":
+        return Check("gpu", "warn", found, "GPUs are used in Linux: run kimi-lite inside WSL2")
     if facts.packages.get("nvidia-ml-py") is None:
         return Check("gpu", "warn", found, "pip install nvidia-ml-py, if there is an NVIDIA GPU")
     if facts.has_nvidia_device:
@@ -48,7 +60,7 @@ def check_gpu(gpu: Gpu) -> Check:
     pcie = f"PCIe {gpu.pcie_bytes_s / 1e9:.0f} GB/s" if gpu.pcie_bytes_s else ""
     generation = f"sm_{gpu.compute_capability.replace('.', '')}" if gpu.compute_capability else ""
     found = ", ".join(part for part in (f"{gpu.name}, {gib(gpu.vram_total_bytes)}", generation, *speeds, pcie) if part)
-    if gpu.compute_capability and float(gpu.compute_capability) < _OLDEST_GENERATION:
+    if gpu.compute_capability and tuple(map(int, gpu.compute_capability.split("."))) < OLDEST_CAPABILITY:
         return Check("gpu", "fail", found, "kernels need sm_80 or newer (bfloat16 tensor cores): --device cpu")
     return Check("gpu", "ok", found)
 
@@ -79,12 +91,25 @@ def check_torch(facts: Facts, gpu: Gpu) -> Check:
     built_for = build.cuda_version or "none"
     if build.num_gpus:
         return Check("torch", "ok", f"{found} for CUDA {built_for}, sees {build.num_gpus} GPU(s)")
-    fix = f"the driver serves CUDA {gpu.cuda_version or '?'}: update it, or install a torch for that version"
-    return Check("torch", "fail", f"{found} for CUDA {built_for} cannot use the GPU", fix)
+    finding = f"{found} for CUDA {built_for} cannot use the GPU"
+    if problem := driver_problem(build.cuda_version, gpu.cuda_version, gpu.driver):
+        return Check("torch", "fail", f"{finding}: {problem.problem}", problem.remedy)
+    fix = f"the driver serves CUDA {gpu.cuda_version or '?'}: update it; CUDA_VISIBLE_DEVICES may hide the GPU"
+    return Check("torch", "fail", finding, fix)
 
 
 def check_triton(facts: Facts) -> Check:
     found = facts.packages.get("triton")
     if found is None:
         return Check("triton", "fail", "not installed: the GPU's kernels are written in it", "pip install triton")
-    return Check("triton", "ok", found)
+    if needs_compiler(found) and (missing := compiler_problem()):
+        return Check("triton", "fail", f"{found}: {missing.problem}", missing.remedy)
+    return Check("triton", "ok", found if needs_compiler(found) else f"{found}, needs no C compiler")
+
+
+def check_kernel() -> Check:
+    """A small kernel, compiled and run on the GPU that would be used."""
+    unusable = why_unusable()
+    if unusable is None:
+        return Check("gpu kernel", "ok", "a small one runs on the GPU")
+    return Check("gpu kernel", "fail", unusable.problem, unusable.remedy)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from kimi_lite.cli import app
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import CgroupLimit, Cores
 from kimi_lite.hardware.machine import Disk, Gpu, GpuProcess, Hardware
+from kimi_lite.native.gpu.support import Unusable, compiler_remedy
 from kimi_lite.native.isa import isa
 from kimi_lite.units import GIB
 from tests.tiny import write_tiny_gguf
 
-ALL_PACKAGES = dict.fromkeys((*checks._PACKAGES, *checks._GPU_PACKAGES), "1.0")
+ALL_PACKAGES = dict.fromkeys((*checks._PACKAGES, *checks._GPU_PACKAGES), "1.0") | {"triton": "3.9.0"}
 GPU = Gpu("RTX 4090", 24 * GIB, 23 * GIB, 1008e9, 23e9, "550.54", 165e12, "8.9", "12.4")
 HEALTHY = Facts(
     hardware=Hardware(
@@ -69,6 +71,13 @@ def test_a_healthy_machine_is_ok():
     assert "80.0 GB/s (measured)" in checks.check_memory(HEALTHY).finding
 
 
+def without_compiler(facts):
+    """Triton's check on a system of the Debian family that has neither gcc nor Python's headers."""
+    missing = Unusable("no gcc", compiler_remedy('ID=linuxmint\nID_LIKE="ubuntu debian"'))
+    with patch.object(doctor_gpu, "compiler_problem", lambda: missing):
+        return doctor_gpu.check_triton(facts)
+
+
 SICK = [
     (checks.check_python, replace(HEALTHY, python=(3, 9, 0)), "fail", "Python 3.11"),
     (checks.check_packages, without_packages("numba", "rich"), "fail", "pip install numba rich"),
@@ -91,6 +100,8 @@ SICK = [
     (doctor_gpu._no_gpu, without_packages("nvidia-ml-py"), "warn", "pip install nvidia-ml-py"),
     (doctor_gpu.check_triton, without_packages("triton"), "fail", "pip install triton"),
     (doctor_gpu.check_triton, HEALTHY, "ok", ""),
+    (without_compiler, replace(HEALTHY, packages=ALL_PACKAGES | {"triton": "9.9.0"}), "fail", "sudo apt install gcc"),
+    (without_compiler, replace(HEALTHY, packages=ALL_PACKAGES | {"triton": "3.5.1"}), "ok", ""),
 ]
 
 
@@ -116,6 +127,11 @@ def test_generations_of_gpus(changes, status):
     assert doctor_gpu.check_gpu(replace(GPU, **changes)).status == status
 
 
+def test_windows_is_told_of_wsl(monkeypatch):
+    monkeypatch.setattr(doctor_gpu.platform, "system", lambda: "Windows")
+    assert "WSL2" in doctor_gpu._no_gpu(HEALTHY).fix
+
+
 def test_who_holds_the_gpu_is_named():
     busy = replace(GPU, vram_free_bytes=10 * GIB, processes=(GpuProcess(42, "game", 13 * GIB),))
     assert "game (pid 42) 13.0 GiB" in doctor_gpu.check_free_memory(busy).fix
@@ -129,10 +145,16 @@ def test_torch_for_the_gpu(monkeypatch):
         return SimpleNamespace(version=SimpleNamespace(cuda="13.0"), cuda=cuda)
 
     monkeypatch.setitem(sys.modules, "torch", fake_torch(True))
-    assert [check.status for check in doctor_gpu.gpu_checks(HEALTHY)] == ["ok"] * 4
+    monkeypatch.setattr(doctor_gpu, "why_unusable", lambda: None)
+    assert [check.status for check in doctor_gpu.gpu_checks(HEALTHY)] == ["ok"] * 5
+    monkeypatch.setattr(doctor_gpu, "why_unusable", lambda: Unusable("No kernel runs.", "Do this."))
+    assert [check.fix for check in doctor_gpu.gpu_checks(HEALTHY) if check.status == "fail"] == ["Do this."]
     monkeypatch.setitem(sys.modules, "torch", fake_torch(False))
     check = doctor_gpu.check_torch(HEALTHY, GPU)
-    assert check.status == "fail" and "the driver serves CUDA 12.4" in check.fix
+    assert check.status == "fail" and "serves CUDA 12.4" in check.finding and "driver 580 or newer" in check.fix
+    newer = doctor_gpu.check_torch(HEALTHY, replace(GPU, cuda_version="13.1"))
+    assert newer.status == "fail" and "CUDA_VISIBLE_DEVICES" in newer.fix
+    assert len(list(doctor_gpu.gpu_checks(HEALTHY))) == 4, "no kernel is tried where torch sees no GPU"
     assert doctor_gpu.check_torch(without_packages("torch"), GPU).status == "fail"
     plain = replace(HEALTHY, packages=ALL_PACKAGES | {"torch": "2.13.0+cpu"})
     assert "without CUDA" in doctor_gpu.check_torch(plain, GPU).finding

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.engine import device
 from kimi_lite.engine.device import choose_device
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
@@ -21,6 +22,7 @@ from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
 from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.model.hybrid.weights import DenseWeights, quantize_q8_0
+from kimi_lite.native.gpu import support
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.options import Options
@@ -199,8 +201,26 @@ def test_steps_are_padded_with_rows_that_do_nothing(config):
 
 def test_devices_that_cannot_be_had():
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(KimiLiteError, match="--device tpu"):
-        choose_device("tpu")
+    for name in ("tpu", "cuda:", "cuda:x", "cpu:0"):
+        with pytest.raises(KimiLiteError, match=f"--device {name}: kimi-lite runs on"):
+            choose_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(KimiLiteError, match="--device cuda"):
             GpuStreams("cuda")
+
+
+def test_a_gpu_that_cannot_be_used(monkeypatch):
+    """One warning and the CPU where no device was asked for, an error where one was."""
+    asked, unusable = [], support.Unusable("There is no C compiler.", "sudo apt install gcc.")
+    monkeypatch.setattr(device, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(support, "why_unusable", lambda index: asked.append(index) or unusable)
+    with pytest.warns(RuntimeWarning, match=r"runs on the CPU: There is no C compiler. sudo apt") as warned:
+        assert choose_device(None) == "cpu"
+    assert len(warned) == 1
+    with pytest.raises(KimiLiteError, match=r"(?s)--device cuda:1: There is no C compiler.*sudo apt.*--device cpu"):
+        choose_device("cuda:1")
+    assert asked == [0, 1]
+    monkeypatch.setattr(support, "why_unusable", lambda index: None)
+    assert (choose_device(None), choose_device("cuda:1")) == ("cuda", "cuda:1")
+    monkeypatch.setattr(device, "has_nvidia_driver", lambda: False)
+    assert choose_device(None) == "cpu"
