@@ -27,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_TRIED = ["muonclip:0.01", "adamw:0.004"]
+_OPTIMIZERS = ("muonclip", "muon", "adamw")
 _LINE = 100  # columns: longer than any line before it
 _Texts = Annotated[list[Path], typer.Option("--text", help="Text files; the end of each is held out.")]
 
@@ -104,12 +106,8 @@ def run(
     from kimi_lite.tools.train.train import Run, Settings
 
     with _errors_shown():
-        for value, choices, flag in (
-            (optimizer, ("muonclip", "muon", "adamw"), "--optimizer"),
-            (trained, ("all", "experts"), "--trained"),
-        ):
-            if value not in choices:
-                raise KimiLiteError(f"{flag} is {value!r}.", f"Choose one of {', '.join(choices)}.")
+        _check_choice(optimizer, _OPTIMIZERS, "--optimizer")
+        _check_choice(trained, ("all", "experts"), "--trained")
         if threads:
             torch.set_num_threads(threads)
         settings = Settings(
@@ -121,6 +119,12 @@ def run(
         begun = Run.open(folder, settings)
         begun.train(_Progress(begun.step))
         echo(f"{folder}: {begun.step} steps done")
+
+
+def _check_choice(value: str, choices: tuple[str, ...], flag: str) -> str:
+    if value not in choices:
+        raise KimiLiteError(f"{flag} is {value!r}.", f"Choose one of {', '.join(choices)}.")
+    return value
 
 
 class _Progress:
@@ -143,6 +147,45 @@ class _Progress:
         )
         ends_here = is_last or not is_terminal
         echo(line.ljust(_LINE), to_stderr=True, end="\n" if ends_here else "\r")
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="Where the runs go; it goes on where it was stopped.")],
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder or a GGUF to start from.", exists=True)],
+    text: _Texts = [TEXT],  # noqa: B006
+    tried: Annotated[list[str], typer.Option("--try", help="OPTIMIZER:LR, several times.")] = _TRIED,
+    minutes: Annotated[float, typer.Option(help="CPU time of each run.", min=0)] = 5,
+    seeds: Annotated[int, typer.Option(help="Runs of each setting.", min=1)] = 3,
+    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 256,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads.", min=1)] = None,
+) -> None:
+    """Train the same model with several optimizers for the same CPU time; held-out loss of each, best first."""
+    import torch
+
+    from kimi_lite.tools.train.compare import compare as train_all
+    from kimi_lite.tools.train.train import Settings
+
+    with _errors_shown():
+        settings = [_read_setting(each) for each in tried]
+        if threads:
+            torch.set_num_threads(threads)
+        folder.mkdir(parents=True, exist_ok=True)
+        base = Settings(model=str(model), texts=tuple(map(str, text)), batch_size=batch, length=length)
+        trials = train_all(
+            folder, base, settings, minutes * 60, seeds, _Progress(0), lambda trial: echo(str(trial), to_stderr=True)
+        )
+        for trial in trials:
+            echo(str(trial))
+
+
+def _read_setting(text: str) -> tuple[str, float]:
+    name, _, lr = text.partition(":")
+    try:
+        return _check_choice(name, _OPTIMIZERS, "--try"), float(lr)
+    except ValueError:
+        raise KimiLiteError(f"--try is {text!r}.", "Write it as muonclip:0.01.") from None
 
 
 @app.command()

@@ -87,7 +87,8 @@ class Metrics:
     max_logits: list[list[float]]  # (L, H)
     loads: list[list[int]]  # (L', E)
     num_clipped: int
-    seconds: float
+    seconds: float  # of the step, without measuring held-out text
+    cpu_seconds: float
     held_out: float | None = None
 
     @property
@@ -153,7 +154,7 @@ class Run:
             self.write_model()
 
     def _take_step(self) -> Metrics:
-        s, start_s = self.settings, time.perf_counter()
+        s, start_s, start_cpu_s = self.settings, time.perf_counter(), time.process_time()
         weights = self.low_bit.rounded() if self.low_bit else {}
         loss, max_logits, loads = 0.0, None, None
         for part in range(s.accumulate):
@@ -168,11 +169,19 @@ class Run:
         lr = s.learning_rate(self.step)
         num_clipped = self.optimizer.step(lr, max_logits, loads)
         self.step += 1
+        seconds, cpu_seconds = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         is_measured = self.step % s.held_out_steps == 0 or self.step == s.num_steps
-        held_out = self.held_out_loss() if is_measured else None
-        seconds = time.perf_counter() - start_s
         return Metrics(
-            self.step, loss, lr, float(norm), max_logits.tolist(), loads.tolist(), num_clipped, seconds, held_out
+            step=self.step,
+            loss=loss,
+            lr=lr,
+            gradient_norm=float(norm),
+            max_logits=max_logits.tolist(),
+            loads=loads.tolist(),
+            num_clipped=num_clipped,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            held_out=self.held_out_loss() if is_measured else None,
         )
 
     def _loss(self, ids: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Output]:

@@ -33,8 +33,9 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
         Path(f"corpus/{name}.txt").write_text(TEXT.read_text()[:20_000])
     small = {"new": ["--layers", "2", "--vocab", "512", "--experts", "2", "--top", "1"]}
     small["run"] = ["--steps", "2", "--batch", "1", "--length", "16", "-t", "1"]
+    small["compare"] = ["--minutes", "0.0001", "--seeds", "1", "--batch", "1", "--length", "16", "-t", "1"]
     lines = re.findall(r"^python -m tools\.train (.*?)(?:\s+#.*)?$", README.read_text(), re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"texts", "new", "run", "plot"}
+    assert {line.split()[0] for line in lines} == {"texts", "new", "run", "compare", "plot"}
     for line in lines:
         what, *rest = shlex.split(line)
         if what == "plot":
@@ -54,6 +55,8 @@ def test_what_cannot_be_is_said_in_a_sentence(tmp_path):
         (("run", str(tmp_path / "r"), str(tmp_path), "--optimizer", "sgd"), "--optimizer is 'sgd'"),
         (("run", str(tmp_path / "r"), str(tmp_path), "--trained", "norms"), "Choose one of all, experts"),
         (("run", str(tmp_path / "r"), str(tmp_path)), "has no config.json"),
+        (("compare", str(tmp_path / "r"), str(tmp_path), "--try", "adam:0.1"), "--try is 'adam'"),
+        (("compare", str(tmp_path / "r"), str(tmp_path), "--try", "adamw"), "Write it as muonclip:0.01"),
     ):
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 2 and words in done.output, (arguments, done.output)

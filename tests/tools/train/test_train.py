@@ -16,31 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_lite.arch.checkpoint import read_checkpoint_config
-from kimi_lite.engine.scoring import TEXT
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.source.tokenizer import tokenizer_metadata
 from kimi_lite.text.tokenizer import Tokenizer
-from kimi_lite.tools.train.data import Corpus, train_pieces, write_tokenizer
-from kimi_lite.tools.train.model import Model, save_checkpoint
+from kimi_lite.tools.train.data import Corpus, train_pieces
 from kimi_lite.tools.train.train import Run, Settings, read_metrics
 from tests.tools.train.small import SMALL
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT.read_text()[:30_000])
-    return path
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory, text) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "small"
-    write_tokenizer(folder, [text], 600)
-    save_checkpoint(Model(replace(SMALL, vocab_size=600)).initialize(0), folder)
-    return folder
 
 
 def explosive(source: Path, text: Path, **changes) -> Settings:
@@ -90,7 +73,9 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(source, text, tmp_path)
     subprocess.run([sys.executable, "-m", "tests.tools.train.killed", *runs], cwd=ROOT, check=True, timeout=250)
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
-    first, second = ([asdict(replace(m, seconds=0.0)) for m in read_metrics(folder)] for folder in (whole, killed))
+    first, second = (
+        [asdict(replace(m, seconds=0.0, cpu_seconds=0.0)) for m in read_metrics(folder)] for folder in (whole, killed)
+    )
     assert first == second and len(first) == 11
     assert sum(metrics["num_clipped"] for metrics in first) > 0
 
