@@ -140,6 +140,11 @@ class ExpertIndex:
         return max((layer.vram_slot_bytes for layer in self.layers.values()), default=0)
 
     @property
+    def piece_bytes(self) -> int:
+        """Memory that takes gate, up or down of any expert with the disk's blocks around it."""
+        return max((m.run(0).target_bytes for layer in self.layers.values() for m in layer.matrices), default=0)
+
+    @property
     def ram_pools(self) -> dict[int, list[int]]:
         """Bytes of a slot in RAM -> layers whose experts need such slots: those of equal size share a pool."""
         found: dict[int, list[int]] = defaultdict(list)

@@ -11,7 +11,7 @@ is there; what a pass of the model needs and is not there is read while what is 
             ...run the kernels on them...
 
 Which expert must leave is `policy.HeatPolicy`'s decision; an expert in use never does. One thread uses the slots:
-readers only fill them, and what they bring counts when that thread asks. `copy_into` alone may be called from any
+readers only fill them, and what they bring counts when that thread asks. `copy_part` alone may be called from any
 thread. A failed read is a KimiLiteError, and its slot is free again.
 """
 
@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.memory import aligned_memory, lock_memory
 from kimi_lite.experts.policy import HALF_LIVES, HeatPolicy
-from kimi_lite.experts.reader import ExpertReader, ReadJob
+from kimi_lite.experts.reader import ExpertReader, ReadJob, read_failure
 from kimi_lite.native.cpu.matrix import DATA
 from kimi_lite.options import Options
 from kimi_lite.units import gib_apart
@@ -213,9 +212,9 @@ class RamSlots:
                 pool.policy.unpin([slot])
                 self.give_up(layer, slot)
 
-    def copy_into(self, layer: int, expert: int, targets: Sequence[np.ndarray]) -> bool:
-        """Gate, up and down into `targets` (uint8) if a slot holds the expert, and holds it still when they are copied:
-        False otherwise, and what is in the targets is nothing. Any thread may call this.
+    def copy_part(self, layer: int, expert: int, part: int, target: np.ndarray) -> bool:
+        """Gate, up or down (part 0, 1 or 2) into `target` (uint8) if a slot holds the expert, and holds it still when
+        it is copied: False otherwise, and what is in the target is nothing. Any thread may call this.
 
         An expert that comes again has another list, so the same list before and after says that no read into its slot
         had begun: nothing needs to be locked, and the thread that runs the model is never kept waiting.
@@ -223,8 +222,7 @@ class RamSlots:
         found = self._resident.get((layer, expert))
         if found is None:
             return False
-        for target, data in zip(targets, found, strict=True):
-            np.copyto(target, data)
+        np.copyto(target, found[part])
         return self._resident.get((layer, expert)) is found
 
     def cancel(self) -> None:
@@ -316,12 +314,7 @@ class RamSlots:
             self._abort(pool, slot)
 
     def failure(self, layer: int, expert: int, error: OSError) -> KimiLiteError:
-        where = Path(error.filename or self.index.layers[layer].gate.shard).name
-        reason = error.strerror or str(error)
-        return KimiLiteError(
-            f"{where}: expert {expert} of layer {layer} could not be read: {reason}.",
-            "Check the disk and its cable with: dmesg | tail. A copy of the file on another disk helps.",
-        )
+        return read_failure(layer, expert, self.index.layers[layer].gate.shard, error)
 
     def _begin_read(self, pool: Pool, layer: int, expert: int, is_urgent: bool) -> int:
         slot = self._admit(pool, layer, expert, is_urgent)
@@ -345,7 +338,7 @@ class RamSlots:
         """An expert has left its slot: its table names the mapped file again."""
         pool.unproved.discard(slot)
         layer, expert = pool.owners.pop(slot, (-1, -1))
-        self._resident.pop((layer, expert), None)  # before the slot's next bytes are asked for: see `copy_into`
+        self._resident.pop((layer, expert), None)  # before the slot's next bytes are asked for: see `copy_part`
         if layer in self._tables and pool.policy.is_absent(layer, expert):
             self._tables[layer][expert] = self._mapped[layer][expert]
 

@@ -9,8 +9,13 @@ while the disk works.
 With O_DIRECT the disk writes straight into the slots: a copy less, and no second copy of the model in the page cache,
 where it would push out what the budget is for. Offset, length and address must then be multiples of 4096, so a
 piece reads whole blocks and the expert begins somewhere in the first one.
+
+Where the page cache is meant to hold the model, `ShardReader` alone reads through it, on the caller's threads: what is
+cached is copied without a page fault, and what is not is asked for as a whole before the first byte of it is waited
+for, because the system's own read-ahead, 128 KiB at a time, keeps no disk busy.
 """
 
+import errno
 import os
 import threading
 import time
@@ -18,6 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +31,8 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.memory import BLOCK_BYTES, aligned_memory
 
 _PIECE_BYTES = 1 << 20
+_NOT_CACHED = {errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL}  # of a read that must not wait for the disk
+Caching = Literal["direct", "dropped", "kept"]  # past the page cache; out of it after each read; in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,15 @@ class FileRun:
     def target_bytes(self) -> int:
         """Whole blocks that hold the run wherever it begins in the first one: what its target must have."""
         return (-(-self.num_bytes // BLOCK_BYTES) + 1) * BLOCK_BYTES
+
+    def checked(self, target: np.ndarray) -> np.ndarray:
+        """`target`, which can take the run's blocks."""
+        assert target.ctypes.data % BLOCK_BYTES == 0 and len(target) >= self.target_bytes, (
+            target.ctypes.data,
+            len(target),
+            self,
+        )
+        return target
 
     def inside(self, target: np.ndarray) -> np.ndarray:
         """The run's bytes, uint8 (num_bytes,), in the target to which its blocks were read."""
@@ -88,16 +105,53 @@ class ReadStats:
             self.busy_s += time.perf_counter() - self._busy_since_s
 
 
-class ExpertReader:
+class ShardReader:
+    """The shards of a model, read at any place by any thread, which waits. `close` closes them."""
+
+    def __init__(self, shards: Sequence[Path], caching: Caching = "kept") -> None:
+        """caching: "direct" becomes "dropped" where file system or machine does not allow it (see `is_direct`
+        afterwards). Raises KimiLiteError for a file that cannot be opened."""
+        self._files = {path: _open(path, caching) for path in shards}
+        self.is_direct = bool(self._files) and all(file.caching == "direct" for file in self._files.values())
+        self.stats = ReadStats()
+        self._lock = threading.Lock()
+
+    def read(self, run: FileRun, target: np.ndarray) -> np.ndarray:
+        """The run's bytes, uint8 (num_bytes,): the part of `target` that they were read to. Raises OSError.
+
+        target: uint8, at least `run.target_bytes`, on a border of BLOCK_BYTES.
+        """
+        place = run.checked(target)[: run.target_bytes]
+        with self._lock:
+            self.stats.begin()
+        num_bytes = 0
+        try:
+            num_bytes = self._read_piece(run.shard, run.first_block, place)
+        finally:
+            with self._lock:
+                self.stats.end(num_bytes)
+        return run.inside(target)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _read_piece(self, shard: Path, offset: int, place: np.ndarray) -> int:
+        """Bytes read. Raises OSError that names the file."""
+        try:
+            return self._files[shard].read_into(place, offset)
+        except OSError as error:
+            error.filename = str(shard)
+            raise
+
+
+class ExpertReader(ShardReader):
     """A pool of `num_readers` threads over the shards of a model; `close` ends them."""
 
     def __init__(self, shards: Sequence[Path], num_readers: int, is_direct: bool = True) -> None:
         """is_direct: past the page cache, where file system and machine allow (see `is_direct` afterwards)."""
         assert num_readers >= 1, num_readers
-        self._files = {path: _open(path, is_direct) for path in shards}
-        self.is_direct = all(file.is_direct for file in self._files.values())
-        self.stats = ReadStats()
-        self._lock = threading.Lock()
+        super().__init__(shards, "direct" if is_direct else "dropped")
         self._has_work, self._has_result = threading.Condition(self._lock), threading.Condition(self._lock)
         self._urgent: deque[ReadJob] = deque()
         self._early: deque[ReadJob] = deque()
@@ -166,28 +220,10 @@ class ExpertReader:
             self._has_work.notify_all()
         for thread in self._threads:
             thread.join()
-        for file in self._files.values():
-            file.close()
-
-    def read(self, runs: Sequence[tuple[FileRun, np.ndarray]]) -> None:
-        """The same by the calling thread, which waits: any but the reader's own. Raises OSError."""
-        for run, target in runs:
-            for shard, offset, place in self._cut(run, target):
-                with self._lock:
-                    self.stats.begin()
-                num_bytes = 0
-                try:
-                    num_bytes = self._read_piece(shard, offset, place)
-                finally:
-                    with self._lock:
-                        self.stats.end(num_bytes)
+        super().close()
 
     def _cut(self, run: FileRun, target: np.ndarray) -> list[tuple[Path, int, np.ndarray]]:
-        assert target.ctypes.data % BLOCK_BYTES == 0 and len(target) >= run.target_bytes, (
-            target.ctypes.data,
-            len(target),
-            run,
-        )
+        run.checked(target)
         first, end = run.first_block, run.start + run.num_bytes
         return [
             (run.shard, at, target[at - first : min(at + _PIECE_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES) - first])
@@ -214,14 +250,6 @@ class ExpertReader:
                 self.stats.end(num_bytes)
                 self._finish_piece(job, error)
 
-    def _read_piece(self, shard: Path, offset: int, place: np.ndarray) -> int:
-        """Bytes read. Raises OSError that names the file."""
-        try:
-            return self._files[shard].read_into(place, offset)
-        except OSError as error:
-            error.filename = str(shard)
-            raise
-
     def _take(self) -> tuple[ReadJob, tuple[Path, int, np.ndarray]] | None:
         for queue, is_urgent in ((self._urgent, True), (self._early, False)):
             while queue:
@@ -246,8 +274,8 @@ class ExpertReader:
 class _File:
     """One shard, open for reading at any place by any thread."""
 
-    def __init__(self, path: Path, descriptor: int, is_direct: bool) -> None:
-        self.path, self.is_direct = path, is_direct
+    def __init__(self, path: Path, descriptor: int, caching: Caching) -> None:
+        self.path, self.caching = path, caching
         self._descriptor = descriptor
         self._lock = None if hasattr(os, "preadv") else threading.Lock()
         self._num_bytes = os.fstat(descriptor).st_size
@@ -255,7 +283,7 @@ class _File:
     def read_into(self, place: np.ndarray, offset: int) -> int:
         """Fill `place` from `offset`; only the end of the file may cut it short. Raises OSError."""
         want = min(len(place), self._num_bytes - offset)
-        done = 0
+        done = self._read_cached(memoryview(place), offset, want) if self.caching == "kept" else 0
         while done < want:
             count = self._read_some(memoryview(place)[done:], offset + done)
             if count == 0:
@@ -263,11 +291,24 @@ class _File:
                     0, f"the file ends at byte {offset + done:,}, and had {self._num_bytes:,} when it was opened"
                 )
             done += count
-            if done < want and self.is_direct:
+            if done < want and self.caching == "direct":
                 done = done // BLOCK_BYTES * BLOCK_BYTES  # go on at a border
-        if not self.is_direct and hasattr(os, "posix_fadvise"):
+        if self.caching == "dropped" and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, want, os.POSIX_FADV_DONTNEED)  # the slots are the cache
         return want
+
+    def _read_cached(self, place: memoryview, offset: int, want: int) -> int:
+        """What the page cache has, up to the first byte that it lacks; from there on the disk is asked for all."""
+        done = 0
+        if hasattr(os, "RWF_NOWAIT"):
+            try:
+                done = os.preadv(self._descriptor, [place], offset, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in _NOT_CACHED:
+                    raise
+        if done < want and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset + done, want - done, os.POSIX_FADV_WILLNEED)
+        return done
 
     def _read_some(self, place: memoryview, offset: int) -> int:
         if self._lock is None:
@@ -282,15 +323,15 @@ class _File:
         os.close(self._descriptor)
 
 
-def _open(path: Path, is_direct: bool) -> _File:
+def _open(path: Path, caching: Caching) -> _File:
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        if is_direct and hasattr(os, "O_DIRECT"):
+        if caching == "direct" and hasattr(os, "O_DIRECT"):
             try:
-                return _checked(_File(path, os.open(path, flags | os.O_DIRECT), True))
+                return _checked(_File(path, os.open(path, flags | os.O_DIRECT), caching))
             except OSError:
                 pass  # tmpfs and some network file systems; the caller says so
-        return _File(path, os.open(path, flags), False)
+        return _File(path, os.open(path, flags), "kept" if caching == "kept" else "dropped")
     except OSError as error:
         raise KimiLiteError(
             f"{path} cannot be read: {error.strerror}.", "Check its permissions and the disk."
@@ -305,3 +346,12 @@ def _checked(file: _File) -> _File:
         file.close()
         raise
     return file
+
+
+def read_failure(layer: int, expert: int, shard: Path, error: OSError) -> KimiLiteError:
+    """What a read of an expert that failed means for the user. `shard`: where the error names no file."""
+    where, reason = Path(error.filename or shard).name, error.strerror or str(error)
+    return KimiLiteError(
+        f"{where}: expert {expert} of layer {layer} could not be read: {reason}.",
+        "Check the disk and its cable with: dmesg | tail. A copy of the file on another disk helps.",
+    )

@@ -1,17 +1,19 @@
 """Whole experts, wherever they lie: from a slot in RAM that holds one, else from the model's file.
 
-What brings experts into VRAM reads here: promotions (`experts.vram`) and prompt streams (`experts.stream`). Where all
-experts fit into RAM the file is mapped and read in place; where they do not (`experts.ram`), it is read past the page
-cache, which would hold a second copy of what the slots were made for.
+What brings experts into VRAM reads here: promotions (`experts.vram`) and prompt streams (`experts.stream`). The file is
+read by system calls, never through the mapping: no page faults, a disk that fails is an error and not a signal, and
+cold files come at the disk's speed. Where all experts fit into RAM they come through the page cache, which holds them;
+where they do not (`experts.ram`), past it, as it would hold a second copy of what the slots were made for.
 """
 
 import threading
 
 import numpy as np
 
-from kimi_lite.experts.index import ExpertIndex
+from kimi_lite.experts.index import ExpertIndex, RoutedMatrix
 from kimi_lite.experts.memory import aligned_memory
 from kimi_lite.experts.ram import RamSlots
+from kimi_lite.experts.reader import ShardReader, read_failure
 
 
 class _Scratch(threading.local):
@@ -21,12 +23,14 @@ class _Scratch(threading.local):
 
 
 class ExpertStore:
-    """The routed experts of a model. `ram`: slots in RAM for experts that come from the disk, None where all are
-    mapped; `close` ends their threads. Reading is for any thread."""
+    """The routed experts of a model. `ram`: slots in RAM for experts that come from the disk, None where the page cache
+    has all; `close` ends their threads. Reading is for any thread."""
 
     def __init__(self, index: ExpertIndex, ram: RamSlots | None = None) -> None:
         self.index, self.ram = index, ram
-        self.num_ram_reads = self.num_file_reads = 0
+        self._reader = ShardReader(index.shards) if ram is None else ram.reader
+        self.num_ram_reads = self.num_file_reads = 0  # experts
+        self.ram_bytes = self.file_bytes = 0
         self._lock = threading.Lock()  # of the counts
         self._scratch = _Scratch()
 
@@ -38,38 +42,57 @@ class ExpertStore:
 
     def read_into(self, layer: int, expert: int, slot: np.ndarray) -> None:
         """The same into `slot` (uint8, at least so many bytes). Raises KimiLiteError where the disk fails."""
-        matrices = self.index.layers[layer].matrices
-        targets = [slot[matrix.offset : matrix.end] for matrix in matrices]
-        is_in_ram = self.ram is not None and self.ram.copy_into(layer, expert, targets)
-        if not is_in_ram:
-            for target, data in zip(targets, self._from_file(layer, expert), strict=True):
-                np.copyto(target, data)
-        with self._lock:
-            self.num_ram_reads += is_in_ram
-            self.num_file_reads += not is_in_ram
+        for part, matrix in enumerate(self.index.layers[layer].matrices):
+            target = slot[matrix.offset : matrix.end]
+            if not self._from_ram(layer, expert, part, target):
+                np.copyto(target, self._from_file(layer, expert, part, self._thread_memory()))
+
+    def read_part(self, layer: int, expert: int, part: int, place: np.ndarray) -> np.ndarray:
+        """Gate, up or down (part 0, 1 or 2), uint8 (num_bytes,), somewhere in `place` (uint8, on a border of 4096
+        bytes, at least `index.piece_bytes`), with no copy in between. Raises KimiLiteError where the disk fails."""
+        target = place[: self.index.layers[layer].matrices[part].num_bytes]
+        if self._from_ram(layer, expert, part, target):
+            return target
+        return self._from_file(layer, expert, part, place)
 
     def counters(self) -> dict[str, float]:
         """What was read here since the store was made, and what the slots in RAM did."""
-        own = {"expert_reads_from_ram": self.num_ram_reads, "expert_reads_from_file": self.num_file_reads}
+        own = {
+            "expert_reads_from_ram": self.num_ram_reads,
+            "expert_reads_from_file": self.num_file_reads,
+            "expert_bytes_from_ram": self.ram_bytes,
+            "expert_bytes_from_file": self.file_bytes,
+        }
         return own | (self.ram.counters() if self.ram is not None else {})
 
     def close(self) -> None:
-        if self.ram is not None:
+        if self.ram is None:
+            self._reader.close()
+        else:
             self.ram.close()
 
-    def _from_file(self, layer: int, expert: int) -> list[np.ndarray]:
-        """The bytes of gate, up and down, valid until this thread reads again."""
-        found = self.index.layers[layer]
-        if self.ram is None:
-            return [matrix.data[expert].reshape(-1) for matrix in found.matrices]
-        reads = found.reads(expert, self._thread_memory(found.ram_slot_bytes))
-        try:
-            self.ram.reader.read(reads)
-        except OSError as error:
-            raise self.ram.failure(layer, expert, error) from error
-        return [run.inside(target) for run, target in reads]
+    def _from_ram(self, layer: int, expert: int, part: int, target: np.ndarray) -> bool:
+        if self.ram is None or not self.ram.copy_part(layer, expert, part, target):
+            return False
+        with self._lock:
+            self.num_ram_reads += part == 0
+            self.ram_bytes += target.nbytes
+        return True
 
-    def _thread_memory(self, num_bytes: int) -> np.ndarray:
-        if len(self._scratch.memory) < num_bytes:
-            self._scratch.memory = aligned_memory(max(self.index.ram_pools))
+    def _from_file(self, layer: int, expert: int, part: int, place: np.ndarray) -> np.ndarray:
+        """Its bytes, a part of `place`."""
+        matrix: RoutedMatrix = self.index.layers[layer].matrices[part]
+        try:
+            data = self._reader.read(matrix.run(expert), place)
+        except OSError as error:
+            raise read_failure(layer, expert, matrix.shard, error) from error
+        with self._lock:
+            self.num_file_reads += part == 0
+            self.file_bytes += data.nbytes
+        return data
+
+    def _thread_memory(self) -> np.ndarray:
+        """This thread's, for one matrix."""
+        if not len(self._scratch.memory):
+            self._scratch.memory = aligned_memory(self.index.piece_bytes)
         return self._scratch.memory

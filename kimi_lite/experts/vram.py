@@ -44,13 +44,21 @@ class VramSlots:
     """`num_slots` experts of any layer on the device. One thread uses it; `close` ends its own."""
 
     def __init__(
-        self, streams: GpuStreams, store: ExpertStore, num_slots: int, table: torch.Tensor | None = None
+        self,
+        streams: GpuStreams,
+        store: ExpertStore,
+        num_slots: int,
+        table: torch.Tensor | None = None,
+        num_stream_slots: int = 0,
     ) -> None:
-        """table: int32 (layers, experts) of -1 on the device, where others look at it before there are slots."""
+        """table: int32 (layers, experts) of -1 on the device, where others look at it before there are slots.
+
+        num_stream_slots: rows of `slots` behind those of the cache, for what a prompt streams (`experts.stream`)."""
         index = store.index
         self._streams, self._store = streams, store
         self.policy = HeatPolicy(index.num_layers, index.num_experts, num_slots)
-        self.slots = streams.zeros((max(1, num_slots), index.vram_slot_bytes), torch.uint8)
+        num_rows = max(1, num_slots + num_stream_slots)
+        self.slots = streams.zeros((num_rows, index.vram_slot_bytes), torch.uint8)
         self.table = make_table(streams, index.num_layers, index.num_experts) if table is None else table
         self._host_table = np.full((index.num_layers, index.num_experts), -1, np.int32)
         self._stagings: Queue[tuple[torch.Tensor, Event | None]] = Queue()

@@ -3,6 +3,7 @@ GPU."""
 
 import threading
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,25 +11,43 @@ import torch
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import GpuStreams
+from kimi_lite.experts.memory import BLOCK_BYTES
 
 SLOT_BYTES = 256
+_BORDERS = 0, 96, 160, SLOT_BYTES
+PARTS = [SimpleNamespace(offset=a, end=b, num_bytes=b - a) for a, b in pairwise(_BORDERS)]
 
 
 class NumberedExperts:
     """A store of experts whose bytes say who they are. `fail_on`: the expert that cannot be read."""
 
     def __init__(self, num_layers: int = 3, num_experts: int = 8, first_layer: int = 1) -> None:
-        layers = {layer: SimpleNamespace(vram_slot_bytes=SLOT_BYTES) for layer in range(first_layer, num_layers)}
+        layers = {
+            layer: SimpleNamespace(vram_slot_bytes=SLOT_BYTES, matrices=PARTS)
+            for layer in range(first_layer, num_layers)
+        }
         self.index = SimpleNamespace(
-            layers=layers, num_layers=num_layers, num_experts=num_experts, vram_slot_bytes=SLOT_BYTES
+            layers=layers,
+            num_layers=num_layers,
+            num_experts=num_experts,
+            vram_slot_bytes=SLOT_BYTES,
+            piece_bytes=2 * BLOCK_BYTES,
         )
         self.num_layers, self.num_experts = num_layers, num_experts
         self.fail_on: tuple[int, int] | None = None
 
     def read_into(self, layer: int, expert: int, slot: np.ndarray) -> None:
+        for part, matrix in enumerate(PARTS):
+            slot[matrix.offset : matrix.end] = self.read_part(layer, expert, part, np.empty(SLOT_BYTES, np.uint8))
+
+    def read_part(self, layer: int, expert: int, part: int, place: np.ndarray) -> np.ndarray:
+        """Somewhere in the place, as a disk's blocks have it."""
         if (layer, expert) == self.fail_on:
             raise KimiLiteError("a broken disk", "Replace it.")
-        slot[:] = self.bytes_of(layer, expert)
+        matrix = PARTS[part]
+        data = place[expert : expert + matrix.num_bytes]
+        data[:] = self.bytes_of(layer, expert)[matrix.offset : matrix.end]
+        return data
 
     def bytes_of(self, layer: int, expert: int) -> np.ndarray:
         return np.random.default_rng(layer * self.num_experts + expert).integers(0, 256, SLOT_BYTES, np.uint8)

@@ -75,20 +75,28 @@ def test_all_who_look_an_expert_up_find_its_bytes(model, seed, tmp_path_factory)
                 assert ctypes.string_at(int(row[DATA // 8]), part.nbytes) == part.tobytes()
                 assert matrix.offset % 256 == 0 and matrix.end <= found.vram_slot_bytes <= index.vram_slot_bytes
             memory = aligned_memory(found.ram_slot_bytes)
-            reader.read(found.reads(expert, memory))
             for part, (run, target) in zip(want, found.reads(expert, memory), strict=True):
+                assert reader.read(run, target).tobytes() == part.tobytes()
                 assert run.inside(target).tobytes() == part.tobytes()
+            piece = aligned_memory(index.piece_bytes)
+            for number, part in enumerate(want):
+                for each in stores:
+                    assert each.read_part(layer, expert, number, piece).tobytes() == part.tobytes()
             read = [each.read(layer, expert) for each in stores]  # mapped, and past the page cache
             with slots.request(layer, np.array([expert])) as request:
                 assert request.take() == [expert]
             read.append(stores[1].read(layer, expert))  # from its slot in RAM
             for part, matrix in zip(want, found.matrices, strict=True):
                 assert {slot[matrix.offset : matrix.end].tobytes() for slot in read} == {part.tobytes()}
-        assert (stores[0].num_file_reads, stores[0].num_ram_reads) == (len(tables), 0)
-        assert (stores[1].num_file_reads, stores[1].num_ram_reads) == (len(tables), len(tables))
+        assert (stores[0].num_file_reads, stores[0].num_ram_reads) == (2 * len(tables), 0)
+        assert (stores[1].num_file_reads, stores[1].num_ram_reads) == (2 * len(tables), len(tables))
+        num_bytes = sum(found.expert_bytes for found in index.layers.values())
+        assert (stores[0].file_bytes, stores[0].ram_bytes) == (2 * num_bytes, 0)
+        assert (stores[1].file_bytes, stores[1].ram_bytes) == (2 * num_bytes, num_bytes)
     finally:
         reader.close()
-        stores[1].close()
+        for each in stores:
+            each.close()
 
 
 @pytest.mark.parametrize("is_gate_up_fused", [False, True])

@@ -331,7 +331,8 @@ class Tiers(RuleBasedStateMachine):
         for layer, addresses in cache._tables.items():
             for expert in range(NUM_EXPERTS):
                 targets = [np.zeros(len(data), np.uint8) for data in self.case.bytes[layer, expert]]
-                assert cache.copy_into(layer, expert, targets) == cache.residents(layer)[expert]
+                is_there = [cache.copy_part(layer, expert, part, target) for part, target in enumerate(targets)]
+                assert set(is_there) == {bool(cache.residents(layer)[expert])}
                 if cache.residents(layer)[expert]:
                     self.case.check_bytes(layer, expert)
                     assert [target.tobytes() for target in targets] == self.case.bytes[layer, expert]

@@ -59,9 +59,11 @@ def open_experts(
         ram = open_ram(index, tables, config.num_experts_used, options, plan.ram_budget_bytes, heat, on_load)
     experts, costs, counts = ExpertStore(index, ram), ExpertCosts(), thread_counts(options.num_threads)
     cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, plan.prompt_chunk_tokens), counts, ram)
-    slots = VramSlots(streams, experts, plan.num_vram_slots, slot_table)
+    group_size, num_slots = min(STREAM_EXPERTS, config.num_experts), plan.num_vram_slots
+    slots = VramSlots(streams, experts, num_slots, slot_table, num_stream_slots=2 * group_size)
     num_readers = options.num_readers if plan.disk_expert_bytes else COPY_THREADS
-    stream = PromptStream(streams, experts, min(STREAM_EXPERTS, config.num_experts), num_readers)
+    own_slots = range(num_slots, num_slots + 2 * group_size)
+    stream = PromptStream(streams, experts, slots.slots, own_slots, group_size, num_readers)
     streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs)
     if heat is not None:
         slots.policy.import_heat(heat)

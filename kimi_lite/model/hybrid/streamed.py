@@ -80,7 +80,7 @@ class StreamedExperts:
         resident = np.flatnonzero((counts > 0) & is_resident).tolist()
         absent = np.flatnonzero((counts > 0) & ~is_resident)
         absent = absent[np.argsort(-counts[absent], kind="stable")]
-        if self._stream.has_requested(layer):
+        if self._stream.requested(layer):
             return Division(chosen, resident, sorted(absent.tolist()), [])
         num_streamed = self._costs.split(counts[absent].tolist(), num_windows)
         if not num_streamed:
@@ -102,7 +102,7 @@ class StreamedExperts:
     ) -> torch.Tensor:
         """(T, D): weighted sum over the chosen experts, plus what `shared_expert` computes. `host` is for the copies
         that the CPU needs."""
-        if not self._stream.has_requested(layer):
+        if not self._stream.requested(layer):
             self._stream.request(layer, division.streamed)
         if not division.on_cpu:
             self._request_ahead(layer + 1)
@@ -156,10 +156,10 @@ class StreamedExperts:
                 self._add_experts(y, normed, choices, form, division.resident, self._slots.slots, slots)
             wanted = set(division.streamed)
             for group in self._stream.groups(layer):
-                present = [(i, expert) for i, expert in enumerate(group.experts) if expert in wanted]
+                present = [(s, e) for s, e in zip(group.slots, group.experts, strict=True) if e in wanted]
                 if present:
                     rows, experts = zip(*present, strict=True)
-                    self._add_experts(y, normed, choices, form, list(experts), group.data, np.array(rows))
+                    self._add_experts(y, normed, choices, form, list(experts), self._stream.memory, np.array(rows))
             self._streams.event().synchronize()
         return time.perf_counter() - start_s
 

@@ -26,7 +26,7 @@ from kimi_lite.native.gpu import support
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.options import Options
-from kimi_lite.plan.workspace import gpu_work_bytes
+from kimi_lite.plan.workspace import STREAM_EXPERTS, gpu_work_bytes
 from kimi_lite.quantize.codecs import encode
 from tests.model.hybrid.runner import plan_for
 from tests.model.hybrid.stand_in import StandInKernels
@@ -132,7 +132,8 @@ def test_what_is_allocated_is_what_the_plan_says(store, config):
         ram_bytes = num_ram_slots * index.ram_bytes // (index.num_experts * len(index.layers))
         model = open_with(store, config, replace(plan, ram_expert_bytes=ram_bytes, **numbers), GpuStreams("cpu"))
         try:
-            assert tuple(model.experts.slots.slots.shape) == (num_slots, index.vram_slot_bytes)
+            num_rows = num_slots + 2 * STREAM_EXPERTS  # those of a prompt's stream lie behind the cache's
+            assert tuple(model.experts.slots.slots.shape) == (num_rows, index.vram_slot_bytes)
             assert (model.max_batch_tokens, model.experts.cpu.capacity) == (chunk, 512)
             counters = model.counters()
             assert (counters["gpu_expert_slots"], counters["expert_slots"]) == (num_slots, num_ram_slots)
