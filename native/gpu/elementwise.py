@@ -8,18 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(
-    x,
-    delta,
-    weight,
-    out,
-    eps,
-    x_stride,
-    delta_stride,
-    out_stride,
-    HAS_DELTA: tl.constexpr,
-    K: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    x, delta, weight, out, also, eps, x_stride, delta_stride, out_stride, also_stride, HAS_DELTA: tl.constexpr,
+    HAS_ALSO: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Program: one row, in registers from the load to the store."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
@@ -31,6 +22,13 @@ def rms_norm_kernel(
     inverse = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / K + eps)
     value = value * inverse * tl.load(weight + column, mask, other=0.0)
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask)
+    if HAS_ALSO:
+        tl.store(also + row * also_stride + column, value.to(also.dtype.element_ty), mask)
+
+
+def norm_warps(k: int) -> int:
+    """Of a program that norms a row of k: one order of sums wherever a norm is computed."""
+    return 8 if k > 2048 else 4
 
 
 def rms_norm(
@@ -40,10 +38,12 @@ def rms_norm(
     out: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     delta: torch.Tensor | None = None,
+    also: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x (T, k), weight float32 (k,) -> (T, k) of `dtype`: x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
 
-    With `delta` (T, k), x becomes x + delta first, in place: a residual and the norm behind it in one reading.
+    With `delta` (T, k), x becomes x + delta first, in place: a residual and the norm behind it in one reading. `also`
+    (T, k): a second place for the result, in its own type; pinned memory of the host too.
     """
     num_rows, k = x.shape
     if out is None:
@@ -53,11 +53,13 @@ def rms_norm(
         weight.shape,
         k,
     )
-    other = x if delta is None else delta
+    assert also is None or (also.shape == x.shape and also.stride(1) == 1), also.shape
+    other, second = x if delta is None else delta, out if also is None else also
     if num_rows > 0:
         rms_norm_kernel[(num_rows,)](
-            x, other, weight, out, eps, x.stride(0), other.stride(0), out.stride(0),
-            HAS_DELTA=delta is not None, K=k, TILE=triton.next_power_of_2(k), num_warps=8 if k > 2048 else 4,
+            x, other, weight, out, second, eps, x.stride(0), other.stride(0), out.stride(0), second.stride(0),
+            HAS_DELTA=delta is not None, HAS_ALSO=also is not None, K=k, TILE=triton.next_power_of_2(k),
+            num_warps=norm_warps(k),
         )  # fmt: skip
     return out
 

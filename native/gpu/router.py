@@ -1,4 +1,5 @@
-"""Expert choice in one launch: scores, selection bias, groups, top-k and weights, as `native.reference.route`.
+"""Expert choice in one launch: scores, selection bias, groups, top-k and weights, as `native.reference.route`, and
+which of the chosen experts have a slot.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and Kimi K2: sigmoid scores, a bias that steers the choice and not the
 weights.
@@ -7,6 +8,8 @@ weights.
 import torch
 import triton
 import triton.language as tl
+
+from kimi_lite.native.gpu.arguments import Routes
 
 _HIGHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # a NaN ranks as that: first, so that it is seen
 
@@ -41,11 +44,10 @@ def keep_best_groups(choice, expert, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.c
 
 @triton.jit
 def route_kernel(
-    logits, bias, ids, weights, scale, logits_stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    NUM_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SIGMOID: tl.constexpr, IS_NORMALIZED: tl.constexpr,
-    TILE: tl.constexpr,
-    CHOICES: tl.constexpr,
+    logits, bias, slot_of, ids, weights, slots, also_ids, scale, cache_bias, logits_stride, NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr, NUM_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_ALSO: tl.constexpr, IS_SIGMOID: tl.constexpr,
+    IS_NORMALIZED: tl.constexpr, TILE: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Program: one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -58,9 +60,12 @@ def route_kernel(
     else:
         score = tl.exp(logit - tl.max(logit, 0))
         score = score / tl.sum(tl.where(is_expert, score, 0.0), 0)
-    choice = score
+    added = tl.zeros((TILE,), tl.float32)
     if HAS_BIAS:
-        choice += tl.load(bias + expert, is_expert, other=0.0)
+        added = tl.load(bias + expert, is_expert, other=0.0)
+    if HAS_GAIN:
+        added += tl.where(tl.load(slot_of + expert, is_expert, other=-1) >= 0, cache_bias, 0.0)
+    choice = score + added
     score = tl.where(choice < float("inf"), score, float("nan"))
     choice = tl.where(choice != choice, _HIGHEST, tl.minimum(tl.maximum(choice, -_HIGHEST), _HIGHEST))
     choice = tl.where(is_expert, choice, float("-inf"))
@@ -78,6 +83,10 @@ def route_kernel(
         factor = scale / (tl.sum(weight, 0) + 1e-20)
     tl.store(ids + token * TOP_K + place, chosen, place < TOP_K)
     tl.store(weights + token * TOP_K + place, weight * factor, place < TOP_K)
+    if HAS_SLOTS:
+        tl.store(slots + token * TOP_K + place, tl.load(slot_of + chosen, place < TOP_K, other=-1), place < TOP_K)
+    if HAS_ALSO:
+        tl.store(also_ids + token * TOP_K + place, chosen, place < TOP_K)
 
 
 def route(
@@ -88,29 +97,39 @@ def route(
     is_sigmoid: bool = True,
     is_normalized: bool = True,
     scale: float = 1.0,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    slot_of: torch.Tensor | None = None,
+    cache_bias: float = 0.0,
+    out: Routes | None = None,
+    also_ids: torch.Tensor | None = None,
+) -> Routes:
     """logits (T, E) -> ids int32 (T, top_k), best first, and weights float32 (T, top_k). groups: (number, how many are
     kept).
 
     bias: float32 (E,) for the choice alone. Of equals the lower number wins. NaN and infinity come first with the
-    weight NaN.
+    weight NaN. slot_of: int32 (E,), read as it is when the kernel runs: the choices' slots are found too, and experts
+    that have one gain `cache_bias` in the choice (arXiv 2412.00099). also_ids: int32 (T, top_k), a second place for
+    ids; pinned memory of the host too.
     """
     num_tokens, num_experts = logits.shape
     assert num_experts % groups[0] == 0 and top_k <= num_experts // groups[0] * groups[1], (num_experts, groups, top_k)
     assert logits.stride(1) == 1 and (bias is None or bias.shape == (num_experts,)), (logits.stride(), num_experts)
-    ids, weights = out or (
-        torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device),
-        torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device),
-    )
-    assert ids.is_contiguous() and weights.is_contiguous() and ids.dtype == torch.int32, (ids.dtype, ids.stride())
+    assert slot_of is None or (slot_of.shape == (num_experts,) and slot_of.dtype == torch.int32), slot_of
+    assert slot_of is not None or not cache_bias, cache_bias
+    if out is None:
+        ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device)
+        weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device)
+        out = Routes(ids, weights, None if slot_of is None else torch.empty_like(ids))
+    for part in (out.ids, out.weights, out.slots, also_ids):
+        assert part is None or (part.is_contiguous() and part.shape == (num_tokens, top_k)), (part.shape, part.stride())
+    assert (out.slots is None) == (slot_of is None), "slots are for a table of slots"
     if num_tokens > 0:
         route_kernel[(num_tokens,)](
-            logits, logits if bias is None else bias, ids, weights, scale, logits.stride(0), NUM_EXPERTS=num_experts,
-            TOP_K=top_k,
-            NUM_GROUPS=groups[0], NUM_KEPT=groups[1], HAS_BIAS=bias is not None, IS_SIGMOID=is_sigmoid,
+            logits, logits if bias is None else bias, out.ids if slot_of is None else slot_of, out.ids, out.weights,
+            out.ids if out.slots is None else out.slots, out.ids if also_ids is None else also_ids, scale, cache_bias,
+            logits.stride(0), NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_GROUPS=groups[0], NUM_KEPT=groups[1],
+            HAS_BIAS=bias is not None, HAS_GAIN=cache_bias != 0,
+            HAS_SLOTS=out.slots is not None, HAS_ALSO=also_ids is not None, IS_SIGMOID=is_sigmoid,
             IS_NORMALIZED=is_normalized, TILE=triton.next_power_of_2(num_experts),
-            CHOICES=triton.next_power_of_2(top_k),
-            num_warps=4,
+            CHOICES=triton.next_power_of_2(top_k), num_warps=4,
         )  # fmt: skip
-    return ids, weights
+    return out

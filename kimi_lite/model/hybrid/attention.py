@@ -37,16 +37,15 @@ class Attention:
         self.attn_k_b, self.attn_v_b = weights.heads(config, layer)  # (H, kv_lora, nope), (H, v, kv_lora)
         self.attn_output = weights.matrix(f"{prefix}.attn_output.weight")
 
-    def forward(self, x: torch.Tensor, storage: torch.Tensor, step: Step) -> None:
-        """x (T, D) += attention(norm(x)); the new latents go into `storage` (pages, 64, kv_lora + rope)."""
+    def forward(self, normed: torch.Tensor, storage: torch.Tensor, step: Step) -> torch.Tensor:
+        """x (T, D) behind `attn_norm` -> (T, D); the new latents go into `storage` (pages, 64, kv_lora + rope)."""
         c, kernels, eps = self.config, self._kernels, self.config.rms_norm_eps
-        normed = kernels.rms_norm(x, self.attn_norm, eps)
         kv = kernels.linear(normed, self.attn_kv_a_mqa)  # (T, kv_lora + rope)
         kernels.write_latent(kv, self.attn_kv_a_norm, eps, step.angles, storage, step.cache_rows)
-        q = self._queries(normed).view(len(x), c.num_heads, c.qk_head_dim)
+        q = self._queries(normed).view(len(normed), c.num_heads, c.qk_head_dim)
         q_nope = q[..., : c.qk_nope_head_dim]
         q_rope = kernels.rotate(q[..., c.qk_nope_head_dim :], step.angles.cos, step.angles.sin)  # (T, H, rope)
-        x += kernels.linear(self._attend(q_nope, q_rope, storage, step), self.attn_output)
+        return kernels.linear(self._attend(q_nope, q_rope, storage, step), self.attn_output)
 
     def _queries(self, normed: torch.Tensor) -> torch.Tensor:
         """(T, H * (nope + rope))."""

@@ -128,7 +128,7 @@ class DecodeSegments:
         normed = layer.attend(self.x, self._step)
         if layer.router is None:
             return
-        ids, weights = layer.router.forward(normed)
+        ids, weights, _ = layer.router.forward(normed)
         self._normed.copy_(normed)
         self._ids.copy_(ids)
         self._weights.copy_(weights)

@@ -1,14 +1,13 @@
 """The dense half of feed-forward on the device: dense layers, router, shared expert. Routed experts are in
 `hybrid.routed`."""
 
-from typing import NamedTuple
-
 import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, RouterRule
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, Residents, RouterRule
 from kimi_lite.model.hybrid.weights import DenseWeights
+from kimi_lite.native.gpu.arguments import Routes
 
 
 class FeedForward:
@@ -20,17 +19,10 @@ class FeedForward:
         self.gate_up = weights.matrix(pattern.format("gate"), pattern.format("up"))
         self.down = weights.matrix(pattern.format("down"))
 
-    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+    def forward(self, normed: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(T, D) -> (T, D)."""
         gate, up = self._kernels.linear(normed, self.gate_up).chunk(2, dim=1)
-        return self._kernels.linear(self._kernels.swiglu(gate, up), self.down)
-
-
-class ResidentGain(NamedTuple):
-    """What the experts of a layer that have a slot in VRAM gain in the router's choice (arXiv 2412.00099)."""
-
-    slot_of: torch.Tensor  # int32 (E,) on the device, live; -1: no slot
-    cache_bias: float
+        return self._kernels.linear(self._kernels.swiglu(gate, up), self.down, out)
 
 
 class Router:
@@ -43,21 +35,16 @@ class Router:
         config: ModelConfig,
         layer: int,
         kernels: Kernels,
-        gain: ResidentGain | None = None,
+        residents: Residents,
     ) -> None:
         bias = f"blk.{layer}.exp_probs_b.bias"
-        self._kernels, self._rule, self._gain = kernels, RouterRule.of(config), gain
+        self._kernels, self._rule, self._residents = kernels, RouterRule.of(config), residents
         self.ffn_gate_inp = weights.exact_matrix(f"blk.{layer}.ffn_gate_inp.weight")
         self.exp_probs_b = weights.vector(bias) if bias in store.tensors else None
 
-    def forward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, D) -> expert ids int32 (T, K), weights (T, K)."""
-        logits = self._logits(normed)
-        bias = self.exp_probs_b
-        if self._gain is not None:
-            gain = (self._gain.slot_of >= 0) * self._gain.cache_bias
-            bias = gain if bias is None else bias + gain
-        return self._kernels.route(logits, bias, self._rule)
+    def forward(self, normed: torch.Tensor, out: Routes | None = None, also_ids: torch.Tensor | None = None) -> Routes:
+        """(T, D) -> experts, weights and slots of T tokens' choices. also_ids: a second place for the experts."""
+        return self._kernels.route(self._logits(normed), self.exp_probs_b, self._rule, self._residents, out, also_ids)
 
     def _logits(self, normed: torch.Tensor) -> torch.Tensor:
         """(T, E) in float32 however many tokens there are: `linear` would round what many tokens bring to bfloat16."""

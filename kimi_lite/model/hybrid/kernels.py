@@ -2,7 +2,7 @@
 follows.
 
 Tests put another class in its place that computes the same on a CPU device. Float tensors are float32 unless a comment
-says otherwise; every operation allocates its result.
+says otherwise.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.index import RoutedLayer
+from kimi_lite.native.gpu.arguments import ChoiceRows, Routes
 
 MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here are captured
 
@@ -59,23 +60,51 @@ class RouterRule:
         )
 
 
+class Residents(NamedTuple):
+    """Which experts of a layer have a slot in VRAM, and what those gain in the router's choice (arXiv 2412.00099)."""
+
+    slot_of: torch.Tensor  # int32 (E,) on the device, live; -1: no slot
+    cache_bias: float = 0.0
+
+
 class Kernels(Protocol):
-    """T tokens, K inputs or choices, H heads, R latent, P rotary, D hidden size."""
+    """T tokens, K inputs or choices, H heads, R latent, P rotary, D hidden size, E experts.
 
-    def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
-        """uint8 (..., row_bytes) -> (..., K)."""
+    `out` is where a result goes, with any stride between rows unless a comment says otherwise; without it the result is
+    allocated. `also` is a second place for a result, which may be pinned memory of the host.
+    """
 
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
+    def dequantize(
+        self, data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """uint8 (..., row_bytes) -> (..., K) of `dtype`; `out` contiguous."""
+
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
         """(T, K) -> (T, rows)."""
 
-    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
+    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
         """(T, H, K), a matrix of each head -> (T, H, rows)."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """(T, K) -> (T, K)."""
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        delta: torch.Tensor | None = None,
+        also: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(T, K) -> (T, K) of `dtype`, or of `out`'s. x += delta first, where there is one."""
 
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """(T, F) twice -> (T, F)."""
+    def swiglu(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        out: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """(T, F) twice -> (T, F) of `dtype`, or of `out`'s."""
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """(T, H, P) and (T, P / 2): neighbouring pairs turned in place; returns x."""
@@ -100,14 +129,21 @@ class Kernels(Protocol):
         page_table: torch.Tensor,
         lengths: torch.Tensor,
         scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, H, R), (T, H, P), int32 (T, pages), int32 (T,) -> (T, H, R): each token attends to its `lengths`
-        positions."""
+        """(T, H, R), (T, H, P), int32 (T, pages), int32 (T,) -> (T, H, R), contiguous: each token attends to its
+        `lengths` positions."""
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, E) -> int32 (T, top_k) and weights (T, top_k)."""
+        self,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        rule: RouterRule,
+        residents: Residents | None = None,
+        out: Routes | None = None,
+        also_ids: torch.Tensor | None = None,
+    ) -> Routes:
+        """(T, E), (E,) -> what the router says; `slots` with `residents` alone. All contiguous."""
 
     def expert_choices(
         self,
@@ -121,8 +157,28 @@ class Kernels(Protocol):
         """(T, D), uint8 (slots, slot_bytes), int32 (n,) twice -> `out` (n, D) unweighted. Rows of slot -1 are
         nothing."""
 
-    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    def weighted_sum(
+        self,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        base: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """(T, K, D), (T, K) -> (T, D), choice after choice, then + base (T, D)."""
+
+    def join(
+        self,
+        x: torch.Tensor,
+        rows: ChoiceRows,
+        weights: torch.Tensor,
+        shared: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        out: torch.Tensor | None = None,
+        arrivals: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """x (T, D) += weighted sum (T, K) of the rows, choice after choice, + shared (T, D). With `norm` (D,) returns
+        rms_norm(x, norm, eps), in `out`; else None. `arrivals`: int32 (T,) of zeros, zeros again afterwards."""
 
 
 class TritonKernels:
@@ -132,22 +188,25 @@ class TritonKernels:
     """
 
     def __init__(self) -> None:
-        from kimi_lite.native.gpu import dequant, elementwise, experts, linear, mla, router
+        from kimi_lite.native.gpu import dequant, elementwise, experts, join, linear, mla, router
 
         self._dequant, self._linear, self._mla, self._router = dequant, linear, mla, router
         self.rms_norm, self.swiglu, self.rotate = elementwise.rms_norm, elementwise.swiglu, elementwise.rope
         self.weighted_sum, self.expert_choices = elementwise.weighted_sum, experts.expert_choices
-        self.mla_decode = mla.mla_decode
+        self.mla_decode, self.join = mla.mla_decode, join.join
 
-    def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
-        rows = self._dequant.dequantize(data.reshape(-1, data.shape[-1]), layout_name)
+    def dequantize(
+        self, data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        flat = None if out is None else out.view(-1, out.shape[-1])
+        rows = self._dequant.dequantize(data.reshape(-1, data.shape[-1]), layout_name, dtype, flat)
         return rows.view(*data.shape[:-1], -1)
 
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
-        return self._linear.linear(x, matrix.data, matrix.layout_name, matrix.k)
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._linear.linear(x, matrix.data, matrix.layout_name, matrix.k, out)
 
-    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
-        return self._linear.heads_linear(x, matrix.data, matrix.layout_name)
+    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._linear.heads_linear(x, matrix.data, matrix.layout_name, out)
 
     def write_latent(
         self,
@@ -161,7 +220,24 @@ class TritonKernels:
         self._mla.write_latent(kv, weight, eps, angles.cos, angles.sin, storage, cache_rows)
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = (rule.num_groups, rule.num_groups_used)
-        return self._router.route(logits, bias, rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)
+        self,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        rule: RouterRule,
+        residents: Residents | None = None,
+        out: Routes | None = None,
+        also_ids: torch.Tensor | None = None,
+    ) -> Routes:
+        return self._router.route(
+            logits,
+            bias,
+            rule.top_k,
+            groups=(rule.num_groups, rule.num_groups_used),
+            is_sigmoid=rule.is_sigmoid,
+            is_normalized=rule.is_normalized,
+            scale=rule.scale,
+            slot_of=residents.slot_of if residents else None,
+            cache_bias=residents.cache_bias if residents else 0.0,
+            out=out,
+            also_ids=also_ids,
+        )

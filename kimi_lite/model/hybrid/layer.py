@@ -8,8 +8,8 @@ import torch
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.hybrid.attention import Attention
-from kimi_lite.model.hybrid.feed_forward import FeedForward, ResidentGain, Router
-from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.feed_forward import FeedForward, Router
+from kimi_lite.model.hybrid.kernels import Kernels, Residents
 from kimi_lite.model.hybrid.routed import RoutedExperts
 from kimi_lite.model.hybrid.step import Step
 from kimi_lite.model.hybrid.weights import DenseWeights
@@ -26,7 +26,7 @@ class Layer:
         number: int,
         storage: torch.Tensor,
         kernels: Kernels,
-        gain: ResidentGain | None = None,
+        residents: Residents,
     ) -> None:
         ffn = f"blk.{number}.ffn"
         self.number, self._storage, self._kernels, self._eps = number, storage, kernels, config.rms_norm_eps
@@ -34,7 +34,7 @@ class Layer:
         self.ffn_norm = weights.vector(f"{ffn}_norm.weight")
         self.is_dense = number < config.num_dense_layers
         self.dense = FeedForward(weights, ffn + "_{}.weight", kernels) if self.is_dense else None
-        self.router = None if self.is_dense else Router(store, weights, config, number, kernels, gain)
+        self.router = None if self.is_dense else Router(store, weights, config, number, kernels, residents)
         has_shared = not self.is_dense and config.num_shared_experts > 0
         self.shared = FeedForward(weights, ffn + "_{}_shexp.weight", kernels) if has_shared else None
 
@@ -42,18 +42,30 @@ class Layer:
         """x (T, D) += attention, then += feed-forward, all of it."""
         normed = self.attend(x, step)
         if self.router is not None:
-            ids, weights = self.router.forward(normed)
+            ids, weights, _ = self.router.forward(normed)
             shared_expert = partial(self.shared_expert, normed)
             x += experts.forward(self.number, normed, ids, weights, shared_expert, may_stream=not step.is_decoding)
 
-    def attend(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """x += attention; of a dense layer += feed-forward too. Returns what router and experts read, (T, D)."""
-        self.attention.forward(x, self._storage, step)
-        normed = self._kernels.rms_norm(x, self.ffn_norm, self._eps)
+    def attend(
+        self,
+        x: torch.Tensor,
+        step: Step,
+        normed: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        also: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x += attention; of a dense layer += feed-forward too. Returns what router and experts read, (T, D).
+
+        normed: x behind `attn_norm`, where it is there already. out, also: where the result goes.
+        """
+        if normed is None:
+            normed = self._kernels.rms_norm(x, self.attention.attn_norm, self._eps)
+        attended = self.attention.forward(normed, self._storage, step)
+        normed = self._kernels.rms_norm(x, self.ffn_norm, self._eps, out, delta=attended, also=also)
         if self.dense is not None:
             x += self.dense.forward(normed)
         return normed
 
-    def shared_expert(self, normed: torch.Tensor) -> torch.Tensor | None:
+    def shared_expert(self, normed: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """What every token takes as well as its routed experts, (T, D); None where there is no shared expert."""
-        return None if self.shared is None else self.shared.forward(normed)
+        return None if self.shared is None else self.shared.forward(normed, out)

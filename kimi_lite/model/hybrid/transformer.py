@@ -28,8 +28,7 @@ from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import open_experts, thread_counts
-from kimi_lite.model.hybrid.feed_forward import ResidentGain
-from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, Residents
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.step import StepMaker, choose_expanded, is_decoding, num_pages_seen
 from kimi_lite.model.hybrid.weights import DenseWeights
@@ -94,8 +93,8 @@ class HybridTransformer:
         self.layers = []
         for number in range(c.num_layers):
             report("loading onto the GPU", number, c.num_layers)
-            gain = ResidentGain(slot_table[number], options.cache_bias) if options.cache_bias else None
-            self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels, gain))
+            residents = Residents(slot_table[number], options.cache_bias)
+            self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels, residents))
         self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
         self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix(head_name(store.tensors))
         self.dense_bytes = weights.num_bytes

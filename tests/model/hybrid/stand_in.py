@@ -9,7 +9,7 @@ import torch
 
 from kimi_lite.experts.index import RoutedLayer
 from kimi_lite.hardware.machine import Gpu
-from kimi_lite.model.hybrid.kernels import Angles, DenseMatrix, RouterRule
+from kimi_lite.model.hybrid.kernels import Angles, DenseMatrix, Residents, RouterRule
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
@@ -18,6 +18,7 @@ from kimi_lite.native.cpu.matrix import Matrix, dequantize
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.cpu.run import RunTable
 from kimi_lite.native.cpu.threads import Team
+from kimi_lite.native.gpu.arguments import ChoiceRows, Routes
 from kimi_lite.native.reference import route
 
 GPU = Gpu("a stand-in", 24 << 30, 23 << 30, vram_bytes_s=900e9, pcie_bytes_s=23e9)  # as plans see it
@@ -26,21 +27,44 @@ GPU = Gpu("a stand-in", 24 << 30, 23 << 30, vram_bytes_s=900e9, pcie_bytes_s=23e
 class StandInKernels:
     """`kimi_lite.model.hybrid.kernels.Kernels` for the CPU."""
 
-    def dequantize(self, data: torch.Tensor, layout_name: str) -> torch.Tensor:
+    def dequantize(
+        self, data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         rows = dequantize(data.reshape(-1, data.shape[-1]).numpy(), layout_name)
-        return torch.from_numpy(rows).view(*data.shape[:-1], -1)
+        return _placed(torch.from_numpy(rows).view(*data.shape[:-1], -1).to(dtype), out)
 
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
-        return x @ self.dequantize(matrix.data, matrix.layout_name).T
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+        return _placed(x.float() @ self.dequantize(matrix.data, matrix.layout_name).T, out)
 
-    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
-        return torch.einsum("thk,hrk->thr", x, self.dequantize(matrix.data, matrix.layout_name))
+    def head_linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+        weights = self.dequantize(matrix.data, matrix.layout_name)
+        return _placed(torch.einsum("thk,hrk->thr", x.float(), weights), out)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        delta: torch.Tensor | None = None,
+        also: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if delta is not None:
+            x += delta
+        normed = x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight
+        if also is not None:
+            also.copy_(normed)
+        return _placed(normed.to(dtype), out)
 
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.silu(gate) * up
+    def swiglu(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        out: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        return _placed((torch.nn.functional.silu(gate) * up).to(dtype), out)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         a, b, cos, sin = x[..., 0::2].clone(), x[..., 1::2].clone(), cos[:, None], sin[:, None]
@@ -69,24 +93,39 @@ class StandInKernels:
         page_table: torch.Tensor,
         lengths: torch.Tensor,
         scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = torch.zeros_like(q_latent)
+        context = torch.zeros(q_latent.shape)
         for t, length in enumerate(lengths.tolist()):
             if length:
                 pages = page_table[t, : -(-length // 64)].long()
                 latents = storage[pages].reshape(-1, storage.shape[-1])[:length].float()  # (P, R + rope)
-                scores = torch.cat([q_latent[t], q_rope[t]], dim=-1) @ latents.T * scale  # (H, P)
-                out[t] = scores.softmax(dim=-1) @ latents[:, : q_latent.shape[-1]]
-        return out
+                scores = torch.cat([q_latent[t], q_rope[t]], dim=-1).float() @ latents.T * scale  # (H, P)
+                context[t] = scores.softmax(dim=-1) @ latents[:, : q_latent.shape[-1]]
+        return _placed(context, out)
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        rule: RouterRule,
+        residents: Residents | None = None,
+        out: Routes | None = None,
+        also_ids: torch.Tensor | None = None,
+    ) -> Routes:
+        added = None if bias is None else bias.numpy()
+        if residents is not None and residents.cache_bias:
+            gain = (residents.slot_of.numpy() >= 0) * np.float32(residents.cache_bias)
+            added = gain if added is None else added + gain
         groups = (rule.num_groups, rule.num_groups_used)
-        bias_values = None if bias is None else bias.numpy()
         options = (rule.top_k, groups, rule.is_sigmoid, rule.is_normalized, rule.scale)
-        ids, weights = route(logits.numpy(), bias_values, *options)
-        return torch.from_numpy(ids), torch.from_numpy(weights.astype(np.float32))
+        chosen, weights = route(logits.numpy(), added, *options)
+        ids = torch.from_numpy(chosen)
+        slots = None if residents is None else residents.slot_of[ids.long()]
+        if also_ids is not None:
+            also_ids.copy_(ids)
+        made = Routes(ids, torch.from_numpy(weights.astype(np.float32)), slots)
+        return made if out is None else Routes(*map(_placed, made, out))
 
     def expert_choices(
         self,
@@ -111,11 +150,39 @@ class StandInKernels:
         chosen = torch.from_numpy(rows[at])
         return chosen if out is None else out.copy_(chosen)
 
-    def weighted_sum(self, rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    def weighted_sum(
+        self,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        base: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         total = torch.zeros_like(rows[:, 0])
         for k in range(rows.shape[1]):
             total += rows[:, k] * weights[:, k, None]
-        return total if base is None else total + base
+        return _placed(total if base is None else total + base, out)
+
+    def join(
+        self,
+        x: torch.Tensor,
+        rows: ChoiceRows,
+        weights: torch.Tensor,
+        shared: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        out: torch.Tensor | None = None,
+        arrivals: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        count = weights.numel()
+        is_hit = rows.slot_of_choice[:count, None] >= 0
+        chosen = torch.where(is_hit, rows.hits[:count], rows.misses[:count])
+        x += self.weighted_sum(chosen.view(*weights.shape, -1), weights, shared)
+        return None if norm is None else self.rms_norm(x, norm, eps, out)
+
+
+def _placed(result: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
+    """`result`, or in `out` where there is one."""
+    return result if out is None or result is None else out.copy_(result)
 
 
 def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: RoutedLayer) -> np.ndarray:

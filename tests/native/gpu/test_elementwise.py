@@ -23,11 +23,14 @@ def test_rms_norm(k, device):
 
 
 def test_rms_norm_adds_the_residual_first(device):
+    """And writes its result twice, each in its own type."""
     x, delta, weight = _normal(3, 70), _normal(3, 70, seed=7), _normal(70, seed=8)
     stream, out = on(device, x.copy()), torch.empty((3, 70), dtype=torch.bfloat16, device=device)
-    rms_norm(stream, on(device, weight), 1e-6, out=out, delta=on(device, delta))
+    also = torch.zeros((3, 80), device=device)[:, 5:75]
+    rms_norm(stream, on(device, weight), 1e-6, out=out, delta=on(device, delta), also=also)
     np.testing.assert_allclose(back(stream), x + delta, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(back(out), reference.rms_norm(x + delta, weight, 1e-6), rtol=2**-7)  # bfloat16
+    np.testing.assert_allclose(back(also), reference.rms_norm(x + delta, weight, 1e-6), rtol=1e-6, atol=1e-6)
 
 
 def test_rms_norm_of_zeros_and_nan(device):
