@@ -32,13 +32,13 @@ def as_two(x: torch.Tensor) -> torch.Tensor:
 
 
 class RoundingKernels(StandInKernels):
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix) -> torch.Tensor:
-        weights = self.dequantize(matrix.data, matrix.layout_name)
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
         if len(x) <= MATVEC_TOKENS or matrix.layout_name == "F32":
-            return x @ weights.T
+            return super().linear(x, matrix, out)
         if matrix.layout_name == "Q8_0":
-            return as_two(x) @ weights.T
-        return rounded(x) @ rounded(weights).T
+            return super().linear(as_two(x.float()), matrix, out)
+        y = rounded(x) @ rounded(self.dequantize(matrix.data, matrix.layout_name)).T
+        return y if out is None else out.copy_(y)
 
     def expert_choices(
         self,
@@ -54,7 +54,7 @@ class RoundingKernels(StandInKernels):
         for slot in sorted(set(slot_of_choice.tolist()) - {-1}):
             at = (slot_of_choice == slot).nonzero()[:, 0]
             gate, up, down = (as_factor(_weights(slots[slot], part)) for part in form.matrices)
-            inputs = as_factor(x[token_of_choice[at].long()])
+            inputs = as_factor(x[token_of_choice[at].long()].float())
             rows[at] = as_factor(self.swiglu(inputs @ gate.T, inputs @ up.T)) @ down.T
         return rows
 

@@ -55,8 +55,8 @@ class Faulty(RoundingKernels):
 class WrongRow(Faulty):
     """A product writes its last row where the one before it belongs."""
 
-    def linear(self, x, matrix):
-        y = super().linear(x, matrix)
+    def linear(self, *arguments, **named):
+        y = super().linear(*arguments, **named)
         y[-1] = y[len(y) - 2]
         return y
 
@@ -75,17 +75,17 @@ class StaleRows(Faulty):
 
     before = None
 
-    def weighted_sum(self, rows, weights, base):
+    def weighted_sum(self, rows, *arguments):
         stale = self.before if self.before is not None and self.before.shape == rows.shape else rows
         self.before = rows.clone()
-        return super().weighted_sum(stale, weights, base)
+        return super().weighted_sum(stale, *arguments)
 
 
 class NotANumber(Faulty):
     """A row that is read before it was written."""
 
-    def rms_norm(self, x, weight, eps):
-        y = super().rms_norm(x, weight, eps)
+    def rms_norm(self, *arguments, **named):
+        y = super().rms_norm(*arguments, **named)
         y[0, 0] = float("nan")
         return y
 
@@ -93,17 +93,18 @@ class NotANumber(Faulty):
 class WrongPosition(Faulty):
     """A token sees one position too few."""
 
-    def mla_decode(self, q_latent, q_rope, storage, page_table, lengths, scale):
+    def mla_decode(self, q_latent, q_rope, storage, page_table, lengths, *others, **named):
         fewer = torch.where(lengths > 1, lengths - 1, lengths)
-        return super().mla_decode(q_latent, q_rope, storage, page_table, fewer, scale)
+        return super().mla_decode(q_latent, q_rope, storage, page_table, fewer, *others, **named)
 
 
 class WrongWeights(Faulty):
     """The router's weights of the two choices are exchanged: the same experts, another sum."""
 
-    def route(self, logits, bias, rule):
-        chosen, weights = super().route(logits, bias, rule)
-        return chosen, weights.flip(1)
+    def route(self, *arguments, **named):
+        routes = super().route(*arguments, **named)
+        routes.weights.copy_(routes.weights.flip(1))
+        return routes
 
 
 @pytest.fixture(scope="module")
