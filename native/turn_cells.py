@@ -1,7 +1,7 @@
 """The int64 cells through which a GPU and a team of CPU threads take turns in a decode step, in memory that both see.
 
-    GPU: inputs written, X_POSTED[t] = n | choices written, CHOICES_POSTED[t] = n | its own experts | waits: ANSWERED >= n
-    CPU: waits for X_POSTED, quantizes   | waits for CHOICES_POSTED, computes what has no slot | ANSWERED = n
+    GPU: x, X_POSTED[t] = n            | choices, CHOICES_POSTED[t] = n    | its own experts | waits: ANSWERED >= n
+    CPU: waits for X_POSTED, quantizes | waits for CHOICES_POSTED, computes what has no slot | ANSWERED = n
 
 A turn is one layer's; its number n grows from turn to turn and from step to step, so nothing is reset in between and a
 CUDA graph can hold the GPU's half. What only the GPU writes and what only the CPU writes lie on different cache lines.

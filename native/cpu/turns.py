@@ -29,13 +29,12 @@ _NUM_TABLE_CELLS = 5
 
 
 class TurnTable:
-    """What a step's waiting operations share, and what they tell: when each turn's choices came and when its rows were
-    there."""
+    """What the waiting operations of a step share."""
 
     def __init__(self, cells: np.ndarray, num_turns: int) -> None:
         """cells: int64 (turn_cells.NUM_CELLS,), which the GPU sees too."""
         self.cells = cells
-        self.times_ns = np.zeros((num_turns, 2), np.int64)  # chosen, answered; on a clock that only counts differences
+        self._times_ns = np.zeros((num_turns, 2), np.int64)  # when the choices came, when the rows were there
         self._table = np.zeros(_NUM_TABLE_CELLS, np.int64)
         self._table[_CLOCK // 8], self._table[_CLOCK_ID // 8] = _monotonic_clock()
 
@@ -47,6 +46,18 @@ class TurnTable:
         """A step whose turns are numbered first + 1, first + 2, ...; no turn may keep the team waiting for longer."""
         self.cells[ANSWERED], self.cells[STOP] = first, 0
         self._table[_FIRST // 8], self._table[_LIMIT_NS // 8], self._table[_LATE // 8] = first, int(limit_s * 1e9), 0
+        self._begun_ns = time.monotonic_ns()
+
+    def times_s(self, turn: int) -> tuple[float, float]:
+        """How long the team waited for the GPU in this turn (from 1), and computed for it."""
+        chosen_ns, answered_ns = self._times_ns[turn - 1].tolist()
+        before_ns = self._begun_ns if turn == 1 else int(self._times_ns[turn - 2, 1])
+        return (chosen_ns - before_ns) * 1e-9, (answered_ns - chosen_ns) * 1e-9
+
+    @property
+    def times_address(self) -> int:
+        """int64 (turns, 2)."""
+        return self._times_ns.ctypes.data
 
     @property
     def late(self) -> int:
@@ -127,14 +138,14 @@ def _wait_kernel(args, thread, team):
 
 def wait_for_x_op(run: RunTable, table: TurnTable, turn: int) -> Op:
     """Ends when the inputs of all tokens of this turn (from 1) are there; first answers the turn before."""
-    return Op.of(_wait_kernel, table, table.cells, turn, table.times_ns, X_POSTED, run, turn > 1)
+    return Op.of(_wait_kernel, table, table.cells, turn, table.times_address, X_POSTED, run, turn > 1)
 
 
 def wait_for_choices_op(run: RunTable, table: TurnTable, turn: int) -> Op:
     """Ends when all tokens' choices of this turn (from 1) are there."""
-    return Op.of(_wait_kernel, table, table.cells, turn, table.times_ns, CHOICES_POSTED, run, False)
+    return Op.of(_wait_kernel, table, table.cells, turn, table.times_address, CHOICES_POSTED, run, False)
 
 
 def answer_op(table: TurnTable, turn: int) -> Op:
     """Tells the GPU that the rows of this turn (from 1) are there."""
-    return Op.of(_answer_kernel, table, table.cells, turn, table.times_ns)
+    return Op.of(_answer_kernel, table, table.cells, turn, table.times_address)
