@@ -69,8 +69,9 @@ def await_answer(
 ) -> None:
     """What is launched behind this sees the rows of turn `turn`, from 1: ANSWERED >= first + turn.
 
-    cells: int64 in pinned memory. given_up, first: int64 (1,) on the GPU. After `limit` looks it and the cell GIVEN_UP become first + turn, and neither this
-    nor the later turns of the step wait any longer: a CPU that has died does not stop the GPU for good.
+    cells: int64 in pinned memory. given_up, first: int64 (1,) on the GPU. After `limit` looks given_up and the cell
+    GIVEN_UP become first + turn, and neither this nor the later turns of the step wait any longer: a CPU that has died
+    does not stop the GPU for good.
     """
     await_answer_kernel[(1,)](
         cells[ANSWERED:], cells[GIVEN_UP:], given_up, first, turn, limit, IS_INTERPRETED=is_interpreted(), num_warps=1
