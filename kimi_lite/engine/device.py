@@ -3,6 +3,7 @@
 Imports torch only where a GPU's driver is found.
 """
 
+import os
 import re
 import warnings
 
@@ -24,6 +25,7 @@ def choose_device(wanted: str | None) -> str:
         raise KimiLiteError(f"--device {wanted}: kimi-lite runs on cuda, cuda:N and cpu.", "Try --device cpu.")
     if wanted == "cpu" or (wanted is None and not has_nvidia_driver()):
         return "cpu"
+    _let_memory_grow()
     from kimi_lite.native.gpu.support import why_unusable
 
     unusable = why_unusable(index_of(wanted or "cuda"))
@@ -34,6 +36,13 @@ def choose_device(wanted: str | None) -> str:
     reason = f"The GPU is not used, everything runs on the CPU: {unusable.problem} {unusable.remedy}"
     warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return "cpu"
+
+
+def _let_memory_grow() -> None:
+    """Before CUDA starts: torch's blocks of VRAM grow at their end. Prompts want other sizes at every depth, and blocks
+    that cannot grow end as gaps that nothing fits into."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def find_gpu(device: str) -> Gpu | None:

@@ -5,6 +5,8 @@ The same code runs with a CPU device standing in as the GPU: there a copy is don
 events have nothing to do.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
@@ -12,13 +14,18 @@ from typing import Protocol
 import torch
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.gpu_failure import GpuBroken, no_pinned_memory
 from kimi_lite.units import gib_apart
 
+HANG_S = 10.0  # that a wait for the GPU may take; what one wait is for is a layer, or a step of 20 to 200 ms
+_HANG_TOKEN_S = 0.01  # more for each token of a prompt: a layer of 8,192 at a depth of 256 K takes seconds
+_SPIN_S, _NAP_S = 500e-6, 50e-6  # a wait looks all the time, then now and then
 _DRIVER_BYTES = 512 * 1024**2  # CUDA's context and libraries, which torch does not count
 
 
 class Event(Protocol):
-    """A point in a stream's work: `torch.cuda.Event`, or `Done` where work is done when it is asked for."""
+    """A point in a stream's work: `torch.cuda.Event`, or `Done` where work is done when it is asked for. The host waits
+    for it by `GpuStreams.finish`."""
 
     def query(self) -> bool: ...
 
@@ -57,6 +64,7 @@ class GpuStreams:
 
         Raises KimiLiteError where there is no such device, or where the limit is below what the driver needs.
         """
+        self.failure: GpuBroken | None = None  # after which nothing is asked of the GPU any more
         self.device = torch.device(name)
         self.is_cuda = self.device.type == "cuda"
         self._limit_bytes: int | None = None
@@ -69,8 +77,15 @@ class GpuStreams:
         self._capture_stream = torch.cuda.Stream(self.device) if self.is_cuda else None
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Host memory that copies to and from the device go through at full speed, without a stop."""
-        return torch.zeros(shape, dtype=dtype, pin_memory=self.is_cuda)
+        """Host memory that copies to and from the device go through at full speed, without a stop. Raises
+        GpuMemoryEnded where the system gives none."""
+        try:
+            return torch.zeros(shape, dtype=dtype, pin_memory=self.is_cuda)
+        except RuntimeError as error:
+            refusal = no_pinned_memory(error, math.prod(shape) * dtype.itemsize)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -129,9 +144,34 @@ class GpuStreams:
         if self.is_cuda:
             torch.cuda.set_device(self.device)
 
+    def finish(self, event: Event, num_tokens: int = 1, meanwhile: Callable[[], None] | None = None) -> None:
+        """The host waits for `event` in a pass over so many tokens, and calls `meanwhile` as long as it has to.
+
+        Raises GpuBroken when the GPU does not answer any more, and at once after that: who waits for one that hangs
+        waits for ever. Compiling kernels is no such wait: the host does it before it asks for anything.
+        """
+        start_s, limit_s = time.monotonic(), HANG_S + num_tokens * _HANG_TOKEN_S
+        while not event.query():
+            self.require_sound()
+            elapsed_s = time.monotonic() - start_s
+            if elapsed_s > limit_s:
+                self.failure = GpuBroken.silent(limit_s)
+            elif meanwhile is not None:
+                meanwhile()
+            else:
+                time.sleep(0 if elapsed_s < _SPIN_S else _NAP_S)
+
+    def require_sound(self) -> None:
+        """Raises the GpuBroken that was met before."""
+        if self.failure is not None:
+            raise self.failure
+
     def synchronize(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
+        """The host waits for all streams. Raises as `finish`."""
+        self.finish(self.event())
+        with self.copying():
+            copied = self.event()
+        self.finish(copied)
 
     def give_back(self) -> None:
         """What torch holds unused goes back to the driver, so that what is free is in one piece."""

@@ -329,7 +329,7 @@ class PromptStream:
         self._num_reads += 1
         if piece.uploaded is not None:
             start_s = time.perf_counter()
-            piece.uploaded.synchronize()
+            self._streams.finish(piece.uploaded)
             self.bus_wait_s += time.perf_counter() - start_s
         data = self._pool.submit(self._store.read_part, group.layer, entry.expert, part, piece.memory.numpy())
         return _Read(group, entry, part, piece, data)

@@ -143,7 +143,6 @@ class VramSlots:
         self.cancel()
         self._queue.put(None)
         self._copier.join()
-        self._streams.synchronize()
 
     def _all_absent(self) -> list[Promotion]:
         index = self._store.index
@@ -190,7 +189,7 @@ class VramSlots:
         upload = self._uploads[0]
         upload.is_handled.wait()
         if upload.arrived is not None:
-            upload.arrived.synchronize()
+            self._streams.finish(upload.arrived)
         self._publish_arrived()
 
     def _copy_queued(self) -> None:
@@ -208,7 +207,7 @@ class VramSlots:
         staging, is_free = self._stagings.get()
         try:
             if is_free is not None:
-                is_free.synchronize()
+                self._streams.finish(is_free)
             num_bytes = self._store.index.layers[layer].vram_slot_bytes
             if upload.is_wanted:
                 self._store.read_into(layer, expert, staging.numpy())

@@ -8,7 +8,7 @@ takes is a matter of what it is: tokens that were generated take one kind, token
 either are in the batch. So a token's result depends on nothing but the tokens before it and what they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +73,30 @@ class Batch:
     def num_generated(self) -> int:
         """Rows of generated tokens: the first ones."""
         return sum(s.length for s in self.sequences if s.is_generated)
+
+    def parts(self, most: int) -> list["Batch"]:
+        """The same tokens in passes of up to `most` each, to be run in this order: their logits one behind the other
+        are this batch's."""
+        return [
+            self._part(first, min(first + most, len(self.token_ids))) for first in range(0, len(self.token_ids), most)
+        ]
+
+    def _part(self, first: int, end: int) -> "Batch":
+        """Rows first .. end."""
+        if (first, end) == (0, len(self.token_ids)):
+            return self
+        sequences = tuple(
+            replace(s, start=max(s.start, first) - first, length=min(s.start + s.length, end) - max(s.start, first))
+            for s in self.sequences
+            if s.start < end and s.start + s.length > first
+        )
+        features = None
+        if self.features:
+            rows, values = self.features
+            here = (rows >= first) & (rows < end)
+            features = Features(rows[here] - first, values[here])
+        cut = slice(first, end)
+        return Batch(self.token_ids[cut], self.positions[cut], self.wants_logits[cut], sequences, features)
 
     def cache_rows(self) -> np.ndarray:
         """int64 (T,): page * 64 + offset, where each token's row of the cache is."""

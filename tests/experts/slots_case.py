@@ -97,6 +97,9 @@ class SlowDevice(GpuStreams):
         with self._lock:
             self._late.append((target, source))
 
+    def finish(self, event: SlowEvent, num_tokens: int = 1, meanwhile: object = None) -> None:
+        self.complete(event)
+
     def complete(self, until: SlowEvent | None = None) -> None:
         """Everything asked for so far happens, or all up to an event."""
         with self._lock:

@@ -1,6 +1,7 @@
 """Puts the routed experts of the hybrid path together, as the plan divides VRAM and RAM among them."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -53,21 +54,31 @@ def open_experts(
     layers = {layer: layer_experts(store, config, layer)[0] for layer in index.layers}
     heat = load_heat(heat_file, heat_shape(index)) if heat_file else None
     tables = {layer: experts.table for layer, experts in layers.items()}
-    ram = None
-    if plan.ram_expert_bytes or plan.disk_expert_bytes:  # else VRAM has a slot for each
-        on_load = partial(report, "reading experts")
-        ram = open_ram(index, tables, config.num_experts_used, options, plan.ram_budget_bytes, heat, on_load)
-    experts, costs, counts = ExpertStore(index, ram), ExpertCosts(), thread_counts(options.num_threads)
-    cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, plan.prompt_chunk_tokens), counts, ram)
-    group_size, num_slots = min(STREAM_EXPERTS, config.num_experts), plan.num_vram_slots
-    slots = VramSlots(streams, experts, num_slots, slot_table, num_stream_slots=2 * group_size)
-    num_readers = options.num_readers if plan.disk_expert_bytes else COPY_THREADS
-    own_slots = range(num_slots, num_slots + 2 * group_size)
-    stream = PromptStream(streams, experts, slots.slots, own_slots, group_size, num_readers)
-    streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs)
-    if heat is not None:
-        slots.policy.import_heat(heat)
-    slots.fill(partial(report, "bringing experts into VRAM"))
+    counts, group_size, num_slots = (
+        thread_counts(options.num_threads),
+        min(STREAM_EXPERTS, config.num_experts),
+        plan.num_vram_slots,
+    )
+    with ExitStack() as opened:  # what has threads ends them where what comes next fails
+        ram = None
+        if plan.ram_expert_bytes or plan.disk_expert_bytes:  # else VRAM has a slot for each
+            on_load = partial(report, "reading experts")
+            ram = open_ram(index, tables, config.num_experts_used, options, plan.ram_budget_bytes, heat, on_load)
+        experts, costs = ExpertStore(index, ram), ExpertCosts()
+        opened.callback(experts.close)
+        cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, plan.prompt_chunk_tokens), counts, ram)
+        opened.callback(cpu.close)
+        slots = VramSlots(streams, experts, num_slots, slot_table, num_stream_slots=2 * group_size)
+        opened.callback(slots.close)
+        num_readers = options.num_readers if plan.disk_expert_bytes else COPY_THREADS
+        own_slots = range(num_slots, num_slots + 2 * group_size)
+        stream = PromptStream(streams, experts, slots.slots, own_slots, group_size, num_readers)
+        opened.callback(stream.close)
+        streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs)
+        if heat is not None:
+            slots.policy.import_heat(heat)
+        slots.fill(partial(report, "bringing experts into VRAM"))
+        opened.pop_all()  # from now on the routed experts' own `close` does it
     return RoutedExperts(streams, kernels, experts, slots, cpu, streamed, costs, counts[-1], heat_file, recorder)
 
 

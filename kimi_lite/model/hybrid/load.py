@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.gpu_failure import told
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.experts.recorder import RoutingRecorder
@@ -30,17 +30,14 @@ def load_hybrid(
     prefixes: PrefixStore | None = None,
     recorder: RoutingRecorder | None = None,
 ) -> tuple[HybridTransformer, KVCache]:
-    """Raises KimiLiteError where less VRAM is free than the plan was made for."""
-    streams = GpuStreams(device, plan.limits.vram_bytes)
+    """Raises KimiLiteError where less VRAM is free than the plan was made for, or where the GPU fails."""
     heat_file = heat_path(store.path) if plan.limits.keeps_heat else None
-    try:
+    fewer = f"allow fewer experts there (--gpu-experts {plan.num_vram_slots * 3 // 4})"
+    remedy = f"Close what else uses the GPU, {fewer}, or try a shorter context (-c) or --device cpu."
+    with told("while the model was loaded", remedy):
+        streams = GpuStreams(device, plan.limits.vram_bytes)
         kv = make_device_cache(config, plan, streams, prefixes)
         return HybridTransformer(store, config, kv, streams, TritonKernels(), plan, heat_file, report, recorder), kv
-    except torch.OutOfMemoryError as error:
-        problem = f"The GPU ran out of memory while the model was loaded: {str(error).splitlines()[0]}"
-        raise KimiLiteError(
-            problem, "Close what else uses the GPU, or try a shorter context (-c) or --device cpu."
-        ) from error
 
 
 def make_device_cache(

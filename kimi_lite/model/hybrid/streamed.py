@@ -9,6 +9,7 @@ CPU sums its share apart, and both sums meet at the end of the layer.
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,8 +131,9 @@ class StreamedExperts:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._launcher.shutdown()
-        self._stream.close()
+        with ExitStack() as stack:
+            stack.callback(self._stream.close)
+            self._launcher.shutdown()
 
     def _request_ahead(self, layer: int) -> None:
         """Everything streams, so the next layer will want nearly every expert too: begin before its router has
@@ -160,7 +162,7 @@ class StreamedExperts:
                 if present:
                     rows, experts = zip(*present, strict=True)
                     self._add_experts(y, normed, choices, form, list(experts), self._stream.memory, np.array(rows))
-            self._streams.event().synchronize()
+            self._streams.finish(self._streams.event(), len(normed))
         return time.perf_counter() - start_s
 
     def _add_experts(

@@ -2,19 +2,22 @@
 the CPU.
 
 Attention, routers, shared experts, norms and the head are on the device; routed experts are wherever `hybrid.routed`
-finds them. Batches of up to 16 tokens go as one captured step (`hybrid.decode`), longer ones layer by layer.
+finds them. Batches of up to 16 tokens go through captured segments (`hybrid.decode`), longer ones layer by layer.
 """
 
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.errors import KimiLiteError
+from kimi_lite.arch.tensors import head_name
+from kimi_lite.experts.gpu_failure import GpuBroken, GpuMemoryEnded, told
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.experts.vram import make_table
@@ -25,9 +28,8 @@ from kimi_lite.model.cpu.attention import mla_shape
 from kimi_lite.model.cpu.layers import check_sizes
 from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
-from kimi_lite.model.hybrid.decode import DecodeStep, pages_for, rows_for
+from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import open_experts, thread_counts
-from kimi_lite.model.hybrid.head import Head
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, Residents
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.step import StepMaker, choose_expanded, is_decoding, num_pages_seen
@@ -39,6 +41,7 @@ from kimi_lite.plan.types import Plan
 
 MAX_LOGITS = 64  # rows of logits made at once
 _NUM_DECODE_SHAPES = 6  # whose graphs are kept
+_log = logging.getLogger(__name__)
 
 
 class HybridTransformer:
@@ -68,18 +71,19 @@ class HybridTransformer:
         compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
         self.config, self.kv = config, kv
         self._streams, self._kernels = streams, kernels
+        self.max_batch_tokens = self._pass_tokens = plan.prompt_chunk_tokens  # the second ends where memory did
+        self._maker = StepMaker(config, streams)
+        self._shape = mla_shape(config)
+        self._segments: OrderedDict[tuple[int, int], DecodeSegments] = OrderedDict()
+        self._recorder, self.experts = recorder, None
+        self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
         slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
         self._load_dense(store, plan.limits, slot_table, report)
         self.experts = open_experts(store, config, streams, kernels, plan, slot_table, report, heat_file, recorder)
-        self.max_batch_tokens = plan.prompt_chunk_tokens
         self._adaptive = Adaptive(self.experts, thread_counts(plan.limits.num_threads))
-        self._maker = StepMaker(config, streams)
-        self._shape = mla_shape(config)
-        self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
-        self._recorder = recorder
-        self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
         if streams.is_cuda:
-            self.warm_up(report)
+            with self._closed_on_failure():
+                self.warm_up(report)
 
     def _load_dense(
         self,
@@ -96,7 +100,7 @@ class HybridTransformer:
             residents = Residents(slot_table[number], options.cache_bias)
             self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels, residents))
         self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
-        self.head = Head(store, weights, c, self._kernels)
+        self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix(head_name(store.tensors))
         self.dense_bytes = weights.num_bytes
 
     @torch.inference_mode()
@@ -105,6 +109,12 @@ class HybridTransformer:
         yet."""
         if self._recorder:
             self._recorder.begin(1)
+        with self.experts.forgetting() if self.experts else nullcontext():
+            self._run_once(report)
+        if self._recorder:
+            self._recorder.drop()
+
+    def _run_once(self, report: Callable[[str, int, int], None]) -> None:
         page = np.zeros(1, np.int32)
         one = Batch(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, bool), (SequenceSlice(0, 1, page),))
         for done in range(2):  # the first compiles, the second captures
@@ -114,36 +124,63 @@ class HybridTransformer:
         positions = np.arange(PAGE_TOKENS, dtype=np.int32)
         pieces = (SequenceSlice(0, PAGE_TOKENS, page),)
         many = Batch(np.zeros(PAGE_TOKENS, np.int32), positions, np.ones(PAGE_TOKENS, bool), pieces)
-        step, x = self._maker.make(many, list(pieces)), torch.from_numpy(self._embed(many)).to(self._streams.device)
+        step, x = self._maker.make(many, list(pieces)), self._embed(many)
         for layer in self.layers[: self.config.num_dense_layers + 1]:  # not the experts: they would stream
             layer.shared_expert(layer.attend(x, step))
-        if self.experts:
-            self.experts.forget_counts()
-        if self._recorder:
-            self._recorder.drop()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, should_stop: Callable[[], bool] | None = None) -> np.ndarray:
         """Runs the batch and fills its rows of the cache. Returns float32 (rows where wants_logits, vocabulary).
 
-        Raises `Cancelled` between layers of a long batch when `should_stop()` becomes true.
+        Raises `Cancelled` between layers of a long batch when `should_stop()` becomes true, GpuMemoryEnded where less
+        at a time did not fit either, GpuBroken where the GPU fails: then every later call does.
         """
         num_tokens = len(batch.token_ids)
         assert num_tokens <= self.max_batch_tokens, (num_tokens, self.max_batch_tokens)
-        is_short = num_tokens <= MAX_DECODE_TOKENS
-        self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before
-        if self._recorder:
-            self._recorder.begin(num_tokens)
+        self._streams.require_sound()
         try:
-            return self._forward_short(batch) if is_short else self._forward_long(batch, should_stop)
-        except torch.OutOfMemoryError as error:
-            self._give_up()
-            raise KimiLiteError(
-                f"The GPU ran out of memory in a pass over {num_tokens:,} tokens: {str(error).splitlines()[0]}",
-                "Close what else uses the GPU, or allow fewer experts there: --gpu-experts.",
-            ) from error
+            return self._forward_parts(batch, should_stop)
+        except GpuMemoryEnded as error:
+            _log.warning("%s; trying half at a time.", error.message)
+        self._drop_steps()  # behind the `except`: the error holds what the pass had allocated
+        self._pass_tokens = max(1, min(num_tokens, self._pass_tokens) // 2)
+        return self._forward_parts(batch, should_stop)
+
+    def _forward_parts(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
+        """As many tokens at a time as have not been too many yet."""
+        logits = [self._forward_part(part, should_stop) for part in batch.parts(self._pass_tokens)]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def _forward_part(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
+        """One pass; one that ends half-way leaves nothing behind."""
+        num_tokens = len(batch.token_ids)
+        is_short = num_tokens <= MAX_DECODE_TOKENS
+        try:
+            with self._failures_told(f"in a pass over {num_tokens:,} tokens"):
+                self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before
+                if self._recorder:
+                    self._recorder.begin(num_tokens)
+                return self._forward_short(batch) if is_short else self._forward_long(batch, should_stop)
         except BaseException:
             self._give_up()
+            raise
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def _failures_told(self, doing: str) -> Iterator[None]:
+        """What fails on the GPU becomes a sentence, and what breaks it is remembered."""
+        try:
+            with told(doing, "Close what else uses the GPU, or allow fewer experts there: --gpu-experts."):
+                yield
+        except GpuBroken as error:
+            self._streams.failure = error
             raise
 
     def counters(self) -> dict[str, float]:
@@ -156,53 +193,63 @@ class HybridTransformer:
         return self.experts.heat() if self.experts else None
 
     def close(self) -> None:
-        """Saves the experts' heat and the record of routing, and ends the threads. A second call does nothing."""
+        """Saves the experts' heat and the record of routing, and ends the threads, whatever fails. A second call does
+        nothing."""
         if self._is_closed:
             return
         self._is_closed = True
-        self._streams.synchronize()
-        self._steps.clear()
-        if self.experts:
-            self.experts.close()
-        if self._recorder:
-            self._recorder.close()
+        with ExitStack() as stack:
+            if self._recorder:
+                stack.callback(self._recorder.close)  # last: the experts count what they have not yet
+            if self.experts:
+                stack.callback(self.experts.close)
+            if self._streams.failure is None:
+                with suppress(GpuBroken, RuntimeError):  # who closes does not want to know
+                    self._streams.synchronize()
+            self._drop_steps()
+
+    def _drop_steps(self) -> None:
+        """The graphs and buffers of all shapes, and what torch holds unused, are free again."""
+        while self._segments:
+            self._segments.popitem()[1].close()
+        with suppress(RuntimeError):  # what is broken is told where something is wanted of it
+            self._streams.give_back()
 
     def _forward_short(self, batch: Batch) -> np.ndarray:
         """A step that is measured: what it teaches changes the next ones."""
         start_s = time.perf_counter()
-        decode, logits = self._forward_decode(batch)
+        segments, logits = self._forward_decode(batch)
         logits = logits[batch.wants_logits]
         elapsed_s = time.perf_counter() - start_s
-        self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s, decode.is_steady)
+        self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s, segments.is_steady)
         self.num_decode_steps += 1
         self.decode_s += elapsed_s
         return logits
 
-    def _forward_decode(self, batch: Batch) -> tuple[DecodeStep, np.ndarray]:
+    def _forward_decode(self, batch: Batch) -> tuple[DecodeSegments, np.ndarray]:
         """What ran the step, and float32 (T, vocabulary)."""
         num_tokens = len(batch.token_ids)
         shape = num_rows, num_pages = rows_for(num_tokens), pages_for(num_pages_seen(batch))
-        if shape not in self._steps:
-            if len(self._steps) == _NUM_DECODE_SHAPES:
-                self._steps.popitem(last=False)
-            self._steps[shape] = DecodeStep(
-                self.layers, self.head, self.experts, self.config, self._streams, num_rows, num_pages
+        if shape not in self._segments:
+            if len(self._segments) == _NUM_DECODE_SHAPES:
+                self._segments.popitem(last=False)[1].close()
+            self._segments[shape] = DecodeSegments(
+                self.layers, self._head, self.experts, self.config, self._streams, num_rows, num_pages
             )
-        self._steps.move_to_end(shape)
-        decode = self._steps[shape]
-        host_step = self._maker.host_step(batch, num_rows=num_rows, num_pages=num_pages)
-        decode.inputs.set(self._embed(batch, num_rows), host_step)
-        return decode, decode.forward(num_tokens)
+        self._segments.move_to_end(shape)
+        step = self._maker.make(batch, [], num_rows, num_pages)
+        x = self._embed(batch, num_rows)
+        return self._segments[shape], self._segments[shape].forward(x, step, num_tokens)
 
     def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
-        step, x = self._maker.make(batch, expanded), torch.from_numpy(self._embed(batch)).to(self._streams.device)
+        step, x = self._maker.make(batch, expanded), self._embed(batch)
         for layer in self.layers:
             if should_stop and should_stop():
                 raise Cancelled
             layer.forward(x, step, self.experts)
         rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)
-        parts = [self.head.forward(x[rows[i : i + MAX_LOGITS]]).cpu().numpy() for i in range(0, len(rows), MAX_LOGITS)]
+        parts = [self._head(x[rows[i : i + MAX_LOGITS]]).cpu().numpy() for i in range(0, len(rows), MAX_LOGITS)]
         return np.concatenate(parts or [np.empty((0, self.config.vocab_size), np.float32)])
 
     def _give_up(self) -> None:
@@ -212,10 +259,17 @@ class HybridTransformer:
         if self._recorder:
             self._recorder.drop()
 
-    def _embed(self, batch: Batch, num_rows: int = 0) -> np.ndarray:
-        """float32 (T, D), padded to at least `num_rows`: embeddings of tokens, features in their places."""
+    def _embed(self, batch: Batch, num_rows: int = 0) -> torch.Tensor:
+        """float32 (T, D) on the device, padded to at least `num_rows`: embeddings of tokens, features in their
+        places."""
         token_ids = np.pad(batch.token_ids, (0, max(0, num_rows - len(batch.token_ids))))
         rows = dequantize(self._token_embd.data[token_ids], self._token_embd.layout.name)
         if batch.features:
             rows[batch.features.rows] = batch.features.values
-        return rows
+        return torch.from_numpy(rows).to(self._streams.device)
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> logits (T, vocabulary)."""
+        return self._kernels.linear(
+            self._kernels.rms_norm(x, self._output_norm, self.config.rms_norm_eps), self._output
+        )

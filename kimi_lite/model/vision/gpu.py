@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from kimi_lite.arch.moonvit import LAYER_NORM_EPS, VisionFile
-from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.gpu_failure import told
 from kimi_lite.model.vision.patches import Grid, Patches
 from kimi_lite.model.vision.positions import position_rows, rope_angles
 from kimi_lite.model.vision.weights import Stored, VisionWeights
@@ -78,7 +78,10 @@ class GpuTower:
         """float32 (tokens, D). Raises InterruptedError between layers when `should_stop()` becomes true, KimiLiteError
         where the GPU's memory ends."""
         grid, num_layers = Grid(*patches.grid), self._file.tower.layers
-        try:
+        with told(
+            f"while an image of {grid.num_patches:,} patches was read",
+            "Allow fewer experts there (--gpu-experts), or show a smaller image.",
+        ):
             around = self._up(self._parts[0])
             x = self._embed(patches, grid, around)
             angles = torch.from_numpy(rope_angles(self._file.tower, grid, self._file.row_order)).to(self._device)
@@ -90,12 +93,6 @@ class GpuTower:
                 self._run_layer(x, self._up(parts), turns)
             report("reading the image", num_layers, num_layers)
             return self._project(x, grid, around).cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            raise KimiLiteError(
-                f"The GPU ran out of memory while an image of {grid.num_patches:,} patches was read: "
-                f"{str(error).splitlines()[0]}",
-                "Allow fewer experts there (--gpu-experts), or show a smaller image.",
-            ) from error
 
     def close(self) -> None:
         """Drops the weights."""
