@@ -72,6 +72,30 @@ def atomic_load(typingctx, address):
     return types.int64(types.int64), codegen
 
 
+@intrinsic
+def atomic_store(typingctx, address, value):
+    """The int64 at `address` becomes `value`, behind all that was written before: release."""
+
+    def codegen(context, builder, sig, args):
+        builder.store_atomic(args[1], pointer(builder, args[0], ir.IntType(64)), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def read_clock(typingctx, function, clock, target):
+    """clock_gettime(clock, target) through its address: seconds and nanoseconds, two int64."""
+
+    def codegen(context, builder, sig, args):
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        kind = ir.FunctionType(i32, [i32, i64])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [builder.trunc(args[1], i32), args[2]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
 def _prefetcher(locality: int):
     """Asks for the cache line at an address; any address is harmless."""
 

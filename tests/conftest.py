@@ -20,6 +20,11 @@ for name in ("COLUMNS", "LINES"):  # a worker of pytest-xdist has them; they hid
 
 if os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+else:  # kernels are launched as the program launches them
+    from kimi_lite.native.gpu.support import why_unusable
+
+    if unusable := why_unusable():
+        raise RuntimeError(" ".join(unusable))
 
 
 @pytest.fixture(autouse=True, scope="session")

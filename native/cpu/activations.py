@@ -58,10 +58,15 @@ def aligned_zeros(shape: tuple[int, ...], dtype: type, padding_bytes: int = 0) -
 class Activations:
     """Buffers for `capacity` tokens of `k` values (a multiple of 16); `kinds`: which int8 forms exist (32, 256)."""
 
-    def __init__(self, capacity: int, k: int, kinds: frozenset[int] | set[int]) -> None:
+    def __init__(
+        self, capacity: int, k: int, kinds: frozenset[int] | set[int], values: np.ndarray | None = None
+    ) -> None:
+        """values: float32 (capacity, k) that others fill; None: memory of its own."""
         assert k % 16 == 0 and all(k % kind == 0 for kind in kinds), (k, kinds)
         self.capacity, self.k, self.kinds = capacity, k, frozenset(kinds)
-        self.values = np.zeros((capacity, k), np.float32)
+        self.values = np.zeros((capacity, k), np.float32) if values is None else values
+        assert self.values.shape == (capacity, k) and self.values.dtype == np.float32, (self.values.shape, capacity, k)
+        assert self.values.flags.c_contiguous, self.values.strides
         self.table = np.zeros(12, np.int64)
         self.table[NUM_VALUES // 8], self.table[X_F32 // 8] = k, self.values.ctypes.data
         self.quantized: dict[int, tuple[np.ndarray, ...]] = {}

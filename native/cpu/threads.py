@@ -85,6 +85,12 @@ def next_task(team):
 
 
 @njit
+def give_way(team):
+    """Lets another thread have the core for a turn of the scheduler; returns at once where none wants it."""
+    _call_yield(load_i64(team + _YIELD))
+
+
+@njit
 def barrier(team):
     """Waits until every thread is here; what each wrote before is then visible to all."""
     generation = atomic_load(team + _GENERATION)

@@ -14,6 +14,16 @@ class ChoiceRows(NamedTuple):
     misses: torch.Tensor  # float32 (at least T * K, D)
 
 
+class Posting(NamedTuple):
+    """Where the CPU looks for what a router chose in one turn of a step (`native.turn_cells`); R >= T rows."""
+
+    chosen: torch.Tensor  # pinned int32 (R, K)
+    missing: torch.Tensor  # pinned int32 (R, K): those of them without a slot, -1 in the places of the others
+    cells: torch.Tensor  # pinned int64
+    first: torch.Tensor  # int64 (1,) on the GPU: the number of the last turn before the step
+    turn: int  # from 1
+
+
 class Routes(NamedTuple):
     """What a router says of T tokens: experts, best first, and their weights."""
 

@@ -9,7 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kimi_lite.native.gpu.arguments import Routes
+from kimi_lite.native.gpu.arguments import Posting, Routes
+from kimi_lite.native.gpu.support import is_interpreted
+from kimi_lite.native.gpu.turns import post
+from kimi_lite.native.turn_cells import CHOICES_POSTED, MAX_TOKENS, X_POSTED
 
 _HIGHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # a NaN ranks as that: first, so that it is seen
 
@@ -42,15 +45,19 @@ def keep_best_groups(choice, expert, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.c
     return tl.where(is_kept, choice, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn"])
 def route_kernel(
-    logits, bias, slot_of, ids, weights, slots, also_ids, scale, cache_bias, logits_stride, NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr, NUM_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_GAIN: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_ALSO: tl.constexpr, IS_SIGMOID: tl.constexpr,
-    IS_NORMALIZED: tl.constexpr, TILE: tl.constexpr, CHOICES: tl.constexpr,
+    logits, bias, slot_of, ids, weights, slots, chosen_out, missing_out, x_posted, choices_posted, first, turn, scale,
+    cache_bias, logits_stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    NUM_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    IS_POSTED: tl.constexpr, IS_INTERPRETED: tl.constexpr, IS_SIGMOID: tl.constexpr, IS_NORMALIZED: tl.constexpr,
+    TILE: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """Program: one token."""
+    """Program: one token. What kernels before it wrote for the CPU is there when it begins."""
     token = tl.program_id(0).to(tl.int64)
+    if IS_POSTED:
+        number = tl.load(first) + turn
+        post(x_posted + token, number, IS_INTERPRETED)
     expert = tl.arange(0, TILE)
     is_expert = expert < NUM_EXPERTS
     logit = tl.load(logits + token * logits_stride + expert, is_expert, other=float("-inf")).to(tl.float32)
@@ -84,9 +91,12 @@ def route_kernel(
     tl.store(ids + token * TOP_K + place, chosen, place < TOP_K)
     tl.store(weights + token * TOP_K + place, weight * factor, place < TOP_K)
     if HAS_SLOTS:
-        tl.store(slots + token * TOP_K + place, tl.load(slot_of + chosen, place < TOP_K, other=-1), place < TOP_K)
-    if HAS_ALSO:
-        tl.store(also_ids + token * TOP_K + place, chosen, place < TOP_K)
+        slot = tl.load(slot_of + chosen, place < TOP_K, other=-1)
+        tl.store(slots + token * TOP_K + place, slot, place < TOP_K)
+        if IS_POSTED:
+            tl.store(chosen_out + token * TOP_K + place, chosen, place < TOP_K)
+            tl.store(missing_out + token * TOP_K + place, tl.where(slot < 0, chosen, -1), place < TOP_K)
+            post(choices_posted + token, number, IS_INTERPRETED)
 
 
 def route(
@@ -99,16 +109,19 @@ def route(
     scale: float = 1.0,
     slot_of: torch.Tensor | None = None,
     cache_bias: float = 0.0,
+    posting: Posting | None = None,
     out: Routes | None = None,
-    also_ids: torch.Tensor | None = None,
 ) -> Routes:
     """logits (T, E) -> ids int32 (T, top_k), best first, and weights float32 (T, top_k). groups: (number, how many are
     kept).
 
     bias: float32 (E,) for the choice alone. Of equals the lower number wins. NaN and infinity come first with the
     weight NaN. slot_of: int32 (E,), read as it is when the kernel runs: the choices' slots are found too, and experts
-    that have one gain `cache_bias` in the choice (arXiv 2412.00099). also_ids: int32 (T, top_k), a second place for
-    ids; pinned memory of the host too.
+    that have one gain `cache_bias` in the choice (arXiv 2412.00099).
+
+    posting (with slot_of): the CPU, which waits, is told first that its x is there, which a kernel before this one has
+    written, then what was chosen and what of it is missing: X_POSTED and CHOICES_POSTED of every token become first +
+    turn.
     """
     num_tokens, num_experts = logits.shape
     assert num_experts % groups[0] == 0 and top_k <= num_experts // groups[0] * groups[1], (num_experts, groups, top_k)
@@ -119,16 +132,24 @@ def route(
         ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device)
         weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device)
         out = Routes(ids, weights, None if slot_of is None else torch.empty_like(ids))
-    for part in (out.ids, out.weights, out.slots, also_ids):
+    for part in (out.ids, out.weights, out.slots):
         assert part is None or (part.is_contiguous() and part.shape == (num_tokens, top_k)), (part.shape, part.stride())
+    if posting is None:
+        chosen, missing, x_posted, choices_posted, first, turn = (*[out.ids] * 5, 0)
+    else:
+        assert slot_of is not None and num_tokens <= MAX_TOKENS, num_tokens
+        chosen, missing, cells, first, turn = posting
+        for part in (chosen, missing):
+            assert part.is_contiguous() and part.dtype == torch.int32 and part.shape[1] == top_k, (part.shape, top_k)
+        x_posted, choices_posted = cells[X_POSTED:], cells[CHOICES_POSTED:]
     assert (out.slots is None) == (slot_of is None), "slots are for a table of slots"
     if num_tokens > 0:
         route_kernel[(num_tokens,)](
             logits, logits if bias is None else bias, out.ids if slot_of is None else slot_of, out.ids, out.weights,
-            out.ids if out.slots is None else out.slots, out.ids if also_ids is None else also_ids, scale, cache_bias,
-            logits.stride(0), NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_GROUPS=groups[0], NUM_KEPT=groups[1],
-            HAS_BIAS=bias is not None, HAS_GAIN=cache_bias != 0,
-            HAS_SLOTS=out.slots is not None, HAS_ALSO=also_ids is not None, IS_SIGMOID=is_sigmoid,
+            out.ids if out.slots is None else out.slots, chosen, missing, x_posted, choices_posted, first, turn, scale,
+            cache_bias, logits.stride(0), NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_GROUPS=groups[0],
+            NUM_KEPT=groups[1], HAS_BIAS=bias is not None, HAS_GAIN=cache_bias != 0, HAS_SLOTS=out.slots is not None,
+            IS_POSTED=posting is not None, IS_INTERPRETED=is_interpreted(), IS_SIGMOID=is_sigmoid,
             IS_NORMALIZED=is_normalized, TILE=triton.next_power_of_2(num_experts),
             CHOICES=triton.next_power_of_2(top_k), num_warps=4,
         )  # fmt: skip

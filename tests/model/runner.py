@@ -16,6 +16,13 @@ from kimi_lite.options import Options
 NUM_PAGES = 12
 
 
+def no_recorder(config: ModelConfig) -> None:
+    """Nobody wants to know which experts a row of logits came from."""
+
+
+make_recorder = no_recorder  # of runners that have none; tests.model.hybrid.closeness has another
+
+
 class Runner:
     """A loaded model whose cache pages are handed out by the test; pages are in no particular order on purpose."""
 
@@ -34,8 +41,16 @@ class Runner:
         self.config = ModelConfig.from_metadata(self.store.metadata)
         self.kv = KVCache(self.config.num_layers, self.config.kv_latent_size, NUM_PAGES, kv_dtype)
         chosen = Options(num_threads=num_threads, **options)
+        self.watched = None if recorder else make_recorder(self.config)
         self.transformer = Transformer(
-            self.store, self.config, self.kv, chosen, ram_expert_bytes, heat_file, on_progress, recorder
+            self.store,
+            self.config,
+            self.kv,
+            chosen,
+            ram_expert_bytes,
+            heat_file,
+            on_progress,
+            recorder or self.watched,
         )
         self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)
 
@@ -55,7 +70,11 @@ class Runner:
             SequenceSlice(int(s), len(t), p, is_generated=i < num_generated)
             for i, (s, (t, _, p)) in enumerate(zip(starts, parts, strict=False))
         )
-        return self.transformer.forward(Batch(ids, positions, np.ones(len(ids), bool), slices))
+        logits = self.transformer.forward(Batch(ids, positions, np.ones(len(ids), bool), slices))
+        if self.watched:
+            self.transformer.counters()  # counts, and so records, the pass
+            self.watched.keep(logits)
+        return logits
 
     def prefill(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         return self.forward((ids, start, self.pages))

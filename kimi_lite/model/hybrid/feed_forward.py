@@ -6,6 +6,7 @@ import torch
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, Residents, RouterRule
+from kimi_lite.model.hybrid.turns import Turn
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.gpu.arguments import Routes
 
@@ -19,10 +20,10 @@ class FeedForward:
         self.gate_up = weights.matrix(pattern.format("gate"), pattern.format("up"))
         self.down = weights.matrix(pattern.format("down"))
 
-    def forward(self, normed: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (T, D)."""
         gate, up = self._kernels.linear(normed, self.gate_up).chunk(2, dim=1)
-        return self._kernels.linear(self._kernels.swiglu(gate, up), self.down, out)
+        return self._kernels.linear(self._kernels.swiglu(gate, up), self.down)
 
 
 class Router:
@@ -42,9 +43,9 @@ class Router:
         self.ffn_gate_inp = weights.exact_matrix(f"blk.{layer}.ffn_gate_inp.weight")
         self.exp_probs_b = weights.vector(bias) if bias in store.tensors else None
 
-    def forward(self, normed: torch.Tensor, out: Routes | None = None, also_ids: torch.Tensor | None = None) -> Routes:
-        """(T, D) -> experts, weights and slots of T tokens' choices. also_ids: a second place for the experts."""
-        return self._kernels.route(self._logits(normed), self.exp_probs_b, self._rule, self._residents, out, also_ids)
+    def forward(self, normed: torch.Tensor, turn: Turn | None = None) -> Routes:
+        """(T, D) -> experts, weights and slots of T tokens' choices. turn: who is told of them, where the CPU waits."""
+        return self._kernels.route(self._logits(normed), self.exp_probs_b, self._rule, self._residents, turn)
 
     def _logits(self, normed: torch.Tensor) -> torch.Tensor:
         """(T, E) in float32 however many tokens there are: `linear` would round what many tokens bring to bfloat16."""

@@ -12,6 +12,7 @@ import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.index import RoutedLayer
+from kimi_lite.model.hybrid.turns import Turn
 from kimi_lite.native.gpu.arguments import ChoiceRows, Routes
 
 MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here are captured
@@ -140,10 +141,14 @@ class Kernels(Protocol):
         bias: torch.Tensor | None,
         rule: RouterRule,
         residents: Residents | None = None,
+        turn: Turn | None = None,
         out: Routes | None = None,
-        also_ids: torch.Tensor | None = None,
     ) -> Routes:
-        """(T, E), (E,) -> what the router says; `slots` with `residents` alone. All contiguous."""
+        """(T, E), (E,) -> what the router says; `slots` with `residents` alone. All contiguous. turn: the CPU is told
+        that its x is there, then what was chosen and what of that is missing."""
+
+    def await_answer(self, turn: Turn) -> None:
+        """What comes behind this sees the rows that the CPU computed in this turn."""
 
     def expert_choices(
         self,
@@ -188,9 +193,9 @@ class TritonKernels:
     """
 
     def __init__(self) -> None:
-        from kimi_lite.native.gpu import dequant, elementwise, experts, join, linear, mla, router
+        from kimi_lite.native.gpu import dequant, elementwise, experts, join, linear, mla, router, turns
 
-        self._dequant, self._linear, self._mla, self._router = dequant, linear, mla, router
+        self._dequant, self._linear, self._mla, self._router, self._turns = dequant, linear, mla, router, turns
         self.rms_norm, self.swiglu, self.rotate = elementwise.rms_norm, elementwise.swiglu, elementwise.rope
         self.weighted_sum, self.expert_choices = elementwise.weighted_sum, experts.expert_choices
         self.mla_decode, self.join = mla.mla_decode, join.join
@@ -225,8 +230,8 @@ class TritonKernels:
         bias: torch.Tensor | None,
         rule: RouterRule,
         residents: Residents | None = None,
+        turn: Turn | None = None,
         out: Routes | None = None,
-        also_ids: torch.Tensor | None = None,
     ) -> Routes:
         return self._router.route(
             logits,
@@ -239,5 +244,8 @@ class TritonKernels:
             slot_of=residents.slot_of if residents else None,
             cache_bias=residents.cache_bias if residents else 0.0,
             out=out,
-            also_ids=also_ids,
+            posting=turn.posting if turn else None,
         )
+
+    def await_answer(self, turn: Turn) -> None:
+        self._turns.await_answer(turn.memory.cells, turn.memory.given_up, turn.first, turn.number)

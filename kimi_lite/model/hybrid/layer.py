@@ -13,6 +13,7 @@ from kimi_lite.model.hybrid.kernels import Kernels, Residents
 from kimi_lite.model.hybrid.routed import RoutedExperts
 from kimi_lite.model.hybrid.step import Step
 from kimi_lite.model.hybrid.weights import DenseWeights
+from kimi_lite.native.gpu.arguments import ChoiceRows
 
 
 class Layer:
@@ -46,26 +47,46 @@ class Layer:
             shared_expert = partial(self.shared_expert, normed)
             x += experts.forward(self.number, normed, ids, weights, shared_expert, may_stream=not step.is_decoding)
 
-    def attend(
+    def decode(
         self,
         x: torch.Tensor,
+        normed: torch.Tensor,
         step: Step,
-        normed: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        also: torch.Tensor | None = None,
+        experts: RoutedExperts | None,
+        first: torch.Tensor,
+        next_norm: torch.Tensor,
     ) -> torch.Tensor:
-        """x += attention; of a dense layer += feed-forward too. Returns what router and experts read, (T, D).
+        """`forward` as a part of a captured step, in few launches: the host does nothing, and the CPU's experts take a
+        turn (`RoutedExperts.turn` for `first`).
 
-        normed: x behind `attn_norm`, where it is there already. out, also: where the result goes.
+        normed: x (T, D) behind `attn_norm`. Returns the new x behind `next_norm`, which comes after this layer.
         """
-        if normed is None:
-            normed = self._kernels.rms_norm(x, self.attention.attn_norm, self._eps)
+        kernels, eps = self._kernels, self._eps
         attended = self.attention.forward(normed, self._storage, step)
-        normed = self._kernels.rms_norm(x, self.ffn_norm, self._eps, out, delta=attended, also=also)
+        if self.dense is not None:
+            normed = kernels.rms_norm(x, self.ffn_norm, eps, delta=attended)
+            return kernels.rms_norm(x, next_norm, eps, delta=self.dense.forward(normed))
+        turn = experts.turn(self.number, first)
+        normed = kernels.rms_norm(x, self.ffn_norm, eps, delta=attended, also=turn.memory.x[: len(x)])
+        routes = self.router.forward(normed, turn)
+        hit_rows = experts.hit_rows(self.number, normed, routes.slots.view(-1))
+        shared = self.shared_expert(normed)
+        kernels.await_answer(turn)
+        rows = ChoiceRows(routes.slots.view(-1), hit_rows, turn.memory.rows)
+        return kernels.join(x, rows, routes.weights, shared, next_norm, eps, arrivals=turn.memory.arrivals)
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """x behind `attn_norm`, (T, D)."""
+        return self._kernels.rms_norm(x, self.attention.attn_norm, self._eps)
+
+    def attend(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """x += attention; of a dense layer += feed-forward too. Returns what router and experts read, (T, D)."""
+        attended = self.attention.forward(self.normed(x), self._storage, step)
+        normed = self._kernels.rms_norm(x, self.ffn_norm, self._eps, delta=attended)
         if self.dense is not None:
             x += self.dense.forward(normed)
         return normed
 
-    def shared_expert(self, normed: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor | None:
+    def shared_expert(self, normed: torch.Tensor) -> torch.Tensor | None:
         """What every token takes as well as its routed experts, (T, D); None where there is no shared expert."""
-        return None if self.shared is None else self.shared.forward(normed, out)
+        return None if self.shared is None else self.shared.forward(normed)

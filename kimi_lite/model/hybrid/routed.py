@@ -8,13 +8,13 @@ was. Where it is cheaper (`experts.costs.ExpertCosts`), and always beyond ROW_TO
 
     y = experts.forward(layer, normed, ids, weights, shared_expert)
 
-Decoding calls the parts of `forward` one by one, because CUDA graphs hold those that run on the GPU.
+Decoding goes another way (`hybrid.decode`): one CUDA graph holds what runs on the GPU in a step, and `server` computes
+what has no slot while it runs.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,19 +29,20 @@ from kimi_lite.experts.store import ExpertStore
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.served import MissServer
 from kimi_lite.model.hybrid.streamed import ExpertChoice, StreamedExperts
+from kimi_lite.model.hybrid.turns import TakenTurn, Turn, TurnMemory
 
 ROW_TOKENS = 512  # up to here every choice has a row: 117 MB for Kimi K2.5
 MIN_STREAM_TOKENS = 32  # below, an upload is never worth it
 
 
 class _LayerRun(NamedTuple):
-    """A layer that ran: what was chosen, and how many experts and choices the CPU computed in which time."""
+    """A layer of a long batch: what was chosen, what of it the CPU computed, and in which time."""
 
     layer: int
     chosen: np.ndarray  # int32 (T, K)
-    num_missing: int = 0
-    num_misses: int = 0
+    missing: np.ndarray | None = None  # int32 (T, K), -1 in the places of the others
     elapsed_s: float = 0.0
 
 
@@ -70,6 +71,10 @@ class RoutedExperts:
         self.cpu_s = self.wait_s = 0.0  # computing on the CPU, waiting for the GPU's routers
         self._host: HostCopies | None = None
         self._uncounted: list[_LayerRun] = []
+        layers, top_k = store.index.layers, cpu.num_choices
+        choices = torch.arange(len(cpu.rows), dtype=torch.int32, device=streams.device)
+        self._token_of_choice = choices // top_k
+        self.server = MissServer(layers, cpu, TurnMemory.make(streams, len(layers), top_k, cpu.rows), self._count_turns)
 
     def begin_step(self, promotion_budget: int, num_tokens: int) -> int:
         """Between steps: promotions arrive and begin. Returns how many began."""
@@ -95,7 +100,7 @@ class RoutedExperts:
         num_tokens = len(normed)
         host = self._host_for(num_tokens, normed.shape[1], ids.shape[1])
         host.copy_ids(ids)
-        chosen = self._chosen(layer, host, num_tokens, self._streams.event())
+        chosen = self._chosen(host, num_tokens, self._streams.event())
         if num_tokens > ROW_TOKENS or (may_stream and num_tokens >= MIN_STREAM_TOKENS):
             num_windows = -(-num_tokens // self.cpu.capacity)
             division = self.streamed.divide(layer, chosen, self.slots.residents(layer), num_windows)
@@ -105,51 +110,54 @@ class RoutedExperts:
                 return self.streamed.forward(layer, choice, host, division, shared_expert, self.num_threads)
         host.copy_x(normed)
         copied = self._streams.event()
-        slot_of_choice, hit_rows = self.hits(layer, normed, ids)
+        slot_of_choice = self.slots.table[layer].index_select(0, ids.reshape(-1))
+        hit_rows = self.hit_rows(layer, normed, slot_of_choice)
         shared = shared_expert()
         self._streams.finish(copied, num_tokens)
         self._compute_misses(layer, host, chosen)
         miss_rows = self.cpu.rows[: len(hit_rows)].to(normed.device, non_blocking=True)
-        return self.join(slot_of_choice, hit_rows, miss_rows, weights, shared)
-
-    def hits(
-        self, layer: int, normed: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot int32 (T * K,) of every choice, -1 for those on the CPU, and the rows (T * K, D) of those that have
-        one."""
-        flat = ids.reshape(-1)
-        slot_of_choice = self.slots.table[layer].index_select(0, flat)
-        token_of_choice = torch.arange(len(flat), device=flat.device, dtype=torch.int32) // ids.shape[1]
-        form = self.store.index.layers[layer]
-        rows = self._kernels.expert_choices(normed, self.slots.slots, form, slot_of_choice, token_of_choice, out)
-        return slot_of_choice, rows
-
-    def misses(self, layer: int, host: HostCopies, num_tokens: int, copied: Event) -> bool:
-        """Wait for the router, then compute what has no slot into `cpu.rows`. False when every choice has one."""
-        return self._compute_misses(layer, host, self._chosen(layer, host, num_tokens, copied))
-
-    def join(
-        self,
-        slot_of_choice: torch.Tensor,
-        hit_rows: torch.Tensor,
-        miss_rows: torch.Tensor,
-        weights: torch.Tensor,
-        shared: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """(T * K,), (T * K, D) twice, (T, K), (T, D) -> (T, D): in the order of the choices, wherever each was
-        computed."""
         rows = torch.where((slot_of_choice >= 0)[:, None], hit_rows, miss_rows)
         return self._kernels.weighted_sum(rows.view(*weights.shape, -1), weights, shared)
 
+    def begin_turns(self, num_tokens: int, limit_s: float) -> int:
+        """A decode step begins on the CPU's side: returns the number that its GPU must be told as the one before its
+        first turn. limit_s: no turn may take the GPU longer."""
+        first = self.server.next_number
+        self.server.begin(num_tokens, self.num_threads, limit_s)
+        return first
+
+    def turn(self, layer: int, first: torch.Tensor) -> Turn:
+        """The layer's, in steps whose GPU finds the number before their first turn in `first`, int64 (1,)."""
+        return self.server.turn(layer, first)
+
+    def finish_turns(self) -> None:
+        """The GPU has done the step. Raises KimiLiteError for what kept one of the two sides from its part."""
+        self.server.finish()
+
+    def hit_rows(self, layer: int, normed: torch.Tensor, slot_of_choice: torch.Tensor) -> torch.Tensor:
+        """(T, D), int32 (T * K,) -> (T * K, D): the products of the choices that have a slot; T <= ROW_TOKENS."""
+        form, token_of_choice = self.store.index.layers[layer], self._token_of_choice[: len(slot_of_choice)]
+        return self._kernels.expert_choices(normed, self.slots.slots, form, slot_of_choice, token_of_choice)
+
     def count(self) -> None:
-        """Heat, counts, costs and the record of the layers since the last call. Done while the GPU computes."""
+        """Heat, counts, costs and the record of the layers since the last call."""
         for run in self._uncounted:
-            self.slots.count(run.layer, run.chosen)
-            if self._recorder:
-                self._recorder.add(run.layer, run.chosen)
-            self.cpu_s += run.elapsed_s
-            self.costs.observe_cpu(run.num_missing, run.num_misses, run.elapsed_s)
+            self._count(run.layer, run.chosen, run.missing, run.elapsed_s)
         self._uncounted.clear()
+
+    def _count_turns(self, turns: list[TakenTurn]) -> None:
+        """A decode step's, on the server's thread while the GPU makes the logits."""
+        for turn in turns:
+            self._count(turn.layer, turn.chosen, turn.missing, turn.elapsed_s)
+            self.wait_s += turn.waited_s
+
+    def _count(self, layer: int, chosen: np.ndarray, missing: np.ndarray | None, elapsed_s: float) -> None:
+        self.slots.count(layer, chosen)
+        if self._recorder:
+            self._recorder.add(layer, chosen)
+        if missing is not None and (absent := missing[missing >= 0].tolist()):
+            self.cpu_s += elapsed_s
+            self.costs.observe_cpu(len(set(absent)), len(absent), elapsed_s)
 
     def heat(self) -> np.ndarray:
         """float32 (layers, experts): how much each expert was used lately."""
@@ -168,6 +176,7 @@ class RoutedExperts:
 
     def cancel(self) -> None:
         """A pass was given up half-way."""
+        self.server.cancel()
         self.count()
         self.streamed.cancel()
 
@@ -179,30 +188,28 @@ class RoutedExperts:
     def close(self) -> None:
         """Saves the heat and ends all threads, whatever fails; the store's last, as the others read from it."""
         with ExitStack() as stack:
-            for part in (self.store, self.cpu, self.slots, self.streamed):
+            for part in (self.store, self.cpu, self.slots, self.streamed, self.server):
                 stack.callback(part.close)
             self.count()
             if self._heat_file:
                 save_heat(self._heat_file, self.slots.policy.export_heat())
 
-    def _chosen(self, layer: int, host: HostCopies, num_tokens: int, copied: Event) -> np.ndarray:
-        """int32 (T, K): what the router chose, once the copy is there. The CPU's threads stay awake meanwhile."""
+    def _chosen(self, host: HostCopies, num_tokens: int, copied: Event) -> np.ndarray:
+        """int32 (T, K): what the router chose, once the copy is there."""
         self.count()
         start_s = time.perf_counter()
-        self._streams.finish(copied, num_tokens, partial(self.cpu.keep_awake, self.num_threads))
+        self._streams.finish(copied, num_tokens)
         self.wait_s += time.perf_counter() - start_s
         return host.ids.numpy()[:num_tokens].copy()
 
-    def _compute_misses(self, layer: int, host: HostCopies, chosen: np.ndarray) -> bool:
+    def _compute_misses(self, layer: int, host: HostCopies, chosen: np.ndarray) -> None:
         is_miss = self.slots.slots_of(layer, chosen) < 0
-        missing, elapsed_s = chosen[is_miss], 0.0
-        if len(missing):
-            absent = np.where(is_miss, chosen, -1)
+        missing, elapsed_s = np.where(is_miss, chosen, -1), 0.0
+        if is_miss.any():
             start_s = time.perf_counter()
-            self.cpu.compute(layer, host.x.numpy()[: len(chosen)], absent, self.num_threads)
+            self.cpu.compute(layer, host.x.numpy()[: len(chosen)], missing, self.num_threads)
             elapsed_s = time.perf_counter() - start_s
-        self._uncounted.append(_LayerRun(layer, chosen, len(set(missing.tolist())), len(missing), elapsed_s))
-        return len(missing) > 0
+        self._uncounted.append(_LayerRun(layer, chosen, missing, elapsed_s))
 
     def _host_for(self, num_tokens: int, hidden_size: int, top_k: int) -> HostCopies:
         """Grows to the longest batch seen."""

@@ -2,7 +2,7 @@
 the CPU.
 
 Attention, routers, shared experts, norms and the head are on the device; routed experts are wherever `hybrid.routed`
-finds them. Batches of up to 16 tokens go through captured segments (`hybrid.decode`), longer ones layer by layer.
+finds them. Batches of up to 16 tokens go as one captured step (`hybrid.decode`), longer ones layer by layer.
 """
 
 import logging
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.tensors import head_name
 from kimi_lite.experts.gpu_failure import GpuBroken, GpuMemoryEnded, told
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
@@ -28,8 +27,9 @@ from kimi_lite.model.cpu.attention import mla_shape
 from kimi_lite.model.cpu.layers import check_sizes
 from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
-from kimi_lite.model.hybrid.decode import DecodeSegments, pages_for, rows_for
+from kimi_lite.model.hybrid.decode import DecodeStep, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import open_experts, thread_counts
+from kimi_lite.model.hybrid.head import Head
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, Residents
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.step import StepMaker, choose_expanded, is_decoding, num_pages_seen
@@ -74,7 +74,7 @@ class HybridTransformer:
         self.max_batch_tokens = self._pass_tokens = plan.prompt_chunk_tokens  # the second ends where memory did
         self._maker = StepMaker(config, streams)
         self._shape = mla_shape(config)
-        self._segments: OrderedDict[tuple[int, int], DecodeSegments] = OrderedDict()
+        self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
         self._recorder, self.experts = recorder, None
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
         slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
@@ -100,7 +100,7 @@ class HybridTransformer:
             residents = Residents(slot_table[number], options.cache_bias)
             self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels, residents))
         self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
-        self._output_norm, self._output = weights.vector("output_norm.weight"), weights.matrix(head_name(store.tensors))
+        self.head = Head(store, weights, c, self._kernels)
         self.dense_bytes = weights.num_bytes
 
     @torch.inference_mode()
@@ -124,7 +124,7 @@ class HybridTransformer:
         positions = np.arange(PAGE_TOKENS, dtype=np.int32)
         pieces = (SequenceSlice(0, PAGE_TOKENS, page),)
         many = Batch(np.zeros(PAGE_TOKENS, np.int32), positions, np.ones(PAGE_TOKENS, bool), pieces)
-        step, x = self._maker.make(many, list(pieces)), self._embed(many)
+        step, x = self._maker.make(many, list(pieces)), torch.from_numpy(self._embed(many)).to(self._streams.device)
         for layer in self.layers[: self.config.num_dense_layers + 1]:  # not the experts: they would stream
             layer.shared_expert(layer.attend(x, step))
 
@@ -210,46 +210,47 @@ class HybridTransformer:
 
     def _drop_steps(self) -> None:
         """The graphs and buffers of all shapes, and what torch holds unused, are free again."""
-        while self._segments:
-            self._segments.popitem()[1].close()
+        while self._steps:
+            self._steps.popitem()[1].close()
         with suppress(RuntimeError):  # what is broken is told where something is wanted of it
             self._streams.give_back()
 
     def _forward_short(self, batch: Batch) -> np.ndarray:
         """A step that is measured: what it teaches changes the next ones."""
         start_s = time.perf_counter()
-        segments, logits = self._forward_decode(batch)
+        decode, logits = self._forward_decode(batch)
         logits = logits[batch.wants_logits]
         elapsed_s = time.perf_counter() - start_s
-        self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s, segments.is_steady)
+        self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s, decode.is_steady)
         self.num_decode_steps += 1
         self.decode_s += elapsed_s
         return logits
 
-    def _forward_decode(self, batch: Batch) -> tuple[DecodeSegments, np.ndarray]:
+    def _forward_decode(self, batch: Batch) -> tuple[DecodeStep, np.ndarray]:
         """What ran the step, and float32 (T, vocabulary)."""
         num_tokens = len(batch.token_ids)
         shape = num_rows, num_pages = rows_for(num_tokens), pages_for(num_pages_seen(batch))
-        if shape not in self._segments:
-            if len(self._segments) == _NUM_DECODE_SHAPES:
-                self._segments.popitem(last=False)[1].close()
-            self._segments[shape] = DecodeSegments(
-                self.layers, self._head, self.experts, self.config, self._streams, num_rows, num_pages
+        if shape not in self._steps:
+            if len(self._steps) == _NUM_DECODE_SHAPES:
+                self._steps.popitem(last=False)[1].close()
+            self._steps[shape] = DecodeStep(
+                self.layers, self.head, self.experts, self.config, self._streams, num_rows, num_pages
             )
-        self._segments.move_to_end(shape)
-        step = self._maker.make(batch, [], num_rows, num_pages)
-        x = self._embed(batch, num_rows)
-        return self._segments[shape], self._segments[shape].forward(x, step, num_tokens)
+        self._steps.move_to_end(shape)
+        decode = self._steps[shape]
+        host_step = self._maker.host_step(batch, num_rows=num_rows, num_pages=num_pages)
+        decode.inputs.set(self._embed(batch, num_rows), host_step)
+        return decode, decode.forward(num_tokens)
 
     def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
-        step, x = self._maker.make(batch, expanded), self._embed(batch)
+        step, x = self._maker.make(batch, expanded), torch.from_numpy(self._embed(batch)).to(self._streams.device)
         for layer in self.layers:
             if should_stop and should_stop():
                 raise Cancelled
             layer.forward(x, step, self.experts)
         rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)
-        parts = [self._head(x[rows[i : i + MAX_LOGITS]]).cpu().numpy() for i in range(0, len(rows), MAX_LOGITS)]
+        parts = [self.head.forward(x[rows[i : i + MAX_LOGITS]]).cpu().numpy() for i in range(0, len(rows), MAX_LOGITS)]
         return np.concatenate(parts or [np.empty((0, self.config.vocab_size), np.float32)])
 
     def _give_up(self) -> None:
@@ -259,17 +260,10 @@ class HybridTransformer:
         if self._recorder:
             self._recorder.drop()
 
-    def _embed(self, batch: Batch, num_rows: int = 0) -> torch.Tensor:
-        """float32 (T, D) on the device, padded to at least `num_rows`: embeddings of tokens, features in their
-        places."""
+    def _embed(self, batch: Batch, num_rows: int = 0) -> np.ndarray:
+        """float32 (T, D), padded to at least `num_rows`: embeddings of tokens, features in their places."""
         token_ids = np.pad(batch.token_ids, (0, max(0, num_rows - len(batch.token_ids))))
         rows = dequantize(self._token_embd.data[token_ids], self._token_embd.layout.name)
         if batch.features:
             rows[batch.features.rows] = batch.features.values
-        return torch.from_numpy(rows).to(self._streams.device)
-
-    def _head(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, D) -> logits (T, vocabulary)."""
-        return self._kernels.linear(
-            self._kernels.rms_norm(x, self._output_norm, self.config.rms_norm_eps), self._output
-        )
+        return rows

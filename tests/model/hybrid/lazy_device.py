@@ -36,6 +36,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.hybrid import attention
+from kimi_lite.model.hybrid.kernels import Residents, RouterRule
+from kimi_lite.model.hybrid.turns import Turn
+from kimi_lite.native.gpu.arguments import Routes
+from tests.model.hybrid.stand_in import is_answered, post
 
 POLICIES = ("late", "copies first", "compute first", "random")
 _NUM_STREAMS = 32  # that torch hands out in turn
@@ -586,6 +590,39 @@ class LazyKernels:
             return self._call(name, method, args, kwargs)
 
         return call
+
+    def route(
+        self,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        rule: RouterRule,
+        residents: Residents | None = None,
+        turn: Turn | None = None,
+        out: Routes | None = None,
+    ) -> Routes:
+        """In a turn the rows that the CPU will write are poisoned before it is told of the choices."""
+        if turn is None:
+            return self._call("route", self._plain.route, (logits, bias, rule, residents), {"out": out})
+        routes = self._call("route", self._plain.route, (logits, bias, rule, residents), {"out": out})
+        plain, ids, slots = self._plain_turn(turn), routes.ids.plain, routes.slots.plain
+
+        def tell() -> None:
+            poison(plain.memory.rows)
+            post(plain, ids, slots)
+
+        self._device.kernel("post", tell)
+        return routes
+
+    def await_answer(self, turn: Turn) -> None:
+        """The stream waits; behind that nobody reads the turn's x any more."""
+        plain = self._plain_turn(turn)
+        self._device.wait_until(lambda: is_answered(plain))
+        self._device.kernel("answered", lambda: poison(plain.memory.x))
+
+    @staticmethod
+    def _plain_turn(turn: Turn) -> Turn:
+        on_device = {"given_up": turn.memory.given_up.plain, "arrivals": turn.memory.arrivals.plain}
+        return Turn(replace(turn.memory, **on_device), turn.number, turn.first.plain)
 
     def _call(self, name: str, method: Callable, args: tuple, kwargs: dict) -> Any:
         device, form = self._device, self._form_of(name, method, args, kwargs)

@@ -20,6 +20,7 @@ from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.types import Plan
+from tests.model import runner
 from tests.model.hybrid.lazy_device import LazyDevice, LazyKernels
 from tests.model.hybrid.stand_in import GPU, StandInKernels
 from tests.model.runner import NUM_PAGES, Runner
@@ -68,9 +69,10 @@ class HybridRunner(Runner):
         )
         self.kv = make_device_cache(self.config, plan, streams)
         kernels = kernels or (StandInKernels() if DEVICE == "cpu" else TritonKernels())
+        self.watched = None if recorder else runner.make_recorder(self.config)
         with patch("kimi_lite.model.hybrid.experts.STREAM_EXPERTS", group_size):
             self.transformer = HybridTransformer(
-                self.store, self.config, self.kv, streams, kernels, plan, heat_file, recorder=recorder
+                self.store, self.config, self.kv, streams, kernels, plan, heat_file, recorder=recorder or self.watched
             )
         self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)
 

@@ -4,12 +4,15 @@ With these in the place of Triton's kernels the whole path runs without a GPU, a
 bits as one that the CPU computes, so that with a cache must equal without one exactly.
 """
 
+import time
+
 import numpy as np
 import torch
 
 from kimi_lite.experts.index import RoutedLayer
 from kimi_lite.hardware.machine import Gpu
 from kimi_lite.model.hybrid.kernels import Angles, DenseMatrix, Residents, RouterRule
+from kimi_lite.model.hybrid.turns import Turn
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
@@ -20,8 +23,10 @@ from kimi_lite.native.cpu.run import RunTable
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.gpu.arguments import ChoiceRows, Routes
 from kimi_lite.native.reference import route
+from kimi_lite.native.turn_cells import ANSWERED, CHOICES_POSTED, GIVEN_UP, X_POSTED
 
 GPU = Gpu("a stand-in", 24 << 30, 23 << 30, vram_bytes_s=900e9, pcie_bytes_s=23e9)  # as plans see it
+PATIENCE_S = 60.0  # of the GPU, for the CPU's answer
 
 
 class StandInKernels:
@@ -110,8 +115,8 @@ class StandInKernels:
         bias: torch.Tensor | None,
         rule: RouterRule,
         residents: Residents | None = None,
+        turn: Turn | None = None,
         out: Routes | None = None,
-        also_ids: torch.Tensor | None = None,
     ) -> Routes:
         added = None if bias is None else bias.numpy()
         if residents is not None and residents.cache_bias:
@@ -122,10 +127,17 @@ class StandInKernels:
         chosen, weights = route(logits.numpy(), added, *options)
         ids = torch.from_numpy(chosen)
         slots = None if residents is None else residents.slot_of[ids.long()]
-        if also_ids is not None:
-            also_ids.copy_(ids)
+        if turn is not None:
+            post(turn, ids, slots)
         made = Routes(ids, torch.from_numpy(weights.astype(np.float32)), slots)
         return made if out is None else Routes(*map(_placed, made, out))
+
+    def await_answer(self, turn: Turn) -> None:
+        number, until_s = int(turn.first) + turn.number, time.monotonic() + PATIENCE_S
+        while not is_answered(turn):
+            if time.monotonic() > until_s:
+                turn.memory.given_up[0] = turn.memory.cells[GIVEN_UP] = number
+            time.sleep(0)
 
     def expert_choices(
         self,
@@ -183,6 +195,20 @@ class StandInKernels:
 def _placed(result: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
     """`result`, or in `out` where there is one."""
     return result if out is None or result is None else out.copy_(result)
+
+
+def is_answered(turn: Turn) -> bool:
+    """Whether a kernel that waits for the CPU's rows of this turn goes on."""
+    memory, first = turn.memory, int(turn.first)
+    return bool(memory.cells[ANSWERED] >= first + turn.number or memory.given_up > first)
+
+
+def post(turn: Turn, ids: torch.Tensor, slots: torch.Tensor) -> None:
+    """Tells the CPU what was chosen, and what of it is missing."""
+    chosen, missing, cells, first, number = turn.posting
+    cells[X_POSTED : X_POSTED + len(ids)] = int(first) + number
+    chosen[: len(ids)], missing[: len(ids)] = ids, torch.where(slots < 0, ids, -1)
+    cells[CHOICES_POSTED : CHOICES_POSTED + len(ids)] = int(first) + number
 
 
 def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: RoutedLayer) -> np.ndarray:

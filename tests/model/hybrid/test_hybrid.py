@@ -1,5 +1,7 @@
 """The hybrid path against the CPU path, and against itself: where an expert is computed changes nothing."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,13 @@ from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.recorder import RoutingRecorder, read_trace
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
+from tests.model.hybrid.closeness import INT8_LIMIT, is_exact, median_limit, near, same, watch
 from tests.model.hybrid.runner import DEVICE, HybridRunner
-from tests.model.runner import Runner, relative_error, relative_errors
+from tests.model.runner import Runner, relative_errors
 from tests.tiny import write_tiny_gguf
 
 IS_CUDA = DEVICE != "cpu"
-F32_LIMIT = 2e-2 if IS_CUDA else 2e-5  # the same sums in another order; on a GPU many tokens are multiplied in bfloat16
+FLOAT32 = torch.float32  # a GPU's factors when it decodes what is not behind a prompt
 VARIANTS = {
     "kimi": {},
     "no query compression": {"q_lora_rank": 0, "expert_gating": "softmax", "is_expert_weights_norm": False},
@@ -40,14 +43,15 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _as_a_gpu_rounds():
+    with watch() if IS_CUDA else nullcontext():
+        yield
+
+
 @pytest.fixture
 def ids():
     return np.random.default_rng(1).integers(0, 290, 150)
-
-
-def same(have: np.ndarray, want: np.ndarray) -> bool:
-    """Bit for bit where one kernel computes hits and misses; a GPU's hits differ from the CPU's misses by rounding."""
-    return relative_error(have, want) < F32_LIMIT if IS_CUDA else np.array_equal(have, want)
 
 
 def only_rows(runner: HybridRunner) -> HybridRunner:
@@ -68,10 +72,10 @@ def test_equals_the_cpu_path(variant, tmp_path, ids):
     with Runner(path) as cpu:
         want = cpu.prefill(ids)
     with HybridRunner(path, num_gpu_experts=6) as runner:
-        assert relative_error(runner.prefill(ids), want) < F32_LIMIT
+        assert near(runner.prefill(ids), want)
         chunks = [runner.prefill(ids[:77]), runner.prefill(ids[77:], start=77)]
-        assert relative_error(np.concatenate(chunks), want) < F32_LIMIT
-        assert relative_error(runner.decode(ids[:12]), want[:12]) < F32_LIMIT
+        assert near(np.concatenate(chunks), want)
+        assert near(runner.decode(ids[:12]), want[:12], FLOAT32)
 
 
 ROUNDED = [({}, "bf16", 0.03), ({}, "q8_0", 0.03), ({"_exps": "TQ1_0"}, "q8_0", 0.06)]
@@ -85,18 +89,19 @@ def test_rounded_weights(types, dense, limit, tmp_path, ids):
     with Runner(path) as cpu:
         want = cpu.prefill(ids)
     with HybridRunner(path, dense_type=dense, num_gpu_experts=4) as runner:
-        assert 0 < np.median(relative_errors(runner.prefill(ids), want)) < limit
+        assert 0 < np.median(relative_errors(runner.prefill(ids), want)) < median_limit(limit)
 
 
 @pytest.mark.parametrize("types", [{}, {"_exps": "TQ1_0"}, {"_exps": "Q4_K", "ffn_down_exps": "Q8_0"}])
 def test_with_cache_equals_without_exactly(types, tmp_path, ids):
     """Bit for bit, while experts come and go: the very kernels compute a hit and a miss."""
     path = write_tiny_gguf(tmp_path / "t.gguf", np.random.default_rng(4), types=types, expert_feed_forward_size=256)
+    limit = INT8_LIMIT if types else 0.0  # a GPU's hits have float activations, the CPU's misses int8 ones
     with only_rows(HybridRunner(path)) as without:
         want_prompt, want = without.prefill(ids[:40]), without.decode(ids[40:60], start=40)
     with only_rows(HybridRunner(path, num_gpu_experts=5, num_threads=2)) as runner:
-        assert same(runner.prefill(ids[:40]), want_prompt)
-        assert same(runner.decode(ids[40:60], start=40), want)
+        assert same(runner.prefill(ids[:40]), want_prompt, limit=limit)
+        assert same(runner.decode(ids[40:60], start=40), want, limit=limit)
         counters = runner.transformer.counters()
         assert (
             counters["gpu_expert_hits"] > 0 and counters["gpu_expert_misses"] > 0 and counters["expert_promotions"] >= 5
@@ -115,7 +120,7 @@ def test_whatever_happens_to_slots_changes_no_result(path, ids):
             runner.transformer._adaptive._budget.budget = int(rng.integers(0, 5))
             if rng.random() < 0.2:
                 slots.cancel()
-        assert same(np.concatenate(have), want)
+        assert same(np.concatenate(have), want, FLOAT32)
         counters = runner.transformer.counters()
         assert (
             counters["gpu_expert_hits"]
@@ -128,7 +133,7 @@ def test_every_expert_resident(path, ids):
     """A model that fits: every expert is brought in before the first token, and the CPU has nothing to do."""
     with only_rows(HybridRunner(path, num_gpu_experts=16)) as runner, only_rows(HybridRunner(path)) as without:
         want = without.decode(ids[:10])
-        assert same(runner.decode(ids[:10]), want)
+        assert same(runner.decode(ids[:10]), want, FLOAT32)
         counters = runner.transformer.counters()
         assert counters["gpu_experts"] == 16 and counters["expert_reads_from_file"] == 16
         assert counters["gpu_expert_misses"] == 0 and counters["cpu_experts_s"] == 0
@@ -143,7 +148,7 @@ def test_streamed_equals_cpu(force, path, ids):
     with force(HybridRunner(path, num_gpu_experts=3, group_size=3)) as runner:
         runner.decode(ids[:8])  # some experts get slots: those need no copy
         for _ in range(3):  # costs are learned: the division changes, the result does not
-            assert relative_error(runner.prefill(ids), want) < F32_LIMIT
+            assert near(runner.prefill(ids), want)
         streamed = runner.transformer.counters()["streamed_experts"]
         assert streamed == 0 if force is only_rows else streamed > 0
 
@@ -159,7 +164,7 @@ def test_prompt_longer_than_the_rows(tmp_path, ids, monkeypatch):
         for stream_s in (1e9, 1e-9, None):
             if stream_s:
                 runner.transformer.experts.costs.stream_s = stream_s
-            assert relative_error(runner.prefill(ids), want) < F32_LIMIT
+            assert near(runner.prefill(ids), want)
 
 
 def test_batch_equals_one_by_one(path, ids):
@@ -173,10 +178,10 @@ def test_batch_equals_one_by_one(path, ids):
         third = runner.forward((ids[5:8], 0, c))
         runner.forward((ids[:100], 0, a))
         mixed = runner.forward((ids[100:101], 100, a), (ids[20:90], 0, b), (ids[5:8], 0, c))
-        assert relative_error(mixed, np.concatenate([tail, other, third])) < F32_LIMIT
+        assert near(mixed, np.concatenate([tail, other, third]))
         runner.forward((ids[20:89], 0, b))
         pair = runner.forward((ids[100:101], 100, a), (ids[89:90], 69, b), (ids[5:6], 0, c))
-        assert relative_error(pair, np.concatenate([tail, other[69:], third[:1]])) < F32_LIMIT
+        assert near(pair, np.concatenate([tail, other[69:], third[:1]]))
         assert len(prompt) == 100
 
 
@@ -187,7 +192,7 @@ def test_warm_up_leaves_nothing_behind(path, ids):
         stages = []
         runner.transformer.warm_up(lambda stage, done, total: stages.append((done, total)))
         assert stages == [(0, 3), (1, 3), (2, 3)] and runner.transformer.counters()["gpu_expert_misses"] == 0
-        assert np.array_equal(runner.decode(ids[:8]), want)
+        assert same(runner.decode(ids[:8]), want, FLOAT32)
 
 
 def test_many_sequences_that_decode_wait_for_no_upload(path, ids):
@@ -200,7 +205,7 @@ def test_many_sequences_that_decode_wait_for_no_upload(path, ids):
         have = runner.forward(*parts)
         assert runner.transformer.counters()["streamed_experts"] == 0
         one_by_one = np.concatenate([runner.forward(part) for part in parts[:12]])
-        assert relative_error(have[:12], one_by_one) < F32_LIMIT
+        assert near(have[:12], one_by_one)
 
 
 def test_cancel_between_layers(path, ids):
@@ -219,8 +224,8 @@ def test_cache_dtypes(path, ids):
         want = cpu.prefill(ids)
     for dtype, limit in (("f16", 2e-3), ("bf16", 2e-2)):
         with HybridRunner(path, kv_dtype=dtype) as runner:
-            assert 0 < np.median(relative_errors(runner.prefill(ids), want)) < limit
-            assert 0 < np.median(relative_errors(runner.decode(ids[:20]), want[:20])) < limit
+            assert 0 < np.median(relative_errors(runner.prefill(ids), want)) < median_limit(limit)
+            assert 0 < np.median(relative_errors(runner.decode(ids[:20]), want[:20])) < median_limit(limit)
 
 
 def test_heat_outlives_the_process(path, ids, tmp_path):
@@ -234,7 +239,7 @@ def test_heat_outlives_the_process(path, ids, tmp_path):
     with only_rows(HybridRunner(path, num_gpu_experts=6, heat_file=heat_file)) as runner:
         slots = runner.transformer.experts.slots
         assert {(layer, int(e)) for layer in range(3) for e in np.flatnonzero(slots.residents(layer))} == hot
-        assert same(runner.decode(ids[:20]), want)
+        assert same(runner.decode(ids[:20]), want, FLOAT32)
         assert runner.transformer.counters()["gpu_expert_hits"] > 0
 
 
@@ -257,7 +262,7 @@ def test_experts_from_the_disk(path, ids):
         counters = runner.transformer.counters()
         assert counters["disk_bytes"] > 0 and counters["expert_misses"] > 0
     with only_stream(HybridRunner(path, **tier)) as runner:
-        assert relative_error(runner.prefill(ids[:60]), want[0]) < F32_LIMIT
+        assert near(runner.prefill(ids[:60]), want[0])
 
 
 def test_resident_experts_are_never_read_from_the_file(tmp_path, ids):
@@ -302,7 +307,8 @@ def test_routing_is_recorded(path, ids, tmp_path):
             runner.decode(ids[40:44], start=40)
         records.append(read_trace(tmp_path / f"{runner_class.__name__}.npz"))
     assert np.array_equal(records[0].starts, records[1].starts)
-    assert np.array_equal(np.sort(records[0].ids), np.sort(records[1].ids))
+    agrees = (np.sort(records[0].ids) == np.sort(records[1].ids)).all(axis=(1, 2))
+    assert agrees.all() if is_exact() else agrees.mean() > 0.8  # roundings choose another expert now and then
 
 
 def test_a_disk_that_fails_leaves_nothing_behind(path, ids, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
-from kimi_lite.model.hybrid.decode import StepSegment, pages_for, rows_for
+from kimi_lite.model.hybrid.decode import Captured, pages_for, rows_for
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
 from kimi_lite.model.hybrid.transformer import HybridTransformer
@@ -164,13 +164,18 @@ def test_shapes_of_decode_steps():
     assert [pages_for(n) for n in (1, 16, 17, 512)] == [16, 16, 32, 512]
 
 
-class FakeGraphs:
+class FakeGraphs(GpuStreams):
     """Captures as CUDA does: nothing runs until the replay."""
 
     def __init__(self) -> None:
+        super().__init__("cpu")
+        self.is_cuda = True
         self.num_captures = self.num_replays = 0
 
-    def capture(self, run: Callable[[], None]) -> "FakeGraphs":
+    def graph_memory(self) -> None:
+        return None
+
+    def capture(self, run: Callable[[], None], memory: None) -> "FakeGraphs":
         self.num_captures += 1
         self._run = run
         return self
@@ -180,24 +185,28 @@ class FakeGraphs:
         self._run()
 
 
-def test_segments_run_once_are_captured_once_and_replayed():
+def test_work_runs_once_is_captured_once_and_replayed():
     ran, graphs = [], FakeGraphs()
-    segment = StepSegment(lambda: ran.append(1), graphs)
+    work = Captured(lambda: ran.append(1), graphs)
+    is_steady = []
     for _ in range(4):
-        segment()
+        work()
+        is_steady.append(work.is_steady)
     assert (len(ran), graphs.num_captures, graphs.num_replays) == (4, 1, 3)
-    plain = StepSegment(lambda: ran.append(1), None)
+    assert is_steady == [False, False, True, True]
+    plain = Captured(lambda: ran.append(1), GpuStreams("cpu"))
     plain()
+    assert not plain.is_steady
     plain()
-    assert len(ran) == 6
+    assert plain.is_steady and len(ran) == 6
 
 
 def test_steps_are_padded_with_rows_that_do_nothing(config):
     pages = np.array([4, 2], np.int32)
     batch = Batch(np.array([7], np.int32), np.array([70], np.int32), np.ones(1, bool), (SequenceSlice(0, 1, pages),))
-    step = StepMaker(config, GpuStreams("cpu")).make(batch, [], num_rows=4, num_pages=16)
+    step = StepMaker(config, GpuStreams("cpu")).host_step(batch, num_rows=4, num_pages=16)
     assert step.cache_rows.tolist() == [2 * 64 + 6, -1, -1, -1] and step.lengths.tolist() == [71, 0, 0, 0]
-    assert step.page_table.shape == (4, 16) and step.page_table[0, :2].tolist() == [4, 2] and step.absorbed is None
+    assert step.page_table.shape == (4, 16) and step.page_table[0, :2].tolist() == [4, 2]
 
 
 def test_devices_that_cannot_be_had():

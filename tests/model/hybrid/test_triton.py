@@ -25,7 +25,7 @@ def open_runner(path, **options) -> HybridRunner:
     from kimi_lite.model.hybrid.kernels import TritonKernels
 
     runner = HybridRunner(path, kernels=TritonKernels(), num_gpu_experts=2, **options)
-    runner.transformer._kernels = StandInKernels()  # of the head alone, whose 300 rows would take most of the time
+    runner.transformer.head.kernels = StandInKernels()  # of the head alone, whose 300 rows would take most of the time
     slots = runner.transformer.experts.slots
     slots.count(0, np.array([[0, 1], [2, 3]], np.int32))
     slots.fill()

@@ -42,15 +42,14 @@ def test_a_bias_that_is_no_number_is_seen(device):
 
 
 def test_writes_where_it_is_told(device):
-    """Slots of the choices too, and the experts twice."""
+    """Slots of the choices too."""
     logits = on(device, np.random.default_rng(16).standard_normal((2, 12)).astype(np.float32))
     slot_of = on(device, np.arange(5, 17, dtype=np.int32))
     ids, weights, slots = route(logits, None, 3, slot_of=slot_of)
     assert (slots == slot_of[ids.long()]).all() and route(logits, None, 3).slots is None
-    out, also_ids = Routes(*(torch.zeros_like(part) for part in (ids, weights, slots))), torch.zeros_like(ids)
-    assert route(logits, None, 3, slot_of=slot_of, out=out, also_ids=also_ids) is out
+    out = Routes(*(torch.zeros_like(part) for part in (ids, weights, slots)))
+    assert route(logits, None, 3, slot_of=slot_of, out=out) is out
     assert (out.ids == ids).all() and (out.weights == weights).all() and (out.slots == slots).all()
-    assert (also_ids == ids).all()
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "groups", "is_sigmoid", "has_bias"), CASES)

@@ -1,0 +1,154 @@
+"""The CPU's side of a decode step: what the GPU finds missing in VRAM is computed while the step runs.
+
+    server.begin(num_tokens, num_threads, limit_s)  # its thread waits for the first turn
+    ...the GPU is given the whole step, in which it waits for the server's answers...
+    server.finish()
+
+Where all experts lie in RAM a step is one program of `native.cpu`: wait for x, quantize it, wait for the choices,
+compute what is missing, answer, layer after layer, without a line of Python. Where the disk must bring experts, the
+thread goes from layer to layer and computes what has come; the GPU sees no difference.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.model.hybrid.cpu_experts import CpuExperts
+from kimi_lite.model.hybrid.turns import TakenTurn, Turn, TurnMemory
+from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.program import Op, Program
+from kimi_lite.native.cpu.threads import Team
+from kimi_lite.native.cpu.turns import TurnTable, answer_op, wait_for_choices_op, wait_for_x_op
+from kimi_lite.native.turn_cells import ANSWERED, EVERY_TURN, GIVEN_UP, MAX_TOKENS, STOP
+
+_RESTART = "Restart kimi-lite; if it comes again, `kimi-lite doctor` says what the GPU and its driver are."
+
+
+class _Job(NamedTuple):
+    num_tokens: int
+    num_threads: int
+
+
+class MissServer:
+    """One thread uses it; `close` ends its own. `on_taken(turns)` is called there when the last turn is over."""
+
+    def __init__(
+        self, layers: Sequence[int], cpu: CpuExperts, memory: TurnMemory, on_taken: Callable[[list[TakenTurn]], None]
+    ) -> None:
+        """layers: those with routed experts, ascending."""
+        self.memory, self.next_number = memory, 0
+        self._layers, self._cpu, self._on_taken = list(layers), cpu, on_taken
+        self._turn_of = {layer: turn for turn, layer in enumerate(self._layers, 1)}
+        self._cells = memory.cells.numpy()
+        self._chosen, self._missing = memory.chosen.numpy(), memory.missing.numpy()
+        self._table = TurnTable(self._cells, len(self._layers))
+        self._buffers = cpu.buffers(MAX_TOKENS, memory.x.numpy())
+        answer = answer_op(self._table, len(self._layers))
+        self._whole = Program([op for layer in self._layers for op in self._turn_ops(layer)] + [answer])
+        self._arrivals = {layer: Program(self._arrival_ops(layer)) for layer in self._layers}
+        self._present = {layer: Program([self._experts_op(layer, self._buffers.ids)]) for layer in self._layers}
+        self._last = Program([answer])
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+        self._first = 0
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True, name="kimi-lite-misses")
+        self._thread.start()
+
+    def turn(self, layer: int, first: torch.Tensor) -> Turn:
+        """The layer's, in steps whose GPU finds the number before their first turn in `first`, int64 (1,)."""
+        return Turn(self.memory, self._turn_of[layer], first)
+
+    def begin(self, num_tokens: int, num_threads: int, limit_s: float) -> None:
+        """A step whose GPU is told `next_number` as it was before this call. limit_s: no turn may take the GPU
+        longer."""
+        assert self._is_idle.is_set(), "a step that has not ended"
+        self._is_idle.clear()
+        self._error, self._first = None, self.next_number
+        self.next_number += len(self._layers)
+        self._table.begin(self._first, limit_s)
+        self._jobs.put(_Job(num_tokens, num_threads))
+
+    def finish(self) -> None:
+        """Waits until all turns are over. Raises KimiLiteError for what kept one of the two sides waiting, and whatever
+        ended the CPU's."""
+        self._is_idle.wait()
+        if self._error is not None:
+            raise self._error
+        if self._table.late:
+            layer = self._layers[self._table.late - 1]
+            raise KimiLiteError(f"The GPU did not get to the experts of layer {layer} in time.", _RESTART)
+        if self._cells[GIVEN_UP] > self._first:
+            layer = self._layers[int(self._cells[GIVEN_UP]) - self._first - 1]
+            raise KimiLiteError(f"The GPU waited in vain for the CPU's experts of layer {layer}.", _RESTART)
+
+    def cancel(self) -> None:
+        """Gives up the step that is on, if one is: the GPU waits for none of its turns any more."""
+        self._cells[STOP] = 1
+        self._is_idle.wait()
+
+    def close(self) -> None:
+        self.cancel()
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _turn_ops(self, layer: int) -> list[Op]:
+        return [*self._arrival_ops(layer), self._experts_op(layer, self._missing[self._turn_of[layer] - 1])]
+
+    def _arrival_ops(self, layer: int) -> list[Op]:
+        """Until the layer's inputs and choices are there; the turn before is answered first."""
+        run, turn = self._buffers.run, self._turn_of[layer]
+        return [
+            wait_for_x_op(run, self._table, turn),
+            quantize_op(run, self._buffers.x),
+            wait_for_choices_op(run, self._table, turn),
+        ]
+
+    def _experts_op(self, layer: int, ids: np.ndarray) -> Op:
+        return self._cpu.experts_op(layer, self._buffers, ids)
+
+    def _work(self) -> None:
+        """The thread's, until it is given None."""
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._serve(job)
+            except BaseException as error:
+                self._error = error
+                self._cells[STOP] = 1
+            if self._cells[STOP]:
+                self._cells[ANSWERED] = EVERY_TURN
+            self._is_idle.set()
+
+    def _serve(self, job: _Job) -> None:
+        self._buffers.set_tokens(job.num_tokens)
+        team = self._cpu.team(job.num_threads)
+        if self._cpu.holds_all:
+            team.run(self._whole)
+        else:
+            self._serve_by_layer(job.num_tokens, team)
+        if not self._cells[STOP]:
+            self._on_taken([self._taken(layer, job.num_tokens) for layer in self._layers])
+
+    def _serve_by_layer(self, num_tokens: int, team: Team) -> None:
+        """What runs next depends on what the disk has brought."""
+        for layer in self._layers:
+            team.run(self._arrivals[layer])
+            if self._cells[STOP]:
+                return
+            missing = self._missing[self._turn_of[layer] - 1, :num_tokens]
+            for present in self._cpu.arriving(layer, missing):
+                self._buffers.ids[:num_tokens] = present
+                team.run(self._present[layer])
+        team.run(self._last)
+
+    def _taken(self, layer: int, num_tokens: int) -> TakenTurn:
+        turn = self._turn_of[layer]
+        waited_s, elapsed_s = self._table.times_s(turn)
+        chosen, missing = (ids[turn - 1, :num_tokens].copy() for ids in (self._chosen, self._missing))
+        return TakenTurn(layer, chosen, missing, waited_s, elapsed_s)

@@ -1,0 +1,71 @@
+"""The stand-in with the roundings of a GPU's kernels: what `native.gpu` multiplies in bfloat16 is rounded to it here.
+
+    up to 16 tokens   float32                            (native.gpu.matvec)
+    more              Q8_0: activations as two bfloat16  (native.gpu.product); F32: float32; others: both bfloat16
+    experts           33 choices and more in bfloat16    (native.gpu.grouped), fewer in float32
+
+Hits are computed with float activations and not with the CPU's int8 ones, so hits and misses differ, as on a GPU.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kimi_lite.experts.index import RoutedLayer
+from kimi_lite.model.hybrid.kernels import DenseMatrix
+from kimi_lite.native.cpu.matrix import dequantize
+from tests.model.hybrid.runner import HybridRunner
+from tests.model.hybrid.stand_in import StandInKernels
+
+MATVEC_TOKENS, GROUPED_CHOICES = 16, 33
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def as_two(x: torch.Tensor) -> torch.Tensor:
+    """The sum of two bfloat16 that is nearest."""
+    high = rounded(x)
+    return high + rounded(x - high)
+
+
+class RoundingKernels(StandInKernels):
+    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+        if len(x) <= MATVEC_TOKENS or matrix.layout_name == "F32":
+            return super().linear(x, matrix, out)
+        if matrix.layout_name == "Q8_0":
+            return super().linear(as_two(x.float()), matrix, out)
+        y = rounded(x) @ rounded(self.dequantize(matrix.data, matrix.layout_name)).T
+        return y if out is None else out.copy_(y)
+
+    def expert_choices(
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        form: RoutedLayer,
+        slot_of_choice: torch.Tensor,
+        token_of_choice: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        as_factor = rounded if len(slot_of_choice) >= GROUPED_CHOICES else torch.clone
+        rows = torch.zeros((len(slot_of_choice), x.shape[1])) if out is None else out
+        for slot in sorted(set(slot_of_choice.tolist()) - {-1}):
+            at = (slot_of_choice == slot).nonzero()[:, 0]
+            gate, up, down = (as_factor(_weights(slots[slot], part)) for part in form.matrices)
+            inputs = as_factor(x[token_of_choice[at].long()].float())
+            rows[at] = as_factor(self.swiglu(inputs @ gate.T, inputs @ up.T)) @ down.T
+        return rows
+
+
+def _weights(slot: torch.Tensor, part: Any) -> torch.Tensor:
+    data = slot[part.offset : part.offset + part.num_bytes].view(part.num_rows, part.row_bytes)
+    return torch.from_numpy(dequantize(data.numpy(), part.layout_name))
+
+
+class RoundingRunner(HybridRunner):
+    """`HybridRunner` with these kernels, or others that are given."""
+
+    def __init__(self, path: Path, kernels: StandInKernels | None = None, **options: object) -> None:
+        super().__init__(path, kernels=kernels or RoundingKernels(), **options)
