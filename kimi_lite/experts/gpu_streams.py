@@ -6,6 +6,7 @@ events have nothing to do.
 """
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from kimi_lite.units import gib_apart
 HANG_S = 10.0  # that a wait for the GPU may take; what one wait is for is a layer, or a step of 20 to 200 ms
 _HANG_TOKEN_S = 0.01  # more for each token of a prompt: a layer of 8,192 at a depth of 256 K takes seconds
 _SPIN_S, _NAP_S = 500e-6, 50e-6  # a wait looks all the time, then now and then
+_HOST_NAP_S = 2e-3  # while the host itself keeps the GPU waiting: its cores have other work
 _DRIVER_BYTES = 512 * 1024**2  # CUDA's context and libraries, which torch does not count
 
 
@@ -144,20 +146,21 @@ class GpuStreams:
         if self.is_cuda:
             torch.cuda.set_device(self.device)
 
-    def finish(self, event: Event, num_tokens: int = 1, meanwhile: Callable[[], None] | None = None) -> None:
-        """The host waits for `event` in a pass over so many tokens, and calls `meanwhile` as long as it has to.
+    def finish(self, event: Event, num_tokens: int = 1, host_is_over: threading.Event | None = None) -> None:
+        """The host waits for `event` in a pass over so many tokens. host_is_over: until then another thread of the host
+        has work that the GPU waits for, which may take any time.
 
         Raises GpuBroken when the GPU does not answer any more, and at once after that: who waits for one that hangs
         waits for ever. Compiling kernels is no such wait: the host does it before it asks for anything.
         """
+        while host_is_over is not None and not event.query() and not host_is_over.wait(_HOST_NAP_S):
+            self.require_sound()
         start_s, limit_s = time.monotonic(), HANG_S + num_tokens * _HANG_TOKEN_S
         while not event.query():
             self.require_sound()
             elapsed_s = time.monotonic() - start_s
             if elapsed_s > limit_s:
                 self.failure = GpuBroken.silent(limit_s)
-            elif meanwhile is not None:
-                meanwhile()
             else:
                 time.sleep(0 if elapsed_s < _SPIN_S else _NAP_S)
 

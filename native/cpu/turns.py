@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit
 
 from kimi_lite.native.calls import atomic_load, atomic_store, pause, read_clock, stack_1024
-from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.program import Op
+from kimi_lite.native.cpu.compiler import Kernel, kernel
+from kimi_lite.native.cpu.program import Argument, Op
 from kimi_lite.native.cpu.run import NUM_TOKENS, RunTable
 from kimi_lite.native.cpu.threads import give_way
 from kimi_lite.native.simd import load_i64, store_i64
@@ -54,10 +54,10 @@ class TurnTable:
         before_ns = self._begun_ns if turn == 1 else int(self._times_ns[turn - 2, 1])
         return (chosen_ns - before_ns) * 1e-9, (answered_ns - chosen_ns) * 1e-9
 
-    @property
-    def times_address(self) -> int:
-        """int64 (turns, 2)."""
-        return self._times_ns.ctypes.data
+    def op(self, kernel: Kernel, turn: int, *others: Argument) -> Op:
+        """An operation of this turn, from 1."""
+        assert 1 <= turn <= len(self._times_ns), (turn, len(self._times_ns))
+        return Op.of(kernel, self, self.cells, turn, self._times_ns, *others)
 
     @property
     def late(self) -> int:
@@ -138,14 +138,14 @@ def _wait_kernel(args, thread, team):
 
 def wait_for_x_op(run: RunTable, table: TurnTable, turn: int) -> Op:
     """Ends when the inputs of all tokens of this turn (from 1) are there; first answers the turn before."""
-    return Op.of(_wait_kernel, table, table.cells, turn, table.times_address, X_POSTED, run, turn > 1)
+    return table.op(_wait_kernel, turn, X_POSTED, run, turn > 1)
 
 
 def wait_for_choices_op(run: RunTable, table: TurnTable, turn: int) -> Op:
     """Ends when all tokens' choices of this turn (from 1) are there."""
-    return Op.of(_wait_kernel, table, table.cells, turn, table.times_address, CHOICES_POSTED, run, False)
+    return table.op(_wait_kernel, turn, CHOICES_POSTED, run, False)
 
 
 def answer_op(table: TurnTable, turn: int) -> Op:
     """Tells the GPU that the rows of this turn (from 1) are there."""
-    return Op.of(_answer_kernel, table, table.cells, turn, table.times_address)
+    return table.op(_answer_kernel, turn)

@@ -11,6 +11,7 @@ on; on a device without graphs it always runs as plain calls. All that changes f
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -77,14 +78,30 @@ class DecodeStep:
 
     def forward(self, num_tokens: int) -> np.ndarray:
         """The first `num_tokens` rows of `inputs` -> float32 (num_tokens, vocabulary) on the host."""
-        if self._experts is not None:
-            limit_s = _TURN_LIMIT_S if self._captured.is_warm else _FIRST_LIMIT_S
-            self.inputs.set_first(self._experts.begin_turns(num_tokens, limit_s))
-        self._captured()
-        self._streams.finish(self._streams.event())
+        try:
+            if self._experts is not None:
+                limit_s = _TURN_LIMIT_S if self._captured.is_warm else _FIRST_LIMIT_S
+                self.inputs.set_first(self._experts.begin_turns(num_tokens, limit_s))
+            self._captured()
+            is_over = None if self._experts is None else self._experts.server.is_over
+            self._streams.finish(self._streams.event(), num_tokens, is_over)
+        except BaseException:
+            self._give_up()
+            raise
         if self._experts is not None:
             self._experts.finish_turns()
         return self._logits[:num_tokens].numpy().copy()
+
+    def close(self) -> None:
+        """Frees the graph; the buffers are free with the last reference to this."""
+        self._captured.close()
+
+    def _give_up(self) -> None:
+        """Nothing of this step may still run when the next one writes its inputs and numbers its turns."""
+        if self._experts is not None:
+            self._experts.give_up_turns()
+        with suppress(Exception):  # what ended the step may have been the device
+            self._streams.synchronize()
 
     def _run(self) -> None:
         """All of it."""
@@ -95,10 +112,6 @@ class DecodeStep:
         for layer, next_norm in zip(self._layers, norms[1:], strict=True):
             normed = layer.decode(x, normed, step, self._experts, first, next_norm)
         self._streams.copy(self._logits, self._head.logits(normed))
-
-    def close(self) -> None:
-        """Frees the graph; the buffers are free with the last reference to this."""
-        self._captured.close()
 
 
 def rows_for(num_tokens: int) -> int:

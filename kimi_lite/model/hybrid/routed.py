@@ -130,6 +130,10 @@ class RoutedExperts:
         """The layer's, in steps whose GPU finds the number before their first turn in `first`, int64 (1,)."""
         return self.server.turn(layer, first)
 
+    def give_up_turns(self) -> None:
+        """The GPU waits for none of this step's turns any more."""
+        self.server.cancel()
+
     def finish_turns(self) -> None:
         """The GPU has done the step. Raises KimiLiteError for what kept one of the two sides from its part."""
         self.server.finish()
@@ -176,7 +180,6 @@ class RoutedExperts:
 
     def cancel(self) -> None:
         """A pass was given up half-way."""
-        self.server.cancel()
         self.count()
         self.streamed.cancel()
 

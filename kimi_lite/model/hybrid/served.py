@@ -11,8 +11,9 @@ thread goes from layer to layer and computes what has come; the GPU sees no diff
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +29,18 @@ from kimi_lite.native.turn_cells import ANSWERED, EVERY_TURN, GIVEN_UP, MAX_TOKE
 
 _RESTART = "Restart kimi-lite; if it comes again, `kimi-lite doctor` says what the GPU and its driver are."
 
+_GRACE_S = 5.0
 
-class _Job(NamedTuple):
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """What the server's thread works on."""
+
     num_tokens: int
     num_threads: int
+    first: int  # number of the last turn before it
+    is_over: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
 
 
 class MissServer:
@@ -53,11 +62,8 @@ class MissServer:
         self._arrivals = {layer: Program(self._arrival_ops(layer)) for layer in self._layers}
         self._present = {layer: Program([self._experts_op(layer, self._buffers.ids)]) for layer in self._layers}
         self._last = Program([answer])
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._is_idle = threading.Event()
-        self._is_idle.set()
-        self._first = 0
-        self._error: BaseException | None = None
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._step = _Step(0, 0, 0)
         self._thread = threading.Thread(target=self._work, daemon=True, name="kimi-lite-misses")
         self._thread.start()
 
@@ -68,34 +74,43 @@ class MissServer:
     def begin(self, num_tokens: int, num_threads: int, limit_s: float) -> None:
         """A step whose GPU is told `next_number` as it was before this call. limit_s: no turn may take the GPU
         longer."""
-        assert self._is_idle.is_set(), "a step that has not ended"
-        self._is_idle.clear()
-        self._error, self._first = None, self.next_number
+        self._step = step = _Step(num_tokens, num_threads, self.next_number)
         self.next_number += len(self._layers)
-        self._table.begin(self._first, limit_s)
-        self._jobs.put(_Job(num_tokens, num_threads))
+        self._table.begin(step.first, limit_s)
+        self._queue.put(partial(self._serve, step))
+
+    @property
+    def is_over(self) -> threading.Event:
+        """Set when all turns of the step that began last are over, or given up."""
+        return self._step.is_over
 
     def finish(self) -> None:
         """Waits until all turns are over. Raises KimiLiteError for what kept one of the two sides waiting, and whatever
         ended the CPU's."""
-        self._is_idle.wait()
-        if self._error is not None:
-            raise self._error
+        step, given_up = self._step, int(self._cells[GIVEN_UP])
+        if given_up > step.first:
+            self._cells[STOP] = 1
+            step.is_over.wait(_GRACE_S)  # the CPU hangs: it may never be
+            layer = self._layers[given_up - step.first - 1]
+            raise KimiLiteError(f"The GPU waited in vain for the CPU's experts of layer {layer}.", _RESTART)
+        step.is_over.wait()
+        if step.error is not None:
+            raise step.error
         if self._table.late:
             layer = self._layers[self._table.late - 1]
             raise KimiLiteError(f"The GPU did not get to the experts of layer {layer} in time.", _RESTART)
-        if self._cells[GIVEN_UP] > self._first:
-            layer = self._layers[int(self._cells[GIVEN_UP]) - self._first - 1]
-            raise KimiLiteError(f"The GPU waited in vain for the CPU's experts of layer {layer}.", _RESTART)
 
     def cancel(self) -> None:
-        """Gives up the step that is on, if one is: the GPU waits for none of its turns any more."""
+        """Gives up the step that is on, if one is: the GPU waits for none of its turns any more. An exception may have
+        come in the middle of `begin`."""
         self._cells[STOP] = 1
-        self._is_idle.wait()
+        is_idle = threading.Event()
+        self._queue.put(is_idle.set)
+        is_idle.wait()
 
     def close(self) -> None:
-        self.cancel()
-        self._jobs.put(None)
+        self._cells[STOP] = 1
+        self._queue.put(None)
         self._thread.join()
 
     def _turn_ops(self, layer: int) -> list[Op]:
@@ -115,25 +130,27 @@ class MissServer:
 
     def _work(self) -> None:
         """The thread's, until it is given None."""
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._serve(job)
-            except BaseException as error:
-                self._error = error
-                self._cells[STOP] = 1
-            if self._cells[STOP]:
-                self._cells[ANSWERED] = EVERY_TURN
-            self._is_idle.set()
+        while (call := self._queue.get()) is not None:
+            call()
 
-    def _serve(self, job: _Job) -> None:
-        self._buffers.set_tokens(job.num_tokens)
-        team = self._cpu.team(job.num_threads)
+    def _serve(self, step: _Step) -> None:
+        try:
+            self._take_turns(step.num_tokens, self._cpu.team(step.num_threads))
+        except BaseException as error:
+            step.error = error
+            self._cells[STOP] = 1
+        if self._cells[STOP]:
+            self._cells[ANSWERED] = EVERY_TURN
+        step.is_over.set()
+
+    def _take_turns(self, num_tokens: int, team: Team) -> None:
+        self._buffers.set_tokens(num_tokens)
         if self._cpu.holds_all:
             team.run(self._whole)
         else:
-            self._serve_by_layer(job.num_tokens, team)
+            self._serve_by_layer(num_tokens, team)
         if not self._cells[STOP]:
-            self._on_taken([self._taken(layer, job.num_tokens) for layer in self._layers])
+            self._on_taken([self._taken(layer, num_tokens) for layer in self._layers])
 
     def _serve_by_layer(self, num_tokens: int, team: Team) -> None:
         """What runs next depends on what the disk has brought."""

@@ -247,6 +247,12 @@ class LazyDevice(GpuStreams):
     def enter_thread(self) -> None:
         _Mode(self).__enter__()
 
+    def finish(self, event: LazyEvent, num_tokens: int = 1, host_is_over: threading.Event | None = None) -> None:
+        """A host whose other thread works for the device does not ask it for anything: it goes on by itself."""
+        while host_is_over is not None and not event.query() and not host_is_over.is_set():
+            time.sleep(0)
+        super().finish(event, num_tokens)
+
     def synchronize(self) -> None:
         self._count("synchronize")
         for stream in (self.compute, *self._ring):
