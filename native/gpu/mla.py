@@ -182,6 +182,8 @@ def _tile_for(dtype: torch.dtype, rank_tile: int) -> tuple[int, int, int]:
     """
     if rank_tile > 512:
         return (16, 2, 8) if dtype != torch.uint8 else (16, 1, 8)
+    if dtype == torch.uint8:
+        return 32, 1, 8
     return (32, 2, 4) if dtype in (torch.float16, torch.bfloat16) else (16, 2, 4)
 
 

@@ -10,7 +10,6 @@ seconds: how parameters are passed follows from a launch's arguments alone. In a
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from kimi_lite.native.gpu.cuda_driver import Cuda, CudaDriver, Parameters
 from kimi_lite.native.layouts import BY_NAME
-from tests.native.gpu.ahead_of_time import Launch
-from tests.native.gpu.compile_kernels import _of_all, _of_type
+from kimi_lite.tools.kernels.launches import Launch, runtime_launches
 from tests.native.gpu.recording_cuda import FUNCTION, OPTIN_SHARED_BYTES, RecordingCuda, build
 
 STREAM, TARGET = 0x5A5A5A5A5A, GPUTarget("cuda", 90, 32)
@@ -157,12 +155,6 @@ def compare_loading(cuda: RecordingCuda, drivers: list[GPUDriver]) -> None:
     assert properties == [OPTIN_SHARED_BYTES] * 2, properties
 
 
-def all_launches() -> Iterator[Launch]:
-    yield from _of_all()
-    for name in BY_NAME:
-        yield from _of_type(name)
-
-
 def main() -> None:
     cuda = build(Path(sys.argv[1]))
     drivers = [stand_in(CudaDriver(Cuda(cuda.library))), tritons_own()]
@@ -170,7 +162,7 @@ def main() -> None:
     compare_types(cuda, drivers)
     triton_driver.set_active(drivers[0])
     kernels = Counter()
-    for number, launch in enumerate(all_launches()):
+    for number, launch in enumerate(runtime_launches(tuple(BY_NAME))):
         compare_launch(cuda, drivers, launch, shared_bytes=1000 * (number % 100))
         kernels[launch.kernel.__name__] += 1
     assert "not aligned" not in cuda.log()

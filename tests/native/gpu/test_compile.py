@@ -1,9 +1,10 @@
-"""The kernels as real GPU code: every one compiles to PTX and machine code for an RTX 4090 and an H100, without a GPU.
+"""The kernels as real GPU code: what a pass launches at Kimi K2.5's sizes compiles to machine code for an RTX 4090 and
+an H100, without a GPU, spills nothing and asks for no more shared memory than there is.
 
-The interpreter accepts what the compiler may not. Nothing may spill registers or want more shared memory than the GPU
-has.
+The interpreter accepts what the compiler may not. CI compiles a sample; all of it is a command's work.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,29 +12,41 @@ from pathlib import Path
 
 import pytest
 
+from kimi_lite.tools.kernels.compile import SAMPLE_ARCHS, SPILLS, Compiled
+
 _ROOT = Path(__file__).parents[3]
 
 
-def test_every_kernel_compiles(tmp_path):
+def _run(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    """In a process of its own, because Triton must not be interpreting."""
     triton = pytest.importorskip("triton")
     if not Path(triton.knobs.nvidia.ptxas.path).exists():
         pytest.skip("this triton has no ptxas")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.native.gpu.compile_kernels"]
-    result = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-W", "ignore", "-m", "kimi_lite.tools.kernels.compile", *arguments]
+    return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_a_sample_compiles(tmp_path):
+    """Every kernel there is; a kernel that no pass launches would end the command."""
+    result = _run("--sample", "--out", str(tmp_path / "table.json"), "--jobs", "1", cache=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    for kernel in (
-        "matvec",
-        "dequantize",
-        "gate_up",
-        "down",
-        "grouped",
-        "q8_0_product",
-        "decode",
-        "merge",
-        "write_latent",
-        "route",
-    ):
-        for target in ("sm_89", "sm_90"):
-            assert f"{target} {kernel}_kernel" in result.stdout, (target, kernel)
+    table = [Compiled(**row) for row in json.loads((tmp_path / "table.json").read_text())]
+    assert {each.arch for each in table} == set(SAMPLE_ARCHS) and all(each.instructions > 20 for each in table)
+    grouped = [each for each in table if each.kernel == "grouped_kernel"]
+    assert {each.tile.split(",")[0] for each in grouped} == {f"choices {n}" for n in (16, 64)}
+    assert all(each.tensor_instructions for each in grouped)
+
+
+def test_what_is_a_problem():
+    """Spills and shared memory at their limits and one above."""
+    good = {"arch": 89, "kernel": "grouped_kernel", "types": ("TQ1_0",), "tile": "", "num_warps": 4}
+    assert not Compiled(**good, shared_bytes=101_376).problem
+    assert "wants 101,377 bytes" in Compiled(**good, shared_bytes=101_377).problem
+    assert not Compiled(**good | {"arch": 90}, shared_bytes=101_377).problem
+    assert "spills 8 bytes" in Compiled(**good, spilled_bytes=8).problem
+    for (kernel, name), limit in SPILLS.items():
+        row = good | {"kernel": kernel, "types": (name,)}
+        assert not Compiled(**row, spilled_bytes=limit).problem and Compiled(**row, spilled_bytes=limit + 1).problem
+    assert "is not compiled: no" in Compiled(**good, error="no").problem
