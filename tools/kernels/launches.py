@@ -31,14 +31,15 @@ from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.cpu.attention import mla_shape
-from kimi_lite.model.hybrid.decode import pages_for, rows_for
+from kimi_lite.model.hybrid.decode import rows_for
+from kimi_lite.model.hybrid.head import Head
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, DenseMatrix, Kernels, Residents, TritonKernels
 from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.routed import ROW_TOKENS
-from kimi_lite.model.hybrid.step import Step, StepMaker, choose_expanded
+from kimi_lite.model.hybrid.step import StepMaker, choose_expanded
 from kimi_lite.model.hybrid.transformer import MAX_LOGITS
+from kimi_lite.model.hybrid.turns import Turn, TurnMemory
 from kimi_lite.native import gpu
-from kimi_lite.native.gpu.arguments import ChoiceRows
 from kimi_lite.native.gpu.experts import ExpertMatrix
 from kimi_lite.native.latent_rows import PAGE_TOKENS, row_bytes
 from kimi_lite.native.layouts import BY_NAME
@@ -195,57 +196,70 @@ def expert_form(name: str, hidden: int, width: int) -> ExpertForm:
 
 
 class HybridPath:
-    """Kimi K2.5's first two layers, one dense and one with experts, and its head, on the "meta" device."""
+    """Kimi K2.5's first two layers, one dense and one with experts, and its head, on the "meta" device.
+
+    It stands for `RoutedExperts` too, of which a captured step needs `turn` and `hit_rows`.
+    """
 
     def __init__(self, expert_type: str, dense_type: str = "Q8_0", cache: str = "f16") -> None:
         self.config = c = replace(K2_5, num_layers=2)
-        self.kernels = _Counting()
+        self.kernels, streams = _Counting(), GpuStreams("meta")
         weights = _Weights(c, dense_type)
         row = row_bytes("q8", c.kv_latent_size) if cache == "q8" else c.kv_latent_size
         storage = torch.empty((_PAGES, PAGE_TOKENS, row), dtype=CACHE_DTYPES[cache], device=_META)
         residents = Residents(self._int32(c.num_experts), 0.0)
         store = SimpleNamespace(tensors=tensor_shapes(c))
         self.layers = [Layer(store, weights, c, n, storage, self.kernels, residents) for n in range(c.num_layers)]
-        self._output, self._norm = weights.matrix("output.weight"), weights.vector("output_norm.weight")
+        self._head = Head(store, weights, c, self.kernels)
         self._form = expert_form(expert_type, c.hidden_size, c.expert_feed_forward_size)
         self._slots = torch.empty((STREAM_EXPERTS, self._form.num_bytes), dtype=torch.uint8, device=_META)
-        self._maker = StepMaker(c, GpuStreams("meta"))
+        self._maker = StepMaker(c, streams)
+        rows = torch.empty((ROW_TOKENS * c.num_experts_used, c.hidden_size), device=_META)
+        self._memory = TurnMemory.make(streams, 1, c.num_experts_used, rows)
+
+    def turn(self, layer: int, first: torch.Tensor) -> Turn:
+        return Turn(self._memory, 1, first)
+
+    def hit_rows(self, layer: int, normed: torch.Tensor, slot_of_choice: torch.Tensor) -> torch.Tensor:
+        return self.kernels.expert_choices(normed, self._slots, self._form, slot_of_choice, slot_of_choice)
 
     def decode(self, num_tokens: int) -> None:
         """A step of so many sequences."""
         pieces = tuple(SequenceSlice(i, 1, np.zeros(1, np.int32)) for i in range(num_tokens))
-        step = self._maker.make(_batch(pieces), [], num_tokens, pages_for(1))
-        self._layers(num_tokens, step)
+        step = self._maker.make(_batch(pieces), [])
+        x, first = self._x(num_tokens), torch.empty(1, dtype=torch.int64, device=_META)
+        normed = self.layers[0].normed(x)
+        for layer, next_norm in zip(
+            self.layers, (self.layers[1].attention.attn_norm, self._head.output_norm), strict=True
+        ):
+            normed = layer.decode(x, normed, step, self, first, next_norm)
+        self._head.logits(normed)
 
     def prompt(self, num_tokens: int) -> None:
         """A chunk of one sequence."""
         piece = SequenceSlice(0, num_tokens, np.zeros(-(-num_tokens // PAGE_TOKENS), np.int32))
         step = self._maker.make(_batch((piece,)), choose_expanded((piece,), mla_shape(self.config)))
-        self._layers(num_tokens, step)
-
-    def experts(self, num_tokens: int) -> None:
-        """Of so many tokens: choices by rows as far as the runtime has rows, and what streams in groups beyond."""
-        c = self.config
-        x, normed = (torch.empty((num_tokens, c.hidden_size), device=_META) for _ in range(2))
-        weights = torch.empty((num_tokens, c.num_experts_used), device=_META)
-        has_rows = num_tokens <= ROW_TOKENS
-        choice = self._int32(weights.numel() if has_rows else weights.numel() * STREAM_EXPERTS // c.num_experts)
-        rows = self.kernels.expert_choices(normed, self._slots, self._form, choice, choice)
-        shared = self.layers[1].shared_expert(normed)
-        if num_tokens <= MAX_DECODE_TOKENS:
-            norm = self.layers[1].attention.attn_norm
-            self.kernels.join(x, ChoiceRows(choice, rows, rows), weights, shared, norm, c.rms_norm_eps)
-        elif has_rows:
-            self.kernels.weighted_sum(rows.view(*weights.shape, -1), weights, shared)
-
-    def _layers(self, num_tokens: int, step: Step) -> None:
-        c = self.config
-        x = torch.empty((num_tokens, c.hidden_size), device=_META)
+        x = self._x(num_tokens)
         self.layers[0].attend(x, step)
         self.layers[1].router.forward(self.layers[1].attend(x, step))
         self.experts(num_tokens)
-        last = x[:MAX_LOGITS]
-        self.kernels.linear(self.kernels.rms_norm(last, self._norm, c.rms_norm_eps), self._output)
+        self._head.forward(x[:MAX_LOGITS])
+
+    def experts(self, num_tokens: int) -> None:
+        """A prompt's: choices by rows as far as there are rows, and those of a group of streamed experts beyond."""
+        c = self.config
+        num_choices = num_tokens * c.num_experts_used
+        has_rows = num_tokens <= ROW_TOKENS
+        choice = self._int32(num_choices if has_rows else num_choices * STREAM_EXPERTS // c.num_experts)
+        normed = self._x(num_tokens)
+        rows = self.hit_rows(1, normed, choice)
+        shared = self.layers[1].shared_expert(normed)
+        if has_rows:
+            weights = torch.empty((num_tokens, c.num_experts_used), device=_META)
+            self.kernels.weighted_sum(rows.view(*weights.shape, -1), weights, shared)
+
+    def _x(self, num_tokens: int) -> torch.Tensor:
+        return torch.empty((num_tokens, self.config.hidden_size), device=_META)
 
     @staticmethod
     def _int32(*shape: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from kimi_lite.native.gpu.arguments import Posting
 from kimi_lite.native.gpu.router import route
 from kimi_lite.native.gpu.turns import await_answer
 from kimi_lite.native.turn_cells import MAX_TOKENS, NUM_CELLS
-from tests.native.gpu.ahead_of_time import launches
+from kimi_lite.tools.kernels.launches import recorded
 
 CAPABILITIES = (80, 86, 89, 90, 120)
 STORE, LOAD = "st.release.sys.global.u64", "ld.acquire.sys.global.u64"
@@ -22,8 +22,8 @@ def main() -> None:
     host = torch.zeros((MAX_TOKENS, 8), dtype=torch.int32)
     posting = Posting(host, host, cells, first, 1)
     found = [
-        *launches(lambda: route(logits, logits[0], 8, slot_of=slot_of, posting=posting)),
-        *launches(lambda: await_answer(cells, first, first, 1)),
+        *recorded(lambda: route(logits, logits[0], 8, slot_of=slot_of, posting=posting)),
+        *recorded(lambda: await_answer(cells, first, first, 1)),
     ]
     for launch in found:
         for capability in CAPABILITIES:
