@@ -19,6 +19,8 @@ MODEL, MACHINE, SAMPLING, PROMPT = "Model", "Memory and speed", "Sampling", "Pro
 OUTPUT, CHAT, TOOLS, SERVER, SWARM = "Output", "Conversation", "Tools", "Server", "Swarm"
 DEFAULTS = "Requests that do not say otherwise"
 HUB_PREFIX = "hf:"  # of models of a hub
+FITTING = ("q8_0", "q6_k", "q4_k")  # of --dense, from fine to coarse: at most so many bits; see arch.dense
+DENSE_TYPES = (*FITTING, "bf16", "file")
 ANSWERING = ("chat", "run")
 ASKING = (*ANSWERING, "swarm")
 SAMPLED = (*ASKING, "serve")
@@ -404,14 +406,15 @@ class Options:
     )
     dense_type: str = _option(  # of the weights that every token uses, on a GPU
         "--dense",
-        help="Type in VRAM of the weights that every token uses; file: as they are.",
+        help="Type in VRAM of the weights that every token uses, at most so many bits; file: as they are. "
+        "Default: the plan chooses.",
         kind="choice",
-        choices=("q8_0", "bf16", "file"),
+        choices=("auto", *DENSE_TYPES),
         unused=_on_gpu,
         panel=MACHINE,
         commands=PLANNED,
-        default="q8_0",
-        shown_default="q8_0",
+        default="auto",
+        shown_default="auto",
     )
     loading: str = _option(  # of experts that fit into RAM
         "--load",

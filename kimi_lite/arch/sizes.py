@@ -7,24 +7,42 @@ Made from the tensors of a file, or from a configuration and a choice of types b
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kimi_lite.arch.architecture import Row, find_row, layer_of
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.dense import F32, dense_layout
 from kimi_lite.arch.tensors import is_tied
-from kimi_lite.native.layouts import BY_NAME, Layout
+from kimi_lite.native.layouts import Layout
+from kimi_lite.options import DENSE_TYPES, FITTING
 
 if TYPE_CHECKING:
     from kimi_lite.gguf.store import GGUFStore
 
-DENSE_TYPES = ("q8_0", "bf16", "file")  # of what is dense, on a GPU
 GATE_UP = "ffn_gate_up_exps.weight"  # two matrices of each expert in one tensor
 _SLOT_ALIGNMENT = 256  # bytes
 _NAMED_SHARE = 0.1
 Tensor = tuple[str, tuple[int, ...], Layout]  # name, shape (the last axis is the row), type
+
+
+_JOINED = {"ffn_gate.": "ffn_up.", "ffn_up.": "ffn_gate.", "ffn_gate_shexp.": "ffn_up_shexp."} | {
+    "ffn_up_shexp.": "ffn_gate_shexp."
+}  # dense matrices of the same inputs, which a GPU multiplies as one
+
+
+class DenseSize(NamedTuple):
+    """What every token uses, on a GPU in one of `arch.dense`'s types."""
+
+    layer_bytes: tuple[int, ...]  # of each layer
+    other_bytes: int  # head and last norm
+    bytes_by_type: tuple[tuple[str, int], ...]  # largest first
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.layer_bytes) + self.other_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +53,24 @@ class ModelSizes:
     label: str
     embedding_bytes: int  # looked up, one row a token
     dense_bytes: int  # read for every token: attention, dense layers, shared experts, routers, norms, head
-    gpu_dense_bytes: int  # the same on a GPU: Q8_0 whatever the file holds, head-wise products in bfloat16
-    gpu_bf16_bytes: int  # all of it there in bfloat16
-    gpu_file_bytes: int  # as in the file, head-wise products in float32
+    gpu: Mapping[str, DenseSize]  # the same on a GPU, by the type that is asked for (arch.dense)
     expert_bytes: int  # all routed experts of all layers
     slot_bytes: int  # of the largest routed expert, its matrices aligned: what a place for one takes
     converted_bytes: int = 0  # copies that loading makes: keys and values of files with a joint attn_kv_b
     vision_bytes: int = 0
     bytes_by_type: tuple[tuple[str, int], ...] = ()  # largest first, without vision
+    dense_type: str = FITTING[0]  # of `gpu`, what plans and costs count
 
     @property
     def total_bytes(self) -> int:
         return self.embedding_bytes + self.dense_bytes + self.expert_bytes + self.vision_bytes
 
-    def with_dense_type(self, kind: str) -> "ModelSizes":
-        """Where the user asks for another type on the GPU than Q8_0."""
-        sizes = dict(zip(DENSE_TYPES, (self.gpu_dense_bytes, self.gpu_bf16_bytes, self.gpu_file_bytes), strict=True))
-        return replace(self, gpu_dense_bytes=sizes[kind])
+    @property
+    def gpu_dense_bytes(self) -> int:
+        return self.gpu[self.dense_type].num_bytes
+
+    def with_dense_type(self, dense_type: str) -> "ModelSizes":
+        return replace(self, dense_type=dense_type)
 
     @property
     def num_experts(self) -> int:
@@ -80,9 +99,11 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
     """Sums the tensors of a file, or of a file to be. An embedding that is the head too is read whole, for every
     token."""
     tensors = list(tensors)
-    has_head = not is_tied([name for name, _, _ in tensors])
-    embedding, dense, routed, converted, on_gpu = 0, 0, 0, 0, Counter[str]()
+    layouts = {name: layout for name, _, layout in tensors}
+    has_head = not is_tied(list(layouts))
+    embedding, dense, routed, converted = 0, 0, 0, 0
     slot, by_type, experts_by_type = Counter[int](), Counter[str](), Counter[str]()
+    on_gpu: dict[str, Counter[tuple[int, str]]] = {kind: Counter() for kind in DENSE_TYPES}  # by layer and type
     for name, shape, layout in tensors:
         num_bytes = prod(shape[:-1]) * layout.row_bytes(shape[-1])
         by_type[layout.name] += num_bytes
@@ -96,13 +117,33 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
             slot[layer_of(name)] += num_matrices // shape[0] * slot_aligned(num_bytes // num_matrices)
         else:
             dense += num_bytes
-            on_gpu += {kind: _gpu_bytes(kind, row, shape, num_bytes) for kind in DENSE_TYPES}
+            partner = _partner(name)
+            joined = [layout] if partner is None else [layout, layouts.get(partner, layout)]
+            for kind, sizes in on_gpu.items():
+                for there, size in _gpu_parts(kind, config, row, shape, joined):
+                    sizes[layer_of(name), there.name] += size
             converted += _converted_bytes(config, row, layout)
-    label = _label(by_type, experts_by_type)
-    largest = max(slot.values(), default=0)
-    types = tuple(by_type.most_common())
-    gpus = (on_gpu[kind] for kind in DENSE_TYPES)
-    return ModelSizes(config, label, embedding, dense, *gpus, routed, largest, converted, vision_bytes, types)
+    return ModelSizes(
+        config=config,
+        label=_label(by_type, experts_by_type),
+        embedding_bytes=embedding,
+        dense_bytes=dense,
+        gpu={kind: _dense_size(sizes, config.num_layers) for kind, sizes in on_gpu.items()},
+        expert_bytes=routed,
+        slot_bytes=max(slot.values(), default=0),
+        converted_bytes=converted,
+        vision_bytes=vision_bytes,
+        bytes_by_type=tuple(by_type.most_common()),
+    )
+
+
+def _dense_size(sizes: Counter[tuple[int, str]], num_layers: int) -> DenseSize:
+    by_layer, by_type = Counter[int](), Counter[str]()
+    for (layer, type_name), num_bytes in sizes.items():
+        by_layer[layer] += num_bytes
+        by_type[type_name] += num_bytes
+    layers = tuple(by_layer[layer] for layer in range(num_layers))
+    return DenseSize(layers, sum(sizes.values()) - sum(layers), tuple(by_type.most_common()))
 
 
 def slot_aligned(num_bytes: int) -> int:
@@ -116,16 +157,27 @@ def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) 
     return sizes_of(config, tensors, vision_bytes)
 
 
-def _gpu_bytes(kind: str, row: Row | None, shape: tuple[int, ...], file_bytes: int) -> int:
-    """As `model.hybrid.weights` puts a dense tensor on the GPU."""
-    if len(shape) < 2 or (row and row.is_exact):
-        return file_bytes
-    if row and row.cut in ("keys", "values", "keys and values"):  # multiplied head by head
-        return prod(shape) * (4 if kind == "file" else 2)
-    if kind == "file":
-        return file_bytes
-    is_q8_0 = kind == "q8_0" and shape[-1] % BY_NAME["Q8_0"].block_size == 0
-    return prod(shape[:-1]) * BY_NAME["Q8_0" if is_q8_0 else "BF16"].row_bytes(shape[-1])
+def _partner(name: str) -> str | None:
+    """The tensor that a GPU multiplies in one with this one."""
+    return next((name.replace(own, other) for own, other in _JOINED.items() if own in name), None)
+
+
+def _gpu_parts(
+    kind: str, config: ModelConfig, row: Row | None, shape: tuple[int, ...], joined: list[Layout]
+) -> Iterator[tuple[Layout, int]]:
+    """Types and bytes of a dense tensor on the GPU, as `model.hybrid.weights` puts it there."""
+    if len(shape) < 2:
+        yield F32, 4 * prod(shape)
+    elif row and row.is_exact:
+        yield joined[0], prod(shape[:-1]) * joined[0].row_bytes(shape[-1])
+    elif row and row.cut == "keys and values":  # made anew: keys head by head, transposed
+        c = config
+        for rows, k in ((c.kv_lora_rank, c.qk_nope_head_dim), (c.v_head_dim, c.kv_lora_rank)):
+            layout = dense_layout(kind, [], k)
+            yield layout, c.num_heads * rows * layout.row_bytes(k)
+    else:
+        layout = dense_layout(kind, joined, shape[-1])
+        yield layout, prod(shape[:-1]) * layout.row_bytes(shape[-1])
 
 
 def _converted_bytes(config: ModelConfig, row: Row | None, layout: Layout) -> int:

@@ -132,7 +132,7 @@ def open_prefixes(store: GGUFStore, config: ModelConfig, plan: Plan) -> PrefixSt
     options = plan.limits
     if options.prefix_folder is None:
         return None
-    key = model_key(store, options.kv_dtype, options.cache_bias, options.dense_type if plan.is_on_gpu else True)
+    key = model_key(store, options.kv_dtype, options.cache_bias, plan.dense_type if plan.is_on_gpu else True)
     return PrefixStore(options.prefix_folder, key, page_shape(config, options.kv_dtype), options.prefix_bytes)
 
 

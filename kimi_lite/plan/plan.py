@@ -9,14 +9,13 @@ with its `refusal`. Shown by `plan.view` for `plan`, the start of a chat, `quant
 allocates the plan's numbers: cache pages, slots in VRAM, RAM for experts, a prompt's chunk.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.kv.pages import bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from kimi_lite.options import Options
+from kimi_lite.options import FITTING, Options
 from kimi_lite.plan.refusal import find_problem, find_remedies
 from kimi_lite.plan.speed import Split, forecast_decode, forecast_prompt, rates_of
 from kimi_lite.plan.types import (
@@ -62,12 +61,10 @@ def make_plan(
     limits: Options | None = None,
     *,
     file_bytes: int = 0,
-    with_rest: Callable[[str], ModelSizes] | None = None,
 ) -> Plan:
     """The one plan for this model here. Uses the GPU where there is one and `limits` allow it. `file_bytes`:
-    what must still be written to the disk; `with_rest`: the model's sizes with another type for all but its routed
-    experts, where that can still be chosen."""
-    situation = PlanInputs(sizes, hardware, limits or Options(), file_bytes, with_rest)
+    what must still be written to the disk."""
+    situation = PlanInputs(sizes, hardware, limits or Options(), file_bytes)
     plan = lay_out(situation)
     if not (problem := find_problem(plan)):
         return plan
@@ -75,9 +72,22 @@ def make_plan(
 
 
 def lay_out(situation: PlanInputs) -> Plan:
-    """The plan, whether it can be or not."""
+    """The plan, whether it can be or not. Where the type of the dense weights is the plan's choice it is the finest
+    that VRAM holds with everything else; the next coarser one is kept to say what it would bring."""
+    limits = situation.limits
+    if limits.dense_type != "auto":
+        return _lay_out(situation, limits.dense_type)
+    kinds = FITTING if situation.hardware.gpu is not None and limits.allows_gpu else FITTING[:1]
+    plans = [_lay_out(situation, kind) for kind in kinds]
+    best = next((at for at, plan in enumerate(plans) if plan.fits_in("VRAM")), len(plans) - 1)
+    finer, coarser = plans[best - 1] if best else None, plans[best + 1] if best + 1 < len(plans) else None
+    return replace(plans[best], finer=finer, coarser=coarser)
+
+
+def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
+    """With the dense weights in this type in VRAM."""
     hardware, limits = situation.hardware, situation.limits
-    sizes = situation.sizes.with_dense_type(limits.dense_type)
+    sizes = situation.sizes.with_dense_type(dense_type)
     is_on_gpu = hardware.gpu is not None and limits.allows_gpu
     context_length = choose_context(sizes, limits.context_length)
     num_threads, warning = _choose_threads(hardware, limits)
@@ -117,6 +127,7 @@ def lay_out(situation: PlanInputs) -> Plan:
     return Plan(
         situation=situation,
         is_on_gpu=is_on_gpu,
+        dense_type=dense_type,
         rows=tuple(row for row in rows if row.num_bytes),
         budgets=budgets,
         context_length=context_length,

@@ -33,6 +33,9 @@ _MEASURED = {
     "tq2_0": Quality(2.8964, 0.7658),
     "tq1_0": Quality(3.2506, 1.3190),
 }
+# The same of the weights that every token uses, against Q8_0 (tools/LOG.md of 2026-11-29). Measured on the CPU, where a
+# K type's activations are rounded more coarsely too; a GPU does not round them.
+REST_NATS = {"q8_0": 0.0, "q6_k": 0.019, "q4_k": 0.028}
 
 
 def quality_of(recipe: str) -> Quality:

@@ -13,7 +13,6 @@ LayOut = Callable[[PlanInputs], Plan]
 _LEAST_TOKENS_CACHED = 2  # tokens whose experts a cache of experts must hold, or it would never help
 _LEAST_CONTEXT = 1024
 _BOARDS_GIB = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # as memory is sold
-_REST_TYPE = "q4_k"  # of the weights that every token uses, where a GPU is too small for Q8_0
 _MOST_FLAGS = 4  # remedies by flags, best first
 
 
@@ -48,7 +47,7 @@ def find_problem(plan: Plan) -> str:
 def find_remedies(plan: Plan, lay_out: LayOut) -> Iterator[Remedy]:
     """Flags first, the least change first; then what no flag can do."""
     tried = _Trial(plan, lay_out)
-    here = [*islice(tried.by_flags(), _MOST_FLAGS), *tried.with_smaller_rest(), *tried.without_limits()]
+    here = [*islice(tried.by_flags(), _MOST_FLAGS), *tried.without_limits()]
     yield from here
     yield from tried.with_more_ram(is_last_hope=not here)
     yield from tried.with_more_disk()
@@ -71,20 +70,6 @@ class _Trial:
             if length and flags.strip() and flags not in seen:
                 seen.add(flags)
                 yield Remedy(flags.strip(), _effect(self._run(limits)))
-
-    def with_smaller_rest(self) -> Iterator[Remedy]:
-        """The weights that every token uses in fewer bits, in the file and so on the GPU."""
-        situation = self._situation
-        if not (self._plan.is_on_gpu and situation.with_rest):
-            return
-        sizes = situation.with_rest(_REST_TYPE)
-        for flags, kv_dtype in (("", situation.limits.kv_dtype), (" --kv-dtype q8", "q8")):
-            limits = replace(situation.limits, dense_type="file", kv_dtype=kv_dtype)
-            file_bytes = sizes.total_bytes if situation.file_bytes else 0
-            found = self._lay_out(replace(situation, sizes=sizes, limits=limits, file_bytes=file_bytes))
-            if not find_problem(found):
-                yield Remedy(f"--rest {_REST_TYPE} --dense file{flags}", _effect(found))
-                return
 
     def without_limits(self) -> Iterator[Remedy]:
         """Leaving out --vram or --ram, or both, where that is what lacks."""
@@ -134,8 +119,8 @@ class _Trial:
         most = self._lay_out(replace(self._situation, limits=replace(limits, num_gpu_experts=None))).num_vram_slots
         if limits.num_gpu_experts and most < limits.num_gpu_experts:
             yield f"--gpu-experts {most}", replace(limits, num_gpu_experts=most)
-        if limits.dense_type != "q8_0" and self._plan.is_on_gpu:
-            yield "--dense q8_0", replace(limits, dense_type="q8_0")
+        if limits.dense_type != "auto" and self._plan.is_on_gpu:
+            yield "--dense auto", replace(limits, dense_type="auto")
         caches = [("", limits.kv_dtype)] + [(" --kv-dtype q8", "q8")] * (limits.kv_dtype != "q8")
         devices = [("", limits.device)]
         if self._plan.is_on_gpu or limits.device not in (None, "cpu"):

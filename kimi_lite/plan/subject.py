@@ -5,7 +5,7 @@ For the last two a recipe says which types the weights will get.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 from kimi_lite.arch.checkpoint import read_checkpoint_config
@@ -120,8 +120,7 @@ def find_subject(model: str | None, has_vision: bool = True, mmproj: Path | None
 def plan_in(subject: Subject, recipe: str, hardware: Hardware, limits: Options, rest: str | None = None) -> Plan:
     """The plan of a model that is still to be made in this recipe: its file must find place on the disk."""
     sizes = subject.sizes_in(recipe, rest)
-    with_rest = None if rest else partial(subject.sizes_in, recipe)
-    return make_plan(sizes, hardware, limits, file_bytes=sizes.total_bytes, with_rest=with_rest)
+    return make_plan(sizes, hardware, limits, file_bytes=sizes.total_bytes)
 
 
 def choices(subject: Subject, hardware: Hardware, limits: Options, rest: str | None = None) -> Iterator[RecipePlan]:

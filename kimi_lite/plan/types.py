@@ -2,7 +2,6 @@
 a verdict. Made by `plan.plan`, shown by `plan.view`, followed by `engine`.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -32,7 +31,6 @@ class PlanInputs:
     hardware: Hardware
     limits: Options = field(default_factory=Options)
     file_bytes: int = 0  # what must still be written to the machine's disk; 0 for a file that is there
-    with_rest: Callable[[str], ModelSizes] | None = None  # the model to be made with another type for all but experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +88,7 @@ class Plan:
 
     situation: PlanInputs
     is_on_gpu: bool
+    dense_type: str  # in VRAM, of the weights that every token uses: one of arch.dense's
     rows: tuple[MemoryRow, ...]
     budgets: tuple[Budget, ...]
     # What is allocated
@@ -112,11 +111,14 @@ class Plan:
     verdict: Verdict
     warnings: tuple[str, ...] = ()
     refusal: Refusal | None = None
+    # With the weights that every token uses in the next finer and coarser type, where that was the plan's choice
+    finer: "Plan | None" = None
+    coarser: "Plan | None" = None
 
     @property
     def sizes(self) -> ModelSizes:
-        """In the types that weights get here: `--dense` counted."""
-        return self.situation.sizes.with_dense_type(self.limits.dense_type)
+        """In the types that weights get here."""
+        return self.situation.sizes.with_dense_type(self.dense_type)
 
     @property
     def hardware(self) -> Hardware:
@@ -130,6 +132,10 @@ class Plan:
     def ram_budget_bytes(self) -> int | None:
         """RAM for experts where not all of them fit; None: they do."""
         return self.ram_expert_bytes if self.disk_expert_bytes else None
+
+    def fits_in(self, place: Place) -> bool:
+        """Whether the place holds its rows; one without a budget holds any."""
+        return all(self.place_bytes(place) <= budget.have_bytes for budget in self.budgets if budget.place == place)
 
     def decode_at(self, depth: float, num_sequences: int = 1) -> Forecast:
         """Decode of several sequences together, each with so many earlier tokens."""
@@ -158,7 +164,7 @@ class Plan:
     def to_json(self) -> dict:
         """JSON-ready: everything that the tables show, in bytes, bytes/s and tokens/s. A refused plan has no speeds."""
         plain = (
-            *("context_length", "is_on_gpu", "num_cache_pages", "num_spill_pages", "num_vram_slots"),
+            *("context_length", "is_on_gpu", "dense_type", "num_cache_pages", "num_spill_pages", "num_vram_slots"),
             *("ram_expert_bytes", "disk_expert_bytes", "prompt_chunk_tokens", "num_threads", "bottleneck", "verdict"),
         )
         speeds = ("decode", "decode_full", "prompt")

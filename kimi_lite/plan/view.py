@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from kimi_lite import __version__
 from kimi_lite.arch.costs import decode_cost
-from kimi_lite.plan.quality import describe
+from kimi_lite.plan.quality import REST_NATS, describe
 from kimi_lite.plan.speed import Forecast, Rate
 from kimi_lite.plan.subject import RecipePlan, explain_choice
 from kimi_lite.plan.types import DENSE, EXPERTS, KV, MARGIN, PINNED, SLOTS, Place, Plan
@@ -23,6 +23,7 @@ _NAMES = {"ram": "RAM", "vram": "VRAM", "pcie": "PCIe", "disk": "disk"}
 _NAMED_SHARE = 0.02  # of a place: parts of the panel that are smaller go together
 _PANEL_PARTS = {DENSE: "dense", KV: "KV", PINNED: "pinned"}
 _NOT_EXPERTS = "^(?!.*_exps)"  # names of tensors, for quantize
+_LEAST_GAIN = 0.05  # of a coarser type: less is not worth a word
 _LEAST_HITS = 0.01  # of the chosen experts: fewer are not worth a word
 # Of the table of recipes: title, width, and whether a terminal of 40, 60 or 80 columns shows it.
 _COLUMNS = (
@@ -36,7 +37,7 @@ def plan_lines(plan: Plan, width: int = WIDTH) -> list[str]:
     sizes = plan.sizes
     head = f"{sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)} of weights"
     machine, places, ends = _machine_lines(plan, width), place_lines(plan, width), _ending_lines(plan, width)
-    return [*wrap("", head, width, 0), "", *machine, "", *places, "", *ends]
+    return [*wrap("", head, width, 0), "", *machine, "", *places, "", *_choice_lines(plan, width), *ends]
 
 
 def recipe_lines(choices: Sequence[RecipePlan], chosen: str, is_named: bool, width: int = WIDTH) -> list[str]:
@@ -135,12 +136,13 @@ def next_line(plan: Plan, origin: str, recipe: str | None, is_checkpoint: bool, 
 
 
 def limit_flags(plan: Plan) -> str:
-    """The flags that the plan was made with, for another command: type of the cache, memory, device."""
+    """The flags that the plan was made with, for another command: types of the cache and in VRAM, memory, device."""
     limits = plan.limits
     flags = [f"--kv-dtype {limits.kv_dtype}" if limits.kv_dtype != "f16" else ""]
     for name, num_bytes in (("ram", limits.ram_bytes), ("vram", limits.vram_bytes)):
         flags.append("" if num_bytes is None else f"--{name} {num_bytes / GIB:g}G" if num_bytes else f"--{name} 0")
     flags.append(f"--device {limits.device}" if limits.device else "")
+    flags.append(f"--dense {limits.dense_type}" if limits.dense_type != "auto" else "")
     return "".join(f" {flag}" for flag in flags if flag)
 
 
@@ -187,8 +189,30 @@ def _machine_lines(plan: Plan, width: int) -> Iterator[str]:
         yield from labelled("", warning, width)
 
 
+def _choice_lines(plan: Plan, width: int) -> Iterator[str]:
+    """The type of the dense weights, where it costs quality or another would bring speed."""
+    if plan.refusal:
+        return
+    if finer := plan.finer:
+        old, new = finer.dense_type.upper(), plan.dense_type.upper()
+        text = f"encoded as {new} while loading, as {old} does not fit; {_loss(plan.dense_type)}"
+        yield from labelled("Dense", text, width)
+    elif coarser := plan.coarser:
+        gain = coarser.decode.expected_tok_s / plan.decode.expected_tok_s - 1
+        if gain >= _LEAST_GAIN:
+            kind = coarser.dense_type
+            yield from labelled("Faster", f"--dense {kind}: {gain:.0%} more tokens/s expected; {_loss(kind)}", width)
+
+
+def _loss(dense_type: str) -> str:
+    return f"at most {REST_NATS[dense_type]:.3f} nats lost on the demo model"
+
+
 def _remark(plan: Plan, place: Place, part: str) -> str:
     sizes, num_sequences = plan.sizes, plan.limits.num_sequences
+    if (place, part) == ("VRAM", DENSE):
+        size = sizes.gpu[plan.dense_type]
+        return "in " + " + ".join(name for name, taken in size.bytes_by_type if taken > 0.1 * size.num_bytes)
     if part == SLOTS:
         return f"{plan.num_vram_slots:,} of {sizes.num_experts:,} experts"
     if part == KV:

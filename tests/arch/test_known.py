@@ -107,5 +107,5 @@ def test_dense_weights_on_a_gpu_are_8_bits():
     )
     assert fine.label == "F32 experts, F32 rest" and coarse.label == "Q8_0 experts, Q8_0 rest"
     assert fine.gpu_dense_bytes < 0.35 * fine.dense_bytes
-    assert coarse.dense_bytes < coarse.gpu_dense_bytes < 1.1 * coarse.dense_bytes  # products by head are in bfloat16
+    assert coarse.gpu_dense_bytes == coarse.dense_bytes, "what has eight bits stays as it is"
     assert 0 < coarse.shared_expert_bytes < coarse.gpu_dense_bytes

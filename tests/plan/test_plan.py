@@ -14,11 +14,13 @@ from kimi_lite.arch.sizes import ModelSizes, sizes_of
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.machine import Cores, Disk, Gpu, Hardware, described, free_of
-from kimi_lite.options import OPTIONS, Options
+from kimi_lite.native.layouts import BY_NAME, Layout
+from kimi_lite.options import DENSE_TYPES, OPTIONS, Options
 from kimi_lite.plan import speed
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, rates_of
 from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan, Remedy
+from kimi_lite.plan.view import plan_lines
 from kimi_lite.units import GIB
 
 GPU = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)
@@ -203,7 +205,7 @@ def parse_flags(text: str) -> dict[str, object]:
     """Fields of Options from flags as a remedy writes them."""
     words, by_flag = text.split(), {flag: option for option in OPTIONS.values() for flag in option.flags}
     pairs = zip(words[::2], words[1::2], strict=True)
-    return {by_flag[flag].name: by_flag[flag].parse(value, flag) for flag, value in pairs if flag != "--rest"}
+    return {by_flag[flag].name: by_flag[flag].parse(value, flag) for flag, value in pairs}
 
 
 def follow(remedy: Remedy, plan: Plan) -> Plan:
@@ -212,10 +214,6 @@ def follow(remedy: Remedy, plan: Plan) -> Plan:
     sizes, hardware, options = situation.sizes, situation.hardware, situation.limits
     file_bytes = situation.file_bytes
     if remedy.flags:
-        words = remedy.flags.split()
-        if "--rest" in words:
-            sizes = situation.with_rest(words[words.index("--rest") + 1])
-            file_bytes = min(file_bytes, sizes.total_bytes)
         options = replace(options, **parse_flags(remedy.flags))
     elif remedy.action.startswith("without "):
         flags = remedy.action.removeprefix("without ").split(" and ")
@@ -227,11 +225,10 @@ def follow(remedy: Remedy, plan: Plan) -> Plan:
     else:
         assert remedy.action == "a folder on a larger disk", remedy
         hardware = replace(hardware, disk=Disk(Path("/large"), file_bytes))
-    return make_plan(sizes, hardware, options, file_bytes=file_bytes, with_rest=situation.with_rest)
+    return make_plan(sizes, hardware, options, file_bytes=file_bytes)
 
 
 OPTIONS_BY_FLAG = {option.long_flag: option for option in OPTIONS.values()}
-RESTS = {"q4_k": replace(K25["tq1_0"], gpu_file_bytes=int(7.6e9))}
 
 
 @settings(max_examples=150, deadline=None)
@@ -257,11 +254,9 @@ def test_every_remedy_runs_in_the_very_situation(data):
         vram_bytes=draw(limit),
         ram_bytes=draw(limit),
         num_gpu_experts=draw(st.none() | st.sampled_from([0, 100, 20_000])),
-        dense_type=draw(st.sampled_from(["q8_0", "bf16", "file"])),
+        dense_type=draw(st.sampled_from(["auto", *DENSE_TYPES])),
     )
-    is_stored = draw(st.booleans())
-    with_rest = None if is_stored or recipe == "moonlight" else RESTS.__getitem__
-    plan = make_plan(sizes, hardware, options, file_bytes=0 if is_stored else sizes.total_bytes, with_rest=with_rest)
+    plan = make_plan(sizes, hardware, options, file_bytes=draw(st.sampled_from([0, sizes.total_bytes])))
     if not plan.refusal:
         assert all(plan.place_bytes(budget.place) <= budget.have_bytes for budget in plan.budgets)
         return
@@ -279,17 +274,44 @@ def test_the_longest_context_is_offered():
     assert longer.refusal and "--device cpu" in remedies(longer)
 
 
-def test_a_12_gib_gpu_has_a_remedy():
-    """The weights that every token uses in 4 bits fit where Q8_0 does not."""
-    small = replace(GPU, vram_total_bytes=12 * GIB, vram_free_bytes=int(11.6 * GIB))
-    plan = make_plan(K25["tq1_0"], machine(128, small), with_rest=RESTS.__getitem__, file_bytes=1)
-    assert "VRAM are needed" in plan.refusal.problem
-    assert {"--device cpu", "--rest q4_k --dense file"} <= set(remedies(plan))
+@pytest.mark.parametrize(("vram_gib", "dense_type"), [(8, "q4_k"), (12, "q6_k"), (16, "q8_0"), (24, "q8_0")])
+def test_small_gpus_get_their_dense_weights_in_fewer_bits(vram_gib, dense_type):
+    """The finest type that fits, with what it costs; what the next coarser one would bring."""
+    gpu = replace(GPU, vram_total_bytes=vram_gib * GIB, vram_free_bytes=int(0.97 * vram_gib * GIB))
+    plan = make_plan(K25["tq1_0"], machine(256, gpu), Options(context_length=8192, kv_dtype="q8"))
+    assert plan.dense_type == dense_type and not plan.refusal
+    bits, exact_bytes = {"q8_0": 8.5, "q6_k": 6.5625, "q4_k": 4.5}[dense_type], 0.665e9  # routers in F32
+    assert plan.part_bytes("VRAM", "dense weights") == pytest.approx(exact_bytes + 10.38e9 * bits / 8, rel=0.02)
+    text = " ".join(" ".join(plan_lines(plan)).split())
+    assert (f"encoded as {dense_type.upper()} while loading" in text) == (dense_type != "q8_0")
+    assert bool(plan.finer) == (dense_type != "q8_0") and (plan.finer is None or not plan.finer.fits_in("VRAM"))
+    if dense_type == "q8_0":
+        coarser = make_plan(K25["tq1_0"], machine(256, gpu), replace(plan.limits, dense_type="q6_k"))
+        gain = coarser.decode.expected_tok_s / plan.decode.expected_tok_s - 1
+        assert (f"--dense q6_k: {gain:.0%} more tokens/s expected" in text) == (gain >= 0.05)
+    finest = make_plan(K25["tq1_0"], machine(256, gpu), replace(plan.limits, dense_type="q8_0"))
+    assert bool(finest.refusal) == (dense_type != "q8_0")
+    assert not finest.refusal or {"--dense auto", "--device cpu"} <= set(remedies(finest))
+
+
+def test_types_of_fewer_bits_stay_as_they_are():
+    """A file whose dense weights are of two bits takes no more VRAM for them than on the disk."""
+    config = KNOWN["kimi-k2.5"].config
+
+    def layout(name: str, shape: tuple[int, ...]) -> Layout:
+        is_exact = len(shape) == 1 or "ffn_gate_inp" in name
+        return BY_NAME["F32" if is_exact else "IQ4_NL" if shape[-1] % 256 else "IQ2_XXS"]
+
+    shapes = tensor_shapes(config, ()).items()
+    sizes = sizes_of(config, ((name, shape, layout(name, shape)) for name, shape in shapes))
+    plan = make_plan(sizes, machine())
+    assert plan.dense_type == "q8_0" and plan.part_bytes("VRAM", "dense weights") == sizes.dense_bytes < 3.4 * GIB
+    assert plan.num_vram_slots > 1200 and "in IQ2_XXS + F32" in "\n".join(plan_lines(plan))
 
 
 def test_limits_of_the_user_are_named_when_they_are_what_lacks():
-    plan = make_plan(K25["tq1_0"], machine(), Options(vram_bytes=12 * GIB))
-    assert "--vram allows 12.0 GiB" in plan.refusal.problem
+    plan = make_plan(K25["tq1_0"], machine(), Options(vram_bytes=9 * GIB))
+    assert "--vram allows 9.0 GiB" in plan.refusal.problem
     assert "without --vram" in remedies(plan) and "--device cpu" in remedies(plan)
 
 
@@ -355,7 +377,7 @@ def test_flags_of_the_gpu_are_kept():
     narrow = make_plan(sizes, wide.hardware, Options(num_gpu_experts=wide.num_vram_slots))
     assert wide.decode.limit_tok_s < narrow.decode.limit_tok_s
     as_file = sizes.with_dense_type("file")
-    assert sizes.dense_bytes < as_file.gpu_dense_bytes < 1.2 * sizes.dense_bytes
+    assert as_file.gpu_dense_bytes == sizes.dense_bytes
 
 
 def test_json_holds_what_the_tables_show():

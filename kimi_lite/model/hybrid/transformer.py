@@ -36,7 +36,6 @@ from kimi_lite.model.hybrid.step import StepMaker, choose_expanded, is_decoding,
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.latent_rows import PAGE_TOKENS
-from kimi_lite.options import Options
 from kimi_lite.plan.types import Plan
 
 MAX_LOGITS = 64  # rows of logits made at once
@@ -78,7 +77,7 @@ class HybridTransformer:
         self._recorder, self.experts = recorder, None
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
         slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
-        self._load_dense(store, plan.limits, slot_table, report)
+        self._load_dense(store, plan, slot_table, report)
         self.experts = open_experts(store, config, streams, kernels, plan, slot_table, report, heat_file, recorder)
         self._adaptive = Adaptive(self.experts, thread_counts(plan.limits.num_threads))
         if streams.is_cuda:
@@ -88,12 +87,12 @@ class HybridTransformer:
     def _load_dense(
         self,
         store: GGUFStore,
-        options: Options,
+        plan: Plan,
         slot_table: torch.Tensor,
         report: Callable[[str, int, int], None],
     ) -> None:
-        c = self.config
-        weights = DenseWeights(store, self._streams, self._kernels, options.dense_type)
+        c, options = self.config, plan.limits
+        weights = DenseWeights(store, self._streams, self._kernels, plan.dense_type)
         self.layers = []
         for number in range(c.num_layers):
             report("loading onto the GPU", number, c.num_layers)

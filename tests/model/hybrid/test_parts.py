@@ -21,13 +21,10 @@ from kimi_lite.model.hybrid.decode import Captured, pages_for, rows_for
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
 from kimi_lite.model.hybrid.transformer import HybridTransformer
-from kimi_lite.model.hybrid.weights import DenseWeights, quantize_q8_0
+from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.gpu import support
-from kimi_lite.native.layouts import BY_NAME
-from kimi_lite.native.reference_types import dequantize
 from kimi_lite.options import Options
 from kimi_lite.plan.workspace import STREAM_EXPERTS, gpu_work_bytes
-from kimi_lite.quantize.codecs import encode
 from tests.model.hybrid.runner import plan_for
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.tiny import write_tiny_gguf
@@ -45,40 +42,16 @@ def config(store):
     return ModelConfig.from_metadata(store.metadata)
 
 
-def test_q8_0_on_the_device_is_llama_cpps():
-    """The quantizer's bytes, for weights of every size, zeros and halves that must be rounded away from zero."""
-    rng = np.random.default_rng(1)
-    rows = (rng.standard_normal((8, 96)) * 10.0 ** rng.integers(-6, 4, (8, 1))).astype(np.float32)
-    rows[3, :32], rows[4, :32] = 0, np.arange(-16, 16) + 0.5
-    rows[4, 0] = 127
-    have = quantize_q8_0(torch.from_numpy(rows), "w").numpy()
-    assert np.array_equal(have, encode(BY_NAME["Q8_0"], rows))
-    with pytest.raises(KimiLiteError, match=r"Tensor w .* Q8_0 cannot hold"):
-        quantize_q8_0(torch.full((1, 32), 1e9), "w")
-
-
-@pytest.mark.parametrize("dense_type", ["q8_0", "bf16", "file"])
-def test_dense_weights(store, dense_type):
-    """Each type as it is or encoded anew; several matrices as one."""
-    weights = DenseWeights(store, GpuStreams("cpu"), StandInKernels(), dense_type)
-    names = [f"blk.0.ffn_{part}.weight" for part in ("gate", "up")]
-    matrix = weights.matrix(*names)
-    assert matrix.layout_name == {"q8_0": "Q8_0", "bf16": "BF16", "file": "F32"}[dense_type]
-    want = np.concatenate([store.tensor(name).data.view(np.float32) for name in names])
-    assert np.abs(dequantize(matrix.data.numpy(), matrix.layout_name) - want).max() < 2e-2 * np.abs(want).max()
-    low = weights.matrix("blk.0.attn_output.weight")
-    assert low.layout_name == {"q8_0": "Q8_0", "bf16": "BF16", "file": "Q4_0"}[dense_type]
-    assert weights.num_bytes == matrix.data.nbytes + low.data.nbytes
-
-
 def test_a_router_is_never_rounded(store, tmp_path):
     """Float32 stays, unless bfloat16 says exactly the same."""
     streams, kernels = GpuStreams("cpu"), StandInKernels()
-    matrix = DenseWeights(store, streams, kernels).exact_matrix("blk.1.ffn_gate_inp.weight")
+    matrix = DenseWeights(store, streams, kernels, "q8_0").exact_matrix("blk.1.ffn_gate_inp.weight")
     assert matrix.layout_name == "F32"
     path = write_tiny_gguf(tmp_path / "t.gguf", np.random.default_rng(2), types={"ffn_gate_inp": "BF16"})
     assert (
-        DenseWeights(GGUFStore.open(path), streams, kernels).exact_matrix("blk.1.ffn_gate_inp.weight").layout_name
+        DenseWeights(GGUFStore.open(path), streams, kernels, "q8_0")
+        .exact_matrix("blk.1.ffn_gate_inp.weight")
+        .layout_name
         == "BF16"
     )
 
