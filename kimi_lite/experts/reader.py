@@ -119,7 +119,7 @@ class ShardReader:
     def read(self, run: FileRun, target: np.ndarray) -> np.ndarray:
         """The run's bytes, uint8 (num_bytes,): the part of `target` that they were read to. Raises OSError.
 
-        target: uint8, at least `run.target_bytes`, on a border of BLOCK_BYTES.
+        target: uint8, at least its `target_bytes`, on a border of BLOCK_BYTES.
         """
         place = run.checked(target)[: run.target_bytes]
         with self._lock:
