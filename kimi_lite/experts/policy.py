@@ -9,7 +9,7 @@ replays routing traces through the very same class. An expert's score estimates 
 The short averages follow the topic almost as LRU does, the long one knows favourites and keeps a cache that is too
 small for LRU from turning over for nothing (`tools.cache` compares; tools/LOG.md has the numbers). A slot is free,
 loading (given to an expert whose bytes are on their way) or resident, and a resident or loading slot may be pinned,
-which protects it from eviction while a kernel or a copy uses it.
+which protects it from eviction while a kernel or a copy uses it. A slot that is lent belongs to no expert.
 
     slots = policy.find(layer, ids)            # -1 where the expert is not resident
     slot = policy.admit(layer, [17])[0]        # may evict the coldest; -1 when every slot is pinned or loading
@@ -23,7 +23,7 @@ import numpy as np
 
 HALF_LIVES = (2.0, 32.0, 512.0)  # tokens
 _REBASE_EXPONENT = 200.0  # gains grow as 2^(step / half-life); past this they start over
-_FREE, _LOADING, _RESIDENT = range(3)
+_FREE, _LOADING, _RESIDENT, _LENT = range(4)
 
 
 class Promotion(NamedTuple):
@@ -234,6 +234,25 @@ class HeatPolicy:
         assert self._state[slot] == _LOADING, (slot, self._state[slot])
         self._state[slot] = _RESIDENT
         self.evict(slot)
+
+    def lend(self, count: int) -> list[tuple[int, tuple[int, int] | None]]:
+        """Up to `count` slots for something else until `take_back`, each with the (layer, expert) that is evicted from
+        it: free ones first, then those of the coldest."""
+        free = self.free_slots[:count]
+        lent = [(slot, None) for slot in free]
+        for slot in self.choose_victims(count - len(free)) if count > len(free) else []:
+            lent.append((slot, self.key(slot)))
+            self.evict(slot)
+        slots = {slot for slot, _ in lent}
+        self._free = [slot for slot in self._free if slot not in slots]
+        self._state[list(slots)] = _LENT
+        return lent
+
+    def take_back(self, slots: Sequence[int]) -> None:
+        """They are free again."""
+        assert (self._state[list(slots)] == _LENT).all(), slots
+        self._state[list(slots)] = _FREE
+        self._free += sorted(slots, reverse=True)
 
     def evict(self, slot: int) -> None:
         """Frees the slot of an unpinned resident."""

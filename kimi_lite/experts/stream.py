@@ -34,6 +34,7 @@ COPY_THREADS = 4  # that read RAM fast enough for the bus; a disk wants more
 RING_BYTES = 24 << 20  # of pinned pieces, where as many as MIN_PIECES fit: what a processor's cache holds
 MIN_PIECES = 4
 _NUM_PARTS = 3  # gate, up, down
+_NAP_S = 50e-6
 _PATIENCE_S = 30.0  # without any progress, after which disk or GPU are taken for dead
 
 
@@ -123,7 +124,7 @@ class PromptStream:
         self._waiting: deque[_Group] = deque()  # not taken
         self._dead: BaseException | None = None
         self._is_closed = False
-        self._num_reads = 0
+        self._num_reads, self._seen = 0, (0, 0.0)
         self.num_streamed = self.num_bytes = 0  # experts taken; bytes over the bus
         self.busy_s = self.read_wait_s = self.bus_wait_s = 0.0  # of the feeder: in all, for memory or disk, for the bus
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="kimi-lite-stream")
@@ -217,6 +218,14 @@ class PromptStream:
                     entry.is_given_back = True
                     entry.is_dropped = entry.before is not None  # nothing of it could be read
             self._waiting.clear()
+
+    def new_work(self) -> tuple[int, float]:
+        """Bytes that were sent since the last call, and the seconds that took: without those in which nothing was
+        wanted or no slot was free."""
+        now = self.num_bytes, self.busy_s
+        new = now[0] - self._seen[0], now[1] - self._seen[1]
+        self._seen = now
+        return new
 
     def counters(self) -> dict[str, float]:
         return {
@@ -329,7 +338,7 @@ class PromptStream:
         self._num_reads += 1
         if piece.uploaded is not None:
             start_s = time.perf_counter()
-            self._streams.finish(piece.uploaded)
+            self._streams.finish(piece.uploaded, meanwhile=_nap)
             self.bus_wait_s += time.perf_counter() - start_s
         data = self._pool.submit(self._store.read_part, group.layer, entry.expert, part, piece.memory.numpy())
         return _Read(group, entry, part, piece, data)
@@ -365,6 +374,11 @@ class PromptStream:
             group.num_left -= 1
             if group.is_done:
                 self._changed.notify_all()
+
+
+def _nap() -> None:
+    """Instead of looking all the time, which would keep the interpreter from those who launch kernels."""
+    time.sleep(_NAP_S)
 
 
 def num_pieces(piece_bytes: int, num_threads: int) -> int:

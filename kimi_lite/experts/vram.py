@@ -14,7 +14,7 @@ Which expert deserves a slot is `policy.HeatPolicy`'s decision.
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Queue
 
@@ -106,6 +106,23 @@ class VramSlots:
         for promotion in began:
             self._start(promotion)
         return len(began)
+
+    def lend(self, count: int) -> tuple[list[int], Event]:
+        """Up to `count` slots, the coldest, for something else until `take_back`: their experts leave the table now.
+        The slots may be written once the event has happened."""
+        lent = self.policy.lend(count)
+        for _, key in lent:
+            if key is not None:
+                self._host_table[key] = -1
+        keys = [key for _, key in lent if key is not None]
+        if keys:
+            flat = np.ravel_multi_index(np.array(keys).T, self._host_table.shape)
+            self.table.view(-1).index_fill_(0, torch.from_numpy(flat).to(self.table.device), -1)
+        return [slot for slot, _ in lent], self._streams.event()
+
+    def take_back(self, slots: Sequence[int]) -> None:
+        """They are empty: promotions fill them again."""
+        self.policy.take_back(slots)
 
     def fill(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Before the first step: bring in all experts where each has a slot, else the hottest, and wait for them."""

@@ -74,7 +74,7 @@ def open_experts(
         own_slots = range(num_slots, num_slots + 2 * group_size)
         stream = PromptStream(streams, experts, slots.slots, own_slots, group_size, num_readers)
         opened.callback(stream.close)
-        streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs)
+        streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs, ram)
         if heat is not None:
             slots.policy.import_heat(heat)
         slots.fill(partial(report, "bringing experts into VRAM"))

@@ -171,6 +171,11 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """(T, K, D), (T, K) -> (T, D), choice after choice, then + base (T, D)."""
 
+    def sum_at_places(
+        self, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same of rows (n, D) that lie anywhere: choice k of token t at `places` int32 (T, K)."""
+
     def join(
         self,
         x: torch.Tensor,
@@ -193,12 +198,13 @@ class TritonKernels:
     """
 
     def __init__(self) -> None:
-        from kimi_lite.native.gpu import dequant, elementwise, experts, join, linear, mla, router, turns
+        from kimi_lite.native.gpu import dequant, elementwise, experts, join, linear, mla, places, router, turns
 
         self._dequant, self._linear, self._mla, self._router, self._turns = dequant, linear, mla, router, turns
         self.rms_norm, self.swiglu, self.rotate = elementwise.rms_norm, elementwise.swiglu, elementwise.rope
         self.weighted_sum, self.expert_choices = elementwise.weighted_sum, experts.expert_choices
         self.mla_decode, self.join = mla.mla_decode, join.join
+        self.sum_at_places = places.sum_at_places
 
     def dequantize(
         self, data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None

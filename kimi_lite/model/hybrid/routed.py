@@ -79,9 +79,16 @@ class RoutedExperts:
     def begin_step(self, promotion_budget: int, num_tokens: int) -> int:
         """Between steps: promotions arrive and begin. Returns how many began."""
         self.count()
+        if num_tokens < MIN_STREAM_TOKENS:
+            self.streamed.give_slots_back()
         if self.store.ram:
             self.store.ram.begin(num_tokens)
         return self.slots.begin_step(promotion_budget, num_tokens)
+
+    def begin_prompt(self, num_tokens: int) -> None:
+        """A pass over so many tokens of a prompt begins: what streams may begin before the first router has spoken."""
+        if num_tokens >= MIN_STREAM_TOKENS:
+            self.streamed.begin(num_tokens)
 
     def forward(
         self,
@@ -103,7 +110,7 @@ class RoutedExperts:
         chosen = self._chosen(host, num_tokens, self._streams.event())
         if num_tokens > ROW_TOKENS or (may_stream and num_tokens >= MIN_STREAM_TOKENS):
             num_windows = -(-num_tokens // self.cpu.capacity)
-            division = self.streamed.divide(layer, chosen, self.slots.residents(layer), num_windows)
+            division = self.streamed.divide(layer, chosen, num_windows)
             if division.streamed or num_tokens > ROW_TOKENS:
                 self._uncounted.append(_LayerRun(layer, chosen))
                 choice = ExpertChoice(normed, ids, weights)
@@ -185,8 +192,8 @@ class RoutedExperts:
 
     def counters(self) -> dict[str, float]:
         self.count()
-        times = {"cpu_experts_s": self.cpu_s, "gpu_wait_s": self.wait_s, "stream_s": self.streamed.stream_s}
-        return self.store.counters() | self.slots.counters() | times | {"streamed_experts": self.streamed.num_streamed}
+        times = {"cpu_experts_s": self.cpu_s, "gpu_wait_s": self.wait_s}
+        return self.store.counters() | self.slots.counters() | times | self.streamed.counters()
 
     def close(self) -> None:
         """Saves the heat and ends all threads, whatever fails; the store's last, as the others read from it."""

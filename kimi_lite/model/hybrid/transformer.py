@@ -244,6 +244,8 @@ class HybridTransformer:
     def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
         step, x = self._maker.make(batch, expanded), torch.from_numpy(self._embed(batch)).to(self._streams.device)
+        if self.experts and not step.is_decoding:
+            self.experts.begin_prompt(len(batch.token_ids))
         for layer in self.layers:
             if should_stop and should_stop():
                 raise Cancelled

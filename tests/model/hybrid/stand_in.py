@@ -174,6 +174,11 @@ class StandInKernels:
             total += rows[:, k] * weights[:, k, None]
         return _placed(total if base is None else total + base, out)
 
+    def sum_at_places(
+        self, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.weighted_sum(rows[places.long()], weights, base)
+
     def join(
         self,
         x: torch.Tensor,
