@@ -47,8 +47,8 @@ def sum_at_places(
     assert weights.shape == places.shape and weights.is_contiguous() and places.is_contiguous(), weights.shape
     assert out.shape == (num_tokens, width) and (base is None or base.shape == out.shape), out.shape
     other = out if base is None else base
-    assert rows.stride(1) == out.stride(1) == other.stride(1) == 1, (rows.stride(), out.stride(), other.stride())
     if num_tokens > 0:
+        assert rows.stride(1) == out.stride(1) == other.stride(1) == 1, (rows.stride(), out.stride(), other.stride())
         sum_at_places_kernel[(num_tokens, triton.cdiv(width, _TILE))](
             rows, places, weights, other, out, width, rows.stride(0), other.stride(0), out.stride(0),
             HAS_BASE=base is not None, TOP_K=top_k, TILE=_TILE, num_warps=4,

@@ -185,7 +185,7 @@ class StreamedExperts:
         self._stream.cancel()
 
     def counters(self) -> dict[str, float]:
-        own = {"stream_s": self.stream_s, "stream_slots_lent": self._stream.num_lent}
+        own = {"stream_s": self.stream_s, "stream_cpu_s": self.cpu_s, "stream_slots_lent": self._stream.num_lent}
         return own | self._stream.counters()
 
     def close(self) -> None:
