@@ -254,9 +254,11 @@ class HybridPath:
         normed = self._x(num_tokens)
         rows = self.hit_rows(1, normed, choice)
         shared = self.layers[1].shared_expert(normed)
+        weights = torch.empty((num_tokens, c.num_experts_used), device=_META)
         if has_rows:
-            weights = torch.empty((num_tokens, c.num_experts_used), device=_META)
             self.kernels.weighted_sum(rows.view(*weights.shape, -1), weights, shared)
+        rows = torch.empty((num_choices, c.hidden_size), device=_META)
+        self.kernels.sum_at_places(rows, self._int32(*weights.shape), weights, shared)
 
     def _x(self, num_tokens: int) -> torch.Tensor:
         return torch.empty((num_tokens, self.config.hidden_size), device=_META)
