@@ -210,7 +210,7 @@ class HybridPath:
         residents = Residents(self._int32(c.num_experts), 0.0)
         store = SimpleNamespace(tensors=tensor_shapes(c))
         self.layers = [Layer(store, weights, c, n, storage, self.kernels, residents) for n in range(c.num_layers)]
-        self._head = Head(store, weights, c, self.kernels)
+        self.head = Head(store, weights, c, self.kernels)
         self._form = expert_form(expert_type, c.hidden_size, c.expert_feed_forward_size)
         self._slots = torch.empty((STREAM_EXPERTS, self._form.num_bytes), dtype=torch.uint8, device=_META)
         self._maker = StepMaker(c, streams)
@@ -230,10 +230,10 @@ class HybridPath:
         x, first = self._x(num_tokens), torch.empty(1, dtype=torch.int64, device=_META)
         normed = self.layers[0].normed(x)
         for layer, next_norm in zip(
-            self.layers, (self.layers[1].attention.attn_norm, self._head.output_norm), strict=True
+            self.layers, (self.layers[1].attention.attn_norm, self.head.output_norm), strict=True
         ):
             normed = layer.decode(x, normed, step, self, first, next_norm)
-        self._head.logits(normed)
+        self.head.logits(normed)
 
     def prompt(self, num_tokens: int) -> None:
         """A chunk of one sequence."""
@@ -243,7 +243,7 @@ class HybridPath:
         self.layers[0].attend(x, step)
         self.layers[1].router.forward(self.layers[1].attend(x, step))
         self.experts(num_tokens)
-        self._head.forward(x[:MAX_LOGITS])
+        self.head.forward(x[:MAX_LOGITS])
 
     def experts(self, num_tokens: int) -> None:
         """A prompt's: choices by rows as far as there are rows, and those of a group of streamed experts beyond."""
