@@ -61,7 +61,7 @@ def main(
     as_json: AsJson = False,
 ) -> None:
     """Where weights and cache go, and what limits speed: before any download."""
-    from kimi_lite.hardware.machine import described
+    from kimi_lite.hardware.machine import described, gpu_index_of
     from kimi_lite.hardware.probe import probe
     from kimi_lite.hub.names import is_hub_name
     from kimi_lite.hub.resolve import find_hub_subject
@@ -74,7 +74,8 @@ def main(
     else:
         subject = find_subject(options.model, can_see, options.mmproj)
     check_recipe(subject, recipe or rest)
-    hardware = described(probe(subject.path, measure), options.ram_bytes, options.vram_bytes, cores)
+    here = probe(subject.path, measure, gpu_index_of(options.device))
+    hardware = described(here, options.ram_bytes, options.vram_bytes, cores)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}
     hardware = hardware.with_speeds("given", **{place: 1e9 * gb_s for place, gb_s in speeds.items() if gb_s})
     decided = _decide(subject, hardware, options, recipe, rest)

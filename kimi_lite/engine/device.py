@@ -9,7 +9,7 @@ import warnings
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.gpu import count_gpus, probe_gpu
-from kimi_lite.hardware.machine import Gpu
+from kimi_lite.hardware.machine import Gpu, gpu_index_of
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -28,7 +28,7 @@ def choose_device(wanted: str | None) -> str:
     _let_memory_grow()
     from kimi_lite.native.gpu.support import why_unusable
 
-    unusable = why_unusable(index_of(wanted or "cuda"))
+    unusable = why_unusable(gpu_index_of(wanted or "cuda"))
     if unusable is None:
         return wanted or "cuda"
     if wanted is not None:
@@ -50,7 +50,7 @@ def find_gpu(device: str) -> Gpu | None:
     free."""
     if device == "cpu":
         return None
-    if gpu := probe_gpu(index_of(device)):
+    if gpu := probe_gpu(gpu_index_of(device)):
         return gpu
     import torch
 
@@ -61,8 +61,3 @@ def find_gpu(device: str) -> Gpu | None:
 def has_nvidia_driver() -> bool:
     """Whether NVIDIA's driver is here and sees a GPU, asked of the driver itself."""
     return count_gpus() > 0
-
-
-def index_of(device: str) -> int:
-    """ "cuda:1" is 1, "cuda" 0."""
-    return int(device.partition(":")[2] or 0)

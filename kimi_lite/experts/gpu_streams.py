@@ -16,13 +16,13 @@ import torch
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_failure import GpuBroken, no_pinned_memory
+from kimi_lite.hardware.machine import CUDA_BYTES
 from kimi_lite.units import gib_apart
 
 HANG_S = 10.0  # that a wait for the GPU may take; what one wait is for is a layer, or a step of 20 to 200 ms
 _HANG_TOKEN_S = 0.01  # more for each token of a prompt: a layer of 8,192 at a depth of 256 K takes seconds
 _SPIN_S, _NAP_S = 500e-6, 50e-6  # a wait looks all the time, then now and then
 _HOST_NAP_S = 2e-3  # while the host itself keeps the GPU waiting: its cores have other work
-_DRIVER_BYTES = 512 * 1024**2  # CUDA's context and libraries, which torch does not count
 
 
 class Event(Protocol):
@@ -194,12 +194,12 @@ class GpuStreams:
         if limit_bytes is None:
             return
         total_bytes = torch.cuda.get_device_properties(self.device).total_memory
-        if limit_bytes <= _DRIVER_BYTES:
-            need, have = gib_apart(_DRIVER_BYTES, limit_bytes)
+        if limit_bytes <= CUDA_BYTES:
+            need, have = gib_apart(CUDA_BYTES, limit_bytes)
             raise KimiLiteError(
                 f"--vram allows {have}; CUDA itself takes about {need}.", "Allow more, or try --device cpu."
             )
-        self._limit_bytes = min(limit_bytes, total_bytes) - _DRIVER_BYTES
+        self._limit_bytes = min(limit_bytes, total_bytes) - CUDA_BYTES
         torch.cuda.set_per_process_memory_fraction(self._limit_bytes / total_bytes, self.device)
 
 

@@ -27,12 +27,10 @@ import torch
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
-from kimi_lite.experts.memory import BLOCK_BYTES
+from kimi_lite.experts.memory import BLOCK_BYTES, MIN_PIECES, RING_BYTES
 from kimi_lite.experts.store import ExpertStore
 
 COPY_THREADS = 4  # that read RAM fast enough for the bus; a disk wants more
-RING_BYTES = 24 << 20  # of pinned pieces, where as many as MIN_PIECES fit: what a processor's cache holds
-MIN_PIECES = 4
 _NUM_PARTS = 3  # gate, up, down
 _NAP_S = 50e-6
 _PATIENCE_S = 30.0  # without any progress, after which disk or GPU are taken for dead

@@ -137,6 +137,7 @@ def _describe(nvml: Any, handle: Any) -> Gpu:
         flops_s=_flops_s(nvml, handle, "{}.{}".format(*capability) if capability else ""),
         compute_capability="{}.{}".format(*capability) if capability else "",
         cuda_version=_cuda_version(_ask(nvml, nvml.nvmlSystemGetCudaDriverVersion)),
+        has_display=bool(_ask(nvml, nvml.nvmlDeviceGetDisplayActive, handle)),
         processes=tuple(_processes(nvml, handle)),
     )
 

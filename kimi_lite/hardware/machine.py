@@ -21,6 +21,8 @@ TYPICAL_PCIE_BYTES_S, TYPICAL_DISK_BYTES_S = 23e9, 6e9
 TYPICAL_GPU_FLOPS_S = 165e12  # bfloat16 products summed in float32
 TYPICAL_CORES, TYPICAL_CLOCK_HZ = 16, 4.5e9
 
+CUDA_BYTES = 512 << 20  # of VRAM: CUDA's context and libraries, which a process takes and torch does not count
+
 # int8 multiply-accumulates (MACs) a cycle of one core, where none was measured. AVX-512: one 64-byte vpdpbusd (Zen 4,
 # Intel's client cores), two on the CPUs below. AVX-VNNI: two of 32 bytes. AVX2: vpmaddubsw, vpmaddwd on two ports.
 _MACS_A_CYCLE = {"avx512-vnni": 64, "avx-vnni": 64, "avx2": 32, "portable": 16}
@@ -48,6 +50,7 @@ class Gpu:
     flops_s: float | None = None  # bfloat16 peak
     compute_capability: str = ""  # "8.9"
     cuda_version: str = ""  # the newest that the driver can serve
+    has_display: bool = False  # a desktop draws with it, and takes more of its memory now and then
     processes: tuple[GpuProcess, ...] = ()
 
 
@@ -174,3 +177,9 @@ def _with_assumed_cpu(hardware: Hardware, num_cores: int) -> Hardware:
 def free_of(ram_total_bytes: int) -> int:
     """What system, firmware and a quiet desktop leave of installed memory: 243.8 of 256 GiB, 13.4 of 16."""
     return max(0, int(ram_total_bytes * 0.96) - 2 * GIB)
+
+
+def gpu_index_of(device: str | None) -> int:
+    """CUDA's number: 1 of "cuda:1", 0 of "cuda" and where no device is named."""
+    number = (device or "").partition(":")[2]
+    return int(number) if number.isdecimal() else 0

@@ -11,10 +11,10 @@ from kimi_lite.hardware.gpu import probe_gpu
 from kimi_lite.hardware.machine import Hardware
 
 
-def probe(path: str | Path | None = None, is_measuring: bool = False) -> Hardware:
-    """This machine; `path` is where the model lies or would lie. Measuring reads memory and disk for about a second
-    each. Without it, what was measured before is remembered; memory and arithmetic are looked at for 0.2 s where that
-    has not happened today."""
+def probe(path: str | Path | None = None, is_measuring: bool = False, gpu_index: int = 0) -> Hardware:
+    """This machine; `path` is where the model lies or would lie, `gpu_index` CUDA's number of the GPU. Measuring reads
+    memory and disk for about a second each. Without it, what was measured before is remembered; memory and arithmetic
+    are looked at for 0.2 s where that has not happened today."""
     disk = host.disk_of(Path(path) if path else Path.cwd())
     total_bytes, free_bytes = host.memory()
     cores = host.usable_cores()
@@ -24,7 +24,7 @@ def probe(path: str | Path | None = None, is_measuring: bool = False) -> Hardwar
         isa=host.isa_name(),
         ram_total_bytes=total_bytes,
         ram_free_bytes=free_bytes,
-        gpu=probe_gpu(),
+        gpu=probe_gpu(gpu_index),
         disk=disk,
         clock_hz=host.clock_hz(),
         cores=cores,

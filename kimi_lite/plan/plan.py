@@ -45,6 +45,7 @@ from kimi_lite.plan.workspace import (
     gpu_margin_bytes,
     gpu_work_bytes,
     num_spill_pages,
+    pinned_block_bytes,
     pinned_bytes,
     program_bytes,
     ram_margin_bytes,
@@ -105,8 +106,9 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
     wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
     if is_on_gpu:
         num_spilled = num_spill_pages(num_pages, page_bytes, left_bytes, wanted_bytes)
-        in_ram.append(MemoryRow("RAM", SPILL, num_spilled * page_bytes))
-        left_bytes -= num_spilled * page_bytes
+        spill_bytes = pinned_block_bytes(num_spilled * page_bytes)
+        in_ram.append(MemoryRow("RAM", SPILL, spill_bytes))
+        left_bytes -= spill_bytes
     if limits.ram_expert_bytes is not None:
         left_bytes = min(left_bytes, limits.ram_expert_bytes)
     ram_bytes = min(wanted_bytes, left_bytes)
@@ -185,7 +187,7 @@ def _lay_out_gpu(
         MemoryRow("VRAM", DENSE, sizes.gpu_dense_bytes),
         MemoryRow("VRAM", KV, cache_bytes),
         MemoryRow("VRAM", VISION, sizes.vision_bytes if limits.vision == "gpu" else 0),
-        MemoryRow("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu.vram_total_bytes)),
+        MemoryRow("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu)),
     ]
     left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
     chunk = choose_chunk(sizes, left_bytes)

@@ -7,6 +7,8 @@ the whole with what a loaded model really takes.
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import ModelSizes
+from kimi_lite.experts.memory import BLOCK_BYTES, MIN_PIECES, RING_BYTES
+from kimi_lite.hardware.machine import CUDA_BYTES, Gpu
 from kimi_lite.units import MIB
 
 STEP_TOKENS = 512  # of one forward pass on the CPU
@@ -18,7 +20,9 @@ _KERNEL_BYTES = MIB  # compiled code of a type of weights
 _VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 900  # a token; an expert's line in the tables, its views in RAM
 _WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
 _PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
-_GPU_BYTES, _GPU_SHARE = 700 * MIB, 0.02  # CUDA's context and libraries; what allocation leaves between pieces
+_ROW_TOKENS, _DECODE_TOKENS = 512, 16  # of a batch whose every choice has a row; of a captured step
+_GPU_SLACK_BYTES, _GPU_SHARE = 188 * MIB, 0.02  # small things; what allocation leaves between pieces
+_DISPLAY_BYTES = 1024 * MIB  # a browser and another window, opened while the model is loaded
 _SPILL_SHARES = 0.002, 0.05  # of the RAM that is left, for pages of a GPU's cache: where experts lack RAM, else
 
 
@@ -93,20 +97,40 @@ def stream_bytes(sizes: ModelSizes) -> int:
 
 
 def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
-    """Memory that the GPU reads by itself: streamed experts, promotions, weights while they load, activations for the
-    CPU."""
-    copies = chunk_tokens * 4 * (2 * sizes.config.hidden_size + 2 * sizes.config.num_experts_used)
-    return stream_bytes(sizes) + _PROMOTIONS * sizes.slot_bytes + _LOADING_BYTES + copies
+    """Memory that the GPU reads by itself: the ring of a prompt's stream, promotions, weights while they load,
+    activations for the CPU and its rows."""
+    c = sizes.config
+    rows = min(_ROW_TOKENS, chunk_tokens) * c.num_experts_used * c.hidden_size
+    blocks = [
+        max(RING_BYTES, MIN_PIECES * sizes.slot_bytes // 2) + BLOCK_BYTES,  # a piece: a matrix, at most half an expert
+        *([sizes.slot_bytes] * _PROMOTIONS),
+        _LOADING_BYTES,
+        4 * chunk_tokens * c.hidden_size,
+        4 * chunk_tokens * c.num_experts_used,
+        4 * rows,
+        4 * _DECODE_TOKENS * c.vocab_size,
+    ]
+    return sum(map(pinned_block_bytes, blocks))
+
+
+def pinned_block_bytes(num_bytes: int) -> int:
+    """What pinning so many bytes in one piece takes: torch rounds up to powers of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 def num_spill_pages(num_cache_pages: int, page_bytes: int, left_bytes: int, expert_bytes: int) -> int:
-    """Pages in RAM behind a GPU's cache; `left_bytes`: RAM for them and for `expert_bytes` of experts."""
+    """Pages in RAM behind a GPU's cache; `left_bytes`: RAM for them and for `expert_bytes` of experts. They are pinned
+    in one block, which is a power of two: as many as fill the largest that may be taken."""
     least, most = (share * max(0, left_bytes) for share in _SPILL_SHARES)
-    return min(num_cache_pages, int(min(most, max(least, left_bytes - expert_bytes))) // page_bytes)
+    may_bytes = int(min(most, max(least, left_bytes - expert_bytes)))
+    block_bytes = 1 << may_bytes.bit_length() - 1 if may_bytes else 0
+    return min(num_cache_pages, block_bytes // page_bytes)
 
 
-def gpu_margin_bytes(vram_total_bytes: int) -> int:
-    return int(_GPU_BYTES + _GPU_SHARE * vram_total_bytes)
+def gpu_margin_bytes(gpu: Gpu) -> int:
+    """Of VRAM that no row names; more where a desktop draws with the same GPU."""
+    display_bytes = _DISPLAY_BYTES if gpu.has_display else 0
+    return int(CUDA_BYTES + _GPU_SLACK_BYTES + display_bytes + _GPU_SHARE * gpu.vram_total_bytes)
 
 
 def ram_margin_bytes(ram_total_bytes: int) -> int:

@@ -98,6 +98,7 @@ class FakeNvml(SimpleNamespace):
             "nvmlDeviceGetMaxPcieLinkGeneration": 4,
             "nvmlDeviceGetCudaComputeCapability": (8, 9),
             "nvmlDeviceGetNumGpuCores": 16384,
+            "nvmlDeviceGetDisplayActive": 1,
             "nvmlSystemGetDriverVersion": "550.54",
             "nvmlSystemGetCudaDriverVersion": 12040,
             "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=GIB)],
@@ -126,6 +127,7 @@ def test_a_gpu_by_its_driver(monkeypatch):
     assert gpu.vram_bytes_s == pytest.approx(1008e9, rel=0.001)
     assert gpu.pcie_bytes_s == pytest.approx(23e9)
     assert gpu.flops_s == pytest.approx(165e12, rel=0.01)
+    assert gpu.has_display
     assert len(gpu.processes) == 1 and gpu.processes[0].vram_bytes == GIB
     assert not hardware_gpu.unavailable_reason()
 

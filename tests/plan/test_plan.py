@@ -13,14 +13,15 @@ from kimi_lite.arch.recipe import named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.hardware.machine import Cores, Disk, Gpu, Hardware, described, free_of
+from kimi_lite.hardware.machine import CUDA_BYTES, Cores, Disk, Gpu, Hardware, described, free_of
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.options import DENSE_TYPES, OPTIONS, Options
 from kimi_lite.plan import speed
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, rates_of
-from kimi_lite.plan.types import EXPERTS, KV, MARGIN, SLOTS, Plan, Remedy
+from kimi_lite.plan.types import EXPERTS, KV, MARGIN, PINNED, SLOTS, SPILL, Plan, Remedy
 from kimi_lite.plan.view import plan_lines
+from kimi_lite.plan.workspace import pinned_block_bytes
 from kimi_lite.units import GIB
 
 GPU = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)
@@ -307,6 +308,27 @@ def test_types_of_fewer_bits_stay_as_they_are():
     plan = make_plan(sizes, machine())
     assert plan.dense_type == "q8_0" and plan.part_bytes("VRAM", "dense weights") == sizes.dense_bytes < 3.4 * GIB
     assert plan.num_vram_slots > 1200 and "in IQ2_XXS + F32" in "\n".join(plan_lines(plan))
+
+
+def test_a_gpu_that_draws_the_desktop_keeps_a_gibibyte_for_it():
+    plain, drawing = (make_plan(K25["tq1_0"], machine(gpu=replace(GPU, has_display=shown))) for shown in (False, True))
+    kept = drawing.part_bytes("VRAM", MARGIN) - plain.part_bytes("VRAM", MARGIN)
+    assert kept == GIB and drawing.num_vram_slots < plain.num_vram_slots
+    assert plain.part_bytes("VRAM", MARGIN) > CUDA_BYTES + 0.02 * GPU.vram_total_bytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 600), st.sampled_from(["tq1_0", "q4_0"]), st.sampled_from(["f16", "q8", "f32"]))
+def test_pinned_memory_is_counted_in_the_blocks_that_torch_takes(ram_gib, recipe, kv_dtype):
+    """Powers of two: the pages behind the cache fill theirs but for less than a page, or are all there are."""
+    plan = make_plan(K25[recipe], machine(ram_gib), Options(kv_dtype=kv_dtype))
+    page_bytes = plan.part_bytes("VRAM", KV) // plan.num_cache_pages
+    block_bytes = plan.part_bytes("RAM", SPILL)
+    assert block_bytes == 0 or block_bytes & (block_bytes - 1) == 0
+    assert block_bytes - plan.num_spill_pages * page_bytes >= 0
+    assert plan.num_spill_pages == plan.num_cache_pages or block_bytes - plan.num_spill_pages * page_bytes < page_bytes
+    assert pinned_block_bytes(5 << 20) == 8 << 20 and pinned_block_bytes(1 << 20) == 1 << 20
+    assert plan.part_bytes("RAM", PINNED) >= 24 << 20
 
 
 def test_limits_of_the_user_are_named_when_they_are_what_lacks():

@@ -6,6 +6,7 @@ finds them. Batches of up to 16 tokens go as one captured step (`hybrid.decode`)
 """
 
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -76,6 +77,7 @@ class HybridTransformer:
         self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
         self._recorder, self.experts = recorder, None
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
+        self._thread = threading.get_ident()  # CUDA's current device is a thread's own
         slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
         self._load_dense(store, plan, slot_table, report)
         self.experts = open_experts(store, config, streams, kernels, plan, slot_table, report, heat_file, recorder)
@@ -137,6 +139,9 @@ class HybridTransformer:
         num_tokens = len(batch.token_ids)
         assert num_tokens <= self.max_batch_tokens, (num_tokens, self.max_batch_tokens)
         self._streams.require_sound()
+        if self._thread != threading.get_ident():
+            self._streams.enter_thread()
+            self._thread = threading.get_ident()
         try:
             return self._forward_parts(batch, should_stop)
         except GpuMemoryEnded as error:
