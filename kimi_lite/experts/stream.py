@@ -32,7 +32,6 @@ from kimi_lite.experts.store import ExpertStore
 
 COPY_THREADS = 4  # that read RAM fast enough for the bus; a disk wants more
 _NUM_PARTS = 3  # gate, up, down
-_NAP_S = 50e-6
 _PATIENCE_S = 30.0  # without any progress, after which disk or GPU are taken for dead
 
 
@@ -336,7 +335,7 @@ class PromptStream:
         self._num_reads += 1
         if piece.uploaded is not None:
             start_s = time.perf_counter()
-            self._streams.finish(piece.uploaded, meanwhile=_nap)
+            self._streams.finish(piece.uploaded)
             self.bus_wait_s += time.perf_counter() - start_s
         data = self._pool.submit(self._store.read_part, group.layer, entry.expert, part, piece.memory.numpy())
         return _Read(group, entry, part, piece, data)
@@ -372,11 +371,6 @@ class PromptStream:
             group.num_left -= 1
             if group.is_done:
                 self._changed.notify_all()
-
-
-def _nap() -> None:
-    """Instead of looking all the time, which would keep the interpreter from those who launch kernels."""
-    time.sleep(_NAP_S)
 
 
 def num_pieces(piece_bytes: int, num_threads: int) -> int:
