@@ -19,7 +19,7 @@ _MEMORY = 0.98  # weight of what was known, per observation: about the last 50 c
 _DOUBT = 0.995  # a layer: a quarter less after a chunk of 60
 _MIN_GAIN = 0.03  # a setting changes for at least this
 _QUIET_EVERY = 16  # steps: one of so many promotes nothing
-_NUM_PAIRS = 16  # of neighbouring steps that tell what a promotion costs: two of 16 steps
+_NUM_PAIRS, _LEAST_PAIRS = 16, 4  # of neighbouring steps that tell what a promotion costs: two of 16 steps
 _FIRST_PAUSE, _LONGEST_PAUSE = 32, 128  # steps without promotions until they are tried again
 _TRIAL_STEPS, _TRIAL_PAIRS, _TRIAL_PROMOTIONS = 16, 6, 2  # at most; enough to judge by; in every second step
 
@@ -147,7 +147,8 @@ class PromotionBudget:
     slower than its neighbour that does not (of as many tokens: contexts grow, and pairs of neighbours do not see that).
     The cost is the median of the last pairs, so that no step that was slow for another reason counts, however slow.
     Half of the gain raises the budget; more than the gain, beyond doubt, lowers it. With a budget of 0 there is a trial
-    of a few steps now and then, whose pairs alone decide: what the machine did before is forgotten.
+    of a few steps now and then, whose pairs alone decide: what the machine did before is forgotten. It is forgotten as
+    well where nothing was promoted for long because no expert would have repaid the cost.
     """
 
     def __init__(self, most: int, budget: int = 2) -> None:
@@ -155,12 +156,15 @@ class PromotionBudget:
         self._num_steps = 0
         self._last: _Step | None = None
         self._costs_s: deque[float] = deque(maxlen=_NUM_PAIRS)  # of one promotion, by pairs of steps
+        self._paired_at = 0  # the step of the last pair
         self._trial_at, self._pause = _FIRST_PAUSE, _FIRST_PAUSE  # steps; where the budget is 0
 
     def next(self) -> int:
         """For the step that begins; now and then nothing, to know what a step without promotions takes."""
         self._num_steps += 1
         if self.budget > 0:
+            if self._num_steps - self._paired_at > _LONGEST_PAUSE:
+                self._costs_s.clear()
             return 0 if self._num_steps % _QUIET_EVERY == 0 else min(self.budget, self.most)
         into_trial = self._num_steps - self._trial_at
         if into_trial >= _TRIAL_STEPS:  # too few of its steps could be measured
@@ -172,6 +176,7 @@ class PromotionBudget:
         last, self._last = self._last, _Step(num_tokens, num_promoted, elapsed_s)
         if last is None or last.num_tokens != num_tokens or last.num_promoted == num_promoted:
             return
+        self._paired_at = self._num_steps
         self._costs_s.append((elapsed_s - last.elapsed_s) / (num_promoted - last.num_promoted))
         if self.budget > 0:
             self._adjust(gain_s)
@@ -186,15 +191,16 @@ class PromotionBudget:
 
     @property
     def cost_s(self) -> float:
-        """Of one promotion: the time by which steps that promote were slower."""
-        return max(0.0, median(self._costs_s)) if self._costs_s else 0.0
+        """Of one promotion: the time by which steps that promote were slower; 0 until there are some pairs."""
+        return max(0.0, median(self._costs_s)) if len(self._costs_s) >= _LEAST_PAIRS else 0.0
 
     def _adjust(self, gain_s: float) -> None:
-        """One up or down, where promotions go on."""
+        """Half as many again, or half, where promotions go on."""
         if gain_s > 2 * self.cost_s:
-            self.budget, self._pause = min(self.most, self.budget + 1), _FIRST_PAUSE
+            self.budget = min(self.most, max(self.budget + 1, self.budget * 3 // 2))
+            self._pause = _FIRST_PAUSE
         elif len(self._costs_s) >= _TRIAL_PAIRS and gain_s < self.cost_s - self._doubt_s:
-            self.budget -= 1
+            self.budget //= 2
             if self.budget == 0:
                 self._pause //= 2
                 self._end_trial()

@@ -86,7 +86,11 @@ def make_pools(index: ExpertIndex, budget_bytes: int | None, num_choices: int) -
             f"Give {need} more than now with --ram, or a shorter context with -c.",
         )
     return {
-        size: Pool(HeatPolicy(num_layers, index.num_experts, count), size, aligned_memory(count * size))
+        size: Pool(
+            HeatPolicy(num_layers, index.num_experts, count, num_sharing=len(index.ram_pools[size])),
+            size,
+            aligned_memory(count * size),
+        )
         for size, count in counts.items()
     }
 

@@ -9,7 +9,9 @@ slot that is being written:
     evicted  -> the table no longer names the slot; the copy waits for all kernels launched until now
     arrived  -> the table names the slot from the next step on
 
-Which expert deserves a slot is `policy.HeatPolicy`'s decision.
+Which expert deserves a slot is `policy.HeatPolicy`'s decision. A prompt begins no promotions: it wants nearly every
+expert, and what streams for it never passes through these slots; but where its own tokens routed is known afterwards,
+and the first steps of the answer bring that in (`model.hybrid.adaptive`).
 """
 
 import threading
@@ -22,10 +24,12 @@ import numpy as np
 import torch
 
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
-from kimi_lite.experts.policy import HeatPolicy, Promotion
+from kimi_lite.experts.policy import LEAST_GAIN, SWAP_WEIGHTS, HeatPolicy, Promotion
 from kimi_lite.experts.store import ExpertStore
 
-_NUM_STAGINGS = 4  # pinned buffers: promotions on their way at a time
+_NUM_STAGINGS = 4  # pinned buffers
+_MOST_ON_WAY, _SHARE_ON_WAY = 64, 16  # promotions; and at most one slot of so many, as it serves no one meanwhile
+_MOST_DECODING = 16  # tokens: a longer pass is a prompt's
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +60,7 @@ class VramSlots:
         num_stream_slots: rows of `slots` behind those of the cache, for what a prompt streams (`experts.stream`)."""
         index = store.index
         self._streams, self._store = streams, store
-        self.policy = HeatPolicy(index.num_layers, index.num_experts, num_slots)
+        self.policy = HeatPolicy(index.num_layers, index.num_experts, num_slots, weights=SWAP_WEIGHTS)
         num_rows = max(1, num_slots + num_stream_slots)
         self.slots = streams.zeros((num_rows, index.vram_slot_bytes), torch.uint8)
         self.table = make_table(streams, index.num_layers, index.num_experts) if table is None else table
@@ -66,6 +70,8 @@ class VramSlots:
             self._stagings.put((streams.pinned((index.vram_slot_bytes,), torch.uint8), None))
         self._queue: Queue[_Upload | None] = Queue()
         self._uploads: deque[_Upload] = deque()  # in the order of the queue
+        self._most_on_way = min(_MOST_ON_WAY, max(_NUM_STAGINGS, num_slots // _SHARE_ON_WAY))
+        self._renamed: dict[tuple[int, int], int] = {}  # what the device's table does not say yet
         self._num_steps = 0.0
         self.num_hits = self.num_misses = self.num_promotions = self.num_cancelled = 0
         self._copier = threading.Thread(target=self._copy_queued, daemon=True, name="kimi-lite-slots")
@@ -97,14 +103,16 @@ class VramSlots:
         self.num_hits += num_hits
         self.num_misses += expert_ids.size - num_hits
 
-    def begin_step(self, budget: int, num_tokens: int = 1) -> int:
-        """Between steps: what has arrived becomes visible, up to `budget` promotions begin. Returns how many began."""
+    def begin_step(self, budget: int, num_tokens: int = 1, least_gain: float = LEAST_GAIN) -> int:
+        """Between steps: what has arrived becomes visible, up to `budget` promotions begin, each of which must be
+        expected to bring `least_gain` hits. Returns how many began."""
         self._num_steps += num_tokens
+        if num_tokens > _MOST_DECODING:
+            self.policy.forget_swaps()
         self._publish_arrived()
-        budget = min(budget, _NUM_STAGINGS - len(self._uploads))
-        began = self.policy.promotions(budget) if budget > 0 else []
-        for promotion in began:
-            self._start(promotion)
+        budget = min(budget, self._most_on_way - len(self._uploads))
+        began = self.policy.promotions(budget, least_gain) if budget > 0 else []
+        self._start(began)
         return len(began)
 
     def lend(self, count: int) -> tuple[list[int], Event]:
@@ -113,11 +121,8 @@ class VramSlots:
         lent = self.policy.lend(count)
         for _, key in lent:
             if key is not None:
-                self._host_table[key] = -1
-        keys = [key for _, key in lent if key is not None]
-        if keys:
-            flat = np.ravel_multi_index(np.array(keys).T, self._host_table.shape)
-            self.table.view(-1).index_fill_(0, torch.from_numpy(flat).to(self.table.device), -1)
+                self._name(key, -1)
+        self._write_names()
         return [slot for slot, _ in lent], self._streams.event()
 
     def take_back(self, slots: Sequence[int]) -> None:
@@ -126,14 +131,15 @@ class VramSlots:
 
     def fill(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Before the first step: bring in all experts where each has a slot, else the hottest, and wait for them."""
-        wanted = self._all_absent() if self.holds_all else self.policy.promotions(self.capacity)
+        wanted = self._all_absent() if self.holds_all else self.policy.promotions(self.capacity, least_gain=0)
         for done, promotion in enumerate(wanted):
             if on_progress:
                 on_progress(done, len(wanted))
-            self._start(promotion)
+            self._start([promotion])
             while len(self._uploads) == _NUM_STAGINGS:
                 self._wait_for_first()
         self.finish()
+        self.policy.forget_swaps()
 
     def finish(self) -> None:
         """Wait for all promotions that have begun and make them visible."""
@@ -167,26 +173,41 @@ class VramSlots:
         absent = [key for key in keys if self.policy.is_absent(*key)]
         return [Promotion(*key, slot) for key, slot in zip(absent, self.policy.free_slots, strict=False)]
 
-    def _start(self, promotion: Promotion) -> None:
-        evicted = self.policy.key(promotion.slot)
-        if evicted is not None:
-            self._name(evicted, -1)
-        self.policy.begin(*promotion)
-        upload = _Upload(promotion, self._streams.event())
-        self._uploads.append(upload)
-        self._queue.put(upload)
+    def _start(self, promotions: Sequence[Promotion]) -> None:
+        for promotion in promotions:
+            evicted = self.policy.key(promotion.slot)
+            if evicted is not None:
+                self._name(evicted, -1)
+            self.policy.begin_promotion(promotion)
+        self._write_names()
+        freed = self._streams.event()
+        for promotion in promotions:
+            upload = _Upload(promotion, freed)
+            self._uploads.append(upload)
+            self._queue.put(upload)
 
     def _name(self, key: tuple[int, int], slot: int) -> None:
-        """Both tables: this expert is in `slot` from now on, -1: nowhere."""
-        self._host_table[key] = slot
-        self.table[key] = slot  # on the compute stream, behind the kernels that still look at the old entry
+        """This expert is in `slot` from now on, -1: nowhere; the device learns it with the next `_write_names`."""
+        self._host_table[key] = self._renamed[key] = slot
+
+    def _write_names(self) -> None:
+        """Into the device's table: on the compute stream, behind the kernels that still look at the old entries."""
+        if not self._renamed:
+            return
+        cells = [layer * self._store.index.num_experts + expert for layer, expert in self._renamed]
+        names = torch.tensor([cells, list(self._renamed.values())]).to(self.table.device)
+        self.table.view(-1).index_copy_(0, names[0], names[1].to(torch.int32))
+        self._renamed.clear()
 
     def _publish_arrived(self) -> None:
-        while self._uploads and self._has_ended(self._uploads[0]):
-            self._publish(self._uploads.popleft())
+        try:
+            while self._uploads and self._has_ended(self._uploads[0]):
+                self._publish(self._uploads.popleft())
+        finally:
+            self._write_names()
 
     def _publish(self, upload: _Upload) -> None:
-        layer, expert, slot = upload.promotion
+        layer, expert, slot, _ = upload.promotion
         if upload.error is not None or not upload.is_wanted:
             self.policy.abort(slot)
             self.num_cancelled += 1
@@ -220,7 +241,7 @@ class VramSlots:
                 upload.is_handled.set()
 
     def _copy(self, upload: _Upload) -> None:
-        layer, expert, slot = upload.promotion
+        layer, expert, slot, _ = upload.promotion
         staging, is_free = self._stagings.get()
         try:
             if is_free is not None:

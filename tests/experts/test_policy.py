@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kimi_lite.experts.policy import HALF_LIVES, HeatPolicy, Promotion
+from kimi_lite.experts.policy import HALF_LIVES, SWAP_WEIGHTS, HeatPolicy, Promotion
 
 LAYERS, EXPERTS, SLOTS = 3, 6, 5
 
@@ -86,25 +86,89 @@ def test_promotions_within_a_budget():
     slots = filled(policy, 0, [0, 1])
     policy.touch(0, 0, [0, 0, 0, 0, 1])
     policy.touch(0, 1, [0, 0, 0, 1, 1, 2])
-    found = policy.promotions(2)
-    assert found == [Promotion(1, 0, 2), Promotion(1, 1, slots[1])]  # a free slot, then the coldest one's
-    assert policy.promotions(9) == found  # expert (1, 2) is no hotter than what it would replace
+    found = policy.promotions(2, least_gain=0)
+    assert [p[:3] for p in found] == [(1, 0, 2), (1, 1, slots[1])]  # a free slot, then the coldest one's
+    assert policy.promotions(9, least_gain=0) == found  # expert (1, 2) is no hotter than what it would replace
     assert policy.promotions(0) == []
-    for layer, expert, slot in found:
-        policy.begin(layer, expert, slot)
-    assert policy.promotions(9) == []
-    for _, _, slot in found:
-        policy.commit(slot)
+    for promotion in found:
+        policy.begin_promotion(promotion)
+    assert policy.promotions(9, least_gain=0) == []
+    for promotion in found:
+        policy.commit(promotion.slot)
     assert policy.residents(1).tolist() == [True, True, False, False]
 
 
-def test_near_equals_stay():
-    policy = HeatPolicy(1, 2, 1)
+def test_a_swap_must_pay_back():
+    """Only those begin that are expected to bring as many hits as their copies cost."""
+    policy = HeatPolicy(1, 3, 1)
     filled(policy, 0, [0])
-    policy.touch(0, 0, [0] * 10 + [1] * 11)
-    assert policy.promotions(1) == []
-    policy.touch(0, 0, [1] * 3)
-    assert policy.promotions(1) == [Promotion(0, 1, 0)]
+    for step in range(100):
+        policy.touch(step, 0, [0] if step % 2 else [1])
+    assert policy.promotions(1) == [], "near-equals stay"
+    for step in range(100, 103):
+        policy.touch(step, 0, [1])
+    (found,) = policy.promotions(1)
+    assert found[:3] == (0, 1, 0) and found.score > 0
+    expected = found.score * policy.hits_per_score
+    assert policy.promotions(1, least_gain=expected * 0.99) and not policy.promotions(1, least_gain=expected * 1.01)
+
+
+@given(rate=st.floats(0, 1), evicted_rate=st.floats(0, 1), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_what_swaps_bring_is_counted(rate, evicted_rate, seed):
+    """Newcomers that are chosen at one rate, in the place of experts that are chosen at another: the difference is what
+    a promotion is said to bring, whatever was believed before."""
+    rng, policy = np.random.default_rng(seed), HeatPolicy(1, 400, 200, weights=SWAP_WEIGHTS)
+    filled(policy, 0, range(200))
+    for expert in range(150):
+        policy.begin_promotion(Promotion(0, 200 + expert, expert, 0.25))
+    for step in range(1, 34):
+        new, old = rng.random(150) < rate, rng.random(150) < evicted_rate
+        policy.touch(step, 0, np.concatenate([200 + np.flatnonzero(new), np.flatnonzero(old)]))
+    brought = 32 * (rate - evicted_rate)
+    usual = HeatPolicy(1, 1, 0).hits_per_promotion
+    assert policy.hits_per_promotion == pytest.approx(max(0, (150 * brought + 20 * usual) / 170), abs=2)
+    assert (policy.hits_per_score > HeatPolicy(1, 1, 0).hits_per_score) == (brought > usual + 1e-9) or abs(
+        brought - usual
+    ) < 1
+    policy.touch(9000, 0, [0])
+    assert policy.hits_per_promotion == pytest.approx(usual, abs=0.5), "what is long ago says nothing"
+
+
+def test_a_prompt_is_as_its_tokens_one_by_one():
+    rng, whole, one = np.random.default_rng(0), HeatPolicy(1, 20, 0), HeatPolicy(1, 20, 0)
+    ids = rng.integers(-1, 20, (50, 3))
+    whole.touch(50, 0, ids)
+    for step, row in enumerate(ids, start=1):
+        one.touch(step, 0, row)
+    assert np.allclose(whole.scores(), one.scores(), rtol=1e-9)
+
+
+def test_each_layer_keeps_its_share():
+    """Fewer slots than a token needs: without shares, what comes in for one layer pushes out the other's."""
+    num_layers, top_k, hits = 8, 4, {}
+    for num_sharing in (0, num_layers):
+        rng = np.random.default_rng(0)
+        chosen = rng.permuted(np.tile(np.arange(64), (num_layers, 1)), axis=1)[:, :top_k]
+        policy = HeatPolicy(num_layers, 64, 3 * num_layers, num_sharing=num_sharing)
+        hits[num_sharing] = 0
+        for step in range(1, 200):
+            for layer in range(num_layers):
+                others = rng.permutation(np.setdiff1d(np.arange(64), chosen[layer]))[:top_k]
+                ids = chosen[layer] = np.where(rng.random(top_k) < 0.5, chosen[layer], others)
+                policy.touch(step, layer, ids)
+                slots = policy.find(layer, ids)
+                hits[num_sharing] += int((slots >= 0).sum())
+                policy.pin(slots)
+                for slot in policy.admit(layer, ids[slots < 0].tolist()):
+                    if slot >= 0:
+                        policy.commit(slot)
+                policy.unpin(slots)
+    assert hits[num_layers] > 1.15 * hits[0] > 0
+    policy = HeatPolicy(3, 8, 6, num_sharing=3)
+    slots = filled(policy, 0, range(6))
+    policy.pin(slots[:5])
+    assert policy.admit(1, [0, 1]) == [slots[5], -1], "whatever is there is taken before nothing is"
 
 
 def test_a_policy_without_slots():
@@ -117,9 +181,11 @@ def test_a_policy_without_slots():
 class Slots(RuleBasedStateMachine):
     """Anything in any order; `self.model` is what must be true."""
 
+    num_sharing = 0
+
     @initialize()
     def begin(self):
-        self.policy, self.step = HeatPolicy(LAYERS, EXPERTS, SLOTS), 0
+        self.policy, self.step = HeatPolicy(LAYERS, EXPERTS, SLOTS, num_sharing=self.num_sharing), 0
         self.model = {}  # slot -> [key, is_resident, pins]
 
     @rule(
@@ -146,9 +212,10 @@ class Slots(RuleBasedStateMachine):
     def promote(self, budget):
         found = self.policy.promotions(budget)
         assert len({p.slot for p in found}) == len(found) <= budget
-        for layer, expert, slot in found:
+        for promotion in found:
+            layer, expert, slot, _ = promotion
             assert (layer, expert) not in {key for key, _, _ in self.model.values()}
-            self.policy.begin(layer, expert, slot)
+            self.policy.begin_promotion(promotion)
             self.model[slot] = [(layer, expert), False, 0]
 
     @rule(which=st.integers(0, SLOTS - 1), comes=st.booleans())
@@ -187,5 +254,13 @@ class Slots(RuleBasedStateMachine):
         assert self.policy.num_resident == sum(is_resident for _, is_resident, _ in self.model.values())
 
 
+class SharedSlots(Slots):
+    """With a share for each layer."""
+
+    num_sharing = LAYERS
+
+
 Slots.TestCase.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)
+SharedSlots.TestCase.settings = Slots.TestCase.settings
 TestSlots = Slots.TestCase
+TestSharedSlots = SharedSlots.TestCase

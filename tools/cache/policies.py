@@ -1,58 +1,62 @@
 """The caches that `tools.cache` compares. The runtime's is its own class, `experts.policy.HeatPolicy`.
 
 A step is one layer of one token: its experts are looked up together, and none of them may push out another. Two ways to
-fill: what is missed comes in at once (the RAM tier: it must, to be computed), or up to a number of experts are promoted
-after each token (VRAM: misses are computed on the CPU, and copies cost bandwidth). Keys are layer * experts + expert.
+fill: what is missed comes in at once (the RAM tier: it must, to be computed), or after each token some experts are
+swapped in, which has a price (VRAM: misses are computed on the CPU, and copies cost bandwidth). Keys are
+layer * experts + expert.
 """
 
 import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from kimi_lite.experts.policy import HALF_LIVES, HeatPolicy
+from kimi_lite.experts.policy import AT_ONCE_WEIGHTS, HALF_LIVES, LEAST_GAIN, SWAP_WEIGHTS, HeatPolicy
 
 NEVER = np.iinfo(np.int64).max
 
 
 class Cache(Protocol):
-    """`look_up` returns which of a step's experts were there, bool (K,)."""
+    """`look_up` returns which of a step's experts were there, bool (K,); `num_copies`: experts that were brought in."""
+
+    num_copies: int
 
     def look_up(self, token: int, layer: int, experts: np.ndarray) -> np.ndarray: ...
 
 
-class LruCache:
-    """The least recently used expert goes. With a budget: the last missed ones come in after the token."""
+@dataclass(frozen=True, slots=True)
+class Swaps:
+    """How experts come into VRAM: up to `budget` after each token, each expected to bring `least_gain` hits."""
 
-    def __init__(self, num_experts: int, num_slots: int, budget: int | None) -> None:
-        self._num_experts, self._num_slots, self._budget = num_experts, num_slots, budget
-        self._keys: OrderedDict[int, None] = OrderedDict()
-        self._missed: OrderedDict[int, None] = OrderedDict()
-        self._token = 0
+    budget: float  # a fraction of a trace's layers stands for a fraction of the model's: 0.4 is two of five tokens
+    least_gain: float = LEAST_GAIN
+
+
+class LruCache:
+    """The least recently used expert goes; what is missed comes in at once."""
+
+    def __init__(self, num_experts: int, num_slots: int, num_sharing: int = 0) -> None:
+        """num_sharing: layers that have equal shares of the slots; 0: one list for all."""
+        self._num_experts = num_experts
+        self._num_slots = num_slots // num_sharing if num_sharing else num_slots
+        self._is_shared = num_sharing > 0
+        self._lists: dict[int, OrderedDict[int, None]] = {}
+        self.num_copies = 0
 
     def look_up(self, token: int, layer: int, experts: np.ndarray) -> np.ndarray:
-        keys = (layer * self._num_experts + experts).tolist()
-        if self._budget is not None and token != self._token:
-            self._token = token
-            for _ in range(min(self._budget, len(self._missed))):
-                self._insert(self._missed.popitem()[0])
-            self._missed.clear()
-        found = np.array([key in self._keys for key in keys])
-        for key in (key for key, is_there in zip(keys, found, strict=True) if is_there):
-            self._keys.move_to_end(key)
-        for key in (key for key, is_there in zip(keys, found, strict=True) if not is_there):
-            if self._budget is None:
-                self._insert(key)
-            else:
-                self._missed[key] = None
+        keys = self._lists.setdefault(layer if self._is_shared else 0, OrderedDict())
+        wanted = (layer * self._num_experts + experts).tolist()
+        found = np.array([key in keys for key in wanted])
+        for key, is_there in zip(wanted, found.tolist(), strict=True):
+            keys[key] = None
+            keys.move_to_end(key)
+            self.num_copies += not is_there
+        while len(keys) > self._num_slots:
+            keys.popitem(last=False)
         return found
-
-    def _insert(self, key: int) -> None:
-        self._keys[key] = None
-        if len(self._keys) > self._num_slots:
-            self._keys.popitem(last=False)
 
 
 class HeatCache:
@@ -63,27 +67,54 @@ class HeatCache:
         num_layers: int,
         num_experts: int,
         num_slots: int,
-        budget: int | None,
+        swaps: Swaps | None,
         half_lives: tuple[float, ...] = HALF_LIVES,
+        num_sharing: int = 0,
     ) -> None:
-        self._policy, self._budget, self._token = HeatPolicy(num_layers, num_experts, num_slots, half_lives), budget, 0
+        """swaps: None where what is missed comes in at once."""
+        weights = SWAP_WEIGHTS if swaps else AT_ONCE_WEIGHTS
+        weights = weights[-len(half_lives) :]
+        self.policy = HeatPolicy(num_layers, num_experts, num_slots, half_lives, weights, num_sharing)
+        self._swaps, self._token, self._allowed, self.num_copies = swaps, 0, 0.0, 0
 
     def look_up(self, token: int, layer: int, experts: np.ndarray) -> np.ndarray:
-        policy = self._policy
-        if self._budget is not None and token != self._token:
-            for promotion in policy.promotions(self._budget):
-                policy.begin(*promotion)
-                policy.commit(promotion.slot)
+        if self._swaps and token != self._token:
+            self._swap(self._swaps)
         self._token = token
-        policy.touch(token, layer, experts)
-        slots = policy.find(layer, experts)
-        if self._budget is None:
-            policy.pin(slots)
-            for slot in policy.admit(layer, experts[slots < 0].tolist()):
+        self.policy.touch(token, layer, experts)
+        slots = self.policy.find(layer, experts)
+        if not self._swaps:
+            self.policy.pin(slots)
+            for slot in self.policy.admit(layer, experts[slots < 0].tolist()):
                 if slot >= 0:
-                    policy.commit(slot)
-            policy.unpin(slots)
+                    self.policy.commit(slot)
+                    self.num_copies += 1
+            self.policy.unpin(slots)
         return slots >= 0
+
+    def _swap(self, swaps: Swaps) -> None:
+        """Between two tokens."""
+        self._allowed = min(self._allowed + swaps.budget, max(1.0, swaps.budget))
+        for promotion in self.policy.promotions(int(self._allowed), swaps.least_gain):
+            self.policy.begin_promotion(promotion)
+            self.policy.commit(promotion.slot)
+            self._allowed -= 1
+            self.num_copies += 1
+
+
+class FavouriteCache:
+    """The experts that the whole trace uses most, for good: what a list made beforehand can find at best."""
+
+    def __init__(self, ids: np.ndarray, layers: Sequence[int], num_experts: int, num_slots: int) -> None:
+        counts = np.stack([np.bincount(ids[:, layer].reshape(-1), minlength=num_experts) for layer in layers])
+        keys = np.argsort(-counts.reshape(-1), kind="stable")[:num_slots]
+        self._is_there = np.zeros(counts.size, bool)
+        self._is_there[keys] = True
+        self._num_experts, self._layers = num_experts, {layer: i for i, layer in enumerate(layers)}
+        self.num_copies = 0
+
+    def look_up(self, token: int, layer: int, experts: np.ndarray) -> np.ndarray:
+        return self._is_there[self._layers[layer] * self._num_experts + experts]
 
 
 class BeladyCache:
@@ -96,10 +127,12 @@ class BeladyCache:
         self._until: dict[int, int] = {}  # key -> step of its next use
         self._heap: list[tuple[int, int]] = []  # (-next use, key), with entries that are out of date
         self._layers = {layer: i for i, layer in enumerate(layers)}
+        self.num_copies = 0
 
     def look_up(self, token: int, layer: int, experts: np.ndarray) -> np.ndarray:
         keys = (layer * self._num_experts + experts).tolist()
         found = np.array([key in self._until for key in keys])
+        self.num_copies += int((~found).sum())
         for key, until in zip(keys, self._next[token, self._layers[layer]].tolist(), strict=True):
             self._until[key] = until
             heapq.heappush(self._heap, (-until, key))

@@ -1,20 +1,16 @@
-"""Which experts would be found in a cache: routing traces through cache policies, and the tokens/s that follow for a
-machine.
+"""Which experts would be found in a cache: routing traces through cache policies; and what to do with those that are
+not: the CPU, or the bus?
 
     kimi-lite run -m model.gguf --record-routing trace.npz "A long question"
-    python -m tools.cache trace.npz --sizes 5,12.5,25
-    python -m tools.cache --machine "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores" --budget 120
+    python -m tools.cache policies trace.npz --sizes 0.75,1.5,3
+    python -m tools.cache shares --machine "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores"
 
-Without a trace one is made up from published reuse statistics (`tools.cache.routing_synthetic`). Sizes are percent of
-all routed experts. LRU, LFU with decay, the runtime's policy (`experts.policy.HeatPolicy`, the class itself) and
-Belady's optimum. By default what is missed comes in at once, as in the RAM tier; `--budget N` promotes up to N experts
-a token instead, as into VRAM. Tokens of a prompt count as single steps, so a prompt looks worse here than it is. With
-`--machine` the size is the one that its VRAM leaves, and K2.5's bytes at `--bits` a weight turn hits into tokens/s: the
-GPU's part, then the CPU's, one after the other.
+Without a trace one is made up from published reuse statistics (`tools.cache.routing_synthetic`). Sizes are in units of
+T, the experts that one token uses in all layers: 480 for Kimi K2.5, 4.5 GB in TQ1_0. Tokens of a prompt count as single
+steps, so a prompt looks worse here than it is.
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,173 +23,153 @@ import typer
 from kimi_lite.arch.known import K2_5
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.recorder import RoutingTrace, read_trace
-from kimi_lite.tools.cache.policies import BeladyCache, Cache, HeatCache, LruCache
-from kimi_lite.tools.cache.routing_synthetic import make_trace
+from kimi_lite.tools.cache.machine import Machine
+from kimi_lite.tools.cache.policies import BeladyCache, Cache, FavouriteCache, HeatCache, LruCache, Swaps
+from kimi_lite.tools.cache.routing_synthetic import make_trace, reuse
 
 _LFU_HALF_LIFE = (256.0,)
 _SKIPPED_SHARE = 0.25  # of the tokens: the caches fill
-_PCIE_GB_S = {3: 11.8, 4: 23.5, 5: 47.0}  # of 16 lanes, pinned memory, measured by others
-_DENSE_BITS, _WORK_GB, _CACHE_GB = (
-    8.5,
-    2.0,
-    2.2,
-)  # on the GPU: everything but routed experts, activations, 32K of context
-_VRAM_GB_S, _OVERHEAD_S = 920.0, 0.001
-_WEIGHTS_PER_CORE = 47e9  # a second, TQ1_0 on AVX-512 at 2.6 GHz (tools.kernels)
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Bandwidths are what is really delivered, 10^9 bytes/s."""
-
-    vram_gb: float
-    ram_gb_s: float
-    num_cores: int
-    pcie_gb_s: float = _PCIE_GB_S[4]
-    vram_gb_s: float = _VRAM_GB_S
-
-    @classmethod
-    def parse(cls, text: str) -> "Machine":
-        """`24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores`; `1000 GB/s VRAM` may be added. Raises KimiLiteError."""
-        patterns = {
-            "vram_gb": r"(\d+(?:\.\d+)?) ?GB(?: VRAM)?",
-            "ram_gb_s": r"(\d+(?:\.\d+)?) ?GB/s(?: RAM)?",
-            "vram_gb_s": r"(\d+(?:\.\d+)?) ?GB/s VRAM",
-            "num_cores": r"(\d+) ?cores",
-        }
-        found: dict[str, float] = {}
-        for part in map(str.strip, text.split(",")):
-            pcie = re.fullmatch(r"PCIe ?([345])(?:\.0)?(?: x(\d+))?", part, re.IGNORECASE)
-            names = [name for name, pattern in patterns.items() if re.fullmatch(pattern, part, re.IGNORECASE)]
-            if pcie:
-                found["pcie_gb_s"] = _PCIE_GB_S[int(pcie[1])] * int(pcie[2] or 16) / 16
-            elif names:
-                found[names[0]] = float(re.match(r"[\d.]+", part)[0])
-            else:
-                raise KimiLiteError(
-                    f"--machine has {part!r}.", 'Write it like "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores".'
-                )
-        if missing := {"vram_gb", "ram_gb_s", "num_cores"} - found.keys():
-            raise KimiLiteError(
-                f"--machine lacks {', '.join(sorted(missing))}.", "Name VRAM in GB, RAM in GB/s, and cores."
-            )
-        return cls(**{**found, "num_cores": int(found["num_cores"])})
-
-    def slot_share(self, bits: float) -> float:
-        """Of all routed experts that fit on the GPU."""
-        dense_gb = K2_5.other_parameters * _DENSE_BITS / 8e9
-        routed_gb = K2_5.routed_parameters * bits / 8e9
-        return min(1.0, max(0.0, self.vram_gb - dense_gb - _WORK_GB - _CACHE_GB) / routed_gb)
-
-    def tok_s(self, hit_share: float, bits: float, num_copies: float) -> float:
-        """Decoding: dense weights and hits on the GPU, then misses on the CPU; copies take bandwidth from its
-        reads."""
-        c = K2_5
-        expert_gb = c.expert_parameters * bits / 8e9
-        used_gb = c.num_moe_layers * c.num_experts_used * expert_gb
-        dense_gb = (
-            (c.active_parameters - c.num_moe_layers * c.num_experts_used * c.expert_parameters) * _DENSE_BITS / 8e9
-        )
-        gpu_s = (dense_gb + hit_share * used_gb) / self.vram_gb_s
-        core_gb_s = min(self.ram_gb_s, self.num_cores * _WEIGHTS_PER_CORE * bits / 8e9)
-        copied_gb = num_copies * expert_gb
-        cpu_s = max((1 - hit_share) * used_gb / core_gb_s, ((1 - hit_share) * used_gb + copied_gb) / self.ram_gb_s)
-        return 1 / (_OVERHEAD_S + gpu_s + max(cpu_s, copied_gb / self.pcie_gb_s))
+_PRICES = (1.0, 3.0)  # of a copy, in misses: RAM is read once, or read, written and read again
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """size: in units of T. num_copies: a token, in units of T too. found: share of all choices. net: misses a token
+    plus the copies at each of the prices, in units of T; without a cache it is 1."""
+
+    way: str
     policy: str
-    size_share: float
-    num_slots: int
-    hit_share: float
-    tok_s: float | None
+    size: float
+    found: float
+    num_copies: float
+    net: tuple[float, ...]
 
 
-def simulate(cache: Cache, trace: RoutingTrace, layers: Sequence[int]) -> float:
-    """Share of the experts that were there, after the first quarter of the tokens."""
-    hits = asked = 0
+def simulate(cache: Cache, trace: RoutingTrace, layers: Sequence[int]) -> tuple[float, float]:
+    """Share of the experts that were there, and copies per choice, after the first quarter of the tokens."""
+    hits = asked = copies = 0
     skipped = int(len(trace.ids) * _SKIPPED_SHARE)
     for token, chosen in enumerate(trace.ids.astype(np.int64)):
+        if token == skipped:
+            copies = cache.num_copies
         for layer in layers:
             found = cache.look_up(token, layer, chosen[layer])
             if token >= skipped:
                 hits, asked = hits + int(found.sum()), asked + len(found)
-    return hits / asked
+    return hits / asked, (cache.num_copies - copies) / asked
 
 
-def policies(
-    trace: RoutingTrace, layers: Sequence[int], num_slots: int, budget: int | None
-) -> dict[str, Callable[[], Cache]]:
-    """By name; made when their turn comes."""
-    shape = (trace.num_layers, trace.num_experts, num_slots, budget)
+def at_once(trace: RoutingTrace, layers: Sequence[int], num_slots: int) -> dict[str, Callable[[], Cache]]:
+    """By name, made when their turn comes: what is missed comes in at once, as into RAM from the disk."""
+    ids, num_experts = trace.ids.astype(np.int64), trace.num_experts
+    shape, num_layers = (trace.num_layers, num_experts, num_slots, None), len(layers)
     return {
-        "LRU": lambda: LruCache(trace.num_experts, num_slots, budget),
+        "LRU": lambda: LruCache(num_experts, num_slots),
+        "LRU, shares": lambda: LruCache(num_experts, num_slots, num_layers),
         "LFU, decay": lambda: HeatCache(*shape, half_lives=_LFU_HALF_LIFE),
-        "runtime": lambda: HeatCache(*shape),
-        "optimum": lambda: BeladyCache(trace.ids.astype(np.int64), layers, trace.num_experts, num_slots),
+        "heat": lambda: HeatCache(*shape),
+        "heat, shares (runtime)": lambda: HeatCache(*shape, num_sharing=num_layers),
+        "optimum": lambda: BeladyCache(ids, layers, num_experts, num_slots),
     }
 
 
-def run(
-    trace: RoutingTrace, shares: Sequence[float], budget: int | None, machine: Machine | None, bits: float
-) -> list[Outcome]:
+def by_swaps(trace: RoutingTrace, layers: Sequence[int], num_slots: int) -> dict[str, Callable[[], Cache]]:
+    """The same where misses are computed elsewhere and swaps have a price, as in VRAM."""
+    ids, shape = trace.ids.astype(np.int64), (trace.num_layers, trace.num_experts, num_slots)
+    scale = len(layers) / K2_5.num_moe_layers
+    named = {f"gain {gain:g} (runtime)": Swaps(32 * scale, gain) for gain in (0.5, 1.0, 2.0, 4.0)}
+    caches = {name: lambda swaps=swaps: HeatCache(*shape, swaps) for name, swaps in named.items()}
+    unlimited = {"every gain": lambda: HeatCache(*shape, Swaps(trace.num_experts, 0.0))}
+    lfu = {"LFU, gain 1": lambda: HeatCache(*shape, Swaps(32 * scale, 1.0), half_lives=_LFU_HALF_LIFE)}
+    favourites = {"whole trace's favourites": lambda: FavouriteCache(ids, layers, trace.num_experts, num_slots)}
+    return caches | unlimited | lfu | favourites
+
+
+def run(trace: RoutingTrace, sizes: Sequence[float]) -> list[Outcome]:
+    """sizes: in units of T."""
     layers = trace.moe_layers.tolist()
-    num_experts = len(layers) * trace.num_experts
-    scale = K2_5.num_moe_layers / len(layers)  # a budget is for all of K2.5's layers
     outcomes = []
-    for share in shares:
-        num_slots = round(share * num_experts)
-        own_budget = None if budget is None else max(1, round(budget / scale))
-        for name, make in policies(trace, layers, num_slots, own_budget).items():
-            hit_share = simulate(make(), trace, layers) if num_slots else 0.0
-            tok_s = machine.tok_s(hit_share, bits, budget or 0) if machine else None
-            outcomes.append(Outcome(name, share, num_slots, hit_share, tok_s))
+    for way, caches in (("at once", at_once), ("swaps", by_swaps)):
+        for size in sizes:
+            num_slots = round(size * len(layers) * trace.ids.shape[2])
+            for name, make in caches(trace, layers, num_slots).items():
+                found, copies = simulate(make(), trace, layers)
+                net = tuple(1 - found + price * copies for price in _PRICES)
+                outcomes.append(Outcome(way, name, size, found, copies, net))
     return outcomes
 
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 
 
-@app.command()
-def main(
+@app.command("policies")
+def policies_command(
     trace: Annotated[
         Path | None, typer.Argument(help="What --record-routing wrote. Default: synthetic.", dir_okay=False)
     ] = None,
-    sizes: Annotated[
-        str, typer.Option(help="Slots, percent of all routed experts, comma-separated.")
-    ] = "2,4.6,12.5,25",
-    budget: Annotated[int | None, typer.Option(help="Promotions a token, in all layers together.", min=1)] = None,
-    machine: Annotated[str | None, typer.Option(help='Such as "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores".')] = None,
-    bits: Annotated[float, typer.Option(help="A routed weight, for --machine.", min=1, max=16)] = 1.6875,
+    sizes: Annotated[str, typer.Option(help="Slots, in units of what a token uses.")] = "0.75,1,1.9,3,5",
     layers: Annotated[
         int, typer.Option(help="Of a long trace, that are simulated; the others are like them.", min=1)
     ] = 6,
     tokens: Annotated[
         int, typer.Option(help="Of a synthetic trace; and at most so many of a recorded one.", min=8)
-    ] = 600,
+    ] = 1000,
+    experts: Annotated[int, typer.Option(help="A layer of a synthetic trace; 8 are chosen.", min=16)] = 384,
 ) -> None:
-    """Simulate caches of experts."""
+    """Compare caches of experts by what they find and what they copy."""
     try:
-        described = Machine.parse(machine) if machine else None
-        shares = [described.slot_share(bits)] if described else [_parse_percent(part) for part in sizes.split(",")]
-        found = _shorten(read_trace(trace), layers, tokens) if trace else make_trace(tokens, layers, 384, 8)
+        wanted = [_parse_size(part) for part in sizes.split(",")]
+        found = _shorten(read_trace(trace), layers, tokens) if trace else make_trace(tokens, layers, experts, 8)
     except KimiLiteError as error:
-        print(f"cache_sim: {error}", file=sys.stderr)
-        sys.exit(2)
-    outcomes = run(found, shares, budget, described, bits)
-    way = f"up to {budget} promotions a token" if budget else "what is missed comes in at once"
+        _give_up(error)
+    used = reuse(found)
     print(
-        f"{found.name}: {len(found.ids)} tokens, {len(found.moe_layers)} layers of {found.num_experts} experts; {way}\n"
+        f"{found.name}: {len(found.ids)} tokens, {len(found.moe_layers)} layers of {found.num_experts} experts, of "
+        f"which a token uses {found.ids.shape[2]}; {used.next_token:.0%} of them again with the next token, "
+        f"{used.within_8:.0%} within 8\n"
     )
-    print(f"| {'slots':>7} | {'a layer':>7} | {'policy':<10} | {'found':>6} | {'tok/s':>6} |")
-    print(f"|{'-' * 8}:|{'-' * 8}:|{'-' * 12}|{'-' * 7}:|{'-' * 7}:|")
+    outcomes = run(found, wanted)
+    print("| slots / T | way | policy | found | copies / T | net, copy = 1 miss | net, copy = 3 |")
+    print("|--:|---|---|--:|--:|--:|--:|")
     for o in outcomes:
-        a_layer, rate = o.num_slots / len(found.moe_layers), "-" if o.tok_s is None else f"{o.tok_s:.1f}"
-        print(f"| {o.size_share:>7.1%} | {a_layer:>7.1f} | {o.policy:<10} | {o.hit_share:>6.1%} | {rate:>6} |")
-    print(
-        json.dumps({"tool": "cache_sim", "schema": 1, "trace": found.name, "outcomes": [asdict(o) for o in outcomes]})
-    )
+        cells = (f"{o.size:g}", o.way, o.policy, f"{o.found:.1%}", f"{o.num_copies:.3f}", *(f"{n:.3f}" for n in o.net))
+        print(f"| {' | '.join(cells)} |")
+    document = {"tool": "cache_policies", "schema": 2, "trace": found.name, "outcomes": [asdict(o) for o in outcomes]}
+    print(json.dumps(document))
+
+
+@app.command("shares")
+def shares_command(
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(help='Such as "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores". Default: seven of them.'),
+    ] = None,
+    bits: Annotated[float, typer.Option(help="A routed weight.", min=1, max=16)] = 1.6875,
+    layers: Annotated[int, typer.Option(help="That are simulated; the others are like them.", min=1)] = 12,
+    tokens: Annotated[int, typer.Option(help="Of the synthetic trace.", min=64)] = 800,
+) -> None:
+    """Decoding with a constant share of the misses on the CPU, and where the program decides."""
+    from kimi_lite.tools.cache.shares import MACHINES, compare  # the runtime's own classes, and torch with them
+
+    try:
+        described = {text: Machine.parse(text) for text in machine or MACHINES}
+    except KimiLiteError as error:
+        _give_up(error)
+    trace = make_trace(tokens, layers, K2_5.num_experts, K2_5.num_experts_used)
+    rows = [compare(text, each, trace, bits) for text, each in described.items()]
+    constants = list(rows[0].constant_tok_s)
+    print("tokens/s of Kimi K2.5, computed; constant share of the misses on the CPU, the others uploaded in time\n")
+    print(f"| machine | no cache | {' | '.join(f'{share:.0%}' for share in constants)} | kimi-lite | copies / token |")
+    print("|---|" + "--:|" * (len(constants) + 3))
+    for row in rows:
+        cells = [f"{row.uncached_tok_s:.1f}", *(f"{rate:.1f}" for rate in row.constant_tok_s.values())]
+        print(f"| {row.machine} | {' | '.join(cells)} | **{row.own_tok_s:.1f}** | {row.own_copies:.1f} |")
+    print(json.dumps({"tool": "cache_shares", "schema": 1, "bits": bits, "rows": [asdict(row) for row in rows]}))
+
+
+def _give_up(error: KimiLiteError) -> None:
+    print(f"tools.cache: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _shorten(trace: RoutingTrace, num_layers: int, num_tokens: int) -> RoutingTrace:
@@ -206,11 +182,11 @@ def _shorten(trace: RoutingTrace, num_layers: int, num_tokens: int) -> RoutingTr
     return RoutingTrace(trace.name, trace.num_experts, trace.ids[:num_tokens, chosen], trace.starts)
 
 
-def _parse_percent(text: str) -> float:
+def _parse_size(text: str) -> float:
     try:
-        value = float(text) / 100
+        value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 1:
-        raise KimiLiteError(f"--sizes has {text!r}.", "Give percent of all routed experts, such as 5,12.5,25.")
+    if not 0 < value < 1000:
+        raise KimiLiteError(f"--sizes has {text!r}.", "Give slots in units of a token's experts, such as 0.75,1.5,3.")
     return value

@@ -76,14 +76,14 @@ class RoutedExperts:
         self._token_of_choice = choices // top_k
         self.server = MissServer(layers, cpu, TurnMemory.make(streams, len(layers), top_k, cpu.rows), self._count_turns)
 
-    def begin_step(self, promotion_budget: int, num_tokens: int) -> int:
-        """Between steps: promotions arrive and begin. Returns how many began."""
+    def begin_step(self, promotion_budget: int, num_tokens: int, least_gain: float) -> int:
+        """Between steps: promotions arrive and begin, as `VramSlots.begin_step`. Returns how many began."""
         self.count()
         if num_tokens < MIN_STREAM_TOKENS:
             self.streamed.give_slots_back()
         if self.store.ram:
             self.store.ram.begin(num_tokens)
-        return self.slots.begin_step(promotion_budget, num_tokens)
+        return self.slots.begin_step(promotion_budget, num_tokens, least_gain)
 
     def begin_prompt(self, num_tokens: int) -> None:
         """A pass over so many tokens of a prompt begins: what streams may begin before the first router has spoken."""
