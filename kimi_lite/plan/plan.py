@@ -16,6 +16,7 @@ from kimi_lite.hardware.machine import Hardware
 from kimi_lite.kv.pages import bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import FITTING, Options
+from kimi_lite.plan.cliff import warn_of_cliff
 from kimi_lite.plan.refusal import find_problem, find_remedies
 from kimi_lite.plan.speed import Split, forecast_decode, forecast_prompt, rates_of
 from kimi_lite.plan.types import (
@@ -68,7 +69,8 @@ def make_plan(
     situation = PlanInputs(sizes, hardware, limits or Options(), file_bytes)
     plan = lay_out(situation)
     if not (problem := find_problem(plan)):
-        return plan
+        cliff = warn_of_cliff(plan, lay_out)
+        return replace(plan, warnings=(*plan.warnings, cliff)) if cliff else plan
     return replace(plan, verdict="refused", refusal=Refusal(problem, tuple(find_remedies(plan, lay_out))))
 
 
