@@ -218,6 +218,14 @@ class PromotionBudget:
         return 1.25 * 1.48 * deviation / math.sqrt(len(self._costs_s))
 
 
+def promotion_words(budget: int, cost_s: float, gain_s: float) -> str:
+    """What a `PromotionBudget` has decided, and why: for `/experts` and the log."""
+    if budget == 0:
+        return "none, since a copy costs more time than it saves here; tried again now and then"
+    cost = f"a copy costs {1e3 * cost_s:.2f} ms" if cost_s > 0 else "a copy costs nothing that could be measured"
+    return f"up to {budget} a step: {cost} and saves about {1e3 * gain_s:.2f} ms"
+
+
 class Growth:
     """Says when the context has doubled since it last said so."""
 

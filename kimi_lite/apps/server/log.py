@@ -67,15 +67,25 @@ class AnswerLog:
         logger.log(level, harmless(text))
 
 
+class _JsonLines(logging.Formatter):
+    """The server's own messages are JSON already; those of the model become it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        if record.name == logger.name:
+            return message
+        return json.dumps({"time": round(record.created, 3), "message": harmless(message)}, ensure_ascii=False)
+
+
 def set_up(level: str, is_json: bool) -> AnswerLog:
-    """Log to stderr from `level` on."""
+    """Log to stderr from `level` on: requests, and what the model says of itself."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter("%(message)s" if is_json else "%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    )
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(level.upper())
+    plain = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    handler.setFormatter(_JsonLines("%(message)s") if is_json else plain)
+    for each in (logger, logging.getLogger("kimi_lite.model")):
+        each.handlers[:] = [handler]
+        each.propagate = False
+        each.setLevel(level.upper())
     return AnswerLog(is_json)
 
 

@@ -6,13 +6,13 @@ option: what pays on this machine, now, is found out, and `/experts` and the log
 
 import logging
 
-from kimi_lite.experts.costs import Growth, PromotionBudget, Tuner
+from kimi_lite.experts.costs import Growth, PromotionBudget, Tuner, promotion_words
 from kimi_lite.experts.policy import LEAST_GAIN
 from kimi_lite.model.hybrid.routed import RoutedExperts
 
 MAX_PROMOTIONS = 32  # a step: 300 MB of Kimi K2.5's experts
 _TOKENS_PER_PROMOTION = 4  # of a prompt: so many earn one of the promotions that follow it at once
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Adaptive:
@@ -41,7 +41,7 @@ class Adaptive:
             self._budget.interrupt()
             self._num_owed = min(self._num_owed + num_tokens // _TOKENS_PER_PROMOTION, self._experts.slots.capacity)
         self._num_promoted = self._experts.begin_step(budget, num_tokens, self._least_gain)
-        if is_decoding and self._num_owed:
+        if is_decoding:  # what finds no expert worth it is owed no more
             self._num_owed = max(0, self._num_owed - self._num_promoted) if self._num_promoted else 0
         self._experts.num_threads = self._threads.value
 
@@ -56,22 +56,14 @@ class Adaptive:
             before = self._budget.budget
             self._budget.observe(num_tokens, self._num_promoted, elapsed_s, self._gain_s)
             if (before == 0) != (self._budget.budget == 0):
-                _LOG.info("experts: %s", self.describe())
+                words = promotion_words(self._budget.budget, self._budget.cost_s, self._gain_s)
+                _log.info("experts copied to VRAM while it answers: %s", words)
         else:
             self._budget.interrupt()
         if is_steady and num_tokens == 1:  # steps of other sizes take other times
             self._threads.observe(elapsed_s)
         if self._growth.has_doubled(context):
             self._threads.restart()
-
-    def describe(self) -> str:
-        """In words: whether experts go to VRAM while it answers, and why."""
-        cost_ms, gain_ms = 1e3 * self._budget.cost_s, 1e3 * self._gain_s
-        if self._budget.budget == 0:
-            return "none is copied to VRAM while it answers: that costs more time than it saves here"
-        return (
-            f"up to {self._budget.budget} a token are copied to VRAM: each costs {cost_ms:.2f} ms, saves {gain_ms:.2f}"
-        )
 
     def counters(self) -> dict[str, float]:
         if self._experts is None:

@@ -265,6 +265,10 @@ def test_experts_shows_hit_rates_and_heat_where_there_are_some(talk: Talk) -> No
     assert "3.0 GiB" in shown
     assert "█" in shown
     assert "hottest … coldest of 4 experts a layer" in shown
+    model.counters = lambda: {"promotion_budget": 4, "promotion_cost_s": 4e-4, "promotion_gain_s": 12e-4}
+    shown = " ".join(talk.say("/experts").split())
+    assert "copied to VRAM while it answers up to 4 a step: a copy costs 0.40 ms and saves about 1.20 ms" in shown
+    assert "time that a copy to VRAM costs 0.40 ms" in shown
 
 
 def test_read_puts_files_into_the_next_message_only(talk: Talk, tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ _COUNTERS = {
     "gpu_expert_misses": "computed on the CPU",
     "expert_promotions": "copied to VRAM",
     "expert_promotions_cancelled": "copies to VRAM given up",
+    "promotion_cost_s": "time that a copy to VRAM costs",
+    "promotion_gain_s": "time that a copy to VRAM saves",
+    "stream_expert_s": "time of an expert over the bus",
+    "cpu_expert_s": "time of an expert on the CPU",
+    "cpu_choice_s": "and of each token that chose it",
+    "expert_threads": "threads of the CPU's experts",
     "streamed_experts": "streamed to the GPU for prompts",
     "dense_gpu_bytes": "other weights in VRAM",
 }
@@ -173,7 +179,8 @@ def _experts(chat: Chat, argument: str) -> None:
     """where experts were found (GPU, RAM, disk) and how often each was used lately, as a picture"""
     counters, heat = chat.conversation.counters(), chat.conversation.heat()
     of_experts = {name: value for name, value in counters.items() if not name.startswith(_CACHE_COUNTERS)}
-    chat.say_table([_counter(name, value) for name, value in of_experts.items()] + _hit_rates(of_experts))
+    rows = [_counter(name, value) for name, value in of_experts.items() if name != "promotion_budget"]
+    chat.say_table(rows + _hit_rates(of_experts) + _decisions(of_experts))
     if heat is None and not counters:
         chat.say("the endpoint does not say where its experts lie")
     elif heat is None:
@@ -191,8 +198,18 @@ def _counter(name: str, value: float) -> tuple[str, str]:
     if name.endswith("_bytes"):
         return words, gib(value)
     if name.endswith("_s"):
-        return words, f"{value:,.2f} s"
+        return words, f"{value:,.2f} s" if value >= 0.1 or value == 0 else f"{1e3 * value:,.2f} ms"
     return words, f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"
+
+
+def _decisions(counters: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What the program chose by the times it measured."""
+    from kimi_lite.experts.costs import promotion_words
+
+    if "promotion_budget" not in counters:
+        return []
+    known = (counters[f"promotion_{what}"] for what in ("cost_s", "gain_s"))
+    return [("copied to VRAM while it answers", promotion_words(int(counters["promotion_budget"]), *known))]
 
 
 def _hit_rates(counters: Mapping[str, float]) -> list[tuple[str, str]]:
