@@ -1,6 +1,7 @@
 """One small kernel, compiled, launched and looked at: whether this process can run any, before a weight is read.
 
-Its arguments are of every kind that our kernels have, so that a launcher that passes one wrongly is found here too.
+Its arguments are of every kind that our kernels have, pinned memory of the host among them, so that a launcher that
+passes one wrongly is found here too.
 """
 
 from contextlib import suppress
@@ -27,10 +28,11 @@ def try_a_kernel(device: torch.device) -> str | None:
     """
     try:
         x = torch.arange(_LANES, dtype=torch.float32, device=device)
-        out = torch.zeros_like(x)
-        triton.jit(_add)[(1,)](x, out, _SMALL, _LARGE, _SCALE, 1, LANES=_LANES)
+        have = torch.zeros(_LANES, pin_memory=device.type == "cuda")  # to which kernels of a decode step write, too
+        triton.jit(_add)[(1,)](x, have, _SMALL, _LARGE, _SCALE, 1, LANES=_LANES)
         want = torch.arange(_LANES, dtype=torch.float32) * _SCALE + _SMALL + (_LARGE >> 40) + 1
-        have = out.cpu()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except Exception as error:  # a compiler, a driver, a missing program: each has its own
         return _in_one_line(error)
     return None if torch.equal(have, want) else f"a kernel gave {have[1]:g} instead of {want[1]:g}"

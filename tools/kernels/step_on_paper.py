@@ -54,8 +54,8 @@ class Inputs:
     attend_us: float = 6.0  # each of the two kernels of attention over a short context
     flag_us: float = 1.5  # a flag through PCIe until the other side sees it
     barrier_us: float = 1.0  # 16 threads
-    num_barriers: int = 7  # of a turn: four operations, three phases of the experts'
-    step_us: float = 900.0  # tables, policy, sampler and the host's wait, a token
+    num_barriers: int = 5  # of a turn, once the choices are there: two operations', three inside the experts'
+    step_us: float = 750.0  # a token: the sampler 650 (measured by the review), tables and the host's wait
 
 
 class Node(NamedTuple):
