@@ -27,7 +27,7 @@ def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu 
 
 def situation_of(plan: Plan, options: Options) -> Situation:
     """What of the plan decides which options have an effect; of a model that runs here."""
-    num_experts, has_disk = plan.sizes.num_experts, plan.disk_expert_bytes > 0
+    num_experts, has_disk = plan.sizes.num_experts, plan.has_ram_slots
     return Situation(
         is_on_gpu=plan.is_on_gpu,
         has_experts=num_experts > 0,

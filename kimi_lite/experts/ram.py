@@ -114,6 +114,7 @@ class RamSlots:
         tokens' worth.
         """
         self.index, self.counts = index, Counts()
+        self._is_limited = budget_bytes is not None
         self._tables = {layer: table[: index.num_experts, :, DATA // 8] for layer, table in tables.items()}
         self._mapped = {layer: addresses.copy() for layer, addresses in self._tables.items()}
         self._pools = make_pools(index, budget_bytes, num_choices)
@@ -228,6 +229,20 @@ class RamSlots:
             return False
         np.copyto(target, found[part])
         return self._resident.get((layer, expert)) is found
+
+    def release(self, layer: int, expert: int) -> None:
+        """VRAM holds this expert from now on: its slot here is free for another."""
+        pool = self._pool_of[layer]
+        slot = int(pool.policy.find(layer, expert))
+        if self._is_limited and slot >= 0 and not pool.policy.is_pinned(slot):
+            pool.policy.evict(slot)
+            self._forget_owner(pool, slot)
+
+    def restore(self, layer: int, expert: int) -> None:
+        """VRAM has given this expert up: it is read again in the background where a slot is free."""
+        pool = self._pool_of[layer]
+        if self._is_limited and pool.policy.num_free and pool.policy.is_absent(layer, expert):
+            self._begin_read(pool, layer, expert, is_urgent=False)
 
     def cancel(self) -> None:
         """No pass waits any more: what has not been read yet is not read."""

@@ -55,6 +55,12 @@ class ExpertStore:
             return target
         return self._from_file(layer, expert, part, place)
 
+    def moved(self, layer: int, expert: int, is_in_vram: bool) -> None:
+        """Where memory does not hold all experts, those in VRAM need no copy in it. For the thread that runs the
+        model."""
+        if self.ram is not None:
+            (self.ram.release if is_in_vram else self.ram.restore)(layer, expert)
+
     def counters(self) -> dict[str, float]:
         """What was read here since the store was made, and what the slots in RAM did."""
         own = {

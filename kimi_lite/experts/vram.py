@@ -189,6 +189,7 @@ class VramSlots:
     def _name(self, key: tuple[int, int], slot: int) -> None:
         """This expert is in `slot` from now on, -1: nowhere; the device learns it with the next `_write_names`."""
         self._host_table[key] = self._renamed[key] = slot
+        self._store.moved(*key, is_in_vram=slot >= 0)
 
     def _write_names(self) -> None:
         """Into the device's table: on the compute stream, behind the kernels that still look at the old entries."""

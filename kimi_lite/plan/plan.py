@@ -50,6 +50,7 @@ from kimi_lite.plan.workspace import (
     pinned_bytes,
     program_bytes,
     ram_margin_bytes,
+    ram_slot_bytes,
 )
 from kimi_lite.units import gib_apart
 
@@ -105,7 +106,8 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
     if not (is_on_gpu and limits.vision == "gpu"):
         in_ram.append(MemoryRow("RAM", VISION, sizes.vision_bytes))
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
-    wanted_bytes = 0 if num_slots and num_slots == sizes.num_experts else sizes.expert_bytes
+    num_away = sizes.num_experts - min(num_slots, sizes.num_experts)  # experts that have no slot in VRAM
+    wanted_bytes = sizes.expert_bytes if num_away else 0
     if is_on_gpu:
         num_spilled = num_spill_pages(num_pages, page_bytes, left_bytes, wanted_bytes)
         spill_bytes = pinned_block_bytes(num_spilled * page_bytes)
@@ -113,15 +115,19 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         left_bytes -= spill_bytes
     if limits.ram_expert_bytes is not None:
         left_bytes = min(left_bytes, limits.ram_expert_bytes)
-    ram_bytes = min(wanted_bytes, left_bytes)
+    num_in_ram, ram_bytes, disk_bytes = num_away, wanted_bytes, 0
+    if left_bytes < wanted_bytes:
+        num_in_ram = min(num_away, left_bytes // ram_slot_bytes(sizes))
+        ram_bytes = num_in_ram * ram_slot_bytes(sizes)
+        disk_bytes = (num_away - num_in_ram) * (sizes.expert_bytes // sizes.num_experts)
     rows = [
         *on_gpu,
         *in_ram,
         MemoryRow("RAM", EXPERTS, ram_bytes),
-        MemoryRow("disk", EXPERTS, wanted_bytes - ram_bytes),
+        MemoryRow("disk", EXPERTS, disk_bytes),
     ]
     split = Split(
-        ram_share=ram_bytes / wanted_bytes if wanted_bytes else 1.0,
+        ram_share=num_in_ram / num_away if num_away else 1.0,
         gpu_share=num_slots / sizes.num_experts if sizes.num_experts else 0.0,
         is_on_gpu=is_on_gpu,
         value_bytes=value_bytes(sizes.config, limits.kv_dtype),
@@ -140,7 +146,7 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         num_vram_slots=num_slots,
         prompt_chunk_tokens=chunk,
         ram_expert_bytes=ram_bytes,
-        disk_expert_bytes=wanted_bytes - ram_bytes,
+        disk_expert_bytes=disk_bytes,
         expert_capacity_bytes=max(left_bytes, _vram_left(budgets, on_gpu)),
         num_threads=num_threads,
         split=split,
@@ -148,8 +154,8 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         decode=decode,
         decode_full=forecast_decode(sizes, replace(split, depth=context_length), rates),
         prompt=forecast_prompt(sizes, split, rates, chunk),
-        bottleneck=_bottleneck(decode.bottleneck, wanted_bytes, ram_bytes),
-        verdict=_judge(wanted_bytes - ram_bytes, left_bytes - ram_bytes, have_bytes),
+        bottleneck=_bottleneck(decode.bottleneck, ram_bytes, disk_bytes),
+        verdict=_judge(disk_bytes, left_bytes - ram_bytes, have_bytes),
         warnings=(warning,) if warning else (),
     )
 
@@ -221,9 +227,9 @@ def _ram_rows(
     return [weights, MemoryRow("RAM", KV, cache_bytes), *always]
 
 
-def _bottleneck(slowest: str, wanted_bytes: int, ram_bytes: int) -> str:
-    if ram_bytes < wanted_bytes:
-        need, have = gib_apart(wanted_bytes, ram_bytes)
+def _bottleneck(slowest: str, ram_bytes: int, disk_bytes: int) -> str:
+    if disk_bytes:
+        need, have = gib_apart(ram_bytes + disk_bytes, ram_bytes)
         return f"RAM: {have} of {need} of experts fit, the rest comes from disk"
     return slowest
 

@@ -160,7 +160,7 @@ def _lacking_expert_bytes(plan: Plan, place: Place) -> int:
         return 0
     config = plan.sizes.config
     least = _LEAST_TOKENS_CACHED * config.num_moe_layers * config.num_experts_used * plan.sizes.slot_bytes
-    return max(0, min(least, plan.sizes.expert_bytes) - plan.ram_expert_bytes)
+    return max(0, min(least, plan.ram_expert_bytes + plan.disk_expert_bytes) - plan.ram_expert_bytes)
 
 
 def _lacking_disk_bytes(plan: Plan) -> int:

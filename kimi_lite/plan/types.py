@@ -97,8 +97,8 @@ class Plan:
     num_spill_pages: int  # pages in RAM for those that a GPU's cache has no place for; 0 without a GPU
     num_vram_slots: int  # experts that have a place on the GPU
     prompt_chunk_tokens: int  # of a prompt in one forward pass
-    ram_expert_bytes: int  # experts that RAM holds
-    disk_expert_bytes: int  # experts that do not fit, read from disk when they are chosen
+    ram_expert_bytes: int  # experts that RAM holds: all, or in slots those that VRAM does not hold
+    disk_expert_bytes: int  # experts that fit nowhere, read from disk when they are chosen
     expert_capacity_bytes: int  # experts of this size that would fit: in RAM, or all of them in VRAM
     num_threads: int
     # What comes of it
@@ -129,9 +129,14 @@ class Plan:
         return self.situation.limits
 
     @property
+    def has_ram_slots(self) -> bool:
+        """RAM does not hold all experts: it has slots for some of them, and what VRAM holds needs none."""
+        return self.disk_expert_bytes > 0 or 0 < self.ram_expert_bytes < self.sizes.expert_bytes
+
+    @property
     def ram_budget_bytes(self) -> int | None:
-        """RAM for experts where not all of them fit; None: they do."""
-        return self.ram_expert_bytes if self.disk_expert_bytes else None
+        """RAM for experts where not all of them fit there; None: they do."""
+        return self.ram_expert_bytes if self.has_ram_slots else None
 
     def fits_in(self, place: Place) -> bool:
         """Whether the place holds its rows; one without a budget holds any."""
@@ -165,7 +170,15 @@ class Plan:
         """JSON-ready: everything that the tables show, in bytes, bytes/s and tokens/s. A refused plan has no speeds."""
         plain = (
             *("context_length", "is_on_gpu", "dense_type", "num_cache_pages", "num_spill_pages", "num_vram_slots"),
-            *("ram_expert_bytes", "disk_expert_bytes", "prompt_chunk_tokens", "num_threads", "bottleneck", "verdict"),
+            *(
+                "ram_expert_bytes",
+                "disk_expert_bytes",
+                "has_ram_slots",
+                "prompt_chunk_tokens",
+                "num_threads",
+                "bottleneck",
+                "verdict",
+            ),
         )
         speeds = ("decode", "decode_full", "prompt")
         return {

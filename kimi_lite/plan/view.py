@@ -218,8 +218,9 @@ def _remark(plan: Plan, place: Place, part: str) -> str:
     if part == KV:
         tokens = f"{plan.context_length:,} tokens in {plan.limits.kv_dtype}"
         return f"{num_sequences} x {tokens}" if num_sequences > 1 else tokens
-    if (place, part) == ("RAM", EXPERTS) and plan.disk_expert_bytes:
-        return f"{plan.ram_expert_bytes / sizes.expert_bytes:.0%} of {gib(sizes.expert_bytes)}"
+    if (place, part) == ("RAM", EXPERTS) and plan.has_ram_slots:
+        share = f"{plan.ram_expert_bytes / sizes.expert_bytes:.0%} of {gib(sizes.expert_bytes)}"
+        return f"{share}, without those cached in VRAM" if plan.num_vram_slots else share
     if (place, part) == ("disk", EXPERTS):
         return "read when they are chosen"
     return ""

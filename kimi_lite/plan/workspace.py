@@ -96,6 +96,12 @@ def stream_bytes(sizes: ModelSizes) -> int:
     return 2 * STREAM_EXPERTS * sizes.slot_bytes
 
 
+def ram_slot_bytes(sizes: ModelSizes) -> int:
+    """Of an expert of the middle size in RAM: each of its matrices in whole blocks of the disk, which it may begin and
+    end within."""
+    return sizes.expert_bytes // sizes.num_experts + 3 * 2 * BLOCK_BYTES
+
+
 def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
     """Memory that the GPU reads by itself: the ring of a prompt's stream, promotions, weights while they load,
     activations for the CPU and its rows."""

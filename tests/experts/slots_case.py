@@ -36,6 +36,9 @@ class NumberedExperts:
         self.num_layers, self.num_experts = num_layers, num_experts
         self.fail_on: tuple[int, int] | None = None
 
+    def moved(self, layer: int, expert: int, is_in_vram: bool) -> None:
+        """All experts stay in RAM."""
+
     def read_into(self, layer: int, expert: int, slot: np.ndarray) -> None:
         for part, matrix in enumerate(PARTS):
             slot[matrix.offset : matrix.end] = self.read_part(layer, expert, part, np.empty(SLOT_BYTES, np.uint8))

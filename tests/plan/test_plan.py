@@ -21,7 +21,7 @@ from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, rates_of
 from kimi_lite.plan.types import EXPERTS, KV, MARGIN, PINNED, SLOTS, SPILL, Plan, Remedy
 from kimi_lite.plan.view import plan_lines
-from kimi_lite.plan.workspace import pinned_block_bytes
+from kimi_lite.plan.workspace import pinned_block_bytes, ram_slot_bytes
 from kimi_lite.units import GIB
 
 GPU = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)
@@ -181,12 +181,26 @@ def test_sums_and_limits(ram_limit, vram_limit, ram_gib, has_gpu, recipe, kv_dty
         assert budget.have_bytes == min(free_bytes, free_bytes if limit_bytes is None else limit_bytes)
         assert plan.refusal or plan.place_bytes(budget.place) <= budget.have_bytes
         assert plan.place_bytes(budget.place) == sum(row.num_bytes for row in plan.rows if row.place == budget.place)
-    assert plan.ram_expert_bytes + plan.disk_expert_bytes == K25[recipe].expert_bytes
+    check_experts(plan)
     assert plan.part_bytes("RAM", EXPERTS) == plan.ram_expert_bytes
     assert plan.part_bytes("VRAM", SLOTS) == plan.num_vram_slots * plan.sizes.slot_bytes
     assert plan.process_bytes == plan.place_bytes("RAM") - plan.part_bytes("RAM", MARGIN)
     assert (plan.verdict == "refused") == (plan.refusal is not None)
     assert all(row.num_bytes > 0 for row in plan.rows)
+
+
+def check_experts(plan: Plan) -> None:
+    """Every expert has a place: VRAM, a slot in RAM, or the disk, where RAM does not hold them all; each once."""
+    sizes = plan.sizes
+    num_away = sizes.num_experts - plan.num_vram_slots
+    if not plan.has_ram_slots:
+        assert plan.ram_expert_bytes == (sizes.expert_bytes if num_away > 0 else 0) and not plan.disk_expert_bytes
+        return
+    expert_bytes = sizes.expert_bytes // sizes.num_experts
+    num_in_ram, rest = divmod(plan.ram_expert_bytes, ram_slot_bytes(sizes))
+    assert rest == 0 and num_in_ram * expert_bytes + plan.disk_expert_bytes == max(0, num_away) * expert_bytes
+    spare_bytes = plan.have_bytes("RAM") - plan.place_bytes("RAM")
+    assert plan.refusal or not plan.disk_expert_bytes or spare_bytes < ram_slot_bytes(sizes), "no RAM is left unused"
 
 
 def remedies(plan: Plan) -> dict[str, str]:
@@ -357,13 +371,23 @@ def test_a_file_that_finds_no_place_on_the_disk_is_refused():
 
 
 def test_experts_that_do_not_fit_come_from_disk():
-    plan = make_plan(K25["iq2_xxs"], machine())
-    assert plan.verdict == "from disk" and "of 243.6 GiB of experts fit" in plan.bottleneck
+    plan = make_plan(K25["iq2_xxs"], machine(250))
+    assert plan.verdict == "from disk" and "of experts fit, the rest comes from disk" in plan.bottleneck
     assert plan.part_bytes("disk", EXPERTS) == plan.disk_expert_bytes > 0
-    on_cpu = make_plan(K25["iq2_xxs"], machine(), Options(device="cpu"))
+    on_cpu = make_plan(K25["iq2_xxs"], machine(250), Options(device="cpu"))
     ram_share = on_cpu.ram_expert_bytes / on_cpu.sizes.expert_bytes
     assert ram_share <= on_cpu.decode.hit_share <= on_cpu.decode.best_hit_share <= 1
     assert 0 < plan.decode.hit_share < 0.5, "of the experts cached in VRAM"
+
+
+def test_experts_in_vram_need_no_copy_where_ram_does_not_hold_all():
+    """243.6 GiB of experts on 256 GiB of RAM and a GPU: together they hold what RAM alone does not."""
+    plan = make_plan(K25["iq2_xxs"], machine())
+    assert plan.has_ram_slots and plan.ram_budget_bytes == plan.ram_expert_bytes < plan.sizes.expert_bytes
+    assert plan.verdict in ("fits", "tight") and not plan.disk_expert_bytes and plan.split.ram_share == 1
+    assert "without those cached in VRAM" in "\n".join(plan_lines(plan))
+    without = make_plan(K25["iq2_xxs"], machine(), Options(num_gpu_experts=0))
+    assert without.verdict == "from disk" and without.decode.expected_tok_s < plan.decode.expected_tok_s
 
 
 def test_everything_on_the_gpu_needs_no_memory_for_experts():

@@ -70,7 +70,7 @@ def open_experts(
         opened.callback(cpu.close)
         slots = VramSlots(streams, experts, num_slots, slot_table, num_stream_slots=2 * group_size)
         opened.callback(slots.close)
-        num_readers = options.num_readers if plan.disk_expert_bytes else COPY_THREADS
+        num_readers = options.num_readers if plan.has_ram_slots else COPY_THREADS
         own_slots = range(num_slots, num_slots + 2 * group_size)
         stream = PromptStream(streams, experts, slots.slots, own_slots, group_size, num_readers)
         opened.callback(stream.close)
