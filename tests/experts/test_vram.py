@@ -23,6 +23,7 @@ class SlotsMachine(RuleBasedStateMachine):
         self.device, self.source = SlowDevice(), NumberedExperts()
         self.slots = VramSlots(self.device, self.source, NUM_SLOTS)
         self.num_noted = 0
+        self.lent: list[int] = []
 
     def teardown(self) -> None:
         self.device.complete()
@@ -66,6 +67,24 @@ class SlotsMachine(RuleBasedStateMachine):
     def fill(self) -> None:
         self.slots.fill()
 
+    @rule(count=st.integers(1, NUM_SLOTS))
+    def lend(self, count: int) -> None:
+        """Whoever borrows writes what it likes, and nothing that is named is harmed."""
+        new, freed = self.slots.lend(count)
+        freed.synchronize()
+        assert len(new) <= count and not set(new) & set(self.lent)
+        self.lent += new
+        self.slots.slots[self.lent] = 0xEE
+
+    @rule()
+    def take_back(self) -> None:
+        self.slots.take_back(self.lent)
+        self.lent = []
+
+    @invariant()
+    def lent_slots_keep_what_was_written(self) -> None:
+        assert (self.slots.slots[self.lent] == 0xEE).all()
+
     @invariant()
     def tables_agree(self) -> None:
         """Host, device and policy name the same slots, each once; none of them is being written."""
@@ -79,9 +98,9 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_slot_leaks(self) -> None:
-        """Every slot is free, loading or resident."""
-        policy = self.slots.policy
-        assert policy.num_free + len(self.slots._uploads) + policy.num_resident == policy.num_slots <= NUM_SLOTS
+        """Every slot is free, loading, resident or lent."""
+        policy, num_loading = self.slots.policy, len(self.slots._uploads)
+        assert policy.num_free + num_loading + policy.num_resident + len(self.lent) == policy.num_slots <= NUM_SLOTS
 
     @invariant()
     def every_choice_is_counted(self) -> None:

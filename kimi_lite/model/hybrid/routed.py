@@ -115,6 +115,7 @@ class RoutedExperts:
                 self._uncounted.append(_LayerRun(layer, chosen))
                 choice = ExpertChoice(normed, ids, weights)
                 return self.streamed.forward(layer, choice, host, division, shared_expert, self.num_threads)
+            self.streamed.skip(layer)
         host.copy_x(normed)
         copied = self._streams.event()
         slot_of_choice = self.slots.table[layer].index_select(0, ids.reshape(-1))

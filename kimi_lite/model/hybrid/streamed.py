@@ -180,6 +180,12 @@ class StreamedExperts:
             self._cpu_rows.wait()  # before the memory of `rows` is used for something else
         return self._kernels.sum_at_places(choices.rows, choices.places, choice.weights, shared)
 
+    def skip(self, layer: int) -> None:
+        """Nothing of this layer streams after all: what was requested ahead is not waited for by anything."""
+        self._stream.keep(layer, set())
+        for _ in self._stream.groups(layer):
+            continue
+
     def cancel(self) -> None:
         """A pass was given up: what was requested ahead is no longer wanted."""
         self._stream.cancel()
