@@ -15,7 +15,7 @@ ANSWERED = 0  # written by the CPU: the last turn whose rows are there
 GIVEN_UP = _LINE  # written by the GPU: a turn whose answer it waited for in vain
 X_POSTED = 2 * _LINE  # and on, by token: written by the GPU
 CHOICES_POSTED = X_POSTED + MAX_TOKENS
-STOP = CHOICES_POSTED + _LINE  # written on the CPU: whoever waits there stops waiting
+STOP = CHOICES_POSTED + _LINE  # written on the CPU: its threads stop waiting
 NUM_CELLS = STOP + _LINE
 
 EVERY_TURN = 1 << 62  # as ANSWERED: the GPU waits for none any more

@@ -1,7 +1,7 @@
 """Operations that wait for a GPU inside a program, and answer it, through `native.turn_cells`.
 
-All threads of the team look for themselves, so that whoever sees the GPU's cell goes on without the others and nobody
-has to be woken. They spin for a moment, which is as long as a GPU's part of a layer, then let other threads of the
+All threads of the team look for themselves, so that each goes on as soon as it sees the GPU's cell and none has to be
+woken. They spin for a moment, which is as long as a GPU's part of a layer, then let other threads of the
 machine in between two looks.
 """
 
@@ -21,7 +21,7 @@ from kimi_lite.native.simd import load_i64, store_i64
 from kimi_lite.native.turn_cells import ANSWERED, CHOICES_POSTED, STOP, X_POSTED
 
 _PATIENCE = 8192  # spins of 25 to 50 ns, 0.2 to 0.4 ms: longer than a GPU's attention and router
-_SPINS_BETWEEN = 8  # looks: a turn of the scheduler costs as much when nobody else wants the core
+_SPINS_BETWEEN = 8  # looks: a turn of the scheduler costs as much when no other thread wants the core
 
 # int64 cells of a turn table: what is the same for all operations of a step
 _FIRST, _LIMIT_NS, _LATE, _CLOCK, _CLOCK_ID = (8 * i for i in range(5))

@@ -70,7 +70,7 @@ def teams():
         team.close()
 
 
-def run_beside(call: Callable[[], None]) -> threading.Thread:
+def run_meanwhile(call: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     return thread
@@ -84,7 +84,7 @@ def test_the_cpu_sees_each_turn_and_answers_it(exchange, teams, which, num_token
     inputs[..., 0] = 127  # so that codes are the values
     codes = np.zeros(inputs.shape, np.int8)
     exchange.begin(int(exchange.cells[ANSWERED]), num_tokens)
-    gpu = run_beside(lambda: exchange.play(inputs, codes))
+    gpu = run_meanwhile(lambda: exchange.play(inputs, codes))
     teams[which].run(exchange.program)
     gpu.join(30)
     assert np.array_equal(codes, inputs)
@@ -114,7 +114,7 @@ def test_a_stop_ends_the_program_in_any_turn(exchange, teams):
             exchange.play(np.ones(codes.shape, np.float32), codes)
             exchange.cells[STOP] = 1
 
-        gpu = run_beside(stop_in_turn)
+        gpu = run_meanwhile(stop_in_turn)
         teams[2].run(exchange.program)
         gpu.join(30)
         assert exchange.cells[ANSWERED] == exchange.first + turn and not exchange.table.late

@@ -166,7 +166,8 @@ class LayerTime(NamedTuple):
 def layer_time(step: Step, expert_type: str, inputs: Inputs) -> LayerTime:
     """Of one token."""
     names = [node.name for node in step.routed]
-    before, beside = step.routed[: names.index(_ROUTE) + 1], step.routed[names.index(_ROUTE) + 1 : names.index(_WAIT)]
+    route, wait = names.index(_ROUTE), names.index(_WAIT)
+    before, during = step.routed[: route + 1], step.routed[route + 1 : wait]
     num_bytes = sum(node.num_bytes for node in before)
     ideal_us = num_bytes / inputs.vram_gb_s / 1e3
     missed = (1 - inputs.hit_share) * K2_5.num_experts_used
@@ -178,7 +179,7 @@ def layer_time(step: Step, expert_type: str, inputs: Inputs) -> LayerTime:
         attention_launches=sum(node.microseconds(inputs) for node in before) - ideal_us,
         posted=inputs.flag_us,
         cpu=cpu_us + inputs.num_barriers * inputs.barrier_us,
-        gpu=sum(node.microseconds(inputs) for node in beside) + hit_us,
+        gpu=sum(node.microseconds(inputs) for node in during) + hit_us,
         answered=inputs.flag_us + 2 * inputs.small_us + rows_us,
     )
 
@@ -201,10 +202,10 @@ def bound_us(step: Step, expert_type: str, inputs: Inputs) -> float:
     missed = (1 - inputs.hit_share) * K2_5.num_experts_used
     cpu = missed * expert_bytes(expert_type) / inputs.ram_gb_s
     hits = (K2_5.num_experts_used - missed) * expert_bytes(expert_type)
-    beside = (sum(node.num_bytes for node in step.routed[place:]) + hits) / inputs.vram_gb_s
+    during = (sum(node.num_bytes for node in step.routed[place:]) + hits) / inputs.vram_gb_s
     alone = sum(node.num_bytes for node in step.routed[:place]) / inputs.vram_gb_s
     once = sum(node.num_bytes for node in [*step.once, *step.dense * K2_5.num_dense_layers]) / inputs.vram_gb_s
-    return (K2_5.num_moe_layers * (alone + max(cpu, beside)) + once) / 1e3
+    return (K2_5.num_moe_layers * (alone + max(cpu, during)) + once) / 1e3
 
 
 _TYPICAL = Inputs()

@@ -1,7 +1,9 @@
 """A decode step as one piece, in which the GPU and the CPU's experts take turns: as layer by layer, and what happens
 when one of the two fails."""
 
-from collections.abc import Callable
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from kimi_lite.model.batch import Batch
 from kimi_lite.model.hybrid import decode, transformer
 from kimi_lite.model.hybrid.step import StepInputs, num_pages_seen
 from kimi_lite.model.hybrid.turns import Turn
-from kimi_lite.native.cpu.program import Program
-from kimi_lite.native.cpu.turns import TurnTable, wait_for_x_op
+from kimi_lite.native.cpu.program import Op, Program
+from kimi_lite.native.cpu.turns import TurnTable, answer_op, wait_for_x_op
 from kimi_lite.native.gpu.arguments import Routes
+from kimi_lite.native.turn_cells import CHOICES_POSTED, X_POSTED
 from tests.model.hybrid import stand_in
+from tests.model.hybrid.lazy_device import poison
 from tests.model.hybrid.runner import DEVICE, HybridRunner
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.model.hybrid.test_hybrid import _one_thread, only_rows  # noqa: F401
@@ -30,7 +34,9 @@ SLICE = 2  # pages of a sequence of the stories
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
+    """Its experts read x in eight bits, which the CPU makes before it knows the choices."""
     sizes = {"num_layers": 4, "expert_feed_forward_size": 32, "hidden_size": 64, "num_heads": 2}
+    sizes["types"] = {"_exps": "Q8_0"}
     return write_tiny_gguf(tmp_path_factory.mktemp("decode") / "tiny.gguf", np.random.default_rng(7), **sizes)
 
 
@@ -123,8 +129,8 @@ class Failing(StandInKernels):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a driver's"), torch.OutOfMemoryError("CUDA")])
 def test_a_launch_that_fails_leaves_nothing_behind(error, path, ids):
-    """Wherever in the step it comes: nobody waits, and the next step is as if nothing had been. Where memory ended that
-    is the same step again."""
+    """Wherever in the step it comes: no side waits, and the next step is as if nothing had been. Where memory ended
+    that is the same step again."""
     kernels = Failing()
     with only_rows(HybridRunner(path, kernels=kernels, num_gpu_experts=5)) as runner:
         runner.transformer._adaptive._budget.most = 0
@@ -193,3 +199,76 @@ def test_an_error_of_the_cpu_ends_the_step(path, ids, monkeypatch):
                 with pytest.raises(ZeroDivisionError):
                     runner.decode(ids[:1])
         assert np.array_equal(runner.decode(ids[:4]), want)
+
+
+class Rushed(StandInKernels):
+    """Poisons what is not there yet. Where a wait is left out, the other side comes as late as that allows."""
+
+    def __init__(self, left_out: str) -> None:
+        self.left_out = left_out
+        self.has_come = threading.Event()  # the side that does not wait
+
+    def post(self, turn: Turn, ids: torch.Tensor, slots: torch.Tensor) -> None:
+        chosen, missing, cells, first, number = turn.posting
+        cells[X_POSTED : X_POSTED + len(ids)] = int(first) + number
+        self.let_come("choices")
+        poison(turn.memory.rows)
+        chosen[: len(ids)], missing[: len(ids)] = ids, torch.where(slots < 0, ids, -1)
+        cells[CHOICES_POSTED : CHOICES_POSTED + len(ids)] = int(first) + number
+
+    def await_answer(self, turn: Turn) -> None:
+        if self.left_out != "answer":
+            super().await_answer(turn)
+            poison(turn.memory.x)
+
+    def rms_norm(self, *args: object, also: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:
+        if also is not None:
+            self.let_come("x")
+        return super().rms_norm(*args, also=also, **kwargs)
+
+    def join(self, *args: object, **kwargs: object) -> torch.Tensor | None:
+        result = super().join(*args, **kwargs)
+        if self.left_out == "answer":
+            self.has_come.set()
+        return result
+
+    def let_come(self, left_out: str) -> None:
+        """Before something is there: until the side that does not wait for it has come."""
+        if self.left_out == left_out:
+            self.has_come.wait(10)
+            self.has_come.clear()
+
+    def ops(self, ops: Sequence[Op], table: TurnTable) -> list[Op]:
+        """A step's program without the wait. Of each turn: wait for x, quantize, wait for the choices, compute."""
+        changed, come, let_come = [], op_of(self.has_come.set), op_of(lambda: self.let_come("answer"))
+        for first in range(0, len(ops) - 1, 4):
+            wait_for_x, quantize, wait_for_choices, compute = ops[first : first + 4]
+            answer = [answer_op(table, first // 4)] if first else []
+            changed += {
+                "nothing": [wait_for_x, quantize, wait_for_choices, compute],
+                "x": [*answer, quantize, come, wait_for_choices, compute],
+                "choices": [wait_for_x, quantize, compute, come],
+                "answer": [wait_for_x, quantize, wait_for_choices, let_come, compute],
+            }[self.left_out]
+        return [*changed, ops[-1]]
+
+
+def op_of(call: Callable[[], object]) -> Op:
+    """An operation in Python."""
+    callback = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(lambda *_: call() and None)
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    return Op(address, np.zeros(1, np.int64), (callback,))
+
+
+@pytest.mark.parametrize("left_out", ["nothing", "x", "choices", "answer"])
+def test_every_wait_of_a_turn_is_needed(left_out, path, ids, monkeypatch):
+    """Without one of them, results are others: the CPU's for x, its for the choices, the GPU's for the answer."""
+    with only_rows(HybridRunner(path, num_gpu_experts=5)) as plain:
+        want = plain.decode(ids[:3])
+    kernels = Rushed(left_out)
+    monkeypatch.setattr(stand_in, "post", kernels.post)
+    with only_rows(HybridRunner(path, kernels=kernels, num_gpu_experts=5)) as runner:
+        server = runner.transformer.experts.server
+        server._whole = Program(kernels.ops(server._whole.ops, server._table))
+        have = runner.decode(ids[:3])
+    assert np.array_equal(have, want) == (left_out == "nothing")
