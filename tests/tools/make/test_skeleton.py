@@ -18,6 +18,8 @@ from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.tools.make import skeleton
 from kimi_lite.tools.make.skeleton import ListedTensor, make_skeleton, read_tensor_list
+from tests.model.hybrid.runner import HybridRunner
+from tests.model.runner import Runner
 
 REAL_LISTS = sorted((Path(__file__).parents[4] / "shared/data/k2.5-files").glob("*.tsv"))
 
@@ -127,3 +129,19 @@ def test_lists_of_real_files(path, tmp_path):
     store, config = open_model(made.shards[0])
     assert made.num_tensors == len(store.tensors) == 1096 and made.disk_bytes < 32 << 20
     assert store_sizes(store, config) == sizes_of(config, tensors)
+
+
+@pytest.mark.parametrize("runner_class", [Runner, HybridRunner])
+def test_a_token_at_full_width(tmp_path, runner_class):
+    """Two layers with all 384 experts of K2.5's width, few of them in RAM: on the CPU path and with a CPU device in a
+    GPU's place the disk tier reads what the random biases choose, and the numbers stay finite."""
+    path = tmp_path / "k2.5.gguf"
+    make_skeleton(path, listed(slice_of(K2_5, 0, 2, 384, 1024), "Q2_K"))
+    index = ExpertIndex.find(*open_model(path))
+    tier = {"ram_expert_bytes": 2 * 40 * index.layers[0].ram_slot_bytes}
+    with runner_class(path, **tier) as runner:
+        logits = runner.decode(np.array([5, 6]))
+        assert logits.shape == (2, 1024) and np.isfinite(logits).all()
+        counters = runner.transformer.counters()
+    assert counters["expert_slots"] == 80 and counters["expert_misses"] >= 8  # the others are guessed
+    assert counters["disk_bytes"] >= 16 * index.layers[0].expert_bytes
