@@ -12,7 +12,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.units import gib
 
 BLOCK_BYTES = 4096  # what O_DIRECT asks for; more than most disks need
-RING_BYTES = 24 << 20  # of a prompt stream's pinned pieces, where as many as MIN_PIECES fit: what a CPU's cache holds
+RING_BYTES = 16 << 20  # of a prompt stream's pinned pieces, where MIN_PIECES take no more: what a CPU's cache holds
 MIN_PIECES = 4
 _HUGE_BYTES = 1 << 22  # from here on huge pages are worth asking for
 

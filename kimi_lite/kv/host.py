@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+_BLOCK_BYTES = 256 << 20  # of pages in RAM
 Storage = Any  # a numpy array or a torch tensor: anything with `shape` that is read and written by slices
 
 
@@ -33,10 +34,32 @@ def write_page(storage: Storage, page: int, content: np.ndarray) -> None:
     storage[:, page] = torch.from_numpy(content).view(storage.dtype)
 
 
+def host_bytes(num_pages: int, page_bytes: int) -> int:
+    """What so many pages of a GPU's cache take in RAM once all are in use: blocks, each of a size that torch pins
+    without rounding it up, and a last one that it rounds up to the next power of two."""
+    per_block = _pages_per_block(page_bytes)
+    num_blocks, rest = divmod(num_pages, per_block)
+    return sum(1 << (n * page_bytes - 1).bit_length() for n in [per_block] * num_blocks + [rest] if n)
+
+
+def fitting_pages(num_bytes: int, page_bytes: int) -> int:
+    """How many pages take at most so many bytes."""
+    per_block = _pages_per_block(page_bytes)
+    num_blocks, rest_bytes = divmod(num_bytes, host_bytes(per_block, page_bytes))
+    rest = (1 << rest_bytes.bit_length() - 1) // page_bytes if rest_bytes else 0
+    return num_blocks * per_block + rest
+
+
+def _pages_per_block(page_bytes: int) -> int:
+    return max(1, _BLOCK_BYTES // page_bytes)
+
+
 class HostPages:
     """Memory in RAM for pages that had to leave the cache's own storage; the least recently left is forgotten first.
 
-    `put` when a page leaves the cache, `withdraw` and `bring_back` when it is wanted again.
+    `put` when a page leaves the cache, `withdraw` and `bring_back` when it is wanted again. Memory comes in blocks,
+    when the first page comes that needs one: pinning takes time, and torch rounds what it pins up to powers of two,
+    which would be 4 GiB for 2.3.
     """
 
     def __init__(self, num_pages: int, storage: Storage) -> None:
@@ -44,10 +67,11 @@ class HostPages:
         assert num_pages > 0, num_pages
         num_layers, _, num_rows, length = storage.shape
         self.num_pages = num_pages
-        self.storage: Storage | None = None  # until the first page comes: pinning memory takes time
-        self._shape = (num_pages, num_layers, num_rows, length)  # a page in one piece
+        self._shape = (num_layers, num_rows, length)  # of a page, in one piece
+        self._per_block = _pages_per_block(num_layers * num_rows * length * storage.dtype.itemsize)
+        self._blocks: dict[int, Storage] = {}  # (pages, *a page's shape)
         self._place_of: OrderedDict[bytes, int] = OrderedDict()  # by the page's hash, least recently put first
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages - 1, -1, -1))  # low numbers go first
 
     def __contains__(self, page_hash: bytes) -> bool:
         return page_hash in self._place_of
@@ -64,12 +88,18 @@ class HostPages:
             self._free.append(self._place_of.popitem(last=False)[1])
         if not self._free:
             return False
-        if self.storage is None:
-            self.storage = _like_in_ram(self._shape, storage)
         place = self._free.pop()
-        self.storage[place] = storage[:, page]
+        number = place // self._per_block
+        if number not in self._blocks:
+            count = min(self._per_block, self.num_pages - number * self._per_block)
+            self._blocks[number] = _like_in_ram((count, *self._shape), storage)
+        self.page(place)[:] = storage[:, page]
         self._place_of[page_hash] = place
         return True
+
+    def page(self, place: int) -> Storage:
+        """(layers, rows, length): what lies at a place that has been put to."""
+        return self._blocks[place // self._per_block][place % self._per_block]
 
     def withdraw(self, page_hash: bytes) -> int:
         """The place of a page, no longer to be found and not given to another until `bring_back`."""
@@ -77,7 +107,7 @@ class HostPages:
 
     def bring_back(self, place: int, storage: Storage, page: int) -> None:
         """Copy what lies at a withdrawn place into a page, and free it."""
-        storage[:, page] = self.storage[place]
+        storage[:, page] = self.page(place)
         self._free.append(place)
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.hardware.machine import Hardware
+from kimi_lite.kv.host import host_bytes
 from kimi_lite.kv.pages import bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import FITTING, Options
@@ -46,7 +47,6 @@ from kimi_lite.plan.workspace import (
     gpu_margin_bytes,
     gpu_work_bytes,
     num_spill_pages,
-    pinned_block_bytes,
     pinned_bytes,
     program_bytes,
     ram_margin_bytes,
@@ -110,7 +110,7 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
     wanted_bytes = sizes.expert_bytes if num_away else 0
     if is_on_gpu:
         num_spilled = num_spill_pages(num_pages, page_bytes, left_bytes, wanted_bytes)
-        spill_bytes = pinned_block_bytes(num_spilled * page_bytes)
+        spill_bytes = host_bytes(num_spilled, page_bytes)
         in_ram.append(MemoryRow("RAM", SPILL, spill_bytes))
         left_bytes -= spill_bytes
     if limits.ram_expert_bytes is not None:

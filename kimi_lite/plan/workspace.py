@@ -9,6 +9,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.experts.memory import BLOCK_BYTES, MIN_PIECES, RING_BYTES
 from kimi_lite.hardware.machine import CUDA_BYTES, Gpu
+from kimi_lite.kv.host import fitting_pages
 from kimi_lite.units import MIB
 
 STEP_TOKENS = 512  # of one forward pass on the CPU
@@ -21,6 +22,7 @@ _VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 900  # a token; an expert's
 _WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
 _PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
 _ROW_TOKENS, _DECODE_TOKENS = 512, 16  # of a batch whose every choice has a row; of a captured step
+SENT_ROWS = 512  # of the CPU's products in a prompt, that cross the bus together
 _GPU_SLACK_BYTES, _GPU_SHARE = 188 * MIB, 0.02  # small things; what allocation leaves between pieces
 _DISPLAY_BYTES = 1024 * MIB  # a browser and another window, opened while the model is loaded
 _SPILL_SHARES = 0.002, 0.05  # of the RAM that is left, for pages of a GPU's cache: where experts lack RAM, else
@@ -114,6 +116,7 @@ def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
         4 * chunk_tokens * c.hidden_size,
         4 * chunk_tokens * c.num_experts_used,
         4 * rows,
+        *([4 * SENT_ROWS * c.hidden_size] * 2),
         4 * _DECODE_TOKENS * c.vocab_size,
     ]
     return sum(map(pinned_block_bytes, blocks))
@@ -125,12 +128,10 @@ def pinned_block_bytes(num_bytes: int) -> int:
 
 
 def num_spill_pages(num_cache_pages: int, page_bytes: int, left_bytes: int, expert_bytes: int) -> int:
-    """Pages in RAM behind a GPU's cache; `left_bytes`: RAM for them and for `expert_bytes` of experts. They are pinned
-    in one block, which is a power of two: as many as fill the largest that may be taken."""
+    """Pages in RAM behind a GPU's cache; `left_bytes`: RAM for them and for `expert_bytes` of experts."""
     least, most = (share * max(0, left_bytes) for share in _SPILL_SHARES)
     may_bytes = int(min(most, max(least, left_bytes - expert_bytes)))
-    block_bytes = 1 << may_bytes.bit_length() - 1 if may_bytes else 0
-    return min(num_cache_pages, block_bytes // page_bytes)
+    return min(num_cache_pages, fitting_pages(may_bytes, page_bytes))
 
 
 def gpu_margin_bytes(gpu: Gpu) -> int:

@@ -164,7 +164,7 @@ class TieredMachine(CacheMachine):
         for page_hash, place in host._place_of.items():
             keys = self.keys_of_page[page_hash]
             expected = [content_at(keys, position) for position in (len(keys) - PAGE_TOKENS, len(keys) - 1)]
-            assert (host.storage[place][:, [0, -1]] == np.array(expected)[:, None]).all()
+            assert (host.page(place)[:, [0, -1]] == np.array(expected)[:, None]).all()
 
 
 TestCacheMachine = CacheMachine.TestCase

@@ -30,8 +30,8 @@ from kimi_lite.experts.stream import PromptStream
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.plan.workspace import SENT_ROWS
 
-ROWS_AT_ONCE = 512  # of the CPU's products, that cross the bus together
 _SMALL_SHARE = 0.1  # of the experts: fewer are streamed as well, since then the next layer's stream can begin early
 _SURE_SHARE = 0.75  # of what a layer will probably stream is requested before its router has spoken
 _FOR_THE_BUS = 1 << 20  # tokens that want an expert which the CPU shall not compute
@@ -396,7 +396,7 @@ class _CpuRows:
 
     def __init__(self, streams: GpuStreams, cpu: CpuExperts) -> None:
         self._streams, self._cpu = streams, cpu
-        shape = (ROWS_AT_ONCE, cpu.rows.shape[1])
+        shape = (SENT_ROWS, cpu.rows.shape[1])
         self._buffers: deque[tuple[torch.Tensor, Event | None]] = deque(
             (streams.pinned(shape, torch.float32), None) for _ in range(2)
         )
@@ -414,8 +414,8 @@ class _CpuRows:
             self._cpu.compute(layer, x[first : first + len(ids)], ids, num_threads)
             num_read += len(np.setdiff1d(ids, [-1]))
             places = np.flatnonzero(ids.reshape(-1) >= 0)
-            for at in range(0, len(places), ROWS_AT_ONCE):
-                part = places[at : at + ROWS_AT_ONCE]
+            for at in range(0, len(places), SENT_ROWS):
+                part = places[at : at + SENT_ROWS]
                 self._send(part, rows[done : done + len(part)], ready)
                 done += len(part)
         assert done == len(rows), (done, rows.shape)

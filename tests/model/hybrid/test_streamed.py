@@ -103,7 +103,7 @@ def test_any_division_gives_the_same_bits(runner, ids, wanted, monkeypatch, seed
         patch.setattr(streamed, "_expect", expect)
         patch.setattr(streamed, "_borrow", borrow)
         patch.setattr(experts.cpu, "capacity", capacity)
-        patch.setattr("kimi_lite.model.hybrid.streamed.ROWS_AT_ONCE", min(rows_at_once, 512))
+        patch.setattr("kimi_lite.model.hybrid.streamed.SENT_ROWS", min(rows_at_once, 512))
         patch.setattr("kimi_lite.model.hybrid.routed.MIN_STREAM_TOKENS", 20)
         have = runner.prefill(ids)
     assert np.array_equal(have, wanted.prompt)
