@@ -206,7 +206,7 @@ class Rushed(StandInKernels):
 
     def __init__(self, left_out: str) -> None:
         self.left_out = left_out
-        self.has_come = threading.Event()  # the side that does not wait
+        self.has_come = threading.Semaphore(0)  # the side that does not wait
 
     def post(self, turn: Turn, ids: torch.Tensor, slots: torch.Tensor) -> None:
         chosen, missing, cells, first, number = turn.posting
@@ -229,18 +229,17 @@ class Rushed(StandInKernels):
     def join(self, *args: object, **kwargs: object) -> torch.Tensor | None:
         result = super().join(*args, **kwargs)
         if self.left_out == "answer":
-            self.has_come.set()
+            self.has_come.release()
         return result
 
     def let_come(self, left_out: str) -> None:
         """Before something is there: until the side that does not wait for it has come."""
         if self.left_out == left_out:
-            self.has_come.wait(10)
-            self.has_come.clear()
+            assert self.has_come.acquire(timeout=30)
 
     def ops(self, ops: Sequence[Op], table: TurnTable) -> list[Op]:
         """A step's program without the wait. Of each turn: wait for x, quantize, wait for the choices, compute."""
-        changed, come, let_come = [], op_of(self.has_come.set), op_of(lambda: self.let_come("answer"))
+        changed, come, let_come = [], op_of(self.has_come.release), op_of(lambda: self.let_come("answer"))
         for first in range(0, len(ops) - 1, 4):
             wait_for_x, quantize, wait_for_choices, compute = ops[first : first + 4]
             answer = [answer_op(table, first // 4)] if first else []
