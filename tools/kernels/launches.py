@@ -143,6 +143,12 @@ class _Weights:
         shapes = [self._shapes[name] for name in names]
         return self._made((sum(rows for rows, _ in shapes), shapes[0][1]), self._layout_name)
 
+    def matrices(self, *names: str) -> list[DenseMatrix]:
+        return [self.matrix(*names)]
+
+    def activation_type(self, num_tokens: int) -> torch.dtype:
+        return torch.bfloat16 if num_tokens > MAX_DECODE_TOKENS else torch.float32
+
     def exact_matrix(self, name: str) -> DenseMatrix:
         return self._made(self._shapes[name], "F32")
 

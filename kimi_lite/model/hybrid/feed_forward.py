@@ -5,7 +5,7 @@ import torch
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, Residents, RouterRule
+from kimi_lite.model.hybrid.kernels import Kernels, Residents, RouterRule
 from kimi_lite.model.hybrid.turns import Turn
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.gpu.arguments import Routes
@@ -16,14 +16,15 @@ class FeedForward:
 
     def __init__(self, weights: DenseWeights, pattern: str, kernels: Kernels) -> None:
         """pattern: of the tensor names, with {} for gate, up and down."""
-        self._kernels = kernels
+        self._kernels, self._activation_type = kernels, weights.activation_type
         self.gate_up = weights.matrix(pattern.format("gate"), pattern.format("up"))
         self.down = weights.matrix(pattern.format("down"))
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        gate, up = self._kernels.linear(normed, self.gate_up).chunk(2, dim=1)
-        return self._kernels.linear(self._kernels.swiglu(gate, up), self.down)
+        kernels, dtype = self._kernels, self._activation_type(len(normed))
+        gate, up = kernels.linear(normed.to(dtype), self.gate_up).chunk(2, dim=1)
+        return kernels.linear(kernels.swiglu(gate, up, dtype=dtype), self.down)
 
 
 class Router:
@@ -45,11 +46,5 @@ class Router:
 
     def forward(self, normed: torch.Tensor, turn: Turn | None = None) -> Routes:
         """(T, D) -> experts, weights and slots of T tokens' choices. turn: who is told of them, where the CPU waits."""
-        return self._kernels.route(self._logits(normed), self.exp_probs_b, self._rule, self._residents, turn)
-
-    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """(T, E) in float32 however many tokens there are: `linear` would round what many tokens bring to bfloat16."""
-        matrix = self.ffn_gate_inp
-        if len(normed) <= MAX_DECODE_TOKENS:
-            return self._kernels.linear(normed, matrix)
-        return torch.mm(normed, self._kernels.dequantize(matrix.data, matrix.layout_name).T)
+        logits = self._kernels.linear(normed, self.ffn_gate_inp, is_exact=True)
+        return self._kernels.route(logits, self.exp_probs_b, self._rule, self._residents, turn)

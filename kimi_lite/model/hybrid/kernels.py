@@ -15,7 +15,7 @@ from kimi_lite.experts.index import RoutedLayer
 from kimi_lite.model.hybrid.turns import Turn
 from kimi_lite.native.gpu.arguments import ChoiceRows, Routes
 
-MAX_DECODE_TOKENS = 16  # rows that the matrix-vector kernels take, in float32; steps up to here are captured
+MAX_DECODE_TOKENS = 16  # with float32 activations; steps up to here are captured
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +80,10 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """uint8 (..., row_bytes) -> (..., K) of `dtype`; `out` contiguous."""
 
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, K) -> (T, rows)."""
+    def linear(
+        self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None, is_exact: bool = False
+    ) -> torch.Tensor:
+        """(T, K) float32 or bfloat16 -> (T, rows). is_exact: float32 arithmetic however many tokens."""
 
     def head_linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
         """(T, H, K), a matrix of each head -> (T, H, rows)."""
@@ -213,8 +215,10 @@ class TritonKernels:
         rows = self._dequant.dequantize(data.reshape(-1, data.shape[-1]), layout_name, dtype, flat)
         return rows.view(*data.shape[:-1], -1)
 
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._linear.linear(x, matrix.data, matrix.layout_name, matrix.k, out)
+    def linear(
+        self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None, is_exact: bool = False
+    ) -> torch.Tensor:
+        return self._linear.linear(x, matrix.data, matrix.layout_name, matrix.k, out, is_exact)
 
     def head_linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._linear.heads_linear(x, matrix.data, matrix.layout_name, out)

@@ -21,7 +21,7 @@ from kimi_lite.model.hybrid.kernels import Angles
 from kimi_lite.native.latent_rows import PAGE_TOKENS, MlaShape
 
 _ALIGNMENT = 256  # bytes, of what one copy brings
-_MAX_ABSORBED_TOKENS = 64  # rows of a long batch that attend in the absorbed form; longer slices are expanded
+_MAX_ABSORBED_TOKENS = 64  # rows of slices of several tokens that attend absorbed; the others are expanded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,9 +192,11 @@ def expanded_is_cheaper(length: int, shape: MlaShape) -> bool:
 
 def choose_expanded(sequences: Sequence[SequenceSlice], shape: MlaShape) -> list[SequenceSlice]:
     """The slices whose attention is expanded: those where it is cheaper, and the longest beyond what absorbed rows
-    allow."""
-    absorbed = sorted((p for p in sequences if not expanded_is_cheaper(p.length, shape)), key=lambda p: p.length)
-    while sum(p.length for p in absorbed) > _MAX_ABSORBED_TOKENS:
-        absorbed.pop()
-    kept = {id(p) for p in absorbed}
-    return [p for p in sequences if id(p) not in kept]
+    allow. Never those of one token, however many: keys and values would be made for a single query."""
+    several = sorted(
+        (p for p in sequences if p.length > 1 and not expanded_is_cheaper(p.length, shape)), key=lambda p: p.length
+    )
+    while sum(p.length for p in several) > _MAX_ABSORBED_TOKENS:
+        several.pop()
+    kept = {id(p) for p in several}
+    return [p for p in sequences if p.length > 1 and id(p) not in kept]

@@ -17,7 +17,7 @@ from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.model.cpu.weights import vector
 from kimi_lite.model.hybrid.encode import encode
-from kimi_lite.model.hybrid.kernels import DenseMatrix, Kernels
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, DenseMatrix, Kernels
 from kimi_lite.native.layouts import BY_NAME
 
 _STAGING_BYTES = 64 * 1024**2
@@ -38,6 +38,18 @@ class DenseWeights:
         target = self._target_type(tensors, tensors[0].shape[-1])
         parts = (part for tensor in tensors for part in self._converted(tensor, target))
         return self._kept(DenseMatrix(self._gathered(parts, tensors, target), target, tensors[0].shape[-1]))
+
+    def matrices(self, *names: str) -> list[DenseMatrix]:
+        """Matrices of the same inputs: as one where they have one type here. Raises KimiLiteError."""
+        tensors = [self._store.tensor(name) for name in names]
+        types = {self._target_type([tensor], tensor.shape[-1]) for tensor in tensors}
+        return [self.matrix(*names)] if len(types) == 1 else [self.matrix(name) for name in names]
+
+    def activation_type(self, num_tokens: int) -> torch.dtype:
+        """Of what goes into products: a prompt's are rounded to bfloat16, except where dense weights are as in the
+        file, so that nothing but they decides."""
+        is_prompt = num_tokens > MAX_DECODE_TOKENS
+        return torch.bfloat16 if is_prompt and self.dense_type != "file" else torch.float32
 
     def exact_matrix(self, name: str) -> DenseMatrix:
         """A matrix that no rounding may touch (a router): as in the file, or bfloat16 where that says the same."""

@@ -38,7 +38,9 @@ class StandInKernels:
         rows = dequantize(data.reshape(-1, data.shape[-1]).numpy(), layout_name)
         return _placed(torch.from_numpy(rows).view(*data.shape[:-1], -1).to(dtype), out)
 
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None, is_exact: bool = False
+    ) -> torch.Tensor:
         return _placed(x.float() @ self.dequantize(matrix.data, matrix.layout_name).T, out)
 
     def head_linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
