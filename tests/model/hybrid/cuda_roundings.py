@@ -1,7 +1,8 @@
 """The stand-in with the roundings of a GPU's kernels: what `native.gpu` multiplies in bfloat16 is rounded to it here.
 
-    up to 16 tokens   float32                            (native.gpu.matvec)
-    more              Q8_0: activations as two bfloat16  (native.gpu.product); F32: float32; others: both bfloat16
+    up to 4 tokens    float32                            (native.gpu.matvec)
+    up to 16          Q8_0: activations as two bfloat16  (native.gpu.product); others: float32
+    more              Q8_0: activations as they come     (up to 511, or float32); F32: float32; others: both bfloat16
     experts           33 choices and more in bfloat16    (native.gpu.grouped), fewer in float32
 
 Hits are computed with float activations and not with the CPU's int8 ones, so hits and misses differ, as on a GPU.
@@ -18,7 +19,7 @@ from kimi_lite.native.cpu.matrix import dequantize
 from tests.model.hybrid.runner import HybridRunner
 from tests.model.hybrid.stand_in import StandInKernels
 
-MATVEC_TOKENS, GROUPED_CHOICES = 16, 33
+FEW_TOKENS, MATVEC_TOKENS, MANY_TOKENS, GROUPED_CHOICES = 4, 16, 512, 33
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -32,10 +33,13 @@ def as_two(x: torch.Tensor) -> torch.Tensor:
 
 
 class RoundingKernels(StandInKernels):
-    def linear(self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
-        if len(x) <= MATVEC_TOKENS or matrix.layout_name == "F32":
+    def linear(
+        self, x: torch.Tensor, matrix: DenseMatrix, out: torch.Tensor | None = None, is_exact: bool = False
+    ) -> torch.Tensor:
+        is_q8_0 = matrix.layout_name == "Q8_0"
+        if is_exact or len(x) <= (FEW_TOKENS if is_q8_0 else MATVEC_TOKENS) or matrix.layout_name == "F32":
             return super().linear(x, matrix, out)
-        if matrix.layout_name == "Q8_0":
+        if is_q8_0 and (len(x) < MANY_TOKENS or x.dtype == torch.float32):
             return super().linear(as_two(x.float()), matrix, out)
         y = rounded(x) @ rounded(self.dequantize(matrix.data, matrix.layout_name)).T
         return y if out is None else out.copy_(y)

@@ -27,7 +27,9 @@ class OneLayer:
     def __init__(self, path, cache: torch.dtype, num_pages: int = 2, **sizes) -> None:
         store = GGUFStore.open(write_tiny_gguf(path, np.random.default_rng(0), **sizes))
         self.config, streams = ModelConfig.from_metadata(store.metadata), GpuStreams("cpu")
-        self.attention = Attention(DenseWeights(store, streams, StandInKernels()), self.config, 0, StandInKernels())
+        self.attention = Attention(
+            DenseWeights(store, streams, StandInKernels(), "q8_0"), self.config, 0, StandInKernels()
+        )
         rng = np.random.default_rng(1)
         latents = rng.standard_normal((num_pages, 64, self.config.kv_latent_size)).astype(np.float32)
         self._cache, self._maker = torch.from_numpy(latents).to(cache), StepMaker(self.config, streams)
