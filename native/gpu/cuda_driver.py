@@ -15,6 +15,7 @@ kernel's, each as wide as the signature says, then two pointers to scratch memor
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -60,16 +61,15 @@ class Cuda:
     def __init__(self, library: Library | None = None) -> None:
         """Raises OSError where there is no driver."""
         self._library = ctypes.CDLL("libcuda.so.1") if library is None else library
+        self._thread = threading.local()
+        self._launch = self._library.cuLaunchKernel  # told its types once: numbers go in as they are
+        self._launch.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
 
     def call(self, name: str, *arguments: object) -> None:
         """torch.OutOfMemoryError where memory is missing, else RuntimeError with the driver's words, as torch's."""
         result = getattr(self._library, name)(*arguments)
         if result:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorString(ctypes.c_int(result), ctypes.byref(text))
-            words = text.value.decode() if text.value else f"error {result}"
-            kind = torch.OutOfMemoryError if result == _OUT_OF_MEMORY else RuntimeError
-            raise kind(f"CUDA error: {words} ({name})")
+            self._raise(result, name)
 
     def number(self, name: str, *arguments: object) -> int:
         """What the function writes through its first parameter, an int."""
@@ -85,9 +85,18 @@ class Cuda:
 
     def bind(self, device: Callable[[], int]) -> None:
         """A thread that has not used the GPU yet has no context: it gets torch's, the device's primary one."""
+        if getattr(self._thread, "is_bound", False):
+            return
         if not self.handle("cuCtxGetCurrent"):
             context = self.handle("cuDevicePrimaryCtxRetain", ctypes.c_int(device()))
             self.call("cuCtxSetCurrent", ctypes.c_void_p(context))
+        self._thread.is_bound = True
+
+    def launch(self, function: int, place: tuple[int, ...], stream: int, addresses: ctypes.Array) -> None:
+        """place: the grid, the threads of a program in three directions, bytes of shared memory."""
+        result = self._launch(function, *place, stream, addresses, None)
+        if result:
+            self._raise(result, "cuLaunchKernel")
 
     def parameter_sizes(self, function: int) -> list[int] | None:
         """Bytes of each parameter that a loaded kernel expects; None where the driver is too old to tell."""
@@ -99,6 +108,13 @@ class Cuda:
             sizes.append(size.value)
         return sizes
 
+    def _raise(self, result: int, name: str) -> None:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(ctypes.c_int(result), ctypes.byref(text))
+        words = text.value.decode() if text.value else f"error {result}"
+        kind = torch.OutOfMemoryError if result == _OUT_OF_MEMORY else RuntimeError
+        raise kind(f"CUDA error: {words} ({name})")
+
 
 class Parameters:
     """How a kernel of this signature takes its arguments: one block of memory, an address for each parameter."""
@@ -106,32 +122,29 @@ class Parameters:
     def __init__(self, cuda: Cuda, signature: Sequence[str]) -> None:
         """signature: a Triton type for each argument, "constexpr" for those that are compiled in."""
         self._cuda = cuda
-        self._kinds = [(at, kind) for at, kind in enumerate(signature) if kind != "constexpr"]
-        for _, kind in self._kinds:
+        self._places = [at for at, kind in enumerate(signature) if kind != "constexpr"]
+        kinds = [signature[at] for at in self._places]
+        for kind in kinds:
             assert kind[0] == "*" or kind in _FORMATS, f"no kernel of ours takes a {kind}"
-        formats = [_POINTER if kind[0] == "*" else _FORMATS[kind] for _, kind in self._kinds]
-        formats += [_POINTER] * _NUM_SCRATCH
+        self._pointers = [i for i, kind in enumerate(kinds) if kind[0] == "*"]
+        self._halves = [i for i, kind in enumerate(kinds) if kind == "bf16"]
+        formats = [_POINTER if kind[0] == "*" else _FORMATS[kind] for kind in kinds] + [_POINTER] * _NUM_SCRATCH
         self.sizes = [struct.calcsize(each) for each in formats]
         self._struct = struct.Struct("@" + "".join(formats))  # each aligned to its size
-        self.offsets = [struct.calcsize("@" + "".join(formats[: i + 1])) - self.sizes[i] for i in range(len(formats))]
-        self._addresses = ctypes.c_void_p * len(formats)
+        ends = [struct.calcsize("@" + "".join(formats[: i + 1])) for i in range(len(formats))]
+        self._block = ctypes.create_string_buffer(self._struct.size)
+        start = ctypes.addressof(self._block)
+        places = [start + end - size for end, size in zip(ends, self.sizes, strict=True)]
+        self.addresses = (ctypes.c_void_p * len(places))(*places)  # what a launch takes
 
-    def block(self, arguments: Sequence[object]) -> bytes:
-        """All of the kernel's arguments, constants too -> the values as the kernel reads them."""
-        values = [self._value(kind, arguments[at]) for at, kind in self._kinds]
-        return self._struct.pack(*values, *[0] * _NUM_SCRATCH)
-
-    def addresses(self, block: ctypes.Array) -> ctypes.Array:
-        """Where in the block each parameter lies, which is what a launch takes."""
-        start = ctypes.addressof(block)
-        return self._addresses(*(start + offset for offset in self.offsets))
-
-    def _value(self, kind: str, argument: object) -> object:
-        if kind[0] == "*":
-            return self._address(argument)
-        if kind == "bf16":
-            return struct.unpack("I", struct.pack("f", argument))[0] >> 16
-        return argument
+    def write(self, arguments: Sequence[object]) -> None:
+        """All of the kernel's arguments, constants too: their values go where the addresses point."""
+        values = [arguments[at] for at in self._places]
+        for i in self._pointers:
+            values[i] = self._address(values[i])
+        for i in self._halves:
+            values[i] = struct.unpack("I", struct.pack("f", values[i]))[0] >> 16
+        self._struct.pack_into(self._block, 0, *values, *[0] * _NUM_SCRATCH)
 
     def _address(self, argument: object) -> int:
         """As the GPU knows it: pinned host memory may have another address there, pageable memory none."""
@@ -158,6 +171,7 @@ class Launcher:
         assert metadata.global_scratch_size == metadata.profile_scratch_size == 0, metadata
         self._cuda, self._device, self._metadata = cuda, device, metadata
         self.parameters = Parameters(cuda, list(source.signature.values()))
+        self._lock = threading.Lock()
         self._checked: int | None = None  # the function whose parameters were compared
 
     def __call__(
@@ -180,11 +194,10 @@ class Launcher:
             self._check(function)
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        block = ctypes.create_string_buffer(self.parameters.block(arguments))  # the driver copies it at once
-        grid, threads = map(ctypes.c_uint, (grid_x, grid_y, grid_z)), ctypes.c_uint(32 * self._metadata.num_warps)
-        one, shared = ctypes.c_uint(1), ctypes.c_uint(self._metadata.shared)
-        place = (*grid, threads, one, one, shared, ctypes.c_void_p(stream))
-        self._cuda.call("cuLaunchKernel", ctypes.c_void_p(function), *place, self.parameters.addresses(block), None)
+        place = (grid_x, grid_y, grid_z, 32 * self._metadata.num_warps, 1, 1, self._metadata.shared)
+        with self._lock:  # the block is one; the driver copies it before the launch returns
+            self.parameters.write(arguments)
+            self._cuda.launch(function, place, stream, self.parameters.addresses)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 

@@ -38,6 +38,7 @@ class FakeCuda:
 
     def __init__(self, fails=None, parameter_sizes=(8, 4, 8, 8)):
         self.fails, self.parameter_sizes, self.launches, self.contexts = fails or {}, parameter_sizes, [], []
+        self.cuLaunchKernel = lambda *arguments: self._launch(*arguments)
         self.local = threading.local()
 
     def __getattr__(self, name):
@@ -74,12 +75,12 @@ class FakeCuda:
     def cuPointerGetAttribute(self, value, which, address):
         return 1  # no host memory is known
 
-    def cuLaunchKernel(self, function, *place_and_parameters):
+    def _launch(self, function, *place_and_parameters):
         if self.fails.get("cuLaunchKernel"):
             return self.fails["cuLaunchKernel"]
-        *place, parameters, _extra = place_and_parameters
+        *place, _stream, parameters, _extra = place_and_parameters
         first, second = (ctypes.string_at(parameters[i], self.parameter_sizes[i]) for i in (0, 1))
-        self.launches.append(([each.value for each in place[:7]], first, second))
+        self.launches.append((place, first, second))
         return 0
 
 
