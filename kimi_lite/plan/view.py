@@ -205,7 +205,7 @@ def _choice_lines(plan: Plan, width: int) -> Iterator[str]:
 
 
 def _loss(dense_type: str) -> str:
-    return f"at most {REST_NATS[dense_type]:.3f} nats lost on the demo model"
+    return f"the demo model loses {REST_NATS[dense_type]:.3f} nats by it"
 
 
 def _remark(plan: Plan, place: Place, part: str) -> str:
