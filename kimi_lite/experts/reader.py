@@ -121,16 +121,23 @@ class ShardReader:
 
         target: uint8, at least its `target_bytes`, on a border of BLOCK_BYTES.
         """
-        place = run.checked(target)[: run.target_bytes]
+        self._read(run.shard, run.first_block, run.checked(target)[: run.target_bytes])
+        return run.inside(target)
+
+    def read_exactly(self, run: FileRun, target: np.ndarray) -> None:
+        """The run's bytes, and no others, into `target`, uint8 (num_bytes,), through the page cache. Raises OSError."""
+        assert not self.is_direct and len(target) == run.num_bytes, (self.is_direct, len(target), run)
+        self._read(run.shard, run.start, target)
+
+    def _read(self, shard: Path, offset: int, place: np.ndarray) -> None:
         with self._lock:
             self.stats.begin()
         num_bytes = 0
         try:
-            num_bytes = self._read_piece(run.shard, run.first_block, place)
+            num_bytes = self._read_piece(shard, offset, place)
         finally:
             with self._lock:
                 self.stats.end(num_bytes)
-        return run.inside(target)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 
-from kimi_lite.experts.index import ExpertIndex, RoutedMatrix
+from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.experts.memory import aligned_memory
 from kimi_lite.experts.ram import RamSlots
 from kimi_lite.experts.reader import ShardReader, read_failure
@@ -44,8 +44,12 @@ class ExpertStore:
         """The same into `slot` (uint8, at least so many bytes). Raises KimiLiteError where the disk fails."""
         for part, matrix in enumerate(self.index.layers[layer].matrices):
             target = slot[matrix.offset : matrix.end]
-            if not self._from_ram(layer, expert, part, target):
+            if self._from_ram(layer, expert, part, target):
+                continue
+            if self._reader.is_direct:
                 np.copyto(target, self._from_file(layer, expert, part, self._thread_memory()))
+            else:
+                self._from_file(layer, expert, part, target, is_exact=True)
 
     def read_part(self, layer: int, expert: int, part: int, place: np.ndarray) -> np.ndarray:
         """Gate, up or down (part 0, 1 or 2), uint8 (num_bytes,), somewhere in `place` (uint8, on a border of 4096
@@ -85,11 +89,14 @@ class ExpertStore:
             self.ram_bytes += target.nbytes
         return True
 
-    def _from_file(self, layer: int, expert: int, part: int, place: np.ndarray) -> np.ndarray:
-        """Its bytes, a part of `place`."""
-        matrix: RoutedMatrix = self.index.layers[layer].matrices[part]
+    def _from_file(self, layer: int, expert: int, part: int, place: np.ndarray, is_exact: bool = False) -> np.ndarray:
+        """Its bytes, a part of `place`, with `is_exact` all of it."""
+        matrix = self.index.layers[layer].matrices[part]
+        run = matrix.run(expert)
         try:
-            data = self._reader.read(matrix.run(expert), place)
+            if is_exact:
+                self._reader.read_exactly(run, place)
+            data = place if is_exact else self._reader.read(run, place)
         except OSError as error:
             raise read_failure(layer, expert, matrix.shard, error) from error
         with self._lock:

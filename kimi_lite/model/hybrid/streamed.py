@@ -212,7 +212,7 @@ class StreamedExperts:
     def _comes_from_disk(self, layer: int, experts: np.ndarray, num_windows: int) -> np.ndarray:
         """bool (n,): those that are not in RAM, which a long prompt streams: it needs nearly every expert once, and
         reading them for the CPU would push out of RAM what is there."""
-        if self._ram is None or self._ram.holds_all or num_windows == 1:
+        if not self._is_from_disk or num_windows == 1:
             return np.zeros(len(experts), bool)
         return ~self._ram.residents(layer)[experts]
 
@@ -245,7 +245,7 @@ class StreamedExperts:
 
     def _in_turn(self, layer: int, experts: list[int]) -> list[int]:
         """Those of the disk among those of RAM, evenly: while some cross the bus, the disk brings the others."""
-        if self._ram is None or self._ram.holds_all:
+        if not self._is_from_disk:
             return experts
         is_in_ram = self._ram.residents(layer)
         sides = [[e for e in experts if is_in_ram[e] == side] for side in (False, True)]
@@ -253,9 +253,10 @@ class StreamedExperts:
         return [expert for _, expert in sorted(turns)]
 
     def _borrow(self, num_tokens: int) -> None:
-        """Once a pass, as soon as it is known how long a layer's attention takes."""
+        """Once a pass, as soon as it is known how long a layer's attention takes. Not where RAM does not hold all
+        experts: the disk sets the pace then, and from there the cache would have to be filled again."""
         attention_s = self._pace.attention_s(num_tokens)
-        if not self._is_undecided or attention_s is None:
+        if not self._is_undecided or attention_s is None or self._is_from_disk:
             return
         self._is_undecided = False
         count = slots_worth_lending(
@@ -274,6 +275,11 @@ class StreamedExperts:
     @property
     def _num_experts(self) -> int:
         return len(self._index.layers) * self._index.num_experts
+
+    @property
+    def _is_from_disk(self) -> bool:
+        """Whether some experts are not in RAM."""
+        return self._ram is not None and not self._ram.holds_all
 
     def _finish(self, layer: int, launched: Future[float]) -> None:
         self.stream_s += launched.result()

@@ -29,6 +29,8 @@ _COUNTERS = {
     "expert_resident_bytes": "experts in RAM",
     "expert_reads_from_ram": "copied from RAM",
     "expert_reads_from_file": "copied from the file",
+    "expert_bytes_from_ram": "copied from RAM to the GPU",
+    "expert_bytes_from_file": "copied from the file to the GPU",
     "disk_bytes": "read from disk",
     "disk_busy_s": "time the disk was busy",
     "disk_is_direct": "disk read past the page cache",
@@ -45,6 +47,14 @@ _COUNTERS = {
     "cpu_choice_s": "and of each token that chose it",
     "expert_threads": "threads of the CPU's experts",
     "streamed_experts": "streamed to the GPU for prompts",
+    "stream_bus_bytes": "over the bus for prompts",
+    "stream_s": "time of layers that stream",
+    "stream_cpu_s": "of it, the CPU's share",
+    "stream_busy_s": "time the stream was at work",
+    "stream_read_wait_s": "of it, waiting for RAM or disk",
+    "stream_bus_wait_s": "of it, waiting for the bus",
+    "stream_slots": "experts that the stream may be ahead",
+    "stream_slots_lent": "of them, lent by the cache",
     "dense_gpu_bytes": "other weights in VRAM",
 }
 
