@@ -23,16 +23,18 @@ from .schedule import Results, Stage, run_groups
 from .settings import Settings
 
 _SHARDS = max(1, min(8, (os.cpu_count() or 2) // 2))
-GROUPS = (
-    (Stage("machine", 60), Stage("file", 90)),
-    (Stage("compile", 90), Stage("launchers", 40)),
-    (Stage("kernels", 90, _SHARDS),),
-    tuple(Stage(name, 75) for name in ("graphs", "hits", "soak", "shapes", "copies")),
-    (Stage("memory", 40),),
-    (Stage("parts", 60),),
-    (Stage("decode", 100),),
-    (Stage("prompts", 80),),
-    (Stage("trace", 45),),
+GROUPS = (  # limits add up to 8 minutes: a stage that hangs takes no other's time
+    (Stage("machine", 45), Stage("file", 60)),
+    (Stage("compile", 40), Stage("launchers", 30)),
+    (Stage("kernels", 65, _SHARDS),),
+    tuple(Stage(name, 50) for name in ("graphs", "hits", "soak", "shapes", "copies")),
+    (Stage("memory", 20),),
+    (Stage("sanitizer", 25),),
+    (Stage("types", 35),),
+    (Stage("parts", 35),),
+    (Stage("decode", 70),),
+    (Stage("prompts", 55),),
+    (Stage("trace", 25),),
 )
 _SLICE_BYTES = 20 << 30  # what four layers of experts take, and a little
 
@@ -114,8 +116,8 @@ def _environment(arguments: argparse.Namespace, out: Path) -> dict[str, str]:
     environment = dict(os.environ)
     paths = [os.getcwd()]
     if arguments.carried:
-        if missing := _missing():
-            paths.append(str(_install(missing, arguments.carried / "wheels", out / "site")))
+        if missing := _missing(arguments.carried / "wheels"):
+            paths.append(str(_install(missing, out / "site")))
         if (arguments.carried / "triton-cache").exists():
             shutil.copytree(arguments.carried / "triton-cache", out / "triton-cache", dirs_exist_ok=True)
             environment["TRITON_CACHE_DIR"] = str(out / "triton-cache")
@@ -123,32 +125,22 @@ def _environment(arguments: argparse.Namespace, out: Path) -> dict[str, str]:
     return environment
 
 
-def _missing() -> list[str]:
-    """Packages that the program needs and this Python has not."""
+def _missing(wheels: Path) -> list[Path]:
+    """Those of packages that this Python has not, whatever version it has of the others."""
     missing = []
-    for name in prepare.small_packages():
+    for wheel in sorted(wheels.glob("*.whl")):
         try:
-            importlib.metadata.version(name)
+            importlib.metadata.version(wheel.name.partition("-")[0].replace("_", "-"))
         except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
+            missing.append(wheel)
     return missing
 
 
-def _install(names: list[str], wheels: Path, folder: Path) -> Path:
+def _install(wheels: list[Path], folder: Path) -> Path:
     """Into a folder of its own: the machine's Python stays as it is."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--find-links",
-        str(wheels),
-    ]
-    for name in names:  # one that cannot be had does not keep the others away
-        subprocess.run([*command, "--target", str(folder), name], check=False)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(folder)]
+    for wheel in wheels:  # one that is of another Python does not keep the others away
+        subprocess.run([*command, str(wheel)], check=False)
     return folder
 
 

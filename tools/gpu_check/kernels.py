@@ -4,6 +4,10 @@ Matrices are 64 random rows repeated, so that 64 decoded rows judge all: the res
 same bits. Errors are relative to what the factors' magnitudes could add up to; a case's line has its limit.
 """
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -77,7 +81,45 @@ def check(settings: Settings) -> None:
     tell("compared", count, "cases", shard=settings.shard)
 
 
+def sanitize(settings: Settings) -> None:
+    """Every kernel once at tiny sizes under NVIDIA's compute-sanitizer, where that is installed: no access outside."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if settings.is_stand_in or program is None:
+        tell("memcheck", "not run: there is no compute-sanitizer")
+        return
+    small = replace(settings, is_small=True, types=settings.types or ("Q8_0", "TQ1_0", "IQ1_M", "Q4_K"))
+    stage = [sys.executable, "-m", "kimi_lite.tools.gpu_check.stage", "kernels", small.to_json()]
+    command = [program, "--tool", "memcheck", "--error-exitcode", "9", *stage]
+    result = subprocess.run(command, stdout=sys.stderr, check=False)
+    tell("memcheck", "no bad access" if result.returncode == 0 else f"exit code {result.returncode}: see the log",
+         is_ok=result.returncode == 0)  # fmt: skip
+
+
+def bandwidths(settings: Settings) -> None:
+    """`tools.kernels.gpu_bench`: bytes/s of types, attention and experts as shares of what memory gives."""
+    if settings.is_stand_in:
+        tell("read", "not measured without a GPU")
+        return
+    types = ",".join(settings.types or ("TQ1_0", "IQ1_M", "IQ2_XXS", "Q2_K", "Q4_K", "Q6_K", "Q8_0"))
+    command = [sys.executable, "-m", "kimi_lite.tools.kernels.gpu_bench", "--types", types.lower(), "--repeats", "10"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    report = json.loads(result.stdout.splitlines()[-1])
+    tell("read", report["read_gb_s"], "GB/s")
+    for name, each in report["types"].items():
+        tell(name, each["product_gb_s"], "GB/s", share=each["bandwidth_share"], dequantize=each["dequantize_gb_s"])
+    for name, rate in report["attention"].items():
+        tell(f"attention, {name}", rate, "GB/s", share=rate / report["read_gb_s"])
+    for name, rate in report["prompt_tflop_s"].items():
+        tell(f"prompt, {name}", rate, "TFLOP/s")
+    experts = report["experts"]
+    tell("experts, a token", experts["few_gb_s"], "GB/s", share=experts["few_gb_s"] / report["read_gb_s"])
+    tell("experts, many tokens", experts["many_tflop_s"], "TFLOP/s")
+
+
 def _sizes(settings: Settings) -> Sizes:
+    if settings.is_small:
+        caches = ("f16", "q8", "f32", "bf16")
+        return Sizes(tiny_config(), settings.types, (1, 3, 16, 17), (5, 64), (1, 65), (None, 1), caches, rows=TILE_ROWS)
     if settings.is_stand_in:  # what the interpreter does in seconds
         small = dict.fromkeys(("hidden_size", "feed_forward_size", "expert_feed_forward_size"), TILE_ROWS)
         config = replace(tiny_config(), num_heads=2, **small)

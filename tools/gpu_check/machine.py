@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from kimi_lite.tools.gpu_check.settings import Settings, log, tell
+from kimi_lite.tools.kernels.gpu_bench import median_s
 
+_REPEATS = 20
 _LARGE_BYTES, _EXPERT_BYTES, _SMALL_BYTES = 512 << 20, 9_290_000, 500_000
 
 
@@ -83,22 +85,6 @@ def compare_launchers(settings: Settings) -> None:
         tell(name, failure or "right", is_ok=failure is None, first_s=time.perf_counter() - start_s)
 
 
-def median_s(run: Callable[[], object], repeats: int = 20) -> float:
-    """Seconds on the GPU between two events, after three runs."""
-    import torch
-
-    times = []
-    for i in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end) / 1e3)
-    return float(np.median(times))
-
-
 def _versions(torch) -> str:
     packages = {name: _version(name) for name in ("triton", "numba", "numpy")}
     driver = Path("/proc/driver/nvidia/version")
@@ -136,13 +122,13 @@ def _bandwidths(torch) -> None:
     """Large pieces, and the pieces in which experts and rows travel."""
     large = torch.ones(_LARGE_BYTES // 4, device="cuda")
     other = torch.empty_like(large)
-    tell("vram_read", _LARGE_BYTES / median_s(lambda: torch.sum(large)) / 1e9, "GB/s")
-    tell("vram_copy", 2 * _LARGE_BYTES / median_s(lambda: other.copy_(large)) / 1e9, "GB/s")
+    tell("vram_read", _LARGE_BYTES / median_s(lambda: torch.sum(large), _REPEATS) / 1e9, "GB/s")
+    tell("vram_copy", 2 * _LARGE_BYTES / median_s(lambda: other.copy_(large), _REPEATS) / 1e9, "GB/s")
     for name, num_bytes in (("large", _LARGE_BYTES), ("copy_9.3MB", _EXPERT_BYTES), ("copy_0.5MB", _SMALL_BYTES)):
         pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         part = large.view(torch.uint8)[:num_bytes]
-        up_s = median_s(lambda part=part, pinned=pinned: part.copy_(pinned, non_blocking=True))
-        down_s = median_s(lambda part=part, pinned=pinned: pinned.copy_(part, non_blocking=True))
+        up_s = median_s(lambda part=part, pinned=pinned: part.copy_(pinned, non_blocking=True), _REPEATS)
+        down_s = median_s(lambda part=part, pinned=pinned: pinned.copy_(part, non_blocking=True), _REPEATS)
         if name == "large":
             tell("host_to_gpu", num_bytes / up_s / 1e9, "GB/s")
             tell("gpu_to_host", num_bytes / down_s / 1e9, "GB/s")
@@ -162,7 +148,7 @@ def _latencies(torch) -> None:
         for _ in range(20):
             swiglu(x, x, out)
     tell("graph_launch", _host_us(graph.replay, 100), "us", how="of the host, 20 kernels")
-    tell("graph_kernel", median_s(graph.replay) * 1e6 / 20, "us", how="of the GPU, a small kernel in a graph")
+    tell("graph_kernel", median_s(graph.replay, _REPEATS) * 1e6 / 20, "us", how="of the GPU, a small kernel in a graph")
     tell("event_to_host", _event_us(torch, lambda: swiglu(x, x, out)), "us", how="launch, kernel, event seen")
     flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     source = torch.ones(1, dtype=torch.int32, device="cuda")

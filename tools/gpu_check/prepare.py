@@ -37,5 +37,5 @@ def small_packages() -> list[str]:
 
 def _fetching(wheels: Path, python: str) -> list[str]:
     platforms = [f"--platform={name}" for name in ("manylinux_2_28_x86_64", "manylinux2014_x86_64", "any")]
-    plain = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"--python-version={python}"]
+    plain = ["pip", "download", "--quiet", "--only-binary=:all:", f"--python-version={python}"]
     return [sys.executable, "-m", *plain, *platforms, "--dest", str(wheels), *small_packages()]

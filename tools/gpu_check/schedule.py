@@ -65,13 +65,15 @@ def run_groups(
     environment: Mapping[str, str],
     results: Results,
 ) -> None:
-    """Stages of a group run at the same time. faults: what happens to a stage in place of its work."""
+    """Stages of a group run at the same time; what earlier ones did not need is added to their limits. faults: what
+    happens to a stage in place of its work."""
     start_s, scale = time.monotonic(), minutes / 8
-    for group in groups:
+    for number, group in enumerate(groups):
         left_s = start_s + 60 * minutes - time.monotonic()
+        later_s = scale * sum(max(stage.limit_s for stage in later) for later in groups[number + 1 :])
         running = []
         for stage in group:
-            limit_s = min(scale * stage.limit_s, left_s)
+            limit_s = min(left_s, max(scale * stage.limit_s, left_s - later_s))
             if limit_s < _LEAST_S:
                 results.add(_ended(stage.name, "skipped", 0.0, "no time is left"))
                 continue

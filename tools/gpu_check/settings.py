@@ -16,6 +16,7 @@ class Settings:
     is_stand_in: bool = False  # CPU stand-in and interpreter, tiny sizes: the script itself is tried
     types: tuple[str, ...] = ()  # that kernels decode; empty: all
     expert_layers: int = 4  # of the slice
+    is_small: bool = False  # kernels at tiny sizes on a GPU: each is run, none for long
     fault: str = ""  # "error", "hang", "crash" in place of the stage
     shard: int = 0  # of `num_shards` processes that divide a stage's cases
     num_shards: int = 1

@@ -22,9 +22,9 @@ from kimi_lite.model.hybrid.layer import Layer
 from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.options import Options
 from kimi_lite.plan.subject import find_subject, plan_in
-from kimi_lite.tools.gpu_check.machine import median_s
 from kimi_lite.tools.gpu_check.opening import chunk, opened, tiny_config, tiny_types, tokens
 from kimi_lite.tools.gpu_check.settings import Settings, tell
+from kimi_lite.tools.kernels.gpu_bench import median_s
 from kimi_lite.tools.make.slice import make_slice
 from kimi_lite.units import GIB
 
@@ -63,6 +63,9 @@ def time_parts(settings: Settings) -> None:
     import torch
 
     with _open(settings, num_gpu_experts=16) as engine, torch.inference_mode():
+        if engine.model._streams.is_cuda:  # what weights could be read with at most
+            plain = engine.model._streams.zeros((64 << 20,), torch.float32)
+            tell("memory", plain.nbytes / median_s(lambda: torch.sum(plain), 20) / 1e9, "GB/s")
         for name, part in _parts(engine.model, depth=settings.sized(512, 4096)).items():
             _time_part(engine.model, name, part)
 
@@ -95,7 +98,7 @@ def _parts(model: HybridTransformer, depth: int) -> dict[str, Part]:
         "shared expert": Part(lambda: layer.shared_expert(normed), _bytes(layer.shared.gate_up, layer.shared.down)),
         "hits": Part(
             lambda: kernels.expert_choices(normed, slots, form, choice, token, rows),
-            top_k * sum(part.num_bytes for part in form.matrices),
+            top_k * _expert_bytes(model),
         ),
         "join": Part(lambda: kernels.join(x, ChoiceRows(choice, rows, rows), weights, shared), 0),
         "dense layer": Part(lambda: dense.attend(x, step), _attention_bytes(dense) + feed_forward),
@@ -104,8 +107,7 @@ def _parts(model: HybridTransformer, depth: int) -> dict[str, Part]:
 
 
 def _attention_bytes(layer: Layer) -> int:
-    own = layer.attention
-    return _bytes(own.attn_q_a, own.attn_q_b, own.attn_kv_a_mqa, own.attn_k_b, own.attn_v_b, own.attn_output)
+    return _bytes(*(each for each in vars(layer.attention).values() if isinstance(each, DenseMatrix)))
 
 
 def _bytes(*matrices: DenseMatrix) -> int:
@@ -162,12 +164,18 @@ def _decode(engine: Engine, name: str, count: int, num_warm: int) -> float:
             tell(f"{name} slots, token {i}", share, "hits", budget=now.get("promotion_budget"),
                  promotions=now["expert_promotions"], threads=now.get("expert_threads"))  # fmt: skip
     after, median_s = model.counters(), float(np.median(times))
+    expert_bytes = (after["gpu_expert_misses"] - before["gpu_expert_misses"]) * _expert_bytes(model)
     spent = {key: (after[key] - before[key]) / count * 1e3 for key in ("cpu_experts_s", "gpu_wait_s", "decode_s")}
     tell(f"token_{name}", median_s * 1e3, "ms", bool(np.isfinite(logits).all()), slowest_ms=max(times) * 1e3,
          hits=after["gpu_expert_hits"] - before["gpu_expert_hits"],
          misses=after["gpu_expert_misses"] - before["gpu_expert_misses"],
+         cpu_gb_s=expert_bytes / 1e9 / max(1e-9, after["cpu_experts_s"] - before["cpu_experts_s"]),
          **{f"{key.removesuffix('_s')}_ms": value for key, value in spent.items()})  # fmt: skip
     return median_s
+
+
+def _expert_bytes(model: HybridTransformer) -> int:
+    return sum(part.num_bytes for part in model.experts.store.index.layers[1].matrices)
 
 
 def _once(model: HybridTransformer) -> float:

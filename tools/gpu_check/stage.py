@@ -30,6 +30,8 @@ STAGES = {
         "file": "slices:make_file",
         "compile": "machine:compile_kernels",
         "kernels": "kernels:check",
+        "sanitizer": "kernels:sanitize",
+        "types": "kernels:bandwidths",
         "graphs": "tiny:graphs_are_plain_calls",
         "hits": "tiny:hits_are_misses",
         "soak": "tiny:soak",
