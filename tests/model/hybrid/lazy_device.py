@@ -575,7 +575,7 @@ class LazyDevice(GpuStreams):
 
 
 class LazyKernels:
-    """`hybrid.kernels.Kernels` of another class on the CPU, each call an item of the current stream.
+    """`kimi_lite.model.hybrid.kernels.Kernels` of another class on the CPU, each call an item of the current stream.
 
     What comes out is learned by a first call with zeros of the same shapes. `host_targets`: names of arguments that
     kernels write although they are pinned memory of the host.
