@@ -54,6 +54,12 @@ class TurnTable:
         before_ns = self._begun_ns if turn == 1 else int(self._times_ns[turn - 2, 1])
         return (chosen_ns - before_ns) * 1e-9, (answered_ns - chosen_ns) * 1e-9
 
+    @property
+    def computed_ns(self) -> np.ndarray:
+        """int64 (turns, 2): when the team began to compute in each turn of the last step and when it had answered, on
+        the clock of `time.monotonic_ns`."""
+        return self._times_ns.copy()
+
     def op(self, kernel: Kernel, turn: int, *others: Argument) -> Op:
         """An operation of this turn, from 1."""
         assert 1 <= turn <= len(self._times_ns), (turn, len(self._times_ns))

@@ -4,23 +4,28 @@
 
 The timeline (chrome://tracing, ui.perfetto.dev) is torch's profiler's, with a span for the CPU's experts of every layer
 next to the kernels and copies of the GPU. The table says how long a token keeps the GPU busy, the CPU's experts, both
-at once, and neither: the part that is neither is lost to launching, waiting and Python.
+at once, and neither: the part that is neither is lost to launching, waiting and Python. A GPU that waits for the CPU's
+answer (its kernel `await_answer_kernel`) counts as not busy.
 """
 
+import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import typer
 
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.loader import load
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.options import Options
 
-CPU_EXPERTS, STEP = "experts on the CPU", "step"
+CPU_EXPERTS, STEP, _WAIT = "experts on the CPU", "step", "await_answer"
 _WARM_UP_TOKENS = 8  # kernels are compiled and graphs captured
 _PROMPT = "Tell me about the sea."
 Interval = tuple[float, float]  # microseconds
@@ -86,22 +91,36 @@ def table(shares: Shares, num_tokens: int) -> list[str]:
     return head + [f"| {name:<18} | {ms / num_tokens:>10.3f} | {ms / shares.whole_ms:>6.1%} |" for name, ms in rows]
 
 
+class TracedStep(NamedTuple):
+    """A pass of the model: when it began, and int64 (turns, 2), when the CPU's experts ran; `time.monotonic_ns`."""
+
+    begun_ns: int
+    computed_ns: np.ndarray
+
+    def spans(self, start: float) -> list[Interval]:
+        """Of the CPU's experts, on a clock on which the pass began at `start` microseconds."""
+        return [(start + (a - self.begun_ns) / 1e3, start + (b - self.begun_ns) / 1e3) for a, b in self.computed_ns]
+
+
 @contextmanager
-def marked(owner: object, name: str, span: str) -> Iterator[None]:
-    """Inside, every call of `owner.name` is a span of the profile."""
+def steps_of(model: HybridTransformer) -> Iterator[list[TracedStep]]:
+    """Inside, every pass of the model is a span of the profile, and one of what is yielded."""
     from torch.profiler import record_function
 
-    plain = getattr(owner, name)
+    plain, found = model.forward, []
 
     def spanned(*arguments: object, **named: object) -> object:
-        with record_function(span):
-            return plain(*arguments, **named)
+        with record_function(STEP):
+            begun_ns = time.monotonic_ns()
+            result = plain(*arguments, **named)
+        found.append(TracedStep(begun_ns, model.experts.server.computed_ns))
+        return result
 
-    setattr(owner, name, spanned)
+    model.forward = spanned
     try:
-        yield
+        yield found
     finally:
-        delattr(owner, name)
+        del model.forward
 
 
 def trace(engine: Engine, num_tokens: int, path: Path | None) -> Shares:
@@ -122,30 +141,38 @@ def trace(engine: Engine, num_tokens: int, path: Path | None) -> Shares:
     for _ in range(_WARM_UP_TOKENS):
         next(tokens)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with (
-        marked(experts.cpu, "compute", CPU_EXPERTS),
-        marked(model, "forward", STEP),
-        profile(activities=activities) as profiler,
-    ):
+    with steps_of(model) as steps, profile(activities=activities) as profiler:
         for _ in tokens:
             pass
     if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        profiler.export_chrome_trace(str(partial))
-        partial.replace(path)
+        _write_timeline(profiler, steps, path)
     events = [
         (event.name, str(event.device_type), (event.time_range.start, event.time_range.end))
         for event in profiler.events()
     ]
-    on_host = [(name, span) for name, device, span in events if device.endswith("CPU")]
+    on_host = sorted(span for name, device, span in events if device.endswith("CPU") and name == STEP)
     on_device = [
-        span for name, device, span in events if not device.endswith("CPU") and name not in (CPU_EXPERTS, STEP)
+        span for name, device, span in events if not device.endswith("CPU") and name != STEP and _WAIT not in name
     ]
-    return shares_of(
-        [span for name, span in on_host if name == STEP],
-        on_device,
-        [span for name, span in on_host if name == CPU_EXPERTS],
+    computed = [span for step, (start, _) in zip(steps, on_host, strict=True) for span in step.spans(start)]
+    return shares_of(on_host, on_device, computed)
+
+
+def _write_timeline(profiler: object, steps: Sequence[TracedStep], path: Path) -> None:
+    """torch's, with spans of the CPU's experts in a row of their own."""
+    partial = path.with_name(path.name + ".partial")
+    profiler.export_chrome_trace(str(partial))
+    timeline = json.loads(partial.read_text(encoding="utf-8"))
+    events = timeline["traceEvents"]
+    passes = sorted(
+        (each for each in events if each.get("name") == STEP and "dur" in each), key=lambda each: each["ts"]
     )
+    passes = [each for each in passes if each.get("cat") != "gpu_user_annotation"]
+    for step, each in zip(steps, passes, strict=True):
+        row = {"ph": "X", "cat": "cpu_op", "name": CPU_EXPERTS, "pid": each["pid"], "tid": CPU_EXPERTS}
+        events.extend(row | {"ts": start, "dur": stop - start} for start, stop in step.spans(each["ts"]))
+    partial.write_text(json.dumps(timeline), encoding="utf-8")
+    partial.replace(path)
 
 
 def main(

@@ -84,6 +84,11 @@ class MissServer:
         """Set when all turns of the step that began last are over, or given up."""
         return self._step.is_over
 
+    @property
+    def computed_ns(self) -> np.ndarray:
+        """int64 (turns, 2): when the CPU's experts ran in the last step, on the clock of `time.monotonic_ns`."""
+        return self._table.computed_ns
+
     def finish(self) -> None:
         """Waits until all turns are over. Raises KimiLiteError for what kept one of the two sides waiting, and whatever
         ended the CPU's."""

@@ -42,7 +42,7 @@ def test_trace(path, tmp_path, monkeypatch):
     with loader.load(path, Options(context_length=256, num_threads=1, num_gpu_experts=0)) as engine:
         shares = trace(engine, 4, tmp_path / "trace.json")
         assert 0 < shares.cpu_ms < shares.whole_ms and shares.gpu_ms == 0
-        assert "compute" not in vars(engine.model.experts.cpu), "the spans are gone again"
+        assert "forward" not in vars(engine.model), "the spans are gone again"
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     assert sum(event.get("name") == CPU_EXPERTS for event in events) == 4 * 2, "two layers route"
 
