@@ -11,6 +11,17 @@ from typing import NamedTuple
 AVX512_VNNI, AVX_VNNI, AVX2, PORTABLE = "avx512-vnni", "avx-vnni", "avx2", "portable"
 
 
+class SumOrder(NamedTuple):
+    """In which order this CPU adds up a row (`native.cpu.dot`); a GPU beside it does the same.
+
+    `row_lanes`: float32 sums of a row of super-blocks: 16, or 8 where registers hold 32 bytes and are few. `bias`: what
+    is added to signed codes of 8 bits and to those of tables, because the product wants them unsigned: 128 or 0.
+    """
+
+    row_lanes: int
+    bias: int
+
+
 class Isa(NamedTuple):
     """`name` is one of the four paths; `instruction` is the int8 dot product that the kernels emit on it."""
 
@@ -47,3 +58,9 @@ def isa() -> Isa:
     if "avx2" in features:
         return Isa(AVX2, "vpmaddubsw ymm", cpu)
     return Isa(PORTABLE, "generic vector code", cpu)
+
+
+def sum_order() -> SumOrder:
+    """Of the path of this process. 8 sums cost AVX-512 a cycle a block, 16 are spilled on AVX2 (tools/LOG.md)."""
+    name = isa().name
+    return SumOrder(8 if name in (AVX2, AVX_VNNI) else 16, 128 if name in (AVX512_VNNI, AVX_VNNI) else 0)

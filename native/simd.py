@@ -21,6 +21,7 @@ from kimi_lite.native.vectors import (
     f32x8,
     f32x16,
     fuser,
+    halver,
     i8x16,
     i8x32,
     i8x64,
@@ -105,8 +106,7 @@ widen_signed_i8x16 = converter(i8x16, i32x16, "sext")
 round_f32x16 = unary(f32x16, "llvm.rint.v16f32")  # to nearest even
 divide_f32x16 = divider(f32x16)
 max_f32x16 = binary(f32x16, "llvm.maxnum.v16f32")
-sum_f32x16 = reducer(f32x16, types.float32, "llvm.vector.reduce.fadd.v16f32", -0.0)
-sum_f32x8 = reducer(f32x8, types.float32, "llvm.vector.reduce.fadd.v8f32", -0.0)
+sum_f32x16, sum_f32x8 = halver(f32x16), halver(f32x8)
 largest_f32x16 = reducer(f32x16, types.float32, "llvm.vector.reduce.fmax.v16f32")
 sum_i32x16 = reducer(i32x16, types.int32, "llvm.vector.reduce.add.v16i32")
 max_i32x16 = binary(i32x16, "llvm.smax.v16i32")

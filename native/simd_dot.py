@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa
+from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, PORTABLE, isa, sum_order
 from kimi_lite.native.simd import sum_f32x8, sum_f32x16, zero_f32x8, zero_f32x16
 from kimi_lite.native.simd_bytes import in_order
 from kimi_lite.native.vectors import (
@@ -96,7 +96,7 @@ def _dot(acc_vec: Vec, byte_vec: Vec, emit):
 
 
 dot_u8x64 = _dot(i32x16, i8x64, _dot_unsigned)  # codes <= 128 off VNNI
-HAS_FULL_UNSIGNED_DOT = "vnni" in isa().name  # unsigned codes may use all 8 bits
+HAS_FULL_UNSIGNED_DOT = sum_order().bias == 128  # unsigned codes may use all 8 bits
 dot_i8x64 = _dot(i32x16, i8x64, _dot_signed)
 
 
@@ -224,7 +224,7 @@ def sum_small(typingctx, acc):
 # ---------------------------------------------------------------------------------------------------------- Where
 # registers are few and hold 32 bytes, a row's sum takes one of them, not two.
 
-_IS_NARROW = isa().name in (AVX2, AVX_VNNI)
+_IS_NARROW = sum_order().row_lanes == 8
 zero_row, sum_row = (zero_f32x8, sum_f32x8) if _IS_NARROW else (zero_f32x16, sum_f32x16)
 
 

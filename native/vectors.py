@@ -227,15 +227,13 @@ def divider(vec: Vec):
     return divide
 
 
-def reducer(vec: Vec, scalar, llvm_name: str, start=None):
+def reducer(vec: Vec, scalar, llvm_name: str):
+    """Of an operation whose order does not matter."""
+
     @intrinsic
     def reduce(typingctx, a):
         def codegen(context, builder, sig, args):
-            lane = vec.llvm.element
-            arguments = args if start is None else [ir.Constant(lane, start), args[0]]
-            kind = ir.FunctionType(lane, [a.type for a in arguments])
-            function = cgutils.get_or_insert_function(builder.module, kind, llvm_name)
-            return builder.call(function, arguments, fastmath=("reassoc",) if vec.is_float else ())
+            return call_llvm(builder, llvm_name, vec.llvm.element, args)
 
         return scalar(vec), codegen
 
@@ -248,6 +246,22 @@ def in_halves(builder, value, lanes: int):
     return [
         builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I32, lanes // 2), list(p))) for p in parts
     ]
+
+
+def halver(vec: Vec):
+    """The sum of all lanes: the upper half is added to the lower one, again and again, on every CPU."""
+
+    @intrinsic
+    def add_up(typingctx, a):
+        def codegen(context, builder, sig, args):
+            value, lanes = args[0], vec.lanes
+            while lanes > 1:
+                value, lanes = builder.fadd(*in_halves(builder, value, lanes)), lanes // 2
+            return builder.extract_element(value, ir.Constant(_I32, 0))
+
+        return types.float32(vec), codegen
+
+    return add_up
 
 
 def fuser(vec: Vec, llvm_name: str):

@@ -15,9 +15,10 @@ from kimi_lite.native.simd import (
 )
 
 _OPTIONS = {"fastmath": {"nsz", "contract"}, "error_model": "numpy"}
-_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693145752, 1.42860677e-06
+LOG2_E, LN2_HIGH, LN2_LOW = 1.44269504, 0.693145752, 1.42860677e-06
 # exp(r) on |r| <= ln(2) / 2 as 1 + r + r^2 * polynomial: minimax coefficients as in Cephes' expf (Moshier)
-_C0, _C1, _C2, _C3, _C4, _C5 = 1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5
+EXP_COEFFICIENTS = (1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5)
+_C0, _C1, _C2, _C3, _C4, _C5 = EXP_COEFFICIENTS
 
 
 @njit(**_OPTIONS)
@@ -29,8 +30,8 @@ def splat(value):
 def exp_f32x16(x):
     """e^x, relative error about 1e-7; below -87 it is (nearly) 0, above 88 it saturates, of NaN it is NaN."""
     x = clamp_f32x16(x, splat(-87.0), splat(88.0))
-    n = round_f32x16(x * _LOG2_E)
-    r = fma_f32x16(n, splat(-_LN2_LOW), fma_f32x16(n, splat(-_LN2_HIGH), x))
+    n = round_f32x16(x * LOG2_E)
+    r = fma_f32x16(n, splat(-LN2_LOW), fma_f32x16(n, splat(-LN2_HIGH), x))
     p = fma_f32x16(splat(_C0), r, splat(_C1))
     p = fma_f32x16(p, r, splat(_C2))
     p = fma_f32x16(p, r, splat(_C3))

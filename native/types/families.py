@@ -14,7 +14,7 @@ FAMILIES = (
     "iq2",
     "iq3",
 )
-PARTS = ("layout", "reference", "cpu", "gpu", "blocks")
+PARTS = ("layout", "reference", "cpu", "gpu", "gpu_exact", "blocks")
 
 
 def parts(name: str) -> list[ModuleType]:

@@ -10,6 +10,7 @@ from kimi_lite.native.cpu.blocks import dot256, implements, unpack
 from kimi_lite.native.simd import (
     extend_f32x8,
     extend_i32x8,
+    fma_f32x16,
     high_f32x16,
     int_to_f32x8,
     int_to_f32x16,
@@ -23,6 +24,7 @@ from kimi_lite.native.simd import (
     load_u64,
     low_f32x16,
     pack_u64,
+    splat_f32x16,
     store_f32x8,
     store_f32x16,
     store_i8x64,
@@ -86,7 +88,8 @@ def _six_bits(address):
 def _minus_minima(block, scales, total, sums32):
     """d * total - dmin * sum of minima * sums; `scales` as `_six_bits` gives them."""
     minima = high_f32x16(int_to_f32x16(widen_i8x16(scales))) * load_f16(block + _DMIN)
-    return int_to_f32x16(total) * load_f16(block + _D) - extend_f32x8(minima * load_f32x8(sums32))
+    taken = extend_f32x8(minima * load_f32x8(sums32))
+    return fma_f32x16(int_to_f32x16(total), splat_f32x16(load_f16(block + _D)), taken * -1.0)
 
 
 @implements(dot256, "Q4_K")
@@ -228,7 +231,8 @@ def _q2_k_dot(name, block, x, sums16, sums32, minus16):
     scales = load_i8x16(block + _Q2_K_SCALES)
     total = _scaled_total(zero_i32x16(), _two_bits(block + _Q2_K_QS), widen16_i8x16(scales & 15), x)
     minima = int_to_f32x8(pair_dot_i16x16(widen16_i8x16(scales >> 4), load_i16x16(minus16)))
-    return int_to_f32x16(total) * load_f16(block + _Q2_K_D) + extend_f32x8(minima * load_f16(block + _Q2_K_DMIN))
+    taken = extend_f32x8(minima * load_f16(block + _Q2_K_DMIN))
+    return fma_f32x16(int_to_f32x16(total), splat_f32x16(load_f16(block + _Q2_K_D)), taken)
 
 
 @implements(unpack, "Q2_K")

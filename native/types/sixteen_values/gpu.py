@@ -53,12 +53,16 @@ def fp4_value(code):
 
 
 @triton.jit
+def mxfp4_scale(block, mask):
+    """The E8M0 scale, halved, as the values are doubled: 2^(e - 128), below 2^-126 a subnormal."""
+    exponent = byte_at(block + _MXFP4_E, mask)
+    return float_of_bits(tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23))
+
+
+@triton.jit
 def mxfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
-    """Blocks of 17 bytes. The E8M0 scale is halved, as the values are doubled: 2^(e - 128), below 2^-126 a
-    subnormal."""
-    exponent = byte_at(base + _MXFP4_E, mask)
-    scale = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
-    return fp4_value(nibble_at(base + _MXFP4_QS + unit, mask, PLANE)) * float_of_bits(scale)
+    """Blocks of 17 bytes."""
+    return fp4_value(nibble_at(base + _MXFP4_QS + unit, mask, PLANE)) * mxfp4_scale(base, mask)
 
 
 @triton.jit
@@ -67,15 +71,19 @@ def nvfp4_column(unit, PLANE: tl.constexpr):
 
 
 @triton.jit
-def nvfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
-    """Four UE4M3 scales a block, halved too: (1 + m / 8) 2^(e - 8), or m 2^-10 where e is 0; 0x7f is no number:
+def nvfp4_scale(block, part, mask):
+    """One of four UE4M3 scales a block, halved too: (1 + m / 8) 2^(e - 8), or m 2^-10 where e is 0; 0x7f is no number:
     zero."""
-    code = byte_at(base + _NVFP4_D + first // 8, mask)
+    code = byte_at(block + _NVFP4_D + part, mask)
     exponent, mantissa = (code >> 3) & 15, (code & 7).to(tl.float32)
     normal = (1.0 + mantissa * 0.125) * float_of_bits((exponent + 119) << 23)
     scale = tl.where(exponent == 0, mantissa * 0.0009765625, normal)
-    scale = tl.where((code == 0) | (code == 0x7F), 0.0, scale)
-    return fp4_value(nibble_at(base + _NVFP4_QS + unit, mask, PLANE)) * scale
+    return tl.where((code == 0) | (code == 0x7F), 0.0, scale)
+
+
+@triton.jit
+def nvfp4_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
+    return fp4_value(nibble_at(base + _NVFP4_QS + unit, mask, PLANE)) * nvfp4_scale(base, first // 8, mask)
 
 
 DECODERS = {
