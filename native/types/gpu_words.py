@@ -103,7 +103,7 @@ def span_values(
     """
     value = first_values(base, steps, sums, limit, lane, HALF, SCALE, OFFSET, BLOCK_SIZE, BLOCK_BYTES)
     for chunk in tl.static_range(4):
-        group: tl.constexpr = 2 * chunk + HALF
+        group = 2 * chunk + HALF
         block, mask = base + group * 32 // BLOCK_SIZE * BLOCK_BYTES, limit > group
         codes = CODES(block, group % (BLOCK_SIZE // 32), lane, mask, table, BIAS)
         total = dot4(codes, tl.load(x + 16 * chunk + lane, mask, other=0), IS_SIGNED)

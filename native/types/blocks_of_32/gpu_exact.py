@@ -86,7 +86,7 @@ def with_minima(
         total = tl.load(steps + lane, mask, other=0.0) * sum_of_32(sums, tl.minimum(lane, limit - 1)).to(tl.float32)
         value = half_at(base + lane * BLOCK_BYTES + M, mask) * total
     for chunk in tl.static_range(4):
-        group: tl.constexpr = 2 * chunk + HALF
+        group = 2 * chunk + HALF
         block, mask = base + group * BLOCK_BYTES, limit > group
         total = dot4(CODES(block, 0, lane, mask, table, 0), tl.load(x + 16 * chunk + lane, mask, other=0))
         scale = d_first(block, mask) * tl.load(steps + group, mask, other=0.0)

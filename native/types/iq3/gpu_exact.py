@@ -28,7 +28,7 @@ def iq3_xxs_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr,
 def iq3_s_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, HALF: tl.constexpr):
     total = tl.zeros((base.shape[0], lane.shape[1]), tl.int32)
     for chunk in tl.static_range(4):
-        group: tl.constexpr = 2 * chunk + HALF  # of 32
+        group = 2 * chunk + HALF  # of 32
         high = (byte_at(base + _IQ3_S_QH + group, True) >> lane) & 1
         point = tl.load(table + (byte_at(base + _QS + 8 * group + lane, True) | (high << 8)))
         signs = byte_at(base + _IQ3_S_SIGNS + 4 * group + lane // 2, True) >> (lane % 2 * 4)

@@ -61,7 +61,7 @@ def iq4_xs_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, 
     if HALF == 0:
         value = iq4_xs_scale(base, lane) * sum_of_32(sums, lane).to(tl.float32) * (-BIAS)
     for chunk in tl.static_range(4):
-        group: tl.constexpr = 2 * chunk + HALF
+        group = 2 * chunk + HALF
         nibbles = word4(base + _IQ4_XS_QS + 16 * group + lane % 4 * 4) >> (lane // 4 * 4)
         codes = looked_up(nibbles & 0x0F0F0F0F, table, BIAS)
         total = dot4(codes, tl.load(x + 16 * chunk + lane), BIAS == 0).to(tl.float32)
