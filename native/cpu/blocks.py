@@ -14,6 +14,7 @@ from collections.abc import Callable
 from numba import types
 from numba.extending import overload
 
+from kimi_lite.native.cpu.compiler import IN_ORDER
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.types.families import parts
 
@@ -47,7 +48,7 @@ def is_implemented(name: str) -> bool:
 def chosen_by_name(function: Callable) -> Callable:
     """Makes `function(name, ...)` callable from kernels: it becomes what a type registered for the literal `name`."""
 
-    @overload(function, strict=False, jit_options={"fastmath": {"nsz", "contract"}, "forceinline": True})
+    @overload(function, strict=False, jit_options={"fastmath": IN_ORDER, "forceinline": True})
     def choose(name, *args):
         if not isinstance(name, types.StringLiteral):
             return None

@@ -9,20 +9,21 @@ from kimi_lite.native.cache import use_kernel_cache
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (args address, thread number, team address)
 FASTMATH = {"nsz", "contract"}  # NaN and infinity keep their meaning
+IN_ORDER = {"nsz"}  # a product and a sum are one operation only where the source says so
 
 
 class Kernel:
     """A C function that is compiled when its address is first asked for."""
 
-    def __init__(self, function: Callable, signature: types.Type) -> None:
-        self._function, self._signature = function, signature
+    def __init__(self, function: Callable, signature: types.Type, fastmath: set[str] = FASTMATH) -> None:
+        self._function, self._signature, self._fastmath = function, signature, fastmath
         self.__doc__ = function.__doc__
 
     @cached_property
     def compiled(self):
         """The `numba.cfunc`, for its `.ctypes` and its machine code."""
         use_kernel_cache()
-        options = {"cache": True, "fastmath": FASTMATH, "error_model": "numpy"}
+        options = {"cache": True, "fastmath": self._fastmath, "error_model": "numpy"}
         return cfunc(self._signature, **options)(self._function)
 
     @property

@@ -9,6 +9,15 @@ that writes `num_rows` float32 dot products for each of `num_tokens` (`tokens`: 
 its own that is added up in the same order. Several tokens take a block of weights four at a time, so that it is read
 and decoded once for four.
 
+The order of sums, which a GPU that computes experts beside this CPU follows bit for bit (`native.gpu.exact`): lane l
+of 16 has the columns 64 c + 4 l .. 64 c + 4 l + 3 of every 256, c = 0 .. 3 (Q2_0: every fourth of 16; floats: column
+16 i + l). Within a lane of 256 columns products are summed as integers, with the scales of super-blocks where those
+are integers; what is the same for a whole group (minima, offsets) is taken off in the lane of the group's number.
+What becomes float32 then is in `native/types/*/cpu.py`, one rounding an operation, a fused multiply-add where it says
+so. A lane adds up its 256s from left to right: of super-blocks times the activations' scale, fused. Last the upper
+half of the lanes is added to the lower one until one is left. Where registers are few the halves are added before a
+super-block is scaled, and 8 lanes are left (`native.isa.sum_order`).
+
 Rows are taken in order: memory is then read as the hardware prefetches best; four at a time measured 7.7 GB/s against
 24 to 29 (tools/LOG.md). Rows of floats are taken four at a time, for their activations crowd the cache, and so the next
 four are asked for in the order of memory. Shapes and the meaning of `activations` are in `activations.py`.
@@ -31,7 +40,7 @@ from kimi_lite.native.cpu.activations import (
     X_SUMS32,
 )
 from kimi_lite.native.cpu.blocks import dot8x32, dot256, load16
-from kimi_lite.native.cpu.compiler import Kernel
+from kimi_lite.native.cpu.compiler import IN_ORDER, Kernel
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
     fma_f32x16,
@@ -256,4 +265,4 @@ def rows_kernel(name: str):
     """The compiled `rows` function of type `name` (its `.address` goes into programs); compiled once, cached on
     disk."""
     rows = _PRODUCTS[BY_NAME[name].product](name, BY_NAME[name].block_size, BY_NAME[name].block_bytes)
-    return Kernel(rows, ROWS_SIGNATURE)
+    return Kernel(rows, ROWS_SIGNATURE, IN_ORDER)

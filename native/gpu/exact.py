@@ -111,7 +111,9 @@ def quantize_kernel(x, codes, steps, sums, num_groups, x_stride, KIND: tl.conste
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
     mask, place = group < num_groups, group * KIND + tl.arange(0, KIND)[None, :]
     value = tl.load(x + token * x_stride + place, mask, other=0.0)
-    peak_bits = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)[:, None]  # ordered as the floats are, NaN on top
+    peak_bits = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)[
+        :, None
+    ]  # ordered as the floats are, NaN on top
     is_finite = peak_bits < 0x7F800000
     peak = tl.where(is_finite, peak_bits, 0).to(tl.float32, bitcast=True)
     peak = tl.where(peak < _SMALLEST_PEAK, 0.0, peak)
@@ -232,7 +234,7 @@ def exact_gate_up(
     token_of_choice: torch.Tensor,
     hidden: torch.Tensor,
 ) -> None:
-    """silu(gate x) * up x of every choice's expert -> hidden float32 (n, rows); arguments as `expert_choices` has them."""
+    """silu(gate x) * up x of every choice's expert -> hidden float32 (n, rows); see `expert_choices`."""
     x = x.to(torch.float32).contiguous()
     kinds = {name: activation_kind(name) for name in (gate.layout_name, up.layout_name)}
     made = {kind: quantize(x, kind) for kind in dict.fromkeys(kinds.values())}

@@ -1,25 +1,21 @@
 """Routed experts that lie in slots on the GPU: every choice's down(silu(gate x) * up x), unweighted, in a row of its
 own.
 
-Few choices: two launches that read each chosen expert's bytes once, decoding where they multiply; gate, up and SwiGLU
-are one. Many: choices are sorted by expert and multiplied in groups on tensor cores (`native.gpu.grouped`). Which way
-follows from shapes; there is no wait for the GPU and CUDA graphs can hold both. (DeepSeekMoE, arXiv 2401.06066; SwiGLU,
-arXiv 2002.05202.)
+Two ways. Exact (`native.gpu.exact`): each chosen expert's bytes are read once, int8 activations, and the bits that the
+CPU would have given: what decoding does. Many choices otherwise: sorted by expert and multiplied in groups on tensor
+cores (`native.gpu.grouped`), in bfloat16. Which way follows from shapes; there is no wait for the GPU and CUDA graphs
+can hold both. (DeepSeekMoE, arXiv 2401.06066; SwiGLU, arXiv 2002.05202.)
 """
 
 from typing import NamedTuple, Protocol
 
 import torch
-import triton
-import triton.language as tl
 
 from kimi_lite.native.gpu.elementwise import swiglu
-from kimi_lite.native.gpu.formats import formats, table_for, weights_of
+from kimi_lite.native.gpu.exact import exact_down, exact_gate_up
 from kimi_lite.native.gpu.grouped import Groups, grouped_product
-from kimi_lite.native.gpu.matvec import row_products, tile_for
 
 GROUPED_CHOICES = 33  # from so many on in groups: below, most experts are chosen once
-_ROWS = 2  # of a program: they share the loads of activations
 
 
 class ExpertMatrix(NamedTuple):
@@ -40,63 +36,6 @@ class ExpertForm(Protocol):
     down: ExpertMatrix
 
 
-@triton.jit
-def gate_up_kernel(
-    x, gate_data, up_data, hidden, gate_table, up_table, slot_of_choice, token_of_choice, num_rows, x_stride,
-    gate_offset, up_offset, gate_slot, up_slot, gate_stride, up_stride, gate_blocks, up_blocks,
-    G_DECODE: tl.constexpr, G_COLUMN: tl.constexpr, G_LANES: tl.constexpr, G_PLANES: tl.constexpr,
-    G_BLOCK_SIZE: tl.constexpr,
-    G_BLOCK_BYTES: tl.constexpr, G_RUN: tl.constexpr, G_IS_PADDED: tl.constexpr, G_ALIGN: tl.constexpr,
-    G_TILE: tl.constexpr,
-    U_DECODE: tl.constexpr, U_COLUMN: tl.constexpr, U_LANES: tl.constexpr, U_PLANES: tl.constexpr,
-    U_BLOCK_SIZE: tl.constexpr,
-    U_BLOCK_BYTES: tl.constexpr, U_RUN: tl.constexpr, U_IS_PADDED: tl.constexpr, U_ALIGN: tl.constexpr,
-    U_TILE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Program (i, choice): rows i * ROWS and on of hidden[choice]. Offsets and strides of data count units of ALIGN."""
-    choice = tl.program_id(1)
-    slot = tl.load(slot_of_choice + choice).to(tl.int64)
-    if slot >= 0:
-        token = tl.load(token_of_choice + choice).to(tl.int64)[None, None, None, None]
-        first = tl.program_id(0) * ROWS
-        row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None, None].to(tl.int64)
-        gate = row_products(
-            x, gate_data + (slot * gate_slot + gate_offset + row * gate_stride) * G_ALIGN, gate_table, gate_blocks,
-            token * x_stride, 1, ROWS, G_DECODE, G_COLUMN, G_LANES, G_PLANES, G_BLOCK_SIZE, G_BLOCK_BYTES, G_RUN,
-            G_IS_PADDED, G_TILE,
-        )  # fmt: skip
-        up = row_products(
-            x, up_data + (slot * up_slot + up_offset + row * up_stride) * U_ALIGN, up_table, up_blocks,
-            token * x_stride, 1, ROWS, U_DECODE, U_COLUMN, U_LANES, U_PLANES, U_BLOCK_SIZE, U_BLOCK_BYTES, U_RUN,
-            U_IS_PADDED, U_TILE,
-        )  # fmt: skip
-        at = first + tl.arange(0, ROWS)[None, :]
-        tl.store(hidden + choice.to(tl.int64) * num_rows + at, gate / (1.0 + tl.exp(-gate)) * up, at < num_rows)
-
-
-@triton.jit
-def down_kernel(
-    hidden, data, out, table, slot_of_choice, num_rows, width, out_stride, offset, slot_stride, row_stride, num_blocks,
-    DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Program (i, choice): rows i * ROWS and on of out[choice]."""
-    choice = tl.program_id(1)
-    slot = tl.load(slot_of_choice + choice).to(tl.int64)
-    if slot >= 0:
-        first = tl.program_id(0) * ROWS
-        row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[None, :, None, None].to(tl.int64)
-        which = choice.to(tl.int64)[None, None, None, None]
-        total = row_products(
-            hidden, data + (slot * slot_stride + offset + row * row_stride) * ALIGN, table, num_blocks, which * width,
-            1, ROWS,
-            DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, RUN, IS_PADDED, TILE,
-        )  # fmt: skip
-        at = first + tl.arange(0, ROWS)[None, :]
-        tl.store(out + choice.to(tl.int64) * out_stride + at, total, at < num_rows)
-
-
 def expert_choices(
     x: torch.Tensor,
     slots: torch.Tensor,
@@ -104,13 +43,13 @@ def expert_choices(
     slot_of_choice: torch.Tensor,
     token_of_choice: torch.Tensor,
     out: torch.Tensor | None = None,
-    hidden: torch.Tensor | None = None,
+    is_exact: bool | None = None,
 ) -> torch.Tensor:
-    """x (T, D), slots uint8 (num_slots, slot_bytes), int32 (n,) twice -> float32 (n, D), unweighted.
+    """x float32 (T, D), slots uint8 (num_slots, slot_bytes), int32 (n,) twice -> float32 (n, D), unweighted.
 
-    A choice of slot -1 is skipped and its row left as it is. Below GROUPED_CHOICES choices the arithmetic is float32 on
-    the decoded weights; from there on activations, weights and hidden values are rounded to bfloat16 and summed in
-    float32. `out`: where to write; `hidden`: float32 working space of n * width values for few choices.
+    A choice of slot -1 is skipped and its row left as it is. `out`: where to write. is_exact: the CPU's bits, whatever
+    n is; False: activations, weights and hidden values rounded to bfloat16 and summed in float32; None: exact below
+    GROUPED_CHOICES choices.
     """
     num_choices = len(slot_of_choice)
     _check(x, slots, form, slot_of_choice, token_of_choice)
@@ -121,13 +60,11 @@ def expert_choices(
     )
     if num_choices == 0:
         return out
-    if num_choices >= GROUPED_CHOICES:
+    if not (num_choices < GROUPED_CHOICES if is_exact is None else is_exact):
         return _grouped(x, slots, form, slot_of_choice, token_of_choice, out)
-    if hidden is None:
-        hidden = torch.empty((num_choices, form.gate.num_rows), dtype=torch.float32, device=x.device)
-    hidden = hidden.view(-1)[: num_choices * form.gate.num_rows].view(num_choices, form.gate.num_rows)
-    _launch_gate_up(x, slots, form, slot_of_choice, token_of_choice, hidden)
-    _launch_down(hidden, slots, form.down, slot_of_choice, out)
+    hidden = torch.empty((num_choices, form.gate.num_rows), dtype=torch.float32, device=x.device)
+    exact_gate_up(x, slots, form.gate, form.up, slot_of_choice, token_of_choice, hidden)
+    exact_down(hidden, slots, form.down, slot_of_choice, out)
     return out
 
 
@@ -147,32 +84,6 @@ def _check(x, slots, form, slot_of_choice, token_of_choice) -> None:
     assert slot_of_choice.dtype == token_of_choice.dtype == torch.int32, (slot_of_choice.dtype, token_of_choice.dtype)
     assert slot_of_choice.shape == token_of_choice.shape, (slot_of_choice.shape, token_of_choice.shape)
     assert slot_of_choice.is_contiguous() and token_of_choice.is_contiguous(), "choices must be contiguous"
-
-
-def _launch_gate_up(x, slots, form, slot_of_choice, token_of_choice, hidden) -> None:
-    gate, up = form.gate, form.up
-    g, u = formats()[gate.layout_name], formats()[up.layout_name]
-    tile = tile_for(g, gate.k, 4 // _ROWS)
-    slot_bytes = slots.stride(0)
-    gate_up_kernel[(triton.cdiv(gate.num_rows, _ROWS), len(slot_of_choice))](
-        x, weights_of(slots, g.name), weights_of(slots, u.name), hidden, table_for(g, slots), table_for(u, slots),
-        slot_of_choice, token_of_choice, gate.num_rows, x.stride(0), g.units(gate.offset), u.units(up.offset),
-        g.units(slot_bytes), u.units(slot_bytes), g.units(gate.row_bytes), u.units(up.row_bytes),
-        gate.k // g.block_size, up.k // u.block_size, **g.constants("G_"), G_ALIGN=g.align, G_TILE=tile.num_lanes,
-        **u.constants("U_"), U_ALIGN=u.align, U_TILE=tile.num_lanes // g.run * u.run, ROWS=_ROWS,
-        num_warps=tile.num_warps,
-    )  # fmt: skip
-
-
-def _launch_down(hidden, slots, down, slot_of_choice, out) -> None:
-    each = formats()[down.layout_name]
-    tile = tile_for(each, down.k, 4 // _ROWS)
-    down_kernel[(triton.cdiv(down.num_rows, _ROWS), len(slot_of_choice))](
-        hidden, weights_of(slots, each.name), out, table_for(each, slots), slot_of_choice, down.num_rows, down.k,
-        out.stride(0),
-        each.units(down.offset), each.units(slots.stride(0)), each.units(down.row_bytes), down.k // each.block_size,
-        **each.constants(), ALIGN=each.align, TILE=tile.num_lanes, ROWS=_ROWS, num_warps=tile.num_warps,
-    )  # fmt: skip
 
 
 def _grouped(x, slots, form, slot_of_choice, token_of_choice, out) -> torch.Tensor:

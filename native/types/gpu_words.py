@@ -40,11 +40,6 @@ def byte_of(word, PLACE: tl.constexpr):
 
 
 @triton.jit
-def signed_byte_of(word, PLACE: tl.constexpr):
-    return (word << (24 - 8 * PLACE)) >> 24
-
-
-@triton.jit
 def dot4(codes, x, IS_SIGNED: tl.constexpr = False):
     """int32: the sum of four products of bytes, those of `x` signed, those of `codes` unsigned or signed."""
     codes, x = tl.broadcast(codes, x)
@@ -56,11 +51,10 @@ def dot4(codes, x, IS_SIGNED: tl.constexpr = False):
         return tl.inline_asm_elementwise(
             "dp4a.u32.s32 $0, $1, $2, 0;", "=r,r,r", [codes, x], dtype=tl.int32, is_pure=True, pack=1
         )
-    total = tl.zeros_like(x)
-    for place in tl.static_range(4):
-        code = signed_byte_of(codes, place) if IS_SIGNED else byte_of(codes, place)
-        total += code * signed_byte_of(x, place)
-    return total
+    place = 24 - 8 * tl.arange(0, 4)[None, None, :]
+    wide = codes[:, :, None] << place  # the byte is the highest one
+    code = wide >> 24
+    return tl.sum((code if IS_SIGNED else code & 255) * ((x[:, :, None] << place) >> 24), 2)
 
 
 @triton.jit

@@ -168,12 +168,20 @@ def _by_fours(products: np.ndarray) -> np.ndarray:
 _OFFSETS = {"Q4_0": 8, "Q5_0": 16, "MXFP4": 16, "NVFP4": 16, "Q1_0": 1, "Q2_0": 1, "Q4_1": 0, "Q5_1": 0}
 
 
+def _padded(array: np.ndarray, count: int) -> np.ndarray:
+    """`count` zeros behind the last axis."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, count)])
+
+
 def _block_values(name: str, blocks: np.ndarray, x: np.ndarray, x_scales: np.ndarray, bias: int) -> np.ndarray:
     """(N, B) blocks of 32 and more, int64 (K,), float32 (K / 32,) -> float32 (N, spans of 256, 16)."""
     layout, flat = BY_NAME[name], blocks.reshape(-1)
     offset = _OFFSETS.get(name, bias)
     if name == "MXFP4":
-        weights, d = _integers(name, _with(flat, e=128)), np.exp2(flat["e"].astype(np.float64) - 128).astype(F32)[:, None]
+        weights, d = (
+            _integers(name, _with(flat, e=128)),
+            np.exp2(flat["e"].astype(np.float64) - 128).astype(F32)[:, None],
+        )
     elif name == "NVFP4":
         weights = _integers(name, _with(flat, d=0x40))  # 1.0 where the values are doubled
         d = dequantize(_with(flat, qs=0x11).view(np.uint8).reshape(len(flat), -1), name)[:, ::16]
@@ -181,19 +189,18 @@ def _block_values(name: str, blocks: np.ndarray, x: np.ndarray, x_scales: np.nda
         weights = _integers(name, _with(flat, d=1, **({"m": 0} if "m" in flat.dtype.names else {})))
         d = flat["d"].astype(F32)[:, None]
     per_scale = 16 if name == "NVFP4" else 32
-    d = np.repeat(d, layout.block_size // per_scale // d.shape[1], axis=1).reshape(len(blocks), -1)  # (N, K / per_scale)
+    d = np.repeat(d, layout.block_size // per_scale // d.shape[1], axis=1).reshape(len(blocks), -1)
     rest = -len(x) % 256
-    pad = lambda a, n: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, n)])  # noqa: E731
-    codes = pad(weights.reshape(len(blocks), -1) + offset, rest).reshape(len(blocks), -1, 256)
-    x, x_scales = pad(x, rest).reshape(-1, 256), pad(x_scales, rest // 32)
-    d = pad(d, rest // per_scale)
+    codes = _padded(weights.reshape(len(blocks), -1) + offset, rest).reshape(len(blocks), -1, 256)
+    x, x_scales = _padded(x, rest).reshape(-1, 256), _padded(x_scales, rest // 32)
+    d = _padded(d, rest // per_scale)
     sums = x.reshape(len(x), -1, per_scale).sum(axis=-1).astype(F32)  # (spans, 8 or 16)
     if name == "NVFP4":
         scales = (d * np.repeat(x_scales, 2)).reshape(len(blocks), -1, 16)
         return _chunks(codes * x, scales, scales * sums * F32(-offset))
     scales, steps = (d * x_scales).reshape(len(blocks), -1, 8), x_scales.reshape(-1, 8)
     if "m" in flat.dtype.names:
-        m = pad(flat["m"].astype(F32).reshape(len(blocks), -1), rest // 32).reshape(scales.shape)
+        m = _padded(flat["m"].astype(F32).reshape(len(blocks), -1), rest // 32).reshape(scales.shape)
         values = _first_lanes(m * (steps * sums))
     else:
         values = _first_lanes(scales * sums) * F32(-offset)
@@ -231,3 +238,35 @@ def _row_sums(name, layout, data, x, kind, row_lanes, bias) -> np.ndarray:
     for b in range(values.shape[1]):
         acc = fma(values[:, b], scales[b], acc)
     return lanes_summed(acc)
+
+
+def exp(x: np.ndarray) -> np.ndarray:
+    """e^x as 2^n e^r: `native.cpu.vector_math`'s rule, with coefficients as Cephes has them (Moshier, expf.c)."""
+    x = np.clip(x, F32(-87), F32(88))  # NaN stays NaN
+    n = np.rint(x * F32(1.44269504))
+    r = fma(n, F32(-1.42860677e-06), fma(n, F32(-0.693145752), x))
+    p = np.full_like(x, 1.9875691e-4)
+    for coefficient in (1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5):
+        p = fma(p, r, F32(coefficient))
+    with np.errstate(invalid="ignore"):
+        return np.ldexp(fma(p, r * r, r) + F32(1), np.nan_to_num(n).astype(np.int32))
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up, float32."""
+    with np.errstate(all="ignore"):
+        return gate / (exp(-gate) + F32(1)) * up
+
+
+class Weights(NamedTuple):
+    """A matrix of an expert: a type's name and uint8 (rows, row_bytes)."""
+
+    name: str
+    data: np.ndarray
+
+
+def expert(x: np.ndarray, gate: Weights, up: Weights, down: Weights, row_lanes: int, bias: int) -> np.ndarray:
+    """float32 (T, D) -> (T, N): down(silu(gate x) * up x)."""
+    order = (row_lanes, bias)
+    hidden = swiglu(product(*gate, x, *order), product(*up, x, *order))
+    return product(*down, hidden, *order)

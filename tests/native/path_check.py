@@ -18,11 +18,12 @@ from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.matrix import VALUES_PADDING, values_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.native.isa import isa
+from kimi_lite.native.isa import isa, sum_order
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import hostile_rows
+from tests.native import exact
 from tests.native.closeness import assert_close, product_size, sizes
 from tests.native.guard import at_page_end, at_page_start
 from tests.native.harness import run_ops, run_table
@@ -41,7 +42,8 @@ def guarded_activations(x: np.ndarray, kind: int) -> Activations:
     return result
 
 
-def check_rows(name: str, data: np.ndarray, x: Activations, expected: np.ndarray, size: np.ndarray) -> None:
+def check_rows(name: str, data: np.ndarray, x: Activations, expected: np.ndarray) -> None:
+    """Bit for bit."""
     out = at_page_end(np.empty((NUM_TOKENS, len(data)), np.float32))
     tokens = at_page_end(np.arange(NUM_TOKENS, dtype=np.int32))
     for first, count in ((0, NUM_TOKENS), (0, 1)):
@@ -49,7 +51,7 @@ def check_rows(name: str, data: np.ndarray, x: Activations, expected: np.ndarray
         rows_kernel(name).compiled.ctypes(
             data.ctypes.data, data.shape[1], len(data), x.address, tokens[first:].ctypes.data, count, *target
         )
-    assert_close(out, expected, size)
+    assert np.array_equal(out, expected), np.abs(out - expected).max()
 
 
 def check_panel(name: str, data: np.ndarray, x: Activations, expected: np.ndarray, size: np.ndarray) -> None:
@@ -80,8 +82,9 @@ def check_products(name: str, rng: np.random.Generator) -> None:
         weights, x = dequantize(unguarded, name), rng.standard_normal((NUM_TOKENS, k)).astype(np.float32)
         prepared = guarded_activations(x, kind)
         expected, size = linear(weights, x, kind), product_size(weights, seen_activations(x, kind))
+        bits = exact.product(name, unguarded, x, *sum_order())
         for data in (at_page_end(unguarded, is_writable=False), at_page_start(unguarded)):
-            check_rows(name, data, prepared, expected, size)
+            check_rows(name, data, prepared, bits)
             check_panel(name, data, prepared, expected, size)
             check_values(name, data, weights)
 

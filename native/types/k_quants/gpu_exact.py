@@ -58,7 +58,7 @@ def q5_k_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, HA
 
 @triton.jit
 def minus_offsets(total, first, second, sums, lane, OFFSET: tl.constexpr):
-    """`total` less OFFSET times the sums of the lane's two groups of 16 times their scales: of the first eight lanes."""
+    """`total` less OFFSET times the sums of two groups of 16, times their scales: of the first eight lanes."""
     return total - (first * tl.load(sums + 2 * lane) + second * tl.load(sums + 2 * lane + 1)) * OFFSET
 
 

@@ -17,6 +17,15 @@ def device():
     return torch.device(os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _fused():
+    """The interpreter's multiply-add rounds twice; a GPU's once."""
+    if HAS_TRITON:
+        from tests.native.gpu.fused import fuse
+
+        fuse()
+
+
 @pytest.fixture(autouse=True)
 def _quiet_interpreter():
     """numpy, which interprets the kernels, warns of infinities that a GPU computes in silence."""
