@@ -443,6 +443,15 @@ class Options:
         command_default=True,
         shown_default="on",
     )
+    is_reproducible: bool = _option(
+        "--reproducible",
+        help="The same bits wherever experts are, and one request at a time; prompts are slower on a GPU.",
+        kind="switch",
+        unused=_on_gpu,
+        panel=MACHINE,
+        commands=LOADING,
+        default=False,
+    )
     cache_bias: float = _option(  # added to the router's choice for experts that are resident; 0: never
         "--cache-bias",
         help="Add this to the router's score of experts in fast memory; changes answers. 0: off.",
@@ -973,6 +982,11 @@ class Options:
             value = getattr(self, option.name)
             if option.kind == "choice" and value not in option.choices:
                 option.parse(value, option.long_flag)
+        if self.is_reproducible and self.cache_bias:
+            raise KimiLiteError(
+                "--cache-bias makes answers depend on where experts are; --reproducible promises that they do not.",
+                "Leave one of the two out.",
+            )
 
     @property
     def is_demo(self) -> bool:

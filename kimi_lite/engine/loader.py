@@ -64,7 +64,7 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
         holdings=holdings,
         plan=plan,
         max_context_length=config.context_length,
-        max_running=options.num_sequences,
+        max_running=1 if options.is_reproducible and plan.is_on_gpu else options.num_sequences,
         max_gap_s=options.max_gap_s,
         vision=vision,
     )
@@ -132,7 +132,8 @@ def open_prefixes(store: GGUFStore, config: ModelConfig, plan: Plan) -> PrefixSt
     options = plan.limits
     if options.prefix_folder is None:
         return None
-    key = model_key(store, options.kv_dtype, options.cache_bias, plan.dense_type if plan.is_on_gpu else True)
+    form = (plan.dense_type, *["reproducible"] * options.is_reproducible) if plan.is_on_gpu else (True,)
+    key = model_key(store, options.kv_dtype, options.cache_bias, *form)
     return PrefixStore(options.prefix_folder, key, page_shape(config, options.kv_dtype), options.prefix_bytes)
 
 

@@ -74,12 +74,26 @@ def open_experts(
         own_slots = range(num_slots, num_slots + 2 * group_size)
         stream = PromptStream(streams, experts, slots.slots, own_slots, group_size, num_readers)
         opened.callback(stream.close)
-        streamed = StreamedExperts(streams, kernels, index, slots, cpu, stream, costs, ram)
+        streamed = StreamedExperts(
+            streams, kernels, index, slots, cpu, stream, costs, ram, is_reproducible=options.is_reproducible
+        )
         if heat is not None:
             slots.policy.import_heat(heat)
         slots.fill(partial(report, "bringing experts into VRAM"))
         opened.pop_all()  # from now on the routed experts' own `close` does it
-    return RoutedExperts(streams, kernels, experts, slots, cpu, streamed, costs, counts[-1], heat_file, recorder)
+    return RoutedExperts(
+        streams,
+        kernels,
+        experts,
+        slots,
+        cpu,
+        streamed,
+        costs,
+        counts[-1],
+        heat_file,
+        recorder,
+        is_reproducible=options.is_reproducible,
+    )
 
 
 def _require_vram(index: ExpertIndex, streams: GpuStreams, plan: Plan) -> None:

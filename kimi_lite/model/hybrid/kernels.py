@@ -160,9 +160,10 @@ class Kernels(Protocol):
         slot_of_choice: torch.Tensor,
         token_of_choice: torch.Tensor,
         out: torch.Tensor | None = None,
+        is_exact: bool | None = None,
     ) -> torch.Tensor:
         """(T, D), uint8 (slots, slot_bytes), int32 (n,) twice -> `out` (n, D) unweighted. Rows of slot -1 are
-        nothing."""
+        nothing. is_exact: with the CPU's bits (`native.gpu.exact`); None: where that is as fast."""
 
     def weighted_sum(
         self,

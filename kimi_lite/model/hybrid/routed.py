@@ -28,7 +28,7 @@ from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.experts.store import ExpertStore
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
-from kimi_lite.model.hybrid.kernels import Kernels
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.served import MissServer
 from kimi_lite.model.hybrid.streamed import ExpertChoice, StreamedExperts
 from kimi_lite.model.hybrid.turns import TakenTurn, Turn, TurnMemory
@@ -61,13 +61,14 @@ class RoutedExperts:
         num_threads: int,
         heat_file: Path | None = None,
         recorder: RoutingRecorder | None = None,
+        is_reproducible: bool = False,
     ) -> None:
         """heat_file: where `close` saves how hot the experts are; None: nowhere. recorder: of what tokens choose; its
-        passes begin and end elsewhere."""
+        passes begin and end elsewhere. is_reproducible: an expert gives the same bits on both sides to prompts, too."""
         self._streams, self._kernels, self.store = streams, kernels, store
         self.slots, self.cpu, self.streamed, self.costs = slots, cpu, streamed, costs
         self.num_threads = num_threads  # of the CPU's experts; may change between steps
-        self._heat_file, self._recorder = heat_file, recorder
+        self._heat_file, self._recorder, self._is_reproducible = heat_file, recorder, is_reproducible
         self.cpu_s = self.wait_s = 0.0  # computing on the CPU, waiting for the GPU's routers
         self._host: HostCopies | None = None
         self._uncounted: list[_LayerRun] = []
@@ -147,9 +148,15 @@ class RoutedExperts:
         self.server.finish()
 
     def hit_rows(self, layer: int, normed: torch.Tensor, slot_of_choice: torch.Tensor) -> torch.Tensor:
-        """(T, D), int32 (T * K,) -> (T * K, D): the products of the choices that have a slot; T <= ROW_TOKENS."""
+        """(T, D), int32 (T * K,) -> (T * K, D): the products of the choices that have a slot; T <= ROW_TOKENS.
+
+        Tokens that are decoded get the bits that the CPU would have given.
+        """
         form, token_of_choice = self.store.index.layers[layer], self._token_of_choice[: len(slot_of_choice)]
-        return self._kernels.expert_choices(normed, self.slots.slots, form, slot_of_choice, token_of_choice)
+        is_exact = True if len(normed) <= MAX_DECODE_TOKENS or self._is_reproducible else None
+        return self._kernels.expert_choices(
+            normed, self.slots.slots, form, slot_of_choice, token_of_choice, is_exact=is_exact
+        )
 
     def count(self) -> None:
         """Heat, counts, costs and the record of the layers since the last call."""

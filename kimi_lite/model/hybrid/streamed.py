@@ -96,9 +96,12 @@ class StreamedExperts:
         stream: PromptStream,
         costs: ExpertCosts,
         ram: RamSlots | None = None,
+        is_reproducible: bool = False,
     ) -> None:
-        """ram: where not all experts fit into it, those that do."""
+        """ram: where not all experts fit into it, those that do. is_reproducible: whether an expert gives the GPU's
+        tokens the CPU's bits, in which case no division of a layer changes the result."""
         self._streams, self._kernels, self._index, self._ram = streams, kernels, index, ram
+        self._is_exact = True if is_reproducible else None
         self._slots, self._cpu, self._stream, self._costs = slots, cpu, stream, costs
         self._launcher = ThreadPoolExecutor(1, "kimi-lite-launch", initializer=streams.enter_thread)
         self._numbers, self._cpu_rows = _Numbers(streams), _CpuRows(streams, cpu)
@@ -317,6 +320,7 @@ class StreamedExperts:
             choices.slots[piece] - lowest,
             choices.tokens[piece],
             choices.rows[piece],
+            is_exact=self._is_exact,
         )
 
 

@@ -3,9 +3,7 @@
     up to 4 tokens    float32                            (native.gpu.matvec)
     up to 16          Q8_0: activations as two bfloat16  (native.gpu.product); others: float32
     more              Q8_0: activations as they come     (up to 511, or float32); F32: float32; others: both bfloat16
-    experts           33 choices and more in bfloat16    (native.gpu.grouped), fewer in float32
-
-Hits are computed with float activations and not with the CPU's int8 ones, so hits and misses differ, as on a GPU.
+    experts           of prompts: 33 choices and more in bfloat16 (native.gpu.grouped); else the CPU's bits
 """
 
 from pathlib import Path
@@ -52,14 +50,16 @@ class RoundingKernels(StandInKernels):
         slot_of_choice: torch.Tensor,
         token_of_choice: torch.Tensor,
         out: torch.Tensor | None = None,
+        is_exact: bool | None = None,
     ) -> torch.Tensor:
-        as_factor = rounded if len(slot_of_choice) >= GROUPED_CHOICES else torch.clone
+        if len(slot_of_choice) < GROUPED_CHOICES if is_exact is None else is_exact:
+            return super().expert_choices(x, slots, form, slot_of_choice, token_of_choice, out)
         rows = torch.zeros((len(slot_of_choice), x.shape[1])) if out is None else out
         for slot in sorted(set(slot_of_choice.tolist()) - {-1}):
             at = (slot_of_choice == slot).nonzero()[:, 0]
-            gate, up, down = (as_factor(_weights(slots[slot], part)) for part in form.matrices)
-            inputs = as_factor(x[token_of_choice[at].long()].float())
-            rows[at] = as_factor(self.swiglu(inputs @ gate.T, inputs @ up.T)) @ down.T
+            gate, up, down = (rounded(_weights(slots[slot], part)) for part in form.matrices)
+            inputs = rounded(x[token_of_choice[at].long()].float())
+            rows[at] = rounded(self.swiglu(inputs @ gate.T, inputs @ up.T)) @ down.T
         return rows
 
 

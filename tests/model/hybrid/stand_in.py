@@ -149,6 +149,7 @@ class StandInKernels:
         slot_of_choice: torch.Tensor,
         token_of_choice: torch.Tensor,
         out: torch.Tensor | None = None,
+        is_exact: bool | None = None,
     ) -> torch.Tensor:
         """By the CPU's kernel, which groups tokens by expert as it does for the CPU's own."""
         ids, tokens = slot_of_choice.numpy(), token_of_choice.numpy()

@@ -64,10 +64,10 @@ class WrongRow(Faulty):
 class WrongBlock(Faulty):
     """One block of 32 weights of each expert is read from the block next to it."""
 
-    def expert_choices(self, x, *arguments):
+    def expert_choices(self, x, *arguments, **named):
         x = x.clone()
         x[:, 32:64] = x[:, 0:32]
-        return super().expert_choices(x, *arguments)
+        return super().expert_choices(x, *arguments, **named)
 
 
 class StaleRows(Faulty):
