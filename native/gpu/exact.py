@@ -132,7 +132,7 @@ def quantize_kernel(x, codes, steps, sums, num_groups, x_stride, KIND: tl.conste
 
 
 @triton.jit
-def exact_gate_up_kernel(
+def gate_up_kernel(
     x, g_codes, g_steps, g_sums, u_codes, u_steps, u_sums, gate_data, up_data, hidden, gate_table, up_table,
     slot_of_choice, token_of_choice, num_rows, k, gate_offset, up_offset, gate_slot, up_slot, gate_stride, up_stride,
     G_VALUES: tl.constexpr, G_KIND: tl.constexpr, G_BLOCK_SIZE: tl.constexpr, G_BLOCK_BYTES: tl.constexpr,
@@ -162,7 +162,7 @@ def exact_gate_up_kernel(
 
 
 @triton.jit
-def exact_down_kernel(
+def down_kernel(
     hidden, codes, steps, sums, data, out, table, slot_of_choice, num_rows, k, out_stride, offset, slot_stride,
     row_stride, VALUES: tl.constexpr, KIND: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     ALIGN: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
@@ -239,7 +239,7 @@ def exact_gate_up(
     kinds = {name: activation_kind(name) for name in (gate.layout_name, up.layout_name)}
     made = {kind: quantize(x, kind) for kind in dict.fromkeys(kinds.values())}
     g, u, slot_bytes, order = formats()[gate.layout_name], formats()[up.layout_name], slots.stride(0), sum_order()
-    exact_gate_up_kernel[(triton.cdiv(gate.num_rows, _ROWS), len(slot_of_choice))](
+    gate_up_kernel[(triton.cdiv(gate.num_rows, _ROWS), len(slot_of_choice))](
         x, *made[kinds[g.name]], *made[kinds[u.name]], weights_of(slots, g.name), weights_of(slots, u.name), hidden,
         table_for(g, slots), table_for(u, slots), slot_of_choice, token_of_choice, gate.num_rows, gate.k,
         g.units(gate.offset), u.units(up.offset), g.units(slot_bytes), u.units(slot_bytes), g.units(gate.row_bytes),
@@ -254,7 +254,7 @@ def exact_down(
     """Every choice's hidden values (n, k) times its expert's down -> out float32 (n, rows)."""
     each, order = formats()[down.layout_name], sum_order()
     made = quantize(hidden, activation_kind(each.name))
-    exact_down_kernel[(triton.cdiv(down.num_rows, _ROWS), len(slot_of_choice))](
+    down_kernel[(triton.cdiv(down.num_rows, _ROWS), len(slot_of_choice))](
         hidden, *made, weights_of(slots, each.name), out, table_for(each, slots), slot_of_choice, down.num_rows,
         down.k, out.stride(0), each.units(down.offset), each.units(slots.stride(0)), each.units(down.row_bytes),
         **_constants(each.name), ROW_LANES=order.row_lanes, BIAS=order.bias, ROWS=_ROWS, num_warps=_ROWS * 8 // 32,

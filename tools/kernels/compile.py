@@ -35,7 +35,7 @@ from kimi_lite.native.layouts import BY_NAME
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 SAMPLE_TYPES, SAMPLE_ARCHS, SAMPLE_TOKENS = ("TQ1_0",), (89, 90), (1, 16, 129, 8192)
 # Bytes that a thread may spill, by kernel and type; all others nothing
-SPILLS = {("grouped_kernel", "IQ2_XXS"): 16}
+SPILLS = {("grouped_kernel", "IQ2_XXS"): 16, ("gate_up_kernel", "NVFP4"): 8}
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -182,7 +182,18 @@ def _compiled(task: tuple[int, int]) -> Compiled:
     except Exception as error:  # whatever the compiler says is the result
         return Compiled(**what, num_warps=warps, error=f"{type(error).__name__}: {str(error).strip()[:200]}")
     assert f".target sm_{arch}" in code.asm["ptx"], what
+    if launch.is_exact and (found := inexact(code.asm["ptx"])):
+        return Compiled(**what, num_warps=warps, error=f"it promises the CPU's bits and has {', '.join(found)}")
     return Compiled(**what, num_warps=warps, shared_bytes=code.metadata.shared, **_counts(code.asm["cubin"]))
+
+
+def inexact(ptx: str) -> list[str]:
+    """The instructions on float32 that round otherwise than IEEE says, or that the assembler may fuse: those that name
+    no rounding (PTX ISA, "add": only then may a product and a sum become one), flush denormals, or approximate."""
+    names = sorted(set(re.findall(r"^\s*(?:@%p\d+ )?([a-z]\w*(?:\.\w+)*\.f32)\b", ptx, re.MULTILINE)))
+    is_rounded = re.compile(r"(add|sub|mul|fma|div)\.rn\.f32|cvt\.rn\.f32|cvt\.f32\.f32")
+    rounds = re.compile(r"(add|sub|mul|fma|mad|div|rcp|sqrt|rsqrt|ex2|lg2|tanh|sin|cos)\b")
+    return [name for name in names if rounds.match(name) and not is_rounded.match(name)]
 
 
 def _tile(launch) -> str:

@@ -83,9 +83,14 @@ class Launch(NamedTuple):
     @property
     def types(self) -> tuple[str, ...]:
         """What it decodes."""
-        decoders = (self.argument(prefix + "DECODE") for prefix in ("", "G_", "U_"))
-        names = (decode.__name__.removesuffix("_decode").upper() for decode in decoders if decode)
+        found = (self.argument(prefix + name) for prefix in ("", "G_", "U_") for name in ("DECODE", "VALUES"))
+        names = (each.__name__.removesuffix("_decode").removesuffix("_values").upper() for each in found if each)
         return tuple(dict.fromkeys(names))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it promises the CPU's bits (`native.gpu.exact`)."""
+        return self.named.get("enable_fp_fusion") is False
 
     @property
     def uses_tensor_cores(self) -> bool:
@@ -227,7 +232,9 @@ class HybridPath:
         return Turn(self._memory, 1, first)
 
     def hit_rows(self, layer: int, normed: torch.Tensor, slot_of_choice: torch.Tensor) -> torch.Tensor:
-        return self.kernels.expert_choices(normed, self._slots, self._form, slot_of_choice, slot_of_choice)
+        is_exact = True if len(normed) <= MAX_DECODE_TOKENS else None
+        choices = (slot_of_choice, slot_of_choice)
+        return self.kernels.expert_choices(normed, self._slots, self._form, *choices, is_exact=is_exact)
 
     def decode(self, num_tokens: int) -> None:
         """A step of so many sequences."""

@@ -49,7 +49,7 @@ def test_few_launches():
     result = run_tool()
     assert result.returncode == 0, result.stderr[-3000:]
     told = json.loads(result.stdout.splitlines()[-1])
-    assert told["layer_nodes"] <= 20 and told["nodes"] <= 1_219, result.stdout
+    assert told["layer_nodes"] <= 22 and told["nodes"] <= 1_339, result.stdout  # two of them quantize
     assert "1 await_answer_kernel, 1 join_kernel" in result.stdout and "copy" not in result.stdout, result.stdout
     assert told["tok_s"] < told["bound_tok_s"] < 15.4
     assert 120 < told["layer_us"]["attention_bytes"] < 135, "as the review counted: 107 + 11 MB at 0.92 TB/s"
