@@ -1,9 +1,9 @@
 """The stand-in with the roundings of a GPU's kernels: what `native.gpu` multiplies in bfloat16 is rounded to it here.
 
-    up to 4 tokens    float32                            (native.gpu.matvec)
-    up to 16          Q8_0: activations as two bfloat16  (native.gpu.product); others: float32
-    more              Q8_0: activations as they come     (up to 511, or float32); F32: float32; others: both bfloat16
-    experts           of prompts: 33 choices and more in bfloat16 (native.gpu.grouped); else the CPU's bits
+up to 4 tokens    float32                            (native.gpu.matvec)
+up to 16          Q8_0: activations as two bfloat16  (native.gpu.product); others: float32
+more              Q8_0: activations as they come     (up to 511, or float32); F32: float32; others: both bfloat16
+experts           of prompts: 33 choices and more in bfloat16 (native.gpu.grouped); else the CPU's bits
 """
 
 from pathlib import Path

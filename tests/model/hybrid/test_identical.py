@@ -48,7 +48,7 @@ class ExactKernels(StandInKernels):
         for slot in sorted(set(slot_of_choice.tolist()) - {-1}):
             at = (slot_of_choice == slot).nonzero()[:, 0]
             weights = [exact.Weights(part.layout_name, _rows_of(slots[slot], part)) for part in form.matrices]
-            inputs = x[token_of_choice[at].long()].numpy()
+            inputs = x[token_of_choice[at].long()].float().numpy()
             products = exact.expert(inputs, *weights, *sum_order())
             if is_exact:
                 self.num_exact += len(at)
