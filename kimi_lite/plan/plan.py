@@ -101,7 +101,7 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
     page_bytes = PAGE_TOKENS * bytes_per_token(sizes.config, limits.kv_dtype)
     on_gpu, chunk, num_slots, num_spilled = [], STEP_TOKENS, 0, 0
     if is_on_gpu:
-        on_gpu, chunk, num_slots = _lay_out_gpu(situation, sizes, budgets, num_pages * page_bytes)
+        on_gpu, chunk, num_slots = _lay_out_gpu(situation, sizes, budgets, num_pages * page_bytes, context_length)
     in_ram = _ram_rows(sizes, hardware, num_threads, num_pages * page_bytes, chunk if is_on_gpu else 0)
     if not (is_on_gpu and limits.vision == "gpu"):
         in_ram.append(MemoryRow("RAM", VISION, sizes.vision_bytes))
@@ -187,7 +187,7 @@ def _choose_threads(hardware: Hardware, limits: Options) -> tuple[int, str]:
 
 
 def _lay_out_gpu(
-    situation: PlanInputs, sizes: ModelSizes, budgets: tuple[Budget, ...], cache_bytes: int
+    situation: PlanInputs, sizes: ModelSizes, budgets: tuple[Budget, ...], cache_bytes: int, context_length: int
 ) -> tuple[list[MemoryRow], int, int]:
     """Rows, tokens of a prompt's chunk, and expert slots, which get what is left."""
     limits = situation.limits
@@ -198,8 +198,8 @@ def _lay_out_gpu(
         MemoryRow("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu)),
     ]
     left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
-    chunk = choose_chunk(sizes, left_bytes)
-    work_bytes = gpu_work_bytes(sizes, chunk)
+    chunk = choose_chunk(sizes, left_bytes, context_length)
+    work_bytes = gpu_work_bytes(sizes, chunk, context_length)
     most = min(sizes.num_experts, max(0, left_bytes - work_bytes) // sizes.slot_bytes) if sizes.slot_bytes else 0
     num_slots = most if limits.num_gpu_experts is None else min(limits.num_gpu_experts, sizes.num_experts)
     rows = [*fixed, MemoryRow("VRAM", WORK, work_bytes), MemoryRow("VRAM", SLOTS, num_slots * sizes.slot_bytes)]

@@ -19,6 +19,8 @@ _ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
 _PROGRAM_BYTES = 155 * MIB  # Python, Numba and LLVM with kernels from the cache; compiling takes 75 MiB more (measured)
 _KERNEL_BYTES = MIB  # compiled code of a type of weights
 _VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 900  # a token; an expert's line in the tables, its views in RAM
+EXPANDED_BYTES = 512 * MIB  # keys and values of expanded attention that exist at a time on a GPU
+DECODED_BYTES = 128 * MIB  # of a matrix in bfloat16 that exist at a time for a product (native.gpu.linear)
 _WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
 _PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
 _ROW_TOKENS, _DECODE_TOKENS = 512, 16  # of a batch whose every choice has a row; of a captured step
@@ -76,20 +78,30 @@ def _thread_scratch_bytes(c: ModelConfig) -> int:
     return max(prefill, panel) + 72 * c.hidden_size + 64 * 1024
 
 
-def gpu_work_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
-    """On the GPU: the activations of a chunk with one row for every chosen expert, and two groups of streamed
-    experts."""
+def gpu_work_bytes(sizes: ModelSizes, chunk_tokens: int, context_length: int) -> int:
+    """On the GPU: the activations of a chunk, which attends to all of the context in the expanded form and then has one
+    row for every chosen expert; a matrix that is decoded for its product; two groups of streamed experts."""
     c = sizes.config
     choices = c.num_experts_used * (4 * c.hidden_size + 6 * c.expert_feed_forward_size)
     attention = 2 * c.num_heads * (c.qk_head_dim + c.v_head_dim) + 4 * c.kv_latent_size
     dense = 6 * c.feed_forward_size if c.num_dense_layers else 0
-    token_bytes = 10 * c.hidden_size + attention + max(choices, dense)
-    return chunk_tokens * token_bytes + 4 * _LOGITS_ROWS * c.vocab_size + stream_bytes(sizes)
+    expanded = _expanded_bytes(c, context_length)
+    phases = max(chunk_tokens * attention + expanded, chunk_tokens * max(choices, dense))
+    pieces = DECODED_BYTES + 4 * _LOGITS_ROWS * c.vocab_size + stream_bytes(sizes)
+    return chunk_tokens * 10 * c.hidden_size + phases + pieces
 
 
-def choose_chunk(sizes: ModelSizes, left_bytes: int) -> int:
+def _expanded_bytes(c: ModelConfig, num_positions: int) -> int:
+    """Keys and values of some heads at a time, values as wide as keys, and the latents that they are made of."""
+    head_bytes = 2 * num_positions * 2 * c.qk_head_dim
+    heads_bytes = min(c.num_heads * head_bytes, max(EXPANDED_BYTES, head_bytes))
+    return heads_bytes + (2 + 4) * num_positions * c.kv_latent_size
+
+
+def choose_chunk(sizes: ModelSizes, left_bytes: int, context_length: int) -> int:
     """Tokens of a prompt that pass through the GPU at a time; `left_bytes`: what weights, cache and margin leave."""
-    fitting = (chunk for chunk in PROMPT_CHUNKS if gpu_work_bytes(sizes, chunk) <= _WORK_SHARE * left_bytes)
+    works = ((chunk, gpu_work_bytes(sizes, chunk, context_length)) for chunk in PROMPT_CHUNKS)
+    fitting = (chunk for chunk, work_bytes in works if work_bytes <= _WORK_SHARE * left_bytes)
     return next(fitting, PROMPT_CHUNKS[-1])
 
 

@@ -291,11 +291,14 @@ def test_the_longest_context_is_offered():
     assert longer.refusal and "--device cpu" in remedies(longer)
 
 
-@pytest.mark.parametrize(("vram_gib", "dense_type"), [(8, "q4_k"), (12, "q6_k"), (16, "q8_0"), (24, "q8_0")])
-def test_small_gpus_get_their_dense_weights_in_fewer_bits(vram_gib, dense_type):
+@pytest.mark.parametrize(
+    ("vram_gib", "context_length", "dense_type"),
+    [(8, 2048, "q4_k"), (12, 8192, "q6_k"), (16, 8192, "q8_0"), (24, 8192, "q8_0")],
+)
+def test_small_gpus_get_their_dense_weights_in_fewer_bits(vram_gib, context_length, dense_type):
     """The finest type that fits, with what it costs; what the next coarser one would bring."""
     gpu = replace(GPU, vram_total_bytes=vram_gib * GIB, vram_free_bytes=int(0.97 * vram_gib * GIB))
-    plan = make_plan(K25["tq1_0"], machine(256, gpu), Options(context_length=8192, kv_dtype="q8"))
+    plan = make_plan(K25["tq1_0"], machine(256, gpu), Options(context_length=context_length, kv_dtype="q8"))
     assert plan.dense_type == dense_type and not plan.refusal
     bits, exact_bytes = {"q8_0": 8.5, "q6_k": 6.5625, "q4_k": 4.5}[dense_type], 0.665e9  # routers in F32
     assert plan.part_bytes("VRAM", "dense weights") == pytest.approx(exact_bytes + 10.38e9 * bits / 8, rel=0.02)

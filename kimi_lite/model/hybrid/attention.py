@@ -14,8 +14,8 @@ from kimi_lite.model.hybrid.kernels import DenseMatrix, Kernels
 from kimi_lite.model.hybrid.step import ExpandedSlice, Step
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.latent_rows import GROUP_VALUES
+from kimi_lite.plan.workspace import EXPANDED_BYTES
 
-EXPANDED_BYTES = 512 * 1024**2  # keys and values that exist at a time
 _ABSORBED_ROWS = 256  # that attend at a time: their queries in latent space are 34 MB for Kimi K2.5
 
 

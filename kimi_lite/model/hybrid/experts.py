@@ -98,7 +98,8 @@ def open_experts(
 
 def _require_vram(index: ExpertIndex, streams: GpuStreams, plan: Plan) -> None:
     """The plan was made before the weights were loaded; other programs may have taken VRAM since."""
-    have_bytes, work_bytes = streams.free_bytes(), gpu_work_bytes(plan.sizes, plan.prompt_chunk_tokens)
+    have_bytes = streams.free_bytes()
+    work_bytes = gpu_work_bytes(plan.sizes, plan.prompt_chunk_tokens, plan.context_length)
     need_bytes = work_bytes + plan.num_vram_slots * index.vram_slot_bytes
     if have_bytes is None or need_bytes <= have_bytes:
         return

@@ -121,7 +121,7 @@ def test_vram_that_others_took_since_the_plan_is_a_sentence(store, config):
     """The remedy is what fits now: it is tried."""
     plan = plan_for(store, config, Options(context_length=128, num_threads=1))
     index = ExpertIndex.find(store, config)
-    work_bytes = gpu_work_bytes(plan.sizes, plan.prompt_chunk_tokens)
+    work_bytes = gpu_work_bytes(plan.sizes, plan.prompt_chunk_tokens, plan.context_length)
     free = SmallGpu(work_bytes + 5 * index.vram_slot_bytes + 1)
     with pytest.raises(KimiLiteError, match=r"16 experts and a prompt's chunk of 8,192 tokens need") as caught:
         open_with(store, config, plan, free)
