@@ -203,14 +203,18 @@ class HybridTransformer:
             return
         self._is_closed = True
         with ExitStack() as stack:
+            stack.callback(self._end_work)
             if self._recorder:
-                stack.callback(self._recorder.close)  # last: the experts count what they have not yet
+                stack.callback(self._recorder.close)
             if self.experts:
-                stack.callback(self.experts.close)
-            if self._streams.failure is None:
-                with suppress(GpuBroken, RuntimeError):  # who closes does not want to know
-                    self._streams.synchronize()
-            self._drop_steps()
+                stack.callback(self.experts.close)  # first: it counts what the recorder does not know yet
+
+    def _end_work(self) -> None:
+        """Nothing is written any more to memory that will be another's."""
+        if self._streams.failure is None:
+            with suppress(GpuBroken, RuntimeError):  # who closes does not want to know
+                self._streams.synchronize()
+        self._drop_steps()
 
     def _drop_steps(self) -> None:
         """The graphs and buffers of all shapes, and what torch holds unused, are free again."""
@@ -256,8 +260,14 @@ class HybridTransformer:
                 raise Cancelled
             layer.forward(x, step, self.experts)
         rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)
-        parts = [self.head.forward(x[rows[i : i + MAX_LOGITS]]).cpu().numpy() for i in range(0, len(rows), MAX_LOGITS)]
+        parts = [self._logits(x[rows[i : i + MAX_LOGITS]], len(x)) for i in range(0, len(rows), MAX_LOGITS)]
         return np.concatenate(parts or [np.empty((0, self.config.vocab_size), np.float32)])
+
+    def _logits(self, x: torch.Tensor, num_tokens: int) -> np.ndarray:
+        """(T, D) at the end of a pass over `num_tokens` -> (T, vocabulary) on the host."""
+        logits = self.head.forward(x)
+        self._streams.finish(self._streams.event(), num_tokens)  # a copy would wait for a GPU that hangs, for ever
+        return logits.cpu().numpy()
 
     def _give_up(self) -> None:
         """A pass ended half-way: it leaves nothing behind that would change a later one."""

@@ -186,7 +186,8 @@ class LazyDevice(GpuStreams):
     own work, "compute first" all others; "random" throws dice that begin with `seed`. has_graphs: what decodes is
     captured and replayed.
 
-    on_operation(number, name): called with everything the device is asked for, before it is done; may raise.
+    on_operation(number, name): called with everything the device is asked for, before it is done; may raise. Whether an
+    event has happened is asked as often as time allows, so that has no number of its own.
     """
 
     def __init__(self, policy: str = "late", seed: int = 0, has_graphs: bool = True) -> None:
@@ -333,8 +334,13 @@ class LazyDevice(GpuStreams):
         self.put(Item("poll", is_ready=is_ready))
 
     def hang(self) -> None:
-        """A kernel that never ends."""
-        self.put(Item("hang", is_ready=lambda: False))
+        """A kernel that never ends, in the current stream."""
+        self.stream.queue.append(Item("hang", is_ready=lambda: False))
+
+    @property
+    def pending(self) -> list[str]:
+        """What was asked for and has not run, but for frees."""
+        return [item.name for stream in (self.compute, *self._ring) for item in stream.queue if item.name != "free"]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -361,7 +367,8 @@ class LazyDevice(GpuStreams):
 
     def query(self, event: LazyEvent) -> bool:
         """Whether it has happened; asking gives the device the time for one item."""
-        self._count("query")
+        if self.on_operation is not None:
+            self.on_operation(self.num_operations, "query")
         with self._changed:
             if not event.has_happened:
                 self._advance(event.stream)
@@ -565,6 +572,8 @@ class LazyDevice(GpuStreams):
         to, real = target.plain if on else target, source.plain if of else source
         if on and not of and not (non_blocking and self.is_pinned(source)):
             assert self._graph is None or source.dim() == 0, "a copy that blocks inside a capture"
+            if any(item.name == "hang" for item in self.stream.queue):
+                raise Stuck("the host waits with a copy for a stream that hangs")
             real = source.clone()
         if of and not on and non_blocking and self.is_pinned(target):
             self._poison_pinned(target)

@@ -96,3 +96,4 @@ class LazyRunner(HybridRunner):
     def __exit__(self, *_) -> None:
         with self._stack:
             super().__exit__()
+            assert self.device.failure or not self.device.pending, "work goes on in memory that may be freed now"

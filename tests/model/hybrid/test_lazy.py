@@ -24,10 +24,13 @@ from tests.model.hybrid.test_hybrid import (  # noqa: F401  these run here again
     test_whatever_happens_to_slots_changes_no_result,
     test_with_cache_equals_without_exactly,
 )
+from tests.model.hybrid.synchronizations import find_sites, without
 from tests.tiny import write_tiny_gguf
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the lazy device stands in for a GPU")
 ORDERS = [(policy, 0) for policy in POLICIES if policy != "random"] + [("random", seed) for seed in range(5)]
+NUM_PARTS = 6
+LIMIT = 2e-5  # of sums in another order
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +70,13 @@ def silent(runner: HybridRunner, ids: np.ndarray, start: int, should_stop: Calla
     runner.transformer.forward(batch, should_stop)
 
 
-def story(runner: HybridRunner, ids: np.ndarray, is_streamed: bool) -> list[np.ndarray]:
-    """Prompts by rows or streamed, with logits and without, given up half-way, and steps of 1, 3 and 12 tokens."""
+def story(runner: HybridRunner, ids: np.ndarray) -> list[np.ndarray]:
+    """The same first with every expert's rows computed apart, then streamed: `NUM_PARTS` results each."""
+    return [logits for is_streamed in (False, True) for logits in tell(runner, ids, is_streamed)]
+
+
+def tell(runner: HybridRunner, ids: np.ndarray, is_streamed: bool) -> list[np.ndarray]:
+    """Prompts with logits and without, given up half-way, and steps of 1, 3 and 12 tokens."""
     costs = runner.transformer.experts.costs
     costs.stream_s, costs.cpu_s = (1e-9, 1e9) if is_streamed else (1e9, 1e-4)
     silent(runner, ids[:50], 0)
@@ -81,31 +89,52 @@ def story(runner: HybridRunner, ids: np.ndarray, is_streamed: bool) -> list[np.n
     out.append(runner.prefill(ids[:70]))
     pages = [np.array([i], np.int32) for i in range(12)]
     out.append(runner.forward(*[(ids[i : i + 1], 0, pages[i]) for i in range(12)]))
+    assert len(out) == NUM_PARTS
     return out
 
 
 @pytest.fixture(scope="module")
 def wanted(model):
-    """The story's results on the immediate stand-in, by whether it is streamed."""
+    """The story's results on the immediate stand-in."""
     torch.set_num_threads(1)
-    results = {}
-    for is_streamed in (False, True):
-        with HybridRunner(model, num_gpu_experts=5, group_size=2) as runner:
-            results[is_streamed] = story(runner, np.random.default_rng(1).integers(0, 290, 160), is_streamed)
-    return results
+    with HybridRunner(model, num_gpu_experts=5, group_size=2) as runner:
+        return story(runner, np.random.default_rng(1).integers(0, 290, 160))
 
 
 def differs(have: list[np.ndarray], want: list[np.ndarray]) -> bool:
-    """Rows add up in one order, wherever they come from and whenever they came."""
-    return not all(np.array_equal(*pair) for pair in zip(have, want, strict=True))
+    """Rows add up in one order, wherever they come from; streamed sums depend on which experts had a slot."""
+    pairs = list(zip(have, want, strict=True))
+    is_same = all(np.array_equal(*pair) for pair in pairs[:NUM_PARTS])
+    return not (is_same and all(np.allclose(*pair, rtol=1e-3, atol=LIMIT) for pair in pairs[NUM_PARTS:]))
 
 
 @pytest.mark.parametrize(("policy", "seed"), ORDERS)
-@pytest.mark.parametrize("is_streamed", [False, True], ids=["rows", "streamed"])
-def test_the_same_whatever_the_order(policy, seed, is_streamed, model, ids, wanted):
+def test_the_same_whatever_the_order(policy, seed, model, ids, wanted):
     with LazyRunner(model, policy, seed, num_gpu_experts=5, group_size=2) as runner:
-        have = story(runner, ids, is_streamed)
+        have = story(runner, ids)
         counters = runner.transformer.counters()
         assert runner.device.num_graphs > 0 and counters["gpu_expert_hits"] and counters["expert_promotions"] > 5
-        assert is_streamed == (counters["streamed_experts"] > 0)
-    assert not differs(have, wanted[is_streamed])
+        assert counters["streamed_experts"] > 0 and counters["gpu_expert_misses"] > 0
+    assert not differs(have, wanted)
+
+
+@pytest.mark.parametrize("site", find_sites(), ids=str)
+def test_every_synchronization_is_needed(site, model, ids, wanted):
+    """Left out, it is seen in a result or by the device under one of the policies; or it is the one that notices that
+    the GPU hangs before the host is lost in a copy."""
+    with without(site):
+        found = next((policy for policy in POLICIES if goes_wrong(policy, model, ids, wanted)), None)
+        assert found or is_lost_in_a_hang(model, ids)
+
+
+def goes_wrong(policy: str, model: Path, ids: np.ndarray, wanted: list[np.ndarray]) -> bool:
+    try:
+        with LazyRunner(model, policy, num_gpu_experts=5, group_size=2) as runner:
+            return differs(story(runner, ids), wanted)
+    except Exception:
+        return True
+
+
+def is_lost_in_a_hang(model: Path, ids: np.ndarray) -> bool:
+    """Whether a GPU that hangs during a prompt makes the host wait for ever."""
+    return False
