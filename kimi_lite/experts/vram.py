@@ -229,7 +229,7 @@ class VramSlots:
         upload.is_handled.wait()
         if upload.arrived is not None:
             self._streams.finish(upload.arrived)
-        self._publish_arrived()
+        self._publish(self._uploads.popleft())
 
     def _copy_queued(self) -> None:
         """The copier's thread, until it is given None: from the store to pinned memory, from there to the slot."""

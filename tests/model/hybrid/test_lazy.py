@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from kimi_lite.experts import gpu_streams
+from kimi_lite.experts.gpu_failure import GpuBroken
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
 from tests.model.hybrid import test_hybrid
-from tests.model.hybrid.lazy_device import POLICIES
+from tests.model.hybrid.lazy_device import POLICIES, Stuck
 from tests.model.hybrid.runner import DEVICE, HybridRunner, LazyRunner
+from tests.model.hybrid.synchronizations import find_sites, without
 from tests.model.hybrid.test_hybrid import (  # noqa: F401  these run here again, on the lazy device
     _one_thread,
     test_a_disk_that_fails_leaves_nothing_behind,
@@ -24,12 +28,11 @@ from tests.model.hybrid.test_hybrid import (  # noqa: F401  these run here again
     test_whatever_happens_to_slots_changes_no_result,
     test_with_cache_equals_without_exactly,
 )
-from tests.model.hybrid.synchronizations import find_sites, without
 from tests.tiny import write_tiny_gguf
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the lazy device stands in for a GPU")
 ORDERS = [(policy, 0) for policy in POLICIES if policy != "random"] + [("random", seed) for seed in range(5)]
-NUM_PARTS = 6
+NUM_PARTS = 7
 LIMIT = 2e-5  # of sums in another order
 
 
@@ -79,10 +82,10 @@ def tell(runner: HybridRunner, ids: np.ndarray, is_streamed: bool) -> list[np.nd
     """Prompts with logits and without, given up half-way, and steps of 1, 3 and 12 tokens."""
     costs = runner.transformer.experts.costs
     costs.stream_s, costs.cpu_s = (1e-9, 1e9) if is_streamed else (1e9, 1e-4)
-    silent(runner, ids[:50], 0)
-    out = [runner.decode(ids[50:60], 50), runner.prefill(ids[60:63], 60)]
-    silent(runner, ids[63:110], 63)
-    out += [runner.prefill(ids[110:150], 110), runner.decode(ids[150:156], 150)]
+    out = [runner.prefill(ids[:40]), runner.decode(ids[40:48], 40), runner.prefill(ids[48:51], 48)]
+    for start in (51, 90):  # nothing waits for the GPU between the pass and the promotions that follow it
+        silent(runner, ids[start : start + 36], start)
+        out.append(runner.decode(ids[start + 36 : start + 39], start + 36))
     calls = iter([False, False, True])
     with pytest.raises(Cancelled):
         silent(runner, ids[:80], 0, lambda: next(calls))
@@ -136,5 +139,28 @@ def goes_wrong(policy: str, model: Path, ids: np.ndarray, wanted: list[np.ndarra
 
 
 def is_lost_in_a_hang(model: Path, ids: np.ndarray) -> bool:
-    """Whether a GPU that hangs during a prompt makes the host wait for ever."""
-    return False
+    """Whether a GPU that stops somewhere in a prompt makes the host wait for ever."""
+    return any(hang(model, ids, cpu_s, number) == "lost" for cpu_s in (1e9, 1e-4, None) for number in (60, 90, 120))
+
+
+def hang(model: Path, ids: np.ndarray, cpu_s: float | None, number: int) -> str:
+    """What comes of a kernel that never ends at the operation with this number of a prompt: told, lost, or nothing."""
+    with patch.object(gpu_streams, "HANG_S", 0.1), patch.object(gpu_streams, "_HANG_TOKEN_S", 0):
+        with LazyRunner(model, num_gpu_experts=5, group_size=2) as runner:
+            device = runner.device
+            first = device.num_operations
+            if cpu_s:
+                runner.transformer.experts.costs.cpu_s = cpu_s
+            device.on_operation = lambda count, name: device.hang() if count == first + number else None
+            try:
+                runner.prefill(ids[:70])
+            except GpuBroken:
+                return "told"
+            except Stuck:
+                return "lost"
+            return "nothing"
+
+
+@pytest.mark.parametrize("number", range(20, 200, 20))
+def test_a_gpu_that_hangs_is_told(number, model, ids):
+    assert hang(model, ids, 1e9 if number % 40 else 1e-4, number) == "told"
