@@ -255,11 +255,11 @@ class HybridTransformer:
         step, x = self._maker.make(batch, expanded), torch.from_numpy(self._embed(batch)).to(self._streams.device)
         if self.experts and not step.is_decoding:
             self.experts.begin_prompt(len(batch.token_ids))
+        rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)  # now: it waits for what is running
         for layer in self.layers:
             if should_stop and should_stop():
                 raise Cancelled
             layer.forward(x, step, self.experts)
-        rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)
         parts = [self._logits(x[rows[i : i + MAX_LOGITS]], len(x)) for i in range(0, len(rows), MAX_LOGITS)]
         return np.concatenate(parts or [np.empty((0, self.config.vocab_size), np.float32)])
 

@@ -254,14 +254,6 @@ class LazyDevice(GpuStreams):
             time.sleep(0)
         super().finish(event, num_tokens)
 
-    def synchronize(self) -> None:
-        self._count("synchronize")
-        for stream in (self.compute, *self._ring):
-            with self.on(stream):
-                event = LazyEvent(self, stream, None)
-                stream.queue.append(Item("event", records=event))
-            self.run_until(event)
-
     def give_back(self) -> None:
         self._count("give back")
 

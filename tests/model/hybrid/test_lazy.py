@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kimi_lite.experts import gpu_streams, stream
+from kimi_lite.experts import gpu_streams, stream, vram
 from kimi_lite.experts.gpu_failure import GpuBroken
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
 from kimi_lite.model.hybrid import decode
@@ -44,6 +44,7 @@ def _lazily(request, monkeypatch):
     """The hybrid tests' runner is a lazy one, with a policy and a seed from the test's name."""
     number = sum(request.node.name.encode()) % len(ORDERS)
     monkeypatch.setattr(test_hybrid, "HybridRunner", partial(lazily, *ORDERS[number]))
+    monkeypatch.setattr(vram, "_SHARE_ON_WAY", 1)  # more promotions on their way than pinned buffers
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def swap_all(runner: HybridRunner) -> None:
     for layer in runner.transformer.experts.store.index.layers:
         heat[:, layer, ~slots.residents(layer)] = 100
     slots.policy.import_heat(heat)
-    slots.begin_step(4, 1)
+    slots.begin_step(slots.capacity, 1)
     for upload in slots._uploads:
         upload.is_handled.wait()
 
@@ -118,9 +119,11 @@ def swap_all(runner: HybridRunner) -> None:
 def interrupted(runner: HybridRunner, ids: np.ndarray, start: int) -> None:
     """A step that Ctrl-C ends when all of it is on its stream; then the whole step."""
     if isinstance(runner, LazyRunner):
+        names: list[str] = []
 
         def interrupt(number: int, name: str) -> None:
-            if name == "event" and runner.device.stream is runner.device.compute and "graph" in runner.device.pending:
+            names.append(name)
+            if name == "event" and "replay" in names:
                 runner.device.on_operation = None
                 raise KeyboardInterrupt
 
@@ -179,7 +182,7 @@ def fills_wrongly(model: Path, ids: np.ndarray, wanted: dict[str, list[np.ndarra
 
 
 @contextmanager
-def impatient(limit_s: float = 1.0) -> Iterator[None]:
+def impatient(limit_s: float = 3.0) -> Iterator[None]:
     """Who waits for what never comes gives up soon."""
     limits = {gpu_streams: ["HANG_S"], decode: ["_TURN_LIMIT_S", "_FIRST_LIMIT_S"], stream: ["_PATIENCE_S"]}
     with ExitStack() as stack:
@@ -191,16 +194,25 @@ def impatient(limit_s: float = 1.0) -> Iterator[None]:
 
 
 def is_lost_in_a_hang(model: Path, ids: np.ndarray) -> bool:
-    """Whether a GPU that stops somewhere in a prompt makes the host wait for ever."""
-    return any(hang(model, ids, cpu_s, number) == "lost" for cpu_s in (1e9, 1e-4) for number in range(60, 200, 30))
+    """Whether a GPU that stops at the end of a prompt makes the host wait for ever."""
+    return any(hang(model, ids, 1e-4, -number) == "lost" for number in (3, 6))
 
 
 def hang(model: Path, ids: np.ndarray, cpu_s: float, number: int) -> str:
-    """What comes of a kernel that never ends at the operation with this number of a prompt: told, lost, or nothing."""
-    with impatient(0.2), LazyRunner(model, num_gpu_experts=5, group_size=2) as runner:
+    """What comes of a kernel that never ends, at the operation with this number of a prompt (below 0: from the
+    end): told, lost, or nothing."""
+    with ExitStack() as stack:
+        runner = stack.enter_context(LazyRunner(model, num_gpu_experts=5, group_size=2))
         device, costs = runner.device, runner.transformer.experts.costs
-        costs.stream_s, costs.cpu_s, last = 1e-4, cpu_s, device.num_operations + number
-        device.on_operation = lambda count, name: device.hang() if count == last and name != "query" else None
+        costs.stream_s, costs.cpu_s = 1e9 if number < 0 else 1e-4, cpu_s
+        first = device.num_operations
+        for _ in range(2 if number < 0 else 0):  # the first makes buffers
+            first = device.num_operations
+            runner.prefill(ids[:70])
+        number += device.num_operations - first if number < 0 else 0
+        first = device.num_operations
+        device.on_operation = lambda count, name: device.hang() if count == first + number else None
+        stack.enter_context(impatient(0.2))
         try:
             runner.prefill(ids[:70])
         except GpuBroken:
@@ -210,6 +222,6 @@ def hang(model: Path, ids: np.ndarray, cpu_s: float, number: int) -> str:
         return "nothing"
 
 
-@pytest.mark.parametrize("number", range(20, 180, 20))
+@pytest.mark.parametrize("number", [20, 60, 100, 140, -40, -10, -5])
 def test_a_gpu_that_hangs_is_told(number, model, ids):
-    assert hang(model, ids, 1e9 if number % 40 else 1e-4, number) == "told"
+    assert hang(model, ids, 1e9 if number == 100 else 1e-4, number) == "told"
