@@ -376,11 +376,12 @@ class _Pace:
 
 
 class _Numbers:
-    """Small int32 arrays on their way to the device: one copy, for which the host does not wait."""
+    """Small int32 arrays on their way to the device, once a layer: one copy, for which the host does not wait. When the
+    buffer's turn comes again, two routers that came behind the copy have been waited for."""
 
     def __init__(self, streams: GpuStreams) -> None:
         self._streams = streams
-        self._buffers: deque[tuple[torch.Tensor, Event]] = deque()
+        self._buffers: deque[torch.Tensor] = deque()
 
     def send(self, *arrays: np.ndarray) -> list[torch.Tensor]:
         """The same on the device, once what the current stream was given before is done."""
@@ -388,16 +389,13 @@ class _Numbers:
         buffer = self._buffer(sum(lengths))
         buffer.numpy()[:] = np.concatenate(arrays)
         sent = buffer.to(self._streams.device, non_blocking=True)
-        self._buffers.append((buffer, self._streams.event()))
+        self._buffers.append(buffer)
         return list(sent.split(lengths))
 
     def _buffer(self, length: int) -> torch.Tensor:
         """int32 (length,), pinned, that no copy reads any more."""
-        if len(self._buffers) == 2:
-            buffer, sent = self._buffers.popleft()
-            self._streams.finish(sent)
-            if len(buffer) == length:
-                return buffer
+        if len(self._buffers) == 2 and len(buffer := self._buffers.popleft()) == length:
+            return buffer
         return self._streams.pinned((length,), torch.int32)
 
 
@@ -426,7 +424,7 @@ class _CpuRows:
             places = np.flatnonzero(ids.reshape(-1) >= 0)
             for at in range(0, len(places), SENT_ROWS):
                 part = places[at : at + SENT_ROWS]
-                self._send(part, rows[done : done + len(part)], ready)
+                self._send(part, rows[done : done + len(part)])
                 done += len(part)
         assert done == len(rows), (done, rows.shape)
         return num_read
@@ -437,7 +435,7 @@ class _CpuRows:
             if sent is not None:
                 self._streams.wait(sent)
 
-    def _send(self, places: np.ndarray, target: torch.Tensor, ready: Event) -> None:
+    def _send(self, places: np.ndarray, target: torch.Tensor) -> None:
         """On the copy stream: the compute stream is busy with the GPU's share."""
         buffer, sent = self._buffers.popleft()
         try:
@@ -445,7 +443,6 @@ class _CpuRows:
                 self._streams.finish(sent)
             np.take(self._cpu.rows.numpy(), places, axis=0, out=buffer.numpy()[: len(places)], mode="clip")
             with self._streams.copying():
-                self._streams.wait(ready)
                 self._streams.copy(target, buffer[: len(places)])
                 sent = self._streams.event()
         finally:

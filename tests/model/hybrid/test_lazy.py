@@ -1,5 +1,6 @@
 """The hybrid path on a GPU that is as late as it may be (`lazy_device`): the same results whatever the order."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from kimi_lite.experts import gpu_streams, stream, vram
 from kimi_lite.experts.gpu_failure import GpuBroken
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
-from kimi_lite.model.hybrid import decode
+from kimi_lite.model.hybrid import decode, streamed
 from tests.model.hybrid import test_hybrid
 from tests.model.hybrid.lazy_device import POLICIES, Stuck
 from tests.model.hybrid.runner import DEVICE, HybridRunner, LazyRunner
@@ -45,6 +46,7 @@ def _lazily(request, monkeypatch):
     number = sum(request.node.name.encode()) % len(ORDERS)
     monkeypatch.setattr(test_hybrid, "HybridRunner", partial(lazily, *ORDERS[number]))
     monkeypatch.setattr(vram, "_SHARE_ON_WAY", 1)  # more promotions on their way than pinned buffers
+    monkeypatch.setattr(streamed, "SENT_ROWS", 8)  # more pieces of the CPU's rows than pinned buffers
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,8 @@ def story(runner: HybridRunner, ids: np.ndarray, share: str) -> list[np.ndarray]
     costs.stream_s, costs.cpu_s = SHARES[share]
     out = [runner.prefill(ids[:40]), runner.decode(ids[40:44], 40), runner.prefill(ids[44:47], 44)]
     silent(runner, ids[47:83], 47)
-    swap_all(runner)  # nothing has waited for the GPU since
-    out.append(runner.decode(ids[83:86], 83))
+    could_read = swap_all(runner)  # nothing has waited for the GPU since
+    out += [runner.decode(ids[83:86], 83), could_read()]
     interrupted(runner, ids[86:87], 86)
     out.append(runner.decode(ids[87:89], 87))
     calls = iter([False, False, True])
@@ -104,24 +106,34 @@ def story(runner: HybridRunner, ids: np.ndarray, share: str) -> list[np.ndarray]
     return out
 
 
-def swap_all(runner: HybridRunner) -> None:
-    """As many promotions as may be begin now, into slots that the pass before has used, and are on their stream."""
-    slots = runner.transformer.experts.slots
-    heat = np.zeros_like(slots.policy.export_heat())
-    for layer in runner.transformer.experts.store.index.layers:
-        heat[:, layer, ~slots.residents(layer)] = 100
+def swap_all(runner: HybridRunner) -> Callable[[], np.ndarray]:
+    """As many promotions as may be begin now, into slots that the pass before has used, and are on their stream. What
+    is returned says whether a kernel that was asked for before them still read what the slots held then."""
+    slots, store = runner.transformer.experts.slots, runner.transformer.experts.store
+    heat, held = np.zeros_like(slots.policy.export_heat()), {}
+    for layer in store.index.layers:
+        residents = np.flatnonzero(slots.residents(layer))
+        heat[:, layer] = 100
+        heat[:, layer, residents] = 0
+        for slot, expert in zip(slots.slots_of(layer, residents), residents, strict=True):
+            held[int(slot)] = store.read(layer, int(expert))
+    seen = slots.slots.clone()
     slots.policy.import_heat(heat)
-    slots.begin_step(slots.capacity, 1)
+    assert slots.begin_step(slots.capacity, 1) > 0
     for upload in slots._uploads:
         upload.is_handled.wait()
+    return lambda: np.array([np.array_equal(seen[slot, : len(data)].cpu(), data) for slot, data in held.items()]).all()
 
 
 def interrupted(runner: HybridRunner, ids: np.ndarray, start: int) -> None:
     """A step that Ctrl-C ends when all of it is on its stream; then the whole step."""
     if isinstance(runner, LazyRunner):
         names: list[str] = []
+        thread = threading.get_ident()
 
         def interrupt(number: int, name: str) -> None:
+            if threading.get_ident() != thread:  # Python interrupts the main one
+                return
             names.append(name)
             if name == "event" and "replay" in names:
                 runner.device.on_operation = None
