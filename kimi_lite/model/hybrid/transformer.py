@@ -38,6 +38,7 @@ from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.plan.types import Plan
+from kimi_lite.units import counted
 
 MAX_LOGITS = 64  # rows of logits made at once
 _NUM_DECODE_SHAPES = 6  # whose graphs are kept
@@ -160,7 +161,7 @@ class HybridTransformer:
         num_tokens = len(batch.token_ids)
         is_short = num_tokens <= MAX_DECODE_TOKENS
         try:
-            with self._failures_told(f"in a pass over {num_tokens:,} tokens"):
+            with self._failures_told(f"in a pass over {counted(num_tokens, 'token')}"):
                 self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before
                 if self._recorder:
                     self._recorder.begin(num_tokens)

@@ -78,22 +78,25 @@ class HybridRunner(Runner):
 
 
 class LazyRunner(HybridRunner):
-    """The same on a `LazyDevice`, whose policy, seed and kind come first; `device` is that device.
+    """The same on a `LazyDevice` of this policy and seed.
 
     Tensors of the device can be made as long as the runner is open, and on its thread only.
     """
 
     def __init__(
-        self, path: Path, policy: str = "late", seed: int = 0, has_graphs: bool = True, **options: object
+        self, path: Path, policy: str = "late", seed: int = 0, device: LazyDevice | None = None, **options: object
     ) -> None:
-        self.device = LazyDevice(policy, seed, has_graphs)
+        """device: one with faults to come, instead of a new one."""
+        self.device = device or LazyDevice(policy, seed)
         with ExitStack() as stack:
             stack.enter_context(self.device)
             kernels = LazyKernels(self.device, StandInKernels())
             super().__init__(path, streams=self.device, kernels=kernels, **options)
             self._stack = stack.pop_all()
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._stack:
             super().__exit__()
-            assert self.device.failure or not self.device.pending, "work goes on in memory that may be freed now"
+            assert any(error) or self.device.failure or not self.device.pending, (
+                "work goes on in memory that may be freed now"
+            )
