@@ -3,6 +3,7 @@
 The heavy parts (Numba through the model) are imported here, when a model is really loaded.
 """
 
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.hardware.host import is_on_windows_drive
 from kimi_lite.kv.disk import PrefixStore, model_key
 from kimi_lite.kv.pages import KVCache, page_shape
 from kimi_lite.media.features import FeatureStore
@@ -43,6 +45,9 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     report = on_progress or (lambda stage, done, total: None)
     report("reading headers", 0, 4)
     store, config = open_model(path)
+    if is_on_windows_drive(store.path):
+        slow = f"{store.path} is on a drive of Windows, which WSL2 reads many times more slowly: copy it below ~."
+        warnings.warn(slow, RuntimeWarning, stacklevel=2)
     report("reading the vocabulary", 1, 4)
     tokenizer = Tokenizer.from_metadata(store.metadata)
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)

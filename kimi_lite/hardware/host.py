@@ -161,6 +161,12 @@ def is_wsl() -> bool:
     return "microsoft" in platform.uname().release.lower()
 
 
+def is_on_windows_drive(path: Path) -> bool:
+    """Whether a file of WSL2 lies on a drive of Windows, which answers many times more slowly than Linux's own disk."""
+    parts = path.resolve().parts
+    return is_wsl() and len(parts) > 2 and parts[1] == "mnt" and len(parts[2]) == 1
+
+
 def huge_pages() -> str | None:
     """Transparent huge pages: `always`, `madvise` or `never`; None where the system has none."""
     text = _read_text(Path("/sys/kernel/mm/transparent_hugepage/enabled"))

@@ -4,6 +4,7 @@ modules."""
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -32,6 +33,21 @@ def test_this_machine(tmp_path, monkeypatch):
     assert not found.is_described and found.cores.num_usable == found.num_cores
     assert 1e9 < found.ram_bytes_s < 2000e9 and 1e9 < found.cpu_macs_s < 1e14
     assert found.origins["ram"] == found.origins["cpu"] == "measured", "looked at for 0.2 s, not assumed"
+
+
+@pytest.mark.parametrize(
+    ("place", "release", "is_slow"),
+    [
+        ("/mnt/c/models/k.gguf", "5.15.90.1-microsoft-standard-WSL2", True),
+        ("/mnt/d", "5.15.90.1-microsoft-standard-WSL2", True),
+        ("/mnt/data/k.gguf", "5.15.90.1-microsoft-standard-WSL2", False),
+        ("/home/me/mnt/c/k.gguf", "5.15.90.1-microsoft-standard-WSL2", False),
+        ("/mnt/c/models/k.gguf", "6.8.0-45-generic", False),
+    ],
+)
+def test_drives_of_windows(place, release, is_slow, monkeypatch):
+    monkeypatch.setattr(host.platform, "uname", lambda: SimpleNamespace(release=release))
+    assert host.is_on_windows_drive(Path(place)) is is_slow
 
 
 def test_probing_imports_no_torch():

@@ -123,12 +123,13 @@ def failing_copies(settings: Settings) -> None:
         want = model.forward(chunk(ids))
         model.experts.costs.cpu_s = 1e9  # prompts stream
         streamed = model.forward(chunk(ids))
-        tell("streamed", float(errors(streamed, want)[0]), is_ok=bool(errors(streamed, want)[0] < 0.5))
+        count, far = model.counters()["streamed_experts"], float(errors(streamed, want)[0])
+        tell("streamed", far, "of the logits", count > 0 and far < _ROUNDED, experts=count)
         reads = OSError(5, "Input/output error")
         reader = model.experts.store._reader
         _expect_error("a read that fails", lambda: model.forward(chunk(ids)), reader, "read", reads)
-        again = model.forward(chunk(ids))
-        tell("after it", float(errors(again, streamed)[0]), is_ok=bool(errors(again, streamed)[0] < 1e-3))
+        far = float(errors(model.forward(chunk(ids)), streamed)[0])
+        tell("after it", far, "of the logits", far < _ROUNDED)
         refused = RuntimeError("CUDA error: an injected fault")
         _expect_error("a copy that fails", lambda: model.forward(chunk(ids)), model._streams, "copy", refused)
 

@@ -11,6 +11,7 @@ from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.arch.tensors import open_model
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.hardware import host
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.view import verdict_line
 from kimi_lite.text.tokenizer import Tokenizer
@@ -37,6 +38,9 @@ def model_checks(path: Path, facts: Facts) -> Iterator[Check]:
         return
     shards = f"{len(store.shards)} shards, all there" if len(store.shards) > 1 else "one file"
     yield Check("model", "ok", f"{config.name}: {gib(store.total_bytes)} in {shards}, {len(store.tensors):,} tensors")
+    if host.is_on_windows_drive(path):
+        fix = "copy it to the Linux side, below ~: weights are read in place"
+        yield Check("place", "warn", f"{path} is on a drive of Windows, which WSL2 reads slowly", fix)
     yield check_tokenizer(store)
     yield check_plan(store, config, facts)
 

@@ -262,3 +262,10 @@ def test_this_machine(monkeypatch, tmp_path):
     facts = checks.gather(None, is_measuring=False)
     assert facts.isa == tuple(isa()) and facts.packages["numpy"] and facts.python == sys.version_info[:3]
     assert [check(facts).status for check in checks.SYSTEM_CHECKS if check is not checks.check_memory]
+
+
+def test_a_model_on_a_drive_of_windows(tmp_path, monkeypatch):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    monkeypatch.setattr(doctor_model.host, "is_on_windows_drive", lambda place: place == path)
+    found = next(check for check in doctor_model.model_checks(path, HEALTHY) if check.name == "place")
+    assert found.status == "warn" and "below ~" in found.fix

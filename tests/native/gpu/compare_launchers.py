@@ -8,6 +8,7 @@ seconds: how parameters are passed follows from a launch's arguments alone. In a
 """
 
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -155,12 +156,23 @@ def compare_loading(cuda: RecordingCuda, drivers: list[GPUDriver]) -> None:
     assert properties == [OPTIN_SHARED_BYTES] * 2, properties
 
 
+def compare_with_code(cuda: Cuda) -> None:
+    """The parameters that compiled code declares: the trial kernel has every kind that ours have."""
+    from kimi_lite.native.gpu.trial import _LARGE, _SCALE, _SMALL, _add
+
+    x = torch.zeros(32)
+    compiled = triton.jit(_add).run(x, x, _SMALL, _LARGE, _SCALE, 1, LANES=32, grid=(1,), warmup=True)
+    declared = [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", compiled.asm["ptx"])]
+    assert declared == Parameters(cuda, list(compiled.src.signature.values())).sizes, declared
+
+
 def main() -> None:
     cuda = build(Path(sys.argv[1]))
     drivers = [stand_in(CudaDriver(Cuda(cuda.library))), tritons_own()]
     compare_loading(cuda, drivers)
     compare_types(cuda, drivers)
     triton_driver.set_active(drivers[0])
+    compare_with_code(drivers[0].cuda)
     kernels = Counter()
     for number, launch in enumerate(runtime_launches(tuple(BY_NAME))):
         compare_launch(cuda, drivers, launch, shared_bytes=1000 * (number % 100))
