@@ -208,6 +208,16 @@ def _cache_bias(options: "Options", situation: Situation) -> str:
     return "" if situation.is_split or not options.cache_bias else "no expert is in faster memory than another"
 
 
+def _deferral(options: "Options", situation: Situation) -> str:
+    if reason := _on_gpu(options, situation) or _experts(options, situation):
+        return f"{reason}, so nothing runs beside the experts" if reason == "no GPU is used" else reason
+    if not options.num_deferred_experts:
+        return ""
+    if situation.is_from_disk:
+        return "experts come from the disk when they are chosen"
+    return "" if situation.is_split or situation.has_ram_experts else "all experts are in VRAM"
+
+
 def _prefix_bytes(options: "Options", situation: Situation) -> str:
     return _local(options, situation) or ("" if options.prefix_folder else "processed prompts are not kept")
 
@@ -462,6 +472,18 @@ class Options:
         commands=LOADING,
         default=0.0,
     )
+    num_deferred_experts: int = _option(  # of a generated token, that are added one layer later; 0: never
+        "--defer-experts",
+        help="Add a token's K last-ranked experts one layer later: less waiting, other answers. 0: off.",
+        kind="integer",
+        least=0,
+        unused=_deferral,
+        panel=MACHINE,
+        commands=LOADING,
+        metavar="K",
+        default=0,
+    )
+    defers_on_cpu: bool = False  # also where nothing is gained: what it costs in quality is measured there
     prefix_folder: Path | None = _option(  # where cached prefixes outlive the process; None: they do not
         "--prefix-cache/--no-prefix-cache",
         help="Keep processed prompts on disk.",

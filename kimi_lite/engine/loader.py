@@ -137,8 +137,10 @@ def open_prefixes(store: GGUFStore, config: ModelConfig, plan: Plan) -> PrefixSt
     options = plan.limits
     if options.prefix_folder is None:
         return None
+    num_deferred = options.num_deferred_experts if plan.is_on_gpu or options.defers_on_cpu else 0
+    deferred = [f"deferred {num_deferred}"] if num_deferred else []
     form = (plan.dense_type, *["reproducible"] * options.is_reproducible) if plan.is_on_gpu else (True,)
-    key = model_key(store, options.kv_dtype, options.cache_bias, *form)
+    key = model_key(store, options.kv_dtype, options.cache_bias, *form, *deferred)
     return PrefixStore(options.prefix_folder, key, page_shape(config, options.kv_dtype), options.prefix_bytes)
 
 

@@ -136,10 +136,17 @@ class OurLogits:
     """A model through our forward pass, with a cache for one chunk."""
 
     def __init__(
-        self, path: Path, num_threads: int | None = None, expert_share: float | None = None, cache_bias: float = 0.0
+        self,
+        path: Path,
+        num_threads: int | None = None,
+        expert_share: float | None = None,
+        cache_bias: float = 0.0,
+        num_deferred_experts: int = 0,
+        is_decoding: bool = False,
     ) -> None:
-        """expert_share: of the routed experts that RAM holds, the others come through the disk tier. With a cache_bias
-        tokens run one by one, because that is how it is meant: what is there changes from token to token."""
+        """expert_share: of the routed experts that RAM holds, the others come through the disk tier. is_decoding:
+        tokens run one by one, as generated ones do; so they do with a cache_bias, for what is there changes from token
+        to token, and with deferred experts, which prompts never have."""
         from kimi_lite.engine.loader import load  # the benchmark's flags need only the text
         from kimi_lite.experts.index import ExpertIndex
 
@@ -153,13 +160,15 @@ class OurLogits:
             num_threads=num_threads,
             device="cpu",
             cache_bias=cache_bias,
+            num_deferred_experts=num_deferred_experts,
+            defers_on_cpu=True,
             ram_expert_bytes=num_bytes,
             keeps_heat=False,
         )
         self._engine = load(path, options)
         self.tokenizer = self._engine.tokenizer
         self._pages = np.arange(CHUNK_TOKENS // PAGE_TOKENS, dtype=np.int32)
-        self._is_one_by_one = cache_bias > 0
+        self._is_one_by_one = is_decoding or cache_bias > 0 or num_deferred_experts > 0
 
     @property
     def num_threads(self) -> int:

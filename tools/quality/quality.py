@@ -1,10 +1,12 @@
 """How good a model file is: perplexity, divergence from a reference, multiple choice. Tables, then JSON as the last
 line.
 
-    python -m tools.quality -m q4.gguf --reference q8.gguf python -m tools.quality -m bf16.gguf --save bf16.safetensors;
-    python -m tools.quality -m q2.gguf --reference bf16.safetensors python -m tools.quality -m model.gguf --compare
-    llama.cpp python -m tools.quality -m model.gguf --reference model.gguf --expert-share 0.5 --cache-bias 0.02 --chunks
-    2 --no-tasks
+    python -m tools.quality -m q4.gguf --reference q8.gguf
+    python -m tools.quality -m bf16.gguf --save bf16.safetensors
+    python -m tools.quality -m q2.gguf --reference bf16.safetensors
+    python -m tools.quality -m model.gguf --compare llama.cpp
+    python -m tools.quality -m model.gguf --reference model.gguf --expert-share 0.5 --cache-bias 0.02 --no-tasks
+    python -m tools.quality -m model.gguf --reference model.gguf --defer-experts 1 --no-tasks
 
 The text is public-domain prose in the repository (kimi_lite/engine/emma.txt); perplexity is computed as by llama.cpp's
 `llama-perplexity`: chunks of 512 tokens, the second half of each scored. A perplexity is comparable only between files
@@ -100,13 +102,19 @@ def main(
         typer.Option(help="Of the routed experts in RAM; the others through the disk tier.", min=0.01, max=1),
     ] = None,
     cache_bias: Annotated[float, typer.Option(help="With --expert-share: prefer experts that are there.", min=0)] = 0.0,
+    defer_experts: Annotated[
+        int, typer.Option(help="Add so many of a token's experts one layer later; tokens run one by one.", min=0)
+    ] = 0,
 ) -> None:
     """Measure the quality of a model file."""
     try:
         if cache_bias and expert_share is None:
             raise KimiLiteError("--cache-bias does nothing where all experts are in RAM.", "Add --expert-share 0.5.")
-        ours = OurLogits(model, threads, expert_share, cache_bias)
-        _measure(ours, reference, compare_with is not None, save, text, chunks, threads, tasks)
+        if defer_experts and expert_share is not None:
+            raise KimiLiteError("Experts that come from the disk are never deferred.", "Leave out --expert-share.")
+        ours = OurLogits(model, threads, expert_share, cache_bias, defer_experts)
+        is_decoding = cache_bias > 0 or defer_experts > 0
+        _measure(ours, reference, compare_with is not None, save, text, chunks, threads, tasks, is_decoding)
     except KimiLiteError as error:
         print(f"quality: {error}", file=sys.stderr)
         sys.exit(2)
@@ -115,7 +123,7 @@ def main(
 def _measure(
     ours: OurLogits, reference: Path | None, compares: bool, save: Path | None, text: Path, num_chunks: int,
     threads: int | None,
-    has_tasks: bool,
+    has_tasks: bool, is_decoding: bool,
 ) -> None:  # fmt: skip
     with ExitStack() as stack:
         stack.callback(ours.close)
@@ -125,7 +133,7 @@ def _measure(
             raise KimiLiteError(f"{text} has {len(ids):,} tokens; {CHUNK_TOKENS} are needed.", "Give a longer text.")
         references: list[ScoreSource] = []
         if reference:
-            references.append(_open_reference(reference, chunks, threads))
+            references.append(_open_reference(reference, chunks, threads, is_decoding))
         if compares:
             references.append(LlamaLogits(ours.store.path, ours.num_threads))
         for each in references:
@@ -153,10 +161,11 @@ def _measure(
         print(json.dumps(_document(ours, text, len(chunks), own, named, result)))
 
 
-def _open_reference(path: Path, chunks: Sequence[np.ndarray], threads: int | None) -> ScoreSource:
+def _open_reference(path: Path, chunks: Sequence[np.ndarray], threads: int | None, is_decoding: bool) -> ScoreSource:
+    """is_decoding: tokens run one by one, as in the run that is compared, so that kernels round alike."""
     if path.suffix == ".safetensors":
         return StoredLogits(path, len(chunks), hash_ids(chunks))
-    return OurLogits(path, threads)
+    return OurLogits(path, threads, is_decoding=is_decoding)
 
 
 def _document(

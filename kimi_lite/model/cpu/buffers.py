@@ -27,10 +27,31 @@ class RouterBuffers(NamedTuple):
         return cls(normed, logits, np.zeros_like(logits), ids, np.zeros(ids.shape, np.float32))
 
 
+class DeferralBuffers(NamedTuple):
+    """What a layer with deferred experts keeps until the next one has added them. Two of them take turns."""
+
+    router: RouterBuffers  # with an input of its own: the next layer's norms write elsewhere
+    now: np.ndarray  # int32 (capacity, K): choices of this layer, -1 for those that come later
+    later: np.ndarray  # and the others
+
+    @classmethod
+    def make(cls, normed: Activations, num_experts: int, top_k: int) -> "DeferralBuffers":
+        router = RouterBuffers.make(normed, num_experts, top_k)
+        return cls(router, router.ids.copy(), router.ids.copy())
+
+
 class Buffers:
     """Arrays for `capacity` tokens; `kinds` says which int8 forms each of the layers' inputs needs."""
 
-    def __init__(self, config: ModelConfig, shape: MlaShape, capacity: int, num_absorbed: int, kinds: dict) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: MlaShape,
+        capacity: int,
+        num_absorbed: int,
+        kinds: dict,
+        has_deferral: bool = False,
+    ) -> None:
         c = config
         self.capacity, self._kinds = capacity, kinds
         self.x = np.zeros((capacity, c.hidden_size), np.float32)  # the residual stream
@@ -43,6 +64,12 @@ class Buffers:
         self.heads = Activations(capacity, c.num_heads * c.v_head_dim, kinds["heads"])
         self.router = RouterBuffers.make(self.normed, c.num_experts, c.num_experts_used)
         self.no_router = RouterBuffers.make(self.normed, 0, 0)
+        self.deferral = [
+            DeferralBuffers.make(
+                Activations(capacity, c.hidden_size, kinds["normed"]), c.num_experts, c.num_experts_used
+            )
+            for _ in range(2 * has_deferral)
+        ]
         self._expert_width = c.expert_feed_forward_size if c.num_experts else 0
         self._num_pairs = num_pairs(c, capacity)
         self._hidden: dict[int, Activations] = {}

@@ -43,11 +43,14 @@ class Layers:
         kv: KVCache,
         num_threads: int | None = None,
         on_compile: Callable[[int, int], None] | None = None,
+        num_deferred: int = 0,
     ) -> None:
-        """num_threads: default, one for each usable core. on_compile(kernels done, kernels in all). Raises
-        KimiLiteError for a missing tensor, a type without a kernel or sizes the kernels cannot take."""
+        """num_threads: default, one for each usable core. on_compile(kernels done, kernels in all). num_deferred:
+        experts of a generated token that are added one layer later. Raises KimiLiteError for a missing tensor, a type
+        without a kernel or sizes the kernels cannot take."""
         check_types(store)
         check_sizes(config)
+        check_deferral(config, num_deferred)
         compile_kernels(store, on_compile or (lambda done, total: None))
         self.config, self.kv, self.shape = config, kv, mla_shape(config)
         self.token_embd = matrix(store, "token_embd.weight")
@@ -57,7 +60,10 @@ class Layers:
         self._rope_factor = rope_attention_factor(config)
         self._features: Features | None = None
         kinds = _activation_kinds(config, self.attention, self.feed_forward)
-        self.buffers = Buffers(config, self.shape, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds)
+        self.num_deferred = num_deferred
+        self.buffers = Buffers(
+            config, self.shape, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds, has_deferral=num_deferred > 0
+        )
         self.team = Team(num_threads or usable_cores().num_usable)
         pairs = num_pairs(config, MAX_BATCH_TOKENS)
         self.run = RunTable(MAX_BATCH_TOKENS, self.team.num_threads, self._scratch_bytes(), pairs)
@@ -80,7 +86,18 @@ class Layers:
 
     def ops(self, layer: int) -> list[LayerOp]:
         """The whole layer."""
-        return [*self.attention_ops(layer), *self.feed_forward[layer].ops(self.run, self.buffers)]
+        feed_forward = self.feed_forward[layer]
+        if not self.num_deferred or feed_forward.is_dense:
+            return [*self.attention_ops(layer), *feed_forward.ops(self.run, self.buffers)]
+        is_last = layer == self.config.num_layers - 1  # what it left would never be added
+        before = self.feed_forward[layer - 1] if layer > self.config.num_dense_layers else None
+        num_deferred = 0 if is_last else self.num_deferred
+        return [*self.attention_ops(layer), *feed_forward.deferring_ops(self.run, self.buffers, num_deferred, before)]
+
+    def chosen(self, layer: int, num_tokens: int) -> np.ndarray:
+        """int32 (T, K): what the router of this layer, which ran last, chose."""
+        router = self.buffers.deferral[layer % 2].router if self.num_deferred else self.buffers.router
+        return router.ids[:num_tokens]
 
     def prepare(self, batch: Batch, expanded_until: int = EXPANDED_POSITIONS) -> None:
         """Tells the kernels about this batch: tokens, rotations, rows of the cache, and which form each row attends
@@ -128,6 +145,15 @@ def check_sizes(config: ModelConfig) -> None:
             raise KimiLiteError(
                 f"{name} is {size}; the kernels need a multiple of {multiple}.", "This model cannot run here."
             )
+
+
+def check_deferral(config: ModelConfig, num_deferred: int) -> None:
+    """Raise KimiLiteError where a token would be left without an expert of its layer."""
+    if num_deferred and config.num_experts and num_deferred >= config.num_experts_used:
+        raise KimiLiteError(
+            f"--defer-experts is {num_deferred}; a token has {config.num_experts_used} routed experts a layer.",
+            f"Give at most {config.num_experts_used - 1}; 0 defers none.",
+        )
 
 
 def _activation_kinds(config: ModelConfig, attention: list[Attention], feed_forward: list[FeedForward]) -> dict:

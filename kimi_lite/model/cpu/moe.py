@@ -11,8 +11,10 @@ from kimi_lite.model.cpu.buffers import Buffers, RouterBuffers
 from kimi_lite.model.cpu.experts import LayerExperts, layer_experts
 from kimi_lite.model.cpu.ops import LayerOp, Reads, by_choice, by_pair, every_token, side_by_side
 from kimi_lite.model.cpu.weights import matrix, vector
+from kimi_lite.native.cpu.defer import divide_op
 from kimi_lite.native.cpu.experts import experts_op, few_tokens_each
 from kimi_lite.native.cpu.linear import Product, linear_op, rms_norm_op
+from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.router import route_op
 from kimi_lite.native.cpu.run import RunTable
 
@@ -31,7 +33,7 @@ class FeedForward:
 
     def __init__(self, store: GGUFStore, config: ModelConfig, layer: int) -> None:
         self._prefix = f"blk.{layer}."
-        self.config = config
+        self.config, self.layer = config, layer
         self.ffn_norm = vector(store, self._name("ffn_norm"))
         self.is_dense = layer < config.num_dense_layers
         self.experts = layer_experts(store, config, layer)
@@ -88,24 +90,58 @@ class FeedForward:
         reads = Reads((self._name("ffn_gate_inp"),), every_token(out.normed.values))
         return [norm, LayerOp("ffn_gate_inp", logits, (reads,)), LayerOp("choose experts", choice)]
 
+    def deferring_ops(
+        self, run: RunTable, buffers: Buffers, num_deferred: int, before: "FeedForward | None"
+    ) -> list[LayerOp]:
+        """`ops`, of which the last-ranked `num_deferred` experts of a generated token are left to the next layer; and
+        what `before`, the layer before this one, has left is added. Not for importance matrices."""
+        own, others = (buffers.deferral[(self.layer + i) % 2] for i in range(2))
+        ops = self.choice_ops(run, buffers.x, own.router)
+        ids = own.router.ids
+        if num_deferred:
+            ops.append(LayerOp("defer experts", divide_op(run, ids, own.now, own.later, num_deferred)))
+            ids = own.now
+        for experts in self.experts:
+            router = own.router._replace(ids=ids) if experts.num_routed else buffers.no_router
+            ops.append(
+                LayerOp("experts", self._experts_op(run, buffers, experts, router._replace(normed=own.router.normed)))
+            )
+        if before is not None:
+            group, _ = before.split_experts()
+            left = others.router._replace(ids=others.later)
+            op = self._experts_op(run, buffers, group.owner, left, group.table, num_always=0)
+            ops.append(LayerOp("deferred experts", op))
+        return ops
+
+    def _experts_op(
+        self,
+        run: RunTable,
+        buffers: Buffers,
+        experts: LayerExperts,
+        router: RouterBuffers,
+        table: np.ndarray | None = None,
+        num_always: int | None = None,
+    ) -> Op:
+        """x += the experts of `router.normed` that it names."""
+        return experts_op(
+            run,
+            router.normed,
+            buffers.x,
+            experts.table if table is None else table,
+            buffers.hidden(experts.width),
+            router.ids,
+            router.weights,
+            num_always=experts.num_always if num_always is None else num_always,
+            weights_owner=experts,
+            has_few_each=few_tokens_each(buffers.capacity, self.config.num_experts_used, self.config.num_experts),
+        )
+
     def expert_ops(self, run: RunTable, buffers: Buffers) -> list[LayerOp]:
         """x += the experts of normed x: the chosen ones and those that every token takes."""
         ops = []
         for experts in self.experts:
             has_routed = experts.num_routed > 0
-            router = buffers.router if has_routed else buffers.no_router
-            op = experts_op(
-                run,
-                buffers.normed,
-                buffers.x,
-                experts.table,
-                buffers.hidden(experts.width),
-                router.ids,
-                router.weights,
-                num_always=experts.num_always,
-                weights_owner=experts,
-                has_few_each=few_tokens_each(buffers.capacity, self.config.num_experts_used, self.config.num_experts),
-            )
+            op = self._experts_op(run, buffers, experts, buffers.router if has_routed else buffers.no_router)
             stage = "experts" if has_routed else "dense ffn" if self.is_dense else "shared expert"
             ops.append(LayerOp(stage, op, tuple(self._expert_reads(experts, buffers, has_routed))))
         return ops

@@ -75,7 +75,9 @@ class Transformer:
         options, report = options or Options(), on_progress or (lambda stage, done, total: None)
         self.config, self.kv = config, kv
         self.max_batch_tokens = MAX_BATCH_TOKENS
-        self._layers = Layers(store, config, kv, options.num_threads, partial(report, "preparing kernels"))
+        num_deferred = options.num_deferred_experts if options.defers_on_cpu and ram_expert_bytes is None else 0
+        on_compile = partial(report, "preparing kernels")
+        self._layers = Layers(store, config, kv, options.num_threads, on_compile, num_deferred)
         self.team, self._buffers = self._layers.team, self._layers.buffers
         self._recorder, self._heat_file, self._is_closed = recorder, heat_file, False
         self._ram: RamSlots | None = None
@@ -176,7 +178,7 @@ class Transformer:
                 if layer < 0:
                     self._layers.place_features()
                 if on_choice and layer >= self.config.num_dense_layers:
-                    on_choice(layer, self._buffers.router.ids[:num_tokens])
+                    on_choice(layer, self._layers.chosen(layer, num_tokens))
 
     def _record_layers(self, batch: Batch, should_stop: Callable[[], bool] | None) -> None:
         self._recorder.begin(len(batch.token_ids))

@@ -113,9 +113,16 @@ class CpuExperts:
         """For programs of `experts_op` on any of the teams; `values` as there."""
         return ExpertBuffers(self._config, self._kinds, capacity, max(self._teams), values)
 
-    def experts_op(self, layer: int, buffers: ExpertBuffers, ids: np.ndarray, is_summed: bool = False) -> Op:
-        """Of int32 `ids` (buffers.capacity, K) those that are not -1: each product into its row of `rows`, or weighted
-        into the sums of tokens. The inputs are quantized."""
+    def experts_op(
+        self,
+        layer: int,
+        buffers: ExpertBuffers,
+        ids: np.ndarray,
+        is_summed: bool = False,
+        rows: np.ndarray | None = None,
+    ) -> Op:
+        """Of int32 `ids` (buffers.capacity, K) those that are not -1: each product into its row of `rows` (default: the
+        class's own), or weighted into the sums of tokens. The inputs are quantized."""
         experts = self._layers[layer]
         return experts_op(
             buffers.run,
@@ -128,7 +135,7 @@ class CpuExperts:
             num_always=0,
             weights_owner=(experts, self._ram),
             has_few_each=not is_summed or self._has_few_each,
-            per_choice=None if is_summed else self.rows.numpy(),
+            per_choice=None if is_summed else self.rows.numpy() if rows is None else rows,
         )
 
     def arriving(self, layer: int, expert_ids: np.ndarray) -> Iterator[np.ndarray]:

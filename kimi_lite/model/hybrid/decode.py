@@ -109,8 +109,9 @@ class DecodeStep:
         x, step, first = self.inputs.x, self.inputs.step, self.inputs.first
         norms = [*(layer.attention.attn_norm for layer in self._layers), self._head.output_norm]
         normed = self._layers[0].normed(x)
+        deferral = self._experts.deferral() if self._experts is not None else None
         for layer, next_norm in zip(self._layers, norms[1:], strict=True):
-            normed = layer.decode(x, normed, step, self._experts, first, next_norm)
+            normed = layer.decode(x, normed, step, self._experts, first, next_norm, deferral)
         self._streams.copy(self._logits, self._head.logits(normed))
 
 

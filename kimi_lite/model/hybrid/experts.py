@@ -21,6 +21,7 @@ from kimi_lite.experts.vram import VramSlots
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.model.cpu.experts import layer_experts
+from kimi_lite.model.cpu.layers import check_deferral
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.routed import ROW_TOKENS, RoutedExperts
@@ -80,6 +81,9 @@ def open_experts(
         if heat is not None:
             slots.policy.import_heat(heat)
         slots.fill(partial(report, "bringing experts into VRAM"))
+        is_helped = cpu.holds_all and not slots.holds_all  # by the CPU, with experts that it need not wait for
+        num_deferred = options.num_deferred_experts if is_helped else 0
+        check_deferral(config, num_deferred)
         opened.pop_all()  # from now on the routed experts' own `close` does it
     return RoutedExperts(
         streams,
@@ -93,6 +97,7 @@ def open_experts(
         heat_file,
         recorder,
         is_reproducible=options.is_reproducible,
+        num_deferred=num_deferred,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.hybrid.attention import Attention
+from kimi_lite.model.hybrid.deferral import Deferral
 from kimi_lite.model.hybrid.feed_forward import FeedForward, Router
 from kimi_lite.model.hybrid.kernels import Kernels, Residents
 from kimi_lite.model.hybrid.routed import RoutedExperts
@@ -55,6 +56,7 @@ class Layer:
         experts: RoutedExperts | None,
         first: torch.Tensor,
         next_norm: torch.Tensor,
+        deferral: Deferral | None = None,
     ) -> torch.Tensor:
         """`forward` as a part of a captured step, in few launches: the host does nothing, and the CPU's experts take a
         turn (`RoutedExperts.turn` for `first`).
@@ -67,13 +69,17 @@ class Layer:
             normed = kernels.rms_norm(x, self.ffn_norm, eps, delta=attended)
             return kernels.rms_norm(x, next_norm, eps, delta=self.dense.forward(normed))
         turn = experts.turn(self.number, first)
-        normed = kernels.rms_norm(x, self.ffn_norm, eps, delta=attended, also=turn.memory.x[: len(x)])
+        normed = kernels.rms_norm(x, self.ffn_norm, eps, delta=attended, also=turn.x[: len(x)])
         routes = self.router.forward(normed, turn)
         hit_rows = experts.hit_rows(self.number, normed, routes.slots.view(-1))
         shared = self.shared_expert(normed)
         kernels.await_answer(turn)
+        weights = routes.weights
+        if deferral is not None:
+            shared = deferral.add_left(shared)
+            weights = deferral.leave(self.number, turn, routes, hit_rows)
         rows = ChoiceRows(routes.slots.view(-1), hit_rows, turn.memory.rows)
-        return kernels.join(x, rows, routes.weights, shared, next_norm, eps, arrivals=turn.memory.arrivals)
+        return kernels.join(x, rows, weights, shared, next_norm, eps, arrivals=turn.memory.arrivals)
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
         """x behind `attn_norm`, (T, D)."""

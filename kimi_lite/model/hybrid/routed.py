@@ -28,6 +28,7 @@ from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.experts.store import ExpertStore
 from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
+from kimi_lite.model.hybrid.deferral import Deferral
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.served import MissServer
 from kimi_lite.model.hybrid.streamed import ExpertChoice, StreamedExperts
@@ -62,9 +63,11 @@ class RoutedExperts:
         heat_file: Path | None = None,
         recorder: RoutingRecorder | None = None,
         is_reproducible: bool = False,
+        num_deferred: int = 0,
     ) -> None:
         """heat_file: where `close` saves how hot the experts are; None: nowhere. recorder: of what tokens choose; its
-        passes begin and end elsewhere. is_reproducible: an expert gives the same bits on both sides to prompts, too."""
+        passes begin and end elsewhere. is_reproducible: an expert gives the same bits on both sides to prompts, too.
+        num_deferred: of a token's experts, added one layer later in decode steps."""
         self._streams, self._kernels, self.store = streams, kernels, store
         self.slots, self.cpu, self.streamed, self.costs = slots, cpu, streamed, costs
         self.num_threads = num_threads  # of the CPU's experts; may change between steps
@@ -75,7 +78,10 @@ class RoutedExperts:
         layers, top_k = store.index.layers, cpu.num_choices
         choices = torch.arange(len(cpu.rows), dtype=torch.int32, device=streams.device)
         self._token_of_choice = choices // top_k
-        self.server = MissServer(layers, cpu, TurnMemory.make(streams, len(layers), top_k, cpu.rows), self._count_turns)
+        assert num_deferred == 0 or cpu.holds_all, "what comes from the disk is not deferred"
+        self.num_deferred = num_deferred
+        memory = TurnMemory.make(streams, len(layers), top_k, cpu.rows, num_deferred > 0)
+        self.server = MissServer(layers, cpu, memory, self._count_turns, num_deferred)
 
     def begin_step(self, promotion_budget: int, num_tokens: int, least_gain: float) -> int:
         """Between steps: promotions arrive and begin, as `VramSlots.begin_step`. Returns how many began."""
@@ -134,6 +140,11 @@ class RoutedExperts:
         first = self.server.next_number
         self.server.begin(num_tokens, self.num_threads, limit_s)
         return first
+
+    def deferral(self) -> Deferral | None:
+        """For a step; None where nothing is deferred."""
+        last = max(self.store.index.layers)
+        return Deferral(self._kernels, self.num_deferred, last) if self.num_deferred else None
 
     def turn(self, layer: int, first: torch.Tensor) -> Turn:
         """The layer's, in steps whose GPU finds the number before their first turn in `first`, int64 (1,)."""

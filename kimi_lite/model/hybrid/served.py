@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from kimi_lite.experts.gpu_failure import GpuBroken
-from kimi_lite.model.hybrid.cpu_experts import CpuExperts
+from kimi_lite.model.hybrid.cpu_experts import CpuExperts, ExpertBuffers
 from kimi_lite.model.hybrid.turns import TakenTurn, Turn, TurnMemory
+from kimi_lite.native.cpu.defer import divide_op
 from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.threads import Team
@@ -47,20 +48,31 @@ class MissServer:
     """One thread uses it; `close` ends its own. `on_taken(turns)` is called there when the last turn is over."""
 
     def __init__(
-        self, layers: Sequence[int], cpu: CpuExperts, memory: TurnMemory, on_taken: Callable[[list[TakenTurn]], None]
+        self,
+        layers: Sequence[int],
+        cpu: CpuExperts,
+        memory: TurnMemory,
+        on_taken: Callable[[list[TakenTurn]], None],
+        num_deferred: int = 0,
     ) -> None:
-        """layers: those with routed experts, ascending."""
+        """layers: those with routed experts, ascending. num_deferred: of a token's experts, computed behind the turn's
+        answer, except in the last layer."""
         self.memory, self.next_number = memory, 0
         self._layers, self._cpu, self._on_taken = list(layers), cpu, on_taken
         self._turn_of = {layer: turn for turn, layer in enumerate(self._layers, 1)}
         self._cells = memory.cells.numpy()
         self._chosen, self._missing = memory.chosen.numpy(), memory.missing.numpy()
         self._table = TurnTable(self._cells, len(self._layers))
-        self._buffers = cpu.buffers(MAX_TOKENS, memory.x.numpy())
+        self._num_deferred = num_deferred
+        self._buffers = [cpu.buffers(MAX_TOKENS, x.numpy()) for x in memory.x]  # a turn's experts may run into the next
+        self._divided = np.full((2, 2, *self._missing.shape[1:]), -1, np.int32)  # for two turns: now, later
         answer = answer_op(self._table, len(self._layers))
         self._whole = Program([op for layer in self._layers for op in self._turn_ops(layer)] + [answer])
         self._arrivals = {layer: Program(self._arrival_ops(layer)) for layer in self._layers}
-        self._present = {layer: Program([self._experts_op(layer, self._buffers.ids)]) for layer in self._layers}
+        self._present = {
+            layer: Program([self._cpu.experts_op(layer, self._buffers_of(layer), self._buffers_of(layer).ids)])
+            for layer in self._layers
+        }
         self._last = Program([answer])
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._step = _Step(0, 0, 0)
@@ -118,20 +130,34 @@ class MissServer:
         self._queue.put(None)
         self._thread.join()
 
+    def _buffers_of(self, layer: int) -> ExpertBuffers:
+        return self._buffers[self._turn_of[layer] % 2]
+
     def _turn_ops(self, layer: int) -> list[Op]:
-        return [*self._arrival_ops(layer), self._experts_op(layer, self._missing[self._turn_of[layer] - 1])]
+        """Arrival, what is missing, and behind the answer what is missing of those that are deferred."""
+        turn, buffers = self._turn_of[layer], self._buffers_of(layer)
+        missing, ops = self._missing[turn - 1], self._arrival_ops(layer)
+        if not self._num_deferred or layer == self._layers[-1]:
+            return [*ops, self._cpu.experts_op(layer, buffers, missing)]
+        now, later = self._divided[turn % 2]
+        late_rows = self.memory.late_rows[turn % 2].numpy()
+        return [
+            *ops,
+            divide_op(buffers.run, missing, now, later, self._num_deferred, only_generated=False),
+            self._cpu.experts_op(layer, buffers, now),
+            answer_op(self._table, turn),
+            self._cpu.experts_op(layer, buffers, later, rows=late_rows),
+        ]
 
     def _arrival_ops(self, layer: int) -> list[Op]:
         """Until the layer's inputs and choices are there; the turn before is answered first."""
-        run, turn = self._buffers.run, self._turn_of[layer]
+        buffers, turn = self._buffers_of(layer), self._turn_of[layer]
+        run = buffers.run
         return [
             wait_for_x_op(run, self._table, turn),
-            quantize_op(run, self._buffers.x),
+            quantize_op(run, buffers.x),
             wait_for_choices_op(run, self._table, turn),
         ]
-
-    def _experts_op(self, layer: int, ids: np.ndarray) -> Op:
-        return self._cpu.experts_op(layer, self._buffers, ids)
 
     def _work(self) -> None:
         """The thread's, until it is given None."""
@@ -149,7 +175,8 @@ class MissServer:
         step.is_over.set()
 
     def _take_turns(self, num_tokens: int, team: Team) -> None:
-        self._buffers.set_tokens(num_tokens)
+        for buffers in self._buffers:
+            buffers.set_tokens(num_tokens)
         if self._cpu.holds_all:
             team.run(self._whole)
         else:
@@ -165,7 +192,7 @@ class MissServer:
                 return
             missing = self._missing[self._turn_of[layer] - 1, :num_tokens]
             for present in self._cpu.arriving(layer, missing):
-                self._buffers.ids[:num_tokens] = present
+                self._buffers_of(layer).ids[:num_tokens] = present
                 team.run(self._present[layer])
         team.run(self._last)
 

@@ -160,6 +160,8 @@ class HybridTransformer:
         """One pass; one that ends half-way leaves nothing behind."""
         num_tokens = len(batch.token_ids)
         is_short = num_tokens <= MAX_DECODE_TOKENS
+        if self.experts and self.experts.num_deferred:  # never of a prompt: the cache would keep it
+            is_short = is_short and is_decoding(batch)
         try:
             with self._failures_told(f"in a pass over {counted(num_tokens, 'token')}"):
                 self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before

@@ -184,7 +184,7 @@ def test_a_cpu_that_never_answers_is_a_sentence(path, ids, monkeypatch):
                 other = TurnTable(server._cells, 1)
                 other.begin(1 << 40, 60)  # turns that never come
                 answered = whole.ops[: 4 * (turn - 1) + 1]
-                server._whole = Program([*answered, wait_for_x_op(server._buffers.run, other, 1)])
+                server._whole = Program([*answered, wait_for_x_op(server._buffers[0].run, other, 1)])
                 with pytest.raises(KimiLiteError, match=rf"in vain for the CPU's experts of layer {turn}"):
                     runner.decode(ids[:1])
         server._whole = whole
