@@ -90,8 +90,10 @@ def test_a_slot_changes_hands(path, tier):
         assert np.array_equal(ram._resident[1, 1][0], want)
 
 
-def test_nothing_is_released_where_ram_holds_all(path):
-    with HybridRunner(path, num_gpu_experts=NUM_SLOTS, loading="read") as runner:
+@pytest.mark.parametrize("loading", ["read", "lock"])
+def test_nothing_is_released_where_ram_holds_all(path, loading):
+    """`--load` on the hybrid path: every expert is read once, at the start, and keeps its slot."""
+    with HybridRunner(path, num_gpu_experts=NUM_SLOTS, loading=loading) as runner:
         read_bytes = runner.transformer.counters()["disk_bytes"]
         runner.decode(np.random.default_rng(2).integers(0, 250, 40))
         runner.transformer.experts.slots.finish()

@@ -1,6 +1,9 @@
 """The whole way of a front end on the hybrid path: the loader, the engine, its cache in a tensor, heat beside the
 model."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -11,7 +14,7 @@ from kimi_lite.experts.heat import heat_path
 from kimi_lite.model.hybrid import load
 from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.options import Options
-from tests.model.hybrid.runner import DEVICE
+from tests.model.hybrid.runner import DEVICE, HybridRunner
 from tests.model.hybrid.stand_in import GPU, StandInKernels
 from tests.tiny import write_tiny_gguf
 
@@ -51,3 +54,18 @@ def test_engine_on_the_gpu_path(tmp_path, stand_in, monkeypatch):
     with loader.load(path, options) as engine:
         assert answer(engine, prompt, "a") == have
         assert answer(engine, (*prompt, *have, 7), "b") == again
+
+
+def test_a_thread_names_its_gpu_before_it_runs_the_model(tmp_path):
+    """CUDA's current device is a thread's own: a model that one thread loads and another runs would launch on GPU 0."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    with HybridRunner(path) as runner:
+        threads = []
+        runner.transformer._streams.enter_thread = lambda: threads.append(threading.get_ident())
+        runner.decode(np.array([1, 2]))
+        assert not threads, "the thread that loaded it has done so"
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(runner.decode, np.array([3, 4])).result()
+            other = pool.submit(threading.get_ident).result()
+        runner.decode(np.array([5]))
+        assert threads == [other, threading.get_ident()], "once a change"
