@@ -1,8 +1,8 @@
 """Operations that wait for a GPU inside a program, and answer it, through `native.turn_cells`.
 
 All threads of the team look for themselves, so that each goes on as soon as it sees the GPU's cell and none has to be
-woken. They spin for a moment, which is as long as a GPU's part of a layer, then let other threads of the
-machine in between two looks.
+woken. They spin for a moment, which is as long as a GPU's part of a layer, then let other threads of the machine in
+between two looks, and sleep between them where the GPU takes longer than any layer.
 """
 
 import ctypes
@@ -10,7 +10,9 @@ import sys
 import time
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from kimi_lite.native.calls import atomic_load, atomic_store, pause, read_clock, stack_1024
 from kimi_lite.native.cpu.compiler import Kernel, kernel
@@ -21,11 +23,13 @@ from kimi_lite.native.simd import load_i64, store_i64
 from kimi_lite.native.turn_cells import ANSWERED, CHOICES_POSTED, STOP, X_POSTED
 
 _PATIENCE = 8192  # spins of 25 to 50 ns, 0.2 to 0.4 ms: longer than a GPU's attention and router
+_AWAKE_NS, _NAP_NS = 2_000_000, 50_000  # after a wait this long, sleep this long between two looks
 _SPINS_BETWEEN = 8  # looks: a turn of the scheduler costs as much when no other thread wants the core
 
 # int64 cells of a turn table: what is the same for all operations of a step
-_FIRST, _LIMIT_NS, _LATE, _CLOCK, _CLOCK_ID = (8 * i for i in range(5))
-_NUM_TABLE_CELLS = 5
+_FIRST, _LIMIT_NS, _LATE, _CLOCK, _CLOCK_ID, _NANOSLEEP, _NAP = (8 * i for i in range(7))  # _NAP: a timespec
+_NUM_TABLE_CELLS = 8
+_CLOCK_NUMBER = getattr(time, "CLOCK_MONOTONIC", 0)
 
 
 class TurnTable:
@@ -36,7 +40,8 @@ class TurnTable:
         self.cells = cells
         self._times_ns = np.zeros((num_turns, 2), np.int64)  # when the choices came, when the rows were there
         self._table = np.zeros(_NUM_TABLE_CELLS, np.int64)
-        self._table[_CLOCK // 8], self._table[_CLOCK_ID // 8] = _monotonic_clock()
+        self._table[_CLOCK // 8], self._table[_CLOCK_ID // 8] = _address_of("clock_gettime"), _CLOCK_NUMBER
+        self._table[_NANOSLEEP // 8], self._table[_NAP // 8 + 1] = _address_of("nanosleep"), _NAP_NS
 
     @property
     def address(self) -> int:
@@ -71,11 +76,11 @@ class TurnTable:
         return int(self._table[_LATE // 8])
 
 
-def _monotonic_clock() -> tuple[int, int]:
-    """The address of libc's clock_gettime and the clock's number; zeros where there is none."""
+def _address_of(name: str) -> int:
+    """Of a function of libc; 0 where there is none."""
     if sys.platform == "win32":
-        return 0, 0
-    return ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value or 0, time.CLOCK_MONOTONIC
+        return 0
+    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
 
 
 @njit
@@ -88,9 +93,17 @@ def _now_ns(table):
     return load_i64(target) * 1_000_000_000 + load_i64(target + 8)
 
 
-@njit
-def _is_late(table, since_ns):
-    return since_ns != 0 and _now_ns(table) - since_ns > load_i64(table + _LIMIT_NS)
+@intrinsic
+def _nap(typingctx, function, duration):
+    """nanosleep(duration, NULL) through its address."""
+
+    def codegen(context, builder, sig, args):
+        i64 = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [i64, i64])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], ir.Constant(i64, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @njit
@@ -103,13 +116,16 @@ def _wait_for(table, cells, cell, number, turn, thread, team):
         spins += 1
         pause()
         if spins > _PATIENCE and spins % _SPINS_BETWEEN == 0:
-            give_way(team)
-            if thread == 0:
-                if since_ns == 0:
-                    since_ns = _now_ns(table)
-                elif _is_late(table, since_ns):
-                    store_i64(table + _LATE, turn)
-                    atomic_store(cells + 8 * STOP, 1)
+            now_ns = _now_ns(table)
+            if since_ns == 0:
+                since_ns = now_ns
+            if thread == 0 and now_ns - since_ns > load_i64(table + _LIMIT_NS):
+                store_i64(table + _LATE, turn)
+                atomic_store(cells + 8 * STOP, 1)
+            if now_ns - since_ns > _AWAKE_NS and load_i64(table + _NANOSLEEP) != 0:
+                _nap(load_i64(table + _NANOSLEEP), table + _NAP)
+            else:
+                give_way(team)
     return True
 
 
