@@ -31,17 +31,12 @@ class Event(Protocol):
 
     def query(self) -> bool: ...
 
-    def synchronize(self) -> None: ...
-
 
 class Done:
     """The event of a device without streams: everything before it has happened."""
 
     def query(self) -> bool:
         return True
-
-    def synchronize(self) -> None:
-        return None
 
 
 class Graph(Protocol):

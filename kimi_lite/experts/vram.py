@@ -229,7 +229,10 @@ class VramSlots:
         upload.is_handled.wait()
         if upload.arrived is not None:
             self._streams.finish(upload.arrived)
-        self._publish(self._uploads.popleft())
+        try:
+            self._publish(self._uploads.popleft())
+        finally:
+            self._write_names()
 
     def _copy_queued(self) -> None:
         """The copier's thread, until it is given None: from the store to pinned memory, from there to the slot."""

@@ -2,6 +2,7 @@
 where there is an afterwards."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -205,3 +206,28 @@ def test_a_service_whose_gpu_breaks_says_so(model, lazy_loading, tmp_path):
     assert len(sentences) == 2 and service.state == "failed" and isinstance(service.failure, GpuBroken)
     assert all("The GPU reported an error in a pass over" in sentence for sentence in sentences)
     assert heat_path(path).exists() and not [t for t in own_threads() if t.name != "kimi-lite-engine"]
+
+
+def test_dropped_shapes_free_their_graphs_at_once(model, monkeypatch):
+    """Not when a collector comes by: the graphs of a shape hold VRAM."""
+    monkeypatch.setattr("kimi_lite.model.hybrid.transformer._NUM_DECODE_SHAPES", 2)
+    pages = [np.array([i], np.int32) for i in range(4)]
+    with LazyRunner(model, num_gpu_experts=5) as runner:
+        gc.disable()
+        try:
+            for count in (1, 2, 4, 1, 2, 4):
+                for _ in range(2):  # the second is captured
+                    runner.forward(*[(np.array([i]), 0, pages[i]) for i in range(count)], num_generated=count)
+            assert runner.device.num_graphs == 2
+        finally:
+            gc.enable()
+    assert runner.device.num_graphs == 0
+
+
+def test_warm_up_makes_no_expert_hot(model):
+    with LazyRunner(model, num_gpu_experts=5) as runner:
+        assert not runner.transformer.heat().any()
+        counters = runner.transformer.counters()
+        assert not counters["gpu_expert_hits"] and not counters["gpu_expert_misses"]
+        runner.decode(np.arange(3))
+        assert runner.transformer.heat().any()

@@ -1,18 +1,20 @@
 """The whole way of a front end on the hybrid path: the loader, the engine, its cache in a tensor, heat beside the
 model."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from kimi_lite.engine import loader
+from kimi_lite.engine import device, loader
 from kimi_lite.engine.engine import Engine
 from kimi_lite.engine.types import Request, SamplingParams
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.model.hybrid import load
 from kimi_lite.model.hybrid.transformer import HybridTransformer
+from kimi_lite.native.gpu import support
 from kimi_lite.options import Options
 from tests.model.hybrid.runner import DEVICE, HybridRunner
 from tests.model.hybrid.stand_in import GPU, StandInKernels
@@ -69,3 +71,12 @@ def test_a_thread_names_its_gpu_before_it_runs_the_model(tmp_path):
             other = pool.submit(threading.get_ident).result()
         runner.decode(np.array([5]))
         assert threads == [other, threading.get_ident()], "once a change"
+
+
+@pytest.mark.parametrize("of_user", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_blocks_of_vram_grow_unless_the_user_has_settings(of_user, monkeypatch):
+    environment = {of_user: "max_split_size_mb:64"} if of_user else {}
+    monkeypatch.setattr(os, "environ", dict(environment))
+    monkeypatch.setattr(support, "why_unusable", lambda index: None)
+    assert device.choose_device("cuda") == "cuda"
+    assert os.environ == (environment or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
