@@ -231,6 +231,9 @@ class HybridPath:
     def turn(self, layer: int, first: torch.Tensor) -> Turn:
         return Turn(self._memory, 1, first)
 
+    def deferral(self) -> None:
+        """No expert is added a layer later."""
+
     def hit_rows(self, layer: int, normed: torch.Tensor, slot_of_choice: torch.Tensor) -> torch.Tensor:
         is_exact = True if len(normed) <= MAX_DECODE_TOKENS else None
         choices = (slot_of_choice, slot_of_choice)
