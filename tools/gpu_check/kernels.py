@@ -1,14 +1,16 @@
 """Every kernel at Kimi K2.5's own shapes against float64, computed from what `native.reference_types` decodes.
 
 Matrices are 64 random rows repeated, so that 64 decoded rows judge all: the results of the repetitions must also be the
-same bits. Errors are relative to what the factors' magnitudes could add up to; a case's line has its limit.
+same bits. Errors are relative to what the factors' magnitudes could add up to; a case's line has its limit. A few
+choices of experts must have the very bits that the CPU's kernels give.
 """
 
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +21,14 @@ import torch
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5
 from kimi_lite.native import reference
+from kimi_lite.native.cpu.activations import Activations
+from kimi_lite.native.cpu.blocks import activation_kind
+from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
+from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.matrix import Matrix
+from kimi_lite.native.cpu.program import Program
+from kimi_lite.native.cpu.run import RunTable
+from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.gpu.dequant import dequantize
 from kimi_lite.native.gpu.elementwise import rms_norm, rope, swiglu, weighted_sum
 from kimi_lite.native.gpu.experts import GROUPED_CHOICES, ExpertMatrix, expert_choices
@@ -26,6 +36,7 @@ from kimi_lite.native.gpu.linear import heads_linear, linear
 from kimi_lite.native.gpu.matvec import MAX_TOKENS
 from kimi_lite.native.gpu.mla import mla_decode, write_latent
 from kimi_lite.native.gpu.router import route
+from kimi_lite.native.gpu.support import is_interpreted
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize as decoded
 from kimi_lite.native.types.random_blocks import random_rows
@@ -247,12 +258,15 @@ def _experts(c: ModelConfig, name: str, count: int, device: torch.device) -> flo
     token_of_choice = (choice // 8).to(torch.int32)
     out = torch.full((count, hidden), 7.0, device=device)
     have = expert_choices(x, slots, _Form(*matrices), slot_of_choice, token_of_choice, out)
-    is_few, share = count < GROUPED_CHOICES, 0.0
+    is_exact, share = count < GROUPED_CHOICES, 0.0
     if not bool((have[slot_of_choice < 0] == 7).all()):
         return float("inf")
     for slot, own in enumerate(parts):
         at = torch.nonzero(slot_of_choice == slot)[:, 0]
-        if len(at):
+        if len(at) and is_exact:
+            wanted = _on_cpu(x[token_of_choice[at].long()].cpu().numpy(), [data for data, _ in own], matrices)
+            share = max(share, _bits(have[at].cpu().numpy(), wanted))
+        elif len(at):
             gate, up, down = (weights for _, weights in own)
             inputs = x[token_of_choice[at].long()].double()
             inner = torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)  # (n, TILE_ROWS), repeated
@@ -262,8 +276,34 @@ def _experts(c: ModelConfig, name: str, count: int, device: torch.device) -> flo
                 return float("inf")
             first = rows[:, :TILE_ROWS].double()
             error = float((first - want[:, : first.shape[1]]).norm() / want[:, : first.shape[1]].norm())
-            share = max(share, error / (1e-5 if is_few else BFLOAT16))
+            share = max(share, error / BFLOAT16)
     return share
+
+
+def _on_cpu(x: np.ndarray, data: Sequence[torch.Tensor], matrices: Sequence[ExpertMatrix]) -> np.ndarray:
+    """The same expert by the CPU's kernels: float32 (n, D) -> (n, N)."""
+    kinds = {each.layout_name: activation_kind(each.layout_name) for each in matrices}
+    count, (name, *_), down = len(x), kinds, matrices[2]
+    inputs, hidden = (Activations(count, k, {kinds[name]} - {0}) for k in (x.shape[1], down.k))
+    rows = [np.ascontiguousarray(each.cpu().numpy()) for each in data]
+    table = np.stack([Matrix.of(own, m.layout_name, m.k).table for own, m in zip(rows, matrices, strict=True)])[None]
+    run = RunTable(count, 1, experts_scratch_bytes(x.shape[1], down.k, count), count)
+    out, ids, weights = np.zeros_like(x), np.zeros((count, 1), np.int32), np.zeros((count, 1), np.float32)
+    options = {"num_always": 0, "weights_owner": rows, "has_few_each": True, "per_choice": out}
+    op = experts_op(run, inputs, out, table, hidden, ids, weights, **options)
+    inputs.values[:] = x
+    run.set_tokens(np.zeros(count, np.int32))
+    with closing(Team(1)) as team:
+        team.run(Program([quantize_op(run, inputs), op]))
+    return out
+
+
+def _bits(have: np.ndarray, wanted: np.ndarray) -> float:
+    """0 for the same bits, else above 1. The interpreter, which rounds a fused product twice, may be off by a code."""
+    if np.array_equal(have, wanted):
+        return 0.0
+    error = float(np.linalg.norm(have - wanted) / np.linalg.norm(wanted))
+    return error / 1e-2 if is_interpreted() else 1 + max(error, 1e-9)
 
 
 def _attention(c: ModelConfig, cache: str, context: int, splits: int | None, device: torch.device) -> float:
