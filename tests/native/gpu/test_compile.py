@@ -49,9 +49,10 @@ def test_what_does_not_round_as_the_cpu():
     cvt.rn.f32.s32 %r1, %r2;
     setp.lt.f32 %p1, %r1, %r2;
     div.rn.f32 %r1, %r2, %r3;
+    fma.rn.f32x2 %rd1, %rd2, %rd3, %rd4;
     """
     assert not inexact(good)
-    for bad in ("mul.f32", "add.ftz.f32", "div.full.f32", "ex2.approx.f32", "fma.rn.ftz.f32", "rcp.approx.ftz.f32"):
+    for bad in ("mul.f32", "add.ftz.f32", "div.full.f32", "ex2.approx.f32", "fma.rn.ftz.f32", "mul.f32x2"):
         assert inexact(f"{good}    {bad} %r1, %r2, %r3;\n") == [bad]
 
 
