@@ -45,7 +45,8 @@ def expert_choices(
     out: torch.Tensor | None = None,
     is_exact: bool | None = None,
 ) -> torch.Tensor:
-    """x float32 (T, D), slots uint8 (num_slots, slot_bytes), int32 (n,) twice -> float32 (n, D), unweighted.
+    """x float32 (T, D), slots uint8 (num_slots, slot_bytes), int32 (n,) twice -> float32 (n, D), unweighted. Where x is
+    rounded to bfloat16 it may come so.
 
     A choice of slot -1 is skipped and its row left as it is. `out`: where to write. is_exact: the CPU's bits, whatever
     n is; False: activations, weights and hidden values rounded to bfloat16 and summed in float32; None: exact below

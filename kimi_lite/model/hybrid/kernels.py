@@ -75,6 +75,8 @@ class Kernels(Protocol):
     allocated. `also` is a second place for a result, which may be pinned memory of the host.
     """
 
+    grouped_choices: int  # from so many on `expert_choices` reads x in bfloat16, and takes it so, too
+
     def dequantize(
         self, data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -207,7 +209,7 @@ class TritonKernels:
         self.rms_norm, self.swiglu, self.rotate = elementwise.rms_norm, elementwise.swiglu, elementwise.rope
         self.weighted_sum, self.expert_choices = elementwise.weighted_sum, experts.expert_choices
         self.mla_decode, self.join = mla.mla_decode, join.join
-        self.sum_at_places = places.sum_at_places
+        self.sum_at_places, self.grouped_choices = places.sum_at_places, experts.GROUPED_CHOICES
 
     def dequantize(
         self, data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None

@@ -295,26 +295,39 @@ class StreamedExperts:
         start_s = time.perf_counter()
         form = self._index.layers[layer]
         with torch.inference_mode():
-            self._products(form, order, 0, order.num_resident, choice.normed, choices)
+            inputs = self._inputs(choice)
+            self._products(form, order, 0, order.num_resident, inputs, choices)
             first, wanted = order.num_resident, set(order.experts[order.num_resident :])
             for group in self._stream.groups(layer):
                 end = first + sum(expert in wanted for expert in group.experts)
-                self._products(form, order, first, end, choice.normed, choices)
+                self._products(form, order, first, end, inputs, choices)
                 first = end
             assert first == len(order.experts), (first, order.experts)
             self._streams.finish(self._streams.event(), len(choice.normed))
         return time.perf_counter() - start_s
 
+    def _inputs(self, choice: ExpertChoice) -> tuple[torch.Tensor, torch.Tensor]:
+        """What few choices read and what many do, which is rounded once and not by each group's kernels."""
+        is_rounded = not self._is_exact and choice.ids.numel() >= self._kernels.grouped_choices
+        return choice.normed, choice.normed.to(torch.bfloat16) if is_rounded else choice.normed
+
     def _products(
-        self, form: RoutedLayer, order: _Order, first: int, end: int, normed: torch.Tensor, choices: _Sorted
+        self,
+        form: RoutedLayer,
+        order: _Order,
+        first: int,
+        end: int,
+        inputs: tuple[torch.Tensor, torch.Tensor],
+        choices: _Sorted,
     ) -> None:
         """Rows of the experts `first` .. `end` in the order."""
         if first == end:
             return
         lowest, highest = min(order.slots[first:end]), max(order.slots[first:end])  # kernels look at each slot
         piece = slice(order.starts[first], order.starts[end])
+        is_many = order.starts[end] - order.starts[first] >= self._kernels.grouped_choices
         self._kernels.expert_choices(
-            normed,
+            inputs[int(is_many)],
             self._slots.slots[lowest : highest + 1],
             form,
             choices.slots[piece] - lowest,

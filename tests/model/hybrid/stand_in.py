@@ -32,6 +32,8 @@ PATIENCE_S = 60.0  # of the GPU, for the CPU's answer
 class StandInKernels:
     """`kimi_lite.model.hybrid.kernels.Kernels` for the CPU."""
 
+    grouped_choices = 1 << 30  # never: rows of every number of choices come from the same float32
+
     def dequantize(
         self, data: torch.Tensor, layout_name: str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
     ) -> torch.Tensor:
