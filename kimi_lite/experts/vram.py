@@ -28,7 +28,7 @@ from kimi_lite.experts.policy import LEAST_GAIN, SWAP_WEIGHTS, HeatPolicy, Promo
 from kimi_lite.experts.store import ExpertStore
 
 _NUM_STAGINGS = 4  # pinned buffers
-_MOST_ON_WAY, _SHARE_ON_WAY = 64, 16  # promotions; and at most one slot of so many, as it serves no one meanwhile
+_MOST_ON_WAY, _SHARE_ON_WAY = 64, 16  # promotions; and at most one slot of so many, as it is of no use meanwhile
 _MOST_DECODING = 16  # tokens: a longer pass is a prompt's
 
 

@@ -1,5 +1,5 @@
 """Expert deferral in a decode step: the experts that a router ranks last are added one layer later, so that the CPU can
-compute them while the GPU is at the next layer's attention and nobody waits for them (see `native.cpu.defer`).
+compute them while the GPU is at the next layer's attention and need not be waited for (see `native.cpu.defer`).
 
 Which they are depends on their rank alone and not on where they lie, so that with a cache equals without one. The last
 layer defers none.
