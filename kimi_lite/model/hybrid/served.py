@@ -18,7 +18,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from kimi_lite.experts.gpu_failure import GpuBroken
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, ExpertBuffers
 from kimi_lite.model.hybrid.turns import TakenTurn, Turn, TurnMemory
 from kimi_lite.native.cpu.defer import divide_op
@@ -109,13 +109,13 @@ class MissServer:
             self._cells[STOP] = 1
             step.is_over.wait(_GRACE_S)  # the CPU hangs: it may never be
             layer = self._layers[given_up - step.first - 1]
-            raise GpuBroken(f"The GPU waited in vain for the CPU's experts of layer {layer}.", _RESTART)
+            raise KimiLiteError(f"The GPU waited in vain for the CPU's experts of layer {layer}.", _RESTART)
         step.is_over.wait()
         if step.error is not None:
             raise step.error
         if self._table.late:
             layer = self._layers[self._table.late - 1]
-            raise GpuBroken(f"The GPU did not get to the experts of layer {layer} in time.", _RESTART)
+            raise KimiLiteError(f"The GPU did not get to the experts of layer {layer} in time.", _RESTART)
 
     def cancel(self) -> None:
         """Gives up the step that is on, if one is: the GPU waits for none of its turns any more. An exception may have
