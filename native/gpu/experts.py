@@ -90,6 +90,8 @@ def _check(x, slots, form, slot_of_choice, token_of_choice) -> None:
 def _grouped(x, slots, form, slot_of_choice, token_of_choice, out) -> torch.Tensor:
     """Gate, up and down as three grouped products; rows of `gate` and `up` are in the order of the sorted choices."""
     groups = Groups(slot_of_choice, len(slots))
+    if len(token_of_choice) < len(x):  # a few experts of a long prompt: not all its rows are rounded for each few
+        x, token_of_choice = x.index_select(0, token_of_choice), None
     x = x.to(torch.bfloat16)
     shape = (len(slot_of_choice), form.gate.num_rows)
     gate, up = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
