@@ -34,8 +34,8 @@ from kimi_lite.native.layouts import BY_NAME
 # specifications per compute capability)
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 SAMPLE_TYPES, SAMPLE_ARCHS, SAMPLE_TOKENS = ("TQ1_0",), (89, 90), (1, 16, 129, 8192)
-# Bytes that a thread may spill, by kernel and type; all others nothing
-SPILLS = {("grouped_kernel", "IQ2_XXS"): 16, ("gate_up_kernel", "NVFP4"): 8}
+# Bytes that a thread may spill, by kernel and types; all others nothing. The product: Triton 3.5 and 3.6 alone
+SPILLS = {("grouped_kernel", "IQ2_XXS"): 16, ("gate_up_kernel", "NVFP4"): 8, ("q8_0_product_kernel", ""): 8}
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -65,7 +65,7 @@ class Compiled:
             return f"{what} is not compiled: {self.error}"
         if self.shared_bytes > SHARED_BYTES[self.arch]:
             return f"{what} wants {self.shared_bytes:,} bytes of shared memory; the GPU has {SHARED_BYTES[self.arch]:,}"
-        limit = max((SPILLS.get((self.kernel, name), 0) for name in self.types), default=0)
+        limit = SPILLS.get((self.kernel, " ".join(self.types)), 0)
         if self.spilled_bytes > limit:
             return f"{what} spills {self.spilled_bytes} bytes a thread; allowed are {limit}"
         return ""

@@ -16,6 +16,7 @@ from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.latent_rows import GROUP_VALUES
 from kimi_lite.plan.workspace import EXPANDED_BYTES
 
+_LATENT_ROWS = 8192  # of eight bits that become floats at a time
 _ABSORBED_ROWS = 256  # that attend at a time: their queries in latent space are 34 MB for Kimi K2.5
 
 
@@ -84,7 +85,7 @@ class Attention:
         """q (T, H, nope + rope) of one slice -> out (T, H, v)."""
         c, dtype = self.config, self._factor_type(storage)
         rows = storage.index_select(0, piece.pages).view(-1, storage.shape[-1])[: piece.num_positions]
-        latent = latent_values(rows, c.kv_latent_size).to(dtype)  # (P, kv_lora + rope)
+        latent = latent_values(rows, c.kv_latent_size, dtype)  # (P, kv_lora + rope)
         c_kv, k_rope = latent[:, : c.kv_lora_rank], latent[:, c.kv_lora_rank :]  # (P, kv_lora), (P, rope)
         mask = causal_lower_right(piece.length, piece.num_positions)
         count = heads_at_a_time(c, piece.num_positions, latent.element_size())
@@ -113,12 +114,17 @@ class Attention:
         return self._kernels.dequantize(matrix.data[heads], matrix.layout_name, dtype)
 
 
-def latent_values(rows: torch.Tensor, latent: int) -> torch.Tensor:
-    """Cache rows of any dtype (P, row) -> (P, latent) as floats; see `native.latent_rows`."""
+def latent_values(rows: torch.Tensor, latent: int, dtype: torch.dtype) -> torch.Tensor:
+    """Cache rows of any dtype (P, row) -> (P, latent) of `dtype`; see `native.latent_rows`."""
     if rows.dtype != torch.uint8:
-        return rows
-    codes, scales = rows[:, :latent].view(torch.int8), rows[:, latent:].contiguous().view(torch.float16)
-    return codes.float() * scales.float().repeat_interleave(GROUP_VALUES, dim=1)[:, :latent]
+        return rows.to(dtype)
+    values = torch.empty((len(rows), latent), dtype=dtype, device=rows.device)
+    for first in range(0, len(rows), _LATENT_ROWS):
+        part = rows[first : first + _LATENT_ROWS]
+        codes, scales = part[:, :latent].view(torch.int8), part[:, latent:].contiguous().view(torch.float16)
+        wide = scales.float().repeat_interleave(GROUP_VALUES, dim=1)[:, :latent]
+        values[first : first + len(part)] = codes.float() * wide
+    return values
 
 
 def value_width(config: ModelConfig) -> int:

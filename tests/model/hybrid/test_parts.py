@@ -16,6 +16,7 @@ from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.index import ExpertIndex
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.model.batch import Batch, SequenceSlice
+from kimi_lite.model.hybrid import attention as attention_module
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
 from kimi_lite.model.hybrid.decode import Captured, pages_for, rows_for
 from kimi_lite.model.hybrid.load import make_device_cache
@@ -61,13 +62,15 @@ def test_heads_at_a_time_bounds_memory(config):
     assert heads_at_a_time(config, 10**9, 2) == 1
 
 
-def test_latents_in_eight_bits():
+def test_latents_in_eight_bits(monkeypatch):
     """Codes times the scale of their 32, the last group shorter."""
     rng = np.random.default_rng(3)
     codes, scales = rng.integers(-127, 128, (4, 80), np.int8), rng.random((4, 3)).astype(np.float16)
     rows = torch.from_numpy(np.concatenate([codes.view(np.uint8), scales.view(np.uint8)], axis=1))
     want = codes * np.repeat(scales.astype(np.float32), 32, axis=1)[:, :80]
-    assert np.array_equal(latent_values(rows, 80).numpy(), want)
+    assert np.array_equal(latent_values(rows, 80, torch.float32).numpy(), want)
+    monkeypatch.setattr(attention_module, "_LATENT_ROWS", 3)  # the last piece is shorter
+    assert np.array_equal(latent_values(rows, 80, torch.float32).numpy(), want)
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16", "q8"])

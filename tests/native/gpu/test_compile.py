@@ -63,7 +63,7 @@ def test_what_is_a_problem():
     assert "wants 101,377 bytes" in Compiled(**good, shared_bytes=101_377).problem
     assert not Compiled(**good | {"arch": 90}, shared_bytes=101_377).problem
     assert "spills 8 bytes" in Compiled(**good, spilled_bytes=8).problem
-    for (kernel, name), limit in SPILLS.items():
-        row = good | {"kernel": kernel, "types": (name,)}
+    for (kernel, types), limit in SPILLS.items():
+        row = good | {"kernel": kernel, "types": tuple(types.split())}
         assert not Compiled(**row, spilled_bytes=limit).problem and Compiled(**row, spilled_bytes=limit + 1).problem
     assert "is not compiled: no" in Compiled(**good, error="no").problem
