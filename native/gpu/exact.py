@@ -6,7 +6,8 @@ contraction of a product and a sum into one operation; where the CPU has a fused
 activations become int8, gate and up with SwiGLU make float32 hidden values, and those, int8 again, go through down.
 
 A thread has a lane of a row, both halves of 16: neighbouring threads read neighbouring words, blocks come one after
-the other as on the CPU, and only the last sum exchanges anything.
+the other as on the CPU, and only the last sum exchanges anything. Choices are the grid's first axis: a prompt of 8,192
+tokens has 65,536 of them, one more than CUDA allows on the others.
 """
 
 from functools import cache
@@ -106,14 +107,13 @@ def exact_rows(
 
 @triton.jit
 def quantize_kernel(x, codes, steps, sums, num_groups, x_stride, KIND: tl.constexpr, GROUPS: tl.constexpr):
-    """Program (i, token): groups i * GROUPS and on of its activations, as `native.cpu.activations.quantize_group`."""
-    token = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    """Program (token, i): groups i * GROUPS and on of its activations, as `native.cpu.activations.quantize_group`."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
     mask, place = group < num_groups, group * KIND + tl.arange(0, KIND)[None, :]
     value = tl.load(x + token * x_stride + place, mask, other=0.0)
-    peak_bits = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)[
-        :, None
-    ]  # ordered as the floats are, NaN on top
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as the floats are, NaN on top
+    peak_bits = tl.max(bits, 1)[:, None]
     is_finite = peak_bits < 0x7F800000
     peak = tl.where(is_finite, peak_bits, 0).to(tl.float32, bitcast=True)
     peak = tl.where(peak < _SMALLEST_PEAK, 0.0, peak)
@@ -140,12 +140,12 @@ def gate_up_kernel(
     U_BLOCK_BYTES: tl.constexpr, U_ALIGN: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, choice): rows i * ROWS and on of hidden[choice]. Offsets and strides of data count units of ALIGN."""
-    choice = tl.program_id(1)
+    """Program (choice, i): rows i * ROWS and on of hidden[choice]. Offsets and strides of data count units of ALIGN."""
+    choice = tl.program_id(0)
     slot = tl.load(slot_of_choice + choice).to(tl.int64)
     if slot >= 0:
         token = tl.load(token_of_choice + choice).to(tl.int64)
-        first = tl.program_id(0) * ROWS
+        first = tl.program_id(1) * ROWS
         row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[:, None].to(tl.int64)
         gate_base = gate_data + (slot * gate_slot + gate_offset + row * gate_stride) * G_ALIGN
         up_base = up_data + (slot * up_slot + up_offset + row * up_stride) * U_ALIGN
@@ -167,11 +167,11 @@ def down_kernel(
     row_stride, VALUES: tl.constexpr, KIND: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     ALIGN: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, choice): rows i * ROWS and on of out[choice]."""
-    choice = tl.program_id(1)
+    """Program (choice, i): rows i * ROWS and on of out[choice]."""
+    choice = tl.program_id(0)
     slot = tl.load(slot_of_choice + choice).to(tl.int64)
     if slot >= 0:
-        first = tl.program_id(0) * ROWS
+        first = tl.program_id(1) * ROWS
         row = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)[:, None].to(tl.int64)
         base = data + (slot * slot_stride + offset + row * row_stride) * ALIGN
         total = exact_rows(
@@ -207,7 +207,7 @@ def quantize(x: torch.Tensor, kind: int) -> Quantized:
     steps = torch.empty((num_tokens, k // 32), dtype=torch.float32, device=x.device)
     sums = torch.empty((num_tokens, k // 16), dtype=torch.int32, device=x.device)
     groups = _GROUPS[kind]
-    quantize_kernel[(triton.cdiv(k // kind, groups), num_tokens)](
+    quantize_kernel[(num_tokens, triton.cdiv(k // kind, groups))](
         x, codes, steps, sums, k // kind, x.stride(0), KIND=kind, GROUPS=groups, num_warps=4, enable_fp_fusion=False
     )
     return Quantized(codes.view(torch.int32), steps, sums)
@@ -239,7 +239,7 @@ def exact_gate_up(
     kinds = {name: activation_kind(name) for name in (gate.layout_name, up.layout_name)}
     made = {kind: quantize(x, kind) for kind in dict.fromkeys(kinds.values())}
     g, u, slot_bytes, order = formats()[gate.layout_name], formats()[up.layout_name], slots.stride(0), sum_order()
-    gate_up_kernel[(triton.cdiv(gate.num_rows, _ROWS), len(slot_of_choice))](
+    gate_up_kernel[(len(slot_of_choice), triton.cdiv(gate.num_rows, _ROWS))](
         x, *made[kinds[g.name]], *made[kinds[u.name]], weights_of(slots, g.name), weights_of(slots, u.name), hidden,
         table_for(g, slots), table_for(u, slots), slot_of_choice, token_of_choice, gate.num_rows, gate.k,
         g.units(gate.offset), u.units(up.offset), g.units(slot_bytes), u.units(slot_bytes), g.units(gate.row_bytes),
@@ -254,7 +254,7 @@ def exact_down(
     """Every choice's hidden values (n, k) times its expert's down -> out float32 (n, rows)."""
     each, order = formats()[down.layout_name], sum_order()
     made = quantize(hidden, activation_kind(each.name))
-    down_kernel[(triton.cdiv(down.num_rows, _ROWS), len(slot_of_choice))](
+    down_kernel[(len(slot_of_choice), triton.cdiv(down.num_rows, _ROWS))](
         hidden, *made, weights_of(slots, each.name), out, table_for(each, slots), slot_of_choice, down.num_rows,
         down.k, out.stride(0), each.units(down.offset), each.units(slots.stride(0)), each.units(down.row_bytes),
         **_constants(each.name), ROW_LANES=order.row_lanes, BIAS=order.bias, ROWS=_ROWS, num_warps=_ROWS * 8 // 32,

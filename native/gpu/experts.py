@@ -63,6 +63,9 @@ def expert_choices(
         return out
     if not (num_choices < GROUPED_CHOICES if is_exact is None else is_exact):
         return _grouped(x, slots, form, slot_of_choice, token_of_choice, out)
+    if num_choices < len(x):  # a few experts of a long prompt: not all its rows become int8 for each few
+        x = x.index_select(0, token_of_choice)
+        token_of_choice = torch.arange(num_choices, dtype=torch.int32, device=x.device)
     hidden = torch.empty((num_choices, form.gate.num_rows), dtype=torch.float32, device=x.device)
     exact_gate_up(x, slots, form.gate, form.up, slot_of_choice, token_of_choice, hidden)
     exact_down(hidden, slots, form.down, slot_of_choice, out)

@@ -48,6 +48,7 @@ from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS
 DECODE_TOKENS = tuple(sorted({rows_for(n) for n in range(1, MAX_DECODE_TOKENS + 1)}))
 PROMPT_TOKENS = (MAX_DECODE_TOKENS + 1, 32, 33, 64, 65, 129, *sorted(PROMPT_CHUNKS))
 CACHE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8": torch.uint8}
+MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)  # of a launch along x, y and z, on every GPU (CUDA's programming guide)
 _PAGES = 512  # of the cache: 32,768 positions
 _META = torch.device("meta")
 
@@ -119,7 +120,8 @@ def _recording(found: list[Launch]) -> Iterator[None]:
     run = JITFunction.run
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        assert all(size > 0 for size in grid), (kernel.__name__, grid)
+        allowed = all(0 < size <= most for size, most in zip(grid, MOST_PROGRAMS, strict=False))
+        assert allowed, (kernel.__name__, grid)
         found.append(Launch(kernel, args, kwargs, grid))
 
     JITFunction.run = record
@@ -262,13 +264,16 @@ class HybridPath:
         self.head.forward(x[:MAX_LOGITS])
 
     def experts(self, num_tokens: int) -> None:
-        """A prompt's: choices by rows as far as there are rows, and those of a group of streamed experts beyond."""
+        """A prompt's: choices by rows as far as there are rows, and those of a group of streamed experts beyond; all at
+        once with the CPU's bits, as `--reproducible` has them where a few experts are chosen by all tokens."""
         c = self.config
         num_choices = num_tokens * c.num_experts_used
         has_rows = num_tokens <= ROW_TOKENS
         choice = self._int32(num_choices if has_rows else num_choices * STREAM_EXPERTS // c.num_experts)
         normed = self._x(num_tokens)
         rows = self.hit_rows(1, normed, choice)
+        every = self._int32(num_choices)
+        self.kernels.expert_choices(normed, self._slots, self._form, every, every, is_exact=True)
         shared = self.layers[1].shared_expert(normed)
         weights = torch.empty((num_tokens, c.num_experts_used), device=_META)
         if has_rows:

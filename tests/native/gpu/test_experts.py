@@ -107,16 +107,18 @@ def test_many_choices(types, size, device):
     assert error.max() < 3e-2, error
 
 
-def test_few_experts_of_a_long_prompt(device):
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_few_experts_of_a_long_prompt(is_exact, device):
     """Fewer choices than tokens: the rows that they name are taken out first, with the same result."""
     rng = np.random.default_rng(25)
     slots = slots_of(("Q8_0", "Q8_0", "Q8_0"), 3, 64, 32)
     x = rng.standard_normal((60, 64)).astype(np.float32)
-    chosen = rng.choice([-1, 0, 2], GROUPED_CHOICES).astype(np.int32)
-    tokens = rng.integers(0, GROUPED_CHOICES, GROUPED_CHOICES).astype(np.int32)
+    num_choices = 5 if is_exact else GROUPED_CHOICES
+    chosen = rng.choice([-1, 0, 2], num_choices).astype(np.int32)
+    tokens = rng.integers(0, num_choices, num_choices).astype(np.int32)
     where = (on(device, slots.data), slots.form, on(device, chosen), on(device, tokens))
-    long, short = (expert_choices(on(device, rows), *where) for rows in (x, x[:GROUPED_CHOICES]))
-    assert torch.equal(long[on(device, chosen >= 0)], short[on(device, chosen >= 0)])
+    long, short = (expert_choices(on(device, rows), *where, is_exact=is_exact) for rows in (x, x[:num_choices]))
+    assert (chosen >= 0).any() and torch.equal(long[on(device, chosen >= 0)], short[on(device, chosen >= 0)])
 
 
 def test_no_choices(device):
