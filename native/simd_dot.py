@@ -220,9 +220,7 @@ def sum_small(typingctx, acc):
     return i32x16(_SMALL), codegen
 
 
-# Sums of a row
-# ---------------------------------------------------------------------------------------------------------- Where
-# registers are few and hold 32 bytes, a row's sum takes one of them, not two.
+# Sums of a row: where registers are few and hold 32 bytes, one of them, not two.
 
 _IS_NARROW = sum_order().row_lanes == 8
 zero_row, sum_row = (zero_f32x8, sum_f32x8) if _IS_NARROW else (zero_f32x16, sum_f32x16)

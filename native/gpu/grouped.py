@@ -55,8 +55,7 @@ class Groups:
 @triton.jit
 def grouped_kernel(
     x, data, out, table, order, token_of_choice, slot_of_block, first_of_block, end_of_block, num_rows, num_blocks,
-    x_stride,
-    out_stride, offset, slot_stride, row_stride,
+    x_stride, out_stride, offset, slot_stride, row_stride,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, FACTOR: tl.constexpr,
     IS_GATHERED: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,

@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 OLDEST_CAPABILITY = (8, 0)
-OLDEST_DRIVERS = {
-    11: "450",
-    12: "525",
-    13: "580",
-}  # of NVIDIA's for Linux, by the CUDA they serve all minor versions of
+OLDEST_DRIVERS = {11: "450", 12: "525", 13: "580"}  # NVIDIA's for Linux that serve all minor versions of a CUDA
 _OWN_DRIVER_TRITONS = ((3, 5), (3, 9))  # whose questions to a driver `cuda_driver` answers: read and tested
 _COMPILER_PACKAGES = {
     "debian": "sudo apt install gcc python3-dev",

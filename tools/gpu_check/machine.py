@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +114,7 @@ def _ram_read() -> None:
     from kimi_lite.hardware.host import usable_cores
 
     cores = usable_cores().num_usable
-    tell("ram_read", measure_ram(cores, 0.5) / 1e9, "GB/s", cores=cores, headers=sysconfig.get_paths()["include"])
+    tell("ram_read", measure_ram(cores, 0.5) / 1e9, "GB/s", cores=cores)
 
 
 def _bandwidths(torch) -> None:
