@@ -210,12 +210,17 @@ def _cache_bias(options: "Options", situation: Situation) -> str:
 
 def _deferral(options: "Options", situation: Situation) -> str:
     if reason := _on_gpu(options, situation) or _experts(options, situation):
-        return f"{reason}, so nothing runs beside the experts" if reason == "no GPU is used" else reason
+        return f"{reason}, so nothing runs while experts are computed" if reason == "no GPU is used" else reason
     if not options.num_deferred_experts:
         return ""
     if situation.is_from_disk:
         return "experts come from the disk when they are chosen"
     return "" if situation.is_split or situation.has_ram_experts else "all experts are in VRAM"
+
+
+def _parallel(options: "Options", situation: Situation) -> str:
+    is_one_by_one = options.is_reproducible and situation.is_on_gpu and options.num_sequences > 1
+    return "with --reproducible there is one request at a time" if is_one_by_one else ""
 
 
 def _prefix_bytes(options: "Options", situation: Situation) -> str:
@@ -348,6 +353,7 @@ class Options:
         kind="integer",
         least=1,
         most=256,
+        unused=_parallel,
         panel=SERVER,
         commands=("serve",),
         default=1,

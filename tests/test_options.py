@@ -261,3 +261,20 @@ def test_every_option_has_an_effect_or_a_line(name, value, has_gpu, is_from_disk
         return  # asks for what is so
     assert changes or lines, (name, situation)
     assert not (changes and lines), (lines, situation)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("is_reproducible", [False, True])
+def test_reproducible_answers_one_request_at_a_time(has_gpu, is_reproducible, tmp_path_factory):
+    """On a GPU, and then the cache has no memory for more either, which --parallel is told."""
+    sizes, here = model(tmp_path_factory.getbasetemp())
+    gpu = Gpu("a GPU", 24 * GIB, 23 * GIB, 900e9, 23e9) if has_gpu else None
+    hardware = replace(described(here, 16 * GIB, None, num_cores=8), gpu=gpu)
+    one, four = (
+        make_plan(sizes, hardware, Options(num_sequences=count, is_reproducible=is_reproducible)) for count in (1, 4)
+    )
+    is_one_by_one = has_gpu and is_reproducible
+    assert four.situation.num_running == (1 if is_one_by_one else 4)
+    assert four.num_cache_pages == one.num_cache_pages * four.situation.num_running
+    given = replace(four.limits, given={"num_sequences": "--parallel"})
+    assert bool(unused_options(given, situation_of(four, given))) == is_one_by_one

@@ -69,7 +69,7 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
         holdings=holdings,
         plan=plan,
         max_context_length=config.context_length,
-        max_running=1 if options.is_reproducible and plan.is_on_gpu else options.num_sequences,
+        max_running=plan.situation.num_running,
         max_gap_s=options.max_gap_s,
         vision=vision,
     )

@@ -61,10 +61,8 @@ class ExpertCosts:
             for old, new in zip(self._sums, (1, mean, mean * mean, each_s, mean * each_s), strict=True)
         ]
         count, choices, squares, right, right_choices = self._sums
-        hold, hold_choices = (
-            1e-3 * count,
-            1e-3 * squares,
-        )  # of what is known, where the layers so far do not tell the two apart
+        # Of what is known, where the layers so far do not tell the two apart
+        hold, hold_choices = 1e-3 * count, 1e-3 * squares
         a, c = count + hold, squares + hold_choices
         b, d = right + hold * self.cpu_s, right_choices + hold_choices * self.choice_s
         determinant = a * c - choices * choices

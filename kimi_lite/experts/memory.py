@@ -14,6 +14,7 @@ from kimi_lite.units import gib
 BLOCK_BYTES = 4096  # what O_DIRECT asks for; more than most disks need
 RING_BYTES = 16 << 20  # of a prompt stream's pinned pieces, where MIN_PIECES take no more: what a CPU's cache holds
 MIN_PIECES = 4
+NUM_STAGINGS = 4  # pinned buffers of an expert each, for those on their way to slots in VRAM
 _HUGE_BYTES = 1 << 22  # from here on huge pages are worth asking for
 
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
+from kimi_lite.experts.memory import NUM_STAGINGS
 from kimi_lite.experts.policy import LEAST_GAIN, SWAP_WEIGHTS, HeatPolicy, Promotion
 from kimi_lite.experts.store import ExpertStore
+from kimi_lite.native.turn_cells import MAX_TOKENS
 
-_NUM_STAGINGS = 4  # pinned buffers
 _MOST_ON_WAY, _SHARE_ON_WAY = 64, 16  # promotions; and at most one slot of so many, as it is of no use meanwhile
-_MOST_DECODING = 16  # tokens: a longer pass is a prompt's
 
 
 @dataclass(slots=True, eq=False)
@@ -66,11 +66,11 @@ class VramSlots:
         self.table = make_table(streams, index.num_layers, index.num_experts) if table is None else table
         self._host_table = np.full((index.num_layers, index.num_experts), -1, np.int32)
         self._stagings: Queue[tuple[torch.Tensor, Event | None]] = Queue()
-        for _ in range(_NUM_STAGINGS):
+        for _ in range(NUM_STAGINGS):
             self._stagings.put((streams.pinned((index.vram_slot_bytes,), torch.uint8), None))
         self._queue: Queue[_Upload | None] = Queue()
         self._uploads: deque[_Upload] = deque()  # in the order of the queue
-        self._most_on_way = min(_MOST_ON_WAY, max(_NUM_STAGINGS, num_slots // _SHARE_ON_WAY))
+        self._most_on_way = min(_MOST_ON_WAY, max(NUM_STAGINGS, num_slots // _SHARE_ON_WAY))
         self._renamed: dict[tuple[int, int], int] = {}  # what the device's table does not say yet
         self._num_steps = 0.0
         self.num_hits = self.num_misses = self.num_promotions = self.num_cancelled = 0
@@ -107,7 +107,7 @@ class VramSlots:
         """Between steps: what has arrived becomes visible, up to `budget` promotions begin, each of which must be
         expected to bring `least_gain` hits. Returns how many began."""
         self._num_steps += num_tokens
-        if num_tokens > _MOST_DECODING:
+        if num_tokens > MAX_TOKENS:  # a prompt's pass
             self.policy.forget_swaps()
         self._publish_arrived()
         budget = min(budget, self._most_on_way - len(self._uploads))
@@ -136,7 +136,7 @@ class VramSlots:
             if on_progress:
                 on_progress(done, len(wanted))
             self._start([promotion])
-            while len(self._uploads) == _NUM_STAGINGS:
+            while len(self._uploads) == NUM_STAGINGS:
                 self._wait_for_first()
         self.finish()
         self.policy.forget_swaps()

@@ -81,7 +81,7 @@ def lay_out(situation: PlanInputs) -> Plan:
     limits = situation.limits
     if limits.dense_type != "auto":
         return _lay_out(situation, limits.dense_type)
-    kinds = FITTING if situation.hardware.gpu is not None and limits.allows_gpu else FITTING[:1]
+    kinds = FITTING if situation.is_on_gpu else FITTING[:1]
     plans = [_lay_out(situation, kind) for kind in kinds]
     best = next((at for at, plan in enumerate(plans) if plan.fits_in("VRAM")), len(plans) - 1)
     finer, coarser = plans[best - 1] if best else None, plans[best + 1] if best + 1 < len(plans) else None
@@ -92,12 +92,12 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
     """With the dense weights in this type in VRAM."""
     hardware, limits = situation.hardware, situation.limits
     sizes = situation.sizes.with_dense_type(dense_type)
-    is_on_gpu = hardware.gpu is not None and limits.allows_gpu
+    is_on_gpu = situation.is_on_gpu
     context_length = choose_context(sizes, limits.context_length)
     num_threads, warning = _choose_threads(hardware, limits)
     budgets = find_budgets(hardware, limits, is_on_gpu)
     have_bytes = next(budget.have_bytes for budget in budgets if budget.place == "RAM")
-    num_pages = limits.num_sequences * -(-context_length // PAGE_TOKENS)
+    num_pages = situation.num_running * -(-context_length // PAGE_TOKENS)
     page_bytes = PAGE_TOKENS * bytes_per_token(sizes.config, limits.kv_dtype)
     on_gpu, chunk, num_slots, num_spilled = [], STEP_TOKENS, 0, 0
     if is_on_gpu:

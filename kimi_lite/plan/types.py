@@ -32,6 +32,20 @@ class PlanInputs:
     limits: Options = field(default_factory=Options)
     file_bytes: int = 0  # what must still be written to the machine's disk; 0 for a file that is there
 
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.hardware.gpu is not None and self.limits.allows_gpu
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether only one request may run at a time: on a GPU bits depend on what else is in a batch."""
+        return self.limits.is_reproducible and self.is_on_gpu
+
+    @property
+    def num_running(self) -> int:
+        """Requests at the same time, each with a whole context."""
+        return 1 if self.is_one_by_one else self.limits.num_sequences
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
@@ -186,7 +200,7 @@ class Plan:
             "types": self.sizes.label,
             "weights_bytes": self.sizes.total_bytes,
             "kv_dtype": self.limits.kv_dtype,
-            "num_sequences": self.limits.num_sequences,
+            "num_sequences": self.situation.num_running,
             "slot_bytes": self.sizes.slot_bytes,
             "num_experts": self.sizes.num_experts,
             "process_bytes": self.process_bytes,

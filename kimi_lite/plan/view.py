@@ -209,7 +209,7 @@ def _loss(dense_type: str) -> str:
 
 
 def _remark(plan: Plan, place: Place, part: str) -> str:
-    sizes, num_sequences = plan.sizes, plan.limits.num_sequences
+    sizes, num_sequences = plan.sizes, plan.situation.num_running
     if (place, part) == ("VRAM", DENSE):
         size = sizes.gpu[plan.dense_type]
         return "in " + " + ".join(name for name, taken in size.bytes_by_type if taken > 0.1 * size.num_bytes)

@@ -7,9 +7,11 @@ the whole with what a loaded model really takes.
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.sizes import ModelSizes
-from kimi_lite.experts.memory import BLOCK_BYTES, MIN_PIECES, RING_BYTES
+from kimi_lite.experts.memory import BLOCK_BYTES, MIN_PIECES, NUM_STAGINGS, RING_BYTES
 from kimi_lite.hardware.machine import CUDA_BYTES, Gpu
 from kimi_lite.kv.host import fitting_pages
+from kimi_lite.native.gpu.pieces import DECODED_WEIGHTS
+from kimi_lite.native.turn_cells import MAX_TOKENS
 from kimi_lite.units import MIB
 
 STEP_TOKENS = 512  # of one forward pass on the CPU
@@ -20,10 +22,9 @@ _PROGRAM_BYTES = 155 * MIB  # Python, Numba and LLVM with kernels from the cache
 _KERNEL_BYTES = MIB  # compiled code of a type of weights
 _VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 900  # a token; an expert's line in the tables, its views in RAM
 EXPANDED_BYTES = 512 * MIB  # keys and values of expanded attention that exist at a time on a GPU
-DECODED_BYTES = 128 * MIB  # of a matrix in bfloat16 that exist at a time for a product (native.gpu.linear)
 _WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
-_PROMOTIONS, _LOADING_BYTES = 4, 64 * MIB
-_ROW_TOKENS, _DECODE_TOKENS = 512, 16  # of a batch whose every choice has a row; of a captured step
+LOADING_BYTES = 64 * MIB  # of pinned memory, through which dense weights come
+ROW_TOKENS = 512  # of a batch whose every choice has a row on the host: 117 MB for Kimi K2.5
 SENT_ROWS = 512  # of the CPU's products in a prompt, that cross the bus together
 _GPU_SLACK_BYTES, _GPU_SHARE = 188 * MIB, 0.02  # small things; what allocation leaves between pieces
 _DISPLAY_BYTES = 1024 * MIB  # a browser and another window, opened while the model is loaded
@@ -83,11 +84,11 @@ def gpu_work_bytes(sizes: ModelSizes, chunk_tokens: int, context_length: int) ->
     row for every chosen expert; a matrix that is decoded for its product; two groups of streamed experts."""
     c = sizes.config
     choices = c.num_experts_used * (4 * c.hidden_size + 6 * c.expert_feed_forward_size)
-    attention = 2 * c.num_heads * (c.qk_head_dim + c.v_head_dim) + 4 * c.kv_latent_size
-    dense = 6 * c.feed_forward_size if c.num_dense_layers else 0
+    attention = c.num_heads * (8 * c.qk_head_dim + 2 * c.v_head_dim) + 4 * c.kv_latent_size  # queries twice, heads
+    dense = 10 * c.feed_forward_size if c.num_dense_layers else 0  # gate and up in float32, their product in bfloat16
     expanded = _expanded_bytes(c, context_length)
     phases = max(chunk_tokens * attention + expanded, chunk_tokens * max(choices, dense))
-    pieces = DECODED_BYTES + 4 * _LOGITS_ROWS * c.vocab_size + stream_bytes(sizes)
+    pieces = 2 * DECODED_WEIGHTS + 4 * _LOGITS_ROWS * c.vocab_size + stream_bytes(sizes)
     return chunk_tokens * 10 * c.hidden_size + phases + pieces
 
 
@@ -120,16 +121,16 @@ def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
     """Memory that the GPU reads by itself: the ring of a prompt's stream, promotions, weights while they load,
     activations for the CPU and its rows."""
     c = sizes.config
-    rows = min(_ROW_TOKENS, chunk_tokens) * c.num_experts_used * c.hidden_size
+    rows = min(ROW_TOKENS, chunk_tokens) * c.num_experts_used * c.hidden_size
     blocks = [
         max(RING_BYTES, MIN_PIECES * sizes.slot_bytes // 2) + BLOCK_BYTES,  # a piece: a matrix, at most half an expert
-        *([sizes.slot_bytes] * _PROMOTIONS),
-        _LOADING_BYTES,
+        *([sizes.slot_bytes] * NUM_STAGINGS),
+        LOADING_BYTES,
         4 * chunk_tokens * c.hidden_size,
         4 * chunk_tokens * c.num_experts_used,
         4 * rows,
         *([4 * SENT_ROWS * c.hidden_size] * 2),
-        4 * _DECODE_TOKENS * c.vocab_size,
+        4 * MAX_TOKENS * c.vocab_size,
     ]
     return sum(map(pinned_block_bytes, blocks))
 

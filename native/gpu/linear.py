@@ -19,12 +19,12 @@ import torch
 from kimi_lite.native.gpu.dequant import dequantize
 from kimi_lite.native.gpu.formats import FLOATS, weights_of
 from kimi_lite.native.gpu.matvec import MAX_TOKENS, matvec
+from kimi_lite.native.gpu.pieces import DECODED_WEIGHTS
 from kimi_lite.native.gpu.product import q8_0_product
 from kimi_lite.native.layouts import BY_NAME
 
 FEW_TOKENS = 4  # beyond, rows would be read again for each token from the GPU's cache
 MANY_TOKENS = 512  # from here on decoding a matrix first is cheaper (an RTX 4090's bandwidth against its tensor cores)
-PIECE_WEIGHTS = 64 << 20  # that are decoded at a time: 128 MiB of bfloat16
 
 
 def linear(
@@ -55,7 +55,7 @@ def linear(
         q8_0_product(x, data, out)
     else:
         x = x.to(torch.bfloat16)
-        step = max(1, PIECE_WEIGHTS // k)
+        step = max(1, DECODED_WEIGHTS // k)
         for first in range(0, num_rows, step):
             rows = slice(first, first + step)
             _product_bfloat16(x, _decoded(data[rows], layout_name, torch.bfloat16), out[:, rows])

@@ -9,7 +9,7 @@ from kimi_lite.arch.tensors import open_model, tensor_shapes
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.model.hybrid.attention import heads_at_a_time
-from kimi_lite.native.gpu.linear import PIECE_WEIGHTS
+from kimi_lite.native.gpu.pieces import DECODED_WEIGHTS
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.options import Options
 from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS, cpu_work_bytes, gpu_work_bytes
@@ -74,8 +74,8 @@ def test_a_chunk_attends_to_the_whole_context(chunk, context_length):
     sizes = sizes_of(c, ((name, shape, BY_NAME["Q8_0"]) for name, shape in tensor_shapes(c).items()))
     heads = heads_at_a_time(c, context_length, 2)
     keys_and_values = heads * context_length * (192 + 192) * 2
-    attending = keys_and_values + chunk * (4 * c.hidden_size + 64 * (192 + 128) * 2)
+    attending = keys_and_values + chunk * (4 * c.hidden_size + 64 * (192 * 8 + 128 * 2))
     choosing = chunk * (4 * c.hidden_size + 8 * 4 * c.hidden_size)
     found = gpu_work_bytes(sizes, chunk, context_length)
-    assert found >= max(attending, choosing) + 2 * PIECE_WEIGHTS + 2 * STREAM_EXPERTS * sizes.slot_bytes
-    assert found <= 1.9 * (max(attending, choosing) + 2 * PIECE_WEIGHTS + 2 * STREAM_EXPERTS * sizes.slot_bytes)
+    assert found >= max(attending, choosing) + 2 * DECODED_WEIGHTS + 2 * STREAM_EXPERTS * sizes.slot_bytes
+    assert found <= 1.9 * (max(attending, choosing) + 2 * DECODED_WEIGHTS + 2 * STREAM_EXPERTS * sizes.slot_bytes)

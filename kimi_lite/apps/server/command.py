@@ -132,7 +132,8 @@ def _say_ready(engine: Engine, options: Options, listener: socket.socket, status
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     width = line_width(status)
-    mode = f"{options.num_sequences} requests at a time"
+    num_running = engine.plan.situation.num_running if engine.plan else options.num_sequences
+    mode = "one request at a time" if num_running == 1 else f"{num_running} requests at a time"
     lines = start_panel(engine.plan, mode, f"{address}/v1", width=width) if engine.plan else []
     lines += [*(engine.plan.warnings if engine.plan else ())]
     if engine.plan:

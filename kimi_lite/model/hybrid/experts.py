@@ -21,13 +21,12 @@ from kimi_lite.experts.vram import VramSlots
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.model.cpu.experts import layer_experts
-from kimi_lite.model.cpu.layers import check_deferral
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts
 from kimi_lite.model.hybrid.kernels import Kernels
-from kimi_lite.model.hybrid.routed import ROW_TOKENS, RoutedExperts
+from kimi_lite.model.hybrid.routed import RoutedExperts
 from kimi_lite.model.hybrid.streamed import StreamedExperts
 from kimi_lite.plan.types import Plan
-from kimi_lite.plan.workspace import STREAM_EXPERTS, gpu_work_bytes
+from kimi_lite.plan.workspace import ROW_TOKENS, STREAM_EXPERTS, gpu_work_bytes
 from kimi_lite.units import gib_apart
 
 
@@ -83,7 +82,6 @@ def open_experts(
         slots.fill(partial(report, "bringing experts into VRAM"))
         is_helped = cpu.holds_all and not slots.holds_all  # by the CPU, with experts that it need not wait for
         num_deferred = options.num_deferred_experts if is_helped else 0
-        check_deferral(config, num_deferred)
         opened.pop_all()  # from now on the routed experts' own `close` does it
     return RoutedExperts(
         streams,

@@ -14,8 +14,9 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.index import RoutedLayer
 from kimi_lite.model.hybrid.turns import Turn
 from kimi_lite.native.gpu.arguments import ChoiceRows, Routes
+from kimi_lite.native.turn_cells import MAX_TOKENS
 
-MAX_DECODE_TOKENS = 16  # with float32 activations; steps up to here are captured
+MAX_DECODE_TOKENS = MAX_TOKENS  # with float32 activations; steps up to here are captured
 
 
 @dataclass(frozen=True, slots=True, eq=False)

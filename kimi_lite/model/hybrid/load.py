@@ -32,8 +32,8 @@ def load_hybrid(
 ) -> tuple[HybridTransformer, KVCache]:
     """Raises KimiLiteError where less VRAM is free than the plan was made for, or where the GPU fails."""
     heat_file = heat_path(store.path) if plan.limits.keeps_heat else None
-    fewer = f"allow fewer experts there (--gpu-experts {plan.num_vram_slots * 3 // 4})"
-    remedy = f"Close what else uses the GPU, {fewer}, or try a shorter context (-c) or --device cpu."
+    fewer = f", allow fewer experts there (--gpu-experts {plan.num_vram_slots * 3 // 4})" if plan.num_vram_slots else ""
+    remedy = f"Close what else uses the GPU{fewer}, or try a shorter context (-c) or --device cpu."
     with told("while the model was loaded", remedy):
         streams = GpuStreams(device, plan.limits.vram_bytes)
         kv = make_device_cache(config, plan, streams, prefixes)

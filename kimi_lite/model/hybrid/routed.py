@@ -33,8 +33,8 @@ from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels
 from kimi_lite.model.hybrid.served import MissServer
 from kimi_lite.model.hybrid.streamed import ExpertChoice, StreamedExperts
 from kimi_lite.model.hybrid.turns import TakenTurn, Turn, TurnMemory
+from kimi_lite.plan.workspace import ROW_TOKENS
 
-ROW_TOKENS = 512  # up to here every choice has a row: 117 MB for Kimi K2.5
 MIN_STREAM_TOKENS = 32  # below, an upload is never worth it
 
 

@@ -25,7 +25,7 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
 from kimi_lite.model.cpu.attention import mla_shape
-from kimi_lite.model.cpu.layers import check_sizes
+from kimi_lite.model.cpu.layers import check_deferral, check_sizes
 from kimi_lite.model.cpu.weights import check_types, compile_kernels
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeStep, pages_for, rows_for
@@ -69,10 +69,12 @@ class HybridTransformer:
         report = on_progress or (lambda stage, done, total: None)
         check_types(store)
         check_sizes(config)
+        check_deferral(config, plan.limits.num_deferred_experts)
         compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
         self.config, self.kv = config, kv
         self._streams, self._kernels = streams, kernels
         self.max_batch_tokens = self._pass_tokens = plan.prompt_chunk_tokens  # the second ends where memory did
+        self._remedy = "allow fewer experts there: --gpu-experts" if plan.num_vram_slots else "a shorter context: -c"
         self._maker = StepMaker(config, streams)
         self._shape = mla_shape(config)
         self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
@@ -144,24 +146,26 @@ class HybridTransformer:
             self._streams.enter_thread()
             self._thread = threading.get_ident()
         try:
-            return self._forward_parts(batch, should_stop)
+            return self._forward_parts(batch, should_stop, self._pass_tokens)
         except GpuMemoryEnded as error:
             _log.warning("%s; trying half at a time.", error.message)
         self._drop_steps()  # behind the `except`: the error holds what the pass had allocated
-        self._pass_tokens = max(1, min(num_tokens, self._pass_tokens) // 2)
-        return self._forward_parts(batch, should_stop)
+        fewer = max(1, min(num_tokens, self._pass_tokens) // 2)
+        if num_tokens > MAX_DECODE_TOKENS:  # a captured step that finds no memory says nothing of prompts
+            self._pass_tokens = max(MAX_DECODE_TOKENS, fewer)
+        return self._forward_parts(batch, should_stop, fewer)
 
-    def _forward_parts(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
-        """As many tokens at a time as have not been too many yet."""
-        logits = [self._forward_part(part, should_stop) for part in batch.parts(self._pass_tokens)]
+    def _forward_parts(self, batch: Batch, should_stop: Callable[[], bool] | None, most: int) -> np.ndarray:
+        """Up to `most` tokens at a time."""
+        logits = [self._forward_part(part, should_stop) for part in batch.parts(most)]
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def _forward_part(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
         """One pass; one that ends half-way leaves nothing behind."""
         num_tokens = len(batch.token_ids)
         is_short = num_tokens <= MAX_DECODE_TOKENS
-        if self.experts and self.experts.num_deferred:  # never of a prompt: the cache would keep it
-            is_short = is_short and is_decoding(batch)
+        if self.experts and self.experts.num_deferred:  # never of a prompt, its last token included: the cache keeps it
+            is_short = is_short and batch.num_generated == num_tokens
         try:
             with self._failures_told(f"in a pass over {counted(num_tokens, 'token')}"):
                 self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before
@@ -184,7 +188,7 @@ class HybridTransformer:
     def _failures_told(self, doing: str) -> Iterator[None]:
         """What fails on the GPU becomes a sentence, and what breaks it is remembered."""
         try:
-            with told(doing, "Close what else uses the GPU, or allow fewer experts there: --gpu-experts."):
+            with told(doing, f"Close what else uses the GPU, or {self._remedy}."):
                 yield
         except GpuBroken as error:
             self._streams.failure = error

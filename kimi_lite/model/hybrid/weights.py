@@ -19,8 +19,8 @@ from kimi_lite.model.cpu.weights import vector
 from kimi_lite.model.hybrid.encode import encode
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, DenseMatrix, Kernels
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.plan.workspace import LOADING_BYTES
 
-_STAGING_BYTES = 64 * 1024**2
 _ENCODED_WEIGHTS = 1 << 23  # at a time: the search for scales holds ten float32 copies
 
 
@@ -29,7 +29,7 @@ class DenseWeights:
 
     def __init__(self, store: GGUFStore, streams: GpuStreams, kernels: Kernels, dense_type: str) -> None:
         self._store, self._streams, self._kernels, self.dense_type = store, streams, kernels, dense_type
-        self._staging = streams.pinned((_STAGING_BYTES,), torch.uint8)
+        self._staging = streams.pinned((LOADING_BYTES,), torch.uint8)
         self.num_bytes = 0
 
     def matrix(self, *names: str) -> DenseMatrix:
@@ -118,7 +118,7 @@ class DenseWeights:
     def _uploaded(self, tensor: TensorView, most_rows: int = 1 << 31) -> Iterator[torch.Tensor]:
         """uint8 (rows, row_bytes) on the device, as many rows at a time as the staging holds."""
         rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-        step = max(1, min(_STAGING_BYTES // rows.shape[1], most_rows))
+        step = max(1, min(LOADING_BYTES // rows.shape[1], most_rows))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             np.copyto(self._staging.numpy()[: part.size].reshape(part.shape), part)

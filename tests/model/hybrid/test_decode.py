@@ -146,6 +146,7 @@ def test_a_launch_that_fails_leaves_nothing_behind(error, path, ids):
                     runner.decode(ids[:1])
             assert kernels.left <= 0
         assert np.array_equal(runner.decode(ids[:4]), want)
+        assert runner.transformer._pass_tokens == runner.transformer.max_batch_tokens, "prompts are as they were"
 
 
 class Silent(StandInKernels):

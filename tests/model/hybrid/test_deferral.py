@@ -69,8 +69,10 @@ def test_several_sequences_at_once(path, ids):
 def test_prompts_are_never_deferred(path, ids):
     """Not even their tails of a few tokens, which run as decode steps do where nothing is deferred."""
     with HybridRunner(path) as plain, HybridRunner(path, num_deferred_experts=2) as runner:
-        for count in (30, 7):
+        for count in (30, 7, 1):
             assert relative_error(runner.prefill(ids[:count]), plain.prefill(ids[:count])) < 2e-5
+        ends = [each.prefill(ids[7:8], start=7) for each in (plain, runner)]
+        assert relative_error(*ends) < 2e-5, "the one token that a cache did not have"
 
 
 def test_what_cannot_be_deferred(path, ids):

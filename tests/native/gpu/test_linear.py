@@ -90,7 +90,7 @@ def test_writes_where_it_is_told(name, num_tokens, device):
 def test_a_prompt_of_many_tokens(name, dtype, device, monkeypatch):
     """Decoded some rows at a time, the last piece shorter; a bfloat16 matrix is used where it lies."""
     rows, x, k, expected, size = _case(name, 7, MANY_TOKENS, device, dtype)
-    monkeypatch.setattr(kimi_linear, "PIECE_WEIGHTS", 3 * k)
+    monkeypatch.setattr(kimi_linear, "DECODED_WEIGHTS", 3 * k)
     decoded = []
     monkeypatch.setattr(kimi_linear, "dequantize", lambda *given: decoded.append(given) or dequantize_rows(*given))
     actual = linear(x, apart(device, rows, 4), name, k)

@@ -100,11 +100,16 @@ def _opener(chat: Chat) -> Callable[[Options, Console, Callable[[str], None]], B
 
 @contextmanager
 def _parallel(chat: Chat, num_sequences: int) -> Iterator[None]:
-    """Inside the block the engine of the conversation, which has one sequence, takes more: they share its context."""
+    """Inside the block the engine of the conversation, which has one sequence, takes more, which share its context; not
+    with --reproducible."""
     if not isinstance(chat.conversation, Session):
         yield
         return
-    scheduler = chat.conversation.engine.scheduler
+    engine = chat.conversation.engine
+    if engine.plan and engine.plan.situation.is_one_by_one:
+        yield
+        return
+    scheduler = engine.scheduler
     before, scheduler.max_running = scheduler.max_running, num_sequences
     try:
         yield
