@@ -126,12 +126,18 @@ def point_value(point, PLANE: tl.constexpr):
 
 
 @triton.jit
-def even_sign(seven, PLACE):
-    """Bit `PLACE` of seven sign bits whose eighth makes their number even."""
+def even_signs(seven):
+    """Eight sign bits: seven, and an eighth that makes their number even."""
     parity = seven ^ (seven >> 4)
     parity = parity ^ (parity >> 2)
     parity = (parity ^ (parity >> 1)) & 1
-    return ((seven | (parity << 7)) >> PLACE) & 1
+    return seven | (parity << 7)
+
+
+@triton.jit
+def even_sign(seven, PLACE):
+    """Bit `PLACE` of those."""
+    return (even_signs(seven) >> PLACE) & 1
 
 
 @triton.jit

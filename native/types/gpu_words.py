@@ -71,15 +71,6 @@ def negated(codes, signs):
 
 
 @triton.jit
-def even_signs(seven):
-    """Eight sign bits: seven, and an eighth that makes their number even."""
-    parity = seven ^ (seven >> 4)
-    parity = parity ^ (parity >> 2)
-    parity = (parity ^ (parity >> 1)) & 1
-    return seven | (parity << 7)
-
-
-@triton.jit
 def sum_of_32(sums, group):
     """int32: the sum of the activations of a group of 32."""
     return tl.load(sums + 2 * group) + tl.load(sums + 2 * group + 1)

@@ -71,7 +71,7 @@ class Machine:
         return cls(**{**found, "num_cores": int(found["num_cores"])})
 
     def num_slots(self, bits: float) -> int:
-        """Experts that fit on the GPU beside everything else."""
+        """Experts that fit on the GPU with everything else."""
         dense_gb = K2_5.other_parameters * _DENSE_BITS / 8e9
         free_gb = max(0.0, self.vram_gb - dense_gb - _WORK_GB - _CACHE_GB)
         return min(K2_5.num_moe_layers * K2_5.num_experts, int(free_gb / expert_gb(bits)))

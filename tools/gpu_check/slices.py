@@ -189,8 +189,8 @@ def _once(model: HybridTransformer) -> float:
 
 def _extrapolate(settings: Settings, token_s: float, once_s: float) -> None:
     """60 layers from those of the slice: an estimate. What the host does once a token is counted with every layer, so
-    that it is a little too slow; K2.5's head is five times the slice's (1 ms more on a 4090), which is left out. Beside
-    it what the plan says of this machine with a desktop's memory."""
+    that it is a little too slow; K2.5's head is five times the slice's (1 ms more on a 4090), which is left out. Last,
+    what the plan says of this machine with a desktop's memory."""
     layer_s = (token_s - once_s) / settings.expert_layers
     whole_s = _LAYERS * layer_s + once_s
     tell("layer_0", layer_s * 1e6, "us", once_us=once_s * 1e6, review="1,330 on a 4090 with 80 GB/s")

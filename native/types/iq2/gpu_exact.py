@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from kimi_lite.native.types.gpu_parts import byte_at, half_at, offsets, word_at
-from kimi_lite.native.types.gpu_words import dot4, even_signs, negated, word2
+from kimi_lite.native.types.gpu_parts import byte_at, even_signs, half_at, offsets, word_at
+from kimi_lite.native.types.gpu_words import dot4, negated, word2
 from kimi_lite.native.types.iq2.layout import IQ2_S, IQ2_XS, IQ2_XXS
 
 _D, _QS = offsets(IQ2_XXS, "d", "qs")  # the same in all three

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from kimi_lite.native.types.gpu_parts import byte_at, half_at, offsets
-from kimi_lite.native.types.gpu_words import dot4, even_signs, negated, word2
+from kimi_lite.native.types.gpu_parts import byte_at, even_signs, half_at, offsets
+from kimi_lite.native.types.gpu_words import dot4, negated, word2
 from kimi_lite.native.types.iq3.layout import IQ3_S, IQ3_XXS
 
 _D, _QS = offsets(IQ3_XXS, "d", "qs")  # the same in both
