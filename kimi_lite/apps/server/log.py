@@ -67,22 +67,27 @@ class AnswerLog:
         logger.log(level, harmless(text))
 
 
-class _JsonLines(logging.Formatter):
-    """The server's own messages are JSON already; those of the model become it."""
+class _Lines(logging.Formatter):
+    """The server's own messages are as they should be; those of other parts become harmless, and JSON."""
+
+    def __init__(self, is_json: bool) -> None:
+        super().__init__("%(message)s" if is_json else "%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+        self._is_json = is_json
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         if record.name == logger.name:
             return message
+        if not self._is_json:
+            return harmless(message)
         return json.dumps({"time": round(record.created, 3), "message": harmless(message)}, ensure_ascii=False)
 
 
 def set_up(level: str, is_json: bool) -> AnswerLog:
-    """Log to stderr from `level` on: requests, and what the model says of itself."""
+    """Log to stderr from `level` on: requests, and what model, cache and images say of themselves."""
     handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    handler.setFormatter(_JsonLines("%(message)s") if is_json else plain)
-    for each in (logger, logging.getLogger("kimi_lite.model")):
+    handler.setFormatter(_Lines(is_json))
+    for each in (logger, logging.getLogger("kimi_lite")):
         each.handlers[:] = [handler]
         each.propagate = False
         each.setLevel(level.upper())
