@@ -55,7 +55,7 @@ def open_experts(
     heat = load_heat(heat_file, heat_shape(index)) if heat_file else None
     tables = {layer: experts.table for layer, experts in layers.items()}
     counts, group_size, num_slots = (
-        thread_counts(options.num_threads),
+        thread_counts(plan),
         min(STREAM_EXPERTS, config.num_experts),
         plan.num_vram_slots,
     )
@@ -115,9 +115,10 @@ def _require_vram(index: ExpertIndex, streams: GpuStreams, plan: Plan) -> None:
     )
 
 
-def thread_counts(num_threads: int | None) -> list[int]:
-    """Ascending: what the user said, or all cores and a few fewer, because the GPU's driver needs one now and then."""
-    if num_threads is not None:
-        return [num_threads]
+def thread_counts(plan: Plan) -> list[int]:
+    """Ascending: what the user said, as far as there are hardware threads, or all cores and a few fewer,
+    because the GPU's driver needs one now and then."""
+    if plan.limits.num_threads is not None:
+        return [plan.num_threads]
     most = usable_cores().num_usable
     return sorted({max(1, count) for count in (most, most - 1, most - 2, most * 3 // 4)})

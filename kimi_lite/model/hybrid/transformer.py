@@ -84,7 +84,7 @@ class HybridTransformer:
         slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
         self._load_dense(store, plan, slot_table, report)
         self.experts = open_experts(store, config, streams, kernels, plan, slot_table, report, heat_file, recorder)
-        self._adaptive = Adaptive(self.experts, thread_counts(plan.limits.num_threads))
+        self._adaptive = Adaptive(self.experts, thread_counts(plan))
         if streams.is_cuda:
             with self._closed_on_failure():
                 self.warm_up(report)

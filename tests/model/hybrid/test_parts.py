@@ -19,6 +19,7 @@ from kimi_lite.model.batch import Batch, SequenceSlice
 from kimi_lite.model.hybrid import attention as attention_module
 from kimi_lite.model.hybrid.attention import heads_at_a_time, latent_values
 from kimi_lite.model.hybrid.decode import Captured, pages_for, rows_for
+from kimi_lite.model.hybrid.experts import thread_counts
 from kimi_lite.model.hybrid.load import make_device_cache
 from kimi_lite.model.hybrid.step import StepMaker
 from kimi_lite.model.hybrid.transformer import HybridTransformer
@@ -97,6 +98,15 @@ class SmallGpu(GpuStreams):
 def open_with(store, config, plan, streams):
     kv = make_device_cache(config, plan, streams)
     return HybridTransformer(store, config, kv, streams, StandInKernels(), plan)
+
+
+def test_no_more_threads_start_than_the_plan_says(store, config):
+    """More than there are hardware threads would take turns at every barrier."""
+    plan = plan_for(store, config, Options(context_length=128, num_threads=64))
+    assert thread_counts(replace(plan, num_threads=3)) == [3]
+    model = open_with(store, config, replace(plan, num_threads=2), GpuStreams("cpu"))
+    assert (model.experts.num_threads, model.counters()["expert_threads"]) == (2, 2)
+    model.close()
 
 
 def test_what_is_allocated_is_what_the_plan_says(store, config):
