@@ -191,7 +191,7 @@ def inexact(ptx: str) -> list[str]:
     """The instructions on float32 that round otherwise than IEEE says, or that the assembler may fuse: those that name
     no rounding (PTX ISA, "add": only then may a product and a sum become one), flush denormals, or approximate."""
     names = sorted(set(re.findall(r"^\s*(?:@%p\d+ )?([a-z]\w*(?:\.\w+)*\.f32(?:x2)?)\b", ptx, re.MULTILINE)))
-    is_rounded = re.compile(r"(add|sub|mul|fma|div)\.rn\.f32(x2)?$|cvt\.rn\.f32|cvt\.f32\.f32")
+    is_rounded = re.compile(r"(add|sub|mul|fma|div)\.rn\.f32(x2)?$")
     rounds = re.compile(r"(add|sub|mul|fma|mad|div|rcp|sqrt|rsqrt|ex2|lg2|tanh|sin|cos)\b")
     return [name for name in names if rounds.match(name) and not is_rounded.match(name)]
 

@@ -47,11 +47,10 @@ class Inputs:
     pcie_gb_s: float = 23.0  # 4.0 x16, pinned
     cpu_share: float = 0.9  # of the RAM's bandwidth that the experts' kernels reach; all of it on quiet cores (LOG)
     hit_share: float = 0.0  # of choices that have a slot in VRAM
-    context: int = 1000  # positions
     small_us: float = 3.0  # a dependent kernel or copy in a graph: 2.5 to 4 (review of 26 November)
     product_us: float = 5.0  # a product's launch, ramp and tail: it lost 36 us in 7 of them (the same)
     route_us: float = 10.0  # eight dependent rounds of three reductions
-    attend_us: float = 6.0  # each of the two kernels of attention over a short context
+    attend_us: float = 6.0  # each of the two kernels of attention over a short context, some 1,000 positions
     flag_us: float = 1.5  # a flag through PCIe until the other side sees it
     barrier_us: float = 1.0  # 16 threads
     num_barriers: int = 5  # of a turn, once the choices are there: two operations', three inside the experts'

@@ -65,7 +65,7 @@ def test_no_time_is_below_the_bound(vram, ram, cpu_share, hits):
     inputs = Inputs(vram_gb_s=vram, ram_gb_s=ram, cpu_share=cpu_share, hit_share=hits)
     token, bound = token_us(STEP, "TQ1_0", inputs), bound_us(STEP, "TQ1_0", inputs)
     assert token > bound > 0
-    free = Inputs(vram, ram, 1e9, 1.0, hits, 1000, 0, 0, 0, 0, 0, 0, 0, 0)
+    free = Inputs(vram, ram, 1e9, 1.0, hits, 0, 0, 0, 0, 0, 0, 0, 0)
     assert token_us(STEP, "TQ1_0", free) == pytest.approx(bound_us(STEP, "TQ1_0", free))
 
 
