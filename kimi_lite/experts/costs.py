@@ -10,13 +10,21 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
 _MEMORY = 0.98  # weight of what was known, per observation: about the last 50 count
-_DOUBT = 0.995  # a layer: a quarter less after a chunk of 60
+_GAIN = 0.3  # weight of a new observation of the bus, and of either side beside the other
+_MOST_CONTENTION = 4.0  # a side that is slower than that beside the other is slower alone too
+_ALONE = 0.1  # of the CPU's time: less of it beside the bus is as good as none
+_MISFIT = 1.15  # times what was seen: what experts and choices are believed to take may be off by so much
+_TRIAL_EVERY = 30  # layers: half a chunk of Kimi K2.5
+_TRIAL_SHARE = 0.01  # of the time of all layers may be lost by trials
+_FIRST_SHARE = 0.03  # the same while the CPU was never seen alone
+_MOST_SAVED = 30.0  # layers' time that is saved for a trial
 _MIN_GAIN = 0.03  # a setting changes for at least this
 _QUIET_EVERY = 16  # steps: one of so many promotes nothing
 _NUM_PAIRS, _LEAST_PAIRS = 16, 4  # of neighbouring steps that tell what a promotion costs: two of 16 steps
@@ -24,36 +32,143 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 32, 128  # steps without promotions until they ar
 _TRIAL_STEPS, _TRIAL_PAIRS, _TRIAL_PROMOTIONS = 16, 6, 2  # at most; enough to judge by; in every second step
 
 
+class Trial(Enum):
+    """What a layer shows when it is not divided as is best, but so that costs stay known."""
+
+    CPU = "all on the CPU"
+    BUS = "all over the bus"
+    BOTH = "some on each side"
+
+
 @dataclass(slots=True)
 class ExpertCosts:
     """Seconds of an expert in a layer of a batch: `stream_s` over the bus, or `cpu_s` + `choice_s` for each token on
-    the CPU.
+    the CPU; and how much slower either side is while the other is at work, since both read the same RAM.
 
-    The first values are guesses of the right order (9 MB at 20 and 60 GB/s); the first layers replace them.
+    The first values are guesses of the right order (9 MB at 20 and 60 GB/s, no contention); the first layers replace
+    them. Where layers of a model differ in bytes, numbers of experts and choices are in units of a mean layer's. A side
+    is believed to be at most `_MOST_CONTENTION` times slower beside the other, so what was seen on one occasion bounds
+    what is believed of the other. What was not seen for long is tried again for at most 1 % of the time (`trial`).
     """
 
     stream_s: float = 4.5e-4
     cpu_s: float = 1.5e-4
     choice_s: float = 2.5e-5
+    cpu_slowdown: float = 1.0
     num_streams: int = 0
+    _stream_beside_s: float = 0.0
+    _is_seen_alone: bool = False  # the CPU
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of least squares: 1, n, n^2, s, n * s
+    _ages: dict[Trial, int] = field(default_factory=lambda: dict.fromkeys(Trial, _TRIAL_EVERY))  # layers since seen
+    _saved_s: float = 0.0  # what trials may cost now
 
-    def observe_stream(self, num_experts: int, elapsed_s: float) -> None:
-        """`num_experts` were streamed and multiplied in this time."""
-        if num_experts:
-            share = 0.3 if self.num_streams else 1.0
-            self.stream_s += share * (elapsed_s / num_experts - self.stream_s)
-            self.num_streams += 1
+    @property
+    def stream_beside_s(self) -> float:
+        """Seconds of an expert over the bus while the CPU computes."""
+        return min(max(self._stream_beside_s, self.stream_s), _MOST_CONTENTION * self.stream_s)
 
-    def doubt_stream(self) -> None:
-        """A layer streamed nothing: its cost becomes a little less believed, so that a bus that was slow once (the file
-        was not in memory yet) is tried again, with a few experts at first."""
-        self.stream_s *= _DOUBT
-
-    def observe_cpu(self, num_experts: int, num_choices: int, elapsed_s: float) -> None:
-        """The CPU computed `num_choices` (token, expert) pairs of `num_experts` experts in this time."""
-        if not num_experts:
+    def observe_stream(self, num_experts: float, elapsed_s: float, is_beside: bool = False) -> None:
+        """`num_experts` came over the bus in this time. is_beside: while the CPU computed others."""
+        if num_experts <= 0:
             return
+        gain = _GAIN * min(1.0, num_experts) if self.num_streams else 1.0
+        each_s = elapsed_s / num_experts
+        if is_beside:
+            beside_s = self.stream_beside_s
+            beside_s += gain * (each_s - beside_s)
+            lowest_s = beside_s / _MOST_CONTENTION if self.num_streams else beside_s
+            self.stream_s = min(max(self.stream_s, lowest_s), beside_s)
+            self._stream_beside_s = beside_s
+        else:
+            self.stream_s += gain * (each_s - self.stream_s)
+        self.num_streams += 1
+
+    def observe_cpu(self, num_experts: float, num_choices: float, elapsed_s: float, beside_s: float = 0.0) -> None:
+        """The CPU computed `num_choices` (token, expert) pairs of `num_experts` experts in this time. beside_s: of it,
+        while the bus was at work."""
+        if num_experts <= 0:
+            return
+        believed_s = num_experts * self.cpu_s + num_choices * self.choice_s
+        beside_s = min(beside_s, elapsed_s)
+        if beside_s < _ALONE * elapsed_s:
+            if not self._is_seen_alone:
+                self._scale(elapsed_s / believed_s)
+                self._sums = [_GAIN * value for value in self._sums]  # until now they were bounds
+            elif not 1 / _MISFIT < elapsed_s / believed_s < _MISFIT:
+                self._scale(1 + _GAIN * (elapsed_s / believed_s - 1))
+            self._is_seen_alone = True
+            self._fit(num_experts, num_choices, elapsed_s)
+            return
+        apart_s = elapsed_s - beside_s
+        if not self._is_seen_alone:  # it takes no longer alone
+            self._fit(num_experts, num_choices, elapsed_s)
+            believed_s = num_experts * self.cpu_s + num_choices * self.choice_s
+        alone_s = min(max(believed_s, apart_s + beside_s / _MOST_CONTENTION), _MISFIT * elapsed_s)
+        self._scale(1 + _GAIN * (alone_s / believed_s - 1))
+        speed = min(max((alone_s - apart_s) / beside_s, 1 / _MOST_CONTENTION), 1.0)
+        known = 1 / self.cpu_slowdown
+        self.cpu_slowdown = 1 / (known + _GAIN * beside_s / elapsed_s * (speed - known))
+
+    def divided(self, num_streamed: int, num_on_cpu: int) -> None:
+        """A layer was divided so: what it shows need not be tried soon."""
+        for kind in Trial:
+            self._ages[kind] += 1
+        if num_streamed or num_on_cpu:
+            self._ages[Trial.BOTH if num_streamed and num_on_cpu else Trial.BUS if num_streamed else Trial.CPU] = 0
+
+    def split(self, counts: Sequence[int], num_windows: int = 1, trial: Trial | None = None) -> int:
+        """How many experts to stream when `counts` (descending) tokens want each, for the least time.
+
+        0: all on the CPU; len(counts): all over the bus. Of equal times the one that streams less. num_windows: how
+        often the CPU goes over its experts, because it takes so many tokens at a time. trial: the best of its kind.
+        """
+        layer_s = self._layer_s(counts, num_windows)
+        num_absent = len(counts)
+        if trial is Trial.CPU:
+            return 0
+        if trial is Trial.BUS:
+            return num_absent
+        if trial is Trial.BOTH and num_absent > 1:
+            return 1 + int(np.argmin(layer_s[1:-1]))
+        return int(np.argmin(layer_s))
+
+    def trial(self, counts: Sequence[int], num_windows: int = 1) -> Trial | None:
+        """What the next layer, of such counts, should show; mostly nothing. The longest unseen that saved time pays."""
+        if len(counts) < 2:
+            return None
+        layer_s = self._layer_s(counts, num_windows)
+        best_s = float(layer_s.min())
+        share = _TRIAL_SHARE if self._is_seen_alone else _FIRST_SHARE
+        self._saved_s = min(self._saved_s + share * best_s, _MOST_SAVED * best_s)
+        for kind in sorted(Trial, key=lambda kind: -self._ages[kind]):
+            cost_s = float(layer_s[self.split(counts, num_windows, kind)]) - best_s
+            if self._ages[kind] < _TRIAL_EVERY or not 0 < cost_s <= _MOST_SAVED * best_s:
+                continue
+            if cost_s > self._saved_s:
+                return None  # it is saved for: cheaper ones would use that up
+            self._saved_s -= cost_s
+            self._ages[kind] = 0
+            return kind
+        return None
+
+    def _layer_s(self, counts: Sequence[int], num_windows: int) -> np.ndarray:
+        """float64 (n + 1,): seconds if so many are streamed. Both sides are slower until the first of them ends."""
+        wanted = np.asarray(counts, float)
+        assert (np.diff(wanted) <= 0).all(), counts
+        each_s = self.cpu_s * np.minimum(num_windows, wanted) + self.choice_s * wanted
+        cpu_s = np.concatenate([np.cumsum(each_s[::-1])[::-1], [0.0]])
+        bus_s = self.stream_s * np.arange(len(wanted) + 1)
+        bus_slowdown = self.stream_beside_s / self.stream_s
+        both_s = np.minimum(cpu_s * self.cpu_slowdown, bus_s * bus_slowdown)
+        return both_s + np.maximum(cpu_s - both_s / self.cpu_slowdown, bus_s - both_s / bus_slowdown)
+
+    def _scale(self, ratio: float) -> None:
+        """What the CPU takes alone is so many times what was believed, of experts and of choices alike."""
+        self.cpu_s, self.choice_s = self.cpu_s * ratio, self.choice_s * ratio
+        self._sums[3:] = [ratio * value for value in self._sums[3:]]
+
+    def _fit(self, num_experts: float, num_choices: float, elapsed_s: float) -> None:
+        """Least squares of what an expert takes and what a choice does, over the CPU's layers that are remembered."""
         mean = num_choices / num_experts  # every layer counts alike, whatever its size
         each_s = elapsed_s / num_experts
         self._sums = [
@@ -61,26 +176,12 @@ class ExpertCosts:
             for old, new in zip(self._sums, (1, mean, mean * mean, each_s, mean * each_s), strict=True)
         ]
         count, choices, squares, right, right_choices = self._sums
-        # Of what is known, where the layers so far do not tell the two apart
-        hold, hold_choices = 1e-3 * count, 1e-3 * squares
+        hold, hold_choices = 1e-3 * count, 1e-3 * squares  # of what is known, where layers do not tell the two apart
         a, c = count + hold, squares + hold_choices
         b, d = right + hold * self.cpu_s, right_choices + hold_choices * self.choice_s
         determinant = a * c - choices * choices
         self.cpu_s = max((c * b - choices * d) / determinant, 1e-9)
         self.choice_s = max((a * d - choices * b) / determinant, 1e-9)
-
-    def split(self, counts: Sequence[int], num_windows: int = 1) -> int:
-        """How many experts to stream when `counts` (descending) tokens want each: both sides should end together.
-
-        0: all on the CPU; len(counts): all over the bus. Of equal times the one that streams less. num_windows: how
-        often the CPU goes over its experts, because it takes so many tokens at a time.
-        """
-        wanted = np.asarray(counts, float)
-        assert (np.diff(wanted) <= 0).all(), counts
-        each_s = self.cpu_s * np.minimum(num_windows, wanted) + self.choice_s * wanted
-        on_cpu = np.concatenate([np.cumsum(each_s[::-1])[::-1], [0.0]])
-        on_bus = self.stream_s * np.arange(len(wanted) + 1)
-        return int(np.argmin(np.maximum(on_cpu, on_bus)))
 
 
 class Tuner:

@@ -135,6 +135,16 @@ class ExpertIndex:
         return self.num_experts * sum(layer.expert_bytes for layer in self.layers.values())
 
     @property
+    def mean_expert_bytes(self) -> float:
+        """Of an expert, in the file; layers may differ in types."""
+        return sum(layer.expert_bytes for layer in self.layers.values()) / len(self.layers)
+
+    @property
+    def relative_sizes(self) -> dict[int, float]:
+        """By layer: bytes of an expert in those of a mean one."""
+        return {number: layer.expert_bytes / self.mean_expert_bytes for number, layer in self.layers.items()}
+
+    @property
     def vram_slot_bytes(self) -> int:
         """Bytes that hold an expert of any layer; types may differ between layers."""
         return max((layer.vram_slot_bytes for layer in self.layers.values()), default=0)

@@ -60,23 +60,32 @@ def test_a_cold_start_is_no_verdict():
     for _ in range(30):
         costs.observe_stream(384, 384 * 40e-3)
     num_layers = 0
-    while costs.split(wanted) < 0.9 * warm:
-        num_streamed, num_layers = costs.split(wanted), num_layers + 1
-        if num_streamed:
-            costs.observe_stream(num_streamed, num_streamed * 4e-4)
-        else:
-            costs.doubt_stream()
+    while costs.split(wanted) < 0.9 * warm and num_layers < 300:
+        num_streamed, num_layers = costs.split(wanted, 1, costs.trial(wanted)), num_layers + 1
+        costs.divided(num_streamed, len(wanted) - num_streamed)
+        costs.observe_stream(num_streamed, num_streamed * 4e-4)
     assert warm > 100 and num_layers < 300, "a few chunks of sixty layers"
+
+
+def played(costs: ExpertCosts, num_streamed: int, cpu_s: float) -> float:
+    """Seconds until both sides have ended, each at its own speed once the other has."""
+    bus_slowdown = costs.stream_beside_s / costs.stream_s
+    cpu_ends_s, bus_ends_s = costs.cpu_slowdown * cpu_s, num_streamed * costs.stream_beside_s
+    if cpu_ends_s < bus_ends_s:
+        return cpu_ends_s + (bus_ends_s - cpu_ends_s) / bus_slowdown
+    return bus_ends_s + (cpu_ends_s - bus_ends_s) / costs.cpu_slowdown
 
 
 def test_split_is_the_best_of_all():
     """Against trying every division."""
     rng = np.random.default_rng(2)
     for _ in range(50):
-        costs = ExpertCosts(*rng.uniform(1e-6, 1e-3, 3))
+        costs = ExpertCosts(*rng.uniform(1e-6, 1e-3, 3), cpu_slowdown=rng.uniform(1, 4))
+        costs.observe_stream(1, costs.stream_s)
+        costs.observe_stream(1, rng.uniform(1, 4) * costs.stream_s, is_beside=True)
         wanted = np.sort(rng.integers(1, 50, rng.integers(1, 20)))[::-1]
         each = costs.cpu_s * np.minimum(2, wanted) + costs.choice_s * wanted
-        times = [max(m * costs.stream_s, each[m:].sum()) for m in range(len(wanted) + 1)]
+        times = [played(costs, m, each[m:].sum()) for m in range(len(wanted) + 1)]
         assert times[costs.split(wanted.tolist(), 2)] == pytest.approx(min(times))
     assert costs.split([]) == 0
 

@@ -18,7 +18,7 @@ _PCIE_GB_S = {3: 11.8, 4: 23.5, 5: 47.0}  # of 16 lanes, pinned memory, measured
 _DENSE_BITS, _WORK_GB, _CACHE_GB = 8.5, 2.0, 2.2  # on the GPU: all but routed experts; activations; 32K of context
 _VRAM_GB_S, _OVERHEAD_S = 920.0, 0.001
 _GWEIGHTS_PER_CORE = 47.0  # a second, TQ1_0 on AVX-512 at 2.6 GHz (tools.kernels)
-_COPY_GB_S_PER_CORE = 12.0  # into pinned memory
+COPY_GB_S_PER_CORE = 12.0  # into pinned memory
 _STAGED = 3.0  # bytes of RAM traffic a byte copied: read, written, read by the GPU
 _EXAMPLE = "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores"
 
@@ -89,7 +89,7 @@ class Machine:
         read."""
         each_gb, copies = expert_gb(bits), work.uploads + work.promotions / len(work.misses)
         core_gb_s = self.core_gweights_s * bits / 8
-        cores_s = (work.misses / core_gb_s + copies / _COPY_GB_S_PER_CORE) * each_gb / self.num_cores
+        cores_s = (work.misses / core_gb_s + copies / COPY_GB_S_PER_CORE) * each_gb / self.num_cores
         ram_s = (work.misses + self.copy_traffic * copies) * each_gb / self.ram_gb_s
         return np.maximum(np.maximum(cores_s, ram_s), work.uploads * each_gb / self.pcie_gb_s)
 

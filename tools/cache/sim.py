@@ -4,6 +4,7 @@ not: the CPU, or the bus?
     kimi-lite run -m model.gguf --record-routing trace.npz "A long question"
     python -m tools.cache policies trace.npz --sizes 0.75,1.5,3
     python -m tools.cache shares --machine "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores"
+    python -m tools.cache prompts
 
 Without a trace one is made up from published reuse statistics (`tools.cache.routing_synthetic`). Sizes are in units of
 T, the experts that one token uses in all layers: 480 for Kimi K2.5, 4.5 GB in TQ1_0. Tokens of a prompt count as single
@@ -165,6 +166,34 @@ def shares_command(
         cells = [f"{row.uncached_tok_s:.1f}", *(f"{rate:.1f}" for rate in row.constant_tok_s.values())]
         print(f"| {row.machine} | {' | '.join(cells)} | **{row.own_tok_s:.1f}** | {row.own_copies:.1f} |")
     print(json.dumps({"tool": "cache_shares", "schema": 1, "bits": bits, "rows": [asdict(row) for row in rows]}))
+
+
+@app.command("prompts")
+def prompts_command(
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(help='Such as "24 GB, PCIe 4.0 x16, 60 GB/s RAM, 16 cores". Default: seven of them.'),
+    ] = None,
+    bits: Annotated[float, typer.Option(help="A routed weight.", min=1, max=16)] = 1.6875,
+    layers: Annotated[int, typer.Option(help="That are counted, behind 60 in which costs are learned.", min=1)] = 240,
+) -> None:
+    """Prompts with a constant share of a layer's experts on the CPU, and where the program decides."""
+    from kimi_lite.tools.cache.prompts import PROMPT_TOKENS, compare_prompts
+    from kimi_lite.tools.cache.shares import MACHINES
+
+    try:
+        described = {text: Machine.parse(text) for text in machine or MACHINES}
+    except KimiLiteError as error:
+        _give_up(error)
+    rows = [compare_prompts(text, each, n, bits, layers) for text, each in described.items() for n in PROMPT_TOKENS]
+    print("ms of a layer's experts of Kimi K2.5, computed; constant share of them on the CPU, the others streamed\n")
+    print(f"| machine | tokens | {' | '.join(f'{s:.0%}' for s in rows[0].constant_s)} | kimi-lite | its share |")
+    print("|---|" + "--:|" * (len(rows[0].constant_s) + 3))
+    for row in rows:
+        cells = " | ".join(f"{1e3 * each_s:.1f}" for each_s in row.constant_s.values())
+        own = f"**{1e3 * row.own_s:.1f}** | {row.own_share:.0%}"
+        print(f"| {row.machine} | {row.num_tokens:,} | {cells} | {own} |")
+    print(json.dumps({"tool": "cache_prompts", "schema": 1, "bits": bits, "rows": [asdict(row) for row in rows]}))
 
 
 def _give_up(error: KimiLiteError) -> None:

@@ -75,8 +75,10 @@ class Adaptive:
             "promotion_cost_s": self._budget.cost_s,
             "promotion_gain_s": self._gain_s,
             "stream_expert_s": costs.stream_s,
+            "stream_expert_beside_s": costs.stream_beside_s,
             "cpu_expert_s": costs.cpu_s,
             "cpu_choice_s": costs.choice_s,
+            "cpu_slowdown": costs.cpu_slowdown,
         }
 
     @property

@@ -70,6 +70,7 @@ class RoutedExperts:
         num_deferred: of a token's experts, added one layer later in decode steps."""
         self._streams, self._kernels, self.store = streams, kernels, store
         self.slots, self.cpu, self.streamed, self.costs = slots, cpu, streamed, costs
+        self._sizes = store.index.relative_sizes
         self.num_threads = num_threads  # of the CPU's experts; may change between steps
         self._heat_file, self._recorder, self._is_reproducible = heat_file, recorder, is_reproducible
         self.cpu_s = self.wait_s = 0.0  # computing on the CPU, waiting for the GPU's routers
@@ -187,7 +188,8 @@ class RoutedExperts:
             self._recorder.add(layer, chosen)
         if missing is not None and (absent := missing[missing >= 0].tolist()):
             self.cpu_s += elapsed_s
-            self.costs.observe_cpu(len(set(absent)), len(absent), elapsed_s)
+            size = self._sizes[layer]
+            self.costs.observe_cpu(size * len(set(absent)), size * len(absent), elapsed_s)
 
     def heat(self) -> np.ndarray:
         """float32 (layers, experts): how much each expert was used lately."""

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kimi_lite.experts.costs import ExpertCosts
+from kimi_lite.experts.costs import ExpertCosts, Trial
 from kimi_lite.experts.gpu_streams import Event, GpuStreams
 from kimi_lite.experts.index import ExpertIndex, RoutedLayer
 from kimi_lite.experts.ram import RamSlots
@@ -106,6 +106,8 @@ class StreamedExperts:
         self._launcher = ThreadPoolExecutor(1, "kimi-lite-launch", initializer=streams.enter_thread)
         self._numbers, self._cpu_rows = _Numbers(streams), _CpuRows(streams, cpu)
         self._shares: dict[int, np.ndarray] = {}  # by layer: of a pass's tokens that chose each expert, float64 (E,)
+        self._sizes, self._mean_bytes = index.relative_sizes, index.mean_expert_bytes
+        self._trials: dict[int, Trial | None] = {}  # by layer, decided when it was requested ahead
         self._pace = _Pace()
         self._is_undecided = False  # whether this pass borrows slots
         self.stream_s = self.cpu_s = 0.0
@@ -127,7 +129,8 @@ class StreamedExperts:
             self._slots.take_back(self._stream.take_back())
 
     def divide(self, layer: int, chosen: np.ndarray, num_windows: int) -> Division:
-        """chosen: int32 (T, K). Both sides should end together; what is on its way already is streamed in any case."""
+        """chosen: int32 (T, K). As `ExpertCosts` knows the two sides; what is on its way already is streamed in any
+        case."""
         self._pace.router_spoke(layer)
         self._borrow(len(chosen))
         counts = np.bincount(chosen.reshape(-1), minlength=self._index.num_experts)
@@ -138,11 +141,12 @@ class StreamedExperts:
         is_bound = np.isin(absent, self._stream.begun(layer)) | self._comes_from_disk(layer, absent, num_windows)
         counts = np.where(is_bound, _FOR_THE_BUS, counts[absent])
         order = np.argsort(-counts, kind="stable")
-        num_streamed = max(int(is_bound.sum()), self._costs.split(counts[order].tolist(), num_windows))
-        if not num_streamed:
-            self._costs.doubt_stream()
+        wanted = counts[order].tolist()
+        trial = self._trials.pop(layer) if layer in self._trials else self._costs.trial(wanted, num_windows)
+        num_streamed = max(int(is_bound.sum()), self._costs.split(wanted, num_windows, trial))
         if len(absent) - num_streamed < _SMALL_SHARE * len(absent):
             num_streamed = len(absent)
+        self._costs.divided(num_streamed, len(absent) - num_streamed)
         absent = absent[order]
         return Division(
             chosen, resident, sorted(absent[:num_streamed].tolist()), sorted(absent[num_streamed:].tolist())
@@ -161,7 +165,9 @@ class StreamedExperts:
         that the CPU needs."""
         num_tokens = len(choice.normed)
         order = self._request(layer, division)
-        self._request_ahead(layer + 1, num_tokens)
+        is_alone = not division.streamed  # nothing comes beside the CPU, whose cost alone shows so
+        if not is_alone:
+            self._request_ahead(layer + 1, num_tokens)
         on_cpu = np.where(np.isin(division.chosen, division.on_cpu), division.chosen, -1)
         tokens_on_cpu = np.flatnonzero((on_cpu >= 0).any(axis=1)).astype(np.int32)
         number, slot, needed = self._numbers.send(*order.tables(self._index.num_experts), tokens_on_cpu)
@@ -175,6 +181,8 @@ class StreamedExperts:
             if len(tokens_on_cpu):
                 x, ids = host.x.numpy()[: len(tokens_on_cpu)], on_cpu[tokens_on_cpu]
                 self._compute_on_cpu(layer, x, ids, ready, choices.rows[order.starts[-1] :], num_threads)
+            if is_alone:
+                self._request_ahead(layer + 1, num_tokens)
             self._finish(layer, launched)
         except BaseException:
             launched.exception()  # it takes from the stream until its layer ends; then the stream can be cancelled
@@ -206,11 +214,20 @@ class StreamedExperts:
     def _compute_on_cpu(
         self, layer: int, x: np.ndarray, expert_ids: np.ndarray, ready: Event, rows: torch.Tensor, num_threads: int
     ) -> None:
+        self._observe_stream()
         start_s = time.perf_counter()
         num_read = self._cpu_rows.compute(layer, x, expert_ids, ready, rows, num_threads)
         elapsed_s = time.perf_counter() - start_s
         self.cpu_s += elapsed_s
-        self._costs.observe_cpu(num_read, len(rows), elapsed_s)
+        size = self._sizes[layer]
+        beside_s = self._observe_stream(is_beside=True)
+        self._costs.observe_cpu(num_read * size, len(rows) * size, elapsed_s, beside_s)
+
+    def _observe_stream(self, is_beside: bool = False) -> float:
+        """What came since the last call; returns the seconds in which the stream was at work."""
+        num_bytes, busy_s = self._stream.new_work()
+        self._costs.observe_stream(num_bytes / self._mean_bytes, busy_s, is_beside)
+        return busy_s
 
     def _comes_from_disk(self, layer: int, experts: np.ndarray, num_windows: int) -> np.ndarray:
         """bool (n,): those that are not in RAM, which a long prompt streams: it needs nearly every expert once, and
@@ -225,7 +242,9 @@ class StreamedExperts:
         even = np.full(self._index.num_experts, len(self._cpu.rows) / self._cpu.capacity / self._index.num_experts)
         counts = num_tokens * self._shares.get(layer, even)[absent]
         order = np.argsort(-counts, kind="stable")
-        count = self._costs.split(counts[order].tolist(), -(-num_tokens // self._cpu.capacity))
+        wanted, num_windows = counts[order].tolist(), -(-num_tokens // self._cpu.capacity)
+        trial = self._trials[layer] = self._costs.trial(wanted, num_windows) if layer in self._shares else None
+        count = self._costs.split(wanted, num_windows, trial)
         if len(absent) - count < _SMALL_SHARE * len(absent):
             return absent
         return absent[order[: int(_SURE_SHARE * count)]] if layer in self._shares else absent[:0]
@@ -287,8 +306,7 @@ class StreamedExperts:
     def _finish(self, layer: int, launched: Future[float]) -> None:
         self.stream_s += launched.result()
         self._pace.layer_ended(layer)
-        num_bytes, busy_s = self._stream.new_work()
-        self._costs.observe_stream(num_bytes // self._index.layers[layer].expert_bytes, busy_s)
+        self._observe_stream()
 
     def _multiply(self, layer: int, order: _Order, choice: ExpertChoice, choices: _Sorted) -> float:
         """The rows of resident and streamed experts; seconds until the device has them."""
