@@ -119,6 +119,9 @@ def test_promotions_in_the_middle_of_an_answer(tmp_path, ids):
                 runner.transformer._adaptive._budget.budget = int(rng.integers(0, 5))
                 if rng.random() < 0.2:
                     runner.transformer.experts.slots.cancel()
+                elif rng.random() < 0.5:  # those on their way are there at the next step, however slow the machine is
+                    for upload in runner.transformer.experts.slots._uploads:
+                        assert upload.is_handled.wait(60)
         return rows
 
     with HybridRunner(path) as runner:

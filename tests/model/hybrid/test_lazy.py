@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts import gpu_streams, stream, vram
 from kimi_lite.experts.gpu_failure import GpuBroken
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
@@ -34,6 +35,10 @@ from tests.tiny import write_tiny_gguf
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the lazy device stands in for a GPU")
 REDUNDANT = {  # by function and what the call is
     "streamed.StreamedExperts._multiply: self._streams.finish": "it measures how long the products took",
+}
+TOO_LATE = ("did not get to", "in vain", "have not moved", "has not answered")  # what a host says that gave up
+DRIVES = {  # the lazy device works only when it is asked, and this is what asks it: without, the host gives up
+    "decode.DecodeStep.forward: self._streams.finish"
 }
 ORDERS = [(policy, 0) for policy in POLICIES if policy != "random"] + [("random", seed) for seed in range(5)]
 
@@ -145,10 +150,11 @@ def interrupted(runner: HybridRunner, ids: np.ndarray, start: int) -> None:
 
 @pytest.fixture(scope="module")
 def wanted(model):
-    """The story's results on the immediate stand-in, by who computes."""
+    """The story's results on the immediate stand-in, by who computes; "filled": of two tokens."""
     torch.set_num_threads(1)
+    ids = np.random.default_rng(1).integers(0, 290, 160)
     with HybridRunner(model, num_gpu_experts=5, group_size=2) as runner:
-        return {share: story(runner, np.random.default_rng(1).integers(0, 290, 160), share) for share in SHARES}
+        return {share: story(runner, ids, share) for share in SHARES} | {"filled": runner.decode(ids[:2])}
 
 
 def differs(have: list[np.ndarray], want: list[np.ndarray]) -> bool:
@@ -166,6 +172,13 @@ def test_the_same_whatever_the_order(policy, seed, model, ids, wanted):
         assert len(shares) == 1 or (counters["streamed_experts"] and counters["stream_cpu_s"])
 
 
+def test_with_all_of_them_nothing_is_wrong(model, ids, wanted):
+    """What the next test asks of the product without one synchronization, asked of it as it is."""
+    assert not goes_wrong("late", model, ids, wanted, "shared")
+    assert not fills_wrongly(model, ids, wanted)
+    assert not is_lost_in_a_hang(model, ids)
+
+
 @pytest.mark.parametrize("site", find_sites(), ids=str)
 def test_every_synchronization_is_needed(site, model, ids, wanted):
     """Left out, it is seen in a result or by the device under one of the policies; or it is the one that notices that
@@ -174,22 +187,33 @@ def test_every_synchronization_is_needed(site, model, ids, wanted):
         pytest.skip(reason)
     shares = ("shared", "streamed") if site.file.stem in ("stream", "streamed") else ("rows",)
     tries = [(policy, share) for share in shares for policy in POLICIES[:3]]
+    is_driven = str(site).partition("(")[0] in DRIVES
     with without(site):
-        is_caught = any(goes_wrong(policy, model, ids, {share: wanted[share]}) for policy, share in tries)
-        assert is_caught or fills_wrongly(model, ids, wanted) or is_lost_in_a_hang(model, ids)
+        assert (
+            any(goes_wrong(policy, model, ids, wanted, share, is_driven) for policy, share in tries)
+            or (site.file.stem == "vram" and fills_wrongly(model, ids, wanted))
+            or is_lost_in_a_hang(model, ids)
+        )
 
 
-def goes_wrong(policy: str, model: Path, ids: np.ndarray, wanted: dict[str, list[np.ndarray]], slots: int = 5) -> bool:
+def goes_wrong(
+    policy: str, model: Path, ids: np.ndarray, wanted: dict[str, list[np.ndarray]], share: str, is_driven: bool = False
+) -> bool:
+    """Where the host gave up after a while nothing is known, since the machine may be slow; unless `is_driven`."""
     try:
-        with impatient(), LazyRunner(model, policy, num_gpu_experts=slots, group_size=2) as runner:
-            return any(differs(story(runner, ids, share), wanted[share]) for share in wanted)
+        with impatient(), LazyRunner(model, policy, num_gpu_experts=5, group_size=2) as runner:
+            return differs(story(runner, ids, share), wanted[share])
+    except KimiLiteError as error:
+        return is_driven or not any(words in error.message for words in TOO_LATE)
     except Exception:
         return True
 
 
 def fills_wrongly(model: Path, ids: np.ndarray, wanted: dict[str, list[np.ndarray]]) -> bool:
     """Where every expert gets a slot before the first token."""
-    return any(goes_wrong(policy, model, ids, {"rows": wanted["rows"]}, 16) for policy in POLICIES[:2])
+    with LazyRunner(model, num_gpu_experts=16, group_size=2) as runner:
+        assert runner.transformer.experts.slots.capacity == 16
+        return differs([runner.decode(ids[:2])], [wanted["filled"]])
 
 
 @contextmanager
