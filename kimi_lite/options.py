@@ -28,7 +28,7 @@ LOADING = ("chat", "run", "serve", "bench", "swarm")
 PLANNED = (*LOADING, "plan")
 FITTED = (*PLANNED, "pull", "models")  # that say what fits this machine
 
-Kind = Literal["text", "path", "integer", "number", "size", "tokens", "choice", "switch", "texts"]
+Kind = Literal["text", "path", "integer", "number", "size", "sizes", "tokens", "choice", "switch", "texts"]
 _WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -102,6 +102,10 @@ class Option:
             return None
         match self.kind:
             case "size":
+                return parse_size(text, source, allows_zero=self.least == 0)
+            case "sizes" if "+" in text:
+                return tuple(parse_size(size, source) for size in text.split("+"))
+            case "sizes":
                 return parse_size(text, source, allows_zero=self.least == 0)
             case "tokens":
                 return self._within(parse_token_count(text, source), value, source)
@@ -384,16 +388,16 @@ class Options:
     )
     device: str | None = _option(  # a torch device; None: CUDA where there is one
         "--device",
-        help="cuda, cuda:1 or cpu. Default: the GPU where one can be used.",
+        help="cuda, cuda:1 or cpu; cuda:0,cuda:1 shares the layers. Default: one GPU where one can be used.",
         unused=_local,
         panel=MACHINE,
         commands=FITTED,
         help_in={"plan": "cpu: without the GPU."},
     )
-    vram_bytes: int | None = _option(
+    vram_bytes: int | tuple[int, ...] | None = _option(  # of each GPU; several: of one after the other
         "--vram",
-        help=f"VRAM it may take, never exceeded; 0: no GPU. {SIZE_HELP}.",
-        kind="size",
+        help=f"VRAM it may take, never exceeded; 24G+24G: of two GPUs; 0: no GPU. {SIZE_HELP}.",
+        kind="sizes",
         least=0,
         unused=_vram,
         panel=MACHINE,
@@ -1015,6 +1019,17 @@ class Options:
                 "--cache-bias makes answers depend on where experts are; --reproducible promises that they do not.",
                 "Leave one of the two out.",
             )
+        sizes, names = self.vram_bytes, (self.devices or "").split(",")
+        if isinstance(sizes, tuple) and self.device not in (None, "cpu") and len(names) != len(sizes):
+            raise KimiLiteError(
+                f"--vram has {len(sizes)} sizes and --device {self.device} names {len(names)} of the GPUs.",
+                "Give each GPU its size, or one size for all.",
+            )
+        if len(names) > 1 and self.num_deferred_experts:
+            raise KimiLiteError(
+                "--defer-experts adds experts one layer later, and with several GPUs that layer may be on another.",
+                "Leave one of the two out.",
+            )
 
     @property
     def is_demo(self) -> bool:
@@ -1024,6 +1039,17 @@ class Options:
     @property
     def allows_gpu(self) -> bool:
         return self.device != "cpu" and self.vram_bytes != 0
+
+    @property
+    def devices(self) -> str | None:
+        """What `device` names, or as many GPUs as there are sizes of VRAM: "cuda:0,cuda:1"."""
+        if self.device is None and isinstance(self.vram_bytes, tuple):
+            return ",".join(f"cuda:{number}" for number in range(len(self.vram_bytes)))
+        return self.device
+
+    def vram_limit(self, number: int) -> int | None:
+        """Bytes that GPU `number` of those that are used may give; None: what is free."""
+        return self.vram_bytes[number] if isinstance(self.vram_bytes, tuple) else self.vram_bytes
 
 
 def unused_options(options: Options, situation: Situation) -> list[str]:

@@ -28,7 +28,7 @@ def parse_size(text: str, source: str = "The size", *, is_decimal: bool = False,
     if match is None or (is_zero and not allows_zero):
         example, help_text = ("45G", DECIMAL_HELP) if is_decimal else ("24G", SIZE_HELP)
         if _SEVERAL.fullmatch(text.strip()):
-            help_text += ". It is one size: of RAM the sum, of GPUs that of the one that is used"
+            help_text += ". It is one size, of RAM the sum; --vram has a size for each GPU as 24G+12G"
         raise KimiLiteError(f"{source} is {text!r}, which is not a size.", f"Write it like {example}: {help_text}.")
     number, unit, suffix = float(match[1]), match[2].upper(), match[3].upper()
     num_bytes = int(number * (1000 if is_decimal and not suffix.startswith("I") else 1024) ** _POWERS[unit])

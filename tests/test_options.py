@@ -32,12 +32,14 @@ GOOD = {  # what may be typed for a kind, and what it is
     "integer": ("3", 3),
     "number": ("0.5", 0.5),
     "size": ("3G", 3 << 30),
+    "sizes": ("3G", 3 << 30),
     "tokens": ("2K", 2048),
 }
 BAD = {
     "integer": ["x", "1.5", ""],
     "number": ["x", "nan", "inf"],
     "size": ["x", "24", "-1G"],
+    "sizes": ["x", "24", "-1G"],
     "tokens": ["abc", "-5", "1.5"],
     "choice": ["x", ""],
     "switch": ["maybe"],

@@ -45,7 +45,7 @@ def test_what_is_not_a_size(text):
 def test_several_sizes_are_told_which_one_is_wanted(text):
     with pytest.raises(KimiLiteError, match="not a size") as caught:
         parse_size(text, "--vram")
-    assert "of GPUs that of the one that is used" in caught.value.hint
+    assert "a size for each GPU as 24G+12G" in caught.value.hint
 
 
 def test_zero_only_where_it_means_something():

@@ -74,7 +74,7 @@ def main(
     else:
         subject = find_subject(options.model, can_see, options.mmproj)
     check_recipe(subject, recipe or rest)
-    here = probe(subject.path, measure, gpu_index_of(options.device))
+    here = probe(subject.path, measure, [gpu_index_of(name) for name in (options.devices or "").split(",")])
     hardware = described(here, options.ram_bytes, options.vram_bytes, cores)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}
     hardware = hardware.with_speeds("given", **{place: 1e9 * gb_s for place, gb_s in speeds.items() if gb_s})

@@ -68,7 +68,7 @@ def _find(option: Option, typed: object, settings: Mapping[str, Setting]) -> tup
 def _parameter(command: str, option: Option) -> inspect.Parameter:
     """What typer makes a flag of: a text that `Option.parse` will read, a switch, or a list of texts."""
     type_ = {"switch": bool | None, "texts": list[str] | None}.get(option.kind, str | None)
-    names = {"integer": "INTEGER", "number": "NUMBER", "size": "SIZE", "path": "PATH", "text": "TEXT"}
+    names = {"integer": "INTEGER", "number": "NUMBER", "size": "SIZE", "sizes": "SIZE", "path": "PATH", "text": "TEXT"}
     metavar = f"[{'|'.join(option.choices)}]" if option.choices else option.metavar or names.get(option.kind)
     default = f" Default: {option.shown_default}." if option.shown_default else ""
     info = typer.Option(

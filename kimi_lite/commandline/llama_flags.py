@@ -151,8 +151,12 @@ FLAGS = (
     ),
     Flag(("-mg", "--main-gpu"), _gpu, "one"),
     Flag(("-dev",), _named_device, "one"),
-    Flag(("-sm", "--split-mode"), nothing("one GPU is used"), "one"),
-    Flag(("-ts", "--tensor-split"), refused("One GPU is used; --device cuda:N chooses it."), "one"),
+    Flag(
+        ("-sm", "--split-mode"), nothing("several GPUs, as --device cuda:0,cuda:1 names them, share the layers"), "one"
+    ),
+    Flag(
+        ("-ts", "--tensor-split"), refused("--device cuda:0,cuda:1 shares the layers, as --vram 24G+12G allows."), "one"
+    ),
     Flag(("-ot", "--override-tensor"), _override, "one"),
     Flag(
         ("-fit", "--fit", "-fitt", "--fit-target", "-fitc", "--fit-ctx"),

@@ -15,20 +15,24 @@ _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 def choose_device(wanted: str | None) -> str:
-    """ "cpu", "cuda" or "cuda:N". None: CUDA where it can be used, with one warning where a GPU is found and cannot.
+    """ "cpu", "cuda", "cuda:N" or several of these with commas between. None: CUDA where it can be used, with one
+    warning where a GPU is found and cannot.
 
     A small kernel runs on the GPU before this returns it, so that what is missing is seen before a weight is read.
 
     Raises KimiLiteError for a device that cannot be had.
     """
-    if wanted is not None and not _DEVICE.fullmatch(wanted):
-        raise KimiLiteError(f"--device {wanted}: kimi-lite runs on cuda, cuda:N and cpu.", "Try --device cpu.")
+    names = (wanted or "cuda").split(",")
+    is_known = all(_DEVICE.fullmatch(name) for name in names)
+    if not is_known or (len(names) > 1 and ("cpu" in names or len(set(map(gpu_index_of, names))) < len(names))):
+        runs_on = "cuda, cuda:N, several of these as cuda:0,cuda:1, and cpu"
+        raise KimiLiteError(f"--device {wanted}: kimi-lite runs on {runs_on}.", "Try --device cpu.")
     if wanted == "cpu" or (wanted is None and not has_nvidia_driver()):
         return "cpu"
     _let_memory_grow()
     from kimi_lite.native.gpu.support import why_unusable
 
-    unusable = why_unusable(gpu_index_of(wanted or "cuda"))
+    unusable = next((why for name in names if (why := why_unusable(gpu_index_of(name)))), None)
     if unusable is None:
         return wanted or "cuda"
     if wanted is not None:

@@ -52,10 +52,10 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     tokenizer = Tokenizer.from_metadata(store.metadata)
     template = ChatTemplate.from_metadata(store.metadata, tokenizer)
     report("preparing the cache", 2, 4)
-    device = choose_device(options.device if options.allows_gpu else "cpu")
-    plan = plan_load(store, config, options, find_gpu(device))
+    device = choose_device(options.devices if options.allows_gpu else "cpu")
+    plan = plan_load(store, config, options, [find_gpu(name) for name in device.split(",")])
     prefixes = open_prefixes(store, config, plan)
-    vision = open_vision(store, config, plan, device)
+    vision = open_vision(store, config, plan, device.partition(",")[0])
     model, kv = _open_model(store, config, options, device, plan, prefixes, report)
     report("ready", 4, 4)
     holdings = [*([prefixes] if prefixes else []), store]

@@ -1,6 +1,7 @@
 """The plan of a model that is being loaded, refused before a weight is read where it cannot be; and what of it decides
 which options have an effect."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kimi_lite.arch.config import ModelConfig
@@ -16,11 +17,12 @@ from kimi_lite.plan.types import Plan
 WARM_SHARE = 0.9  # of the free memory that a model's files may fill before they are read there
 
 
-def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpu: Gpu | None = None) -> Plan:
-    """`gpu`: the one that will be used, None for the CPU path. Raises KimiLiteError with need, have and what would
-    do."""
-    hardware = replace(probe(store.path), gpu=gpu)
-    on_path = options if gpu else replace(options, device="cpu")
+def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpus: Sequence[Gpu | None] = (None,)) -> Plan:
+    """`gpus`: those that will be used, the first layers' first; None for the CPU path. Raises KimiLiteError with need,
+    have and what would do."""
+    first, *others = gpus
+    hardware = replace(probe(store.path), gpu=first, more_gpus=tuple(others))
+    on_path = options if first else replace(options, device="cpu")
     seen = 0 if options.vision == "off" else vision_bytes(store, config, options.mmproj)
     return make_plan(store_sizes(store, config, seen), hardware, on_path).require()
 

@@ -8,6 +8,7 @@ one with a warning.
 import os
 import re
 import warnings
+from collections.abc import Collection
 from hashlib import blake2b
 from pathlib import Path
 
@@ -44,8 +45,12 @@ def load_heat(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
     return heat if is_sound else None
 
 
-def save_heat(path: Path, heat: np.ndarray) -> bool:
-    """Writes it, whole or not at all; False where that is impossible."""
+def save_heat(path: Path, heat: np.ndarray, layers: Collection[int] | None = None) -> bool:
+    """Writes it, whole or not at all; False where that is impossible. layers: only theirs, the file keeps what it has
+    of the others."""
+    if layers is not None and (kept := load_heat(path, heat.shape)) is not None:
+        kept[:, list(layers)] = heat[:, list(layers)]
+        heat = kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, "wb") as file:

@@ -111,18 +111,20 @@ class RoutedLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertIndex:
-    """Of all layers that have routed experts."""
+    """Of all layers that have routed experts, or of those that one of several GPUs has."""
 
     layers: dict[int, RoutedLayer]
     num_layers: int  # of the model, dense ones included
     num_experts: int  # of a layer
+    is_whole: bool = True  # `layers` are all that the model has
 
     @classmethod
-    def find(cls, store: GGUFStore, config: ModelConfig) -> "ExpertIndex":
-        """Raises KimiLiteError for a missing tensor."""
+    def find(cls, store: GGUFStore, config: ModelConfig, among: range | None = None) -> "ExpertIndex":
+        """among: only these of the model's layers. Raises KimiLiteError for a missing tensor."""
         numbers = range(config.num_dense_layers, config.num_layers) if config.num_experts else ()
-        layers = {number: RoutedLayer.find(store, config, number) for number in numbers}
-        return cls(layers, config.num_layers, config.num_experts)
+        own = [number for number in numbers if among is None or number in among]
+        layers = {number: RoutedLayer.find(store, config, number) for number in own}
+        return cls(layers, config.num_layers, config.num_experts, is_whole=len(own) == len(numbers))
 
     @property
     def shards(self) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ before a purchase.
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -103,6 +104,12 @@ class Hardware:
     origins: MappingProxyType[str, Origin] = field(
         default_factory=lambda: MappingProxyType({})
     )  # of the speeds: ram, disk, vram, pcie, cpu
+    more_gpus: tuple[Gpu, ...] = ()  # that share the model's layers with `gpu`
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All that are used, the first layers' first."""
+        return (self.gpu, *self.more_gpus) if self.gpu else ()
 
     def assume_macs_s(self) -> float:
         """Int8 multiply-accumulates of all cores from what is known of such CPUs and their clock."""
@@ -123,26 +130,31 @@ class Hardware:
             result = replace(result, disk=replace(disk, read_bytes_s=per_s["disk"]))
         if result.gpu:
             known = {f"{place}_bytes_s": per_s[place] for place in ("vram", "pcie") if place in per_s}
-            result = replace(result, gpu=replace(result.gpu, **known))
+            first, *others = (replace(gpu, **known) for gpu in result.gpus)
+            result = replace(result, gpu=first, more_gpus=tuple(others))
         return result
 
 
 def described(
-    hardware: Hardware, ram_bytes: int | None = None, vram_bytes: int | None = None, num_cores: int | None = None
+    hardware: Hardware,
+    ram_bytes: int | None = None,
+    vram_bytes: int | tuple[int, ...] | None = None,
+    num_cores: int | None = None,
 ) -> Hardware:
     """`hardware`, or another machine where more is named than it has. Limits below what is there describe no other
-    machine. 0 bytes of VRAM: no GPU.
+    machine. 0 bytes of VRAM: no GPU; several sizes: so many GPUs.
 
     More RAM alone is this machine with more modules: its CPU and its speeds stay. A GPU that is not here, or a number
     of cores, is a machine with an assumed CPU, whatever its memory: the CPU never changes with the RAM.
     """
-    gpu = hardware.gpu
     if vram_bytes == 0:
-        hardware, gpu = replace(hardware, gpu=None), None
-    is_other_gpu = bool(vram_bytes) and (gpu is None or vram_bytes > gpu.vram_total_bytes)
-    if is_other_gpu:
-        hardware = replace(hardware, gpu=Gpu("GPU (assumed: like an RTX 4090)", vram_bytes, int(vram_bytes * 0.97)))
-    if is_other_gpu or num_cores:
+        hardware = replace(hardware, gpu=None, more_gpus=())
+    sizes = vram_bytes if isinstance(vram_bytes, tuple) else (vram_bytes,) * max(1, len(hardware.gpus))
+    gpus = [_described_gpu(gpu, size) for gpu, size in zip_longest(hardware.gpus, sizes)][: len(sizes)]
+    has_other_gpu = any(gpu is not here for gpu, here in zip_longest(gpus, hardware.gpus[: len(sizes)]))
+    if has_other_gpu or len(gpus) < len(hardware.gpus):
+        hardware = replace(hardware, gpu=gpus[0], more_gpus=tuple(gpus[1:]))
+    if has_other_gpu or num_cores:
         hardware = _with_assumed_cpu(hardware, num_cores or TYPICAL_CORES)
     if ram_bytes is not None and (ram_bytes > hardware.ram_total_bytes or hardware.has_assumed_cpu):
         added_bytes = ram_bytes - hardware.ram_total_bytes
@@ -151,6 +163,13 @@ def described(
             free_bytes = max(free_bytes, hardware.ram_free_bytes + added_bytes)
         hardware = replace(hardware, ram_total_bytes=ram_bytes, ram_free_bytes=free_bytes, is_described=True)
     return hardware
+
+
+def _described_gpu(gpu: Gpu | None, size_bytes: int | None) -> Gpu | None:
+    """The GPU, or another where more memory is named than it has."""
+    if not size_bytes or (gpu is not None and size_bytes <= gpu.vram_total_bytes):
+        return gpu
+    return Gpu("GPU (assumed: like an RTX 4090)", size_bytes, int(size_bytes * 0.97))
 
 
 def _with_assumed_cpu(hardware: Hardware, num_cores: int) -> Hardware:

@@ -18,6 +18,7 @@ from kimi_lite.kv.pages import bytes_per_token, value_bytes
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import FITTING, Options
 from kimi_lite.plan.cliff import warn_of_cliff
+from kimi_lite.plan.gpus import lay_out_gpus
 from kimi_lite.plan.refusal import find_problem, find_remedies
 from kimi_lite.plan.speed import Split, forecast_decode, forecast_prompt, rates_of
 from kimi_lite.plan.types import (
@@ -42,10 +43,7 @@ from kimi_lite.plan.types import (
 )
 from kimi_lite.plan.workspace import (
     STEP_TOKENS,
-    choose_chunk,
     cpu_work_bytes,
-    gpu_margin_bytes,
-    gpu_work_bytes,
     num_spill_pages,
     pinned_bytes,
     program_bytes,
@@ -99,10 +97,11 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
     have_bytes = next(budget.have_bytes for budget in budgets if budget.place == "RAM")
     num_pages = situation.num_running * -(-context_length // PAGE_TOKENS)
     page_bytes = PAGE_TOKENS * bytes_per_token(sizes.config, limits.kv_dtype)
-    on_gpu, chunk, num_slots, num_spilled = [], STEP_TOKENS, 0, 0
+    on_gpu, chunk, parts, num_spilled = [], STEP_TOKENS, (), 0
     if is_on_gpu:
-        on_gpu, chunk, num_slots = _lay_out_gpu(situation, sizes, budgets, num_pages * page_bytes, context_length)
-    in_ram = _ram_rows(sizes, hardware, num_threads, num_pages * page_bytes, chunk if is_on_gpu else 0)
+        on_gpu, chunk, parts = lay_out_gpus(situation, sizes, budgets, num_pages * page_bytes, context_length)
+    num_slots = sum(part.num_slots for part in parts)
+    in_ram = _ram_rows(sizes, hardware, num_threads, num_pages * page_bytes, chunk, len(parts))
     if not (is_on_gpu and limits.vision == "gpu"):
         in_ram.append(MemoryRow("RAM", VISION, sizes.vision_bytes))
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
@@ -132,7 +131,8 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         is_on_gpu=is_on_gpu,
         value_bytes=value_bytes(sizes.config, limits.kv_dtype),
     )
-    rates = rates_of(hardware, num_threads)
+    shares = [len(part.layers) / sizes.config.num_layers for part in parts]
+    rates = rates_of(hardware, num_threads, shares)
     decode = forecast_decode(sizes, split, rates)
     return Plan(
         situation=situation,
@@ -147,6 +147,7 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         prompt_chunk_tokens=chunk,
         ram_expert_bytes=ram_bytes,
         disk_expert_bytes=disk_bytes,
+        gpu_parts=parts,
         expert_capacity_bytes=max(left_bytes, _vram_left(budgets, on_gpu)),
         num_threads=num_threads,
         split=split,
@@ -170,13 +171,14 @@ def find_budgets(hardware: Hardware, limits: Options, is_on_gpu: bool) -> tuple[
     """Of each place whichever is less: what is free, or what the user allows."""
     found = [_budget("RAM", hardware.ram_free_bytes, limits.ram_bytes, "--ram")]
     if is_on_gpu:
-        found.insert(0, _budget("VRAM", hardware.gpu.vram_free_bytes, limits.vram_bytes, "--vram"))
+        gpus = enumerate(hardware.gpus)
+        found[:0] = [_budget("VRAM", gpu.vram_free_bytes, limits.vram_limit(n), "--vram", n) for n, gpu in gpus]
     return tuple(found)
 
 
-def _budget(place: Place, free_bytes: int, limit_bytes: int | None, flag: str) -> Budget:
+def _budget(place: Place, free_bytes: int, limit_bytes: int | None, flag: str, gpu: int = 0) -> Budget:
     is_limited = limit_bytes is not None and limit_bytes <= free_bytes
-    return Budget(place, limit_bytes if is_limited else free_bytes, flag if is_limited else "free")
+    return Budget(place, limit_bytes if is_limited else free_bytes, flag if is_limited else "free", gpu)
 
 
 def _choose_threads(hardware: Hardware, limits: Options) -> tuple[int, str]:
@@ -186,43 +188,25 @@ def _choose_threads(hardware: Hardware, limits: Options) -> tuple[int, str]:
     return limits.num_threads or hardware.num_cores, ""
 
 
-def _lay_out_gpu(
-    situation: PlanInputs, sizes: ModelSizes, budgets: tuple[Budget, ...], cache_bytes: int, context_length: int
-) -> tuple[list[MemoryRow], int, int]:
-    """Rows, tokens of a prompt's chunk, and expert slots, which get what is left."""
-    limits = situation.limits
-    fixed = [
-        MemoryRow("VRAM", DENSE, sizes.gpu_dense_bytes),
-        MemoryRow("VRAM", KV, cache_bytes),
-        MemoryRow("VRAM", VISION, sizes.vision_bytes if limits.vision == "gpu" else 0),
-        MemoryRow("VRAM", MARGIN, gpu_margin_bytes(situation.hardware.gpu)),
-    ]
-    left_bytes = budgets[0].have_bytes - sum(row.num_bytes for row in fixed)
-    chunk = choose_chunk(sizes, left_bytes, context_length)
-    work_bytes = gpu_work_bytes(sizes, chunk, context_length)
-    most = min(sizes.num_experts, max(0, left_bytes - work_bytes) // sizes.slot_bytes) if sizes.slot_bytes else 0
-    num_slots = most if limits.num_gpu_experts is None else min(limits.num_gpu_experts, sizes.num_experts)
-    rows = [*fixed, MemoryRow("VRAM", WORK, work_bytes), MemoryRow("VRAM", SLOTS, num_slots * sizes.slot_bytes)]
-    return rows, chunk, num_slots
-
-
 def _vram_left(budgets: tuple[Budget, ...], rows: list[MemoryRow]) -> int:
     """Bytes of VRAM for experts; 0 without a GPU."""
-    return budgets[0].have_bytes - sum(row.num_bytes for row in rows if row.part != SLOTS) if rows else 0
+    have_bytes = sum(budget.have_bytes for budget in budgets if budget.place == "VRAM")
+    return have_bytes - sum(row.num_bytes for row in rows if row.part != SLOTS) if rows else 0
 
 
 def _ram_rows(
-    sizes: ModelSizes, hardware: Hardware, num_threads: int, cache_bytes: int, gpu_chunk: int
+    sizes: ModelSizes, hardware: Hardware, num_threads: int, cache_bytes: int, gpu_chunk: int, num_gpus: int
 ) -> list[MemoryRow]:
-    """All but the experts; `gpu_chunk`: tokens that go through the GPU at a time, 0 where there is none."""
+    """All but the experts; `gpu_chunk`: tokens that go through a GPU at a time."""
     always = [
         MemoryRow("RAM", EMBEDDING, sizes.embedding_bytes),
         MemoryRow("RAM", WORK, cpu_work_bytes(sizes.config, num_threads)),
         MemoryRow("RAM", PROGRAM, program_bytes(sizes)),
         MemoryRow("RAM", MARGIN, ram_margin_bytes(hardware.ram_total_bytes)),
     ]
-    if gpu_chunk:
-        return [MemoryRow("RAM", PINNED, pinned_bytes(sizes, gpu_chunk)), *always]
+    if num_gpus:
+        crossing_bytes = 2 * 4 * gpu_chunk * sizes.config.hidden_size if num_gpus > 1 else 0  # x, from GPU to GPU
+        return [MemoryRow("RAM", PINNED, num_gpus * pinned_bytes(sizes, gpu_chunk) + crossing_bytes), *always]
     weights = MemoryRow("RAM", DENSE, sizes.dense_bytes + sizes.converted_bytes)
     return [weights, MemoryRow("RAM", KV, cache_bytes), *always]
 

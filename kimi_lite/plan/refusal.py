@@ -25,18 +25,19 @@ def find_problem(plan: Plan) -> str:
         return f"A context of {asked:,} tokens is wanted; the model is made for {model:,}."
     for budget in plan.budgets:
         lacking_bytes = _lacking_expert_bytes(plan, budget.place)
-        need_bytes = plan.place_bytes(budget.place) + lacking_bytes
+        need_bytes = plan.budget_bytes(budget) + lacking_bytes
         if need_bytes > budget.have_bytes:
             need, have = gib_apart(need_bytes, budget.have_bytes)
             parts = [
                 f"{row.part} {gib(row.num_bytes)}"
                 for row in plan.rows
-                if row.place == budget.place and row.part != EXPERTS
+                if (row.place, row.gpu) == (budget.place, budget.gpu) and row.part != EXPERTS
             ]
             if budget.place == "RAM" and (experts_bytes := plan.ram_expert_bytes + lacking_bytes):
                 parts.append(f"{EXPERTS} {'at least ' if lacking_bytes else ''}{gib(experts_bytes)}")
             source = f"{have} are free" if budget.source == "free" else f"{budget.source} allows {have}"
-            return f"At least {need} of {budget.place} are needed ({', '.join(parts)}); {source}."
+            place = plan.name_of(budget.place, budget.gpu)
+            return f"At least {need} of {place} are needed ({', '.join(parts)}); {source}."
     if lacking_bytes := _lacking_disk_bytes(plan):
         disk = plan.hardware.disk
         need, have = gib_apart(disk.free_bytes + lacking_bytes, disk.free_bytes)
@@ -74,9 +75,11 @@ class _Trial:
     def without_limits(self) -> Iterator[Remedy]:
         """Leaving out --vram or --ram, or both, where that is what lacks."""
         fields = {"--vram": "vram_bytes", "--ram": "ram_bytes"}
-        limiting = [budget.source for budget in self._plan.budgets if budget.source != "free"]
+        limiting = list(dict.fromkeys(budget.source for budget in self._plan.budgets if budget.source != "free"))
+        if self._plan.limits.device is None and len(self._plan.gpu_parts) > 1:
+            limiting = [flag for flag in limiting if flag != "--vram"]  # it says that there are several GPUs
         hardware = self._plan.hardware
-        free = {"--vram": hardware.gpu.vram_free_bytes if hardware.gpu else 0, "--ram": hardware.ram_free_bytes}
+        free = {"--vram": sum(gpu.vram_free_bytes for gpu in hardware.gpus), "--ram": hardware.ram_free_bytes}
         for flags in [*([flag] for flag in limiting), limiting]:
             if flags and self._run(replace(self._plan.limits, **dict.fromkeys((fields[flag] for flag in flags), None))):
                 effect = " and ".join(f"{gib(free[flag])} of {flag[2:].upper()} are free" for flag in flags)

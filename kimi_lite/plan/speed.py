@@ -10,6 +10,7 @@ of the bandwidth that our kernels reach, and the time of a layer that is not mem
 typical one, and both numbers are as good as that assumption.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ from kimi_lite.hardware.machine import (
     TYPICAL_PCIE_BYTES_S,
     TYPICAL_RAM_BYTES_S,
     TYPICAL_VRAM_BYTES_S,
+    Gpu,
     Hardware,
     Origin,
 )
@@ -89,20 +91,32 @@ class Forecast:
     best_hit_share: float = 0.0
 
 
-def rates_of(hardware: Hardware, num_threads: int | None = None) -> Rates:
-    """The machine's speeds, and typical ones where none was measured. Arithmetic is of as many cores as threads run."""
+def rates_of(hardware: Hardware, num_threads: int | None = None, gpu_shares: Sequence[float] = (1.0,)) -> Rates:
+    """The machine's speeds, and typical ones where none was measured. Arithmetic is of as many cores as threads run.
+    gpu_shares: of the layers, on each GPU; one works after the other, so their times add up."""
     share = min(1.0, num_threads / hardware.num_cores) if num_threads else 1.0
-    gpu, disk, origins = hardware.gpu, hardware.disk, hardware.origins
+    disk, origins = hardware.disk, hardware.origins
 
     def rate(place: str, known: float | None, typical: float) -> Rate:
         return Rate(known, origins.get(place, "given")) if known else Rate(typical, "assumed")
 
+    def of_gpus(known: Callable[[Gpu], float | None], typical: float) -> float | None:
+        """None where it is known of none."""
+        each = [known(gpu) for gpu in hardware.gpus]
+        if not any(each):
+            return None
+        times = [share / (per_s or typical) for share, per_s in zip(gpu_shares or (1.0,), each, strict=False)]
+        return each[0] if len(each) == 1 else 1 / sum(times)
+
+    flops = of_gpus(lambda gpu: gpu.flops_s, TYPICAL_GPU_FLOPS_S)
+    vram_bytes_s = of_gpus(lambda gpu: gpu.vram_bytes_s, TYPICAL_VRAM_BYTES_S)
+    pcie_bytes_s = of_gpus(lambda gpu: gpu.pcie_bytes_s, TYPICAL_PCIE_BYTES_S)
     return Rates(
         ram=rate("ram", hardware.ram_bytes_s, TYPICAL_RAM_BYTES_S),
         disk=rate("disk", disk.read_bytes_s if disk else None, TYPICAL_DISK_BYTES_S),
-        vram=rate("vram", gpu.vram_bytes_s if gpu else None, TYPICAL_VRAM_BYTES_S),
-        pcie=rate("pcie", gpu.pcie_bytes_s if gpu else None, TYPICAL_PCIE_BYTES_S),
-        gpu_flops=Rate(gpu.flops_s, "computed") if gpu and gpu.flops_s else Rate(TYPICAL_GPU_FLOPS_S, "assumed"),
+        vram=rate("vram", vram_bytes_s, TYPICAL_VRAM_BYTES_S),
+        pcie=rate("pcie", pcie_bytes_s, TYPICAL_PCIE_BYTES_S),
+        gpu_flops=Rate(flops, "computed") if flops else Rate(TYPICAL_GPU_FLOPS_S, "assumed"),
         cpu_macs=rate("cpu", share * (hardware.cpu_macs_s or 0), share * hardware.assume_macs_s()),
         clock_hz=hardware.clock_hz or TYPICAL_CLOCK_HZ,
     )

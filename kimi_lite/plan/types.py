@@ -54,6 +54,7 @@ class MemoryRow:
     place: Place
     part: str
     num_bytes: int
+    gpu: int = 0  # of VRAM: whose, by its number among the plan's GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,15 @@ class Budget:
     place: Place
     have_bytes: int
     source: str
+    gpu: int = 0  # as a row's
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPart:
+    """What one of the GPUs gets of the model."""
+
+    layers: range  # one after the other
+    num_slots: int  # for their routed experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +119,7 @@ class Plan:
     context_length: int  # tokens of one sequence
     num_cache_pages: int  # pages of the KV cache, for all sequences
     num_spill_pages: int  # pages in RAM for those that a GPU's cache has no place for; 0 without a GPU
-    num_vram_slots: int  # experts that have a place on the GPU
+    num_vram_slots: int  # experts that have a place on a GPU
     prompt_chunk_tokens: int  # of a prompt in one forward pass
     ram_expert_bytes: int  # experts that RAM holds: all, or in slots those that VRAM does not hold
     disk_expert_bytes: int  # experts that fit nowhere, read from disk when they are chosen
@@ -123,6 +133,7 @@ class Plan:
     prompt: Forecast
     bottleneck: str
     verdict: Verdict
+    gpu_parts: tuple[GpuPart, ...] = ()  # of the GPUs, the first layers' first; none without a GPU
     warnings: tuple[str, ...] = ()
     refusal: Refusal | None = None
     # With the weights that every token uses in the next finer and coarser type, where that was the plan's choice
@@ -154,7 +165,26 @@ class Plan:
 
     def fits_in(self, place: Place) -> bool:
         """Whether the place holds its rows; one without a budget holds any."""
-        return all(self.place_bytes(place) <= budget.have_bytes for budget in self.budgets if budget.place == place)
+        return all(self.budget_bytes(budget) <= budget.have_bytes for budget in self.budgets if budget.place == place)
+
+    def budget_bytes(self, budget: Budget) -> int:
+        """What the rows take of it."""
+        return sum(row.num_bytes for row in self.rows if (row.place, row.gpu) == (budget.place, budget.gpu))
+
+    def budget_of(self, place: Place, gpu: int = 0) -> Budget:
+        return next(budget for budget in self.budgets if (budget.place, budget.gpu) == (place, gpu))
+
+    def name_of(self, place: Place, gpu: int = 0) -> str:
+        """`VRAM 1` where there are several GPUs."""
+        return f"{place} {gpu}" if place == "VRAM" and len(self.gpu_parts) > 1 else place
+
+    def of_gpu(self, number: int) -> "Plan":
+        """What is allocated for the layers of this GPU: their slots, and their share of what RAM has for experts."""
+        part, ram_bytes, config = self.gpu_parts[number], self.ram_expert_bytes, self.sizes.config
+        if self.has_ram_slots:
+            num_routed = sum(layer >= config.num_dense_layers for layer in part.layers)
+            ram_bytes = ram_bytes * num_routed // config.num_moe_layers
+        return replace(self, num_vram_slots=part.num_slots, ram_expert_bytes=ram_bytes)
 
     def decode_at(self, depth: float, num_sequences: int = 1) -> Forecast:
         """Decode of several sequences together, each with so many earlier tokens."""
@@ -164,7 +194,7 @@ class Plan:
         return sum(row.num_bytes for row in self.rows if row.place == place)
 
     def have_bytes(self, place: Place) -> int:
-        return next((budget.have_bytes for budget in self.budgets if budget.place == place), 0)
+        return sum(budget.have_bytes for budget in self.budgets if budget.place == place)
 
     def part_bytes(self, place: Place, part: str) -> int:
         return sum(row.num_bytes for row in self.rows if (row.place, row.part) == (place, part))
@@ -210,6 +240,10 @@ class Plan:
             **{name: getattr(self, name) for name in plain},
             "rates": asdict(self.rates),
             **{name: None if self.refusal else asdict(getattr(self, name)) for name in speeds},
+            "gpu_parts": [
+                {"first_layer": part.layers.start, "num_layers": len(part.layers), "num_slots": part.num_slots}
+                for part in self.gpu_parts
+            ],
             "warnings": list(self.warnings),
             "refusal": asdict(self.refusal) if self.refusal else None,
         }
@@ -226,6 +260,7 @@ def hardware_json(hardware: Hardware) -> dict:
         **{name: getattr(hardware, name) for name in plain},
         "cores": asdict(hardware.cores) if hardware.cores else None,
         "gpu": asdict(gpu) if gpu else None,
+        "more_gpus": [asdict(other) for other in hardware.more_gpus],
         "disk": asdict(disk) | {"path": str(disk.path)} if disk else None,
         "origins": dict(hardware.origins),
     }

@@ -15,7 +15,7 @@ from kimi_lite.arch.costs import decode_cost
 from kimi_lite.plan.quality import REST_NATS, describe
 from kimi_lite.plan.speed import Forecast, Rate
 from kimi_lite.plan.subject import RecipePlan, explain_choice
-from kimi_lite.plan.types import DENSE, EXPERTS, KV, MARGIN, PINNED, SLOTS, Place, Plan
+from kimi_lite.plan.types import DENSE, EXPERTS, KV, MARGIN, PINNED, SLOTS, Budget, GpuPart, MemoryRow, Place, Plan
 from kimi_lite.units import GIB, gib
 
 WIDTH, NARROWEST = 80, 40
@@ -75,9 +75,12 @@ def start_panel(plan: Plan, *more: str, width: int = WIDTH) -> list[str]:
     sizes = plan.sizes
     head = f"kimi-lite {__version__} · {sizes.config.name} · {sizes.label} · {gib(sizes.total_bytes)}"
     lines = wrap("", head, width, 0)
-    if plan.is_on_gpu and plan.hardware.gpu:
-        lines += wrap("  GPU", f"{plan.hardware.gpu.name}: {_parts(plan, 'VRAM')}", width, 7)
-    lines += wrap("  RAM", f"{gib(plan.have_bytes('RAM'))} {_source(plan, 'RAM')}: {_parts(plan, 'RAM')}", width, 7)
+    for number, part in enumerate(plan.gpu_parts):
+        label = "  GPU" if len(plan.gpu_parts) == 1 else f"  GPU {number}"
+        text = f"{plan.hardware.gpus[number].name}: {_parts(plan, 'VRAM', number)}{_layers_of(plan, part)}"
+        lines += wrap(label, text, width, 7 if len(plan.gpu_parts) == 1 else 9)
+    ram = plan.budget_of("RAM")
+    lines += wrap("  RAM", f"{gib(ram.have_bytes)} {_source(ram)}: {_parts(plan, 'RAM')}", width, 7)
     if plan.disk_expert_bytes:
         disk = plan.rates.disk
         text = f"{gib(plan.disk_expert_bytes)} of experts stay there: {_gb_s(disk)} {disk.origin}"
@@ -106,15 +109,17 @@ def verdict_line(plan: Plan) -> str:
 def place_lines(plan: Plan, width: int = WIDTH) -> Iterator[str]:
     """A row a thing, then the sum."""
     label = _label_width(width)
-    for place in ("VRAM", "RAM", "disk"):
-        rows = [row for row in plan.rows if row.place == place]
-        entries = [(row.part, row.num_bytes, _remark(plan, place, row.part)) for row in rows]
+    for place, gpu in [*(("VRAM", number) for number in range(len(plan.gpu_parts))), ("RAM", 0), ("disk", 0)]:
+        rows = [row for row in plan.rows if (row.place, row.gpu) == (place, gpu)]
+        entries = [(row.part, row.num_bytes, _remark(plan, row)) for row in rows]
         if place != "disk" and rows:
-            entries.append(
-                ("total", plan.place_bytes(place), f"of {gib(plan.have_bytes(place))} {_source(plan, place)}")
-            )
+            budget = plan.budget_of(place, gpu)
+            text = f"of {gib(budget.have_bytes)} {_source(budget)}"
+            if place == "VRAM":
+                text += _layers_of(plan, plan.gpu_parts[gpu])
+            entries.append(("total", plan.budget_bytes(budget), text))
         for number, (part, num_bytes, remark) in enumerate(entries):
-            line = f"{place if number == 0 else '':<{label}}{part:<18}{gib(num_bytes):>11}"
+            line = f"{plan.name_of(place, gpu) if number == 0 else '':<{label}}{part:<18}{gib(num_bytes):>11}"
             if not remark or len(line) + 2 + cell_len(remark) <= width:
                 yield f"{line}  {remark}".rstrip()
             else:
@@ -139,8 +144,10 @@ def limit_flags(plan: Plan) -> str:
     """The flags that the plan was made with, for another command: types of the cache and in VRAM, memory, device."""
     limits = plan.limits
     flags = [f"--kv-dtype {limits.kv_dtype}" if limits.kv_dtype != "f16" else ""]
-    for name, num_bytes in (("ram", limits.ram_bytes), ("vram", limits.vram_bytes)):
-        flags.append("" if num_bytes is None else f"--{name} {num_bytes / GIB:g}G" if num_bytes else f"--{name} 0")
+    for name, limit in (("ram", limits.ram_bytes), ("vram", limits.vram_bytes)):
+        sizes = limit if isinstance(limit, tuple) else (limit,)
+        text = "+".join(f"{num_bytes / GIB:g}G" if num_bytes else "0" for num_bytes in sizes)
+        flags.append("" if limit is None else f"--{name} {text}")
     flags.append(f"--device {limits.device}" if limits.device else "")
     flags.append(f"--dense {limits.dense_type}" if limits.dense_type != "auto" else "")
     return "".join(f" {flag}" for flag in flags if flag)
@@ -177,11 +184,11 @@ def _machine_lines(plan: Plan, width: int) -> Iterator[str]:
     yield from labelled("Machine", cpu, width)
     ram = f"RAM {_total_and_free(hardware.ram_total_bytes, hardware.ram_free_bytes)}{_flag(plan, 'RAM')}"
     yield from labelled("", ram, width)
-    if gpu := hardware.gpu:
-        remark = _flag(plan, "VRAM") if plan.is_on_gpu else ", not used"
+    for number, gpu in enumerate(hardware.gpus):
+        remark = _flag(plan, "VRAM", number) if plan.is_on_gpu else ", not used"
         text = f"{gpu.name}: {_total_and_free(gpu.vram_total_bytes, gpu.vram_free_bytes)}{remark}"
         yield from labelled("", text, width)
-    else:
+    if not hardware.gpus:
         yield from labelled("", "no GPU: everything runs on the CPU", width)
     if (disk := hardware.disk) and not hardware.is_described:
         yield from labelled("", f"disk {gib(disk.free_bytes)} free at {short_folder(disk.path)}", width)
@@ -208,13 +215,20 @@ def _loss(dense_type: str) -> str:
     return f"the demo model loses {REST_NATS[dense_type]:.3f} nats by it"
 
 
-def _remark(plan: Plan, place: Place, part: str) -> str:
-    sizes, num_sequences = plan.sizes, plan.situation.num_running
+def _layers_of(plan: Plan, part: GpuPart) -> str:
+    """Where several GPUs share them: `, layers 0 to 30`."""
+    return f", layers {part.layers.start} to {part.layers.stop - 1}" if len(plan.gpu_parts) > 1 else ""
+
+
+def _remark(plan: Plan, row: MemoryRow) -> str:
+    sizes, num_sequences, place, part = plan.sizes, plan.situation.num_running, row.place, row.part
     if (place, part) == ("VRAM", DENSE):
         size = sizes.gpu[plan.dense_type]
         return "in " + " + ".join(name for name, taken in size.bytes_by_type if taken > 0.1 * size.num_bytes)
     if part == SLOTS:
-        return f"{plan.num_vram_slots:,} of {sizes.num_experts:,} experts"
+        own, config = plan.gpu_parts[row.gpu], sizes.config
+        num_experts = config.num_experts * sum(layer >= config.num_dense_layers for layer in own.layers)
+        return f"{own.num_slots:,} of {num_experts:,} experts"
     if part == KV:
         tokens = f"{plan.context_length:,} tokens in {plan.limits.kv_dtype}"
         return f"{num_sequences} x {tokens}" if num_sequences > 1 else tokens
@@ -281,27 +295,27 @@ def _rates_text(plan: Plan) -> str:
     return f"{text} (* assumed: typical desktop{better})"
 
 
-def _parts(plan: Plan, place: Place) -> str:
+def _parts(plan: Plan, place: Place, gpu: int = 0) -> str:
     """The rows of a place in one line, small ones together."""
-    rows = [row for row in plan.rows if row.place == place and row.part != MARGIN]
+    rows = [row for row in plan.rows if (row.place, row.gpu) == (place, gpu) and row.part != MARGIN]
     large = [row for row in rows if row.num_bytes >= _NAMED_SHARE * sum(row.num_bytes for row in rows)]
     small_bytes = sum(row.num_bytes for row in rows if row not in large)
     parts = [(_PANEL_PARTS.get(row.part, row.part), row.num_bytes) for row in large]
     parts += [("other", small_bytes)] if small_bytes >= 0.05 * GIB or not parts else []
-    slots = f" ({plan.num_vram_slots:,} experts)" if place == "VRAM" and plan.num_vram_slots else ""
+    num_slots = plan.gpu_parts[gpu].num_slots if place == "VRAM" else 0
+    slots = f" ({num_slots:,} experts)" if num_slots else ""
     named = [(name, f"{num_bytes / GIB:,.1f}") for name, num_bytes in parts]
     told = [f"{name} {size}" for name, size in named if size != "0.0"] or [gib(sum(size for _, size in parts))]
     return f"{' + '.join(told)}{' GiB' if any(size != '0.0' for _, size in named) else ''}{slots}"
 
 
-def _flag(plan: Plan, place: Place) -> str:
-    budget = next((budget for budget in plan.budgets if budget.place == place), None)
-    return f", {budget.source} allows {gib(budget.have_bytes)}" if budget and budget.source != "free" else ""
+def _flag(plan: Plan, place: Place, gpu: int = 0) -> str:
+    budget = plan.budget_of(place, gpu)
+    return "" if budget.source == "free" else f", {budget.source} allows {gib(budget.have_bytes)}"
 
 
-def _source(plan: Plan, place: Place) -> str:
-    source = next(budget.source for budget in plan.budgets if budget.place == place)
-    return source if source == "free" else f"({source})"
+def _source(budget: Budget) -> str:
+    return budget.source if budget.source == "free" else f"({budget.source})"
 
 
 def _total_and_free(total_bytes: int, free_bytes: int) -> str:

@@ -22,7 +22,7 @@ _PROGRAM_BYTES = 155 * MIB  # Python, Numba and LLVM with kernels from the cache
 _KERNEL_BYTES = MIB  # compiled code of a type of weights
 _VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 900  # a token; an expert's line in the tables, its views in RAM
 EXPANDED_BYTES = 512 * MIB  # keys and values of expanded attention that exist at a time on a GPU
-_WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
+WORK_SHARE = 0.35  # of what is left on the GPU, for a prompt's chunk; the rest becomes slots
 LOADING_BYTES = 64 * MIB  # of pinned memory, through which dense weights come
 ROW_TOKENS = 512  # of a batch whose every choice has a row on the host: 117 MB for Kimi K2.5
 SENT_ROWS = 512  # of the CPU's products in a prompt, that cross the bus together
@@ -97,13 +97,6 @@ def _expanded_bytes(c: ModelConfig, num_positions: int) -> int:
     head_bytes = 2 * num_positions * 2 * c.qk_head_dim
     heads_bytes = min(c.num_heads * head_bytes, max(EXPANDED_BYTES, head_bytes))
     return heads_bytes + (2 + 4) * num_positions * c.kv_latent_size
-
-
-def choose_chunk(sizes: ModelSizes, left_bytes: int, context_length: int) -> int:
-    """Tokens of a prompt that pass through the GPU at a time; `left_bytes`: what weights, cache and margin leave."""
-    works = ((chunk, gpu_work_bytes(sizes, chunk, context_length)) for chunk in PROMPT_CHUNKS)
-    fitting = (chunk for chunk, work_bytes in works if work_bytes <= _WORK_SHARE * left_bytes)
-    return next(fitting, PROMPT_CHUNKS[-1])
 
 
 def stream_bytes(sizes: ModelSizes) -> int:

@@ -38,7 +38,7 @@ HERE = Hardware("a CPU", 8, "avx2", 32 * GIB, free_of(32 * GIB), disk=Disk(Path(
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
     """The same machine every time."""
-    monkeypatch.setattr(hardware, "probe", lambda path=None, is_measuring=False, gpu_index=0: HERE)
+    monkeypatch.setattr(hardware, "probe", lambda path=None, is_measuring=False, gpu_indices=(0,): HERE)
     monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
 
 

@@ -153,7 +153,7 @@ def test_a_system_prompt_in_a_file(tmp_path):
         ("chat", "-st", "kimi-lite run"),
         ("chat", "-no-cnv", "kimi-lite run"),
         ("run", "-s 42", "--seed 42"),
-        ("run", "-ts 1,1", "--device cuda:N"),
+        ("run", "-ts 1,1", "--device cuda:0,cuda:1"),
         ("run", "-ctx 4096", "--ctx"),
         ("quantize", "--pure", "--type"),
     ],

@@ -174,7 +174,7 @@ def out_of_memory(settings: Settings) -> None:
             return
         ids = tokens(8192, 500)
         want = engine.model.forward(chunk(ids[:4096]))
-        engine.model._drop_steps()
+        engine.model.drop_steps()
         hogs = []
         for size in (1 << 30, 64 << 20, 4 << 20):
             try:

@@ -23,14 +23,15 @@ _BUSY_BYTES = 1.5 * GIB  # more than a desktop's windows
 
 
 def gpu_checks(facts: Facts) -> Iterator[Check]:
-    """One line where there is no GPU, else one for each thing that it needs."""
-    gpu = facts.hardware.gpu
-    if gpu is None:
+    """One line where there is no GPU, else one for each thing that they need."""
+    gpus = facts.hardware.gpus
+    if not gpus:
         yield _no_gpu(facts)
         return
-    yield check_gpu(gpu)
-    yield check_free_memory(gpu)
-    checks = [check_torch(facts, gpu), check_triton(facts)]
+    for gpu in gpus:
+        yield check_gpu(gpu)
+        yield check_free_memory(gpu)
+    checks = [check_torch(facts, gpus[0]), check_triton(facts)]
     yield from checks
     if all(check.status == "ok" for check in checks):
         yield check_kernel()

@@ -3,6 +3,7 @@ kernels compile. Every error of the loader's becomes a line with its hint.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kimi_lite.apps.doctor.system import Check, Facts
@@ -74,7 +75,7 @@ def check_tokenizer(store: GGUFStore) -> Check:
 
 def check_plan(store: GGUFStore, config: ModelConfig, facts: Facts) -> Check:
     """The plan's verdict on this machine."""
-    plan = make_plan(store_sizes(store, config), facts.hardware)
+    plan = make_plan(store_sizes(store, config), replace(facts.hardware, more_gpus=()))  # as `chat` without --device
     if plan.refusal:
         return Check("plan", "fail", plan.refusal.problem, plan.refusal.hint.replace("\n", " "))
     if plan.verdict == "fits":

@@ -75,13 +75,13 @@ class Facts:
 
 def gather(path: Path | None, is_measuring: bool) -> Facts:
     """Asks the system; measuring takes about two seconds."""
-    from kimi_lite.hardware.gpu import unavailable_reason
+    from kimi_lite.hardware.gpu import count_gpus, unavailable_reason
     from kimi_lite.native.isa import isa, target_features
 
     swap = psutil.swap_memory()
     features = target_features()
     return Facts(
-        hardware=probe(path, is_measuring),
+        hardware=probe(path, is_measuring, range(max(1, count_gpus()))),
         gpu_reason=unavailable_reason(),
         has_nvidia_device=host.has_nvidia_device(),
         cgroup=host.cgroup_limit(),

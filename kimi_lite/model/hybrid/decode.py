@@ -59,16 +59,18 @@ class DecodeStep:
     def __init__(
         self,
         layers: Sequence[Layer],
-        head: Head,
+        head: Head | None,
         experts: RoutedExperts | None,
         config: ModelConfig,
         streams: GpuStreams,
         num_rows: int,
         num_pages: int,
     ) -> None:
+        """head: None where another GPU has the layers that follow: then `forward` returns x in place of logits."""
         self._layers, self._head, self._experts, self._streams = layers, head, experts, streams
         self.inputs = StepInputs(config, streams, num_rows, num_pages)
-        self._logits = streams.pinned((num_rows, config.vocab_size), torch.float32)
+        width = config.hidden_size if head is None else config.vocab_size
+        self._rows = streams.pinned((num_rows, width), torch.float32)
         self._captured = Captured(self._run, streams)
 
     @property
@@ -77,7 +79,8 @@ class DecodeStep:
         return self._captured.is_steady
 
     def forward(self, num_tokens: int) -> np.ndarray:
-        """The first `num_tokens` rows of `inputs` -> float32 (num_tokens, vocabulary) on the host."""
+        """The first `num_tokens` rows of `inputs` -> float32 (num_tokens, vocabulary) on the host, or (num_tokens,
+        D)."""
         try:
             if self._experts is not None:
                 limit_s = _TURN_LIMIT_S if self._captured.is_warm else _FIRST_LIMIT_S
@@ -90,7 +93,7 @@ class DecodeStep:
             raise
         if self._experts is not None:
             self._experts.finish_turns()
-        return self._logits[:num_tokens].numpy().copy()
+        return self._rows[:num_tokens].numpy().copy()
 
     def close(self) -> None:
         """Frees the graph; the buffers are free with the last reference to this."""
@@ -107,12 +110,13 @@ class DecodeStep:
         """All of it."""
         self.inputs.upload()
         x, step, first = self.inputs.x, self.inputs.step, self.inputs.first
-        norms = [*(layer.attention.attn_norm for layer in self._layers), self._head.output_norm]
+        norms = [layer.attention.attn_norm for layer in self._layers]
+        norms.append(norms[-1] if self._head is None else self._head.output_norm)  # without a head nothing reads it
         normed = self._layers[0].normed(x)
         deferral = self._experts.deferral() if self._experts is not None else None
         for layer, next_norm in zip(self._layers, norms[1:], strict=True):
             normed = layer.decode(x, normed, step, self._experts, first, next_norm, deferral)
-        self._streams.copy(self._logits, self._head.logits(normed))
+        self._streams.copy(self._rows, x if self._head is None else self._head.logits(normed))
 
 
 def rows_for(num_tokens: int) -> int:

@@ -40,19 +40,23 @@ def open_experts(
     report: Callable[[str, int, int], None],
     heat_file: Path | None = None,
     recorder: RoutingRecorder | None = None,
+    among: range | None = None,
 ) -> RoutedExperts | None:
     """The routed experts with the slots, the chunk and the RAM that `plan` gives them; None for a model without any.
+    among: those of these layers only.
 
     slot_table: int32 (layers, experts) on the device, where routers look which experts have a slot in VRAM. heat_file:
     read now, written at the end. Raises KimiLiteError where less VRAM is free than the plan was made for.
     """
-    index, options = ExpertIndex.find(store, config), plan.limits
+    index, options = ExpertIndex.find(store, config, among), plan.limits
     streams.give_back()  # loading left pieces; the slots want one
     _require_vram(index, streams, plan)
     if not index.layers:
         return None
     layers = {layer: layer_experts(store, config, layer)[0] for layer in index.layers}
     heat = load_heat(heat_file, heat_shape(index)) if heat_file else None
+    if heat is not None:
+        heat[:, [layer for layer in range(index.num_layers) if layer not in index.layers]] = 0  # another GPU's
     tables = {layer: experts.table for layer, experts in layers.items()}
     counts, group_size, num_slots = (
         thread_counts(plan),

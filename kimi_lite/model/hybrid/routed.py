@@ -223,7 +223,8 @@ class RoutedExperts:
                 stack.callback(part.close)
             self.count()
             if self._heat_file:
-                save_heat(self._heat_file, self.slots.policy.export_heat())
+                layers = None if self.store.index.is_whole else list(self.store.index.layers)
+                save_heat(self._heat_file, self.slots.policy.export_heat(), layers)
 
     def _chosen(self, host: HostCopies, num_tokens: int, copied: Event) -> np.ndarray:
         """int32 (T, K): what the router chose, once the copy is there."""

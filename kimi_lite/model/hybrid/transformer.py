@@ -5,7 +5,6 @@ Attention, routers, shared experts, norms and the head are on the device; routed
 finds them. Batches of up to 16 tokens go as one captured step (`hybrid.decode`), longer ones layer by layer.
 """
 
-import logging
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.experts.gpu_failure import GpuBroken, GpuMemoryEnded, told
+from kimi_lite.experts.gpu_failure import GpuBroken, told
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.experts.vram import make_table
@@ -33,6 +32,7 @@ from kimi_lite.model.hybrid.experts import open_experts, thread_counts
 from kimi_lite.model.hybrid.head import Head
 from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS, Kernels, Residents
 from kimi_lite.model.hybrid.layer import Layer
+from kimi_lite.model.hybrid.passes import Passes, ShouldStop
 from kimi_lite.model.hybrid.step import StepMaker, choose_expanded, is_decoding, num_pages_seen
 from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.cpu.matrix import dequantize
@@ -42,11 +42,11 @@ from kimi_lite.units import counted
 
 MAX_LOGITS = 64  # rows of logits made at once
 _NUM_DECODE_SHAPES = 6  # whose graphs are kept
-_log = logging.getLogger(__name__)
 
 
 class HybridTransformer:
-    """A loaded model. `forward` is not reentrant: one batch at a time."""
+    """A loaded model, or those of its layers that one of several GPUs has (see `hybrid.parts`). `forward` and `run` are
+    not reentrant: one batch at a time."""
 
     def __init__(
         self,
@@ -59,8 +59,11 @@ class HybridTransformer:
         heat_file: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
         recorder: RoutingRecorder | None = None,
+        among: range | None = None,
     ) -> None:
         """kv: its storage is a tensor of the device. plan: what experts and prompts get, and the options it is for.
+        among: the layers of this GPU, one after the other, None: all; who runs the parts begins and ends the recorder's
+        passes.
 
         heat_file: where the experts' heat outlives the process; None: nowhere. on_progress(what is being done, units
         done, units in all): loading takes seconds. recorder: of what tokens choose. Raises KimiLiteError for what the
@@ -71,19 +74,25 @@ class HybridTransformer:
         check_sizes(config)
         check_deferral(config, plan.limits.num_deferred_experts)
         compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
+        streams.enter_thread()
         self.config, self.kv = config, kv
         self._streams, self._kernels = streams, kernels
-        self.max_batch_tokens = self._pass_tokens = plan.prompt_chunk_tokens  # the second ends where memory did
+        self._among = among or range(config.num_layers)
+        self.is_first, self.is_last = self._among.start == 0, self._among.stop == config.num_layers
+        self.max_batch_tokens = plan.prompt_chunk_tokens
+        self._passes = Passes(self.max_batch_tokens, self.run, self.drop_steps)
         self._remedy = "allow fewer experts there: --gpu-experts" if plan.num_vram_slots else "a shorter context: -c"
         self._maker = StepMaker(config, streams)
         self._shape = mla_shape(config)
         self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
-        self._recorder, self.experts = recorder, None
+        self._recorder, self.experts = recorder if among is None else None, None
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
         self._thread = threading.get_ident()  # CUDA's current device is a thread's own
         slot_table = make_table(streams, config.num_layers, max(1, config.num_experts))
         self._load_dense(store, plan, slot_table, report)
-        self.experts = open_experts(store, config, streams, kernels, plan, slot_table, report, heat_file, recorder)
+        self.experts = open_experts(
+            store, config, streams, kernels, plan, slot_table, report, heat_file, recorder, among
+        )
         self._adaptive = Adaptive(self.experts, thread_counts(plan))
         if streams.is_cuda:
             with self._closed_on_failure():
@@ -99,12 +108,12 @@ class HybridTransformer:
         c, options = self.config, plan.limits
         weights = DenseWeights(store, self._streams, self._kernels, plan.dense_type)
         self.layers = []
-        for number in range(c.num_layers):
+        for number in self._among:
             report("loading onto the GPU", number, c.num_layers)
             residents = Residents(slot_table[number], options.cache_bias)
             self.layers.append(Layer(store, weights, c, number, self.kv.storage[number], self._kernels, residents))
         self._token_embd = store.tensor("token_embd.weight")  # stays in the file: a step reads a row a token
-        self.head = Head(store, weights, c, self._kernels)
+        self.head = Head(store, weights, c, self._kernels) if self.is_last else None
         self.dense_bytes = weights.num_bytes
 
     @torch.inference_mode()
@@ -129,7 +138,8 @@ class HybridTransformer:
         pieces = (SequenceSlice(0, PAGE_TOKENS, page),)
         many = Batch(np.zeros(PAGE_TOKENS, np.int32), positions, np.ones(PAGE_TOKENS, bool), pieces)
         step, x = self._maker.make(many, list(pieces)), torch.from_numpy(self._embed(many)).to(self._streams.device)
-        for layer in self.layers[: self.config.num_dense_layers + 1]:  # not the experts: they would stream
+        first_routed = self.config.num_dense_layers - self._among.start
+        for layer in self.layers[: max(0, first_routed) + 1]:  # not the experts: they would stream
             layer.shared_expert(layer.attend(x, step))
 
     @torch.inference_mode()
@@ -139,29 +149,26 @@ class HybridTransformer:
         Raises `Cancelled` between layers of a long batch when `should_stop()` becomes true, GpuMemoryEnded where less
         at a time did not fit either, GpuBroken where the GPU fails: then every later call does.
         """
-        num_tokens = len(batch.token_ids)
-        assert num_tokens <= self.max_batch_tokens, (num_tokens, self.max_batch_tokens)
-        self._streams.require_sound()
+        self.require_sound()
         if self._thread != threading.get_ident():
-            self._streams.enter_thread()
-            self._thread = threading.get_ident()
-        try:
-            return self._forward_parts(batch, should_stop, self._pass_tokens)
-        except GpuMemoryEnded as error:
-            _log.warning("%s; trying half at a time.", error.message)
-        self._drop_steps()  # behind the `except`: the error holds what the pass had allocated
-        fewer = max(1, min(num_tokens, self._pass_tokens) // 2)
-        if num_tokens > MAX_DECODE_TOKENS:  # a captured step that finds no memory says nothing of prompts
-            self._pass_tokens = max(MAX_DECODE_TOKENS, fewer)
-        return self._forward_parts(batch, should_stop, fewer)
+            self.enter_thread()
+        return self._passes.forward(batch, should_stop)
 
-    def _forward_parts(self, batch: Batch, should_stop: Callable[[], bool] | None, most: int) -> np.ndarray:
-        """Up to `most` tokens at a time."""
-        logits = [self._forward_part(part, should_stop) for part in batch.parts(most)]
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+    def require_sound(self) -> None:
+        """Raises the GpuBroken that was met before."""
+        self._streams.require_sound()
 
-    def _forward_part(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
-        """One pass; one that ends half-way leaves nothing behind."""
+    def enter_thread(self) -> None:
+        """From now on this thread runs the model, until it runs what another GPU has."""
+        self._streams.enter_thread()
+        self._thread = threading.get_ident()
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, should_stop: ShouldStop, x: np.ndarray | None = None) -> np.ndarray:
+        """One pass over these layers; one that ends half-way leaves nothing behind. x: float32 (T, D), what the part
+        before returned; None: the first. Returns float32 (rows where wants_logits, vocabulary); a part that is not the
+        last, (T, D)."""
+        assert (x is None) == self.is_first, (x is None, self.is_first)
         num_tokens = len(batch.token_ids)
         is_short = num_tokens <= MAX_DECODE_TOKENS
         if self.experts and self.experts.num_deferred:  # never of a prompt, its last token included: the cache keeps it
@@ -171,9 +178,9 @@ class HybridTransformer:
                 self._adaptive.begin(num_tokens, is_short or is_decoding(batch))  # counts the step before
                 if self._recorder:
                     self._recorder.begin(num_tokens)
-                return self._forward_short(batch) if is_short else self._forward_long(batch, should_stop)
+                return self._forward_short(batch, x) if is_short else self._forward_long(batch, should_stop, x)
         except BaseException:
-            self._give_up()
+            self.give_up()
             raise
 
     @contextmanager
@@ -221,28 +228,28 @@ class HybridTransformer:
         if self._streams.failure is None:
             with suppress(GpuBroken, RuntimeError):  # who closes does not want to know
                 self._streams.synchronize()
-        self._drop_steps()
+        self.drop_steps()
 
-    def _drop_steps(self) -> None:
+    def drop_steps(self) -> None:
         """The graphs and buffers of all shapes, and what torch holds unused, are free again."""
         while self._steps:
             self._steps.popitem()[1].close()
         with suppress(RuntimeError):  # what is broken is told where something is wanted of it
             self._streams.give_back()
 
-    def _forward_short(self, batch: Batch) -> np.ndarray:
+    def _forward_short(self, batch: Batch, x: np.ndarray | None) -> np.ndarray:
         """A step that is measured: what it teaches changes the next ones."""
         start_s = time.perf_counter()
-        decode, logits = self._forward_decode(batch)
-        logits = logits[batch.wants_logits]
+        decode, rows = self._forward_decode(batch, x)
+        rows = rows[batch.wants_logits] if self.is_last else rows
         elapsed_s = time.perf_counter() - start_s
         self._adaptive.end(len(batch.token_ids), int(batch.positions.max()) + 1, elapsed_s, decode.is_steady)
         self.num_decode_steps += 1
         self.decode_s += elapsed_s
-        return logits
+        return rows
 
-    def _forward_decode(self, batch: Batch) -> tuple[DecodeStep, np.ndarray]:
-        """What ran the step, and float32 (T, vocabulary)."""
+    def _forward_decode(self, batch: Batch, x: np.ndarray | None = None) -> tuple[DecodeStep, np.ndarray]:
+        """x (T, D), None: of the tokens -> what ran the step, and what `run` returns, of all rows."""
         num_tokens = len(batch.token_ids)
         shape = num_rows, num_pages = rows_for(num_tokens), pages_for(num_pages_seen(batch))
         if shape not in self._steps:
@@ -254,12 +261,14 @@ class HybridTransformer:
         self._steps.move_to_end(shape)
         decode = self._steps[shape]
         host_step = self._maker.host_step(batch, num_rows=num_rows, num_pages=num_pages)
-        decode.inputs.set(self._embed(batch, num_rows), host_step)
+        x = self._embed(batch, num_rows) if x is None else np.pad(x, ((0, num_rows - num_tokens), (0, 0)))
+        decode.inputs.set(x, host_step)
         return decode, decode.forward(num_tokens)
 
-    def _forward_long(self, batch: Batch, should_stop: Callable[[], bool] | None) -> np.ndarray:
+    def _forward_long(self, batch: Batch, should_stop: ShouldStop, x_on_host: np.ndarray | None) -> np.ndarray:
         expanded = choose_expanded(batch.sequences, self._shape)
-        step, x = self._maker.make(batch, expanded), torch.from_numpy(self._embed(batch)).to(self._streams.device)
+        x_on_host = self._embed(batch) if x_on_host is None else x_on_host
+        step, x = self._maker.make(batch, expanded), torch.from_numpy(x_on_host).to(self._streams.device)
         if self.experts and not step.is_decoding:
             self.experts.begin_prompt(len(batch.token_ids))
         rows = torch.from_numpy(np.flatnonzero(batch.wants_logits)).to(x.device)  # now: it waits for what is running
@@ -267,16 +276,25 @@ class HybridTransformer:
             if should_stop and should_stop():
                 raise Cancelled
             layer.forward(x, step, self.experts)
+        if not self.is_last:
+            return self._to_host(x, len(x))
         parts = [self._logits(x[rows[i : i + MAX_LOGITS]], len(x)) for i in range(0, len(rows), MAX_LOGITS)]
         return np.concatenate(parts or [np.empty((0, self.config.vocab_size), np.float32)])
 
     def _logits(self, x: torch.Tensor, num_tokens: int) -> np.ndarray:
         """(T, D) at the end of a pass over `num_tokens` -> (T, vocabulary) on the host."""
-        logits = self.head.forward(x)
-        self._streams.finish(self._streams.event(), num_tokens)  # a copy would wait for a GPU that hangs, for ever
-        return logits.cpu().numpy()
+        return self._to_host(self.head.forward(x), num_tokens)
 
-    def _give_up(self) -> None:
+    def _to_host(self, rows: torch.Tensor, num_tokens: int) -> np.ndarray:
+        self._streams.finish(self._streams.event(), num_tokens)  # a copy would wait for a GPU that hangs, for ever
+        return rows.cpu().numpy()
+
+    def count(self) -> None:
+        """What was chosen so far is in the recorder."""
+        if self.experts:
+            self.experts.count()
+
+    def give_up(self) -> None:
         """A pass ended half-way: it leaves nothing behind that would change a later one."""
         if self.experts:
             self.experts.cancel()

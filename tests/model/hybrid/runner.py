@@ -1,6 +1,7 @@
 """Runs a GGUF file on the hybrid path: with a CPU device standing in as the GPU, or on a CUDA device."""
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.model.hybrid.kernels import Kernels, TritonKernels
 from kimi_lite.model.hybrid.load import make_device_cache
+from kimi_lite.model.hybrid.parts import HybridParts
 from kimi_lite.model.hybrid.transformer import HybridTransformer
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
-from kimi_lite.plan.types import Plan
+from kimi_lite.plan.types import GpuPart, Plan
 from tests.model import runner
 from tests.model.hybrid.lazy_device import LazyDevice, LazyKernels
 from tests.model.hybrid.stand_in import GPU, StandInKernels
@@ -33,6 +35,16 @@ def plan_for(store: GGUFStore, config: ModelConfig, options: Options, **numbers:
     """The plan for a large machine, with other numbers where the test says so."""
     hardware = Hardware("a CPU", 8, "avx2", 256 << 30, 250 << 30, gpu=GPU)
     return replace(make_plan(store_sizes(store, config), hardware, options).require(), **numbers)
+
+
+def shared(plan: Plan, gpu_layers: Sequence[int]) -> Plan:
+    """The same plan with so many layers on each of several GPUs, and slots by their number."""
+    config, stops = plan.sizes.config, np.cumsum(gpu_layers).tolist()
+    assert stops[-1] == config.num_layers, (gpu_layers, config.num_layers)
+    num_routed = [max(0, stop - config.num_dense_layers) for stop in stops]
+    counts = np.diff([plan.num_vram_slots * count // num_routed[-1] for count in num_routed], prepend=0).tolist()
+    layers = [range(stop - count, stop) for stop, count in zip(stops, gpu_layers, strict=True)]
+    return replace(plan, gpu_parts=tuple(GpuPart(*part) for part in zip(layers, counts, strict=True)))
 
 
 class HybridRunner(Runner):
@@ -50,9 +62,11 @@ class HybridRunner(Runner):
         num_gpu_experts: int = 0,
         ram_expert_bytes: int | None = None,
         group_size: int = 8,
+        gpu_layers: Sequence[int] = (),
         **options: object,
     ) -> None:
-        """ram_expert_bytes: for experts, which do not all fit; None: they do. group_size: of a prompt's stream."""
+        """ram_expert_bytes: for experts, which do not all fit; None: they do. group_size: of a prompt's stream.
+        gpu_layers: so many on each of several devices, which share the slots."""
         self.store = GGUFStore.open(path)
         self.config = ModelConfig.from_metadata(self.store.metadata)
         streams = streams or GpuStreams(DEVICE)
@@ -67,14 +81,24 @@ class HybridRunner(Runner):
             prompt_chunk_tokens=CHUNK_TOKENS,
             **tier,
         )
-        self.kv = make_device_cache(self.config, plan, streams)
-        kernels = kernels or (StandInKernels() if DEVICE == "cpu" else TritonKernels())
+        if gpu_layers:
+            plan = shared(plan, gpu_layers)
+        gpus = [streams, *(GpuStreams(DEVICE) for _ in gpu_layers[1:])]
+        self.kv = make_device_cache(self.config, plan, gpus)
+        make_kernels = StandInKernels if DEVICE == "cpu" else TritonKernels
         self.watched = None if recorder else runner.make_recorder(self.config)
-        with patch("kimi_lite.model.hybrid.experts.STREAM_EXPERTS", group_size):
-            self.transformer = HybridTransformer(
-                self.store, self.config, self.kv, streams, kernels, plan, heat_file, recorder=recorder or self.watched
-            )
         self.pages = np.array([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8], np.int32)
+        with patch("kimi_lite.model.hybrid.experts.STREAM_EXPERTS", group_size):
+            recorder = recorder or self.watched
+            if gpu_layers:
+                self.transformer = HybridParts.open(
+                    self.store, self.config, self.kv, gpus, make_kernels, plan, heat_file, recorder=recorder
+                )
+                return
+            kernels = kernels or make_kernels()
+            self.transformer = HybridTransformer(
+                self.store, self.config, self.kv, streams, kernels, plan, heat_file, recorder=recorder
+            )
 
 
 class LazyRunner(HybridRunner):

@@ -53,11 +53,11 @@ def pair(path):
         yield runner, plain
 
 
-def by_layer(runner: HybridRunner) -> Callable[[Batch], np.ndarray]:
+def by_layer(runner: HybridRunner) -> Callable[[Batch, None], np.ndarray]:
     """The same padded step as a long batch goes: the host asks for each layer's experts."""
     model = runner.transformer
 
-    def forward(batch: Batch) -> np.ndarray:
+    def forward(batch: Batch, x: None) -> np.ndarray:
         shape = decode.rows_for(len(batch.token_ids)), decode.pages_for(num_pages_seen(batch))
         inputs = StepInputs(model.config, model._streams, *shape)
         inputs.set(model._embed(batch, shape[0]), model._maker.host_step(batch, (), *shape))
@@ -146,7 +146,7 @@ def test_a_launch_that_fails_leaves_nothing_behind(error, path, ids):
                     runner.decode(ids[:1])
             assert kernels.left <= 0
         assert np.array_equal(runner.decode(ids[:4]), want)
-        assert runner.transformer._pass_tokens == runner.transformer.max_batch_tokens, "prompts are as they were"
+        assert runner.transformer._passes.most_tokens == runner.transformer.max_batch_tokens, "prompts are as they were"
 
 
 class Silent(StandInKernels):

@@ -78,9 +78,9 @@ def test_latents_in_eight_bits(monkeypatch):
 def test_cache_on_the_device(store, config, kv_dtype):
     """For as many sequences as the options say, with the plan's pages in RAM behind it."""
     plan = plan_for(store, config, Options(context_length=200, num_sequences=3, kv_dtype=kv_dtype))
-    kv = make_device_cache(config, plan, GpuStreams("cpu"))
+    kv = make_device_cache(config, plan, [GpuStreams("cpu")])
     assert kv.num_pages == 3 * 4 and isinstance(kv.storage, torch.Tensor) and kv.host.num_pages == plan.num_spill_pages
-    kv = make_device_cache(config, replace(plan, num_cache_pages=7, num_spill_pages=0), GpuStreams("cpu"))
+    kv = make_device_cache(config, replace(plan, num_cache_pages=7, num_spill_pages=0), [GpuStreams("cpu")])
     assert kv.num_pages == 7 and kv.host is None
 
 
@@ -96,7 +96,7 @@ class SmallGpu(GpuStreams):
 
 
 def open_with(store, config, plan, streams):
-    kv = make_device_cache(config, plan, streams)
+    kv = make_device_cache(config, plan, [streams])
     return HybridTransformer(store, config, kv, streams, StandInKernels(), plan)
 
 

@@ -1,0 +1,43 @@
+"""A batch in passes over the layers: one, or several where the GPU's memory has ended."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from kimi_lite.experts.gpu_failure import GpuMemoryEnded
+from kimi_lite.model.batch import Batch
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS
+
+ShouldStop = Callable[[], bool] | None
+_log = logging.getLogger(__name__)
+
+
+class Passes:
+    """Remembers how many tokens have not been too many yet."""
+
+    def __init__(
+        self, max_tokens: int, run: Callable[[Batch, ShouldStop], np.ndarray], give_back: Callable[[], None]
+    ) -> None:
+        """run: one pass, float32 (rows where wants_logits, vocabulary). give_back: frees what only saves time."""
+        self.max_tokens = self.most_tokens = max_tokens  # the second ends where memory did
+        self._run, self._give_back = run, give_back
+
+    def forward(self, batch: Batch, should_stop: ShouldStop) -> np.ndarray:
+        """float32 (rows where wants_logits, vocabulary). Raises GpuMemoryEnded where half as much did not fit
+        either."""
+        num_tokens = len(batch.token_ids)
+        assert num_tokens <= self.max_tokens, (num_tokens, self.max_tokens)
+        try:
+            return self._forward_parts(batch, should_stop, self.most_tokens)
+        except GpuMemoryEnded as error:
+            _log.warning("%s; trying half at a time.", error.message)
+        self._give_back()  # behind the `except`: the error holds what the pass had allocated
+        fewer = max(1, min(num_tokens, self.most_tokens) // 2)
+        if num_tokens > MAX_DECODE_TOKENS:  # a captured step that finds no memory says nothing of prompts
+            self.most_tokens = max(MAX_DECODE_TOKENS, fewer)
+        return self._forward_parts(batch, should_stop, fewer)
+
+    def _forward_parts(self, batch: Batch, should_stop: ShouldStop, most: int) -> np.ndarray:
+        logits = [self._run(part, should_stop) for part in batch.parts(most)]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
