@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 something the user can
 """
 
 import io
+import logging
 import os
 import sys
 import threading
@@ -142,6 +143,7 @@ def main() -> None:
     sys.excepthook = _report_crash
     threading.excepthook = lambda crash: _report_crash(crash.exc_type, crash.exc_value, crash.exc_traceback)
     warnings.showwarning = _report_warning
+    logging.lastResort = _LogOnTerminal(logging.WARNING)
     try:
         app(prog_name="kimi-lite")
     except KimiLiteError as error:
@@ -149,6 +151,15 @@ def main() -> None:
 
         echo(f"kimi-lite: {error}", to_stderr=True)
         sys.exit(2)
+
+
+class _LogOnTerminal(logging.Handler):
+    """What parts of the program warn of, where no log is kept (`serve` keeps one)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from kimi_lite.terminal import echo
+
+        echo(record.getMessage(), to_stderr=True)
 
 
 class _Remarks(io.TextIOWrapper):

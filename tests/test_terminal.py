@@ -47,6 +47,8 @@ WRITERS = {
     "error": "echo(text, to_stderr=True, colour='red')",
     "crash": "sys.excepthook = report_crash; raise ValueError(text)",
     "warning": "from kimi_lite import cli; import warnings; cli._report_warning(text, UserWarning, text, 1)",
+    "log": "from kimi_lite import cli; import logging; logging.lastResort = cli._LogOnTerminal(); "
+    "logging.getLogger('kimi_lite.part').warning('%s', text)",
     "question": "q = Question(text, {text: text, 'code': text + '\\n' + text}, (text,)); "
     "[echo(line) for line in (*q.lines, q.prompt)]",
     "prompt": "open_prompt().prompt(text + 'ready> ')",
