@@ -212,9 +212,11 @@ class LazyDevice(GpuStreams):
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_Mode(self))
         stack.enter_context(patch.object(attention, "causal_lower_right", _causal_lower_right))
+        self._local.has_mode = True
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._local.has_mode = False
         self._entered.pop().close()
 
     # What the product calls ------------------------------------------------------------------------------------------
@@ -246,7 +248,10 @@ class LazyDevice(GpuStreams):
             yield
 
     def enter_thread(self) -> None:
-        _Mode(self).__enter__()
+        """Once, however often it is said: threads that end take the mode with them, this one keeps it until exit."""
+        if not getattr(self._local, "has_mode", False):
+            self._local.has_mode = True
+            _Mode(self).__enter__()
 
     def finish(self, event: LazyEvent, num_tokens: int = 1, host_is_over: threading.Event | None = None) -> None:
         """A host whose other thread works for the device does not ask it for anything: it goes on by itself."""
