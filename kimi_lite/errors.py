@@ -1,4 +1,4 @@
-"""The one error a user can cause: what failed with need and have in numbers, and what to try. Only `cli.py` catches
+"""The error a user can cause: what failed with need and have in numbers, and what to try. Only `cli.py` catches
 it."""
 
 
@@ -11,3 +11,11 @@ class KimiLiteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class MemoryEnded(KimiLiteError):
+    """With less at a time it may work."""
+
+
+class Broken(KimiLiteError):
+    """Nothing works any more until the process has ended."""

@@ -27,7 +27,7 @@ from kimi_lite.engine.sequence import Sequence
 from kimi_lite.engine.types import ContextExceeded, FinishReason, ModelInfo, Request, Stats, Token
 from kimi_lite.engine.vision import Vision
 from kimi_lite.engine.watch import OnPrefill, StepWatch
-from kimi_lite.errors import KimiLiteError
+from kimi_lite.errors import Broken, KimiLiteError, MemoryEnded
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled
 from kimi_lite.native.latent_rows import PAGE_TOKENS
@@ -38,6 +38,7 @@ from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.units import tokens_flag
 
 _ANSWER_TOKENS = 256  # that a recommended context leaves for the answer
+_OF_REQUESTS = (KimiLiteError, MemoryError)  # what a pass may raise that another pass need not; but Broken
 OnProgress = Callable[[str, int, int], None]  # what is being loaded, units done, units in all
 
 
@@ -187,18 +188,46 @@ class Engine:
             )
 
     def step(self, on_prefill: OnPrefill | None = None) -> list[Token]:
-        """One pass of the model over every sequence that can run; the tokens it gave, of all requests."""
-        ended = self._end_cancelled()
+        """One pass of the model over every sequence that can run; the tokens it gave, of all requests.
+
+        Where a pass fails, each of its sequences gets one alone, and who fails alone is ended with that failure. Raises
+        what breaks the model: Broken, and every error that has no words for a user.
+        """
+        tokens = self._end_cancelled()
         work = self.scheduler.schedule(self.pace and self.pace.max_prompt_tokens())
         if not work:
-            return ended
-        started_s = self.clock_s()
-        watch = StepWatch(work, self.kv.num_layers, self._cancelled, on_prefill)
+            return tokens
         self._start_clocks(work)
         try:
-            logits = self.model.forward(make_batch(work), watch)  # (sequences at their end, vocab)
+            return tokens + self._run(work, on_prefill)
         except Cancelled:
-            return ended + self._end_cancelled()
+            return tokens + self._end_cancelled()
+        except Broken:
+            raise
+        except _OF_REQUESTS as error:
+            if len(work) == 1:
+                return tokens + self._end_failed(work[0].sequence, _in_words(error))
+        return tokens + self._run_each(work, on_prefill)  # behind the `except`: the error holds what was allocated
+
+    def _run_each(self, work: list[Work], on_prefill: OnPrefill | None) -> list[Token]:
+        """The work of a step that failed, a pass for each sequence."""
+        tokens: list[Token] = []
+        for item in work:
+            try:
+                tokens += self._run([item], on_prefill)
+            except Cancelled:
+                return tokens + self._end_cancelled()
+            except Broken:
+                raise
+            except _OF_REQUESTS as error:
+                tokens += self._end_failed(item.sequence, _in_words(error))
+        return tokens
+
+    def _run(self, work: list[Work], on_prefill: OnPrefill | None) -> list[Token]:
+        """One pass of the model. One that fails leaves the sequences as they were."""
+        started_s = self.clock_s()
+        watch = StepWatch(work, self.kv.num_layers, self._cancelled, on_prefill)
+        logits = self.model.forward(make_batch(work), watch)  # (sequences at their end, vocab)
         sampled = [item.sequence for item in work if item.is_last]
         assert len(logits) == len(sampled), (logits.shape, len(sampled))
         if self.pace is not None:
@@ -206,19 +235,22 @@ class Engine:
             num_prompt_tokens = sum(item.num_tokens for item in work) - num_decoding
             self.pace.learn(self.clock_s() - started_s, num_decoding, num_prompt_tokens)
         self.scheduler.advance(work)
-        return ended + [
-            token for sequence, row in zip(sampled, logits, strict=True) for token in self._sample(sequence, row)
-        ]
+        return [token for sequence, row in zip(sampled, logits, strict=True) for token in self._sample(sequence, row)]
 
     def _sample(self, sequence: Sequence, logits: np.ndarray) -> list[Token]:
-        """Choose the next token and say what it adds to the output. What is wrong with one request ends it alone."""
+        """Choose the next token and say what it adds to the output. Sampler, grammar and parser are the request's own:
+        whatever fails in them ends it alone."""
         logits = logits[: self.tokenizer.vocab_size]
         try:
             token_id = self._choose(sequence, logits)
-        except KimiLiteError as error:
-            self._drop(sequence)
-            *rest, last = self._tokens(sequence, None, sequence.parser.finish(), "error")
-            return [*rest, replace(last, failure=error)]
+        except Exception as error:
+            return self._end_failed(sequence, error)
+        try:
+            return self._tell(sequence, token_id, logits)
+        except Exception as error:
+            return self._end_failed(sequence, error, is_parsed=False)
+
+    def _tell(self, sequence: Sequence, token_id: int, logits: np.ndarray) -> list[Token]:
         sequence.append(token_id, self.clock_s())
         is_end = token_id in self.tokenizer.eos_ids and not sequence.request.sampling.ignore_eos
         was_reasoning = sequence.is_reasoning
@@ -269,6 +301,13 @@ class Engine:
             tokens[-1] = replace(tokens[-1], stopped_by=sequence.parser.stopped_by)
         return tokens
 
+    def _end_failed(self, sequence: Sequence, error: Exception, is_parsed: bool = True) -> list[Token]:
+        """What was held back of its text, and the failure; is_parsed: it was not the parser that failed."""
+        if sequence.request.id in self._live:
+            self._drop(sequence)
+        *rest, last = self._tokens(sequence, None, sequence.parser.finish() if is_parsed else [], "error")
+        return [*rest, replace(last, failure=error)]
+
     def _end_cancelled(self) -> list[Token]:
         tokens = []
         for sequence in [self._live[name] for name in self._cancelled & self._live.keys()]:
@@ -285,6 +324,15 @@ class Engine:
         self.scheduler.remove(sequence)
         del self._live[sequence.request.id]
         self._cancelled.discard(sequence.request.id)
+
+
+def _in_words(error: Exception) -> Exception:
+    """An error of `_OF_REQUESTS` for the user. Where memory ended a new one, which holds nothing of the pass."""
+    if isinstance(error, MemoryEnded):
+        return MemoryEnded(error.message, error.hint)
+    if isinstance(error, MemoryError):
+        return MemoryEnded(f"RAM ran out in a step: {error}", "Try a shorter prompt, or close what else uses memory.")
+    return error
 
 
 def _token(name: str, token_id: int | None, piece: Piece, reason: FinishReason | None, stats: Stats) -> Token:

@@ -277,7 +277,7 @@ class EngineService:
         for listener in arrived:
             try:
                 self.engine.add(listener.request)
-            except KimiLiteError as error:
+            except Exception as error:  # its sampler, parser or grammar cannot be made
                 self._end(listener, error)
             else:
                 self._listeners[listener.request.id] = listener

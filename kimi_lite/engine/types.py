@@ -173,7 +173,7 @@ class Token:
     call_index: int | None = None  # which call of this answer a piece belongs to, from 0
     error: str | None = None  # what is wrong with a tool call: it has no tool, or its arguments are no JSON object
     logprobs: Logprobs | None = None  # of `id`, where they were asked for
-    failure: KimiLiteError | None = None  # with finish reason "error": why this request alone could not go on
+    failure: Exception | None = None  # with finish reason "error": why this request alone could not go on
     stopped_by: str | None = None  # with finish reason "stop": the stop string that was met
     unsaid: str = ""  # came as content (or reasoning) before and is this token's text instead: a late `</think>`
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kimi_lite.errors import KimiLiteError
+from kimi_lite.errors import Broken, MemoryEnded
 from kimi_lite.units import gib
 
 _OF_THE_GPU = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "Triton Error [CUDA]", "cudaError")
@@ -20,12 +20,12 @@ _OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAll
 _RESTART = "Start kimi-lite again; if it comes back, look for the driver's word with: dmesg | grep -i nvrm"
 
 
-class GpuMemoryEnded(KimiLiteError):
-    """With less at a time it may work."""
+class GpuMemoryEnded(MemoryEnded):
+    """Of a GPU, or what is pinned for it."""
 
 
-class GpuBroken(KimiLiteError):
-    """Nothing works on this GPU until the process has ended: CUDA keeps the error."""
+class GpuBroken(Broken):
+    """Nothing works on this GPU: CUDA keeps the error."""
 
     @classmethod
     def silent(cls, limit_s: float) -> "GpuBroken":

@@ -8,7 +8,7 @@ import pytest
 
 from kimi_lite.engine.service import EngineService, Progress, QueueFull, Unavailable
 from kimi_lite.engine.types import Token
-from kimi_lite.errors import KimiLiteError
+from kimi_lite.errors import Broken, KimiLiteError, MemoryEnded
 from tests.engine.fakes import fake_engine
 from tests.engine.test_engine import assert_idle, greedy_by_hand, prompt_of, request
 
@@ -114,13 +114,14 @@ def test_a_full_queue_and_impossible_requests_are_refused():
     asyncio.run(main())
 
 
-def test_an_engine_that_breaks_tells_everybody_and_refuses_from_then_on():
+@pytest.mark.parametrize("error", [RuntimeError("a kernel fell over"), Broken("a kernel fell over")])
+def test_an_engine_that_breaks_tells_all_and_refuses_from_then_on(error):
     async def main() -> None:
         engine = fake_engine(context_length=256, num_pages=40)
         service = await ready(engine)
 
         def broken(batch, should_stop=None):
-            raise RuntimeError("a kernel fell over")
+            raise error
 
         engine.model.forward = broken
         results = await asyncio.gather(
@@ -132,6 +133,101 @@ def test_an_engine_that_breaks_tells_everybody_and_refuses_from_then_on():
             await collect(service, request("late", prompt_of(9), 5))
         await service.close(1.0)
         assert engine.is_closed and service.state == "failed"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryEnded("The GPU ran out of memory."), MemoryError("8 GiB"), KimiLiteError("A shard is cut short.")]
+)
+@pytest.mark.parametrize("num_long", [1, 2])
+def test_who_alone_is_too_much_ends_alone(error, num_long):
+    """Together with others it fails them all; they get what they get alone, and the server goes on."""
+
+    async def main() -> None:
+        engine = fake_engine(context_length=512, num_pages=64)
+        service = await ready(engine)
+
+        def fail_in_long(batch, layer):
+            if layer == 1 and batch.positions.max() >= 300:
+                raise error
+
+        engine.model.before_layer = fail_in_long
+        lengths = [9, *[301 + i for i in range(num_long)], 70]
+        prompts = [prompt_of(length, seed=length) for length in lengths]
+        results = await asyncio.gather(
+            *(collect(service, request(str(i), p, 12, temperature=0, ignore_eos=True)) for i, p in enumerate(prompts))
+        )
+        for prompt, tokens in zip(prompts, results, strict=True):
+            if len(prompt) < 300:
+                assert ids(tokens) == greedy_by_hand(prompt, 12)
+                continue
+            assert not ids(tokens) and tokens[-1].finish_reason == "error"
+            assert isinstance(tokens[-1].failure, KimiLiteError) and str(error).split()[0] in str(tokens[-1].failure)
+        assert any(len(batch.sequences) > 1 and batch.positions.max() >= 300 for batch in engine.model.batches)
+        assert_idle(engine)
+        assert service.state == "ready" and len(ids(await collect(service, request("after", prompt_of(20), 3)))) == 3
+        await service.close(1.0)
+
+    asyncio.run(main())
+
+
+def test_memory_that_ends_for_all_together_costs_a_pass_each():
+    async def main() -> None:
+        engine = fake_engine(context_length=512, num_pages=64)
+        service = await ready(engine)
+
+        def fail_together(batch, layer):
+            if len(batch.sequences) > 1:
+                raise MemoryError
+
+        engine.model.before_layer = fail_together
+        prompts = [prompt_of(30, seed=seed) for seed in range(4)]
+        asked = [request(str(i), p, 12, temperature=0, ignore_eos=True) for i, p in enumerate(prompts)]
+        results = await asyncio.gather(*(collect(service, each) for each in asked))
+        assert [ids(tokens) for tokens in results] == [greedy_by_hand(prompt, 12) for prompt in prompts]
+        assert any(len(batch.sequences) > 1 for batch in engine.model.batches)
+        await service.close(1.0)
+
+    asyncio.run(main())
+
+
+class _FailingConstraint:
+    """A grammar with a mistake in it, that is met at the token `at`."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def allowed(self) -> None:
+        if self._left == 0:
+            raise IndexError("no such rule")
+
+    def accept(self, token_id: int) -> None:
+        self._left -= 1
+
+
+@pytest.mark.parametrize("at", [-1, 0, 3])
+def test_a_grammar_that_fails_ends_its_request_alone(at):
+    """At its making (-1) or at a token."""
+
+    def make():
+        if at < 0:
+            raise RecursionError("too deep")
+        return _FailingConstraint(at)
+
+    async def main() -> None:
+        service = await ready(fake_engine(context_length=512, num_pages=64))
+        good = request("good", prompt_of(9), 12, temperature=0, ignore_eos=True)
+        bad = replace(request("bad", prompt_of(20), 12, ignore_eos=True), constraint=make)
+        results = await asyncio.gather(collect(service, good), collect(service, bad), return_exceptions=True)
+        assert ids(results[0]) == greedy_by_hand(prompt_of(9), 12)
+        if at < 0:
+            assert isinstance(results[1], RecursionError)
+        else:
+            assert len(ids(results[1])) == at and isinstance(results[1][-1].failure, IndexError)
+        assert_idle(service.engine)
+        assert service.state == "ready"
+        await service.close(1.0)
 
     asyncio.run(main())
 

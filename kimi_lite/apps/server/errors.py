@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kimi_lite.engine.service import QueueFull, Unavailable
 from kimi_lite.engine.types import ContextExceeded
-from kimi_lite.errors import KimiLiteError
+from kimi_lite.errors import KimiLiteError, MemoryEnded
 
 if TYPE_CHECKING:  # `chat` is also the swarm's, which needs no package of the server's
     from starlette.datastructures import Headers
@@ -54,6 +54,8 @@ class ApiError(Exception):
             return cls(503, str(error), "shutting_down")
         if isinstance(error, ContextExceeded):
             return cls(400, str(error), "context_length_exceeded")
+        if isinstance(error, MemoryEnded):
+            return cls(503, str(error), "out_of_memory")
         if isinstance(error, KimiLiteError):
             return cls(400, str(error), "invalid_request")
         return cls(500, "The server made a mistake; its log says which.", "internal_error")

@@ -11,6 +11,8 @@ from kimi_lite.apps.server.errors import ApiError
 from kimi_lite.apps.server.files import UploadedFiles
 from kimi_lite.apps.server.media import MediaParts
 from kimi_lite.apps.server.messages import read_choice, read_messages, read_tools
+from kimi_lite.engine.engine import Engine
+from kimi_lite.errors import MemoryEnded
 from tests.apps.server.running import running, speaking
 
 _JSON = st.recursive(
@@ -82,6 +84,33 @@ def test_anything_is_answered_or_refused(url, messages, tools, choice, stream: b
     response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), timeout=120)
     assert response.status_code in (200, 400), response.text
     assert "internal_error" not in response.text and "engine_stopped" not in response.text
+
+
+def _forgetful() -> Engine:
+    """Whose memory ends in prompts of more than 1,000 tokens."""
+    engine = speaking(echo)
+
+    def fail_in_long(batch, layer) -> None:
+        if batch.positions.max() > 1000:
+            raise MemoryEnded("The GPU ran out of memory.", "Allow fewer experts there.")
+
+    engine.model.before_layer = fail_in_long
+    return engine
+
+
+def test_memory_that_ends_is_told_and_a_smaller_request_is_answered() -> None:
+    paths = {"/v1/chat/completions": "messages", "/v1/messages": "messages", "/v1/responses": "input"}
+    with running(_forgetful) as url:
+        for path, field in paths.items():
+            for stream in (False, True):
+                body = {"model": "fake", "max_tokens": 100, "stream": stream}
+                long, short = (body | {field: [{"role": "user", "content": text}]} for text in ("long " * 300, "Hi"))
+                refused = httpx.post(url + path, json=long)
+                assert refused.status_code == (200 if stream else 503), refused.text
+                assert "The GPU ran out of memory." in refused.text and "engine_stopped" not in refused.text
+                response = httpx.post(url + path, json=short)
+                assert response.status_code == 200 and "ran out" not in response.text
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
 
 
 _KEYWORDS = ("type", "properties", "required", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs",
