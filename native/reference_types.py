@@ -9,18 +9,30 @@ from functools import cache
 
 import numpy as np
 
-from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.native.types.families import parts
 
 
 def dequantize(data: np.ndarray, name: str) -> np.ndarray:
     """uint8 (rows, row_bytes) of GGUF type `name` -> float32 (rows, K)."""
     layout = BY_NAME[name]
-    assert data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] % layout.block_bytes == 0, (name, data.shape)
-    blocks = np.ascontiguousarray(data).reshape(-1).view(layout.dtype)  # (B,)
+    assert data.dtype == np.uint8 and data.ndim == 2, (name, data.shape)
+    blocks = layout.blocks(np.ascontiguousarray(data))  # (rows, B)
+    if layout.row_scale:
+        blocks = _with_row_scales(layout, blocks, layout.row_scales(data))
+    blocks = blocks.reshape(-1)
     values = _decoders()[name](blocks)  # (B, block_size)
     assert values.shape == (len(blocks), layout.block_size), (name, values.shape)
     return values.astype(np.float32).reshape(len(data), -1)
+
+
+def _with_row_scales(layout: Layout, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Blocks (rows, B) with one more field, `row_scale`: that of their row (rows,)."""
+    whole = np.empty(blocks.shape, np.dtype([*layout.fields, ("row_scale", layout.row_scale)]))
+    for field in layout.dtype.names:
+        whole[field] = blocks[field]
+    whole["row_scale"] = scales[:, None]
+    return whole
 
 
 @cache

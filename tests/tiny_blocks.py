@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 
 from kimi_lite.native.layouts import Layout
-from kimi_lite.native.types.random_blocks import random_blocks
+from kimi_lite.native.types.random_blocks import random_rows
 
 _ENCODABLE = frozenset({"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"})
 
@@ -21,6 +21,6 @@ def encode_rows(weights: np.ndarray, layout: Layout, rng: np.random.Generator) -
     if layout.name in _ENCODABLE:
         encoded = gguf.quants.quantize(np.ascontiguousarray(weights), gguf.GGMLQuantizationType(layout.ggml_id))
         return np.ascontiguousarray(encoded).view(np.uint8)
-    num_blocks = weights.size // layout.block_size
-    blocks = random_blocks(layout, num_blocks, float(weights.std()), rng)
-    return blocks.view(np.uint8).reshape(*weights.shape[:-1], layout.row_bytes(weights.shape[-1]))
+    row_weights = weights.shape[-1]
+    rows = random_rows(layout, weights.size // row_weights, row_weights, float(weights.std()), rng)
+    return rows.reshape(*weights.shape[:-1], layout.row_bytes(row_weights))

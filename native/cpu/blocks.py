@@ -16,7 +16,9 @@ from numba.extending import overload
 
 from kimi_lite.native.cpu.compiler import IN_ORDER
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.simd import load_f16, load_f32
 from kimi_lite.native.types.families import parts
+from kimi_lite.native.types.layout import F16
 
 
 def activation_kind(name: str) -> int:
@@ -56,6 +58,20 @@ def chosen_by_name(function: Callable) -> Callable:
         return _IMPLEMENTATIONS[function.__name__, name.literal_value]
 
     return function
+
+
+def row_scale(name, row):
+    """The float32 that multiplies all weights of the row at this address; 1 where the type has none."""
+
+
+@overload(row_scale, strict=False)
+def _choose_row_scale(name, row):
+    if not isinstance(name, types.StringLiteral):
+        return None
+    kind = BY_NAME[name.literal_value].row_scale
+    if not kind:
+        return lambda name, row: types.float32(1)
+    return (lambda name, row: load_f16(row)) if kind == F16 else (lambda name, row: load_f32(row))
 
 
 @chosen_by_name

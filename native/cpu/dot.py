@@ -15,8 +15,9 @@ of 16 has the columns 64 c + 4 l .. 64 c + 4 l + 3 of every 256, c = 0 .. 3 (Q2_
 are integers; what is the same for a whole group (minima, offsets) is taken off in the lane of the group's number.
 What becomes float32 then is in `native/types/*/cpu.py`, one rounding an operation, a fused multiply-add where it says
 so. A lane adds up its 256s from left to right: of super-blocks times the activations' scale, fused. Last the upper
-half of the lanes is added to the lower one until one is left. Where registers are few the halves are added before a
-super-block is scaled, and 8 lanes are left (`native.isa.sum_order`).
+half of the lanes is added to the lower one until one is left, which the row's scale multiplies where the type has one.
+Where registers are few the halves are added before a super-block is scaled, and 8 lanes are left
+(`native.isa.sum_order`).
 
 Rows are taken in order: memory is then read as the hardware prefetches best; four at a time measured 7.7 GB/s against
 24 to 29 (tools/LOG.md). Rows of floats are taken four at a time, for their activations crowd the cache, and so the next
@@ -39,7 +40,7 @@ from kimi_lite.native.cpu.activations import (
     X_SUMS16,
     X_SUMS32,
 )
-from kimi_lite.native.cpu.blocks import dot8x32, dot256, load16
+from kimi_lite.native.cpu.blocks import dot8x32, dot256, load16, row_scale
 from kimi_lite.native.cpu.compiler import IN_ORDER, Kernel
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
@@ -213,6 +214,7 @@ def _block32_rows(name: str, block_size: int, block_bytes: int):
 
 def _block256_rows(name: str, block_size: int, block_bytes: int):
     """One row at a time: memory is read in order, which the hardware prefetches best (tools/LOG.md)."""
+    header_bytes = BY_NAME[name].header_bytes
 
     def rows(weights, row_bytes, num_rows, activations, tokens, num_tokens, out, out_stride):
         k = load_i64(activations + NUM_VALUES)
@@ -225,20 +227,22 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
         if num_tokens == 1:
             t = blocks * types.int64(load_i32(tokens))
             for row in range(num_rows):
-                w, acc = weights + row * row_bytes, zero_row()
+                start, acc = weights + row * row_bytes, zero_row()
+                w = start + header_bytes
                 for b in range(blocks):
                     if block_bytes <= _SHORT_BYTES:
                         prefetch_near(w + b * block_bytes + _AHEAD_BYTES)
                     at, i = w + b * block_bytes, t + b
                     values = dot256(name, at, codes + 256 * i, sums16 + 64 * i, sums32 + 32 * i, minus16 + 32 * i)
                     acc = add_to_row(acc, values, load_f32(scales + 32 * i))
-                store_f32(out + 4 * row, sum_row(acc))
+                store_f32(out + 4 * row, sum_row(acc) * row_scale(name, start))
             return
         for top in range(0, num_rows, _SHARED_ROWS):
             for first in range(0, num_tokens, 4):
                 t0, t1, t2, t3 = _four(tokens, first, num_tokens)
                 for row in range(top, min(top + _SHARED_ROWS, num_rows)):
-                    w = weights + row * row_bytes
+                    start = weights + row * row_bytes
+                    w, scale = start + header_bytes, row_scale(name, start)
                     acc0, acc1, acc2, acc3 = zero_row(), zero_row(), zero_row(), zero_row()
                     for b in range(blocks):
                         at, i, j = w + b * block_bytes, blocks * t0 + b, blocks * t1 + b
@@ -251,7 +255,7 @@ def _block256_rows(name: str, block_size: int, block_bytes: int):
                         acc1 = add_to_row(acc1, v1, load_f32(scales + 32 * j))
                         acc2 = add_to_row(acc2, v2, load_f32(scales + 32 * m))
                         acc3 = add_to_row(acc3, v3, load_f32(scales + 32 * n))
-                    sums = sum_row(acc0), sum_row(acc1), sum_row(acc2), sum_row(acc3)
+                    sums = sum_row(acc0) * scale, sum_row(acc1) * scale, sum_row(acc2) * scale, sum_row(acc3) * scale
                     _store_four(out + 4 * row, out_stride, first, num_tokens, sums)
 
     return rows

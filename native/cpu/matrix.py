@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit, types
 
 from kimi_lite.native.calls import call3, call5, call7, call8
-from kimi_lite.native.cpu.blocks import activation_kind, load16, unpack
+from kimi_lite.native.cpu.blocks import activation_kind, load16, row_scale, unpack
 from kimi_lite.native.cpu.compiler import Kernel
 from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
@@ -38,14 +38,16 @@ def _float_values(name: str, weight_bytes: int):
 
 def _block_values(name: str, block_size: int, block_bytes: int, group: int, is_signed: bool):
     """Codes and scales go through the VALUES_PADDING bytes behind the result, so no stack is needed."""
+    header_bytes = BY_NAME[name].header_bytes
 
     def values(weights, num_weights, out):
+        first, of_row = weights + header_bytes, row_scale(name, weights)
         stage = out + 4 * num_weights  # the caller leaves VALUES_PADDING bytes behind the result
         scales, minima = stage + 256, stage + 320
         for b in range(num_weights // block_size):
-            unpack(name, weights + b * block_bytes, stage, scales, minima)
+            unpack(name, first + b * block_bytes, stage, scales, minima)
             for i in range(0, block_size, 16):
-                scale = splat_f32x16(load_f32(scales + 4 * (i // group)))
+                scale = splat_f32x16(load_f32(scales + 4 * (i // group)) * of_row)
                 minimum = load_f32(minima + 4 * (i // group))
                 codes = load_i8x16(stage + i)
                 wide = widen_signed_i8x16(codes) if is_signed else widen_i8x16(codes)
@@ -59,7 +61,8 @@ VALUES_PADDING = 384  # bytes that `values` may scribble on behind its result
 
 @cache
 def values_kernel(name: str):
-    """The compiled `values(weights, num_weights, out)` of type `name`: a run of whole blocks as float32."""
+    """The compiled `values(weights, num_weights, out)` of type `name`: a run of whole blocks as float32, from the
+    beginning of a row on where the type's rows have a scale."""
     layout = BY_NAME[name]
     if layout.product == "float":
         values = _float_values(name, layout.block_bytes)
@@ -113,12 +116,17 @@ class Matrix:
 def dequantize(data: np.ndarray, layout_name: str) -> np.ndarray:
     """uint8 (rows, row_bytes) of any type that the kernels know -> float32 (rows, K)."""
     layout = BY_NAME[layout_name]
-    k = data.shape[1] // layout.block_bytes * layout.block_size
+    k = layout.row_weights(data.shape[1])
     out = np.empty(data.shape[0] * k + VALUES_PADDING // 4, np.float32)
     rows = np.ascontiguousarray(data)
     if len(data) * k % 16:  # a vector of floats: the kernel loads 16 at a time, and a file may end here
         rows = np.concatenate([rows.reshape(-1), np.zeros(64, np.uint8)])
-    values_kernel(layout_name).compiled.ctypes(rows.ctypes.data, data.shape[0] * k, out.ctypes.data)
+    values = values_kernel(layout_name).compiled.ctypes
+    if layout.row_scale:
+        for row in range(len(rows)):
+            values(rows[row].ctypes.data, k, out[row * k :].ctypes.data)
+    else:
+        values(rows.ctypes.data, data.shape[0] * k, out.ctypes.data)
     return out[: data.shape[0] * k].reshape(data.shape[0], k)
 
 

@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from kimi_lite.native.cpu.activations import KINDS, NUM_VALUES, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
-from kimi_lite.native.cpu.blocks import activation_kind, load16, unpack
+from kimi_lite.native.cpu.blocks import activation_kind, load16, row_scale, unpack
 from kimi_lite.native.cpu.compiler import FASTMATH, Kernel
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
@@ -89,7 +89,7 @@ def _float_panel(name: str, weight_bytes: int):
 
 
 def _block_panel(name: str, block_size: int, block_bytes: int, group: int, is_biased: bool):
-    groups = 256 // group
+    groups, header_bytes = 256 // group, BY_NAME[name].header_bytes
 
     def panel(weights, row_bytes, num_rows, k, panel):
         stage_scales, stage_minima = panel + 4096, panel + 4096 + 1024
@@ -97,12 +97,17 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int, is_bi
         for column in range(0, k, 256):
             blocks = min(256, k - column) // block_size
             for row in range(num_rows):
-                block = weights + row * row_bytes + column // block_size * block_bytes
+                start = weights + row * row_bytes
+                block = start + header_bytes + column // block_size * block_bytes
                 for b in range(blocks):
                     at = b * block_size
                     to_scale, to_minimum = stage_scales + 64 * row, stage_minima + 64 * row
                     first = 4 * (at // group)
                     unpack(name, block + b * block_bytes, panel + 256 * row + at, to_scale + first, to_minimum + first)
+                if header_bytes > 0:
+                    for g in range(groups):
+                        of_row = load_f32(stage_scales + 64 * row + 4 * g) * row_scale(name, start)
+                        store_f32(stage_scales + 64 * row + 4 * g, of_row)
                 if is_biased:
                     for g in range(groups):
                         store_f32(

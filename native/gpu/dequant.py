@@ -6,6 +6,7 @@ import triton.language as tl
 
 from kimi_lite.native.gpu.formats import FLOATS, formats, table_for, weights_of
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.types.gpu_parts import row_scale
 
 _NUM_WARPS = 4
 
@@ -14,7 +15,8 @@ _NUM_WARPS = 4
 def dequantize_kernel(
     data, out, table, num_blocks, row_stride, out_stride,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, HEADER: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, i): lanes i * TILE and on of a row. `row_stride` counts units of ALIGN bytes."""
     row = tl.program_id(0).to(tl.int64)
@@ -22,9 +24,12 @@ def dequantize_kernel(
     block, first = lane // LANES, lane % LANES
     unit = first + tl.arange(0, RUN)[None, :]
     mask = block < num_blocks
-    base = data + row * row_stride * ALIGN + block * BLOCK_BYTES
+    start = data + row * row_stride * ALIGN
+    base = start + HEADER + block * BLOCK_BYTES
     for plane in tl.static_range(PLANES):
         weight = DECODE(base, first, unit, mask, table, plane)
+        if HEADER > 0:
+            weight *= row_scale(start, HEADER)
         column = COLUMN(unit, plane)
         is_weight = mask & (column < BLOCK_SIZE) if IS_PADDED else mask
         at = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + column, [1, RUN]), [1, RUN])
@@ -38,8 +43,7 @@ def dequantize(
     stride."""
     num_rows, row_bytes = data.shape
     layout, each = BY_NAME[layout_name], formats()[layout_name]
-    assert row_bytes % layout.block_bytes == 0, (layout_name, data.shape)
-    k = row_bytes // layout.block_bytes * layout.block_size
+    k = layout.row_weights(row_bytes)
     if out is None:
         out = torch.empty((num_rows, k), dtype=dtype, device=data.device)
     assert out.shape == (num_rows, k) and out.dtype == dtype and out.stride(1) == 1, (

@@ -23,6 +23,7 @@ from kimi_lite.native.cpu.vector_math import EXP_COEFFICIENTS, LN2_HIGH, LN2_LOW
 from kimi_lite.native.gpu.formats import formats, table_for, weights_of
 from kimi_lite.native.isa import sum_order
 from kimi_lite.native.types.families import parts
+from kimi_lite.native.types.gpu_parts import row_scale
 
 _ROWS = 8  # of a program, 8 threads each
 _GROUPS = {32: 16, 256: 4}  # groups that a program quantizes
@@ -74,7 +75,7 @@ def lanes_added(low, high, ROW_LANES: tl.constexpr):
 @triton.jit
 def exact_rows(
     base, x, codes, steps, sums, token, table, k, VALUES: tl.constexpr, KIND: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, HEADER: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """The rows at `base` (ROWS, 1) times the activations of one token -> float32 (ROWS,).
 
@@ -90,7 +91,7 @@ def exact_rows(
     else:
         words, its_steps, its_sums = codes + token * (k // 4), steps + token * (k // 32), sums + token * (k // 16)
         for first in range(0, k, 256):
-            block, limit = base + first // BLOCK_SIZE * BLOCK_BYTES, one + (k - first) // 32
+            block, limit = base + HEADER + first // BLOCK_SIZE * BLOCK_BYTES, one + (k - first) // 32
             at, step, added = words + first // 4, its_steps + first // 32 + one, its_sums + first // 16
             value0 = VALUES(block, at, step, added, limit, lane, table, BIAS, 0)
             value1 = VALUES(block, at + 8, step, added, limit, lane, table, BIAS, 1)
@@ -102,7 +103,10 @@ def exact_rows(
                     low = tl.fma(value0 + value1, scale, low)
                 else:
                     low, high = tl.fma(value0, scale, low), tl.fma(value1, scale, high)
-    return lanes_added(low, high, 16 if KIND != 256 else ROW_LANES)
+    total = lanes_added(low, high, 16 if KIND != 256 else ROW_LANES)
+    if HEADER > 0:
+        total *= tl.reshape(row_scale(base, HEADER), (base.shape[0],))
+    return total
 
 
 @triton.jit
@@ -136,9 +140,9 @@ def gate_up_kernel(
     x, g_codes, g_steps, g_sums, u_codes, u_steps, u_sums, gate_data, up_data, hidden, gate_table, up_table,
     slot_of_choice, token_of_choice, num_rows, k, gate_offset, up_offset, gate_slot, up_slot, gate_stride, up_stride,
     G_VALUES: tl.constexpr, G_KIND: tl.constexpr, G_BLOCK_SIZE: tl.constexpr, G_BLOCK_BYTES: tl.constexpr,
-    G_ALIGN: tl.constexpr, U_VALUES: tl.constexpr, U_KIND: tl.constexpr, U_BLOCK_SIZE: tl.constexpr,
-    U_BLOCK_BYTES: tl.constexpr, U_ALIGN: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
+    G_HEADER: tl.constexpr, G_ALIGN: tl.constexpr, U_VALUES: tl.constexpr, U_KIND: tl.constexpr,
+    U_BLOCK_SIZE: tl.constexpr, U_BLOCK_BYTES: tl.constexpr, U_HEADER: tl.constexpr, U_ALIGN: tl.constexpr,
+    ROW_LANES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (choice, i): rows i * ROWS and on of hidden[choice]. Offsets and strides of data count units of ALIGN."""
     choice = tl.program_id(0)
@@ -151,11 +155,11 @@ def gate_up_kernel(
         up_base = up_data + (slot * up_slot + up_offset + row * up_stride) * U_ALIGN
         gate = exact_rows(
             gate_base, x, g_codes, g_steps, g_sums, token, gate_table, k, G_VALUES, G_KIND, G_BLOCK_SIZE,
-            G_BLOCK_BYTES, ROW_LANES, BIAS,
+            G_BLOCK_BYTES, G_HEADER, ROW_LANES, BIAS,
         )  # fmt: skip
         up = exact_rows(
             up_base, x, u_codes, u_steps, u_sums, token, up_table, k, U_VALUES, U_KIND, U_BLOCK_SIZE, U_BLOCK_BYTES,
-            ROW_LANES, BIAS,
+            U_HEADER, ROW_LANES, BIAS,
         )  # fmt: skip
         at = first + tl.arange(0, ROWS)
         tl.store(hidden + choice.to(tl.int64) * num_rows + at, exact_swiglu(gate, up), at < num_rows)
@@ -165,7 +169,7 @@ def gate_up_kernel(
 def down_kernel(
     hidden, codes, steps, sums, data, out, table, slot_of_choice, num_rows, k, out_stride, offset, slot_stride,
     row_stride, VALUES: tl.constexpr, KIND: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr,
-    ALIGN: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    HEADER: tl.constexpr, ALIGN: tl.constexpr, ROW_LANES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (choice, i): rows i * ROWS and on of out[choice]."""
     choice = tl.program_id(0)
@@ -176,7 +180,7 @@ def down_kernel(
         base = data + (slot * slot_stride + offset + row * row_stride) * ALIGN
         total = exact_rows(
             base, hidden, codes, steps, sums, choice.to(tl.int64), table, k, VALUES, KIND, BLOCK_SIZE, BLOCK_BYTES,
-            ROW_LANES, BIAS,
+            HEADER, ROW_LANES, BIAS,
         )  # fmt: skip
         at = first + tl.arange(0, ROWS)
         tl.store(out + choice.to(tl.int64) * out_stride + at, total, at < num_rows)
@@ -220,6 +224,7 @@ def _constants(name: str, prefix: str = "") -> dict:
         "KIND": activation_kind(name),
         "BLOCK_SIZE": each.block_size,
         "BLOCK_BYTES": each.block_units,
+        "HEADER": each.header_bytes,
         "ALIGN": each.align,
     }
     return {prefix + key: value for key, value in found.items()}

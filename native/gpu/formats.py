@@ -27,6 +27,10 @@ class Format(Decoder):
     def block_bytes(self) -> int:
         return BY_NAME[self.name].block_bytes
 
+    @property
+    def header_bytes(self) -> int:
+        return BY_NAME[self.name].header_bytes
+
     def constants(self, prefix: str = "") -> dict:
         """The compile-time arguments that every kernel over this type takes; kernels over two types tell them by
         prefix."""
@@ -37,6 +41,7 @@ class Format(Decoder):
             "PLANES": self.num_planes,
             "BLOCK_SIZE": self.block_size,
             "BLOCK_BYTES": self.block_units,
+            "HEADER": self.header_bytes,
             "RUN": self.run,
             "IS_PADDED": self.is_padded,
         }

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kimi_lite.native.gpu.formats import formats, table_for, weights_of
 from kimi_lite.native.gpu.support import factor_type
+from kimi_lite.native.types.gpu_parts import row_scale
 
 _BLOCK_ROWS, _LANE_TILE = 64, 32
 # Types that spill registers with four warps on an RTX 4090: eight decode half as much each. `tools.kernels.compile
@@ -57,7 +58,8 @@ def grouped_kernel(
     x, data, out, table, order, token_of_choice, slot_of_block, first_of_block, end_of_block, num_rows, num_blocks,
     x_stride, out_stride, offset, slot_stride, row_stride,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, HEADER: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr,
+    ALIGN: tl.constexpr, FACTOR: tl.constexpr,
     IS_GATHERED: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, block): rows i * ROWS and on of a block's choices. IS_GATHERED: x by tokens, else by choices."""
@@ -78,7 +80,7 @@ def grouped_kernel(
             run = start + tl.arange(0, TILE // RUN)[None, :, None] * RUN  # for weights: the first lane of each run
             block, first = run // LANES, run % LANES
             unit = first + tl.arange(0, RUN)[None, None, :]
-            base = row_base[:, :, None] + block * BLOCK_BYTES  # (ROWS, runs, 1)
+            base = row_base[:, :, None] + HEADER + block * BLOCK_BYTES  # (ROWS, runs, 1)
             for plane in tl.static_range(PLANES):
                 column = COLUMN(lane % LANES, plane)
                 is_weight = lane // LANES < num_blocks
@@ -88,6 +90,8 @@ def grouped_kernel(
                 weight = DECODE(base, first, unit, block < num_blocks, table, plane).to(tl.bfloat16)
                 weight = tl.reshape(weight, (ROWS, TILE))
                 total = tl.dot(weight.to(FACTOR), tl.trans(values.to(FACTOR)), total)
+        if HEADER > 0:
+            total *= row_scale(row_base, HEADER)
         at = choice[None, :].to(tl.int64) * out_stride + row[:, None]
         tl.store(out + at, total, is_choice[None, :] & (row < num_rows)[:, None])
 

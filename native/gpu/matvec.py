@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kimi_lite.native.gpu.formats import Format, formats, table_for, weights_of
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.types.gpu_parts import row_scale
 
 MAX_TOKENS = 16  # beyond that a tiled product is faster (native.gpu.linear)
 
@@ -22,7 +23,8 @@ MAX_TOKENS = 16  # beyond that a tiled product is faster (native.gpu.linear)
 def row_products(
     x, base_of_row, table, num_blocks, token_offset, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, HEADER: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """x rows at `token_offset` (TOKENS, 1, 1, 1) times the rows at `base_of_row` (1, ROWS, 1, 1) -> float32 (TOKENS,
     ROWS)."""
@@ -32,14 +34,17 @@ def row_products(
         block, first = lane // LANES, lane % LANES
         unit = first + tl.arange(0, RUN)[None, None, None, :]
         mask = block < num_blocks  # (1, 1, runs, 1)
-        base = base_of_row + block * BLOCK_BYTES  # (1, ROWS, runs, 1)
+        base = base_of_row + HEADER + block * BLOCK_BYTES  # (1, ROWS, runs, 1)
         for plane in tl.static_range(PLANES):
             weight = DECODE(base, first, unit, mask, table, plane)
             column = COLUMN(unit, plane)
             is_weight = mask & (column < BLOCK_SIZE) if IS_PADDED else mask
             at = tl.max_contiguous(tl.multiple_of(block * BLOCK_SIZE + column, [1, 1, 1, RUN]), [1, 1, 1, RUN])
             total += weight * tl.load(x + token_offset + at, is_weight, other=0.0).to(tl.float32)
-    return tl.sum(tl.sum(total, 3), 2)
+    total = tl.sum(tl.sum(total, 3), 2)
+    if HEADER > 0:
+        total *= tl.reshape(row_scale(base_of_row, HEADER), (1, ROWS))
+    return total
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -48,7 +53,8 @@ def matvec_kernel(
     out_head,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
     DECODE: tl.constexpr, COLUMN: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, HEADER: tl.constexpr, RUN: tl.constexpr, IS_PADDED: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, head): rows i * ROWS and on. Strides of `data` count units of ALIGN bytes, the others elements.
 
@@ -60,7 +66,7 @@ def matvec_kernel(
     total = row_products(
         x, data + (head * data_head + row * row_stride) * ALIGN, table, num_blocks, head * x_head + token * x_stride,
         TOKENS,
-        ROWS, DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, RUN, IS_PADDED, TILE,
+        ROWS, DECODE, COLUMN, LANES, PLANES, BLOCK_SIZE, BLOCK_BYTES, HEADER, RUN, IS_PADDED, TILE,
     )  # fmt: skip
     token, row = tl.arange(0, TOKENS)[:, None], first + tl.arange(0, ROWS)[None, :]
     tl.store(out + head * out_head + token * out_stride + row, total, (token < num_tokens) & (row < num_rows))

@@ -75,6 +75,17 @@ def half_at(address, mask):
 
 
 @triton.jit
+def row_scale(row, HEADER: tl.constexpr):
+    """The float32 that multiplies all weights of the row at this address: a float16 or float32, by the bytes that its
+    blocks have in front of them; 1 where there are none."""
+    if HEADER == 2:
+        return tl.load(row.to(tl.pointer_type(tl.float16))).to(tl.float32)
+    if HEADER == 4:
+        return tl.load(row.to(tl.pointer_type(tl.float32)))
+    return tl.full(row.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def float_of_bits(bits):
     return bits.to(tl.int32).to(tl.float32, bitcast=True)
 

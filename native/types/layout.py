@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-F16, U8, I8 = "<f2", "u1", "i1"
+F16, F32, U8, I8 = "<f2", "<f4", "u1", "i1"
 QK_K = 256  # weights in a super-block of the K, IQ and TQ types
 
 
@@ -15,7 +15,8 @@ class Layout:
     `fields`: a packed little-endian numpy dtype, named as in ggml's `ggml-common.h`. `ggml_id`: the number stored in
     the file (ggml.h `enum ggml_type`). `product`: the activations it multiplies (`native.cpu.blocks`). `group`: weights
     that share a scale, 1 for floats. `encoder`: the module of `quantize.codecs` that writes it; `ggml` stands for
-    ggml's own encoders, "none" for a type that can only be read.
+    ggml's own encoders, "none" for a type that can only be read. `row_scale`: the dtype of a float in front of each row
+    that multiplies its weights (F16 or F32), "" for most types.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Layout:
     group: int
     encoder: str
     is_signed: bool = False  # codes, in the CPU kernels' common form
+    row_scale: str = ""
 
     @property
     def dtype(self) -> np.dtype:
@@ -47,4 +49,22 @@ class Layout:
     def row_bytes(self, num_weights: int) -> int:
         """Bytes of a row; the caller has checked that `num_weights` is a multiple of `block_size`."""
         assert num_weights % self.block_size == 0, (self.name, num_weights)
-        return num_weights // self.block_size * self.block_bytes
+        return self.header_bytes + num_weights // self.block_size * self.block_bytes
+
+    def row_weights(self, row_bytes: int) -> int:
+        """The weights of a row of so many bytes."""
+        assert (row_bytes - self.header_bytes) % self.block_bytes == 0, (self.name, row_bytes)
+        return (row_bytes - self.header_bytes) // self.block_bytes * self.block_size
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes in front of a row's blocks: its scale."""
+        return np.dtype(self.row_scale).itemsize if self.row_scale else 0
+
+    def blocks(self, data: np.ndarray) -> np.ndarray:
+        """uint8 (..., row_bytes) as blocks (..., B) of `dtype`, in place."""
+        return data[..., self.header_bytes :].view(self.dtype)
+
+    def row_scales(self, data: np.ndarray) -> np.ndarray:
+        """The floats (...,) in front of rows uint8 (..., row_bytes), in place; only of a type that has them."""
+        return data[..., : self.header_bytes].view(self.row_scale)[..., 0]

@@ -57,13 +57,16 @@ def _makers() -> dict[str, Maker | ByteScales | None]:
 
 def random_rows(layout: Layout, num_rows: int, row_weights: int, spread: float, rng: np.random.Generator) -> np.ndarray:
     """uint8 (num_rows, row_bytes) of weights with mean 0 and standard deviation `spread`."""
+    if layout.row_scale:
+        return _rows_of_scale(layout, num_rows, row_weights, spread / _unit_rms(layout), rng)
     num_blocks = num_rows * row_weights // layout.block_size
     blocks = random_blocks(layout, num_blocks, spread, rng)
     return blocks.view(np.uint8).reshape(num_rows, layout.row_bytes(row_weights))
 
 
 def random_blocks(layout: Layout, num_blocks: int, spread: float, rng: np.random.Generator) -> np.ndarray:
-    """(num_blocks,) of `layout.dtype`."""
+    """(num_blocks,) of `layout.dtype`, of a type whose rows have no scale."""
+    assert not layout.row_scale, layout.name
     if layout.block_size == 1:
         return _as_floats(layout, rng.standard_normal(num_blocks, np.float32) * np.float32(spread))
     return _blocks_of_scale(layout, num_blocks, spread / _unit_rms(layout), rng)
@@ -72,9 +75,24 @@ def random_blocks(layout: Layout, num_blocks: int, spread: float, rng: np.random
 @cache
 def _unit_rms(layout: Layout) -> float:
     """Root mean square of the weights of blocks whose scales have the mean square 1."""
-    blocks = _blocks_of_scale(layout, _PROBED_WEIGHTS // layout.block_size, 1.0, np.random.default_rng(0))
-    weights = dequantize(blocks.view(np.uint8).reshape(len(blocks), -1), layout.name)
+    rng = np.random.default_rng(0)
+    if layout.row_scale:
+        rows = _rows_of_scale(layout, 1, _PROBED_WEIGHTS, 1.0, rng)
+    else:
+        rows = _blocks_of_scale(layout, _PROBED_WEIGHTS // layout.block_size, 1.0, rng).view(np.uint8)[None]
+    weights = dequantize(rows, layout.name)
     return float(np.sqrt(np.square(weights, dtype=np.float64).mean()))
+
+
+def _rows_of_scale(layout: Layout, num_rows: int, row_weights: int, scale: float, rng: np.random.Generator):
+    """uint8 (num_rows, row_bytes) of a type whose rows have a scale: the same for all, as few rows would not average
+    out."""
+    maker = _makers()[layout.name]
+    rows = rng.integers(0, 256, (num_rows, layout.row_bytes(row_weights)), np.uint8)
+    if maker.restrict:
+        maker.restrict(layout.blocks(rows), rng)
+    layout.row_scales(rows)[:] = scale
+    return rows
 
 
 def _blocks_of_scale(layout: Layout, num_blocks: int, scale: float, rng: np.random.Generator) -> np.ndarray:
@@ -117,7 +135,10 @@ def hostile_rows(name: str, num_rows: int, k: int, rng: np.random.Generator, reg
         values = rng.standard_normal(num_rows * k) * (_FLOATS16 if name == "F16" else _FLOATS)[regime]
         return _as_floats(layout, values.astype(np.float32)).view(np.uint8).reshape(num_rows, -1)
     data = rng.integers(0, 256, (num_rows, layout.row_bytes(k)), np.uint8)
-    blocks = data.view(layout.dtype)  # (num_rows, blocks)
+    blocks = layout.blocks(data)  # (num_rows, blocks)
+    if layout.row_scale:
+        layout.row_scales(data)[:] = half_scales((num_rows,), rng, regime)
+        return data
     if isinstance(maker, ByteScales):
         blocks[maker.field] = rng.integers(*maker.regimes[regime], blocks[maker.field].shape)
         if regime == "zero":

@@ -223,7 +223,7 @@ def _row_sums(name, layout, data, x, kind, row_lanes, bias) -> np.ndarray:
         return lanes_summed(acc)
     codes, scales = quantize_activations(x[None], kind)
     codes, scales = codes[0].astype(np.int64), scales[0]
-    blocks = data.view(layout.dtype)
+    blocks = layout.blocks(data)
     if kind == 32:
         values = _block_values(name, blocks, codes, scales, bias)
         acc = np.zeros((len(data), LANES), F32)
@@ -237,7 +237,8 @@ def _row_sums(name, layout, data, x, kind, row_lanes, bias) -> np.ndarray:
     acc = np.zeros((len(data), row_lanes), F32)
     for b in range(values.shape[1]):
         acc = fma(values[:, b], scales[b], acc)
-    return lanes_summed(acc)
+    total = lanes_summed(acc)
+    return total * layout.row_scales(data).astype(F32) if layout.row_scale else total
 
 
 def exp(x: np.ndarray) -> np.ndarray:

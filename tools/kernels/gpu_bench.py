@@ -222,7 +222,8 @@ def _measure_experts(name: str, repeats: int) -> dict[str, object]:
     sizes = [num_rows * layout.row_bytes(k) for num_rows, k in shapes]
     matrices = [ExpertMatrix(name, sum(sizes[:i]), *shapes[i], layout.row_bytes(shapes[i][1])) for i in range(3)]
     form = SimpleNamespace(gate=matrices[0], up=matrices[1], down=matrices[2])
-    one = random_rows(layout, 1, sum(sizes) // layout.block_bytes * layout.block_size, 0.02, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    one = np.concatenate([random_rows(layout, *shape, 0.02, rng).reshape(1, -1) for shape in shapes], axis=1)
     slots, found = torch.from_numpy(one).cuda().repeat(16, 1), {"type": name}
     for key, tokens_each in (("few_gb_s", 1), ("many_tflop_s", 85)):
         choices = torch.arange(8, dtype=torch.int32, device="cuda").repeat_interleave(tokens_each)

@@ -184,8 +184,8 @@ def layer_time(step: Step, expert_type: str, inputs: Inputs) -> LayerTime:
 
 
 def expert_bytes(expert_type: str) -> int:
-    layout = BY_NAME[expert_type]
-    return K2_5.expert_parameters // layout.block_size * layout.block_bytes
+    layout, hidden, width = BY_NAME[expert_type], K2_5.hidden_size, K2_5.expert_feed_forward_size
+    return 2 * width * layout.row_bytes(hidden) + hidden * layout.row_bytes(width)
 
 
 def token_us(step: Step, expert_type: str, inputs: Inputs) -> float:

@@ -74,10 +74,11 @@ def _feed_forward(store: GGUFStore, pattern: str) -> tuple[Matrix, Matrix, Matri
 
 
 def _cut(shared: tuple[Matrix, Matrix, Matrix], width: int) -> list[tuple[Matrix, Matrix, Matrix]] | None:
-    """A shared expert of n times the width as n experts of it; None where a block of `down` crosses the border."""
+    """A shared expert of n times the width as n experts of it; None where a block of `down` crosses the border or its
+    rows have a scale in front."""
     gate, up, down = shared
     count, block_size = gate.data.shape[0] // width, down.layout.block_size
-    if count > 1 and width % block_size:
+    if count > 1 and (width % block_size or down.layout.row_scale):
         return None
     piece_bytes = down.layout.row_bytes(width) if count > 1 else 0
     return [
