@@ -20,6 +20,7 @@ from kimi_lite.options import Options
 TEXT = Path(__file__).with_name("emma.txt")  # public-domain prose; tools/data/SOURCES.md says whose
 CHUNK_TOKENS = 512
 FIRST_SCORED = CHUNK_TOKENS // 2  # this row's successor is the first token that is scored
+_SCORED_TOKENS = CHUNK_TOKENS - FIRST_SCORED - 1  # of a chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Losses:
 
     nats: np.ndarray
 
+    def of_chunks(self, first: int, last: int) -> "Losses":
+        """Of the tokens of some chunks alone."""
+        return Losses(self.nats[_tokens_of(first, last)])
+
     @property
     def perplexity(self) -> Estimate:
         return Estimate.of(self.nats).exp()
@@ -57,6 +62,10 @@ class Divergence:
     ranks: np.ndarray  # of the reference's best token in the run; 0: also its best
     loss_differences: np.ndarray  # run - reference, nats
     probability_differences: np.ndarray  # of the true token, run - reference
+
+    def of_chunks(self, first: int, last: int) -> "Divergence":
+        """Of the tokens of some chunks alone."""
+        return Divergence(*(getattr(self, name)[_tokens_of(first, last)] for name in Divergence.__slots__))
 
     def to_json(self) -> dict:
         """Means with standard errors, and the tail."""
@@ -73,6 +82,11 @@ class Divergence:
             "perplexity_ratio": {"mean": ratio.mean, "error": ratio.error},
             "probability_difference_rms": float(np.sqrt(np.mean(self.probability_differences**2))),
         }
+
+
+def _tokens_of(first: int, last: int) -> slice:
+    """Scored tokens of chunks `first` to `last`."""
+    return slice(first * _SCORED_TOKENS, last * _SCORED_TOKENS)
 
 
 def chunks_of(ids: Sequence[int], bos_id: int | None, num_chunks: int | None = None) -> Iterator[np.ndarray]:

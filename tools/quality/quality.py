@@ -28,6 +28,7 @@ from kimi_lite.engine.scoring import (
     CHUNK_TOKENS,
     TEXT,
     Divergence,
+    Estimate,
     Losses,
     OurLogits,
     ScoreSource,
@@ -37,6 +38,14 @@ from kimi_lite.engine.scoring import (
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import MAX_CORPUS_BYTES, read_text
 from kimi_lite.tools.bench.environment import describe_environment, describe_model
+from kimi_lite.tools.quality.kinds import (
+    KindScores,
+    chunks_of_kinds,
+    mean_divergence,
+    place_kinds,
+    print_kinds,
+    score_kinds,
+)
 from kimi_lite.tools.quality.runs import LlamaLogits, StoredLogits, hash_ids, save_rows
 from kimi_lite.tools.quality.tasks import TaskResult, answer_all, load_questions
 
@@ -131,6 +140,9 @@ def _measure(
         chunks = list(chunks_of(ids, ours.bos_id, num_chunks))
         if not chunks:
             raise KimiLiteError(f"{text} has {len(ids):,} tokens; {CHUNK_TOKENS} are needed.", "Give a longer text.")
+        num_chunks, by_kind = len(chunks), chunks_of_kinds(ours)
+        kinds = place_kinds(by_kind, num_chunks)
+        chunks += [chunk for each in by_kind.values() for chunk in each]
         references: list[ScoreSource] = []
         if reference:
             references.append(_open_reference(reference, chunks, threads, is_decoding))
@@ -146,8 +158,14 @@ def _measure(
             lambda rows: kept.append(rows.astype(np.float16)) if save else None,
             _show_progress,
         )
-        named = [(each.name, *pair) for each, pair in zip(references, found, strict=True)]
-        print_text(len(chunks), own, named)
+        by_kind = score_kinds(kinds, own, found)
+        own = own.of_chunks(0, num_chunks)
+        named = [
+            (each.name, theirs.of_chunks(0, num_chunks), divergence.of_chunks(0, num_chunks))
+            for each, (theirs, divergence) in zip(references, found, strict=True)
+        ]
+        print_text(num_chunks, own, named)
+        print_kinds(by_kind, [each.name for each in references])
         if counters := ours.expert_counters():
             found_share = counters["expert_hits"] / sum(
                 counters[f"expert_{name}"] for name in ("hits", "late", "misses")
@@ -158,7 +176,7 @@ def _measure(
         result = answer_all(ours.logits, ours.tokenizer, ours.bos_id, load_questions()) if has_tasks else None
         if result:
             print_tasks(result)
-        print(json.dumps(_document(ours, text, len(chunks), own, named, result)))
+        print(json.dumps(_document(ours, text, num_chunks, own, named, by_kind, result)))
 
 
 def _open_reference(path: Path, chunks: Sequence[np.ndarray], threads: int | None, is_decoding: bool) -> ScoreSource:
@@ -170,7 +188,7 @@ def _open_reference(path: Path, chunks: Sequence[np.ndarray], threads: int | Non
 
 def _document(
     ours: OurLogits, text: Path, num_chunks: int, own: Losses, named: Sequence[tuple[str, Losses, Divergence]],
-    result: TaskResult | None,
+    by_kind: Sequence[KindScores], result: TaskResult | None,
 ) -> dict:  # fmt: skip
     """JSON-ready."""
     return {
@@ -183,8 +201,22 @@ def _document(
         "num_scored_tokens": len(own.nats),
         "perplexity": _estimate(own.perplexity),
         "references": [
-            {"name": name, "perplexity": _estimate(theirs.perplexity), **divergence.to_json()}
-            for name, theirs, divergence in named
+            {
+                "name": name,
+                "perplexity": _estimate(theirs.perplexity),
+                **divergence.to_json(),
+                "held_out_kl_nats": mean_divergence(by_kind, index),
+            }
+            for index, (name, theirs, divergence) in enumerate(named)
+        ],
+        "held_out": [
+            {
+                "kind": each.kind.name,
+                "num_chunks": each.kind.last - each.kind.first,
+                "perplexity": _estimate(each.perplexity),
+                "kl_nats": [_estimate(Estimate.of(divergence.kl_nats)) for divergence in each.divergences],
+            }
+            for each in by_kind
         ],
         "multiple_choice": result
         and {

@@ -1,12 +1,13 @@
 """Size, perplexity and divergence of one model in many types: our quantizer and ggml's at the same type and size.
 
-    python -m tools.quality.table -m demo-bf16.gguf --calibrate text.txt --types tq1_0,iq1_m,tq2_0,q2_0,q2_k,q4_k
+    python -m tools.texts texts
+    python -m tools.quality.table -m demo-bf16.gguf --calibrate texts/calibration.txt --types tq1_0,iq1_m,q2_k
 
 Routed experts get the type, the rest Q8_0. Each type is encoded by ggml's own code and by ours, without and with an
 importance matrix, and with `--calibrate`'s error feedback where our encoder has it; where ours is ggml's code (K and IQ
-types), one row stands for both. Measured on the first chunks of kimi_lite/engine/emma.txt as by `tools.quality`; the
-calibration text must be another. One Markdown table, then JSON as the last line. Files are written to a temporary
-folder and deleted.
+types), one row stands for both. Measured on the first chunks of kimi_lite/engine/emma.txt and on held-out text of seven
+kinds, as by `tools.quality`; the calibration text must be another. One Markdown table, then JSON as the last line.
+Files are written to a temporary folder and deleted.
 """
 
 import json
@@ -33,6 +34,7 @@ from kimi_lite.quantize.recipe.choose import find_recipe
 from kimi_lite.quantize.recipe.plan import PlannedTensor, plan_conversion
 from kimi_lite.quantize.source.model import RowReader
 from kimi_lite.quantize.write.writer import Tensor, write_gguf
+from kimi_lite.tools.quality.kinds import chunks_of_kinds, mean_divergence, place_kinds, score_kinds
 from kimi_lite.tools.quality.runs import StoredLogits, hash_ids, save_rows
 
 _TYPES = "tq1_0,iq1_s,iq1_m,tq2_0,iq2_xxs,q2_0,q2_k,q3_k,q4_0,q4_k"
@@ -52,6 +54,7 @@ class Row:
     perplexity_ratio: float  # to the source's
     kl_nats: float
     kl_error: float
+    held_out_kl_nats: float  # the mean over kinds of text
     top1: float
 
 
@@ -64,6 +67,9 @@ class Table:
         with closing(OurLogits(source)) as logits:
             ids = logits.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
             self._chunks = list(chunks_of(ids, logits.bos_id, num_chunks))
+            self._num_chunks, by_kind = len(self._chunks), chunks_of_kinds(logits)
+            self._kinds = place_kinds(by_kind, self._num_chunks)
+            self._chunks += [chunk for each in by_kind.values() for chunk in each]
             rows = [log_softmax(logits.logits(chunk[:-1], 256)).astype(np.float16) for chunk in self._chunks]
             save_rows(folder / "source.safetensors", rows, logits.name, hash_ids(self._chunks))
 
@@ -105,11 +111,25 @@ class Table:
     def _row(self, type_name: str, encoder: str, label: str, path: Path) -> Row:
         with closing(OurLogits(path)) as logits:
             reference = StoredLogits(self._folder / "source.safetensors", len(self._chunks), hash_ids(self._chunks))
-            own, ((_, divergence),) = score_text(logits, [reference], self._chunks, lambda rows: None)
-        found, bits = divergence.to_json(), find_recipe(type_name, True).experts.bits_per_weight
+            own, ((losses, divergence),) = score_text(logits, [reference], self._chunks, lambda rows: None)
+        held_out = mean_divergence(score_kinds(self._kinds, own, [(losses, divergence)]))
+        own, found = own.of_chunks(0, self._num_chunks), divergence.of_chunks(0, self._num_chunks).to_json()
+        bits = find_recipe(type_name, True).experts.bits_per_weight
         kl, same = found["kl_nats"], found["top1_agreement"]["mean"]
         ratio, size = found["perplexity_ratio"]["mean"], path.stat().st_size
-        return Row(type_name, encoder, label, bits, size, own.perplexity.mean, ratio, kl["mean"], kl["error"], same)
+        return Row(
+            type_name,
+            encoder,
+            label,
+            bits,
+            size,
+            own.perplexity.mean,
+            ratio,
+            kl["mean"],
+            kl["error"],
+            held_out,
+            same,
+        )
 
 
 def _encoded_by_ggml(planned: PlannedTensor, importance: Importance | None) -> Tensor:
@@ -137,7 +157,7 @@ def print_row(row: Row) -> None:
     print(
         f"| {row.type.upper()} | {row.expert_bits:.4g} | {row.encoder} | {row.help} | {row.num_bytes / 1e6:.1f} | "
         f"{row.perplexity:.2f} | {row.perplexity_ratio:.3f} | {row.kl_nats:.4f} ± {row.kl_error:.4f} | "
-        f"{row.top1:.1%} |",
+        f"{row.held_out_kl_nats:.4f} | {row.top1:.1%} |",
         flush=True,
     )
 
@@ -157,8 +177,8 @@ def main(
         ):
             table = Table(model, Path(folder), calibration, chunks)
             print(
-                "| type | bits | encoder | knows | MB | perplexity | ratio | KL (nats) | same best |\n"
-                + "|---" * 9
+                "| type | bits | encoder | knows | MB | perplexity | ratio | KL (nats) | held-out kinds | same best |\n"
+                + "|---" * 10
                 + "|"
             )
             rows = []

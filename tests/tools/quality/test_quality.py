@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kimi_lite.engine.scoring import CHUNK_TOKENS, Estimate, OurLogits, chunks_of, diverge, log_softmax, losses
+from kimi_lite.engine.scoring import (
+    CHUNK_TOKENS,
+    Estimate,
+    Losses,
+    OurLogits,
+    chunks_of,
+    diverge,
+    join,
+    log_softmax,
+    losses,
+)
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.tools.kernels.ggml_cpu import describe_ggml
 from kimi_lite.tools.quality import quality
@@ -61,6 +71,19 @@ def test_chunks():
     assert [chunk[0] for chunk in chunks_of(ids, None)] == [0, 512, 1024]
     assert [chunk[0] for chunk in chunks_of(ids, 7, 2)] == [7, 7]
     assert not list(chunks_of(ids[:500], None))
+
+
+def test_scores_of_some_chunks():
+    """Concatenated chunks of 255 scored tokens: a part has its own tokens' scores and no others."""
+    rng, targets = np.random.default_rng(0), np.zeros(255, np.int64)
+    pairs = [(random_log_probs(seed, 255), random_log_probs(seed + 10, 255)) for seed in range(3)]
+    parts = [diverge(p, q, targets) for p, q in pairs]
+    whole = join(parts)
+    for first, last in ((0, 1), (1, 3), (0, 3)):
+        want = np.concatenate([part.kl_nats for part in parts[first:last]])
+        assert np.array_equal(whole.of_chunks(first, last).kl_nats, want)
+    nats = rng.random(3 * 255)
+    assert np.array_equal(Losses(nats).of_chunks(1, 2).nats, nats[255:510])
 
 
 def test_stored_logits(tmp_path):
@@ -121,6 +144,10 @@ def test_whole_run_and_its_reference(tmp_path):
     assert report["num_scored_tokens"] == 2 * 255 and report["multiple_choice"]["num_questions"] >= 40
     assert report["references"][0]["kl_nats"]["max"] < 1e-6
     assert 200 < report["perplexity"]["mean"] < 2000  # 300 random tokens
+    held_out = {each["kind"]: each for each in report["held_out"]}
+    assert {"chat", "code", "maths", "french"} <= held_out.keys()
+    assert all(each["num_chunks"] == 2 and each["kl_nats"][0]["mean"] < 1e-6 for each in held_out.values())
+    assert 0 <= report["references"][0]["held_out_kl_nats"] < 1e-6
     flags = ["-m", path, "--chunks", "2", "-t", "1", "--no-tasks", "--reference", tmp_path / "base.safetensors"]
     again = json.loads(CliRunner().invoke(quality.app, [*map(str, flags)]).stdout.strip().rpartition("\n")[2])
     assert again["references"][0]["kl_nats"]["mean"] < 1e-4 and again["references"][0]["top1_agreement"]["mean"] > 0.99
