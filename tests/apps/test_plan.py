@@ -98,11 +98,8 @@ def test_without_a_recipe_the_best_that_fits_is_planned(arguments, recipe):
 def test_the_table_says_why_and_what_it_needs():
     text = on_desktop().stdout
     assert re.search(r"^\* iq2_xxs\+ +0.991 .* tight ", text, re.M) and "least loss of quality" in text
-    assert (
-        "kimi-lite[ggml]" in text
-        and "importance matrix" in text
-        and "tq2_0 loses less (0.77)" in " ".join(text.split())
-    )
+    assert "kimi-lite[ggml]" in text and "importance matrix" in text
+    assert "loses less" not in text  # nothing calibrated was measured to, on text of another kind
     assert "needs pip install" not in run("-m", "moonlight", "--json").stdout
     named = on_desktop("--recipe", "q4_k").stdout
     assert re.search(r"^\* q4_k\+ ", named, re.M) and "* named: planned above" in named
