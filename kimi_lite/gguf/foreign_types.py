@@ -41,7 +41,7 @@ _IK_NAMES = {
     **dict(zip((36, 133, 134, 135, 151, 335), ("I2_S", "Q6_0", "IQ1_BN", "IQ2_BN", "Q8_KV", "IQ2_BN_R4"), strict=True)),
     **dict(zip(range(137, 142), ("IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K"), strict=True)),
     **dict(zip((144, 145, 146, 152), ("IQ4_KS", "IQ2_KS", "IQ4_KSS", "IQ5_KS"), strict=True)),
-    **dict(zip(range(153, 159), ("IQ2_KT", "IQ3_KT", "IQ4_KT", "IQ3_KS", "IQ2_KL", "IQ1_KT"), strict=True)),
+    **dict(zip((156, 157), ("IQ3_KS", "IQ2_KL"), strict=True)),
 }
 _IK_RANGE = range(97, 411)
 _INTERLEAVED = 200  # what ik adds to the number of a type whose rows are interleaved

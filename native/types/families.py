@@ -13,6 +13,7 @@ FAMILIES = (
     "iq1",
     "iq2",
     "iq3",
+    "trellis",
 )
 PARTS = ("layout", "reference", "cpu", "gpu", "gpu_exact", "blocks")
 

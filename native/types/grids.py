@@ -24,7 +24,7 @@ from kimi_lite.native.simd import (
 )
 from kimi_lite.native.simd_dot import scaled_dot_u8x64
 
-_IQ1, _SIGNED = ("IQ1_S", "IQ1_M"), ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+_IQ1, _SIGNED = ("IQ1_S", "IQ1_M"), ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ3_KT")
 
 
 @chosen_by_name
@@ -49,7 +49,7 @@ def signed(name, bits, chunk, x):
 
 @chosen_by_name
 def scales(name, block):
-    """i8x16: the scale of every 16 weights, an odd integer."""
+    """i8x16: the scale of every 16 weights, a small integer."""
 
 
 @chosen_by_name
@@ -72,7 +72,7 @@ def _store_groups_of_16(name, address, values):
     store_f32x16(address, values)
 
 
-@implements(store_groups, "IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ3_S")
+@implements(store_groups, "IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ3_S", "IQ3_KT")
 def _store_groups_of_32(name, address, values):
     store_f32x8(address, even_f32x16(values))
 

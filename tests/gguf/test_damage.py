@@ -306,7 +306,7 @@ def test_control_characters_from_a_file_are_not_printed(tmp_path):
         (65, "IQ1_XXS.*Unsloth", "UD-TQ1_0 or IQ1_S"),
         (66, "IQ1_XXXS.*Unsloth", "UD-TQ1_0 or IQ1_S"),
         (142, "PQ2_0.*PrismML.*blocks of 128", "llama.cpp's own Q2_0"),
-        (158, r"\(IQ1_KT\), a type of ik_llama.cpp", "kimi-lite pull"),
+        (134, r"\(IQ1_BN\), a type of ik_llama.cpp", "kimi-lite pull"),
         (337, r"\(IQ2_K with interleaved rows\), a type of ik_llama.cpp", "kimi-lite pull"),
         (229, r"\(IQ1_M with interleaved rows\)", "kimi-lite pull"),
     ],

@@ -102,16 +102,16 @@ def test_breaks_and_busy_hubs_are_waited_out(hub, shards):
 
 
 def test_what_is_wrong_with_one_does_not_stop_the_others(hub, shards):
-    ik = GGUFBytes(tensors=[tensor("blk.0.ffn_up.weight", [256], 158)], data=bytes(2000)).build()
-    bad = {"K-smol-IQ1_KT.gguf": ik, "K-Q8_0.gguf": b"no GGUF" * 500, "K-Q2_K-00001-of-00002.gguf": ik}
+    ik = GGUFBytes(tensors=[tensor("blk.0.ffn_up.weight", [256], 134)], data=bytes(2000)).build()
+    bad = {"K-smol-IQ1_BN.gguf": ik, "K-Q8_0.gguf": b"no GGUF" * 500, "K-Q2_K-00001-of-00002.gguf": ik}
     name = served(hub, shards, **bad)
     with Hub() as client:
         repository = client.repository(name)
         every = list(describe_all(client, repository, repository.quants, lambda *_: None))
     found = {each.quant.label: each for each in every}
     assert found["UD-Q4_K_M"].subject and not found["UD-Q4_K_M"].problem
-    assert isinstance(found["smol-IQ1_KT"].problem, UnknownTypeError)
-    assert found["smol-IQ1_KT"].problem.what == "IQ1_KT, a type of ik_llama.cpp"
+    assert isinstance(found["smol-IQ1_BN"].problem, UnknownTypeError)
+    assert found["smol-IQ1_BN"].problem.what == "IQ1_BN, a type of ik_llama.cpp"
     assert "not a GGUF file" in found["Q8_0"].problem.message and "has 2 shards" in found["Q2_K"].problem.message
 
 

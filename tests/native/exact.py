@@ -51,7 +51,11 @@ def _with(blocks: np.ndarray, **fields: object) -> np.ndarray:
 
 def _integers(name: str, blocks: np.ndarray, unit: int = 1) -> np.ndarray:
     """Blocks (B,) whose scale is one -> int64 (B, block size): the weights in units of 1 / unit."""
-    weights = dequantize(blocks.view(np.uint8).reshape(len(blocks), -1), name)
+    rows, row_scale = np.ascontiguousarray(blocks).view(np.uint8).reshape(len(blocks), -1), BY_NAME[name].row_scale
+    if row_scale:
+        one = np.ones((len(rows), 1), row_scale).view(np.uint8)
+        rows = np.concatenate([one, rows], axis=1)
+    weights = dequantize(rows, name)
     return np.rint(weights.astype(np.float64) * unit).astype(np.int64)
 
 
@@ -91,14 +95,19 @@ _CODES = {  # fields that hold codes and what is left of them for the code zero;
     "Q2_K": ({}, 1, 0),
     "Q4_K": ({}, 1, 0),
     "Q5_K": ({}, 1, 0),
+    "IQ3_KT": ({}, 1, 0),
 }
 
 
 def _super_blocks(name: str, blocks: np.ndarray) -> SuperBlocks:
     zero_codes, unit, group = _CODES[name]
     shape, flat = blocks.shape, blocks.reshape(-1)
-    d = _iq1_m_d(flat["scales"]) if name == "IQ1_M" else flat["d"].astype(F32)
-    one = _with(flat, scales=_iq1_m_one) if name == "IQ1_M" else _with(flat, d=1)
+    if name == "IQ1_M":
+        d, one = _iq1_m_d(flat["scales"]), _with(flat, scales=_iq1_m_one)
+    elif BY_NAME[name].row_scale:
+        d, one = np.ones(len(flat), F32), flat.copy()
+    else:
+        d, one = flat["d"].astype(F32), _with(flat, d=1)
     minima = minimum = None
     if "dmin" in flat.dtype.names:
         size = BY_NAME[name].group
@@ -148,6 +157,26 @@ def _iq4_xs_values(blocks: np.ndarray, x: np.ndarray, bias: int) -> np.ndarray:
     factors = scales.reshape(*blocks.shape, 8).astype(F32) * blocks["d"].astype(F32)[..., None]
     sums = x.reshape(len(x), 8, 32).sum(axis=-1).astype(F32)
     return _chunks(codes * x, np.repeat(factors, 2, axis=-1), _first_lanes(factors * sums) * F32(-bias))
+
+
+_ONE = {  # the scales' fields of the trellis types with scales of one
+    "IQ1_KT": {"sh": lambda sh: sh & 0xF0 | 8},
+    "IQ2_KT": {"scales": 0x88},
+    "IQ4_KT": {"qs": lambda words: words & ~np.uint32(0xFE) | np.uint32(65 << 1)},
+}
+
+
+def _trellis_values(name: str, blocks: np.ndarray, x: np.ndarray, bias: int) -> np.ndarray:
+    """Codes are 126 higher where the product wants them unsigned; scales follow from the largest weight of a group."""
+    flat, offset = blocks.reshape(-1), 126 if bias else 0
+    codes, weights = (_integers(name, b).reshape(-1, 8, 32) for b in (_with(flat, **_ONE[name]), flat))
+    largest = np.abs(codes).argmax(axis=2)[..., None]
+    scales = np.take_along_axis(weights, largest, 2) // np.take_along_axis(codes, largest, 2)
+    assert (codes * scales == weights).all(), name
+    factors = scales.reshape(*blocks.shape, 8).astype(F32)
+    sums = x.reshape(len(x), 8, 32).sum(axis=-1).astype(F32)
+    codes = codes.reshape(*blocks.shape, 256) + offset
+    return _chunks(codes * x, np.repeat(factors, 2, axis=-1), _first_lanes(factors * sums) * F32(-offset))
 
 
 def _chunks(products: np.ndarray, scales: np.ndarray, values: np.ndarray, lanes: Callable = _by_lanes) -> np.ndarray:
@@ -231,7 +260,12 @@ def _row_sums(name, layout, data, x, kind, row_lanes, bias) -> np.ndarray:
             acc = acc + values[:, span]
         return lanes_summed(acc)
     rows = codes.reshape(-1, 256)
-    values = _iq4_xs_values(blocks, rows, bias) if name == "IQ4_XS" else _super_values(name, blocks, rows)
+    if name == "IQ4_XS":
+        values = _iq4_xs_values(blocks, rows, bias)
+    elif name in _ONE:
+        values = _trellis_values(name, blocks, rows, bias)
+    else:
+        values = _super_values(name, blocks, rows)
     if row_lanes == 8:
         values = values[..., :8] + values[..., 8:]
     acc = np.zeros((len(data), row_lanes), F32)

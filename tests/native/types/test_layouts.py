@@ -11,11 +11,12 @@ import pytest
 from kimi_lite.native.layouts import BY_NAME, LAYOUTS
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import REGIMES, hostile_rows
+from tests.native.types.ik_oracle import IK_TYPES
 
-WITHOUT_GGUF_DECODER = {"Q1_0", "Q2_0"}
+WITHOUT_GGUF_DECODER = {"Q1_0", "Q2_0", *IK_TYPES}
 
 
-@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {"Q2_0"}))
+@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {"Q2_0", *IK_TYPES}))
 def test_sizes_are_ggufs(name):
     layout = BY_NAME[name]
     assert LAYOUTS[layout.ggml_id] is layout
@@ -34,6 +35,14 @@ def test_rows():
     assert BY_NAME["TQ1_0"].bits_per_weight == 1.6875
     with pytest.raises(AssertionError, match="Q8_0"):
         BY_NAME["Q8_0"].row_bytes(40)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_weights_of_a_row(name):
+    """The inverse of its bytes, whatever stands in front of the row."""
+    layout = BY_NAME[name]
+    for num_blocks in (1, 3, 28):
+        assert layout.row_weights(layout.row_bytes(num_blocks * layout.block_size)) == num_blocks * layout.block_size
 
 
 def rows_of(name, regime):
