@@ -16,6 +16,7 @@ from kimi_lite.units import MIB
 
 STEP_TOKENS = 512  # of one forward pass on the CPU
 PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a GPU, tried in turn
+DECODE_SHAPES = 6  # of steps (rows, pages) whose graphs and inputs are kept
 STREAM_EXPERTS = 8  # experts of one transfer; two transfers are under way
 _ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
 _PROGRAM_BYTES = 155 * MIB  # Python, Numba and LLVM with kernels from the cache; compiling takes 75 MiB more (measured)
@@ -112,7 +113,7 @@ def ram_slot_bytes(sizes: ModelSizes) -> int:
 
 def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
     """Memory that the GPU reads by itself: the ring of a prompt's stream, promotions, weights while they load,
-    activations for the CPU and its rows."""
+    activations for the CPU and its rows; logits, inputs of captured steps."""
     c = sizes.config
     rows = min(ROW_TOKENS, chunk_tokens) * c.num_experts_used * c.hidden_size
     blocks = [
@@ -124,6 +125,7 @@ def pinned_bytes(sizes: ModelSizes, chunk_tokens: int) -> int:
         4 * rows,
         *([4 * SENT_ROWS * c.hidden_size] * 2),
         4 * MAX_TOKENS * c.vocab_size,
+        *([4 * MAX_TOKENS * 2 * c.hidden_size] * DECODE_SHAPES),  # x, and page tables of at most as many words
     ]
     return sum(map(pinned_block_bytes, blocks))
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -126,10 +127,11 @@ def count_nodes(expert_type: str = "TQ1_0", num_tokens: int = 1) -> Step:
 
     path = HybridPath(expert_type)
     dense, routed = path.layers
-    steps = []
+    streams, steps = GpuStreams("meta"), []
+    rows = streams.pinned((num_tokens, path.config.vocab_size), torch.float32)
     for layers in ([dense, routed], [dense, dense, routed], [dense, routed, routed]):
         found: list[Node] = []
-        step = DecodeStep(layers, path.head, path, path.config, GpuStreams("meta"), num_tokens, pages_for(1))
+        step = DecodeStep(layers, path.head, path, path.config, streams, rows, num_tokens, pages_for(1))
         with _keeping(found):
             step._run()
         steps.append(found)

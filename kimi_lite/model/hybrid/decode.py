@@ -63,14 +63,15 @@ class DecodeStep:
         experts: RoutedExperts | None,
         config: ModelConfig,
         streams: GpuStreams,
+        rows: torch.Tensor,
         num_rows: int,
         num_pages: int,
     ) -> None:
-        """head: None where another GPU has the layers that follow: then `forward` returns x in place of logits."""
+        """head: None where another GPU has the layers that follow: then `forward` returns x in place of logits. rows:
+        float32 (at least num_rows, vocabulary or D), pinned: what it returns; other steps may write it, too."""
         self._layers, self._head, self._experts, self._streams = layers, head, experts, streams
         self.inputs = StepInputs(config, streams, num_rows, num_pages)
-        width = config.hidden_size if head is None else config.vocab_size
-        self._rows = streams.pinned((num_rows, width), torch.float32)
+        self._rows = rows[:num_rows]
         self._captured = Captured(self._run, streams)
 
     @property

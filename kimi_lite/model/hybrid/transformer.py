@@ -38,10 +38,10 @@ from kimi_lite.model.hybrid.weights import DenseWeights
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.plan.types import Plan
+from kimi_lite.plan.workspace import DECODE_SHAPES
 from kimi_lite.units import counted
 
 MAX_LOGITS = 64  # rows of logits made at once
-_NUM_DECODE_SHAPES = 6  # whose graphs are kept
 
 
 class HybridTransformer:
@@ -84,6 +84,8 @@ class HybridTransformer:
         self._remedy = "allow fewer experts there: --gpu-experts" if plan.num_vram_slots else "a shorter context: -c"
         self._maker = StepMaker(config, streams)
         self._shape = mla_shape(config)
+        width = config.vocab_size if self.is_last else config.hidden_size
+        self._rows = streams.pinned((MAX_DECODE_TOKENS, width), torch.float32)  # that decode steps of all shapes return
         self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
         self._recorder, self.experts = recorder if among is None else None, None
         self.num_decode_steps, self.decode_s, self._is_closed = 0, 0.0, False
@@ -253,10 +255,10 @@ class HybridTransformer:
         num_tokens = len(batch.token_ids)
         shape = num_rows, num_pages = rows_for(num_tokens), pages_for(num_pages_seen(batch))
         if shape not in self._steps:
-            if len(self._steps) == _NUM_DECODE_SHAPES:
+            if len(self._steps) == DECODE_SHAPES:
                 self._steps.popitem(last=False)[1].close()
             self._steps[shape] = DecodeStep(
-                self.layers, self.head, self.experts, self.config, self._streams, num_rows, num_pages
+                self.layers, self.head, self.experts, self.config, self._streams, self._rows, num_rows, num_pages
             )
         self._steps.move_to_end(shape)
         decode = self._steps[shape]

@@ -2,6 +2,7 @@
 when one of the two fails."""
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -11,18 +12,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_lite.arch.sizes import store_sizes
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.model.batch import Batch
 from kimi_lite.model.hybrid import decode, transformer
+from kimi_lite.model.hybrid.kernels import MAX_DECODE_TOKENS
 from kimi_lite.model.hybrid.step import StepInputs, num_pages_seen
 from kimi_lite.model.hybrid.turns import Turn
+from kimi_lite.native.cpu import turns
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.turns import TurnTable, answer_op, wait_for_x_op
 from kimi_lite.native.gpu.arguments import Routes
 from kimi_lite.native.turn_cells import CHOICES_POSTED, X_POSTED
+from kimi_lite.plan.workspace import pinned_block_bytes, pinned_bytes
 from tests.model.hybrid import stand_in
 from tests.model.hybrid.lazy_device import poison
-from tests.model.hybrid.runner import DEVICE, HybridRunner
+from tests.model.hybrid.runner import CHUNK_TOKENS, DEVICE, HybridRunner
 from tests.model.hybrid.stand_in import StandInKernels
 from tests.model.hybrid.test_hybrid import _one_thread, only_rows  # noqa: F401
 from tests.model.runner import NUM_PAGES
@@ -108,7 +114,29 @@ def test_shapes_come_and_go(path, ids, monkeypatch):
             for count in (1, 3, 9):
                 parts = (np.resize(ids, start + count)[start:], start, np.arange(NUM_PAGES, dtype=np.int32))
                 assert np.array_equal(runner.forward(parts), plain.forward(parts)), (start, count)
-        assert len(runner.transformer._steps) == transformer._NUM_DECODE_SHAPES
+        assert len(runner.transformer._steps) == transformer.DECODE_SHAPES
+
+
+def test_logits_of_all_shapes_come_in_one_block(path, ids, monkeypatch):
+    """Pinned memory is what the plan says: for logits, inputs of as many shapes as are kept, and everything else."""
+    shapes, pinned = [], GpuStreams.pinned
+
+    def remember(streams: GpuStreams, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        shapes.append((shape, dtype.itemsize))
+        return pinned(streams, shape, dtype)
+
+    monkeypatch.setattr(GpuStreams, "pinned", remember)
+    with only_rows(HybridRunner(path, num_gpu_experts=5)) as runner:
+        pages = [np.array([i], np.int32) for i in range(NUM_PAGES)]
+        for count in (1, 2, 4, 8, 3):
+            runner.forward(*[(ids[i : i + 1], 0, pages[i]) for i in range(count)], num_generated=count)
+        runner.prefill(ids)
+        assert len(runner.transformer._steps) == 4
+        sizes = store_sizes(runner.store, runner.config)
+    num_words = runner.config.vocab_size
+    assert [shape for shape, _ in shapes if shape[-1] == num_words] == [(MAX_DECODE_TOKENS, num_words)]
+    taken = sum(pinned_block_bytes(math.prod(shape) * size) for shape, size in shapes)
+    assert taken <= pinned_bytes(sizes, CHUNK_TOKENS)
 
 
 class Failing(StandInKernels):
@@ -150,12 +178,16 @@ def test_a_launch_that_fails_leaves_nothing_behind(error, path, ids):
 
 
 class Silent(StandInKernels):
-    """A GPU that never gets to the experts of one layer."""
+    """A GPU that never gets to the experts of one layer. The CPU's patience ends then, and not before, however late
+    everything else is."""
 
     turn = 0
+    table: TurnTable | None = None
 
     def route(self, logits, bias, rule, residents=None, turn: Turn | None = None, out=None) -> Routes:
         is_silent = turn is not None and turn.number == self.turn
+        if is_silent:
+            self.table._table[turns._LIMIT_NS // 8] = 1
         return super().route(logits, bias, rule, residents, None if is_silent else turn, out)
 
 
@@ -165,7 +197,8 @@ def test_a_gpu_that_hangs_is_a_sentence(path, ids, monkeypatch):
         runner.transformer._adaptive._budget.most = 0
         want = runner.decode(ids[:4])
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "_TURN_LIMIT_S", 1.0)
+            patch.setattr(decode, "_TURN_LIMIT_S", 3600.0)
+            kernels.table = runner.transformer.experts.server._table
             for kernels.turn in (1, 3):
                 problem = rf"GPU did not get to the experts of layer {kernels.turn} in time"
                 with pytest.raises(KimiLiteError, match=problem):

@@ -215,7 +215,7 @@ def test_a_service_whose_gpu_breaks_says_so(model, lazy_loading, tmp_path):
 
 def test_dropped_shapes_free_their_graphs_at_once(model, monkeypatch):
     """Not when a collector comes by: the graphs of a shape hold VRAM."""
-    monkeypatch.setattr("kimi_lite.model.hybrid.transformer._NUM_DECODE_SHAPES", 2)
+    monkeypatch.setattr("kimi_lite.model.hybrid.transformer.DECODE_SHAPES", 2)
     pages = [np.array([i], np.int32) for i in range(4)]
     with LazyRunner(model, num_gpu_experts=5) as runner:
         gc.disable()
