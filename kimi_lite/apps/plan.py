@@ -61,12 +61,16 @@ def main(
     as_json: AsJson = False,
 ) -> None:
     """Where weights and cache go, and what limits speed: before any download."""
+    from kimi_lite.engine.device import named_devices, require_gpus
     from kimi_lite.hardware.machine import described, gpu_index_of
     from kimi_lite.hardware.probe import probe
     from kimi_lite.hub.names import is_hub_name
     from kimi_lite.hub.resolve import find_hub_subject
     from kimi_lite.plan.subject import check_recipe, find_subject
 
+    numbers = [gpu_index_of(name) for name in named_devices(options.devices)]
+    if options.vram_bytes is None or (len(numbers) > 1 and not isinstance(options.vram_bytes, tuple)):
+        require_gpus(options.devices)  # else --vram describes them
     is_on_hub = is_hub_name(options.model or "")
     can_see = options.vision != "off"
     if is_on_hub:
@@ -74,7 +78,7 @@ def main(
     else:
         subject = find_subject(options.model, can_see, options.mmproj)
     check_recipe(subject, recipe or rest)
-    here = probe(subject.path, measure, [gpu_index_of(name) for name in (options.devices or "").split(",")])
+    here = probe(subject.path, measure, numbers)
     hardware = described(here, options.ram_bytes, options.vram_bytes, cores)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}
     hardware = hardware.with_speeds("given", **{place: 1e9 * gb_s for place, gb_s in speeds.items() if gb_s})

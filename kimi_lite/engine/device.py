@@ -10,6 +10,7 @@ import warnings
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.gpu import count_gpus, probe_gpu
 from kimi_lite.hardware.machine import Gpu, gpu_index_of
+from kimi_lite.units import counted
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -22,11 +23,7 @@ def choose_device(wanted: str | None) -> str:
 
     Raises KimiLiteError for a device that cannot be had.
     """
-    names = (wanted or "cuda").split(",")
-    is_known = all(_DEVICE.fullmatch(name) for name in names)
-    if not is_known or (len(names) > 1 and ("cpu" in names or len(set(map(gpu_index_of, names))) < len(names))):
-        runs_on = "cuda, cuda:N, several of these as cuda:0,cuda:1, and cpu"
-        raise KimiLiteError(f"--device {wanted}: kimi-lite runs on {runs_on}.", "Try --device cpu.")
+    names = named_devices(wanted)
     if wanted == "cpu" or (wanted is None and not has_nvidia_driver()):
         return "cpu"
     _let_memory_grow()
@@ -40,6 +37,28 @@ def choose_device(wanted: str | None) -> str:
     reason = f"The GPU is not used, everything runs on the CPU: {unusable.problem} {unusable.remedy}"
     warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return "cpu"
+
+
+def named_devices(wanted: str | None) -> list[str]:
+    """ "cpu" alone, or names of GPUs, each once; None: "cuda". Raises KimiLiteError for what is no device."""
+    names = (wanted or "cuda").split(",")
+    is_known = all(_DEVICE.fullmatch(name) for name in names)
+    if not is_known or (len(names) > 1 and ("cpu" in names or len(set(map(gpu_index_of, names))) < len(names))):
+        runs_on = "cuda, cuda:N, several of these as cuda:0,cuda:1, and cpu"
+        raise KimiLiteError(f"--device {wanted}: kimi-lite runs on {runs_on}.", "Try --device cpu.")
+    return names
+
+
+def require_gpus(wanted: str | None) -> None:
+    """Raises KimiLiteError where `wanted` names a GPU by a number that CUDA does not count here."""
+    count = count_gpus()
+    missing = [name for name in named_devices(wanted) if gpu_index_of(name) >= max(1, count)]
+    if missing:
+        have = f"CUDA counts {counted(count, 'GPU')} here" + (", from cuda:0 on" if count else "")
+        remedy = "Try --device cuda:0" if count else "Try --device cpu"
+        raise KimiLiteError(
+            f"--device {wanted}: there is no {missing[0]}; {have}.", f"{remedy}, or describe a machine: --vram 24G."
+        )
 
 
 def _let_memory_grow() -> None:

@@ -290,13 +290,13 @@ def _has_no_open_names(part: object) -> bool:
 
 
 def _refers_alone(part: object) -> bool:
-    """Whether definitions speak alone about the values they are for: nothing is said beside a reference."""
+    """Whether definitions speak alone about the values they are for: a reference stands alone."""
     if isinstance(part, list):
         return all(map(_refers_alone, part))
     if not isinstance(part, Mapping):
         return True
-    beside = part.keys() - {*_ANNOTATIONS, "$defs", "definitions"}
-    is_alone = "$ref" not in part or len(beside) == 1
+    others = part.keys() - {*_ANNOTATIONS, "$defs", "definitions"}
+    is_alone = "$ref" not in part or len(others) == 1
     is_alone &= not (part.keys() & {"anyOf", "oneOf"} and part.keys() & {*_TYPE_OF_KEYWORD["object"]})
     return "allOf" not in part and is_alone and all(map(_refers_alone, part.values()))
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 _MEMORY = 0.98  # weight of what was known, per observation: about the last 50 count
-_GAIN = 0.3  # weight of a new observation of the bus, and of either side beside the other
-_MOST_CONTENTION = 4.0  # a side that is slower than that beside the other is slower alone too
-_ALONE = 0.1  # of the CPU's time: less of it beside the bus is as good as none
+_GAIN = 0.3  # weight of a new observation of the bus, and of either side while the other works
+_MOST_CONTENTION = 4.0  # a side that the other slows by more than that is slower alone too
+_ALONE = 0.1  # of the CPU's time: less of it while the bus works is as good as none
 _MISFIT = 1.15  # times what was seen: what experts and choices are believed to take may be off by so much
 _TRIAL_EVERY = 30  # layers: half a chunk of Kimi K2.5
 _TRIAL_SHARE = 0.01  # of the time of all layers may be lost by trials
@@ -47,8 +47,9 @@ class ExpertCosts:
 
     The first values are guesses of the right order (9 MB at 20 and 60 GB/s, no contention); the first layers replace
     them. Where layers of a model differ in bytes, numbers of experts and choices are in units of a mean layer's. A side
-    is believed to be at most `_MOST_CONTENTION` times slower beside the other, so what was seen on one occasion bounds
-    what is believed of the other. What was not seen for long is tried again for at most 1 % of the time (`trial`).
+    is believed to be at most `_MOST_CONTENTION` times slower while the other works, so what was seen on one occasion
+    bounds what is believed of the other. What was not seen for long is tried again for at most 1 % of the time
+    (`trial`).
     """
 
     stream_s: float = 4.5e-4

@@ -135,9 +135,9 @@ def decode_speed(
     if not split.is_on_gpu:
         times["RAM bandwidth"] = (cost.resident_bytes + missed_bytes + cost.cache_bytes) / rates.ram.per_s
         return Speed(*_slowest(split.num_sequences, times))
-    beside_s = (sizes.shared_expert_bytes + cost.expert_bytes * gpu_hits) / rates.vram.per_s
+    meanwhile_s = (sizes.shared_expert_bytes + cost.expert_bytes * gpu_hits) / rates.vram.per_s
     alone_s = (cost.resident_bytes + cost.cache_bytes - sizes.shared_expert_bytes) / rates.vram.per_s
-    times |= {"RAM bandwidth": missed_bytes / rates.ram.per_s, "VRAM bandwidth": beside_s}
+    times |= {"RAM bandwidth": missed_bytes / rates.ram.per_s, "VRAM bandwidth": meanwhile_s}
     limited_by = max(times, key=lambda name: times[name] + (alone_s if name == "VRAM bandwidth" else 0))
     return Speed(split.num_sequences / (alone_s + max(times.values())), limited_by)
 

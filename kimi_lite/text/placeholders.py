@@ -2,7 +2,7 @@
 
 A template that knows images writes the pad itself, and for a video a word that is replaced here before anything is
 tokenized, by a time stamp and a pad for every few frames (Kimi K2.5's processor). For a template that knows none, the
-parts are given to it as texts that nobody can guess, and those are replaced. So nothing that a message says becomes a
+parts are given to it as texts that cannot be guessed, and those are replaced. So nothing that a message says becomes a
 place for an image.
 """
 

@@ -369,3 +369,30 @@ def test_the_cache_of_several_sequences_is_told_as_it_is():
     assert (one.num_cache_pages, four.num_cache_pages) == (128, 512)
     assert four.part_bytes("RAM", KV) == 4 * one.part_bytes("RAM", KV)
     assert any("4 x 8,192 tokens in f16" in line for line in plan_lines(four))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("flags", "needs"),
+    [
+        (("--device", "cuda:9"), 10),
+        (("--device", "cuda:1"), 2),
+        (("--device", "cuda:0,cuda:7"), 8),
+        (("--device", "cuda:0,cuda:1", "--vram", "12G"), 2),  # a limit: it does not say how many there are
+        (("--device", "cuda:0,cuda:1", "--vram", "24G+12G"), 0),
+        (("--device", "cuda:9", "--vram", "24G"), 0),
+        (("--device", "cuda:0"), 0),
+        (("--device", "cpu"), 0),
+        (("--device", "gpu"), 99),
+    ],
+)
+def test_a_gpu_that_is_not_here_is_not_another_one(monkeypatch, count, flags, needs):
+    """`needs`: so many GPUs, or --vram that describes them."""
+    monkeypatch.setattr("kimi_lite.engine.device.count_gpus", lambda: count)
+    result = run("--model", "moonlight", "--recipe", "q4_k", "--ram", "64G", *flags)
+    if count >= needs:
+        assert not isinstance(result.exception, KimiLiteError) or "there is no cuda" not in str(result.exception)
+        assert "Machine" in result.stdout
+    else:
+        assert isinstance(result.exception, KimiLiteError) and flags[1] in result.exception.message
+        assert "--device" in result.exception.hint and "Machine" not in result.stdout

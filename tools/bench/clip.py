@@ -12,7 +12,7 @@ _IMAGE = 1  # mtmd_input_chunk_type
 
 
 class Clip:
-    """A loaded vision file beside a text model of its width, which llama.cpp wants to have too."""
+    """A loaded vision file with a text model of its width, which llama.cpp wants to have too."""
 
     def __init__(self, path: Path, text_model: Path, num_threads: int) -> None:
         api = import_llama_cpp()
@@ -30,7 +30,7 @@ class Clip:
         params.use_gpu, params.n_threads, params.warmup, params.print_timings = False, num_threads, False, False
         self._context = mtmd_cpp.mtmd_init_from_file(str(path).encode(), self._model, params)
         if not self._model or not self._context:
-            raise KimiLiteError(f"llama.cpp cannot load {path} beside {text_model}.", "Leave out --compare.")
+            raise KimiLiteError(f"llama.cpp cannot load {path} with {text_model}.", "Leave out --compare.")
         self._width = api.llama_model_n_embd(self._model)
         self._chunks = None
 

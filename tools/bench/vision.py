@@ -1,4 +1,4 @@
-"""How long the vision tower looks at an image, as a share of what the arithmetic takes at least, beside llama.cpp.
+"""How long the vision tower looks at an image, as a share of what the arithmetic takes at least, next to llama.cpp.
 
     python -m tools.make.vision mmproj.gguf --type q8_0
     python -m tools.bench.vision mmproj.gguf --size 1024x768 --compare llama.cpp
@@ -143,7 +143,7 @@ def measure(path: Path, grid: Grid, num_threads: int, repeats: int, has_llama_cp
 
 
 def _clip(stack: ExitStack, path: Path, tower: MoonViT, num_threads: int) -> Clip:
-    """llama.cpp beside a text model that has nothing but the right width."""
+    """llama.cpp with a text model that has nothing but the right width."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     config = replace(
         K2_5,
@@ -167,7 +167,7 @@ def main(
     repeats: Annotated[int, typer.Option("-r", "--repeats", min=1)] = 3,
     compare: Annotated[str, typer.Option(help="llama.cpp, or nothing.")] = "",
 ) -> None:
-    """Seconds for one image, share of the arithmetic bound, beside llama.cpp."""
+    """Seconds for one image, share of the arithmetic bound, next to llama.cpp."""
     num_threads = threads or usable_cores().num_usable
     width, height = (int(part) for part in size.split("x"))
     grid = Grid(1, *(-(-side // _STEP) * _STEP // PATCH for side in (height, width)))

@@ -1,7 +1,7 @@
 """Prompts on machines that are made up: which of a layer's experts the CPU computes and which cross the bus.
 
 A constant share is compared with the runtime's own `ExpertCosts`, which sees of the machine what it sees of a real one:
-noisy times of either side, apart and beside the other. Both sides read the same RAM; where they want more than it
+noisy times of either side, apart and together. Both sides read the same RAM; where they want more than it
 delivers, both are slowed alike. Times are of the experts alone: nothing is requested ahead during attention.
 """
 

@@ -52,7 +52,7 @@ class EndpointChoice:
 
 def parse_endpoints(texts: Sequence[str], model: str | None = None) -> list[EndpointChoice]:
     """All `--endpoint`s; `model` for those that name none. KimiLiteError where one says nothing sensible, or where
-    nobody is left to answer the orchestrator, or the agents."""
+    none is left to answer the orchestrator, or the agents."""
     choices = [parse_endpoint(text, model) for text in texts]
     for is_orchestrator, role in ((True, "orchestrator"), (False, "agents")):
         if not any(choice.serves(is_orchestrator) for choice in choices):

@@ -183,7 +183,7 @@ class Pool(Generic[M]):
                 self._homes[wish.agent_id] = chosen
                 wish.member.set_result(chosen)
             elif not found:
-                wish.member.set_exception(self.nobody(wish.is_orchestrator))
+                wish.member.set_exception(self.none_left(wish.is_orchestrator))
             else:
                 still.append(wish)
         self._wishes = still
@@ -195,7 +195,7 @@ class Pool(Generic[M]):
         home = self._homes.get(agent_id)
         return home if home in can else min(can, key=lambda member: member.load, default=None)
 
-    def nobody(self, is_orchestrator: bool) -> KimiLiteError:
+    def none_left(self, is_orchestrator: bool) -> KimiLiteError:
         """Why none is left: as the last one said it."""
         reasons = [member.why_out for member in self.members if member.serves(is_orchestrator) and member.why_out]
         assert reasons, "a pool has a member for every role"

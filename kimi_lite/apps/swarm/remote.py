@@ -84,7 +84,7 @@ class RemoteBackend:
         await asyncio.gather(*map(self._open, self._pool.members))
         for is_orchestrator in (True, False):
             if not any(member.may_serve(is_orchestrator) for member in self._pool.members):
-                raise self._pool.nobody(is_orchestrator)
+                raise self._pool.none_left(is_orchestrator)
 
     async def chat(
         self, messages: Sequence[Message], tools: Sequence[Message], settings: ChatSettings, on_progress: OnProgress

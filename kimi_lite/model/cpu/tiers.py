@@ -148,8 +148,8 @@ class TieredLayers:
         steps.whole = self._program(part, rest.expert_ops(run, buffers))
         routed, shared = rest.split_experts()
         choices = self._experts_op("experts", routed, self._rows)
-        beside = [self._experts_op("shared expert", group, self._shared_rows) for group in shared]
-        steps.first = self._program(part, [choices, *beside])
+        others = [self._experts_op("shared expert", group, self._shared_rows) for group in shared]
+        steps.first = self._program(part, [choices, *others])
         steps.more = self._program(part, [choices])
         steps.join = self._program(part, [self._join_op(group) for group in (routed, *shared)])
         steps.group = self._program(part, [self._experts_op("experts", routed, None)])

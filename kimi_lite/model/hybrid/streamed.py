@@ -11,6 +11,7 @@ requested, which is all of them for a long prompt. How far the stream gets ahead
 therefore borrows the coldest slots of the cache (`slots_worth_lending`), which get them back when it decodes.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,12 +32,15 @@ from kimi_lite.experts.vram import VramSlots
 from kimi_lite.model.hybrid.cpu_experts import CpuExperts, HostCopies
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.plan.workspace import SENT_ROWS
+from kimi_lite.units import counted
 
 _SMALL_SHARE = 0.1  # of the experts: fewer are streamed as well, since then the next layer's stream can begin early
 _SURE_SHARE = 0.75  # of what a layer will probably stream is requested before its router has spoken
 _FOR_THE_BUS = 1 << 20  # tokens that want an expert which the CPU shall not compute
 _MOST_LENT = 0.5  # of the cache's slots
 _REFILL = 2.0  # what a slot that was lent costs when it is filled again, in times of a streamed expert
+_NEWS = 0.1  # of the experts: a prompt that divides them otherwise by so much is worth a line
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +112,7 @@ class StreamedExperts:
         self._shares: dict[int, np.ndarray] = {}  # by layer: of a pass's tokens that chose each expert, float64 (E,)
         self._sizes, self._mean_bytes = index.relative_sizes, index.mean_expert_bytes
         self._trials: dict[int, Trial | None] = {}  # by layer, decided when it was requested ahead
-        self._pace = _Pace()
+        self._pace, self._shown = _Pace(), _Shares()
         self._is_undecided = False  # whether this pass borrows slots
         self.stream_s = self.cpu_s = 0.0
 
@@ -119,6 +123,7 @@ class StreamedExperts:
     def begin(self, num_tokens: int) -> None:
         """A prompt's pass over so many tokens begins: its first layer's experts come while attention is computed."""
         self._pace.begin(num_tokens)
+        self._shown.begin(num_tokens)
         self._is_undecided = True
         self._borrow(num_tokens)
         self._request_ahead(min(self._index.layers), num_tokens)
@@ -147,6 +152,9 @@ class StreamedExperts:
         if len(absent) - num_streamed < _SMALL_SHARE * len(absent):
             num_streamed = len(absent)
         self._costs.divided(num_streamed, len(absent) - num_streamed)
+        self._shown.add(len(resident), num_streamed, len(absent) - num_streamed)
+        if layer == max(self._index.layers):
+            self._shown.tell()
         absent = absent[order]
         return Division(
             chosen, resident, sorted(absent[:num_streamed].tolist()), sorted(absent[num_streamed:].tolist())
@@ -165,7 +173,7 @@ class StreamedExperts:
         that the CPU needs."""
         num_tokens = len(choice.normed)
         order = self._request(layer, division)
-        is_alone = not division.streamed  # nothing comes beside the CPU, whose cost alone shows so
+        is_alone = not division.streamed  # nothing comes meanwhile, so that the CPU's cost alone shows
         if not is_alone:
             self._request_ahead(layer + 1, num_tokens)
         on_cpu = np.where(np.isin(division.chosen, division.on_cpu), division.chosen, -1)
@@ -378,6 +386,30 @@ def slots_worth_lending(
     saved_s = num_layers * stream_s * (min(useful, num_own + count) - num_own)
     lost_s = count * (_REFILL * stream_s + miss_s)
     return count if saved_s > lost_s else 0
+
+
+class _Shares:
+    """Where the experts of a pass were computed: a line in the log when that has changed."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._counts = np.zeros(3)  # in VRAM already, streamed, by the CPU: experts of all layers so far
+        self._told: np.ndarray | None = None  # the shares of the last line
+
+    def begin(self, num_tokens: int) -> None:
+        self._num_tokens, self._counts = num_tokens, np.zeros(3)
+
+    def add(self, num_resident: int, num_streamed: int, num_on_cpu: int) -> None:
+        self._counts += num_resident, num_streamed, num_on_cpu
+
+    def tell(self) -> None:
+        """Behind the last layer."""
+        shares = self._counts / max(1, self._counts.sum())
+        if self._told is not None and np.abs(shares - self._told).max() < _NEWS:
+            return
+        self._told = shares
+        words = "experts of %s of a prompt: %.0f %% were in VRAM, %.0f %% streamed to it, %.0f %% computed by the CPU"
+        _log.info(words, counted(self._num_tokens, "token"), *(100 * shares))
 
 
 class _Pace:

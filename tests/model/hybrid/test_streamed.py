@@ -73,6 +73,20 @@ def always_lending(monkeypatch):
     monkeypatch.setattr("kimi_lite.model.hybrid.streamed.slots_worth_lending", lambda most, **_: max(0, most))
 
 
+def test_where_a_prompt_s_experts_were_computed_is_told_when_it_changes(path, ids, caplog):
+    """All by the CPU, twice, then all by the bus, twice: two lines."""
+    with caplog.at_level("INFO", "kimi_lite.model.hybrid.streamed"), HybridRunner(path) as runner:
+        costs = runner.transformer.experts.costs
+        for costs.stream_s, costs.cpu_s in ((1e9, 1e-9), (1e9, 1e-9), (1e-9, 1e9), (1e-9, 1e9)):
+            costs._ages.update(dict.fromkeys(costs._ages, 0))  # no trials
+            runner.prefill(ids)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        f"experts of {NUM_TOKENS} tokens of a prompt: 0 % were in VRAM, {shares} % computed by the CPU"
+        for shares in ("0 % streamed to it, 100", "100 % streamed to it, 0")
+    ]
+
+
 @OFTEN
 @given(seed=st.integers(0, 2**32 - 1), capacity=st.integers(7, 40), rows_at_once=st.integers(1, 200))
 def test_any_division_gives_the_same_bits(runner, ids, wanted, monkeypatch, seed, capacity, rows_at_once):
