@@ -18,7 +18,11 @@ Dst = Annotated[
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help="Type of the routed experts (tq1_0, iq1_m, q2_k, ...), rest Q8_0; q4_0-lossless."),
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Type of the routed experts (tq1_0, iq1_m, q2_k, ...), rest Q8_0; q4_0-lossless; a file of REGEX=TYPE.",
+    ),
 ]
 TypeName = Annotated[
     str | None, typer.Option("--type", help="One type for every matrix. K, IQ types need the ggml extra.")
@@ -50,6 +54,18 @@ Verify = Annotated[
 FitInto = Annotated[
     str | None, typer.Option("--fit", metavar="VRAM+RAM", help="Best types for e.g. 24G+256G, or `this` machine.")
 ]
+FileSize = Annotated[
+    str | None, typer.Option("--size", help=f"Best types for a file of at most SIZE, e.g. 250G. {DECIMAL_HELP}.")
+]
+SensitivityTable = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity", metavar="TABLE", help="What each tensor is worth, for --fit and --size. K2.5's: known."
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--write-recipe", metavar="FILE", help="Write the chosen types for --recipe FILE.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists, or its unfinished part.")]
 
 
@@ -59,6 +75,9 @@ def main(
     recipe: RecipeName = None,
     type_name: TypeName = None,
     fit: FitInto = None,
+    size: FileSize = None,
+    sensitivity: SensitivityTable = None,
+    write_recipe: RecipeFile = None,
     tensor_types: Overrides = None,
     imatrix: Imatrix = None,
     calibrate: Calibrate = None,
@@ -93,6 +112,9 @@ def main(
         calibrate_chunks=chunks,
         max_ram=max_ram,
         mmproj=mmproj,
+        sensitivity=sensitivity,
+        size=size,
+        recipe_file=write_recipe,
         checks_source=check_source,
     )
     columns = (

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 from kimi_lite.arch.moonvit import read_checkpoint_tower
 from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.quantize.calibrate.imatrix import read_imatrix
+from kimi_lite.quantize.calibrate.imatrix import Importance, read_imatrix
 from kimi_lite.quantize.check.verify import verify_lines
 from kimi_lite.quantize.codecs import EXACT_TYPES
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
 from kimi_lite.quantize.convert import ConvertReport, convert, importance_notes, make_job, open_model
 from kimi_lite.quantize.mmproj import check_mmproj, find_mmproj_layout, mmproj_path, write_mmproj
-from kimi_lite.quantize.recipe.budget import fit_recipe, parse_machine
-from kimi_lite.quantize.recipe.choose import find_recipe, kept_recipe, uniform_recipe, with_overrides
+from kimi_lite.quantize.recipe.budget import FittedRecipe, fit_recipe, fit_size, parse_machine
+from kimi_lite.quantize.recipe.choose import find_recipe, kept_recipe, uniform_recipe, with_overrides, write_recipe
 from kimi_lite.quantize.recipe.plan import describe_plan, plan_conversion
+from kimi_lite.quantize.recipe.sensitivity import is_sensitivity, read_sensitivity
 from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.source.model import SourceModel
 from kimi_lite.quantize.write.checksums import check_source
@@ -48,6 +49,9 @@ class Settings:
     calibrate_chunks: int = 0
     max_ram: str | None = None
     mmproj: str | None = None
+    sensitivity: Path | None = None
+    size: str | None = None
+    recipe_file: Path | None = None
     checks_source: bool = False
 
 
@@ -81,9 +85,12 @@ def _run(
     recipe = None if _is_fitting(settings) else _choose_recipe(settings, model, has_importance)
     if calibration and not importance and not is_dry and _needs_importance(recipe):
         importance = calibration.importance(settings.calibrate, on_progress)
-    fit = None if recipe else fit_recipe(model, parse_machine(settings.fit), importance)
+    fit = None if recipe else _fit(settings, model, importance)
     recipe = recipe or with_overrides(fit.recipe, settings.tensor_types, has_importance)
-    fit_lines = [fit.summary] if fit else []
+    fit_lines = list(fit.lines) if fit else []
+    if settings.recipe_file:
+        write_recipe(settings.recipe_file.expanduser(), model, recipe)
+        fit_lines.append(f"the types of all tensors are in {settings.recipe_file}: --recipe takes it")
     if is_dry:
         plan = plan_conversion(model, recipe)
         job = make_job(
@@ -133,14 +140,41 @@ def _needs_importance(recipe: Recipe | None) -> bool:
 
 
 def _is_fitting(settings: Settings) -> bool:
-    """Raises KimiLiteError where more than one way of choosing is named."""
-    named = {"--recipe": settings.recipe, "--type": settings.type_name, "--fit": settings.fit}
+    """Whether types are to be chosen by what they cost. Raises KimiLiteError where more than one way of choosing is
+    named."""
+    named = {"--type": settings.type_name, "--fit": settings.fit, "--size": settings.size}
+    table = _table(settings)
+    if settings.recipe and not (settings.sensitivity is None and table):
+        named = {"--recipe": settings.recipe} | named
     given = [flag for flag, value in named.items() if value]
     if len(given) > 1:
         raise KimiLiteError(
             f"{' and '.join(given)} exclude each other.", "Name one; --tensor-type makes exceptions from it."
         )
-    return settings.fit is not None
+    if table and settings.type_name:
+        raise KimiLiteError("A table of sensitivities chooses types, and --type names one.", "Name one of the two.")
+    if settings.sensitivity and not (settings.fit or settings.size):
+        raise KimiLiteError(
+            "--sensitivity says what types cost, and not how many bytes there are.",
+            "Add --fit 24G+256G for a machine, --fit this for this one, or --size 250G for a file.",
+        )
+    return table is not None or bool(settings.fit or settings.size)
+
+
+def _table(settings: Settings) -> Path | None:
+    """The table of sensitivities that is named, also by --recipe."""
+    if settings.sensitivity:
+        return settings.sensitivity.expanduser()
+    path = Path(settings.recipe).expanduser() if settings.recipe else None
+    return path if path and path.is_file() and is_sensitivity(path) else None
+
+
+def _fit(settings: Settings, model: SourceModel, importance: Importance | None) -> FittedRecipe:
+    table = _table(settings)
+    sensitivity = read_sensitivity(table) if table else None
+    if settings.size:
+        return fit_size(model, parse_size(settings.size, "--size", is_decimal=True), importance, sensitivity)
+    return fit_recipe(model, parse_machine(settings.fit or "this"), importance, sensitivity)
 
 
 def _choose_recipe(settings: Settings, model: SourceModel, has_importance: bool) -> Recipe:

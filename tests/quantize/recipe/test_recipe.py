@@ -10,7 +10,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.quantize.codecs import find_layout, ggml
 from kimi_lite.quantize.convert import convert, open_model
-from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides
+from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe, with_overrides, write_recipe
 from kimi_lite.quantize.recipe.plan import describe_plan, estimate_seconds, plan_conversion
 from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from kimi_lite.quantize.write.sharding import plan_shards
@@ -133,3 +133,28 @@ def test_lossless_refuses_what_it_would_change(tmp_path):
 def test_every_own_type_is_a_recipe():
     for name in ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "q2_0"):
         assert find_recipe(name).experts == find_layout(name)
+
+
+def test_a_recipe_in_a_file(folder, tmp_path):
+    """First match counts, the rest is Q8_0, and what is written again is the same."""
+    file = tmp_path / "mine.recipe"
+    file.write_text("# of a test\n\n^blk\\.1\\..*_exps = q2_0  # early\n_exps=tq1_0\n".replace(" = ", "="))
+    recipe = find_recipe(str(file))
+    model = open_model(folder)
+    types = {t.source.name: t.layout.name for t in plan_conversion(model, recipe).tensors}
+    assert types["blk.1.ffn_up_exps.weight"] == "Q2_0" and types["blk.2.ffn_up_exps.weight"] == "TQ1_0"
+    assert types["output.weight"] == "Q8_0" and recipe.name == "mine"
+    write_recipe(tmp_path / "again.recipe", model, recipe)
+    again = plan_conversion(model, find_recipe(str(tmp_path / "again.recipe")))
+    assert {t.source.name: t.layout.name for t in again.tensors} == types
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "no line of REGEX=TYPE"), ("_exps\n", "is not REGEX=TYPE"), ("a=iq9\n", "no type 'iq9'")]
+)
+def test_recipes_in_files_that_cannot_be(tmp_path, content, said):
+    (tmp_path / "r.recipe").write_text(content)
+    with pytest.raises(KimiLiteError, match=said):
+        find_recipe(str(tmp_path / "r.recipe"))
+    with pytest.raises(KimiLiteError, match="There is no file"):
+        find_recipe(str(tmp_path / "none.recipe"))
