@@ -18,25 +18,31 @@ from kimi_lite.native.vectors import (
     constant,
     converter,
     i8x16,
+    i8x32,
     i8x64,
     i16x16,
+    i16x32,
     i32x8,
     i32x16,
     in_halves,
     maker,
-    splat,
+    shuffler,
 )
 
 _I32 = ir.IntType(32)
 
 widen_i16x16 = converter(i16x16, i32x16, "zext")
 shifts_of_eight = maker(i32x16, [8 + 3 * (i % 8) for i in range(16)])
-_quarter_bits = [8 * (i // 4) + 4 + i % 4 for i in range(16)]  # the upper four bits of each byte
+four_times_each_byte = shuffler(i8x16, i8x32, [i // 4 for i in range(32)])
+twice_i8x16 = shuffler(i8x16, i8x32, [*range(16)] * 2)
+widen_i8x32 = converter(i8x32, i16x32, "zext")
+shifts_8_7_6_5 = maker(i16x32, [8, 7, 6, 5] * 8)
+shifts_8_then_4 = maker(i16x32, [8] * 16 + [4] * 16)
 
 
-def signed_words(words: Sequence[int]) -> list[int]:
-    """32-bit words as LLVM's constants take them."""
-    return [word - (1 << 32) if word >> 31 else word for word in words]
+def _signed(words: Sequence[int], bits: int) -> list[int]:
+    """Words of so many bits as LLVM's constants take them."""
+    return [word - (1 << bits) if word >> (bits - 1) else word for word in words]
 
 
 # The generator --------------------------------------------------------------------------------------------------------
@@ -81,7 +87,7 @@ def _packed_by_shuffles(builder, sums: list):
 def _times(builder, states, lanes: list[int], powers: Sequence[int]):
     """The states of these lanes, times four powers of the multiplier in turns."""
     spread = builder.shuffle_vector(states, states, ir.Constant(ir.VectorType(_I32, 16), lanes))
-    return builder.mul(spread, constant(i32x16, signed_words(powers) * 4))
+    return builder.mul(spread, constant(i32x16, _signed(powers, 32) * 4))
 
 
 @intrinsic(prefer_literal=True)
@@ -101,6 +107,60 @@ def eight_each(typingctx, states, chunk):
         return _packed_sums(builder, quarters)
 
     return i8x64(i32x16, chunk), codegen
+
+
+def _sums_of_words(builder, states, lanes: list[int]):
+    """i16x32: the sums of 8 weights of each of four states below 2^16, from two halves of the product."""
+    spread = builder.shuffle_vector(states, states, ir.Constant(ir.VectorType(_I32, 32), lanes))
+    low_factors, high_factors = (
+        constant(i16x32, _signed([power >> shift & 0xFFFF for power in POWERS], 16) * 4) for shift in (0, 16)
+    )
+    low = builder.mul(spread, low_factors)
+    high = builder.add(_high_product(builder, spread, low_factors), builder.mul(spread, high_factors))
+    six_bits = constant(i16x32, SIX_BITS & 0xFFFF)
+    return _pair_sums(builder, builder.add(builder.and_(low, six_bits), builder.and_(high, six_bits)))
+
+
+def _high_product(builder, a, b):
+    """The upper 16 bits of unsigned products, in the words that LLVM knows as vpmulhuw."""
+    wide = ir.VectorType(_I32, a.type.count)
+    product = builder.mul(builder.zext(a, wide), builder.zext(b, wide))
+    return builder.trunc(builder.lshr(product, ir.Constant(wide, [16] * a.type.count)), a.type)
+
+
+def _pair_sums(builder, words):
+    """Of the two bytes of each of i16x32 (vpmaddubsw)."""
+    if isa().name == PORTABLE:
+        low = builder.and_(words, constant(i16x32, 0xFF))
+        return builder.add(low, builder.lshr(words, constant(i16x32, 8)))
+    pairs = builder.bitcast(words, i8x64.llvm)
+    if isa().name == AVX512_VNNI:
+        return call_llvm(builder, "llvm.x86.avx512.pmaddubs.w.512", i16x32.llvm, [pairs, constant(i8x64, 1)])
+    halves = in_halves(builder, pairs, 64)
+    sums = [call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", i16x16.llvm, [h, constant(i8x32, 1)]) for h in halves]
+    return builder.shuffle_vector(*sums, ir.Constant(ir.VectorType(_I32, 32), list(range(32))))
+
+
+@intrinsic(prefer_literal=True)
+def eight_each_of_words(typingctx, states, chunk):
+    """`eight_each` for the 32 states of a super-block as i16x32."""
+    if not isinstance(chunk, types.IntegerLiteral):
+        return None
+    first = 8 * chunk.literal_value
+
+    def codegen(context, builder, sig, args):
+        sums = [_sums_of_words(builder, args[0], [first + 2 * (i // 8) + state for i in range(32)]) for state in (0, 1)]
+        if isa().name == PORTABLE:
+            narrow = [builder.trunc(each, i8x32.llvm) for each in sums]
+            order = [32 * (i // 8 % 2) + 8 * (i // 16) + i % 8 for i in range(64)]
+            return builder.shuffle_vector(*narrow, ir.Constant(ir.VectorType(_I32, 64), order))
+        if isa().name == AVX512_VNNI:
+            return _pack(builder, "512", 8, *sums)
+        halves = zip(*(in_halves(builder, each, 32) for each in sums), strict=True)
+        packed = [_pack(builder, "", 8, *half) for half in halves]
+        return builder.shuffle_vector(*packed, ir.Constant(ir.VectorType(_I32, 64), list(range(64))))
+
+    return i8x64(i16x32, chunk), codegen
 
 
 @intrinsic
@@ -147,17 +207,6 @@ def values_of_nibbles(values: Sequence[int]):
     return look_up
 
 
-@intrinsic
-def bits_of_quarters(typingctx, word):
-    """i32x16: the upper four bits of each byte of an int32, 0 or 1."""
-
-    def codegen(context, builder, sig, args):
-        shifted = builder.lshr(splat(builder, i32x16, args[0]), constant(i32x16, _quarter_bits))
-        return builder.and_(shifted, constant(i32x16, 1))
-
-    return i32x16(types.int32), codegen
-
-
 @intrinsic(prefer_literal=True)
 def each_of_two(typingctx, words, chunk):
     """i32x16: the chunk's two of i32x8 `words`, each eight times."""
@@ -177,7 +226,7 @@ def negate_where_set(typingctx, x, bits, chunk):
     in the upper half."""
     if not isinstance(chunk, types.IntegerLiteral):
         return None
-    own = constant(i8x64, [_as_signed_byte(1 << (2 * chunk.literal_value + i // 32)) for i in range(64)])
+    own = constant(i8x64, _signed([1 << (2 * chunk.literal_value + i // 32) for i in range(64)], 8))
 
     def codegen(context, builder, sig, args):
         x, bits, _ = args
@@ -185,7 +234,3 @@ def negate_where_set(typingctx, x, bits, chunk):
         return builder.select(is_set, builder.sub(constant(i8x64, 0), x), x)
 
     return i8x64(i8x64, i8x64, chunk), codegen
-
-
-def _as_signed_byte(byte: int) -> int:
-    return byte - 256 if byte > 127 else byte

@@ -30,14 +30,19 @@ from kimi_lite.native.simd import (
 )
 from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
 from kimi_lite.native.trellis_lanes import (
-    bits_of_quarters,
     each_of_two,
     eight_each,
+    eight_each_of_words,
     four_each,
+    four_times_each_byte,
     magnitudes_i8x64,
     negate_where_set,
+    shifts_8_7_6_5,
+    shifts_8_then_4,
     shifts_of_eight,
+    twice_i8x16,
     values_of_nibbles,
+    widen_i8x32,
     widen_i16x16,
 )
 from kimi_lite.native.types.blocks_of_32.cpu import scaled_chunks
@@ -55,7 +60,7 @@ _scale_values = values_of_nibbles(IQ4_VALUES)
 
 @chosen_by_name
 def states(name, block):
-    """What `sums` needs to know of a block: its states in two i32x16, or its address."""
+    """What `sums` needs to know of a block: its states in vectors, or its address."""
 
 
 @chosen_by_name
@@ -71,17 +76,17 @@ def group_scales(name, block):
 # States and scales ----------------------------------------------------------------------------------------------------
 
 
-@njit(forceinline=True)
-def _iq1_states(block, half):
-    """Of 16 of the 32 groups."""
-    nibbles = widen_i8x16(load_i8x16(block + _IQ1_QH)) >> (4 * half) & 15
-    top = bits_of_quarters(types.int32(load_u32(block + _SH + 4 * half)))
-    return (widen_i8x16(load_i8x16(block + _IQ1_QL + 16 * half)) | nibbles << 8 | top << 12) + FIRST_STATE
-
-
 @implements(states, "IQ1_KT")
 def _iq1_kt_states(name, block):
-    return _iq1_states(block, 0), _iq1_states(block, 1)
+    """Below 2^14: in one i16x32."""
+    nibbles = widen_i8x32(twice_i8x16(load_i8x16(block + _IQ1_QH))) << shifts_8_then_4() & 0xF00
+    top = widen_i8x32(four_times_each_byte(load_i8x16(block + _SH))) << shifts_8_7_6_5() & 0x1000
+    return (widen_i8x32(load_i8x32(block + _IQ1_QL)) | nibbles | top) + FIRST_STATE
+
+
+@implements(sums, "IQ1_KT")
+def _iq1_kt_sums(name, states, chunk):
+    return eight_each_of_words(states, chunk)
 
 
 @implements(group_scales, "IQ1_KT")
@@ -114,8 +119,8 @@ def _iq2_kt_scales(name, block):
     return low_f32x16(int_to_f32x16(widen_signed_i8x16(_scale_values(_nibbles(block)))))
 
 
-@implements(sums, "IQ1_KT", "IQ2_KT")
-def _eight_sums(name, states, chunk):
+@implements(sums, "IQ2_KT")
+def _iq2_kt_sums(name, states, chunk):
     return eight_each(states[0] if chunk < 2 else states[1], chunk)
 
 
