@@ -2,8 +2,10 @@
 
 Numba decides by the date of the file a function stands in whether its cached code is still good; ours are put together
 from several files. So the folder is named after the content of all of them: an edit anywhere compiles again, and going
-back finds the old code. A process locks the state that it uses (shared, while it runs); when a new state is
-begun, the oldest beyond a few that no process uses are deleted.
+back finds the old code. In it a file belongs to one function, CPU and version of the compiler, and is named after them:
+any number of processes compile at once, for whichever CPUs, and none reads what another meant. A process locks the
+state that it uses (shared, while it runs); when a new state is begun, the oldest beyond a few that no process uses are
+deleted.
 """
 
 import atexit
@@ -49,7 +51,7 @@ def use_kernel_cache() -> None:
     """Makes Numba keep its code there, unless NUMBA_CACHE_DIR says otherwise. Called before anything is compiled."""
     from numba.core import config
 
-    _tolerate_bad_files()
+    _keep_files_by_key()
     if config.CACHE_DIR:
         return
     folder = kernel_cache()
@@ -68,48 +70,58 @@ def use_kernel_cache() -> None:
         _delete_old_states(folder.parent)
 
 
-def _tolerate_bad_files() -> None:
-    """A full disk and damaged files cost compiling and nothing else; Numba raises whatever it meets there."""
+@cache
+def _keep_files_by_key() -> None:
+    """A file for each function compiled for one CPU, named after all that decides its code. Numba numbers files in an
+    index that it reads, changes and writes back: two processes that do so at once take the same number, and one then
+    runs the other's code. Here nothing is shared between keys. A full disk and damaged files cost compiling and nothing
+    else; Numba raises whatever it meets there."""
+    import llvmlite
+    import numba
     from numba.core import caching, config
 
-    class CheckedFile(caching.IndexDataCacheFile):
-        """Numba's index and data of one function; the data's digest stands before it."""
+    versions = numba.__version__, llvmlite.__version__
+
+    class KeyedFiles(caching.IndexDataCacheFile):
+        """Files of one function, by key; a digest of key and data stands before the data."""
+
+        def __init__(self, cache_path: str, filename_base: str, source_stamp: object) -> None:
+            super().__init__(cache_path, filename_base, source_stamp)
+            self._base = Path(cache_path, filename_base)
+
+        def flush(self) -> None:
+            """Nothing is kept that could be wrong."""
 
         def save(self, key: tuple, data: object) -> None:
+            name = self._name(key)
             try:
-                super().save(key, data)
+                data = self._dump(data)
+                with self._open_for_write(str(self._path(name))) as file:
+                    file.write(_digest(name, data) + data)
             except OSError as error:
                 _say_unkept(Path(config.CACHE_DIR), error.strerror)
 
         def load(self, key: tuple) -> object:
+            name = self._name(key)
             try:
-                return super().load(key)
-            except Exception:  # a damaged pickle raises anything
+                stored = self._path(name).read_bytes()
+                digest, data = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+                return pickle.loads(data) if digest == _digest(name, data) else None
+            except Exception:  # no file, or a pickle that raises anything
                 return None
 
-        def _load_index(self) -> dict:
-            try:
-                return super()._load_index()
-            except Exception:
-                return {}
+        def _name(self, key: tuple) -> str:
+            """Of the signature, the CPU and its features, the function's code and closure, and who compiles."""
+            return blake2b(repr((key, self._source_stamp, versions)).encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
-        def _save_data(self, name: str, data: object) -> None:
-            data = self._dump(data)
-            with self._open_for_write(self._data_path(name)) as file:
-                file.write(_digest(data) + data)
+        def _path(self, name: str) -> Path:
+            return self._base.with_name(f"{self._base.name}.{name}.nbc")
 
-        def _load_data(self, name: str) -> object:
-            stored = Path(self._data_path(name)).read_bytes()
-            if stored[:_DIGEST_BYTES] != _digest(stored[_DIGEST_BYTES:]):
-                raise OSError("damaged")
-            return pickle.loads(stored[_DIGEST_BYTES:])
-
-    if caching.IndexDataCacheFile.__name__ != CheckedFile.__name__:
-        caching.IndexDataCacheFile = CheckedFile
+    caching.IndexDataCacheFile = KeyedFiles
 
 
-def _digest(data: bytes) -> bytes:
-    return blake2b(data, digest_size=_DIGEST_BYTES).digest()
+def _digest(name: str, data: bytes) -> bytes:
+    return blake2b(data, digest_size=_DIGEST_BYTES, key=bytes.fromhex(name)).digest()
 
 
 @cache

@@ -5,9 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kimi_lite.native import cache as cache_module
 
@@ -126,10 +130,9 @@ def _flipped(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [_emptied, _halved, _zeroed, _flipped, None])
-@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-def test_damaged_files_are_compiled_anew(numba_folder, pattern, damage):
+def test_damaged_files_are_compiled_anew(numba_folder, damage):
     assert _compiled()(4) == 17
-    [path] = numba_folder.rglob(pattern)
+    [path] = (path for path in numba_folder.rglob("*") if path.is_file() and path.name != "in-use")
     if damage is None:
         path.unlink()
     else:
@@ -138,6 +141,34 @@ def test_damaged_files_are_compiled_anew(numba_folder, pattern, damage):
     again = _compiled()
     assert again(4) == 17
     assert sum(again.stats.cache_hits.values()) == 1  # and kept again
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["(int64) -> int64", "(int64, int64) -> none"]),
+            st.sampled_from([("x86_64", "haswell", "+avx2"), ("x86_64", "znver4", "+avx512f"), ("x86_64", "", "")]),
+            st.sampled_from([("code", "Q4_K"), ("code", "Q8_0"), ("other", "Q8_0")]),
+        ),
+        min_size=2,
+        unique=True,
+    )
+)
+def test_processes_that_compile_at_once_never_read_what_another_meant(numba_folder, keys):
+    """Of one function, each process for a CPU or a type of its own: they begin with the same empty folder."""
+    from numba.core import caching
+
+    folder = Path(tempfile.mkdtemp(dir=numba_folder))
+    files = [caching.IndexDataCacheFile(str(folder), "dot.rows-145.py311", (1.0, 2)) for _ in keys]
+    assert [file.load(key) for file, key in zip(files, keys, strict=True)] == [None] * len(keys)
+    with ThreadPoolExecutor(len(keys)) as pool:
+        list(pool.map(lambda file, key: file.save(key, {"code for": key}), files, keys))
+    assert [files[0].load(key) for key in keys] == [{"code for": key} for key in keys]
+    first, *others = sorted(folder.iterdir())
+    for other in others:  # nor where a file has another's name
+        shutil.copy(first, other)
+    assert sum(files[0].load(key) is not None for key in keys) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
