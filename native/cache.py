@@ -34,11 +34,11 @@ def keep_kernels_in(folder: Callable[[], Path]) -> None:
 def kernel_cache() -> Path:
     """The folder for the sources as they are now."""
     [folder] = _place
-    return folder() / "kernels" / _state_of_sources()
+    return folder() / "kernels" / state_of_sources()
 
 
 @cache
-def _state_of_sources() -> str:
+def state_of_sources() -> str:
     digest, here = blake2b(digest_size=8), Path(__file__).parent
     for path in sorted(here.rglob("*.py")):
         if not any(part.startswith("gpu") for part in path.relative_to(here).parts):  # Triton has a cache of its own

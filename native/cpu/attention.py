@@ -274,7 +274,7 @@ def _attention_kernel(group: int, dtype: str, value_bytes: int, scale_bytes: int
 
 
 @cache
-def _compiled_attention(group: int, dtype: str):
+def compiled_attention(group: int, dtype: str):
     form = ROW_FORMS[dtype]
     return kernel(_attention_kernel(group, dtype, form.value_bytes, form.scale_bytes))
 
@@ -318,7 +318,7 @@ def attention_op(
     """
     assert shape.nope % 16 == 0 and shape.rope % 16 == 0 and shape.kv_lora % 32 == 0 and shape.value % 16 == 0, shape
     check_storage(storage, shape, dtype)
-    kernel = _compiled_attention(heads_per_group(shape.heads), dtype)
+    kernel = compiled_attention(heads_per_group(shape.heads), dtype)
     working = (buffers.query, buffers.latent_q, storage, buffers.partial, buffers.context)
     sizes = (max_splits(shape.heads), buffers.capacity)
     return Op.of(kernel, run, q, q.strides[0], k_b, v_b, float(softmax_scale), *shape, *working, out, *sizes)

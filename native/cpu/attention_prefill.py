@@ -216,7 +216,7 @@ def _prefill_kernel(dtype: str, value_bytes: int, scale_bytes: int):
 
 
 @cache
-def _compiled_prefill(dtype: str):
+def compiled_prefill(dtype: str):
     form = ROW_FORMS[dtype]
     return kernel(_prefill_kernel(dtype, form.value_bytes, form.scale_bytes))
 
@@ -235,5 +235,5 @@ def prefill_attention_op(
     """Attention of one layer for the expanded sequences; arguments as `attention.attention_op`. Changes q in place."""
     assert all(size % 16 == 0 for size in shape[1:]), shape
     check_storage(storage, shape, dtype)
-    kernel = _compiled_prefill(dtype)
+    kernel = compiled_prefill(dtype)
     return Op.of(kernel, run, q, q.strides[0], k_b, v_b, float(softmax_scale), *shape, storage, out)

@@ -1,11 +1,15 @@
-"""Compiles kernels when they are first needed and keeps them on disk. Nothing is compiled at import."""
+"""Compiles kernels when they are first needed and keeps them on disk, unless they came with the program (`prebuilt`).
+Nothing is compiled at import."""
 
+import ctypes
 from collections.abc import Callable
 from functools import cached_property
 
 from numba import cfunc, njit, types
+from numba.core.sigutils import normalize_signature
 
 from kimi_lite.native.cache import use_kernel_cache
+from kimi_lite.native.cpu import prebuilt
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (args address, thread number, team address)
 FASTMATH = {"nsz", "contract"}  # NaN and infinity keep their meaning
@@ -16,7 +20,7 @@ class Kernel:
     """A C function that is compiled when its address is first asked for."""
 
     def __init__(self, function: Callable, signature: types.Type, fastmath: set[str] = FASTMATH) -> None:
-        self._function, self._signature, self._fastmath = function, signature, fastmath
+        self.function, self.signature, self._fastmath = function, signature, fastmath
         self.__doc__ = function.__doc__
 
     @cached_property
@@ -24,11 +28,11 @@ class Kernel:
         """The `numba.cfunc`, for its `.ctypes` and its machine code."""
         use_kernel_cache()
         options = {"cache": True, "fastmath": self._fastmath, "error_model": "numpy"}
-        return cfunc(self._signature, **options)(self._function)
+        return cfunc(self.signature, **options)(self.function)
 
-    @property
+    @cached_property
     def address(self) -> int:
-        return self.compiled.address
+        return prebuilt.find(self.function, self.signature) or self.compiled.address
 
 
 def kernel(function: Callable) -> Kernel:
@@ -40,16 +44,32 @@ class Function:
     """A function that Python calls, compiled when it is first called; it gives up Python's lock while it runs."""
 
     def __init__(self, function: Callable, signature: types.Type | str, options: dict) -> None:
-        self._function, self._signature, self._options = function, signature, options
+        self.function, self.signature, self._options = function, signature, options
         self.__doc__ = function.__doc__
 
     @cached_property
     def compiled(self) -> Callable:
+        """Numba's dispatcher."""
         use_kernel_cache()
-        return njit(self._signature, cache=True, nogil=True, **self._options)(self._function)
+        return njit(self.signature, cache=True, nogil=True, **self._options)(self.function)
+
+    @cached_property
+    def num_integers(self) -> int | None:
+        """How many int64 arguments it takes, where it takes nothing else and returns an int64 or nothing."""
+        arguments, result = normalize_signature(self.signature)
+        is_plain = {*arguments, result} <= {types.int64, types.void}
+        return len(arguments) if is_plain else None
+
+    @cached_property
+    def _callable(self) -> Callable:
+        address = None if self.num_integers is None else prebuilt.find(self.function, self.signature)
+        if address is None:
+            return self.compiled
+        result = None if normalize_signature(self.signature)[1] == types.void else ctypes.c_int64
+        return ctypes.CFUNCTYPE(result, *[ctypes.c_int64] * self.num_integers)(address)
 
     def __call__(self, *arguments):
-        return self.compiled(*arguments)
+        return self._callable(*arguments)
 
 
 def function(signature: types.Type | str, **options: object) -> Callable[[Callable], Function]:

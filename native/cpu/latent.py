@@ -137,7 +137,7 @@ def _write_kernel(dtype: str, value_bytes: int, scale_bytes: int):
 
 
 @cache
-def _compiled_write(dtype: str):
+def compiled_write(dtype: str):
     form = ROW_FORMS[dtype]
     return kernel(_write_kernel(dtype, form.value_bytes, form.scale_bytes))
 
@@ -153,7 +153,7 @@ def write_latent_op(
     kv_lora, rope = shape.kv_lora, shape.rope
     assert kv_lora % 16 == 0 and rope % 16 == 0 and weight.shape == (kv_lora,), (shape, weight.shape)
     check_storage(storage, shape, dtype)
-    return Op.of(_compiled_write(dtype), run, kv, kv.strides[0], weight, storage, kv_lora, rope, float(eps))
+    return Op.of(compiled_write(dtype), run, kv, kv.strides[0], weight, storage, kv_lora, rope, float(eps))
 
 
 def check_storage(storage: np.ndarray, shape: MlaShape, dtype: str) -> None:

@@ -71,6 +71,9 @@ def values_kernel(name: str):
     return Kernel(values, VALUES_SIGNATURE)
 
 
+KERNELS = (rows_kernel, panel_kernel, gemm_kernel, values_kernel)  # that multiply with a type, in its table's order
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
     """A weight matrix (rows, k) ready to be multiplied; keeps its bytes alive, or mapped."""
@@ -94,8 +97,7 @@ class Matrix:
         )
         assert k % layout.block_size == 0 and k % 16 == 0, (k, layout_name)
         assert layout.row_bytes(k) <= data.shape[1], (k, data.shape)
-        kernels = (rows_kernel, panel_kernel, gemm_kernel, values_kernel)
-        addresses = [kernel(layout_name).address for kernel in kernels]
+        addresses = [kernel(layout_name).address for kernel in KERNELS]
         table = np.array([data.ctypes.data, data.strides[0], data.shape[0], k, *addresses], np.int64)
         return cls(data, layout, k, table)
 

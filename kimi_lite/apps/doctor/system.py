@@ -230,8 +230,9 @@ def check_disk(facts: Facts) -> Check:
 def check_kernel_cache(facts: Facts) -> Check:
     """Compiled kernels must outlive the process, or every start compiles."""
     from kimi_lite.native.cache import kernel_cache
+    from kimi_lite.native.cpu.prebuilt import num_kernels
 
-    folder = kernel_cache()
+    folder, with_program = kernel_cache(), num_kernels()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Check(
@@ -239,6 +240,9 @@ def check_kernel_cache(facts: Facts) -> Check:
         )
     files = list(folder.rglob("*.nbc")) if folder.is_dir() else []
     num_bytes = sum(file.stat().st_size for file in files)
+    if with_program:
+        compiled = f", {len(files)} compiled here in {folder}" if files else ""
+        return Check("cache", "ok", f"{with_program} kernels came with the program{compiled}")
     if not files:
         return Check(
             "cache", "ok", f"{folder}: empty, the first start compiles", "kimi-lite doctor --warm -m MODEL compiles now"
