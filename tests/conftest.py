@@ -6,6 +6,7 @@ device (tests/native/gpu/test_cuda.py does, where there is one).
 """
 
 import os
+import sys
 from functools import cache
 
 import pytest
@@ -14,6 +15,10 @@ from hypothesis import HealthCheck, settings
 # The same examples in every run, whatever else the machine has to do; --hypothesis-profile default tries others.
 settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
+
+# Hundreds of children import the program: its sources are compiled once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 for name in ("COLUMNS", "LINES"):  # a worker of pytest-xdist has them; they hide what a terminal's size is
     os.environ.pop(name, None)

@@ -92,7 +92,7 @@ def _kinds(metadata: Mapping[str, object]) -> np.ndarray:
 def byte_alphabet() -> np.ndarray:
     """GPT-2's alphabet as a table: character code -> byte, -1 where the character stands for none. (324,) int16."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in set(shown)]
+    hidden = sorted(set(range(256)).difference(shown))
     table = np.full(256 + len(hidden), -1, np.int16)
     table[shown] = shown
     table[256:] = hidden

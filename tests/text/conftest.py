@@ -4,6 +4,7 @@ only."""
 import base64
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,12 @@ KIMI_FILES = Path(__file__).parents[2] / "../shared/data/kimi-tokenizer"
 
 def to_alphabet(data: bytes) -> str:
     """Bytes in GPT-2's alphabet, as a GGUF file writes its normal tokens."""
-    table = byte_alphabet().tolist()
-    return "".join(chr(table.index(byte)) for byte in data)
+    return "".join(map(_character_of_byte().__getitem__, data))
+
+
+@cache
+def _character_of_byte() -> dict[int, str]:
+    return {byte: chr(code) for code, byte in enumerate(byte_alphabet().tolist()) if byte >= 0}
 
 
 def encode_markers(tokenizer: Tokenizer, text: str, markers: list[str]) -> list[int]:
