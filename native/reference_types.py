@@ -17,21 +17,21 @@ def dequantize(data: np.ndarray, name: str) -> np.ndarray:
     """uint8 (rows, row_bytes) of GGUF type `name` -> float32 (rows, K)."""
     layout = BY_NAME[name]
     assert data.dtype == np.uint8 and data.ndim == 2, (name, data.shape)
-    blocks = layout.blocks(np.ascontiguousarray(data))  # (rows, B)
-    if layout.row_scale:
-        blocks = _with_row_scales(layout, blocks, layout.row_scales(data))
-    blocks = blocks.reshape(-1)
+    blocks = with_row_scales(layout, np.ascontiguousarray(data)).reshape(-1)
     values = _decoders()[name](blocks)  # (B, block_size)
     assert values.shape == (len(blocks), layout.block_size), (name, values.shape)
     return values.astype(np.float32).reshape(len(data), -1)
 
 
-def _with_row_scales(layout: Layout, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Blocks (rows, B) with one more field, `row_scale`: that of their row (rows,)."""
+def with_row_scales(layout: Layout, data: np.ndarray) -> np.ndarray:
+    """uint8 (rows, row_bytes) -> blocks (rows, B); where rows have a scale, with one more field for it, `row_scale`."""
+    blocks = layout.blocks(data)
+    if not layout.row_scale:
+        return blocks
     whole = np.empty(blocks.shape, np.dtype([*layout.fields, ("row_scale", layout.row_scale)]))
     for field in layout.dtype.names:
         whole[field] = blocks[field]
-    whole["row_scale"] = scales[:, None]
+    whole["row_scale"] = layout.row_scales(data)[:, None]
     return whole
 
 

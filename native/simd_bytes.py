@@ -127,6 +127,17 @@ def _select_from(builder, table: Sequence[int], codes):
     return result
 
 
+def _by_low_nibbles(builder, values: Sequence[int], codes):
+    """i8x64 of bytes below 128 to the one of 16 values that their low nibble names (vpshufb)."""
+    if isa().name == AVX512_VNNI:
+        table = ir.Constant(i8x64.llvm, [*values] * 4)
+        return call_llvm(builder, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, [table, codes])
+    table = ir.Constant(i8x32.llvm, [*values] * 2)
+    parts = in_halves(builder, codes, 64)
+    looked_up = [call_llvm(builder, "llvm.x86.avx2.pshuf.b", i8x32.llvm, [table, part]) for part in parts]
+    return builder.shuffle_vector(*looked_up, ir.Constant(ir.VectorType(_I32, 64), list(range(64))))
+
+
 def byte_table(values: Sequence[int]):
     """Makes `f(codes)`: i8x64 of codes 0..15 to i8x64 of `values` (vpshufb)."""
     assert len(values) == 16, values
@@ -136,13 +147,7 @@ def byte_table(values: Sequence[int]):
         def codegen(context, builder, sig, args):
             if isa().name == PORTABLE:
                 return _select_from(builder, values, args[0])
-            if isa().name == AVX512_VNNI:
-                table = ir.Constant(i8x64.llvm, [*values] * 4)
-                return call_llvm(builder, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, [table, args[0]])
-            table = ir.Constant(i8x32.llvm, [*values] * 2)
-            parts = in_halves(builder, args[0], 64)
-            looked_up = [call_llvm(builder, "llvm.x86.avx2.pshuf.b", i8x32.llvm, [table, part]) for part in parts]
-            return builder.shuffle_vector(*looked_up, ir.Constant(ir.VectorType(_I32, 64), list(range(64))))
+            return _by_low_nibbles(builder, values, args[0])
 
         return i8x64(i8x64), codegen
 
@@ -170,6 +175,29 @@ def byte_table_256(values: Sequence[int]):
             half_done = builder.select(is_high, high, args[0])
             low = call_llvm(builder, name, i8x64.llvm, [quarters[0], half_done, quarters[1]])
             return builder.select(is_low, low, half_done)
+
+        return i8x64(i8x64), codegen
+
+    return look_up
+
+
+def wide_byte_table(values: Sequence[int]):
+    """Makes `f(codes)`: i8x64 of codes below 32 or 64 to i8x64 of as many `values` (vpermb, or vpshufb and selects)."""
+    assert len(values) in (32, 64), len(values)
+
+    @intrinsic
+    def look_up(typingctx, codes):
+        def codegen(context, builder, sig, args):
+            if isa().name == PORTABLE:
+                return _select_from(builder, values, args[0])
+            if HAS_BYTE_PERMUTES:
+                table = ir.Constant(i8x64.llvm, [*values] * (64 // len(values)))
+                return call_llvm(builder, "llvm.x86.avx512.permvar.qi.512", i8x64.llvm, [table, args[0]])
+            found = [_by_low_nibbles(builder, values[i : i + 16], args[0]) for i in range(0, len(values), 16)]
+            for bit in (16, 32)[: len(values) // 32]:
+                is_high = builder.icmp_unsigned("!=", builder.and_(args[0], constant(i8x64, bit)), constant(i8x64, 0))
+                found = [builder.select(is_high, *pair[::-1]) for pair in zip(found[::2], found[1::2], strict=True)]
+            return found[0]
 
         return i8x64(i8x64), codegen
 

@@ -161,3 +161,46 @@ def zero_where(typingctx, value, codes, code):
 
 
 min_i32x16 = binary(i32x16, "llvm.umin.v16i32")  # unsigned
+
+
+# Fields of a word, one a lane
+# ------------------------------------------------------------------------------------------
+
+twice_each_i32x16 = shuffler(i32x16, i32x16, [i // 2 for i in range(16)])  # lanes 0 0 1 1 ...
+
+
+@intrinsic
+def where_bits_i32x16(typingctx, bits, value):
+    """i32x16 with `value` in lane i where bit i of the word is set, else 0."""
+
+    def codegen(context, builder, sig, args):
+        word = builder.trunc(args[0], ir.IntType(16)) if sig.args[0].bitwidth > 16 else args[0]
+        flags = builder.bitcast(word, ir.VectorType(ir.IntType(1), 16))
+        filled = splat(builder, i32x16, context.cast(builder, args[1], sig.args[1], types.int32))
+        return builder.select(flags, filled, constant(i32x16, 0))
+
+    if not (isinstance(bits, types.Integer) and bits.bitwidth >= 16):
+        return None
+    return i32x16(bits, types.int64), codegen
+
+
+@intrinsic
+def pairs_of_bits_i32x16(typingctx, word):
+    """i32x16 of the 16 pairs of bits of a uint32, lowest first."""
+
+    def codegen(context, builder, sig, args):
+        shifts = constant(i32x16, [2 * i for i in range(16)])
+        return builder.and_(builder.lshr(splat(builder, i32x16, args[0]), shifts), constant(i32x16, 3))
+
+    return i32x16(types.uint32), codegen
+
+
+@intrinsic
+def lowest_bits(typingctx, words):
+    """uint64 whose bit i is the lowest one of the i-th of 32 words of 16 bits."""
+
+    def codegen(context, builder, sig, args):
+        flags = builder.trunc(builder.bitcast(args[0], i16x32.llvm), ir.VectorType(ir.IntType(1), 32))
+        return builder.zext(builder.bitcast(flags, _I32), ir.IntType(64))
+
+    return types.uint64(Vec("i8", 64)), codegen

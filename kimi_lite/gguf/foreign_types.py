@@ -6,6 +6,8 @@ Two numbers mean different types in different forks.
 
 from typing import NamedTuple
 
+from kimi_lite.native.layouts import LAYOUTS
+
 
 class ForeignType(NamedTuple):
     """`origin`: which program has it, empty for llama.cpp; `instead`: what to download or do."""
@@ -39,9 +41,6 @@ _FORKS = {
 }
 _IK_NAMES = {
     **dict(zip((36, 133, 134, 135, 151, 335), ("I2_S", "Q6_0", "IQ1_BN", "IQ2_BN", "Q8_KV", "IQ2_BN_R4"), strict=True)),
-    **dict(zip(range(137, 142), ("IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K"), strict=True)),
-    **dict(zip((144, 145, 146, 152), ("IQ4_KS", "IQ2_KS", "IQ4_KSS", "IQ5_KS"), strict=True)),
-    **dict(zip((156, 157), ("IQ3_KS", "IQ2_KL"), strict=True)),
 }
 _IK_RANGE = range(97, 411)
 _INTERLEAVED = 200  # what ik adds to the number of a type whose rows are interleaved
@@ -62,6 +61,8 @@ def foreign_type(ggml_id: int) -> ForeignType | None:
 
 
 def _own_name(ggml_id: int) -> str:
+    if ggml_id in LAYOUTS:
+        return LAYOUTS[ggml_id].name
     from gguf.constants import GGMLQuantizationType  # only needed to name a type in an error
 
     return next((kind.name for kind in GGMLQuantizationType if kind == ggml_id), "")

@@ -14,6 +14,7 @@ FAMILIES = (
     "iq2",
     "iq3",
     "trellis",
+    "two_tables",
 )
 PARTS = ("layout", "reference", "cpu", "gpu", "gpu_exact", "blocks")
 

@@ -57,6 +57,11 @@ class Layout:
         return (row_bytes - self.header_bytes) // self.block_bytes * self.block_size
 
     @property
+    def is_ik(self) -> bool:
+        """Whether ik_llama.cpp alone has the type; llama.cpp's own libraries read past their tables for its numbers."""
+        return self.ggml_id >= 97
+
+    @property
     def header_bytes(self) -> int:
         """Bytes in front of a row's blocks: its scale."""
         return np.dtype(self.row_scale).itemsize if self.row_scale else 0

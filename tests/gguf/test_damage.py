@@ -245,7 +245,7 @@ CASES = {
     ),
     "type for activations": (GGUFBytes(tensors=[tensor("w", [256], 15)]), r"type 15 \(Q8_K\)", "quantize"),
     "retired type": (GGUFBytes(tensors=[tensor("w", [256], 4)]), "type 4, and the known types .* Q2_0 .42.", ""),
-    "type of a fork": (GGUFBytes(tensors=[tensor("w", [256], 139)]), r"type 139 \(IQ4_K\), a type of ik_llama.cpp", ""),
+    "type of a fork": (GGUFBytes(tensors=[tensor("w", [256], 133)]), r"type 133 \(Q6_0\), a type of ik_llama.cpp", ""),
     "unknown type": (GGUFBytes(tensors=[tensor("w", [8], U32_MAX)]), "type 4,294,967,295", ""),
     "offset not aligned": (
         GGUFBytes(tensors=[tensor("w", [2], offset=8)]),

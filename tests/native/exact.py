@@ -13,7 +13,9 @@ import numpy as np
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import quantize_activations
-from kimi_lite.native.reference_types import dequantize
+from kimi_lite.native.reference_types import dequantize, with_row_scales
+from kimi_lite.native.types.two_tables import layout as two_tables
+from kimi_lite.native.types.two_tables.reference import parts as two_tables_parts
 
 LANES = 16
 F32 = np.float32
@@ -128,6 +130,25 @@ def _by_lanes(products: np.ndarray) -> np.ndarray:
 def _first_lanes(groups: np.ndarray) -> np.ndarray:
     """(..., 8) -> (..., 16): zeros behind."""
     return np.concatenate([groups, np.zeros_like(groups)], axis=-1)
+
+
+def _two_tables_values(name: str, data: np.ndarray, x: np.ndarray, bias: int) -> np.ndarray:
+    """uint8 (N, row_bytes), int64 (B, 256) -> float32 (N, B, 16): small values as integers, large ones by chunks."""
+    shape, values = BY_NAME[name].blocks(data).shape, two_tables.VALUES[name]
+    parts = two_tables_parts(name, with_row_scales(BY_NAME[name], data).reshape(-1))
+    scales, steps = (
+        np.repeat(each.astype(np.int64), 16 // each.shape[1], axis=1).reshape(*shape, 16)
+        for each in (parts.scales, parts.steps)
+    )
+    unit = np.ones(shape, F32) if BY_NAME[name].row_scale else parts.unit.reshape(shape)
+    codes, sums = parts.values.reshape(*shape, 256).astype(np.int64), x.reshape(len(x), 16, 16).sum(axis=-1)
+    if values in two_tables.OFFSETS:
+        offset = two_tables.OFFSETS[values]
+        totals = _by_lanes((codes + offset) * x * np.repeat(scales, 16, axis=-1)).sum(axis=-2)
+        taken = (scales * (steps - offset) * sums).reshape(*shape, 8, 2).sum(axis=-1)
+        return (totals + _first_lanes(taken)).astype(F32) * unit[..., None]
+    factors = scales.astype(F32) * unit[..., None]
+    return _chunks((codes + bias) * x, factors, factors * sums.astype(F32) * (steps - bias).astype(F32))
 
 
 def _super_values(name: str, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -262,6 +283,8 @@ def _row_sums(name, layout, data, x, kind, row_lanes, bias) -> np.ndarray:
     rows = codes.reshape(-1, 256)
     if name == "IQ4_XS":
         values = _iq4_xs_values(blocks, rows, bias)
+    elif name in two_tables.VALUES:
+        values = _two_tables_values(name, data, rows, bias)
     elif name in _ONE:
         values = _trellis_values(name, blocks, rows, bias)
     else:

@@ -56,10 +56,10 @@ _Q5_K_QH, _Q5_K_QS = Q5_K.offsets("qh", "qs")
 _Q6_K_QL, _Q6_K_QH, _Q6_K_SCALES, _Q6_K_D = Q6_K.offsets("ql", "qh", "scales", "d")
 
 # The first and the last half of 64 bytes: bits 0..3 and 4..7; bits 2 k and 2 k + 1, brought to bit 4; and so on.
-_nibbles, _high_nibbles = bit_fields(15, 0, 4), bit_fields(15, 4)
+nibbles, _high_nibbles = bit_fields(15, 0, 4), bit_fields(15, 4)
 _bits_0_1, _bits_2_3 = bit_fields(16, -4, -3), bit_fields(16, -2, -1)
 _bits_4_5, _bits_6_7 = bit_fields(16, 0, 1), bit_fields(16, 2, 3)
-_low_pairs, _high_pairs = bit_fields(0x30, -4, -2), bit_fields(0x30, 0, 2)
+low_pairs, high_pairs = bit_fields(0x30, -4, -2), bit_fields(0x30, 0, 2)
 
 
 @njit
@@ -96,10 +96,10 @@ def _minus_minima(block, scales, total, sums32):
 def _q4_k_dot(name, block, x, sums16, sums32, minus16):
     scales, qs = _six_bits(block + _SCALES), block + _Q4_K_QS
     words = spreadable(widen16_i8x16(scales))
-    total = scaled_dot_u8x64(zero_i32x16(), _nibbles(load_twice(qs)), load_i8x64(x), words32_0(words))
-    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 32)), load_i8x64(x + 64), words32_1(words))
-    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 64)), load_i8x64(x + 128), words32_2(words))
-    total = scaled_dot_u8x64(total, _nibbles(load_twice(qs + 96)), load_i8x64(x + 192), words32_3(words))
+    total = scaled_dot_u8x64(zero_i32x16(), nibbles(load_twice(qs)), load_i8x64(x), words32_0(words))
+    total = scaled_dot_u8x64(total, nibbles(load_twice(qs + 32)), load_i8x64(x + 64), words32_1(words))
+    total = scaled_dot_u8x64(total, nibbles(load_twice(qs + 64)), load_i8x64(x + 128), words32_2(words))
+    total = scaled_dot_u8x64(total, nibbles(load_twice(qs + 96)), load_i8x64(x + 192), words32_3(words))
     return _minus_minima(block, scales, total, sums32)
 
 
@@ -113,7 +113,7 @@ def _store_six_bits(block, scales, minima):
 @implements(unpack, "Q4_K")
 def _q4_k_unpack(name, block, codes, scales, minima):
     for k in range(4):
-        store_i8x64(codes + 64 * k, _nibbles(load_twice(block + _Q4_K_QS + 32 * k)))
+        store_i8x64(codes + 64 * k, nibbles(load_twice(block + _Q4_K_QS + 32 * k)))
     _store_six_bits(block, scales, minima)
 
 
@@ -121,19 +121,19 @@ def _q4_k_unpack(name, block, codes, scales, minima):
 
 
 @njit
-def _q5_k_codes(block):
-    """The 4 x 64 codes: bit 4 comes from qh, brought there from bits 2 k and 2 k + 1."""
-    qh, qs = load_twice(block + _Q5_K_QH), block + _Q5_K_QS
-    c0 = _nibbles(load_twice(qs)) | _bits_0_1(qh)
-    c1 = _nibbles(load_twice(qs + 32)) | _bits_2_3(qh)
-    c2 = _nibbles(load_twice(qs + 64)) | _bits_4_5(qh)
-    c3 = _nibbles(load_twice(qs + 96)) | _bits_6_7(qh)
+def five_bits(qs, qh):
+    """4 x 64 codes: nibbles at `qs`, and bit 4 at `qh`, brought there from bits 2 k and 2 k + 1."""
+    qh = load_twice(qh)
+    c0 = nibbles(load_twice(qs)) | _bits_0_1(qh)
+    c1 = nibbles(load_twice(qs + 32)) | _bits_2_3(qh)
+    c2 = nibbles(load_twice(qs + 64)) | _bits_4_5(qh)
+    c3 = nibbles(load_twice(qs + 96)) | _bits_6_7(qh)
     return c0, c1, c2, c3
 
 
 @implements(dot256, "Q5_K")
 def _q5_k_dot(name, block, x, sums16, sums32, minus16):
-    scales, (c0, c1, c2, c3) = _six_bits(block + _SCALES), _q5_k_codes(block)
+    scales, (c0, c1, c2, c3) = _six_bits(block + _SCALES), five_bits(block + _Q5_K_QS, block + _Q5_K_QH)
     words = spreadable(widen16_i8x16(scales))
     total = scaled_dot_u8x64(zero_i32x16(), c0, load_i8x64(x), words32_0(words))
     total = scaled_dot_u8x64(total, c1, load_i8x64(x + 64), words32_1(words))
@@ -144,7 +144,7 @@ def _q5_k_dot(name, block, x, sums16, sums32, minus16):
 
 @implements(unpack, "Q5_K")
 def _q5_k_unpack(name, block, codes, scales, minima):
-    c0, c1, c2, c3 = _q5_k_codes(block)
+    c0, c1, c2, c3 = five_bits(block + _Q5_K_QS, block + _Q5_K_QH)
     store_i8x64(codes, c0)
     store_i8x64(codes + 64, c1)
     store_i8x64(codes + 128, c2)
@@ -158,13 +158,13 @@ def _q5_k_unpack(name, block, codes, scales, minima):
 @njit
 def _q6_k_low(block, half):
     """The first 64 codes of a half: low nibbles of ql and bits 0..3 of qh."""
-    return (load_i8x64(block + _Q6_K_QL + 64 * half) & 15) | _low_pairs(load_twice(block + _Q6_K_QH + 32 * half))
+    return (load_i8x64(block + _Q6_K_QL + 64 * half) & 15) | low_pairs(load_twice(block + _Q6_K_QH + 32 * half))
 
 
 @njit
 def _q6_k_high(block, half):
     """The last 64 codes of a half: high nibbles of ql and bits 4..7 of qh."""
-    return _high_nibbles(load_i8x64(block + _Q6_K_QL + 64 * half)) | _high_pairs(
+    return _high_nibbles(load_i8x64(block + _Q6_K_QL + 64 * half)) | high_pairs(
         load_twice(block + _Q6_K_QH + 32 * half)
     )
 
@@ -198,14 +198,14 @@ _third_bits_4_5, _third_bits_6_7 = bit_fields(4, 2, 3), bit_fields(4, 4, 5)
 
 
 @njit
-def _two_bits(qs):
+def two_bits(qs):
     """64 bytes as 4 x 64 codes of two bits: bits 0..1 of 32 bytes, then bits 2..3, ..., then of the next 32."""
     first, second = load_twice(qs), load_twice(qs + 32)
     return _fields_0_1(first), _fields_2_3(first), _fields_0_1(second), _fields_2_3(second)
 
 
 @njit
-def _scaled_total(start, codes, words, x):
+def scaled_total(start, codes, words, x):
     """`start` plus the products of 4 x 64 codes times the int16 scale of each 16, as i32x16."""
     (c0, c1, c2, c3), words = codes, spreadable(words)
     total = scaled_dot_u8x64(start, c0, load_i8x64(x), words16_0(words))
@@ -215,7 +215,7 @@ def _scaled_total(start, codes, words, x):
 
 
 @njit
-def _store_codes(codes, values):
+def store_codes(codes, values):
     c0, c1, c2, c3 = values
     store_i8x64(codes, c0)
     store_i8x64(codes + 64, c1)
@@ -229,7 +229,7 @@ def _store_codes(codes, values):
 @implements(dot256, "Q2_K")
 def _q2_k_dot(name, block, x, sums16, sums32, minus16):
     scales = load_i8x16(block + _Q2_K_SCALES)
-    total = _scaled_total(zero_i32x16(), _two_bits(block + _Q2_K_QS), widen16_i8x16(scales & 15), x)
+    total = scaled_total(zero_i32x16(), two_bits(block + _Q2_K_QS), widen16_i8x16(scales & 15), x)
     minima = int_to_f32x8(pair_dot_i16x16(widen16_i8x16(scales >> 4), load_i16x16(minus16)))
     taken = extend_f32x8(minima * load_f16(block + _Q2_K_DMIN))
     return fma_f32x16(int_to_f32x16(total), splat_f32x16(load_f16(block + _Q2_K_D)), taken)
@@ -237,7 +237,7 @@ def _q2_k_dot(name, block, x, sums16, sums32, minus16):
 
 @implements(unpack, "Q2_K")
 def _q2_k_unpack(name, block, codes, scales, minima):
-    _store_codes(codes, _two_bits(block + _Q2_K_QS))
+    store_codes(codes, two_bits(block + _Q2_K_QS))
     packed = widen_i8x16(load_i8x16(block + _Q2_K_SCALES))
     store_f32x16(scales, int_to_f32x16(packed & 15) * load_f16(block + _Q2_K_D))
     store_f32x16(minima, int_to_f32x16(packed >> 4) * load_f16(block + _Q2_K_DMIN))
@@ -247,9 +247,10 @@ def _q2_k_unpack(name, block, codes, scales, minima):
 
 
 @njit
-def _q3_k_codes(block):
-    c0, c1, c2, c3 = _two_bits(block + _Q3_K_QS)
-    high = load_twice(block + _Q3_K_HMASK)
+def three_bits(qs, hmask):
+    """The same with a third bit: that of code j of group g of 32 is bit g of byte j."""
+    c0, c1, c2, c3 = two_bits(qs)
+    high = load_twice(hmask)
     return (
         c0 | _third_bits_0_1(high),
         c1 | _third_bits_2_3(high),
@@ -272,12 +273,14 @@ def _q3_k_scales(block):
 def _q3_k_dot(name, block, x, sums16, sums32, minus16):
     words = widen16_signed_i8x16(_q3_k_scales(block))
     offsets = extend_i32x8(pair_dot_i16x16(words, load_i16x16(minus16)) << 2)
-    return int_to_f32x16(_scaled_total(offsets, _q3_k_codes(block), words, x)) * load_f16(block + _Q3_K_D)
+    return int_to_f32x16(scaled_total(offsets, three_bits(block + _Q3_K_QS, block + _Q3_K_HMASK), words, x)) * load_f16(
+        block + _Q3_K_D
+    )
 
 
 @implements(unpack, "Q3_K")
 def _q3_k_unpack(name, block, codes, scales, minima):
-    _store_codes(codes, _q3_k_codes(block))
+    store_codes(codes, three_bits(block + _Q3_K_QS, block + _Q3_K_HMASK))
     factors = int_to_f32x16(widen_signed_i8x16(_q3_k_scales(block))) * load_f16(block + _Q3_K_D)
     store_f32x16(scales, factors)
     store_f32x16(minima, factors * 4.0)

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import gguf
 import numpy as np
 
 from kimi_lite.native.layouts import BY_NAME
@@ -21,7 +20,7 @@ from kimi_lite.native.types.random_blocks import hostile_rows
 RECORDED = Path(__file__).parent / "recorded"
 _RECORDED_WEIGHTS = 512  # a row: two super-blocks
 
-IK_TYPES = tuple(name for name in BY_NAME if name not in {*gguf.GGMLQuantizationType.__members__, "Q1_0", "Q2_0"})
+IK_TYPES = tuple(name for name, layout in BY_NAME.items() if layout.is_ik)
 
 
 class Record(NamedTuple):

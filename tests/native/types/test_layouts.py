@@ -33,6 +33,7 @@ def test_every_quantized_type_that_files_hold_is_drawn():
 def test_rows():
     assert BY_NAME["Q8_0"].row_bytes(576) == 18 * 34
     assert BY_NAME["TQ1_0"].bits_per_weight == 1.6875
+    assert BY_NAME["IQ2_KS"].row_bytes(7168) == 2 + 28 * 70 and BY_NAME["IQ2_KS"].row_weights(1962) == 7168
     with pytest.raises(AssertionError, match="Q8_0"):
         BY_NAME["Q8_0"].row_bytes(40)
 

@@ -8,13 +8,15 @@ from kimi_lite.native.layouts import BY_NAME, LAYOUTS, Layout
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import REGIMES, hostile_rows, random_blocks, random_rows
 from kimi_lite.native.types.sixteen_values.blocks import MAKERS
-from tests.native.types.ik_oracle import IK_TYPES
 
 SPREADS = (7168**-0.5, 1.0)
 
 
-def decode(layout: Layout, blocks: np.ndarray) -> np.ndarray:
-    """(num_blocks, block_size) float64"""
+def decode(layout: Layout, rows: np.ndarray) -> np.ndarray:
+    """uint8 (rows, row_bytes) -> float64 (num_blocks, block_size)"""
+    if layout.is_ik:  # test_ik_types.py compares this decoder with ik_llama.cpp's
+        return dequantize(rows, layout.name).astype(np.float64).reshape(-1, layout.block_size)
+    blocks = layout.blocks(rows).reshape(-1)
     if layout.name == "Q1_0":  # +d or -d, by the bit
         bits = np.unpackbits(blocks["qs"], axis=1, bitorder="little")
         return (2.0 * bits - 1) * blocks["d"].astype(np.float64)[:, None]
@@ -26,15 +28,15 @@ def decode(layout: Layout, blocks: np.ndarray) -> np.ndarray:
     return weights.reshape(len(blocks), layout.block_size).astype(np.float64)
 
 
+def as_rows(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view(np.uint8).reshape(len(blocks), -1)
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 def test_mean_and_spread(layout, spread):
     num_blocks = 400_000 // layout.block_size + 2000
-    rng = np.random.default_rng(1)
-    if layout.name in IK_TYPES:  # its decoder is judged in test_ik_types
-        weights = dequantize(random_rows(layout, 4, num_blocks // 4 * layout.block_size, spread, rng), layout.name)
-    else:
-        weights = decode(layout, random_blocks(layout, num_blocks, spread, rng))
+    weights = decode(layout, random_rows(layout, 1, num_blocks * layout.block_size, spread, np.random.default_rng(1)))
     assert np.isfinite(weights).all()
     assert weights.std() == pytest.approx(spread, rel=0.03)
     assert abs(weights.mean()) < 0.03 * spread
@@ -53,7 +55,7 @@ def test_ternary_codes_are_those_an_encoder_writes():
     rng = np.random.default_rng(2)
     for name in ("TQ1_0", "TQ2_0"):
         blocks = random_blocks(BY_NAME[name], 50, 1.0, rng)
-        weights = decode(BY_NAME[name], blocks)
+        weights = decode(BY_NAME[name], as_rows(blocks))
         assert set(np.unique(np.sign(weights))) == {-1.0, 0.0, 1.0}
         assert np.abs(weights).max(axis=1) == pytest.approx(blocks["d"].astype(np.float64), rel=1e-3)
         again = gguf.quants.quantize(weights.astype(np.float32), gguf.GGMLQuantizationType[name])
@@ -71,14 +73,14 @@ def test_fp4_scales(name):
     else:
         blocks["d"] = np.arange(len(scales))[:, None]
     is_normal = scales < 1e38  # the largest overflow float32
-    assert decode(layout, blocks)[is_normal, 0] == pytest.approx(2 * scales[is_normal], rel=1e-6)
+    assert decode(layout, as_rows(blocks))[is_normal, 0] == pytest.approx(2 * scales[is_normal], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
 def test_fp4_spread_far_out(name):
     """Between two scales, and near the smallest: the mean square is right, not the nearest power of two's."""
     for spread in (0.0301, 0.9, 3.7):
-        weights = decode(BY_NAME[name], random_blocks(BY_NAME[name], 8000, spread, np.random.default_rng(3)))
+        weights = decode(BY_NAME[name], as_rows(random_blocks(BY_NAME[name], 8000, spread, np.random.default_rng(3))))
         assert weights.std() == pytest.approx(spread, rel=0.03)
 
 

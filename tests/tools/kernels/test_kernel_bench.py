@@ -36,12 +36,12 @@ def test_llama_cpps_products_through_their_address(team, layout):
     bench = Bench(team, K)
     vec_dot = find_vec_dot(layout, bench.x.values[0])
     if vec_dot is None:
-        assert layout.name == "Q2_0"  # the packaged ggml is older
+        assert layout.name == "Q2_0" or layout.is_ik  # the packaged ggml is older, or another program's
         return
     data = random_rows(layout, 85, K, 1.0, np.random.default_rng(0))
     out = np.full(86, np.nan, np.float32)
     team.run(bench.ggml(vec_dot, data, out))
-    weights = decode(layout, data.view(layout.dtype).reshape(-1)).reshape(85, K)
+    weights = decode(layout, data).reshape(85, K)
     expected = weights @ bench.x.values[0].astype(np.float64)
     assert np.linalg.norm(out[:85] - expected) < 0.015 * np.linalg.norm(expected)  # activations are int8 there
     assert np.isnan(out[85])
