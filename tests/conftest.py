@@ -8,6 +8,7 @@ device (tests/native/gpu/test_cuda.py does, where there is one).
 import os
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,6 +31,54 @@ else:  # kernels are launched as the program launches them
 
     if unusable := why_unusable():
         raise RuntimeError(" ".join(unusable))
+
+
+# Files that take longest, the longest first. A worker that gets one of them last keeps the other one waiting.
+LONGEST = (
+    "model/hybrid/test_lazy.py",
+    "tools/gpu_check/test_gpu_check.py",
+    "model/hybrid/test_identical.py",
+    "native/test_attention.py",
+    "engine/test_batching.py",
+    "apps/test_encodings.py",
+    "native/test_rows.py",
+    "test_readme.py",
+    "apps/test_hostile_terminal.py",
+    "model/hybrid/test_several_gpus.py",
+    "experts/test_ram.py",
+    "apps/test_run.py",
+    "apps/server/test_connections.py",
+    "quantize/test_convert.py",
+    "model/vision/test_tower.py",
+    "apps/test_plan.py",
+    "tools/kernels/test_kernel_bench.py",
+    "model/hybrid/test_failures.py",
+    "model/hybrid/test_rounded.py",
+    "native/test_panels.py",
+    "apps/tools/test_python.py",
+    "apps/chat/test_sessions.py",
+    "native/test_kernel_cache.py",
+    "test_options.py",
+    "text/test_template.py",
+    "model/cpu/test_tiers.py",
+    "tools/make/test_skeleton.py",
+    "model/hybrid/test_hybrid.py",
+    "model/hybrid/test_decode.py",
+    "model/hybrid/test_streamed.py",
+    "quantize/calibrate/test_imatrix.py",
+    "model/hybrid/test_weights.py",
+    "apps/server/test_endings.py",
+    "tools/bench/test_bench.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker of pytest-xdist, which gives out files in this order (--no-loadscope-reorder)."""
+    if hasattr(config, "workerinput"):
+        here = Path(__file__).parent
+        order = {here / name: number for number, name in enumerate(LONGEST)}
+        assert all(path.is_file() for path in order), [path for path in order if not path.is_file()]
+        items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")
