@@ -18,7 +18,9 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.cpu.matrix import dequantize
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs import encode, find_layout
-from kimi_lite.tools.train.model import Model, Output
+from kimi_lite.tools.train.model import Model, Output, is_factor
+
+_CACHED_TOKENS = 8  # whose logits, a vocabulary of 160 K, stay in a core's cache
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -28,38 +30,49 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+        return gradient.float(), None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowBit:
-    """A model whose routed experts are of a type."""
+    """A model whose routed experts are of a type. `fixed`: what else of it products take and nothing trains, as
+    `dtype`, which spares each forward pass the conversion."""
 
     model: Model
     layout: Layout
+    dtype: torch.dtype
+    fixed: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: Model, type_name: str) -> "LowBit":
-        """Raises KimiLiteError where the type cannot be written here, or the experts' rows are no whole blocks."""
+    def of(cls, model: Model, type_name: str, dtype: torch.dtype = torch.float32) -> "LowBit":
+        """`dtype`: in which products take weights. Raises KimiLiteError where the type cannot be written here, or the
+        experts' rows are no whole blocks."""
         layout = find_layout(type_name)
         for name, weight in model.named_parameters():
             if is_expert(name) and weight.shape[-1] % layout.block_size:
                 problem = f"{name} has rows of {weight.shape[-1]}, and {layout.name} has blocks of {layout.block_size}"
                 raise KimiLiteError(f"{problem}.", "Choose a type with smaller blocks, such as Q2_0 or Q4_0.")
-        return cls(model, layout)
+        fixed = {
+            name: weight.to(dtype)
+            for name, weight in model.named_parameters()
+            if is_factor(name) and not is_expert(name) and not weight.requires_grad
+        }
+        return cls(model, layout, dtype, fixed)
 
     @torch.no_grad()
     def rounded(self) -> dict[str, Tensor]:
         """What a file would hold of the experts as they are now."""
         return {
-            name: round_to(self.layout, weight) for name, weight in self.model.named_parameters() if is_expert(name)
+            name: round_to(self.layout, weight).to(self.dtype)
+            for name, weight in self.model.named_parameters()
+            if is_expert(name)
         }
 
     def forward(self, ids: Tensor, rounded: dict[str, Tensor]) -> Output:
         """The model with `rounded` in place of its experts, which get the gradient."""
         parameters = dict(self.model.named_parameters())
         used = {name: _StraightThrough.apply(parameters[name], value) for name, value in rounded.items()}
-        return functional_call(self.model, used, (ids,))
+        return functional_call(self.model, self.fixed | used, (ids,))
 
 
 def is_expert(name: str) -> bool:
@@ -75,6 +88,26 @@ def round_to(layout: Layout, weight: Tensor) -> Tensor:
 
 def divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     """Mean over tokens of the Kullback-Leibler divergence of softmax(logits) from softmax(wanted), (..., V) both, in
-    nats."""
-    target, ours = (each.float().log_softmax(-1) for each in (wanted, logits))
-    return (target.exp() * (target - ours)).sum(-1).mean()
+    nats, float32."""
+    return _Divergence.apply(wanted.flatten(0, -2), logits.flatten(0, -2))
+
+
+class _Divergence(torch.autograd.Function):
+    """With its gradient, softmax(logits) - softmax(wanted), while a few tokens' numbers are in the cache."""
+
+    @staticmethod
+    def forward(ctx, wanted: Tensor, logits: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(logits), torch.zeros((), dtype=torch.float64)
+        for theirs, ours, slope in zip(
+            *(each.split(_CACHED_TOKENS) for each in (wanted, logits, gradient)), strict=True
+        ):
+            target, found = (each.float().log_softmax(-1) for each in (theirs, ours))
+            share = target.exp()
+            total += (share * (target - found)).sum()
+            slope.copy_((found.exp_() - share) / len(logits))
+        ctx.save_for_backward(gradient)
+        return (total / len(logits)).float()
+
+    @staticmethod
+    def backward(ctx, above: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.saved_tensors[0] * above

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
-from kimi_lite.arch.architecture import Row, role_of
+from kimi_lite.arch.architecture import Row, find_row, role_of
 from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5
@@ -42,7 +42,7 @@ from kimi_lite.quantize.write.writer import Tensor as FileTensor
 from kimi_lite.quantize.write.writer import write_gguf
 
 _INITIAL_STD = 0.02
-_CAPACITY_STEP = 64  # tokens: few shapes of products, which oneDNN prepares once each
+_ROW_STEP = 64  # of an expert: few shapes of products, which oneDNN prepares once each
 _KEYS, _VALUES, _JOINT = "attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight"
 _GATE_UP, _HALVES = "ffn_gate_up_exps.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight")
 _BIAS = "exp_probs_b.bias"
@@ -115,12 +115,13 @@ class Layer(nn.Module):
         attended, max_logits = self.attend(rms_norm(x, self.attn_norm, eps), rotation)
         x = x + attended
         inner = rms_norm(x, self.ffn_norm, eps)
+        factor = as_factor(inner)
         if self.is_dense:
-            return x + feed_forward(inner, self.ffn_gate, self.ffn_up, self.ffn_down), max_logits, None
-        routed, load = self.route(inner.flatten(0, 1))
+            return x + feed_forward(factor, self.ffn_gate, self.ffn_up, self.ffn_down), max_logits, None
+        routed, load = self.route(inner.flatten(0, 1), factor.flatten(0, 1))
         x = x + routed.view_as(x)
         if self.config.num_shared_experts:
-            x = x + feed_forward(inner, self.ffn_gate_shexp, self.ffn_up_shexp, self.ffn_down_shexp)
+            x = x + feed_forward(factor, self.ffn_gate_shexp, self.ffn_up_shexp, self.ffn_down_shexp)
         return x, max_logits, load
 
     def attend(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -162,22 +163,41 @@ class Layer(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return ids, weights * c.expert_weights_scale
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, D) -> the weighted sum of its experts' outputs (N, D), and the loads (E,). Pairs are sorted by expert
-        and padded to the longest, so that all experts are three batched products."""
+    def route(self, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, D), and the same as products take it -> the weighted sum of its experts' outputs float32 (N, D), and
+        the loads (E,). Pairs are sorted by expert; each expert's rows are filled up with token 0 at weight 0."""
         ids, weights = self.choose(x)
-        num_experts, top = self.config.num_experts, ids.shape[1]
+        pairs = ids.numel()
         expert, order = ids.flatten().sort(stable=True)  # (P,) both
-        load = expert.bincount(minlength=num_experts)  # (E,)
-        capacity = -(-int(load.max()) // _CAPACITY_STEP) * _CAPACITY_STEP
-        place = expert * capacity + torch.arange(len(expert)) - (load.cumsum(0) - load)[expert]
-        token = order // top
-        padded = x.new_zeros(num_experts * capacity, x.shape[1]).index_copy(0, place, x.index_select(0, token))
-        padded = padded.view(num_experts, capacity, -1)  # (E, capacity, D)
-        gate, up, down = (each.transpose(1, 2) for each in (self.ffn_gate_exps, self.ffn_up_exps, self.ffn_down_exps))
-        out = torch.bmm(silu(torch.bmm(padded, gate)) * torch.bmm(padded, up), down).flatten(0, 1)
-        scaled = out.index_select(0, place) * weights.flatten().index_select(0, order)[:, None]
-        return torch.zeros_like(x, dtype=scaled.dtype).index_add(0, token, scaled), load
+        load = expert.bincount(minlength=self.config.num_experts)  # (E,)
+        num_rows = -(-load // _ROW_STEP) * _ROW_STEP  # (E,)
+        filled = (num_rows - load).cumsum(0) - (num_rows - load)  # rows that fill up the experts in front of this one
+        place = torch.arange(pairs) + filled[expert]  # (P,)
+        rows = int(num_rows.sum())
+        token = torch.zeros(rows, dtype=torch.int64).index_copy_(0, place, order // ids.shape[1])
+        weight = weights.new_zeros(rows).index_copy(0, place, weights.flatten().index_select(0, order))[:, None]
+        total = torch.zeros_like(x)
+        experts = zip(self.ffn_gate_exps.unbind(), self.ffn_up_exps.unbind(), self.ffn_down_exps.unbind(), strict=True)
+        cuts = num_rows.tolist()
+        gathered = factor.index_select(0, token).split(cuts)  # E x (rows, D)
+        for of_expert, at, share, (gate, up, down) in zip(
+            gathered, token.split(cuts), weight.split(cuts), experts, strict=True
+        ):
+            inner = silu(linear(of_expert, gate)) * linear(of_expert, up) * share  # (rows, F): F is less than D
+            total.index_add_(0, at, linear(inner, down).float())
+        return total, load
+
+
+def is_factor(name: str) -> bool:
+    """Whether products alone take the parameter: a matrix, but for the embedding, and the router, which is float32."""
+    row = find_row(f"{name}.weight")
+    assert row is not None, name
+    return row.part not in ("embedding", "router") and len(row.shape) > 1
+
+
+def as_factor(x: Tensor) -> Tensor:
+    """x in the precision that products take it in: bfloat16 under autocast."""
+    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -68,11 +68,13 @@ class Muon(torch.optim.Optimizer):
 
 @dataclass(frozen=True, slots=True)
 class MuonClip:
-    """The optimizers of a model, and what follows their step. `tau` None: logits are left alone."""
+    """The optimizers of a model, and what follows their step. `tau` None: logits are left alone, as they are where
+    nothing trains the attention; nor are experts balanced where nothing trains the routers."""
 
     model: Model
     optimizers: tuple[torch.optim.Optimizer, ...]
     tau: float | None
+    is_balancing: bool
 
     @classmethod
     def of(cls, model: Model, name: OptimizerName, weight_decay: float, tau: float = TAU) -> "MuonClip":
@@ -86,7 +88,9 @@ class MuonClip:
         ]
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=_ADAMW_BETAS, eps=_ADAMW_EPS, fused=True) if rest else None
         muon = Muon(hidden, 0.0, weight_decay) if hidden else None
-        return cls(model, tuple(filter(None, (muon, adamw))), tau if name == "muonclip" else None)
+        parts = {find_row(f"{each}.weight").part for each, _ in wanted}
+        is_clipping = name == "muonclip" and "attention" in parts
+        return cls(model, tuple(filter(None, (muon, adamw))), tau if is_clipping else None, "router" in parts)
 
     def step(self, lr: float, max_logits: Tensor, loads: Tensor) -> int:
         """One update by the gradients that are there, then QK-Clip and balancing by what the forward passes saw
@@ -96,7 +100,8 @@ class MuonClip:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        balance(self.model, loads)
+        if self.is_balancing:
+            balance(self.model, loads)
         return clip_logits(self.model, max_logits, self.tau) if self.tau else 0
 
     def state_dict(self) -> list[dict]:

@@ -31,7 +31,7 @@ from kimi_lite.quantize.convert import open_model
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.tools.train.data import Corpus
 from kimi_lite.tools.train.lowbit import LowBit, divergence
-from kimi_lite.tools.train.model import Model, Output, load_model, save_checkpoint, save_gguf
+from kimi_lite.tools.train.model import Model, Output, is_factor, load_model, save_checkpoint, save_gguf
 from kimi_lite.tools.train.muonclip import TAU, MuonClip, OptimizerName
 
 _FINAL_LR = 0.1  # of the peak
@@ -69,6 +69,11 @@ class Settings:
         decayed = max(0, step - (self.num_steps - decay_steps)) / decay_steps
         shape = _FINAL_LR + (1 - _FINAL_LR) * (1 + math.cos(math.pi * decayed)) / 2
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps)) * shape
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """In which products take weights and activations."""
+        return torch.bfloat16 if self.is_bf16 else torch.float32
 
     @property
     def step_tokens(self) -> int:
@@ -131,8 +136,8 @@ class Run:
             model,
             _open_corpus(folder / "tokens.npz", settings),
             MuonClip.of(model, settings.optimizer, settings.weight_decay, settings.tau),
-            LowBit.of(model, settings.low_bit) if settings.low_bit else None,
-            load_model(Path(settings.teacher)).requires_grad_(False) if settings.teacher else None,
+            LowBit.of(model, settings.low_bit, settings.factor_dtype) if settings.low_bit else None,
+            _load_teacher(Path(settings.teacher), settings.factor_dtype) if settings.teacher else None,
         )
         run._restore()
         return run
@@ -218,16 +223,22 @@ class Run:
         return self.folder / "model.gguf"
 
     def _save(self) -> None:
-        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "model": self._moving(), "optimizer": self.optimizer.state_dict()}
         with whole_file(self.folder / "checkpoint.pt", "wb") as file:
             torch.save(state, file)
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What steps change: the weights that are trained, and the biases that balance experts."""
+        trained = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
+        return trained | dict(self.model.named_buffers())
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
         if path.is_file():
             state = torch.load(path, weights_only=True)
             self.step = state["step"]
-            self.model.load_state_dict(state["model"])
+            for name, weight in self._moving().items():
+                weight.copy_(state["model"][name])
             self.optimizer.load_state_dict(state["optimizer"])
         kept = [metrics for metrics in read_metrics(self.folder) if metrics.step <= self.step]
         with whole_file(self.folder / "metrics.jsonl") as file:
@@ -245,6 +256,15 @@ def read_metrics(folder: Path) -> Iterator[Metrics]:
 def read_metadata(model: Path) -> dict[str, Value]:
     """Of a GGUF as it stands, or as a Hugging Face folder would be converted: names and the tokenizer."""
     return dict(open_model(model).make_metadata(BY_NAME["F32"]))
+
+
+def _load_teacher(path: Path, dtype: torch.dtype) -> Model:
+    """What products take of it as `dtype`."""
+    teacher = load_model(path).requires_grad_(False)
+    for name, weight in teacher.named_parameters():
+        if is_factor(name):
+            weight.data = weight.data.to(dtype)
+    return teacher
 
 
 def _keep_settings(path: Path, settings: Settings) -> None:
