@@ -95,6 +95,10 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
     trained: Annotated[str, typer.Option(help="all or experts: which weights move.")] = "all",
     low_bit: Annotated[str, typer.Option(help="A GGUF type that the routed experts are rounded to.")] = "",
+    calibrated: Annotated[
+        Path | None,
+        typer.Option(help="A file of that type, by quantize --calibrate: start at its experts.", exists=True),
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="Learn this model's distribution.", exists=True)] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
     measure_every: Annotated[int, typer.Option(help="Steps between looks at held-out text.", min=1)] = 100,
@@ -114,7 +118,8 @@ def run(
             model=str(model), texts=tuple(map(str, text)), num_steps=steps, batch_size=batch, accumulate=accumulate,
             length=length, lr=lr, warmup_steps=warmup, decay_share=decay, weight_decay=weight_decay,
             optimizer=optimizer, tau=tau, is_bf16=bf16, seed=seed, trained=trained, low_bit=low_bit,
-            teacher=str(teacher or ""), checkpoint_steps=save_every, held_out_steps=measure_every,
+            calibrated=str(calibrated or ""), teacher=str(teacher or ""), checkpoint_steps=save_every,
+            held_out_steps=measure_every,
         )  # fmt: skip
         begun = Run.open(folder, settings)
         begun.train(_Progress(begun.step))

@@ -22,6 +22,9 @@ from kimi_lite.tools.train.model import Model, Output, is_factor
 
 _CACHED_TOKENS = 8  # whose logits, a vocabulary of 160 K, stay in a core's cache
 
+_REACHES = (0.2, 0.4)  # of the gap between two values, from one towards the other
+_SAME = 1e-5  # of a block's energy: a scale in half precision
+
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
@@ -60,6 +63,15 @@ class LowBit:
         return cls(model, layout, dtype, fixed)
 
     @torch.no_grad()
+    def start_within(self, encoded: Model) -> None:
+        """Moves the model's experts, by as little as it takes, to where they round to those of `encoded`, which a file
+        of the type gave."""
+        others = dict(encoded.named_parameters())
+        for name, weight in self.model.named_parameters():
+            if is_expert(name):
+                weight.copy_(within_cells(self.layout, weight, others[name]))
+
+    @torch.no_grad()
     def rounded(self) -> dict[str, Tensor]:
         """What a file would hold of the experts as they are now."""
         return {
@@ -84,6 +96,29 @@ def round_to(layout: Layout, weight: Tensor) -> Tensor:
     """(..., n) float32 as a file of the type gives it back."""
     rows = np.ascontiguousarray(weight.detach().numpy()).reshape(-1, weight.shape[-1])
     return torch.from_numpy(dequantize(encode(layout, rows), layout.name)).view_as(weight)
+
+
+def within_cells(layout: Layout, weight: Tensor, rounded: Tensor) -> Tensor:
+    """Numbers near to `weight` that round to `rounded`, (..., n) float32 both: where a training begins with what an
+    encoder with error feedback chose, and a weight that it rounded the other way is soon back.
+
+    A block's values are known from `rounded`: a number keeps its value within less than half of their smallest gap, and
+    the block its scale where what is added is orthogonal to the values. A block that an encoder would round otherwise
+    all the same, since it fits the scale anew, moves half as far, or stays.
+    """
+    near, fixed = (each.reshape(-1, layout.block_size) for each in (weight, rounded))
+    gaps = fixed.sort(-1).values.diff(dim=-1)  # (blocks, block_size - 1)
+    gap = torch.where(gaps > 0, gaps, torch.inf).amin(-1, keepdim=True)
+    gap = torch.where(gap.isfinite(), gap, 0.0)
+    energy = fixed.square().sum(-1, keepdim=True)  # (blocks, 1)
+    start = fixed
+    for reach in _REACHES:
+        moved = (near - fixed).clamp(-reach * gap, reach * gap)
+        along = (moved * fixed).sum(-1, keepdim=True) / energy.clamp(min=torch.finfo(torch.float32).tiny)
+        tried = fixed + moved - along * fixed
+        error = (round_to(layout, tried) - fixed).square().sum(-1, keepdim=True)
+        start = torch.where(error <= _SAME * energy, tried, start)
+    return start.view_as(weight)
 
 
 def divergence(wanted: Tensor, logits: Tensor) -> Tensor:

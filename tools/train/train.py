@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +36,14 @@ from kimi_lite.tools.train.muonclip import TAU, MuonClip, OptimizerName
 
 _FINAL_LR = 0.1  # of the peak
 _MAX_NORM = 1.0  # of the gradient
+_CHECKPOINT = "checkpoint.pt"
+_OF_REPORTS = ("checkpoint_steps", "held_out_steps", "held_out_batches")  # settings that no step depends on
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of a run; all of it is in settings.json, and a run goes on only with the same."""
+    """Of a run; all of it is in settings.json, and a run goes on only with what gives the same steps: `num_steps` may
+    change while the learning rate is stable, and how often something is written or measured always."""
 
     model: str  # a Hugging Face folder or a GGUF
     texts: tuple[str, ...]
@@ -58,6 +61,7 @@ class Settings:
     seed: int = 0
     trained: str = "all"  # or "experts"
     low_bit: str = ""  # a GGUF type that the routed experts are rounded to in every forward pass
+    calibrated: str = ""  # a file of that type, whose experts are where training begins
     teacher: str = ""  # a model whose distribution is learnt instead of the text
     checkpoint_steps: int = 100
     held_out_steps: int = 100
@@ -125,8 +129,10 @@ class Run:
     @classmethod
     def open(cls, folder: Path, settings: Settings) -> "Run":
         """A new run, or one that goes on where its last checkpoint was. Raises KimiLiteError."""
+        if settings.calibrated and not settings.low_bit:
+            raise KimiLiteError(f"{settings.calibrated} is of no type that is trained for.", "Name it by --low-bit.")
         folder.mkdir(parents=True, exist_ok=True)
-        _keep_settings(folder / "settings.json", settings)
+        _keep_settings(folder, settings)
         model = load_model(Path(settings.model))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(settings.trained == "all" or find_row(f"{name}.weight").part == "routed")
@@ -139,6 +145,8 @@ class Run:
             LowBit.of(model, settings.low_bit, settings.factor_dtype) if settings.low_bit else None,
             _load_teacher(Path(settings.teacher), settings.factor_dtype) if settings.teacher else None,
         )
+        if settings.calibrated and not (folder / _CHECKPOINT).is_file():
+            run.low_bit.start_within(load_model(Path(settings.calibrated)))
         run._restore()
         return run
 
@@ -224,7 +232,7 @@ class Run:
 
     def _save(self) -> None:
         state = {"step": self.step, "model": self._moving(), "optimizer": self.optimizer.state_dict()}
-        with whole_file(self.folder / "checkpoint.pt", "wb") as file:
+        with whole_file(self.folder / _CHECKPOINT, "wb") as file:
             torch.save(state, file)
 
     def _moving(self) -> dict[str, Tensor]:
@@ -233,7 +241,7 @@ class Run:
         return trained | dict(self.model.named_buffers())
 
     def _restore(self) -> None:
-        path = self.folder / "checkpoint.pt"
+        path = self.folder / _CHECKPOINT
         if path.is_file():
             state = torch.load(path, weights_only=True)
             self.step = state["step"]
@@ -267,15 +275,19 @@ def _load_teacher(path: Path, dtype: torch.dtype) -> Model:
     return teacher
 
 
-def _keep_settings(path: Path, settings: Settings) -> None:
+def _keep_settings(folder: Path, settings: Settings) -> None:
+    path = folder / "settings.json"
     stated = json.loads(json.dumps(asdict(settings)))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in stated if before.get(name) != stated[name]]
+        changed = [name for name in stated if before.get(name) != stated[name] and name not in _OF_REPORTS]
+        if changed == ["num_steps"]:
+            earlier, done = replace(settings, num_steps=before["num_steps"]), sum(1 for _ in read_metrics(folder))
+            if all(earlier.learning_rate(step) == settings.learning_rate(step) for step in range(done)):
+                changed = []
         if changed:
             what = ", ".join(f"{name} {before.get(name)!r} and not {stated[name]!r}" for name in changed)
-            raise KimiLiteError(f"{path.parent} was begun with {what}.", "Say the same, or name another folder.")
-        return
+            raise KimiLiteError(f"{folder} was begun with {what}.", "Say the same, or name another folder.")
     with whole_file(path) as file:
         json.dump(stated, file, indent=1)
 

@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kimi_lite.engine.scoring import TEXT
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.cpu.matrix import dequantize
+from kimi_lite.quantize.codecs import find_layout
 from kimi_lite.quantize.convert import convert
 from kimi_lite.tools.train.data import write_tokenizer
-from kimi_lite.tools.train.lowbit import LowBit, divergence, is_expert
+from kimi_lite.tools.train.lowbit import LowBit, divergence, is_expert, round_to, within_cells
 from kimi_lite.tools.train.model import Model, load_model, save_checkpoint
 from kimi_lite.tools.train.train import Run, Settings, read_metrics
 from tests.tools.train.small import SMALL
@@ -80,11 +83,69 @@ def test_distillation_lowers_the_divergence_from_the_teacher(source, tmp_path):
         assert torch.equal(weight, old) != is_expert(name), name
 
 
-def test_divergence_is_torchs():
-    a, b = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0))
-    want = torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
-    assert divergence(a, b) == pytest.approx(float(want), rel=1e-5)
-    assert float(divergence(a, a)) == 0
+@given(tokens=st.integers(1, 20), words=st.integers(2, 40), seed=st.integers(0, 2**16), size=st.floats(0.1, 30))
+def test_divergence_and_its_gradient_are_torchs(tokens, words, seed, size):
+    """More tokens than are in the cache at once, and logits so far apart that one word has all."""
+    wanted, ours = torch.randn(2, 2, tokens, words, generator=torch.Generator().manual_seed(seed)) * size
+    found, theirs = (ours.clone().requires_grad_() for _ in range(2))
+    divergence(wanted, found).backward()
+    flat = theirs.log_softmax(-1).flatten(0, 1), wanted.log_softmax(-1).flatten(0, 1)
+    want = torch.nn.functional.kl_div(*flat, log_target=True, reduction="batchmean")
+    want.backward()
+    assert float(divergence(wanted, ours)) == pytest.approx(float(want.detach()), rel=1e-4, abs=1e-6)
+    assert torch.allclose(found.grad, theirs.grad, atol=1e-6)
+    assert float(divergence(ours, ours)) == pytest.approx(0, abs=1e-7)
+
+
+def test_what_is_fixed_gives_the_same_in_the_precision_of_products():
+    """Held as bfloat16 once, or converted in every product."""
+    model = Model(CONFIG).initialize(0)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(is_expert(name))
+    results = []
+    for low_bit in (LowBit.of(model, "q2_0"), LowBit.of(model, "q2_0", torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = low_bit.forward(IDS, low_bit.rounded())
+        output.logits.float().square().mean().backward()
+        results.append((output.logits, [weight.grad for weight in model.parameters() if weight.requires_grad]))
+        model.zero_grad(set_to_none=True)
+    assert len(low_bit.fixed) > 10 and all(weight.dtype == torch.bfloat16 for weight in low_bit.fixed.values())
+    assert torch.equal(results[0][0], results[1][0])
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+
+
+@given(
+    kind=st.sampled_from(["tq1_0", "tq2_0", "q2_0"]), seed=st.integers(0, 2**16), spread=st.floats(0.0, 3.0),
+    scale=st.sampled_from([1e-3, 1.0, 50.0]),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_training_begins_where_the_experts_of_a_file_are(kind, seed, spread, scale):
+    """Numbers near to the unquantized ones that round to those of a file, however far its encoder went from them."""
+    layout, generator = find_layout(kind), torch.Generator().manual_seed(seed)
+    weight = torch.randn(4, 8, 256, generator=generator) * scale
+    fed_back = weight + torch.randn(4, 8, 256, generator=generator) * spread * scale
+    encoded = round_to(layout, fed_back)
+    start = within_cells(layout, weight, encoded)
+    error = (round_to(layout, start) - encoded).square().mean() / encoded.square().mean()
+    assert error < 1e-4
+    assert (start - weight).square().mean() <= (encoded - weight).square().mean()
+
+
+def test_a_run_begins_with_the_experts_of_a_file(source, tmp_path):
+    convert(source, tmp_path / "encoded.gguf", "q2_0")
+    wanted = Settings(
+        model=str(source), texts=(str(TEXT),), num_steps=1, batch_size=2, length=16, trained="experts",
+        low_bit="q2_0", calibrated=str(tmp_path / "encoded.gguf"), teacher=str(source),
+    )  # fmt: skip
+    run = Run.open(tmp_path / "run", wanted)
+    start, encoded = dict(load_model(source).named_parameters()), load_model(tmp_path / "encoded.gguf")
+    for name, weight in encoded.named_parameters():
+        if is_expert(name):
+            begun = dict(run.model.named_parameters())[name]
+            assert torch.equal(begun, within_cells(run.low_bit.layout, start[name], weight))
+    with pytest.raises(KimiLiteError, match="--low-bit"):
+        Run.open(tmp_path / "other", replace(wanted, low_bit=""))
 
 
 def test_types_that_do_not_fit_are_refused():

@@ -91,6 +91,19 @@ def test_a_run_goes_on_only_as_it_began(source, text, tmp_path):
         Run.open(tmp_path / "other", replace(wanted, texts=(str(short),)))
 
 
+def test_the_number_of_steps_may_change_before_the_rate_falls(source, text, tmp_path):
+    """The stable phase may decay earlier, and what comes out is as if it had been said at first."""
+    wanted = explosive(source, text, num_steps=10, decay_share=0.5, checkpoint_steps=2)
+    Run.open(tmp_path / "changed", wanted).train(until=4)
+    shorter = replace(wanted, num_steps=8, held_out_batches=2, checkpoint_steps=1)
+    Run.open(tmp_path / "changed", shorter).train()
+    Run.open(tmp_path / "straight", shorter).train()
+    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("changed", "straight")]
+    assert weights[0] == weights[1]
+    with pytest.raises(KimiLiteError, match="num_steps 8 and not 10"):
+        Run.open(tmp_path / "changed", wanted)
+
+
 @settings(deadline=None)
 @given(steps=st.integers(1, 500), warmup=st.integers(0, 600), decay=st.floats(0, 1), lr=st.floats(1e-6, 1.0))
 def test_the_learning_rate_rises_stays_and_falls(steps, warmup, decay, lr):
