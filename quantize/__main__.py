@@ -66,6 +66,17 @@ SensitivityTable = Annotated[
 RecipeFile = Annotated[
     Path | None, typer.Option("--write-recipe", metavar="FILE", help="Write the chosen types for --recipe FILE.")
 ]
+MeasuredOn = Annotated[
+    Path | None,
+    typer.Option(
+        "--measure-sensitivity",
+        metavar="TEXT",
+        help="Write what each part of SRC (GGUF) is worth as a table DST: on this text, layer by layer. No model.",
+    ),
+]
+Probe = Annotated[
+    str | None, typer.Option("--probe", metavar="TYPE", help="That measurement's coarse type. Default: q2_0.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists, or its unfinished part.")]
 
 
@@ -78,6 +89,8 @@ def main(
     size: FileSize = None,
     sensitivity: SensitivityTable = None,
     write_recipe: RecipeFile = None,
+    measure_sensitivity: MeasuredOn = None,
+    probe: Probe = None,
     tensor_types: Overrides = None,
     imatrix: Imatrix = None,
     calibrate: Calibrate = None,
@@ -115,6 +128,8 @@ def main(
         sensitivity=sensitivity,
         size=size,
         recipe_file=write_recipe,
+        measured_on=measure_sensitivity,
+        probe=probe,
         checks_source=check_source,
     )
     columns = (

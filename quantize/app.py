@@ -52,11 +52,15 @@ class Settings:
     sensitivity: Path | None = None
     size: str | None = None
     recipe_file: Path | None = None
+    measured_on: Path | None = None  # the text of --measure-sensitivity
+    probe: str | None = None
     checks_source: bool = False
 
 
 def run(settings: Settings, on_progress: OnProgress, is_dry: bool, is_verifying: bool) -> list[str]:
     """Does the work, or only describes it; returns what to tell the user. Raises KimiLiteError."""
+    if settings.measured_on:
+        return _measure_sensitivity(settings, on_progress)
     split_bytes = parse_size(settings.split_size, "--split-max-size", is_decimal=True)
     max_ram_bytes = parse_size(settings.max_ram, "--max-ram") if settings.max_ram else None
     with ExitStack() as stack:
@@ -114,6 +118,36 @@ def _run(
         vision = write_mmproj(src, mmproj_path(dst), settings.mmproj, on_progress, settings.is_overwriting)
         lines += [vision.summary, *_note_lines(vision.notes)]
     return [*lines, *verify_lines(src, report.path, on_progress)] if is_verifying else lines
+
+
+def _measure_sensitivity(settings: Settings, on_progress: OnProgress) -> list[str]:
+    """Writes a table and no model."""
+    from kimi_lite.quantize.calibrate.harm import measure_sensitivity
+
+    named = {
+        "--recipe": settings.recipe,
+        "--type": settings.type_name,
+        "--fit": settings.fit,
+        "--size": settings.size,
+        "--sensitivity": settings.sensitivity,
+        "--write-recipe": settings.recipe_file,
+        "--mmproj": settings.mmproj,
+        "--calibrate": settings.calibrate,
+    }
+    if given := [flag for flag, value in named.items() if value]:
+        raise KimiLiteError(
+            f"--measure-sensitivity writes a table and no model, so {given[0]} has no meaning with it.",
+            "Measure first, then name the table with --sensitivity.",
+        )
+    return measure_sensitivity(
+        settings.src.expanduser(),
+        settings.measured_on.expanduser(),
+        settings.dst.expanduser(),
+        settings.probe,
+        settings.calibrate_chunks,
+        is_overwriting=settings.is_overwriting,
+        on_layer=on_progress,
+    )
 
 
 def _check_mmproj(settings: Settings) -> None:

@@ -81,6 +81,11 @@ class GGUFStore:
             tensors[names.get(name, name)] = replace(view, name=names[name]) if name in names else view
         return GGUFStore(self.shards, self.values, tensors)
 
+    def replaced(self, views: Mapping[str, TensorView]) -> "GGUFStore":
+        """The same files, with other weights for the tensors of these names."""
+        assert views.keys() <= self.tensors.keys(), views.keys() - self.tensors.keys()
+        return GGUFStore(self.shards, self.values, {**self.tensors, **views})
+
     @property
     def path(self) -> Path:
         """The file that names the model: its only one, or its first shard."""

@@ -2,6 +2,7 @@
 
     walk = LayerWalk(store, config)
     for layer in walk.layers(chunks, observe): ...   # observe(Inputs) is called for each matrix and chunk
+    walk.run_layer(7, chunk, x)                      # or a layer at a time, over hidden states of one's own
 
 The loop over layers is the outer one, and the hidden states of all chunks wait in memory: each layer's weights are read
 once, so models larger than memory work. The operations are those of `transformer.Transformer`, run one at a time; they
@@ -40,26 +41,33 @@ class LayerWalk:
         """Raises KimiLiteError as `layers.Layers` does."""
         num_pages = MAX_CHUNK_TOKENS // PAGE_TOKENS
         kv = KVCache(config.num_layers, config.kv_latent_size, num_pages)
-        self.config, self.metadata = config, store.metadata
+        self.config, self.store, self.metadata = config, store, store.metadata
         self._layers = Layers(store, config, kv, num_threads, on_compile)
         self._embedding = make_program(self._layers.embedding_ops())
         self._output_norm = vector(store, "output_norm.weight")
         self._pages = np.arange(num_pages, dtype=np.int32)
         self._names = frozenset(store.tensors)
+        self._steps: tuple[int, list[tuple[LayerOp, Program]]] | None = None  # of the layer that `run_layer` ran last
 
     def layers(self, chunks: Sequence[np.ndarray], observe: Observe) -> Iterator[int]:
         """Yields each layer's number when its inputs have been shown for all chunks, at last the number of layers for
         the output matrix. chunks: int32 token ids, each at most MAX_CHUNK_TOKENS, each a text of its own."""
         assert all(0 < len(chunk) <= MAX_CHUNK_TOKENS for chunk in chunks), [len(chunk) for chunk in chunks]
-        hidden = [self._embed(chunk) for chunk in chunks]
+        hidden = [self.embed(chunk) for chunk in chunks]
         for layer in range(self.config.num_layers):
             steps = [(op, make_program([op])) for op in self._layers.ops(layer)]
             for chunk, x in zip(chunks, hidden, strict=True):
                 self._run_layer(steps, chunk, x, observe)
             yield layer
         for x in hidden:
-            observe(Inputs(("output.weight",), self._normed_output(x), num_tokens=len(x)))
+            observe(Inputs(("output.weight",), self.normed_output(x), num_tokens=len(x)))
         yield self.config.num_layers
+
+    def run_layer(self, layer: int, chunk: np.ndarray, x: np.ndarray) -> None:
+        """x (T, D) float32: the chunk's hidden states, taken through one layer, in place."""
+        if self._steps is None or self._steps[0] != layer:
+            self._steps = (layer, [(op, make_program([op])) for op in self._layers.ops(layer)])
+        self._run_layer(self._steps[1], chunk, x, _ignore)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -92,12 +100,18 @@ class LayerWalk:
         whole = (SequenceSlice(0, num_tokens, self._pages),)
         return Batch(np.asarray(chunk, np.int32), positions, np.zeros(num_tokens, bool), whole)
 
-    def _embed(self, chunk: np.ndarray) -> np.ndarray:
+    def embed(self, chunk: np.ndarray) -> np.ndarray:
+        """float32 (T, D): the hidden states in front of the first layer."""
         self._layers.run.set_tokens(np.asarray(chunk, np.int32))
         self._layers.team.run(self._embedding)
         return self._layers.buffers.x[: len(chunk)].copy()
 
-    def _normed_output(self, x: np.ndarray) -> np.ndarray:
+    def normed_output(self, x: np.ndarray) -> np.ndarray:
+        """float32 (T, D): hidden states behind the last layer (T, D) as the head takes them."""
         wide = x.astype(np.float64)
         scale = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True) + self.config.rms_norm_eps)
         return (wide * scale * self._output_norm).astype(np.float32)
+
+
+def _ignore(inputs: Inputs) -> None:
+    """Of a run that only wants the hidden states."""
