@@ -21,7 +21,8 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
-        help="Type of the routed experts (tq1_0, iq1_m, q2_k, ...), rest Q8_0; q4_0-lossless; a file of REGEX=TYPE.",
+        help="Type of the routed experts (tq1_0, iq1_m, q2_k, ...), rest Q8_0; q4_0-lossless; lite2_128: GSQ's 2 bits "
+        "in 2.125, for kimi-lite alone; a file of REGEX=TYPE.",
     ),
 ]
 TypeName = Annotated[

@@ -44,16 +44,18 @@ def quality_of(recipe: str) -> Quality:
     return _MEASURED.get(recipe, _UNKNOWN)
 
 
-def loss_order(recipe: str, bits: float) -> tuple[float, float]:
-    """A sort key, best first: what keeps every weight, then the measured loss, then the bits of a weight. What was not
-    measured has more bits than all that was, and so comes before it by its bits."""
+def loss_order(recipe: str, bits: float, is_exact: bool = False) -> tuple[float, float]:
+    """A sort key, best first: what keeps every weight of its source, then the measured loss, then the bits of a weight.
+    What was not measured has more bits than all that was, and so comes before it by its bits."""
     quality = quality_of(recipe)
-    if recipe == LOSSLESS:
+    if is_exact or recipe == LOSSLESS:
         return (-2.0, -bits)
     return (-1.0, -bits) if quality.kl_nats is None else (quality.kl_nats, -bits)
 
 
-def describe(recipe: str) -> str:
+def describe(recipe: str, is_exact: bool = False) -> str:
     """`0.484`, or `-` where it was not measured."""
+    if is_exact:
+        return "0"
     quality = quality_of(recipe)
     return "-" if quality.kl_nats is None else "0" if not quality.kl_nats else f"{quality.kl_nats:.3g}"

@@ -19,6 +19,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.options import Options
+from kimi_lite.plan.codes import OWN_FORMAT, kept_recipes
 from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.quality import loss_order, quality_of
 from kimi_lite.plan.types import Plan
@@ -54,7 +55,7 @@ class Subject:
     origin: str  # how the user names it: a path or a name
     sizes: ModelSizes | None = None
     vision_bytes: int = 0
-    has_int4_experts: bool = False
+    kept: tuple[str, ...] = ()  # recipes that write the codes of a checkpoint as they are, the one to take first
 
     def sizes_in(self, recipe_name: str, rest: str | None = None) -> ModelSizes:
         """The model in the types of a recipe; `rest`: the type of all but the routed experts, where it is another.
@@ -75,7 +76,10 @@ class Subject:
     @property
     def recipes(self) -> tuple[str, ...]:
         """From fine to coarse."""
-        return (LOSSLESS, *(name for name in RECIPES if name != "q4_0")) if self.has_int4_experts else RECIPES
+        if LOSSLESS in self.kept:
+            return (LOSSLESS, *(name for name in RECIPES if name != "q4_0"))
+        at = RECIPES.index("q2_0") + 1
+        return (*RECIPES[:at], *(name for name in self.kept if name not in RECIPES), *RECIPES[at:])
 
 
 @lru_cache(maxsize=64)  # a plan looks at every recipe several times
@@ -93,10 +97,11 @@ class RecipePlan:
 
     recipe: str
     plan: Plan
+    is_exact: bool = False  # it keeps the experts as the source has them
 
     @property
     def loss_order(self) -> tuple[float, float]:
-        return loss_order(self.recipe, self.plan.sizes.expert_bits)
+        return loss_order(self.recipe, self.plan.sizes.expert_bits, self.is_exact)
 
     @property
     def needs_ggml(self) -> bool:
@@ -114,7 +119,8 @@ def find_subject(model: str | None, has_vision: bool = True, mmproj: Path | None
     if known is None:
         raise unknown_model(model or K2_5.name)
     of_vision = known.vision_bytes if has_vision else 0
-    return Subject(known.config, model or "kimi-k2.5", vision_bytes=of_vision, has_int4_experts=known.has_int4_experts)
+    kept = (LOSSLESS,) if known.has_int4_experts else ()
+    return Subject(known.config, model or "kimi-k2.5", vision_bytes=of_vision, kept=kept)
 
 
 def plan_in(subject: Subject, recipe: str, hardware: Hardware, limits: Options, rest: str | None = None) -> Plan:
@@ -126,7 +132,7 @@ def plan_in(subject: Subject, recipe: str, hardware: Hardware, limits: Options, 
 def choices(subject: Subject, hardware: Hardware, limits: Options, rest: str | None = None) -> Iterator[RecipePlan]:
     """Every recipe's plan, from fine to coarse."""
     for recipe in subject.recipes:
-        yield RecipePlan(recipe, plan_in(subject, recipe, hardware, limits, rest))
+        yield RecipePlan(recipe, plan_in(subject, recipe, hardware, limits, rest), recipe in subject.kept)
 
 
 def best_choice(candidates: Sequence[RecipePlan]) -> RecipePlan:
@@ -146,8 +152,9 @@ def explain_choice(candidates: Sequence[RecipePlan], chosen: str) -> str:
         reason = "the smallest"
     elif choice.plan.verdict == "from disk":
         reason = "none fits into memory; the smallest reads least from disk"
-    elif chosen == LOSSLESS:
-        reason = "it fits and keeps the experts as they were trained"
+    elif choice.is_exact:
+        own = "; only kimi-lite reads this type" if chosen == OWN_FORMAT else ""
+        reason = f"it fits and keeps the experts as they are{own}"
     else:
         reason = "the least loss of quality among those that fit"
     needs = " To make it: pip install 'kimi-lite[ggml]' and an importance matrix." if choice.needs_ggml else ""
@@ -201,11 +208,10 @@ def vision_bytes(store: GGUFStore, config: ModelConfig, mmproj: Path | None) -> 
 def _checkpoint(folder: Path, has_vision: bool) -> Subject:
     """From config.json alone: weights need not be there yet."""
     checkpoint = read_checkpoint_config(folder)
-    config, scheme = checkpoint.config, checkpoint.object("quantization_config")
-    is_int4 = scheme.get("quant_method") == "compressed-tensors"
+    config = checkpoint.config
     can_see = has_vision and has_tower(checkpoint.outer)
     of_vision = _BF16_BYTES * read_checkpoint_tower(folder)[0].num_weights if can_see else 0
-    return Subject(config, str(folder), vision_bytes=of_vision, has_int4_experts=is_int4)
+    return Subject(config, str(folder), vision_bytes=of_vision, kept=kept_recipes(checkpoint))
 
 
 def check_recipe(subject: Subject, recipe: str | None) -> None:

@@ -60,7 +60,7 @@ def recipe_lines(choices: Sequence[RecipePlan], chosen: str, is_named: bool, wid
         speeds = ("-", "-") if plan.refusal else (_rate(plan.decode.expected_tok_s), _rate(plan.decode.limit_tok_s))
         memory = (f"{sizes.expert_bytes / GIB:,.1f}", f"{sizes.total_bytes / GIB:,.1f}")
         verdict = "needs flags" if plan.refusal and plan.refusal.has_flags else plan.verdict
-        lines.append(row([name, describe(choice.recipe), *memory, verdict, *speeds]))
+        lines.append(row([name, describe(choice.recipe, choice.is_exact), *memory, verdict, *speeds]))
     lines += wrap("*", "named: planned above" if is_named else explain_choice(choices, chosen), width, 2)
     if any(choice.plan.refusal and choice.plan.refusal.has_flags for choice in choices):
         lines += wrap("", "needs flags: it runs with what this command proposes when --recipe names it", width, 2)

@@ -42,7 +42,7 @@ def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = Non
 def check(layout: Layout, has_importance: bool) -> None:
     """Raises KimiLiteError where the library is missing or would end the process: some types need an importance
     matrix."""
-    if layout.block_size == 1 or layout.name == "Q2_0":  # floats have no blocks; the packaged ggml is older than Q2_0
+    if layout.block_size == 1 or layout.name in ("Q2_0", "LITE2_128"):  # the packaged ggml is older; this one is ours
         raise KimiLiteError(f"ggml does not encode {layout.name}.", "Choose another type.")
     if not has_importance and _library().ggml_quantize_requires_imatrix(layout.ggml_id):
         raise KimiLiteError(

@@ -1,5 +1,5 @@
-"""TQ2_0 (blocks of 256) and Q2_0 (blocks of 64): two bits a weight that decode to -1, 0, 1 and 2 times one float16
-scale.
+"""TQ2_0 (blocks of 256), Q2_0 (64) and LITE2_128 (128): two bits a weight that decode to -1, 0, 1 and 2 times one
+float16 scale.
 
 Stock encoders never write the fourth code. Ours does, with the sign of the scale chosen for each block, so that the
 long side of the values is on the longer side of the codes: relative errors of 0.371 and 0.352 on Gaussian weights where
@@ -14,17 +14,18 @@ from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.quantize.codecs.fit import fit_scales, spread_importance
 
 _SIGNATURE = types.void(
-    types.Array(types.float32, 2, "C", readonly=True),  # blocks (B, 256 or 64)
+    types.Array(types.float32, 2, "C", readonly=True),  # blocks (B, 256, 128 or 64)
     types.Array(types.float32, 1, "C", readonly=True),  # scales (B,)
-    types.Array(types.uint8, 2, "C"),  # codes 0..3 (B, 256 or 64)
+    types.Array(types.uint8, 2, "C"),  # codes 0..3, as many
 )
 
 
 def encode(layout: Layout, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """(R, n) float32 and the importance of the n columns to (R, row_bytes) uint8. Raises KimiLiteError."""
-    pack = {"TQ2_0": pack_tq2_0, "Q2_0": pack_q2_0}[layout.name]
     codes, scales = _fit_codes(layout, rows, importance)
-    return pack(codes, scales, len(rows))
+    if layout.name == "TQ2_0":
+        return pack_tq2_0(codes, scales, len(rows))
+    return pack_neighbours(layout, codes, scales, len(rows))
 
 
 def pack_tq2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
@@ -35,11 +36,16 @@ def pack_tq2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarr
 
 
 def pack_q2_0(codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
-    """Codes 0..3 (B, 64) uint8 and scales (B,), both of whole rows, to uint8 (num_rows, row_bytes): four codes to a
-    byte."""
-    words = codes.view("<u4")  # (B, 16): four codes each, a byte apart
+    """As `pack_neighbours`, of Q2_0."""
+    return pack_neighbours(BY_NAME["Q2_0"], codes, scales, num_rows)
+
+
+def pack_neighbours(layout: Layout, codes: np.ndarray, scales: np.ndarray, num_rows: int) -> np.ndarray:
+    """Codes 0..3 (B, block) uint8 and scales (B,), both of whole rows, to uint8 (num_rows, row_bytes) of Q2_0 or
+    LITE2_128: four codes to a byte."""
+    words = codes.view("<u4")  # (B, block / 4): four codes each, a byte apart
     quads = (words | words >> 6 | words >> 12 | words >> 18).astype(np.uint8)
-    return _join(BY_NAME["Q2_0"], quads, scales, num_rows)
+    return _join(layout, quads, scales, num_rows)
 
 
 def _fit_codes(layout: Layout, rows: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -83,10 +83,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class FittedRecipe:
-    """The recipe found, and lines that say what goes where and what it costs."""
+    """The recipe found, and lines that say what goes where and what it costs. `foretold`: nats above the floor; None
+    where no table says."""
 
     recipe: Recipe
     lines: tuple[str, ...]
+    foretold: float | None
 
 
 def parse_machine(text: str) -> FitTarget:
@@ -130,7 +132,7 @@ def fit_recipe(
     need, have = gib_apart(plan.sizes.expert_bytes, plan.expert_capacity_bytes)
     others = "" if _has_rest(groups) else f", the rest in {rest.name}"
     line = f"fit: experts {need} of {have}{others}; {verdict_line(plan)}"
-    return FittedRecipe(_recipe(rest, groups, chosen), (line, *_chosen_lines(groups, chosen, sensitivity)))
+    return _fitted(rest, groups, chosen, sensitivity, line)
 
 
 def fit_size(
@@ -153,7 +155,14 @@ def fit_size(
     chosen = choose_options(groups, num_bytes - fixed)
     need, have = gib_apart(fixed + sum(option.num_bytes for option in chosen), num_bytes)
     line = f"fit: {need} of {have}"
-    return FittedRecipe(_recipe(rest, groups, chosen), (line, *_chosen_lines(groups, chosen, sensitivity)))
+    return _fitted(rest, groups, chosen, sensitivity, line)
+
+
+def _fitted(
+    rest: Layout, groups: Sequence[Group], chosen: Sequence[TypeOption], sensitivity: Sensitivity | None, line: str
+) -> FittedRecipe:
+    lines = (line, *_chosen_lines(groups, chosen, sensitivity))
+    return FittedRecipe(_recipe(rest, groups, chosen), lines, _foretold(chosen) if sensitivity else None)
 
 
 def _has_rest(groups: Sequence[Group]) -> bool:
@@ -344,9 +353,12 @@ def _chosen_lines(
     if sensitivity is None:
         yield "no table of sensitivities is known for this model, so all weights count alike: --sensitivity names one"
     else:
-        nats = sum(option.loss for option in chosen)
         floor = f", and {sensitivity.floor:.3g} that any change costs" if sensitivity.floor else ""
-        yield f"foretold KL divergence: {nats:.3g} nats, by the sensitivities of {sensitivity.label}{floor}"
+        yield f"foretold KL divergence: {_foretold(chosen):.3g} nats, by what {sensitivity.label} showed{floor}"
+
+
+def _foretold(chosen: Sequence[TypeOption]) -> float:
+    return sum(option.loss for option in chosen)
 
 
 def _counted(types: Counter[str]) -> str:

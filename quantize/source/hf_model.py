@@ -17,7 +17,7 @@ from kimi_lite.quantize.source.metadata import model_metadata
 from kimi_lite.quantize.source.model import RowReader, SourceModel, SourceTensor
 from kimi_lite.quantize.source.names import TensorSource, list_sources
 from kimi_lite.quantize.source.open import Checkpoint
-from kimi_lite.quantize.source.repack import check_scales, kept_type, repack_rows
+from kimi_lite.quantize.source.repack import check_scales, held_by, kept_type, repack_rows
 from kimi_lite.quantize.source.tokenizer import TOKENIZER_FILES, tokenizer_metadata
 
 _INCOMPLETE_HINT = "Check that config.json belongs to these weights and that all files are there."
@@ -78,19 +78,20 @@ def _source_tensor(checkpoint: Checkpoint, source: TensorSource) -> SourceTensor
     weights = [checkpoint.weights[part.weight] for part in source.parts]
     kinds = {weight.kind for weight in weights}
     kept = kept_type(weights)
-    exact = set.intersection(*({*_EXACT.get(kind, ("F32",))} for kind in kinds)) | ({kept} if kept else set())
+    held = held_by(weights, kept)
+    exact = set.intersection(*({*_EXACT.get(kind, ("F32",))} for kind in kinds)) | held
 
     def open_encoded(layout: Layout) -> RowReader | None:
-        if layout.name != kept:
+        if layout.name not in held:
             return None
         try:
-            check_scales(weights, kept)
+            check_scales(weights, layout.name)
         except KimiLiteError as error:
             raise KimiLiteError(f"{source.name}: {error.message}", error.hint.replace("NAME", source.name)) from error
 
         def read_part(index: int, start: int, stop: int) -> np.ndarray:
             first = source.parts[index].start
-            return repack_rows(weights[index], kept, first + start, first + stop)
+            return repack_rows(weights[index], layout.name, first + start, first + stop)
 
         return _joined(source, read_part)
 

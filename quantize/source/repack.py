@@ -4,7 +4,8 @@ Kimi's INT4 experts become Q4_0: a 4-bit code with offset 8 and one scale for 32
 through float32 and a general Q4_0 encoder would round onto another grid (it divides by 8 where Kimi's codes were made
 by 7) and cost 8 % relative error. GSQ's 2-bit and ternary experts become Q2_0: their codes stand for -2, -1, 0, 1 times
 a scale for 128 columns, Q2_0's for -1, 0, 1, 2 times one for 64: the negative scale, written twice, and the codes
-counted from the other end. They may lie in a container of 4 bits; GSQ's 3 bits become Q4_0.
+counted from the other end. LITE2_128, kimi-lite's own type, writes the scale once. The codes may lie in a container of
+4 bits; GSQ's 3 bits become Q4_0.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.host import usable_cores
-from kimi_lite.native.layouts import BY_NAME
-from kimi_lite.quantize.codecs.two_bits import pack_q2_0
+from kimi_lite.native.layouts import BY_NAME, Layout
+from kimi_lite.quantize.codecs.two_bits import pack_neighbours
 from kimi_lite.quantize.source.stored import CodedWeight, StoredWeight
 
 _Q2_0, _Q4_0, _Q8_0 = BY_NAME["Q2_0"], BY_NAME["Q4_0"], BY_NAME["Q8_0"]
+_LITE2_128 = BY_NAME["LITE2_128"]
 _LOWEST = {_Q4_0.name: -8, _Q8_0.name: -128}  # of the codes that a type holds; the highest is as far from 0, less 1
 _CHUNK_BYTES = 4 << 20
 _MOST_HALF = 65504.0
@@ -41,18 +43,28 @@ def kept_type(weights: Sequence[StoredWeight]) -> str | None:
     return None
 
 
+def held_by(weights: Sequence[StoredWeight], kept: str | None) -> frozenset[str]:
+    """All types that hold the codes as they are, of which `kept_type` gave the one to take where none is named."""
+    if kept is None:
+        return frozenset()
+    is_wide = kept == _Q2_0.name and all(weight.group % _LITE2_128.block_size == 0 for weight in weights)
+    return frozenset((kept, _LITE2_128.name) if is_wide else (kept,))
+
+
 def check_scales(weights: Sequence[StoredWeight], type_name: str) -> None:
     """Raises KimiLiteError, with the largest error, where a scale is no float16. Kimi's INT4 has 60 GB of them and is
     looked at when it is converted; GSQ's are a thirtieth of that."""
-    if type_name == _Q2_0.name:
+    if type_name in (_Q2_0.name, _LITE2_128.name):
         _all(lambda weight: _halves(weight.read_scales(0, weight.shape[0]), is_strict=True) is not None, weights)
 
 
 def repack_rows(weight: CodedWeight, type_name: str, start: int, stop: int) -> np.ndarray:
-    """Rows start..stop as blocks of a type that `kept_type` gave, uint8 (rows, row_bytes). A bfloat16 scale fits a
-    float16 exactly from 2^-17 to 65,280; raises KimiLiteError where one is too large, for Q2_0 also where it is not
+    """Rows start..stop as blocks of a type of `held_by`, uint8 (rows, row_bytes). A bfloat16 scale fits a float16
+    exactly from 2^-17 to 65,280; raises KimiLiteError where one is too large, for two bits also where it is not
     exact."""
-    repack = {_Q2_0.name: _q2_0_rows, _Q4_0.name: _q4_0_rows, _Q8_0.name: _q8_0_rows}[type_name]
+    if type_name in (_Q2_0.name, _LITE2_128.name):
+        return _two_bit_rows(BY_NAME[type_name], weight, start, stop)
+    repack = {_Q4_0.name: _q4_0_rows, _Q8_0.name: _q8_0_rows}[type_name]
     return repack(weight, start, stop)
 
 
@@ -165,13 +177,14 @@ def _block_scales(weight: CodedWeight, start: int, stop: int, block_size: int) -
     return np.repeat(_halves(weight.read_scales(start, stop), is_strict=False), weight.group // block_size, axis=1)
 
 
-def _q2_0_rows(weight: CodedWeight, start: int, stop: int) -> np.ndarray:
-    """Q2_0's codes stand for -1 to 2, so those with a -2 are counted from the other end, with the negative scale."""
-    signed = weight.read_signed(start, stop).astype(np.int8).reshape(-1, _Q2_0.block_size)  # (B, 64)
+def _two_bit_rows(layout: Layout, weight: CodedWeight, start: int, stop: int) -> np.ndarray:
+    """The type's codes stand for -1 to 2, so those with a -2 are counted from the other end, with the negative
+    scale."""
+    signed = weight.read_signed(start, stop).astype(np.int8).reshape(-1, layout.block_size)  # (B, block)
     scales = _halves(weight.read_scales(start, stop), is_strict=True).reshape(-1)
-    scales = np.repeat(scales, weight.group // _Q2_0.block_size)  # (B,)
+    scales = np.repeat(scales, weight.group // layout.block_size)  # (B,)
     is_turned = signed.max(axis=1, keepdims=True) <= 1
     codes = np.where(is_turned, 1 - signed, 1 + signed)
     if codes.min() < 0 or codes.max() > 3:
         raise KimiLiteError("Codes of the source are not what they were when it was opened.", "Repeat the command.")
-    return pack_q2_0(codes.astype(np.uint8), np.where(is_turned[:, 0], -scales, scales), stop - start)
+    return pack_neighbours(layout, codes.astype(np.uint8), np.where(is_turned[:, 0], -scales, scales), stop - start)

@@ -215,7 +215,7 @@ def _by_fours(products: np.ndarray) -> np.ndarray:
     return quads.sum(axis=-2).reshape(*products.shape[:-1], 4, LANES)
 
 
-_OFFSETS = {"Q4_0": 8, "Q5_0": 16, "MXFP4": 16, "NVFP4": 16, "Q1_0": 1, "Q2_0": 1, "Q4_1": 0, "Q5_1": 0}
+_OFFSETS = {"Q4_0": 8, "Q5_0": 16, "MXFP4": 16, "NVFP4": 16, "Q1_0": 1, "Q2_0": 1, "LITE2_128": 1, "Q4_1": 0, "Q5_1": 0}
 
 
 def _padded(array: np.ndarray, count: int) -> np.ndarray:

@@ -38,7 +38,7 @@ from kimi_lite.tools.quality.kinds import chunks_of_kinds, mean_divergence, plac
 from kimi_lite.tools.quality.runs import StoredLogits, hash_ids, save_rows
 
 _TYPES = "tq1_0,iq1_s,iq1_m,tq2_0,iq2_xxs,q2_0,q2_k,q3_k,q4_0,q4_k"
-_NO_GGML = frozenset({"Q2_0"})  # the packaged library is older
+_NO_GGML = frozenset({"Q2_0", "LITE2_128"})  # the packaged library is older; the other is ours
 
 
 @dataclass(frozen=True, slots=True)

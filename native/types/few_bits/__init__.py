@@ -1,1 +1,1 @@
-"""Q1_0 and Q2_0: long blocks of one- and two-bit codes with one float16 scale."""
+"""Q1_0, Q2_0 and LITE2_128: long blocks of one- and two-bit codes with one float16 scale."""

@@ -1,4 +1,4 @@
-"""Q1_0 and Q2_0: long blocks of one- and two-bit codes with one float16 scale."""
+"""Q1_0, Q2_0 and LITE2_128: long blocks of one- and two-bit codes with one float16 scale."""
 
 from numba import njit
 
@@ -17,12 +17,13 @@ from kimi_lite.native.simd import (
 from kimi_lite.native.simd_bytes import bit_fields, by_fours_i8x64, four_times_each_word, where_bits
 from kimi_lite.native.simd_dot import dot_u8x64
 from kimi_lite.native.types.blocks_of_32.cpu import scaled_chunks
-from kimi_lite.native.types.few_bits.layout import Q1_0, Q2_0
+from kimi_lite.native.types.few_bits.layout import LITE2_128, Q1_0, Q2_0
 from kimi_lite.native.types.gathering import gather_field
 
 _Q1_0_D, _Q1_0_QS = Q1_0.offsets("d", "qs")
 _Q2_0_D, _Q2_0_QS = Q2_0.offsets("d", "qs")
-_Q1_0_BYTES, _Q2_0_BYTES = Q1_0.block_bytes, Q2_0.block_bytes
+_LITE2_D, _LITE2_QS = LITE2_128.offsets("d", "qs")
+_Q1_0_BYTES, _Q2_0_BYTES, _LITE2_BYTES = Q1_0.block_bytes, Q2_0.block_bytes, LITE2_128.block_bytes
 
 # Q1_0
 
@@ -86,5 +87,34 @@ def _q2_0_unpack(name, block, codes, scales, minima):
     store_i8x64(codes, by_fours_i8x64(_by_fours(block + _Q2_0_QS)))  # a transposition of 4 x 4, its own inverse
     scale = load_f16(block + _Q2_0_D)
     for group in range(2):
+        store_f32(scales + 4 * group, scale)
+        store_f32(minima + 4 * group, scale)
+
+
+# LITE2_128: the codes are brought into their order, and x is as it is.
+
+_lite2_scales = gather_field(LITE2_128, "d")
+
+
+@njit
+def _lite2_product(qs, x):
+    return dot_u8x64(zero_i32x16(), by_fours_i8x64(_by_fours(qs)), load_i8x64(x))
+
+
+@implements(dot8x32, "LITE2_128")
+def _lite2_dot(name, blocks, x, x_scales, sums16, sums32):
+    scales = _lite2_scales(blocks) * load_f32x8(x_scales)
+    first, second = blocks + _LITE2_QS, blocks + _LITE2_BYTES + _LITE2_QS
+    p0, p1 = _lite2_product(first, x), _lite2_product(first + 16, x + 64)
+    p2, p3 = _lite2_product(second, x + 128), _lite2_product(second + 16, x + 192)
+    return scaled_chunks(scales, extend_f32x8(scales * load_f32x8(sums32)) * -1.0, p0, p1, p2, p3)
+
+
+@implements(unpack, "LITE2_128")
+def _lite2_unpack(name, block, codes, scales, minima):
+    scale = load_f16(block + _LITE2_D)
+    for half in range(2):
+        store_i8x64(codes + 64 * half, by_fours_i8x64(_by_fours(block + _LITE2_QS + 16 * half)))
+    for group in range(4):
         store_f32(scales + 4 * group, scale)
         store_f32(minima + 4 * group, scale)

@@ -1,4 +1,4 @@
-"""Q1_0 and Q2_0: arithmetic only."""
+"""Q1_0, Q2_0 and LITE2_128: arithmetic only."""
 
 import triton
 import triton.language as tl
@@ -34,4 +34,5 @@ def q2_0_decode(base, first, unit, mask, table, PLANE: tl.constexpr):
 DECODERS = {
     "Q1_0": Decoder(q1_0_decode, eight_column, 16, 8, 1),
     "Q2_0": Decoder(q2_0_decode, four_column, 16, 4, 1),
+    "LITE2_128": Decoder(q2_0_decode, four_column, 32, 4, 1),  # the same fields at the same places
 }

@@ -1,14 +1,15 @@
-"""Exact products of Q1_0 and Q2_0 (`native.types.gpu_words`)."""
+"""Exact products of Q1_0, Q2_0 and LITE2_128 (`native.types.gpu_words`)."""
 
 import triton
 import triton.language as tl
 
-from kimi_lite.native.types.few_bits.layout import Q1_0, Q2_0
-from kimi_lite.native.types.gpu_parts import offsets
+from kimi_lite.native.types.few_bits.layout import LITE2_128, Q1_0, Q2_0
+from kimi_lite.native.types.gpu_parts import byte_at, offsets
 from kimi_lite.native.types.gpu_words import bits_to_bytes, d_first, dot4, first_values, span_values, word2
 
-[_Q1_0_QS], [_Q2_0_QS] = offsets(Q1_0, "qs"), offsets(Q2_0, "qs")
+[_Q1_0_QS], [_Q2_0_QS], [_LITE2_QS] = offsets(Q1_0, "qs"), offsets(Q2_0, "qs"), offsets(LITE2_128, "qs")
 _Q1_0_BYTES, _Q2_0_BYTES = tl.constexpr(Q1_0.block_bytes), tl.constexpr(Q2_0.block_bytes)
+_LITE2_BYTES = tl.constexpr(LITE2_128.block_bytes)
 
 
 @triton.jit
@@ -41,4 +42,18 @@ def q2_0_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, HA
     return value
 
 
-VALUES = {"Q1_0": q1_0_values, "Q2_0": q2_0_values}
+@triton.jit
+def lite2_codes(block, part, lane, mask, table, BIAS: tl.constexpr):
+    """A byte has the four codes of a lane."""
+    four = byte_at(block + _LITE2_QS + 8 * part + lane, mask)
+    return (four | (four << 6) | (four << 12) | (four << 18)) & 0x03030303
+
+
+@triton.jit
+def lite2_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, HALF: tl.constexpr):
+    return span_values(
+        base, x, steps, sums, limit, lane, table, BIAS, HALF, lite2_codes, d_first, 1, 128, _LITE2_BYTES
+    )  # fmt: skip
+
+
+VALUES = {"Q1_0": q1_0_values, "Q2_0": q2_0_values, "LITE2_128": lite2_values}

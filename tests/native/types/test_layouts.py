@@ -8,15 +8,16 @@ import gguf
 import numpy as np
 import pytest
 
+from kimi_lite.gguf.foreign_types import foreign_type
 from kimi_lite.native.layouts import BY_NAME, LAYOUTS
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import REGIMES, hostile_rows
 from tests.native.types.ik_oracle import IK_TYPES
 
-WITHOUT_GGUF_DECODER = {"Q1_0", "Q2_0", *IK_TYPES}
+WITHOUT_GGUF_DECODER = {"Q1_0", "Q2_0", "LITE2_128", *IK_TYPES}
 
 
-@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {"Q2_0", *IK_TYPES}))
+@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {"Q2_0", "LITE2_128", *IK_TYPES}))
 def test_sizes_are_ggufs(name):
     layout = BY_NAME[name]
     assert LAYOUTS[layout.ggml_id] is layout
@@ -106,3 +107,14 @@ def test_q2_0_by_hand():
     assert values[:4].tolist() == [-0.5, 0, 0.5, 1]
     assert values[60:].tolist() == [1, -0.5, -0.5, -0.5]
     assert (values[4:60] == -0.5).all()
+
+
+def test_lite2_128_is_ours_and_by_hand():
+    """Q2_0's bytes with one scale for two of its blocks, under a number that no program gives out."""
+    layout = BY_NAME["LITE2_128"]
+    assert (layout.block_size, layout.block_bytes, layout.bits_per_weight) == (128, 34, 2.125)
+    assert foreign_type(layout.ggml_id) is None and layout.ggml_id > 10_000
+    rows = hostile_rows("LITE2_128", 3, 512, np.random.default_rng(0), "normal")
+    blocks = rows.reshape(-1, 34)
+    halves = np.stack([np.concatenate([blocks[:, :2], blocks[:, first : first + 16]], axis=1) for first in (2, 18)], 1)
+    assert np.array_equal(dequantize(rows, "LITE2_128"), dequantize(halves.reshape(3, -1), "Q2_0"))

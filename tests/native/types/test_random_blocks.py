@@ -20,7 +20,7 @@ def decode(layout: Layout, rows: np.ndarray) -> np.ndarray:
     if layout.name == "Q1_0":  # +d or -d, by the bit
         bits = np.unpackbits(blocks["qs"], axis=1, bitorder="little")
         return (2.0 * bits - 1) * blocks["d"].astype(np.float64)[:, None]
-    if layout.name == "Q2_0":  # two bits a code, low ones first: -d, 0, d, 2d
+    if layout.name in ("Q2_0", "LITE2_128"):  # two bits a code, low ones first: -d, 0, d, 2d
         codes = (blocks["qs"][:, :, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
         return (codes.reshape(len(blocks), -1) - 1.0) * blocks["d"].astype(np.float64)[:, None]
     data = blocks.view(np.uint8).reshape(len(blocks), layout.block_bytes)

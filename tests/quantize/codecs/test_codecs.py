@@ -118,5 +118,5 @@ def test_an_unknown_type_is_refused_with_the_known_ones():
 def test_the_types_that_need_no_ggml_are_those_with_an_encoder_here():
     """`plan` says so of a recipe before anything is downloaded."""
     own = {name for name in BY_NAME if BY_NAME[name].encoder in ("floats", "q8_0", "ternary", "two_bits")}
-    assert own == OWN_TYPES == {"F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "Q2_0"}
+    assert own == OWN_TYPES == {"F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "Q2_0", "LITE2_128"}
     assert own > codecs.EXACT_TYPES == {"F32", "F16", "BF16", "Q8_0"}

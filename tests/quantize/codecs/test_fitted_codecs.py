@@ -14,8 +14,8 @@ from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.codecs import encode, find_layout, ggml
 
-MAX_CODE = {"TQ1_0": 1, "TQ2_0": 2, "Q2_0": 2}
-GAUSSIAN_ERROR = {"TQ1_0": 0.437, "TQ2_0": 0.373, "Q2_0": 0.353}
+MAX_CODE = {"TQ1_0": 1, "TQ2_0": 2, "Q2_0": 2, "LITE2_128": 2}
+GAUSSIAN_ERROR = {"TQ1_0": 0.437, "TQ2_0": 0.373, "Q2_0": 0.353, "LITE2_128": 0.365}
 needs_ggml = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs the ggml extra")
 
 
