@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 F16, F32, U8, I8 = "<f2", "<f4", "u1", "i1"
+_OWN_NUMBERS = 20_000  # far beyond what llama.cpp and its forks give out
 QK_K = 256  # weights in a super-block of the K, IQ and TQ types
 
 
@@ -59,7 +60,12 @@ class Layout:
     @property
     def is_ik(self) -> bool:
         """Whether ik_llama.cpp alone has the type; llama.cpp's own libraries read past their tables for its numbers."""
-        return self.ggml_id >= 97
+        return 97 <= self.ggml_id < _OWN_NUMBERS
+
+    @property
+    def is_own(self) -> bool:
+        """Whether kimi-lite alone has the type."""
+        return self.ggml_id >= _OWN_NUMBERS
 
     @property
     def header_bytes(self) -> int:

@@ -67,7 +67,7 @@ def find_vec_dot(layout: Layout, x: np.ndarray) -> VecDot | None:
     if libraries is None:
         return None
     cpu, base = libraries
-    if layout.is_ik or (base.ggml_type_name(layout.ggml_id) or b"").decode().upper() != layout.name:
+    if layout.is_ik or layout.is_own or (base.ggml_type_name(layout.ggml_id) or b"").decode().upper() != layout.name:
         return None  # another program's, or one that this ggml is too old for
     assert base.ggml_type_size(layout.ggml_id) == layout.block_bytes, (layout.name, base.ggml_type_size(layout.ggml_id))
     traits = cpu.ggml_get_type_traits_cpu(layout.ggml_id).contents

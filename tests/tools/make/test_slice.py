@@ -156,7 +156,7 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs the ggml extra")
-@pytest.mark.parametrize("name", [name for name, layout in BY_NAME.items() if not layout.is_ik])
+@pytest.mark.parametrize("name", [name for name, layout in BY_NAME.items() if not (layout.is_ik or layout.is_own)])
 def test_llama_cpp_loads_it_and_logits_are_finite(tmp_path, name):
 
     write(tmp_path / "slice.gguf", every=name)
