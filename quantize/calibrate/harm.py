@@ -65,7 +65,6 @@ def measure_sensitivity(
     output: Path,
     probe: str | None = None,
     max_chunks: int = 0,
-    chunk_tokens: int = MAX_CHUNK_TOKENS,
     num_threads: int | None = None,
     is_overwriting: bool = False,
     on_layer: OnLayer | None = None,
