@@ -83,12 +83,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class FittedRecipe:
-    """The recipe found, and lines that say what goes where and what it costs. `foretold`: nats above the floor; None
+    """The recipe found, and lines that say what goes where and what it costs. `predicted`: nats above the floor; None
     where no table says."""
 
     recipe: Recipe
     lines: tuple[str, ...]
-    foretold: float | None
+    predicted: float | None
 
 
 def parse_machine(text: str) -> FitTarget:
@@ -162,7 +162,7 @@ def _fitted(
     rest: Layout, groups: Sequence[Group], chosen: Sequence[TypeOption], sensitivity: Sensitivity | None, line: str
 ) -> FittedRecipe:
     lines = (line, *_chosen_lines(groups, chosen, sensitivity))
-    return FittedRecipe(_recipe(rest, groups, chosen), lines, _foretold(chosen) if sensitivity else None)
+    return FittedRecipe(_recipe(rest, groups, chosen), lines, _predicted(chosen) if sensitivity else None)
 
 
 def _has_rest(groups: Sequence[Group]) -> bool:
@@ -338,7 +338,7 @@ class _Sample(NamedTuple):
 def _chosen_lines(
     groups: Sequence[Group], chosen: Sequence[TypeOption], sensitivity: Sensitivity | None
 ) -> Iterator[str]:
-    """The types of experts by part of the depth, those of the rest, and what the table foretells."""
+    """The types of experts by part of the depth, those of the rest, and what the table predicts."""
     pairs = list(zip(groups, chosen, strict=True))
     layers = sorted({layer_of(group.tensors[0].role) for group, _ in pairs if group.is_routed})
     size = -(-len(layers) // _DEPTH_PARTS) if layers else 1
@@ -354,10 +354,10 @@ def _chosen_lines(
         yield "no table of sensitivities is known for this model, so all weights count alike: --sensitivity names one"
     else:
         floor = f", and {sensitivity.floor:.3g} that any change costs" if sensitivity.floor else ""
-        yield f"foretold KL divergence: {_foretold(chosen):.3g} nats, by what {sensitivity.label} showed{floor}"
+        yield f"predicted KL divergence: {_predicted(chosen):.3g} nats, by what {sensitivity.label} showed{floor}"
 
 
-def _foretold(chosen: Sequence[TypeOption]) -> float:
+def _predicted(chosen: Sequence[TypeOption]) -> float:
     return sum(option.loss for option in chosen)
 
 

@@ -33,7 +33,7 @@ _COLUMNS = ("tensor", "type", "error", "floor", "kl")
 _SUITE = "QTYPE"  # the first cell of a table of the GGUF-Tool-Suite
 _LEAST_SHARE = 0.05  # of a divergence that counts, however near its floor: both were measured with noise
 # Of tables that do not say it, on Gaussian weights: measured of ik_llama.cpp's encoders (tools/LOG.md of 2026-11-29),
-# of others by their bits, within a factor of 1.6. The choice of types does not depend on it, the foretold divergence
+# of others by their bits, within a factor of 1.6. The choice of types does not depend on it, the predicted divergence
 # does.
 _GAUSSIAN_ERRORS = {"iq1_kt": 0.1496, "iq2_kt": 0.0874}
 _GAUSSIAN_FACTOR = 2.0

@@ -45,7 +45,7 @@ class Row:
     num_bytes: int
     kl_nats: float
     kl_error: float
-    foretold_nats: float | None
+    predicted_nats: float | None
 
 
 class Mixes:
@@ -70,15 +70,15 @@ class Mixes:
         return rows
 
     def _measure(self, type_name: str, kind: str, recipe: Recipe, uniform: Row | None) -> Row:
-        model, foretold = open_model(self._path), None
+        model, predicted = open_model(self._path), None
         if uniform:
             fit = fit_size(model, uniform.num_bytes, self._importance, self._tables[kind])
-            recipe, foretold = fit.recipe, fit.foretold
+            recipe, predicted = fit.recipe, fit.predicted
         with tempfile.TemporaryDirectory(dir=self._results.parent) as folder:
             path = convert(model, Path(folder) / "mix.gguf", recipe, importance=self._importance).path
             num_bytes = path.stat().st_size
             nats, error = self._diverge(path)
-        row = Row(type_name, kind, num_bytes, nats, error, foretold)
+        row = Row(type_name, kind, num_bytes, nats, error, predicted)
         with self._results.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         return row

@@ -186,7 +186,7 @@ def test_kimi_is_fitted_by_what_was_published_of_it(one_row):
     assert len(types) == 180 and {"TQ1_0", "Q2_0"} <= set(types.values())
     assert bits_of(types, range(1, 31)) > bits_of(types, range(31, 61))
     assert fit.lines[0].startswith("fit: experts") and "the rest in Q8_0; here it fits" in fit.lines[0]
-    assert any("foretold KL divergence" in line and "Kimi K2.5" in line for line in fit.lines)
+    assert any("predicted KL divergence" in line and "Kimi K2.5" in line for line in fit.lines)
 
 
 def test_without_a_gpu_everything_competes_and_what_carries_much_keeps_its_bits(one_row):
@@ -243,12 +243,12 @@ def test_recipes_and_tables_on_the_command_line(folder, small, tmp_path):
     lines = run_quietly(
         settings("a.gguf", fit="64G", sensitivity=tmp_path / "t.csv", recipe_file=recipe_file), is_dry=False
     )
-    assert any("foretold KL divergence" in line and "t.csv" in line for line in lines)
+    assert any("predicted KL divergence" in line and "t.csv" in line for line in lines)
     run_quietly(settings("b.gguf", recipe=str(recipe_file)), is_dry=False)
     a, b = (GGUFStore.open(tmp_path / name).tensors for name in ("a.gguf", "b.gguf"))
     assert {n: v.layout.name for n, v in a.items()} == {n: v.layout.name for n, v in b.items()}
     named = run_quietly(settings("c.gguf", recipe=str(tmp_path / "t.csv")), is_dry=True)
-    assert any("foretold KL divergence" in line for line in named)
+    assert any("predicted KL divergence" in line for line in named)
     for flags, said in (
         ({"sensitivity": tmp_path / "t.csv"}, "not how many bytes"),
         ({"fit": "64G", "size": "2M"}, "--fit and --size exclude each other"),

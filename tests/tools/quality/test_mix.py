@@ -28,7 +28,7 @@ def test_mixes_are_no_larger_and_nothing_is_measured_twice(mixes, tmp_path):
     rows = made.rows("q2_0", {})
     assert [row.kind for row in rows] == [mix.UNIFORM, mix.EXPERTS, mix.ALL] and len(asked) == 3
     assert all(0.8 * rows[0].num_bytes < row.num_bytes <= rows[0].num_bytes for row in rows)
-    assert rows[0].foretold_nats is None and rows[1].foretold_nats > 0 and rows[2].foretold_nats > 0
+    assert rows[0].predicted_nats is None and rows[1].predicted_nats > 0 and rows[2].predicted_nats > 0
     assert mix.read_rows(results) == rows
     assert made.rows("q2_0", {(row.type, row.kind): row for row in rows}) == rows and len(asked) == 3
     lines = mix.table_lines(rows)
