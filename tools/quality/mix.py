@@ -3,8 +3,9 @@
     kimi-lite quantize demo-bf16.gguf demo.csv --measure-sensitivity text.txt
     python -m tools.quality.mix -m demo-bf16.gguf --sensitivity demo.csv --results mix.jsonl --picture mix.svg
 
-For each type three files: its recipe (experts in the type, the rest Q8_0); experts in the types that `--size` chooses
-by the table, the rest as before; and all matrices chosen so. The second and third are no larger than the first. KL
+For each type three files: its recipe (experts in the type, the rest Q8_0; `all-q4_k`: everything in it); experts in the
+types that `--size` chooses by the table, the rest Q8_0; and all matrices chosen so. The second and third are no larger
+than the first; of `all-q4_k` there is no second. KL
 divergence from the model on the first chunks of the text that `tools.quality` scores. A line of JSON for each file is
 kept in `--results`: what is there already is not measured again. A Markdown table comes last.
 """
@@ -27,12 +28,13 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import Importance, read_imatrix
 from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.budget import fit_size
-from kimi_lite.quantize.recipe.choose import find_recipe
+from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe
 from kimi_lite.quantize.recipe.sensitivity import Sensitivity, read_sensitivity
 from kimi_lite.tools.plot import PALETTE, check_plotting, save_figure
 from kimi_lite.tools.quality.runs import StoredLogits, hash_ids, save_rows
 
-_TYPES = "tq1_0,q2_0,q2_k,iq3_xxs,q3_k"  # what needs no importance matrix
+_EVERYWHERE = "all-"
+_TYPES = "tq1_0,q2_0,q2_k,iq3_xxs,q3_k,all-q4_k"  # what needs no importance matrix
 UNIFORM, EXPERTS, ALL = "one type", "experts mixed", "all mixed"
 
 
@@ -61,10 +63,10 @@ class Mixes:
         self._num_chunks = num_chunks
 
     def rows(self, type_name: str, done: Mapping[tuple[str, str], Row]) -> list[Row]:
-        """Three, of which those not `done` are made and kept."""
+        """Of which those not `done` are made and kept."""
         rows = []
-        recipe = find_recipe(type_name, self._importance is not None)
-        for kind in (UNIFORM, EXPERTS, ALL):
+        recipe = _recipe_of(type_name, self._importance is not None)
+        for kind in (UNIFORM, ALL) if type_name.startswith(_EVERYWHERE) else (UNIFORM, EXPERTS, ALL):
             row = done.get((type_name, kind)) or self._measure(type_name, kind, recipe, rows[0] if rows else None)
             rows.append(row)
         return rows
@@ -99,6 +101,12 @@ class Mixes:
         with closing(OurLogits(self._path)) as logits:
             rows = [log_softmax(logits.logits(chunk[:-1], 256)).astype(np.float16) for chunk in chunks]
             save_rows(self._reference, rows, logits.name, hash_ids(chunks))
+
+
+def _recipe_of(name: str, has_importance: bool) -> Recipe:
+    if name.startswith(_EVERYWHERE):
+        return uniform_recipe(name.removeprefix(_EVERYWHERE), has_importance)
+    return find_recipe(name, has_importance)
 
 
 def _of_experts(table: Sensitivity) -> Sensitivity:
