@@ -2,6 +2,7 @@
 
     kimi-lite bench -m model.gguf -p 512 -n 128 -d 0,4096 -r 5
     kimi-lite bench -m model.gguf --compare llama.cpp --sweep -d 0,8192 -p 512 -n 32
+    kimi-lite bench -m model.gguf --compare ik_llama -p 32,128,512,2048 -n 64 -npl 1,2,4,8
     kimi-lite bench -m model.gguf -o json > before.json; ...; kimi-lite bench -m model.gguf --baseline before.json
 
 `pp512` reads a prompt of 512 tokens, `tg128` generates 128, `@ d4096` does so after 4,096 tokens of context. The prompt
@@ -16,6 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from kimi_lite.apps.model_path import find_model
 from kimi_lite.apps.progress import LoadProgress
@@ -38,6 +40,12 @@ from kimi_lite.tools.bench.result import Result, Spread, compare, make_result
 from kimi_lite.tools.bench.roofline import RAM, Bandwidth, Limit, find_limits, measure_bandwidth
 from kimi_lite.tools.bench.run import measure_test
 
+if TYPE_CHECKING:
+    from kimi_lite.tools.bench.ik_llama import IkLlama
+    from kimi_lite.tools.bench.llama import Llama
+
+LLAMA, IK_LLAMA = "llama.cpp", "ik_llama"  # what --compare may name
+OURS = Ours.name
 _IMAGES = 3  # at most: K2.5's tower takes seconds
 _TRACED_TOKENS = 8
 
@@ -51,7 +59,8 @@ class Job:
     num_repeats: int
     is_random: bool
     is_sweep: bool
-    compares: bool
+    others: tuple[str, ...]  # programs to compare with: LLAMA, IK_LLAMA
+    ik_library: Path | None
     trace: Path | None
 
     @property
@@ -60,7 +69,11 @@ class Job:
         return BenchTest("tg", _TRACED_TOKENS, max(test.depth for test in self.tests))
 
 
-Row = tuple[Result, Result | None, Spread | None]  # ours, llama.cpp's, ratio
+class Row(NamedTuple):
+    """A test: our result, and each other program's with the ratio of our speed to it."""
+
+    ours: Result
+    others: Sequence[tuple[Result, Spread]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +87,12 @@ class Measured:
     environment: dict
     model: dict
     stolen_s: float
+    others: Mapping[str, str]  # programs compared with, and what they are: version, code
     image: dict | None = None  # by the vision tower
 
     @property
     def results(self) -> list[Result]:
-        return [result for ours, theirs, _ in self.rows for result in (ours, theirs) if result]
+        return [result for row in self.rows for result in (row.ours, *(theirs for theirs, _ in row.others))]
 
 
 def bench(job: Job, report: Report) -> Measured:
@@ -103,18 +117,21 @@ def bench(job: Job, report: Report) -> Measured:
         report.print_plan(plan)
         limits = find_limits(plan, job.tests)
         report.print_roofline(bandwidth, limits)
-        runners = {ours.name: ours.run}
-        if job.compares:
-            llama = _open_llama(ours.store.path, job.tests, num_threads)
-            stack.callback(llama.close)
-            runners[llama.name] = llama.run
+        runners, described = {ours.name: ours.run}, {}
+        for name in job.others:
+            other = _open_other(name, job, ours.store.path, num_threads)
+            stack.callback(other.close)
+            runners[other.name] = other.run
+            described[other.name] = other.description
+            report.say(f"other  {other.description}")
         longest = max(test.context_tokens for test in job.tests)
         passages = Passages(load_tokens(ours.tokenizer, job.is_random, longest))
         rows = _measure(job, runners, passages, num_threads, {c.test: c for c in limits}, report)
         image = _measure_image(ours, job.num_repeats, report)
         if job.trace:
             _trace(ours, job.traced, passages, job.trace, report)
-    return Measured(plan, bandwidth, limits, rows, environment, model, round(read_stolen_s() - stolen_s, 2), image)
+    stolen_s = round(read_stolen_s() - stolen_s, 2)
+    return Measured(plan, bandwidth, limits, rows, environment, model, stolen_s, described, image)
 
 
 def _measure_image(ours: Ours, num_repeats: int, report: Report) -> dict | None:
@@ -129,10 +146,15 @@ def _measure_image(ours: Ours, num_repeats: int, report: Report) -> dict | None:
     return {"tokens": SCREENSHOT.num_tokens(), "seconds": seconds, "bound_s": bound_s}
 
 
-def _open_llama(path: Path, tests: Sequence[BenchTest], num_threads: int):
-    from kimi_lite.tools.bench.llama import Llama
+def _open_other(name: str, job: Job, path: Path, num_threads: int) -> "Llama | IkLlama":
+    sizes = num_threads, context_needed(job.tests), max(test.num_sequences for test in job.tests)
+    if name == LLAMA:
+        from kimi_lite.tools.bench.llama import Llama
 
-    return Llama(path, num_threads, context_needed(tests), max(test.num_sequences for test in tests))
+        return Llama(path, *sizes)
+    from kimi_lite.tools.bench.ik_llama import IkLlama
+
+    return IkLlama(path, *sizes, library=job.ik_library)
 
 
 def _measure(
@@ -148,15 +170,14 @@ def _measure(
     report.begin_results()
     for test in job.tests:
         samples = measure_test(test, runners, passages, job.num_repeats, num_threads)
-        results = [make_result(test, name, each, limits.get(test)) for name, each in samples.items()]
-        report.print_result(results[0])
-        ratio = compare(*samples.values()) if len(samples) > 1 else None
-        rows.append((results[0], results[1] if len(results) > 1 else None, ratio))
-    report.end_results([row[0] for row in rows])
+        ours, *others = (make_result(test, name, each, limits.get(test)) for name, each in samples.items())
+        report.print_result(ours)
+        rows.append(Row(ours, [(result, compare(samples[OURS], samples[result.program])) for result in others]))
+    report.end_results([row.ours for row in rows])
     if job.is_sweep:
-        report.print_sweep([row[0] for row in rows])
-    if job.compares:
-        report.print_comparison(rows)
+        report.print_sweep([row.ours for row in rows])
+    for others in zip(*(row.others for row in rows), strict=True):
+        report.print_comparison([(row.ours, *other) for row, other in zip(rows, others, strict=True)])
     return rows
 
 
@@ -189,6 +210,7 @@ def make_document(job: Job, measured: Measured) -> dict:
         "memory_plan": measured.plan.to_json(),
         "text": "random" if job.is_random else "emma.txt",
         "num_repeats": job.num_repeats,
+        "others": dict(measured.others),
         "image": measured.image,
         "bandwidth": {
             "gb_s": {RAM: measured.bandwidth.gb_s},
@@ -209,9 +231,9 @@ def make_document(job: Job, measured: Measured) -> dict:
         ],
         "results": [result.to_json() for result in measured.results],
         "comparison": [
-            {"test": ours.test.name, "other": theirs.program, "ratio": ratio_json(ratio)}
-            for ours, theirs, ratio in measured.rows
-            if theirs and ratio
+            {"test": row.ours.test.name, "other": theirs.program, "ratio": ratio_json(ratio)}
+            for row in measured.rows
+            for theirs, ratio in row.others
         ],
         "stolen_s": measured.stolen_s,
     }

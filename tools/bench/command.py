@@ -29,7 +29,7 @@ def bench(
     batch: Annotated[
         str | None,
         typer.Option(
-            "-b", "--sequences", help="Sequences at once, comma-separated. Default: 1; with --endpoint 1 to 32."
+            "-b", "-npl", "--sequences", help="Sequences at once, comma-separated. Default: 1; with --endpoint 1 to 32."
         ),
     ] = None,
     repeats: Annotated[int, typer.Option("-r", "--repetitions", help="Undisturbed warm runs.", min=1)] = 5,
@@ -42,7 +42,20 @@ def bench(
         bool, typer.Option("--cold", help="Ask the system to forget the file before it is opened.")
     ] = False,
     compare_with: Annotated[
-        Literal["llama.cpp"] | None, typer.Option("--compare", help="The same through llama-cpp-python, in turns.")
+        list[Literal["llama.cpp", "ik_llama"]] | None,
+        typer.Option(
+            "--compare", help="The same through llama-cpp-python or ik-llama-cpp-python, in turns; may repeat."
+        ),
+    ] = None,
+    ik_library: Annotated[
+        Path | None,
+        typer.Option(
+            "--ik-library",
+            help="libllama.so of ik_llama.cpp built for this CPU; the wheel's has AVX2 code.",
+            exists=True,
+            dir_okay=False,
+            resolve_path=True,
+        ),
     ] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Write a timeline by layer and stage.", dir_okay=False)
@@ -72,7 +85,10 @@ def bench(
     ):
         if path:
             require_writable(path, what)
-    if compare_with:
+    others = tuple(dict.fromkeys(compare_with or ()))
+    if ik_library and "ik_llama" not in others:
+        raise KimiLiteError("--ik-library is for a comparison.", "Add --compare ik_llama.")
+    if "llama.cpp" in others:
         from kimi_lite.tools.bench.llama import import_llama_cpp
 
         import_llama_cpp()
@@ -85,7 +101,7 @@ def bench(
 
     before = work.read_document(baseline) if baseline else None
     report = Report(sys.stdout if output == "md" else sys.stderr)
-    job = work.Job(work.with_model(options), tuple(tests), repeats, random, sweep, compare_with is not None, trace)
+    job = work.Job(work.with_model(options), tuple(tests), repeats, random, sweep, others, ik_library, trace)
     if cold:
         work.forget_file(job, report)
     measured = work.bench(job, report)

@@ -20,7 +20,7 @@ from kimi_lite.hardware.gpu import probe_gpu
 from kimi_lite.hardware.host import cpu_name
 from kimi_lite.native.isa import isa
 
-_PACKAGES = ("numpy", "numba", "llvmlite", "torch", "triton", "llama-cpp-python")
+_PACKAGES = ("numpy", "numba", "llvmlite", "torch", "triton", "llama-cpp-python", "ik-llama-cpp-python")
 _DMI_CONFIGURED_SPEED = 0x20  # SMBIOS 3.x, 7.18: memory device, configured speed in MT/s
 
 

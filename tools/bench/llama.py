@@ -29,7 +29,7 @@ def no_log():
 class Llama:
     """A loaded model and a context for `num_sequences` sequences of up to `context_length` tokens each."""
 
-    name = "llama.cpp"
+    name = description = "llama.cpp"
 
     def __init__(self, path: Path, num_threads: int, context_length: int, num_sequences: int = 1) -> None:
         self._api = api = import_llama_cpp()
@@ -49,6 +49,11 @@ class Llama:
         if not self._context:
             raise KimiLiteError(f"llama.cpp cannot make a context of {params.n_ctx:,} tokens.", "Use a smaller -d.")
         self._memory = api.llama_get_memory(self._context)
+        self._begin(num_sequences)
+
+    def _begin(self, num_sequences: int) -> None:
+        """With a model and a context."""
+        api = self._api
         self._batch = api.llama_batch_init(BATCH_TOKENS, 0, 1)
         self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self._cached: list[tuple[int, ...]] = [()] * num_sequences  # tokens in the cache
@@ -96,8 +101,12 @@ class Llama:
         self._prefill(sequence, prefix)
 
     def _forget(self, sequence: int, length: int) -> None:
-        self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        self._remove(sequence, length)
         self._cached[sequence] = self._cached[sequence][:length]
+
+    def _remove(self, sequence: int, length: int) -> None:
+        """From the cache: what stands behind the first `length` tokens."""
+        self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
     def _prefill(self, sequence: int, ids: tuple[int, ...]) -> int:
         """The likeliest next token."""

@@ -25,6 +25,7 @@ class Run:
     first_token_s: float  # from the request to its first token; of the slowest sequence
     gaps_s: tuple[float, ...]  # between the tokens of a sequence
     counters: Mapping[str, float] = field(default_factory=dict)  # what the tiers of experts did meanwhile
+    waited_s: float | None = None  # that threads had no core, of a program in another process
 
     @property
     def tok_s(self) -> float:
@@ -97,4 +98,4 @@ class Ours:
         return list(arrivals.values()), sum(num_cached.values())
 
 
-Runner = Callable[[BenchTest, Sequence[Prompt]], Run]  # `Ours.run` or `llama.Llama.run`
+Runner = Callable[[BenchTest, Sequence[Prompt]], Run]  # `Ours.run`, `llama.Llama.run` or `ik_llama.IkLlama.run`

@@ -28,7 +28,7 @@ _LIMITS = (
     ("limit", 7),
 )
 _TIERS = (("test", -17), ("experts there", 13), ("MB from disk", 12))
-_RATIOS = (("test", -17), ("kimi-lite", 14), ("llama.cpp", 14), ("ratio", 13), ("drop", 6))
+_RATIOS = (("test", -17), ("kimi-lite", 14), ("other", 14), ("ratio", 13), ("drop", 6))
 _SWEEP = (("PP", 5), ("TG", 5), ("N_KV", 6), ("T_PP s", 8), ("S_PP t/s", 9), ("T_TG s", 8), ("S_TG t/s", 9))
 _ENDPOINT = (("test", -12), ("all t/s", 12), ("each", 5), ("TTFT", 11), ("gap", 9), ("hit", 4), ("bad", 3))
 _CHART_WIDTH = 52
@@ -116,11 +116,13 @@ class Report:
             self._row(_TIERS, [result.test.name, there, megabytes])
 
     def print_comparison(self, rows: Sequence[tuple[Result, Result, Spread]]) -> None:
-        self._head(_RATIOS)
+        """With one other program."""
+        other = rows[0][1].program
+        self._head([(other if name == "other" else name, width) for name, width in _RATIOS])
         for ours, theirs, ratio in rows:
             cells = [ours.test.name, spread(ours.tok_s), spread(theirs.tok_s), spread(ratio)]
             self._row(_RATIOS, [*cells, f"{ours.num_dropped}{'*' if ours.is_noisy else ''}"])
-        self.say("ratio: our speed / llama.cpp's; drop: disturbed turns; *: disturbed ones kept")
+        self.say(f"ratio: our speed / {other}'s; drop: disturbed turns; *: disturbed ones kept")
 
     def print_sweep(self, results: Sequence[Result]) -> None:
         """llama.cpp's sweep-bench: prompt and generation down the context, times of one piece and speeds."""

@@ -83,7 +83,7 @@ def compare(ours: Samples, theirs: Samples) -> Spread:
 
 
 def find_regressions(baseline: Mapping, document: Mapping) -> list[str]:
-    """Sentences about every ratio that fell by more than its noise: shares of the limit, and ratios to llama.cpp.
+    """Sentences about every ratio that fell by more than its noise: shares of the limit, and ratios to other programs.
 
     Ratios, not tokens/s: those two move with the machine, and these do not. Noise is two standard errors of the
     difference.
@@ -105,9 +105,10 @@ def num_comparable(baseline: Mapping, document: Mapping) -> int:
 
 def _paired_ratios(baseline: Mapping, document: Mapping) -> list[tuple[str, dict, dict]]:
     """(what, old, new): test name -> (mean, standard error)."""
+    others = dict.fromkeys(each["other"] for each in document["comparison"])
     return [
         ("the share of the limit", _limit_shares(baseline), _limit_shares(document)),
-        ("the ratio to llama.cpp", _ratios(baseline), _ratios(document)),
+        *((f"the ratio to {other}", _ratios(baseline, other), _ratios(document, other)) for other in others),
     ]
 
 
@@ -119,10 +120,11 @@ def _limit_shares(document: Mapping) -> dict[str, tuple[float, float]]:
     }
 
 
-def _ratios(document: Mapping) -> dict[str, tuple[float, float]]:
+def _ratios(document: Mapping, other: str) -> dict[str, tuple[float, float]]:
     return {
         each["test"]: (each["ratio"]["mean"], each["ratio"]["mean"] * _relative_error(each["ratio"]))
         for each in document["comparison"]
+        if each["other"] == other
     }
 
 

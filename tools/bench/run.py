@@ -89,7 +89,8 @@ def _run(runner: Runner, test: BenchTest, prompts: Sequence[Any], num_threads: i
     stolen_s, waited_s, disk_bytes, start_s = read_stolen_s(), read_waited_s(), _read_disk_bytes(), time.perf_counter()
     run = runner(test, prompts)
     elapsed_s = time.perf_counter() - start_s
-    waited_share = (read_waited_s() - waited_s) / (elapsed_s * num_threads)
+    waited_s = read_waited_s() - waited_s if run.waited_s is None else run.waited_s
+    waited_share = waited_s / (elapsed_s * num_threads)
     stolen_share = (read_stolen_s() - stolen_s) / (elapsed_s * (os.cpu_count() or 1))
     return Sample(run, max(0.0, waited_share, stolen_share), _read_disk_bytes() - disk_bytes)
 
