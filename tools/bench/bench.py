@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from kimi_lite.tools.bench.ik_llama import IkLlama
     from kimi_lite.tools.bench.llama import Llama
 
-LLAMA, IK_LLAMA = "llama.cpp", "ik_llama"  # what --compare may name
 OURS = Ours.name
 _IMAGES = 3  # at most: K2.5's tower takes seconds
 _TRACED_TOKENS = 8
@@ -59,7 +58,7 @@ class Job:
     num_repeats: int
     is_random: bool
     is_sweep: bool
-    others: tuple[str, ...]  # programs to compare with: LLAMA, IK_LLAMA
+    others: tuple[str, ...]  # programs to compare with: llama.cpp, ik_llama
     ik_library: Path | None
     trace: Path | None
 
@@ -148,7 +147,7 @@ def _measure_image(ours: Ours, num_repeats: int, report: Report) -> dict | None:
 
 def _open_other(name: str, job: Job, path: Path, num_threads: int) -> "Llama | IkLlama":
     sizes = num_threads, context_needed(job.tests), max(test.num_sequences for test in job.tests)
-    if name == LLAMA:
+    if name == "llama.cpp":
         from kimi_lite.tools.bench.llama import Llama
 
         return Llama(path, *sizes)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kimi_lite.tools.bench.report import Report
 
 _REGRESSED = 1  # exit code
+_OTHERS = "llama.cpp", "ik_llama"  # programs to compare with
 
 
 @with_options("bench")
@@ -42,10 +43,8 @@ def bench(
         bool, typer.Option("--cold", help="Ask the system to forget the file before it is opened.")
     ] = False,
     compare_with: Annotated[
-        list[Literal["llama.cpp", "ik_llama"]] | None,
-        typer.Option(
-            "--compare", help="The same through llama-cpp-python or ik-llama-cpp-python, in turns; may repeat."
-        ),
+        str | None,
+        typer.Option("--compare", help="llama.cpp, ik_llama or both, comma-separated: the same in turns."),
     ] = None,
     ik_library: Annotated[
         Path | None,
@@ -85,7 +84,7 @@ def bench(
     ):
         if path:
             require_writable(path, what)
-    others = tuple(dict.fromkeys(compare_with or ()))
+    others = _parse_others(compare_with or "")
     if ik_library and "ik_llama" not in others:
         raise KimiLiteError("--ik-library is for a comparison.", "Add --compare ik_llama.")
     if "llama.cpp" in others:
@@ -114,6 +113,15 @@ def bench(
     _write(output, measured, document)
     if regressions:
         raise typer.Exit(_REGRESSED)
+
+
+def _parse_others(text: str) -> tuple[str, ...]:
+    """Names of other programs, each once."""
+    others = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in others:
+        if name not in _OTHERS:
+            raise KimiLiteError(f"--compare does not know {name}.", f"It knows {' and '.join(_OTHERS)}.")
+    return others
 
 
 def _require_remote(local: Mapping[str, object]) -> None:

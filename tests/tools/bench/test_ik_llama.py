@@ -92,3 +92,8 @@ def test_the_wheel_itself(tiny):
     test = BenchTest("tg", 3, 5, 2)
     assert len(other.run(test, Passages(np.arange(9)).prompts(test)).gaps_s) == 3
     other.close()
+
+
+def test_programs_to_compare_with_have_names(tiny):
+    with pytest.raises(KimiLiteError, match="does not know vllm"):
+        CliRunner().invoke(command.app, ["-m", str(tiny), "--compare", "llama.cpp,vllm"], catch_exceptions=False)
