@@ -128,7 +128,7 @@ def test_functions_are_told_apart(kernels):
 
 def test_all_that_a_model_needs_is_named(monkeypatch):
     """Without compiling: every kernel can be told apart, of every type and row form, for the demo and for K2."""
-    names = [prebuilt.identity(k.function, k.signature) for k in kernels_of(["Q8_0", "TQ1_0", "F32"])]
+    names = [prebuilt.identity(k.function, k.signature) for k in kernels_of(["Q8_0", "TQ1_0", "F32"], ["f16", "q8"])]
     assert None not in names
     for part in (
         "threads._work",

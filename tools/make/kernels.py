@@ -1,7 +1,7 @@
 """Compiles kernels for common kinds of CPUs, on whatever CPU this is, for a wheel to carry (`native.cpu.prebuilt`).
 
     python -m tools.make.kernels                                  # all types, three targets, as many processes as cores
-    python -m tools.make.kernels --targets avx512-vnni --types q8_0,f32
+    python -m tools.make.kernels --targets native --types q8_0,f16,f32 --caches f16    # what the demo needs here
 
 Each target is compiled by processes that Numba was told so (NUMBA_CPU_NAME). With a wheel made afterwards a first start
 compiles nothing on x86-64 CPUs with Linux's C library: AVX2 of Haswell and Zen 1 on, AVX-VNNI of Alder Lake, AVX-512
@@ -23,7 +23,7 @@ import typer
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import whole_file
-from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI
+from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, isa
 
 if TYPE_CHECKING:
     from kimi_lite.native.cpu.compiler import Function, Kernel
@@ -56,23 +56,29 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.command()
 def main(
-    targets: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TARGETS),
+    targets: Annotated[str, typer.Option(help="Comma-separated; native: this CPU's.")] = ",".join(TARGETS),
     types: Annotated[str, typer.Option(help="Comma-separated, e.g. q8_0,f32. Default: all that have kernels.")] = "",
+    caches: Annotated[str, typer.Option(help="Forms of the KV cache: f32, f16, bf16, q8. Default: all.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder. Default: where the wheel takes them from.")] = None,
-    here: Annotated[bool, typer.Option("--here", hidden=True, help="In this process, which is of the target.")] = False,
+    is_worker: Annotated[bool, typer.Option("--worker", hidden=True, help="This process has the target.")] = False,
 ) -> None:
     """Compile kernels for CPUs that need not be here."""
     from kimi_lite.native.cpu import prebuilt
+    from kimi_lite.native.latent_rows import ROW_FORMS
 
-    folder, wanted = out or prebuilt.FOLDER, targets.split(",")
+    folder, forms = out or prebuilt.FOLDER, caches.split(",") if caches else [*ROW_FORMS]
+    wanted = [isa().name if name == "native" else name for name in targets.split(",")]
+    if set(forms) - ROW_FORMS.keys():
+        raise KimiLiteError(f"There is no KV cache in {', '.join(forms)}.", f"Known are {', '.join(ROW_FORMS)}.")
     unknown = set(wanted) - TARGETS.keys()
     if unknown:
         raise KimiLiteError(f"There is no target {sorted(unknown)[0]}.", f"Known are {', '.join(TARGETS)}.")
-    if here:
-        path = write_archive(folder, TARGETS[wanted[0]].features, kernels_of(type_names(types)))
+    if is_worker:
+        path = write_archive(folder, TARGETS[wanted[0]].features, kernels_of(type_names(types), forms))
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
         return
-    command = [sys.executable, "-m", "kimi_lite.tools.make.kernels", "--here", "--out", str(folder), "--types", types]
+    command = [sys.executable, "-m", "kimi_lite.tools.make.kernels", "--worker", "--out", str(folder), "--types", types]
+    command += ["--caches", caches]
     running = [subprocess.Popen([*command, "--targets", name], env=environment_of(name)) for name in wanted]
     codes = [process.wait() for process in running]
     if any(codes):
@@ -99,8 +105,9 @@ def type_names(types: str) -> list[str]:
     return asked
 
 
-def kernels_of(types: Sequence[str]) -> "Iterator[Kernel | Function]":
-    """All kernels that a model of these types may need on the CPU, and those that measure it; one may come twice."""
+def kernels_of(types: Sequence[str], caches: Sequence[str]) -> "Iterator[Kernel | Function]":
+    """All kernels that a model of these types may need on the CPU with a KV cache of these forms, and those that
+    measure the machine; one may come twice."""
     import kimi_lite.native.cpu as folder
     from kimi_lite.hardware import bandwidth
     from kimi_lite.native.cpu.attention import compiled_attention, heads_per_group
@@ -108,7 +115,6 @@ def kernels_of(types: Sequence[str]) -> "Iterator[Kernel | Function]":
     from kimi_lite.native.cpu.compiler import Function, Kernel
     from kimi_lite.native.cpu.latent import compiled_write
     from kimi_lite.native.cpu.matrix import KERNELS
-    from kimi_lite.native.latent_rows import ROW_FORMS
 
     modules = [
         importlib.import_module(each.name) for each in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
@@ -117,7 +123,7 @@ def kernels_of(types: Sequence[str]) -> "Iterator[Kernel | Function]":
         yield from (each for each in vars(module).values() if isinstance(each, (Kernel, Function)))
     for name in types:
         yield from (kernel(name) for kernel in KERNELS)
-    for dtype in ROW_FORMS:
+    for dtype in caches:
         yield compiled_write(dtype)
         yield compiled_prefill(dtype)
         yield from (compiled_attention(group, dtype) for group in sorted({heads_per_group(heads) for heads in HEADS}))
@@ -132,7 +138,7 @@ def write_archive(folder: Path, features: Sequence[str], kernels: "Iterable[Kern
     from kimi_lite.native.cache import state_of_sources
     from kimi_lite.native.cpu import prebuilt
     from kimi_lite.native.cpu.compiler import Kernel
-    from kimi_lite.native.isa import isa, target_features
+    from kimi_lite.native.isa import target_features
 
     assert target_features() == set(features), target_features() ^ set(features)
     objects: dict[str, bytes] = {}
