@@ -136,9 +136,11 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         axes = figure.add_subplot()
         for colour, kind in zip(PALETTE, (UNIFORM, EXPERTS, ALL), strict=False):
             points = sorted((row.num_bytes / 1e6, row.kl_nats, row.type) for row in rows if row.kind == kind)
-            axes.plot(*zip(*[point[:2] for point in points], strict=True), "o-", color=colour, label=kind)
-            if kind == UNIFORM:
-                for size, nats, name in points:
+            joined = [point for point in points if kind != UNIFORM or not point[2].startswith(_EVERYWHERE)]
+            axes.plot([size for size, _, _ in joined], [nats for _, nats, _ in joined], color=colour, label=kind)
+            for size, nats, name in points:
+                axes.plot(size, nats, "o", color=colour)
+                if kind == UNIFORM:
                     axes.annotate(name.upper(), (size, nats), xytext=(4, 4), textcoords="offset points", fontsize=8)
         axes.set(xlabel="file, MB", ylabel="KL divergence, nats", yscale="log")
         axes.legend(frameon=False)
