@@ -7,6 +7,7 @@ Two numbers mean different types in different forks.
 from typing import NamedTuple
 
 from kimi_lite.native.layouts import LAYOUTS
+from kimi_lite.native.types.interleaved import interleaved
 
 
 class ForeignType(NamedTuple):
@@ -32,6 +33,7 @@ _Q2_0 = (
     "Get the file in llama.cpp's own Q2_0 (type 42, blocks of 64), or make it of the checkpoint: "
     "kimi-lite quantize FOLDER OUT.gguf --recipe q2_0"
 )
+_IN_ORDER = "Write its rows in order, which loses nothing: kimi-lite quantize FILE.gguf OUT.gguf"
 _FORKS = {
     64: ForeignType("IQ1_XS", _UNSLOTH, _LARGER),
     65: ForeignType("IQ1_XXS", _UNSLOTH, _LARGER),
@@ -52,6 +54,9 @@ def foreign_type(ggml_id: int) -> ForeignType | None:
         return _FORKS[ggml_id]
     if ggml_id in _IK_NAMES:
         return ForeignType(_IK_NAMES[ggml_id], _IK, _MAINLINE)
+    if ggml_id in interleaved():
+        kind = interleaved()[ggml_id]
+        return ForeignType(kind.name, f"{_IK} with rows interleaved by {kind.num_rows}", _IN_ORDER)
     if ggml_id in _IK_RANGE:
         base = _IK_NAMES.get(ggml_id - _INTERLEAVED) or _own_name(ggml_id - _INTERLEAVED)
         name = f"{base} with interleaved rows" if base and ggml_id > _INTERLEAVED else "without a name here"

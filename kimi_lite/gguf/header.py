@@ -17,6 +17,7 @@ from kimi_lite.files import require_no_pointer
 from kimi_lite.gguf.foreign_types import foreign_type
 from kimi_lite.gguf.metadata import DAMAGED_HINT, U32, U64, Cursor, Value, quoted, read_metadata
 from kimi_lite.native.layouts import LAYOUTS, Layout
+from kimi_lite.native.types.interleaved import Interleaved, interleaved
 
 MAX_TENSORS = 262_144
 MAX_NAME_BYTES = 63  # ggml.h GGML_MAX_NAME, less its zero
@@ -27,13 +28,15 @@ _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # length, one letter, number of dimen
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: `shape` in numpy order (last axis = input), `start` and `num_bytes` in the file."""
+    """One tensor: `shape` in numpy order (last axis = input), `start` and `num_bytes` in the file. `interleaved`: how
+    the file has its rows, where they are not in order."""
 
     name: str
     layout: Layout
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+    interleaved: Interleaved | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,12 @@ class GGUFHeader:
     tensors: tuple[TensorInfo, ...]
 
 
-def read_header(path: Path, data: memoryview, file_bytes: int | None = None) -> GGUFHeader:
+def read_header(
+    path: Path, data: memoryview, file_bytes: int | None = None, has_interleaved: bool = False
+) -> GGUFHeader:
     """Parse and check the header of a whole mapped file (uint8); `path` is only for the sentences. `file_bytes`: `data`
-    is the beginning of a file of this size. Raises KimiLiteError; HeaderGoesOn where more of the file is needed."""
+    is the beginning of a file of this size; `has_interleaved`: rows may be interleaved, which is refused else. Raises
+    KimiLiteError; HeaderGoesOn where more of the file is needed."""
     cursor = Cursor(path, data, file_bytes=file_bytes)
     _check_magic(cursor)
     num_tensors = cursor.unpack(U64, "the number of tensors")
@@ -59,7 +65,7 @@ def read_header(path: Path, data: memoryview, file_bytes: int | None = None) -> 
     entries = [_read_tensor_entry(cursor, index, num_tensors) for index in range(num_tensors)]
     alignment = _checked_alignment(cursor, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
     data_start = -(-cursor.at // alignment) * alignment
-    tensors = tuple(_place_tensor(cursor, entry, alignment, data_start) for entry in entries)
+    tensors = tuple(_place_tensor(cursor, entry, alignment, data_start, has_interleaved) for entry in entries)
     _check_unique(cursor, tensors)
     _check_places(cursor, tensors)
     return GGUFHeader(values, metadata, tensors)
@@ -118,9 +124,12 @@ def _checked_alignment(cursor: Cursor, alignment: object) -> int:
     return alignment
 
 
-def _place_tensor(cursor: Cursor, entry: _TensorEntry, alignment: int, data_start: int) -> TensorInfo:
+def _place_tensor(
+    cursor: Cursor, entry: _TensorEntry, alignment: int, data_start: int, has_interleaved: bool
+) -> TensorInfo:
     shown = f"tensor {quoted(entry.name)}"
-    layout = LAYOUTS.get(entry.ggml_id)
+    kind = interleaved().get(entry.ggml_id) if has_interleaved else None
+    layout = kind.base if kind else LAYOUTS.get(entry.ggml_id)
     if layout is None:
         raise _unknown_type(cursor, shown, entry.ggml_id)
     if entry.dims[0] % layout.block_size:
@@ -128,11 +137,14 @@ def _place_tensor(cursor: Cursor, entry: _TensorEntry, alignment: int, data_star
             f"{shown} has rows of {entry.dims[0]:,} weights, and {layout.name} needs a multiple of {layout.block_size}"
         )
         raise cursor.error(problem, DAMAGED_HINT)
+    if kind and (len(entry.dims) < 2 or entry.dims[1] % kind.num_rows):
+        problem = f"{shown} of type {kind.name} has dimensions {entry.dims}, and needs groups of {kind.num_rows} rows"
+        raise cursor.error(problem, DAMAGED_HINT)
     if entry.offset % alignment:
         problem = f"{shown} starts at offset {entry.offset:,}, which is no multiple of the alignment {alignment:,}"
         raise cursor.error(problem, DAMAGED_HINT)
     num_bytes = layout.row_bytes(entry.dims[0]) * math.prod(entry.dims[1:])
-    return TensorInfo(entry.name, layout, entry.dims[::-1], data_start + entry.offset, num_bytes)
+    return TensorInfo(entry.name, layout, entry.dims[::-1], data_start + entry.offset, num_bytes, kind)
 
 
 class UnknownTypeError(KimiLiteError):

@@ -21,6 +21,7 @@ from kimi_lite.gguf.header import GGUFHeader, TensorInfo, read_header
 from kimi_lite.gguf.metadata import DAMAGED_HINT, Value, quoted
 from kimi_lite.gguf.shards import find_shards, shard_name
 from kimi_lite.native.layouts import Layout
+from kimi_lite.native.types.interleaved import Interleaved
 
 _FOREIGN_HINT = "Put only the shards of one download into a folder; fetch this one again."
 
@@ -36,6 +37,7 @@ class TensorView:
     data: np.ndarray
     shard: Path  # where the same bytes can be read without the mapping: from `start` on
     start: int
+    interleaved: Interleaved | None = None  # how the file has the rows, where they are not in order
 
     @property
     def num_bytes(self) -> int:
@@ -55,11 +57,13 @@ class GGUFStore:
         self.tensors: Mapping[str, TensorView] = MappingProxyType(tensors)
 
     @classmethod
-    def open(cls, path: str | Path) -> "GGUFStore":
-        """Map a .gguf file, the first shard of many, or the one model in a folder. Raises KimiLiteError."""
+    def open(cls, path: str | Path, has_interleaved: bool = False) -> "GGUFStore":
+        """Map a .gguf file, the first shard of many, or the one model in a folder. `has_interleaved`: the caller brings
+        interleaved rows in order; else they are refused. Raises KimiLiteError."""
         shards = find_shards(Path(os.path.expanduser(path)))  # pathlib's raises for an unknown ~user
         files = [_map_file(shard) for shard in shards]
-        headers = [read_header(shard, memoryview(file)) for shard, file in zip(shards, files, strict=True)]
+        mapped = zip(shards, files, strict=True)
+        headers = [read_header(shard, memoryview(file), has_interleaved=has_interleaved) for shard, file in mapped]
         _check_shards(shards, headers)
         opened = zip(shards, files, headers, strict=True)
         tensors = {info.name: _view(info, shard, file) for shard, file, header in opened for info in header.tensors}
@@ -128,7 +132,8 @@ def _view(info: TensorInfo, shard: Path, file: np.ndarray) -> TensorView:
     flat = file[info.start : info.start + info.num_bytes].view(
         np.ndarray
     )  # slices of a plain array are cheaper than a memmap's
-    return TensorView(info.name, info.layout, info.shape, flat.reshape(*info.shape[:-1], row_bytes), shard, info.start)
+    data = flat.reshape(*info.shape[:-1], row_bytes)
+    return TensorView(info.name, info.layout, info.shape, data, shard, info.start, info.interleaved)
 
 
 def _absent(info: TensorInfo, shard: Path) -> TensorView:

@@ -17,6 +17,7 @@ from kimi_lite.gguf.metadata import Value
 from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.native.cpu.blocks import is_implemented
 from kimi_lite.native.cpu.matrix import dequantize
+from kimi_lite.native.cpu.row_order import rows_in_order
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.metadata import FILE_KEYS, quantization_metadata
@@ -27,7 +28,7 @@ _SHRUNK_HINT = "Restore that file, and repeat the command: the conversion starts
 
 def open_gguf_model(path: Path) -> SourceModel:
     """`path` is a file, the first shard, or a folder with one model. Raises KimiLiteError."""
-    store = GGUFStore.open(path)
+    store = GGUFStore.open(path, has_interleaved=True)
     states = tuple(map(FileState.of, store.shards))
     unknown = sorted({view.layout.name for view in store.tensors.values() if not is_implemented(view.layout.name)})
     if unknown:
@@ -47,24 +48,39 @@ def open_gguf_model(path: Path) -> SourceModel:
 
 def _source_tensors(store: GGUFStore, table: Architecture | None) -> Iterator[SourceTensor]:
     roles = in_our_names(store, table).tensors if table else store.tensors
+    is_interleaved = any(view.interleaved for view in store.tensors.values())  # then types stay, if none is asked for
     for view, role in zip(store.tensors.values(), roles, strict=True):
         yield SourceTensor(
             name=view.name,
             role=role,
             shape=view.shape,
-            stored=view.layout.name.lower(),
+            stored=(view.interleaved or view.layout).name.lower(),
             exact=frozenset({view.layout.name, "F32"}),
             open_rows=partial(_decoded_rows, view),
             open_encoded=partial(_kept_rows, view),
+            codes=view.layout.name if is_interleaved and len(view.shape) > 1 else None,
         )
 
 
 def _kept_rows(view: TensorView, layout: Layout) -> RowReader | None:
-    return _file_rows(view) if layout is view.layout else None
+    return _rows_in_order(view) if layout is view.layout else None
+
+
+def _rows_in_order(view: TensorView) -> RowReader:
+    """The rows' bytes, in the order of rows however the file has them."""
+    read, kind = _file_rows(view), view.interleaved
+    if kind is None:
+        return read
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        first, end = start // kind.num_rows * kind.num_rows, -(-stop // kind.num_rows) * kind.num_rows
+        return rows_in_order(kind, read(first, end), view.shape[-1])[start - first : stop - first]
+
+    return read_rows
 
 
 def _file_rows(view: TensorView) -> RowReader:
-    """The rows' bytes. Read and not mapped: a file that shrinks meanwhile is an error and not a crash."""
+    """The rows' bytes as the file has them. Read and not mapped: a file that shrinks meanwhile is an error."""
     num_rows, row_bytes = view.data.size // view.data.shape[-1], view.data.shape[-1]
 
     def read_rows(start: int, stop: int) -> np.ndarray:
@@ -87,5 +103,5 @@ def _file_rows(view: TensorView) -> RowReader:
 
 
 def _decoded_rows(view: TensorView) -> RowReader:
-    read = _file_rows(view)
+    read = _rows_in_order(view)
     return lambda start, stop: dequantize(read(start, stop), view.layout.name)

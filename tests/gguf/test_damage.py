@@ -307,7 +307,7 @@ def test_control_characters_from_a_file_are_not_printed(tmp_path):
         (66, "IQ1_XXXS.*Unsloth", "UD-TQ1_0 or IQ1_S"),
         (142, "PQ2_0.*PrismML.*blocks of 128", "llama.cpp's own Q2_0"),
         (134, r"\(IQ1_BN\), a type of ik_llama.cpp", "kimi-lite pull"),
-        (337, r"\(IQ2_K with interleaved rows\), a type of ik_llama.cpp", "kimi-lite pull"),
+        (337, r"\(IQ2_K_R4\), a type of ik_llama.cpp with rows interleaved by 4", "kimi-lite quantize FILE.gguf"),
         (229, r"\(IQ1_M with interleaved rows\)", "kimi-lite pull"),
     ],
 )

@@ -2,19 +2,22 @@
 
     python -m tests.native.types.ik_oracle LIBGGML.so [TYPE ...]
 
-records rows of the types (all that only ik_llama.cpp knows, without one) in `recorded/`. The library comes with PyPI's
+records rows of the types (all that only ik_llama.cpp knows, without one) in `recorded/`, and a unit of each interleaved
+one. The library comes with PyPI's
 ik-llama-cpp-python (`ik_llama_cpp/lib/libggml.so`); install that into a virtual environment of its own.
 """
 
 import ctypes
 import importlib.util
 import sys
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.types.interleaved import Interleaved, interleaved, sources
 from kimi_lite.native.types.random_blocks import hostile_rows
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -91,6 +94,58 @@ class Oracle:
             to_float(row.ctypes.data, out.ctypes.data, out.size)
         return weights
 
+    def decode_units(self, kind: Interleaved, units: np.ndarray, row_weights: int) -> np.ndarray:
+        """uint8 (num_rows * n, row_bytes) of interleaved rows -> float32 (num_rows * n, row_weights)."""
+        traits = self._traits(kind.ggml_id)
+        assert traits.type_name.decode().upper() == kind.name, (traits.type_name, kind.name)
+        weights = np.empty((len(units), row_weights), np.float32)
+        for unit, out in zip(_by_units(kind, units), _by_units(kind, weights), strict=True):
+            traits.to_float(unit.ctypes.data, out.ctypes.data, out.size)
+        return weights
+
+
+def _by_units(kind: Interleaved, rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(len(rows) // kind.num_rows, -1)
+
+
+def interleave(kind: Interleaved, rows: np.ndarray) -> np.ndarray:
+    """What `rows_in_order` undoes, bit by bit: uint8 (num_rows * n, row_bytes) -> the units."""
+    header_bytes, size = kind.base.header_bytes, kind.num_rows
+    of_units = rows.reshape(-1, size, rows.shape[1])
+    blocks = of_units[:, :, header_bytes:].reshape(len(of_units), size, -1, kind.base.block_bytes)
+    bits = np.unpackbits(blocks, axis=-1, bitorder="little")  # (units, rows, B, bits)
+    found = np.zeros((len(of_units), blocks.shape[2], size * 8 * kind.base.block_bytes), np.uint8)
+    first, second = sources(kind)
+    for row in range(size):
+        for bit in range(bits.shape[-1]):
+            found[..., first[row, bit]] = bits[:, row, :, bit]
+            if second[row, bit] >= 0:
+                found[..., first[row, bit]] ^= found[..., second[row, bit]]
+    packed = np.packbits(found, axis=-1, bitorder="little").reshape(len(of_units), -1)
+    heads = of_units[:, :, :header_bytes].reshape(len(of_units), -1)
+    return np.concatenate([heads, packed], axis=1).reshape(rows.shape)
+
+
+def digest_of(weights: np.ndarray) -> str:
+    """Of float32; zeros count as positive."""
+    return blake2b((weights + np.float32(0)).tobytes(), digest_size=16).hexdigest()
+
+
+UNITS = RECORDED / "units.npz"
+# Their library does not know MXFP4_R8.
+RECORDED_KINDS = tuple(kind for kind in interleaved().values() if kind.name != "MXFP4_R8")
+
+
+def record_units(oracle: Oracle) -> None:
+    """A unit of each interleaved type, and a digest of the weights that they are."""
+    found = {}
+    for kind in RECORDED_KINDS:
+        k = kind.base.block_size
+        units = interleave(kind, hostile_rows(kind.base.name, kind.num_rows, k, np.random.default_rng(kind.ggml_id)))
+        found[kind.name] = units
+        found[f"{kind.name} digest"] = np.array(digest_of(oracle.decode_units(kind, units, k)))
+    np.savez_compressed(UNITS, **found)
+
 
 def record(oracle: Oracle, name: str) -> None:
     """One row with a positive and one with a negative scale."""
@@ -102,3 +157,4 @@ def record(oracle: Oracle, name: str) -> None:
 if __name__ == "__main__":
     for type_name in sys.argv[2:] or IK_TYPES:
         record(Oracle(Path(sys.argv[1])), type_name)
+    record_units(Oracle(Path(sys.argv[1])))

@@ -2,6 +2,8 @@
 written."""
 
 import importlib.util
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,14 @@ from gguf import GGUFReader
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.reference_types import dequantize
+from kimi_lite.native.types.interleaved import interleaved
 from kimi_lite.quantize.check.verify import verify
 from kimi_lite.quantize.convert import convert
-from kimi_lite.quantize.recipe.choose import find_recipe, with_overrides
+from kimi_lite.quantize.recipe.choose import find_recipe, kept_recipe, with_overrides
+from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from tests.checkpoints import make_checkpoint
+from tests.gguf.gguf_bytes import text
+from tests.native.types.ik_oracle import interleave
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -148,3 +154,33 @@ def _logits(path: Path, ids: np.ndarray) -> np.ndarray:
 
     with Runner(path, kv_dtype="f16") as runner:
         return runner.prefill(ids)
+
+
+def with_interleaved_experts(path: Path, out: Path) -> int:
+    """A copy whose Q8_0 experts are Q8_0_R8; returns how many tensors that are."""
+    kind, data, store = interleaved()[208], bytearray(path.read_bytes()), GGUFStore.open(path)
+    experts = [view for view in store.tensors.values() if "_exps" in view.name and view.layout is kind.base]
+    for view in experts:
+        stated = text(view.name) + struct.pack(f"<I{len(view.shape)}Q", len(view.shape), *view.shape[::-1])
+        [at] = [match.end() for match in re.finditer(re.escape(stated), data)]
+        data[at : at + 4] = struct.pack("<I", kind.ggml_id)
+        rows = view.data.reshape(-1, view.data.shape[-1])
+        data[view.start : view.start + view.num_bytes] = interleave(kind, rows).tobytes()
+    out.write_bytes(data)
+    return len(experts)
+
+
+def test_interleaved_rows_come_in_order(source, tmp_path):
+    """Refused where a model is run, with the command that writes its rows in order, every tensor in its type."""
+    plain, turned, again = (tmp_path / name for name in ("plain.gguf", "turned.gguf", "again.gguf"))
+    convert(source, plain, with_overrides(find_recipe("q8_0"), ["attn_output=tq1_0"]))
+    assert with_interleaved_experts(plain, turned) == 3
+    with pytest.raises(KimiLiteError, match=r"Q8_0_R8.*rows interleaved by 8") as refusal:
+        GGUFStore.open(turned)
+    assert "kimi-lite quantize" in refusal.value.hint
+    convert(turned, again, kept_recipe(open_gguf_model(turned)))
+    before, after = GGUFStore.open(plain).tensors, GGUFStore.open(again).tensors
+    assert before.keys() == after.keys()
+    for name, view in before.items():
+        assert view.layout is after[name].layout and np.array_equal(view.data, after[name].data), name
+    assert not GGUFStore.open(turned, has_interleaved=True).tensors.keys() ^ before.keys()
