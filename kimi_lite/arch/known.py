@@ -7,14 +7,27 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from kimi_lite.arch.config import ModelConfig, RopeConfig
+from kimi_lite.arch.moonvit import MoonViT
 from kimi_lite.errors import KimiLiteError
 
 _K2_ROPE = RopeConfig(50_000.0, "yarn", 64.0, 4096, 32.0, 1.0, 0.1)
 _K2_THINKING_ROPE = replace(_K2_ROPE, beta_fast=1.0)
 _V3_ROPE = RopeConfig(10_000.0, "yarn", 40.0, 4096, 32.0, 1.0, 0.1)
-_MOONVIT_BYTES = 2 * (
-    416_866_032 + 54_277_888
-)  # K2.5's vision tower and projector in bfloat16, from its published tensors
+K2_5_TOWER = MoonViT(
+    projector="kimik25",
+    hidden=1152,
+    feed_forward=4304,
+    layers=27,
+    heads=16,
+    patch=14,
+    height=64,
+    width=64,
+    time=4,
+    merge=2,
+    eps=1e-5,
+    text_hidden=7168,
+)
+KIMI_VL_TOWER = replace(K2_5_TOWER, projector="kimivl", time=1, text_hidden=2048)
 
 K2_5 = ModelConfig(
     architecture="deepseek2",
@@ -89,18 +102,23 @@ _V2_LITE = replace(
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """`aliases` are other names that people type; `vision_bytes` of its vision tower in bfloat16, or 0."""
+    """`aliases` are other names that people type; `tower`: its vision tower, if it has one."""
 
     config: ModelConfig
     aliases: tuple[str, ...] = ()
-    vision_bytes: int = 0
+    tower: MoonViT | None = None
     has_int4_experts: bool = False  # published with 4-bit experts, so `q4_0-lossless` keeps them exactly
+
+    @property
+    def vision_bytes(self) -> int:
+        """Of the tower in bfloat16, as it is published; 0 without one."""
+        return 2 * self.tower.num_weights if self.tower else 0
 
 
 KNOWN: dict[str, KnownModel] = {
-    "kimi-k2.5": KnownModel(K2_5, ("k2.5", "kimi-k25"), _MOONVIT_BYTES, True),
-    "kimi-k2.6": KnownModel(replace(K2_5, name="Kimi K2.6"), ("k2.6", "kimi-k26"), _MOONVIT_BYTES, True),
-    "kimi-k2.7-code": KnownModel(replace(K2_5, name="Kimi K2.7 Code"), ("k2.7-code", "k2.7"), _MOONVIT_BYTES, True),
+    "kimi-k2.5": KnownModel(K2_5, ("k2.5", "kimi-k25"), K2_5_TOWER, True),
+    "kimi-k2.6": KnownModel(replace(K2_5, name="Kimi K2.6"), ("k2.6", "kimi-k26"), K2_5_TOWER, True),
+    "kimi-k2.7-code": KnownModel(replace(K2_5, name="Kimi K2.7 Code"), ("k2.7-code", "k2.7"), K2_5_TOWER, True),
     "kimi-k2-thinking": KnownModel(
         replace(K2_5, name="Kimi K2 Thinking", rope=_K2_THINKING_ROPE), ("k2-thinking",), has_int4_experts=True
     ),
@@ -118,7 +136,7 @@ KNOWN: dict[str, KnownModel] = {
     "kimi-vl": KnownModel(
         replace(_MOONLIGHT, name="Kimi-VL-A3B", context_length=131_072, rope=RopeConfig(800_000.0)),
         ("kimi-vl-a3b",),
-        2 * (416_866_032 + 30_679_808),  # the same tower with a projector to 2048
+        KIMI_VL_TOWER,
     ),
     "deepseek-v3": KnownModel(_V3, ("v3", "deepseek-v3.1")),
     "deepseek-r1": KnownModel(replace(_V3, name="DeepSeek-R1"), ("r1",)),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kimi_lite.arch.architecture import Row, find_row, layer_of
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.dense import F32, dense_layout
+from kimi_lite.arch.moonvit import MoonViT
 from kimi_lite.arch.tensors import is_tied
 from kimi_lite.native.layouts import Layout
 from kimi_lite.options import DENSE_TYPES, FITTING
@@ -58,6 +59,7 @@ class ModelSizes:
     slot_bytes: int  # of the largest routed expert, its matrices aligned: what a place for one takes
     converted_bytes: int = 0  # copies that loading makes: keys and values of files with a joint attn_kv_b
     vision_bytes: int = 0
+    tower: MoonViT | None = None  # whose weights those are
     bytes_by_type: tuple[tuple[str, int], ...] = ()  # largest first, without vision
     dense_type: str = FITTING[0]  # of `gpu`, what plans and costs count
 
@@ -95,7 +97,9 @@ class ModelSizes:
         return self.gpu_dense_bytes * config.shared_parameters / dense
 
 
-def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0) -> ModelSizes:
+def sizes_of(
+    config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int = 0, tower: MoonViT | None = None
+) -> ModelSizes:
     """Sums the tensors of a file, or of a file to be. An embedding that is the head too is read whole, for every
     token."""
     tensors = list(tensors)
@@ -133,6 +137,7 @@ def sizes_of(config: ModelConfig, tensors: Iterable[Tensor], vision_bytes: int =
         slot_bytes=max(slot.values(), default=0),
         converted_bytes=converted,
         vision_bytes=vision_bytes,
+        tower=tower,
         bytes_by_type=tuple(by_type.most_common()),
     )
 
@@ -151,10 +156,12 @@ def slot_aligned(num_bytes: int) -> int:
     return -(-num_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
 
 
-def store_sizes(store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0) -> ModelSizes:
+def store_sizes(
+    store: "GGUFStore", config: ModelConfig, vision_bytes: int = 0, tower: MoonViT | None = None
+) -> ModelSizes:
     """Of an open file."""
     tensors = ((tensor.name, tensor.shape, tensor.layout) for tensor in store.tensors.values())
-    return sizes_of(config, tensors, vision_bytes)
+    return sizes_of(config, tensors, vision_bytes, tower)
 
 
 def _partner(name: str) -> str | None:

@@ -11,7 +11,7 @@ from kimi_lite.hardware.machine import Gpu
 from kimi_lite.hardware.probe import probe
 from kimi_lite.options import Options, Situation
 from kimi_lite.plan.plan import make_plan
-from kimi_lite.plan.subject import vision_bytes
+from kimi_lite.plan.subject import vision_of
 from kimi_lite.plan.types import Plan
 
 WARM_SHARE = 0.9  # of the free memory that a model's files may fill before they are read there
@@ -23,8 +23,8 @@ def plan_load(store: GGUFStore, config: ModelConfig, options: Options, gpus: Seq
     first, *others = gpus
     hardware = replace(probe(store.path), gpu=first, more_gpus=tuple(others))
     on_path = options if first else replace(options, device="cpu")
-    seen = 0 if options.vision == "off" else vision_bytes(store, config, options.mmproj)
-    return make_plan(store_sizes(store, config, seen), hardware, on_path).require()
+    seen, tower = (0, None) if options.vision == "off" else vision_of(store, config, options.mmproj)
+    return make_plan(store_sizes(store, config, seen, tower), hardware, on_path).require()
 
 
 def situation_of(plan: Plan, options: Options) -> Situation:

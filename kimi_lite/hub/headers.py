@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from kimi_lite.arch.known import K2_5_TOWER
 from kimi_lite.arch.tensors import checked_model
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import cache_folder, whole_file
@@ -40,9 +41,10 @@ def describe(hub: Hub, repository: Repository, quant: Quant, has_vision: bool = 
     headers = [_header(hub, repository, file) for file in quant.files]
     store = GGUFStore.from_headers(tuple(Path(file.name) for file in quant.files), headers)
     tower = repository.tower_of(quant) if has_vision else None
-    return file_subject(
-        checked_model(store), replace(repository.name, quant=quant.label).flag, tower.num_bytes if tower else 0
-    )
+    flag = replace(repository.name, quant=quant.label).flag
+    if tower is None:
+        return file_subject(checked_model(store), flag)
+    return file_subject(checked_model(store), flag, tower.num_bytes, K2_5_TOWER)  # all towers have its body
 
 
 def describe_all(

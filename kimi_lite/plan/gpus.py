@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.plan.types import DENSE, KV, MARGIN, SLOTS, VISION, WORK, Budget, GpuPart, MemoryRow, PlanInputs
-from kimi_lite.plan.workspace import PROMPT_CHUNKS, WORK_SHARE, gpu_margin_bytes, gpu_work_bytes
+from kimi_lite.plan.workspace import PROMPT_CHUNKS, WORK_SHARE, gpu_margin_bytes, gpu_work_bytes, vision_work_bytes
 
 _HALVINGS = 10  # of the share of experts that is looked for
 
@@ -66,7 +66,7 @@ def lay_out_gpus(
     """Rows, tokens of a prompt's chunk, and what each GPU gets: layers, and slots from what is left."""
     limits, gpus = situation.limits, situation.hardware.gpus[: sizes.config.num_layers]
     layers = _Layers.find(sizes, cache_bytes)
-    vision = [sizes.vision_bytes if limits.vision == "gpu" and n == 0 else 0 for n in range(len(gpus))]
+    vision = [_vision_bytes(sizes, limits.vision == "gpu") if n == 0 else 0 for n in range(len(gpus))]
     margins = [gpu_margin_bytes(gpu) for gpu in gpus]
     have = [budgets[n].have_bytes - vision[n] - margins[n] for n in range(len(gpus))]
     share = 1.0
@@ -86,6 +86,14 @@ def lay_out_gpus(
         parts |= {WORK: work_bytes, SLOTS: slots[n] * sizes.slot_bytes}
         rows += [MemoryRow("VRAM", part, num_bytes, n) for part, num_bytes in parts.items()]
     return rows, chunk, tuple(GpuPart(own, count) for own, count in zip(split, slots, strict=True))
+
+
+def _vision_bytes(sizes: ModelSizes, stays: bool) -> int:
+    """Of the tower, which works on the first GPU: its weights, or two layers of them where they come from RAM."""
+    if sizes.tower is None:
+        return sizes.vision_bytes if stays else 0
+    weights = sizes.vision_bytes if stays else 2 * sizes.vision_bytes // sizes.tower.layers
+    return weights + vision_work_bytes(sizes.tower, is_on_gpu=True)
 
 
 def _split(layers: _Layers, have: Sequence[float], most_share: float) -> list[range]:

@@ -49,6 +49,7 @@ from kimi_lite.plan.workspace import (
     program_bytes,
     ram_margin_bytes,
     ram_slot_bytes,
+    vision_work_bytes,
 )
 from kimi_lite.units import gib_apart
 
@@ -103,7 +104,8 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
     num_slots = sum(part.num_slots for part in parts)
     in_ram = _ram_rows(sizes, hardware, num_threads, num_pages * page_bytes, chunk, len(parts))
     if not (is_on_gpu and limits.vision == "gpu"):
-        in_ram.append(MemoryRow("RAM", VISION, sizes.vision_bytes))
+        work_bytes = vision_work_bytes(sizes.tower, False) if sizes.tower and not is_on_gpu else 0
+        in_ram.append(MemoryRow("RAM", VISION, sizes.vision_bytes + work_bytes))
     left_bytes = max(0, have_bytes - sum(row.num_bytes for row in in_ram))
     num_away = sizes.num_experts - min(num_slots, sizes.num_experts)  # experts that have no slot in VRAM
     wanted_bytes = sizes.expert_bytes if num_away else 0

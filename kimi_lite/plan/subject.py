@@ -11,7 +11,7 @@ from pathlib import Path
 from kimi_lite.arch.checkpoint import read_checkpoint_config
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.known import K2_5, KNOWN, find_known, unknown_model
-from kimi_lite.arch.moonvit import find_vision_file, has_tower, read_checkpoint_tower
+from kimi_lite.arch.moonvit import MoonViT, find_vision_file, has_tower, read_checkpoint_tower, read_vision_file
 from kimi_lite.arch.recipe import LOSSLESS, OWN_TYPES, named_recipe
 from kimi_lite.arch.sizes import ModelSizes, sizes_of, store_sizes
 from kimi_lite.arch.tensors import OpenModel, open_model, tensor_shapes
@@ -56,11 +56,12 @@ class Subject:
     sizes: ModelSizes | None = None
     vision_bytes: int = 0
     kept: tuple[str, ...] = ()  # recipes that write the codes of a checkpoint as they are, the one to take first
+    tower: MoonViT | None = None  # whose weights `vision_bytes` are
 
     def sizes_in(self, recipe_name: str, rest: str | None = None) -> ModelSizes:
         """The model in the types of a recipe; `rest`: the type of all but the routed experts, where it is another.
         Raises KimiLiteError for an unknown one."""
-        return _sizes_in(self.config, self.vision_bytes, recipe_name, rest)
+        return _sizes_in(self.config, self.vision_bytes, self.tower, recipe_name, rest)
 
     @property
     def path(self) -> Path | None:
@@ -83,12 +84,14 @@ class Subject:
 
 
 @lru_cache(maxsize=64)  # a plan looks at every recipe several times
-def _sizes_in(config: ModelConfig, vision_bytes: int, recipe_name: str, rest: str | None) -> ModelSizes:
+def _sizes_in(
+    config: ModelConfig, vision_bytes: int, tower: MoonViT | None, recipe_name: str, rest: str | None
+) -> ModelSizes:
     recipe, shapes = named_recipe(recipe_name), tensor_shapes(config)
     if rest:
         recipe = replace(recipe, rest=named_recipe(rest).experts)
     tensors = ((name, shape, recipe.choose(name, shape).layout) for name, shape in shapes.items())
-    return sizes_of(config, tensors, vision_bytes)
+    return sizes_of(config, tensors, vision_bytes, tower)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +121,9 @@ def find_subject(model: str | None, has_vision: bool = True, mmproj: Path | None
     known = find_known(model) if model else KNOWN["kimi-k2.5"]
     if known is None:
         raise unknown_model(model or K2_5.name)
-    of_vision = known.vision_bytes if has_vision else 0
+    of_vision, tower = (known.vision_bytes, known.tower) if has_vision else (0, None)
     kept = (LOSSLESS,) if known.has_int4_experts else ()
-    return Subject(known.config, model or "kimi-k2.5", vision_bytes=of_vision, kept=kept)
+    return Subject(known.config, model or "kimi-k2.5", vision_bytes=of_vision, kept=kept, tower=tower)
 
 
 def plan_in(subject: Subject, recipe: str, hardware: Hardware, limits: Options, rest: str | None = None) -> Plan:
@@ -189,20 +192,24 @@ def smaller_model(hardware: Hardware, limits: Options) -> str:
     return ""
 
 
-def file_subject(model: OpenModel, origin: str, vision_bytes: int = 0) -> Subject:
+def file_subject(model: OpenModel, origin: str, vision_bytes: int = 0, tower: MoonViT | None = None) -> Subject:
     """A file whose header was read."""
-    return Subject(model.config, origin, store_sizes(model.store, model.config, vision_bytes), vision_bytes)
+    sizes = store_sizes(model.store, model.config, vision_bytes, tower)
+    return Subject(model.config, origin, sizes, vision_bytes, tower=tower)
 
 
 def _gguf(path: Path, has_vision: bool, mmproj: Path | None) -> Subject:
     model = open_model(path)
-    return file_subject(model, str(path), vision_bytes(model.store, model.config, mmproj) if has_vision else 0)
+    return file_subject(model, str(path), *(vision_of(model.store, model.config, mmproj) if has_vision else ()))
 
 
-def vision_bytes(store: GGUFStore, config: ModelConfig, mmproj: Path | None) -> int:
-    """Of the weights in the vision file of an open model; 0 where it has none."""
+def vision_of(store: GGUFStore, config: ModelConfig, mmproj: Path | None) -> tuple[int, MoonViT | None]:
+    """Bytes of the weights in the vision file of an open model, and their tower; 0 and None where it has none."""
     file = find_vision_file(store.path, config.hidden_size, mmproj)
-    return GGUFStore.open(file).total_bytes if file else 0
+    if file is None:
+        return 0, None
+    opened = GGUFStore.open(file)
+    return opened.total_bytes, read_vision_file(opened).tower
 
 
 def _checkpoint(folder: Path, has_vision: bool) -> Subject:
@@ -210,8 +217,9 @@ def _checkpoint(folder: Path, has_vision: bool) -> Subject:
     checkpoint = read_checkpoint_config(folder)
     config = checkpoint.config
     can_see = has_vision and has_tower(checkpoint.outer)
-    of_vision = _BF16_BYTES * read_checkpoint_tower(folder)[0].num_weights if can_see else 0
-    return Subject(config, str(folder), vision_bytes=of_vision, kept=kept_recipes(checkpoint))
+    tower = read_checkpoint_tower(folder)[0] if can_see else None
+    of_vision = _BF16_BYTES * tower.num_weights if tower else 0
+    return Subject(config, str(folder), vision_bytes=of_vision, kept=kept_recipes(checkpoint), tower=tower)
 
 
 def check_recipe(subject: Subject, recipe: str | None) -> None:

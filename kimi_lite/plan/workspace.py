@@ -6,6 +6,7 @@ the whole with what a loaded model really takes.
 """
 
 from kimi_lite.arch.config import ModelConfig
+from kimi_lite.arch.moonvit import MoonViT
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.experts.memory import BLOCK_BYTES, MIN_PIECES, NUM_STAGINGS, RING_BYTES
 from kimi_lite.hardware.machine import CUDA_BYTES, Gpu
@@ -98,6 +99,20 @@ def _expanded_bytes(c: ModelConfig, num_positions: int) -> int:
     head_bytes = 2 * num_positions * 2 * c.qk_head_dim
     heads_bytes = min(c.num_heads * head_bytes, max(EXPANDED_BYTES, head_bytes))
     return heads_bytes + (2 + 4) * num_positions * c.kv_latent_size
+
+
+def vision_work_bytes(tower: MoonViT, is_on_gpu: bool) -> int:
+    """While an image of the most patches is read: residual stream, queries, keys and values in float32 (on a GPU before
+    and behind the turn, and in bfloat16), a chunk's feed-forward network, features."""
+    t, patches = tower, tower.max_patches
+    chunk, head_dim = min(patches, 4096 if is_on_gpu else 1152), -(-t.head_dim // 16) * 16
+    if is_on_gpu:
+        patch = 36 * t.hidden + 12 * 3 * t.patch**2
+    else:
+        patch = 8 * t.hidden + 12 * t.heads * head_dim + 8 * head_dim + 3 * t.patch**2
+    features = patches // t.merge**2 * (8 * t.text_hidden + 12 * t.merged * is_on_gpu)
+    chunk_bytes = chunk * (12 * t.feed_forward + 24 * t.hidden + 12 * t.patch**2)
+    return int(patches * patch + chunk_bytes + features)
 
 
 def stream_bytes(sizes: ModelSizes) -> int:

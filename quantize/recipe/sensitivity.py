@@ -106,7 +106,10 @@ def read_sensitivity(path: Path, label: str | None = None) -> Sensitivity:
     if not path.is_file():
         raise KimiLiteError(f"There is no file {path}.", _HINT)
     lines = files.read_text(path, "The table of sensitivities").splitlines()
-    rows = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if row and not row[0].startswith("#")]
+    try:
+        rows = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if row and not row[0].startswith("#")]
+    except csv.Error as problem:  # a cell of more than 128 KiB, an open quote
+        raise KimiLiteError(f"{path} is no table of sensitivities: {problem}.", _HINT) from problem
     if not rows:
         raise KimiLiteError(f"{path} is empty.", _HINT)
     (_, header), *rest = rows

@@ -26,6 +26,7 @@ from kimi_lite.plan.quality import loss_order, quality_of
 from kimi_lite.plan.subject import RECIPES, best_choice, choices, find_subject
 from kimi_lite.plan.types import KV
 from kimi_lite.plan.view import next_line, plan_lines, start_panel, verdict_line
+from kimi_lite.plan.workspace import vision_work_bytes
 from kimi_lite.quantize.recipe.choose import with_overrides
 from kimi_lite.tools.make.vision import K2_5_TOWER, write_tower
 from kimi_lite.units import GIB
@@ -270,7 +271,8 @@ def test_a_file_has_its_types(tmp_path):
     document = json.loads(run("-m", path, "--json").stdout)
     assert document["types"].startswith("F16 experts") and document["verdict"] == "fits"
     rows = {(row["place"], row["part"]): row["num_bytes"] for row in document["rows"]}
-    assert rows["RAM", "vision"] == GGUFStore.open(tmp_path / "mmproj-tiny.gguf").total_bytes
+    weights = GGUFStore.open(tmp_path / "mmproj-tiny.gguf").total_bytes
+    assert rows["RAM", "vision"] == weights + vision_work_bytes(small, is_on_gpu=False)
     blind = json.loads(run("-m", path, "--vision", "off", "--json").stdout)
     assert ("RAM", "vision") not in {(row["place"], row["part"]) for row in blind["rows"]}
     assert "tq1_0 is for a model that is still to be made" in str(run("-m", path, "--recipe", "tq1_0").exception)

@@ -23,7 +23,7 @@ from kimi_lite.plan.plan import make_plan
 from kimi_lite.plan.speed import HITS_HIGH, HITS_LOW, Split, decode_speed, interpolate, rates_of
 from kimi_lite.plan.types import EXPERTS, KV, MARGIN, PINNED, SLOTS, SPILL, Plan, Remedy
 from kimi_lite.plan.view import plan_lines
-from kimi_lite.plan.workspace import pinned_block_bytes, ram_slot_bytes
+from kimi_lite.plan.workspace import pinned_block_bytes, ram_slot_bytes, vision_work_bytes
 from kimi_lite.units import GIB
 
 GPU = Gpu("RTX 4090", 24 * GIB, int(23.5 * GIB), 1008e9, 23e9, flops_s=165e12)
@@ -402,11 +402,16 @@ def test_everything_on_the_gpu_needs_no_memory_for_experts():
 def test_eight_bits_halve_the_cache_and_vision_counts():
     full, half = (make_plan(K25["tq1_0"], machine(), Options(kv_dtype=kv_dtype)) for kv_dtype in ("f16", "q8"))
     assert half.part_bytes("VRAM", KV) == pytest.approx(full.part_bytes("VRAM", KV) * 0.53, rel=0.01)
-    seeing = replace(K25["tq1_0"], vision_bytes=KNOWN["kimi-k2.5"].vision_bytes)
+    known = KNOWN["kimi-k2.5"]
+    seeing = replace(K25["tq1_0"], vision_bytes=known.vision_bytes, tower=known.tower)
     in_ram, on_gpu = (make_plan(seeing, machine(), Options(vision=place)) for place in ("ram", "gpu"))
-    assert on_gpu.num_vram_slots < full.num_vram_slots == in_ram.num_vram_slots
-    assert on_gpu.part_bytes("VRAM", "vision") == in_ram.part_bytes("RAM", "vision") == 942_287_840
-    assert not on_gpu.part_bytes("RAM", "vision") and not in_ram.part_bytes("VRAM", "vision")
+    assert on_gpu.num_vram_slots < in_ram.num_vram_slots < full.num_vram_slots
+    assert in_ram.part_bytes("RAM", "vision") == 942_287_840 and not on_gpu.part_bytes("RAM", "vision")
+    work_bytes = vision_work_bytes(known.tower, is_on_gpu=True)
+    assert on_gpu.part_bytes("VRAM", "vision") == 942_287_840 + work_bytes
+    assert 0 < in_ram.part_bytes("VRAM", "vision") - work_bytes < 80_000_000, "two layers on their way"
+    without = make_plan(seeing, machine(gpu=None), Options())
+    assert without.part_bytes("RAM", "vision") == 942_287_840 + vision_work_bytes(known.tower, is_on_gpu=False)
 
 
 def test_flags_of_the_gpu_are_kept():

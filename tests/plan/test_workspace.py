@@ -1,18 +1,26 @@
 """The bytes that a plan reserves for the CPU's buffers against the arrays that a loaded model really makes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from kimi_lite.arch.known import K2_5
+from kimi_lite.arch.known import K2_5, K2_5_TOWER
+from kimi_lite.arch.moonvit import read_vision_file
 from kimi_lite.arch.sizes import sizes_of
 from kimi_lite.arch.tensors import open_model, tensor_shapes
+from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.cpu.transformer import Transformer
 from kimi_lite.model.hybrid.attention import heads_at_a_time
+from kimi_lite.model.vision.cpu import CpuTower, _Item
+from kimi_lite.model.vision.patches import Grid, Patches
+from kimi_lite.model.vision.weights import VisionWeights
 from kimi_lite.native.gpu.pieces import DECODED_WEIGHTS
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.options import Options
-from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS, cpu_work_bytes, gpu_work_bytes
+from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS, cpu_work_bytes, gpu_work_bytes, vision_work_bytes
+from kimi_lite.tools.make.vision import write_tower
 from tests.tiny import write_tiny_gguf
 
 SHAPES = [
@@ -63,6 +71,26 @@ def test_buffers_are_what_was_planned(tmp_path, shape, num_threads):
         model.close()
         store.close()
     assert made <= planned <= 1.3 * made
+
+
+@pytest.mark.parametrize("type_name", ["f32", "q8_0"])
+def test_an_image_takes_what_was_planned(tmp_path, type_name, monkeypatch):
+    """Buffers of an item of the most patches, by the arrays that are made for it."""
+    sizes = replace(K2_5_TOWER, hidden=64, feed_forward=96, heads=4, layers=1, height=8, width=8, text_hidden=64)
+    write_tower(tmp_path / "mmproj.gguf", sizes, type_name)
+    monkeypatch.setattr(CpuTower, "_compile", lambda self, report: None)  # nothing is computed here
+    store = GGUFStore.open(tmp_path / "mmproj.gguf")
+    file, tower = read_vision_file(store), None
+    side = int(sizes.max_patches**0.5)
+    patches = Patches(np.zeros((side * side, 3, sizes.patch, sizes.patch), np.uint8), Grid(1, side, side))
+    try:
+        tower = CpuTower(VisionWeights(store, file), file, num_threads=1)
+        made = array_bytes(vars(_Item(tower, patches)), set()) + patches.pixels.nbytes
+    finally:
+        if tower:
+            tower.close()
+    planned = vision_work_bytes(sizes, is_on_gpu=False)
+    assert made <= planned and (type_name != "f32" or planned <= 1.4 * made), (made, planned)
 
 
 @pytest.mark.parametrize("context_length", [64, 8192, 32_768, 262_144])

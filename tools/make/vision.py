@@ -17,6 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from kimi_lite.arch.known import K2_5_TOWER, KIMI_VL_TOWER
 from kimi_lite.arch.moonvit import POSITIONS, MoonViT, VisionTensor, metadata_of, tensors_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import text
@@ -26,21 +27,6 @@ from kimi_lite.quantize.source.metadata import quantization_metadata
 from kimi_lite.quantize.write.writer import OnProgress, Tensor, write_gguf
 from kimi_lite.units import gib
 
-K2_5_TOWER = MoonViT(
-    projector="kimik25",
-    hidden=1152,
-    feed_forward=4304,
-    layers=27,
-    heads=16,
-    patch=14,
-    height=64,
-    width=64,
-    time=4,
-    merge=2,
-    eps=1e-5,
-    text_hidden=7168,
-)
-KIMI_VL_TOWER = replace(K2_5_TOWER, projector="kimivl", time=1, text_hidden=2048)
 TOWERS = {"kimi-k2.5": K2_5_TOWER, "kimi-vl": KIMI_VL_TOWER}
 _SMALL_SPREAD = 0.1  # of norms around 1, and of biases
 

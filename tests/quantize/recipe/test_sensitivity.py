@@ -105,6 +105,8 @@ def test_tables_of_the_suite_are_read(tmp_path):
         ("QTYPE,a\niq1_kt,0.1\niq2_kt,0.1\n", "has 2 rows"),
         ("QTYPE,a,b\niq1_kt,0.1\n", "has 2 cells under 3 names"),
         ("QTYPE,a\nnothing,0.1\n", "There is no type 'nothing'"),
+        (HEADER + "a" * (1 << 18) + ",q2_0,0.1,0,0.2\n", "is no table"),
+        (HEADER + '"' + "a\n" * (1 << 17), "is needed"),
     ],
 )
 def test_what_is_no_table(tmp_path, content, said):
