@@ -3,6 +3,10 @@ nibbles between. IQ2_KT, IQ3_KT: 4-bit scales, indices; in IQ3_KT signs of the w
 words of a 7-bit scale, the bit that moves all states of its group and the top three bits of 8 indices; low index bytes;
 the nibbles between.
 
+ik_llama.cpp's products multiply IQ2_KT by 1.05 and IQ3_KT by 1.01 on top of what its decoder gives; here weights are
+what the decoder gives. On the demo model with the experts of one layer in each of the four types that is nearer to the
+unquantized model (tools/LOG.md).
+
 Sources: ik_llama.cpp's ggml-common.h for the fields, iqk_quantize.cpp for the formulas.
 """
 
