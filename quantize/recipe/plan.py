@@ -82,7 +82,9 @@ def plan_conversion(model: SourceModel, recipe: Recipe) -> ConversionPlan:
             "It is for checkpoints with INT4 experts and bfloat16 for the rest: Kimi K2-Thinking, K2.5, K2.6.",
         )
     reasons = (choice.reason for choice in choices if choice.reason)
-    return ConversionPlan(recipe, tensors, (*model.notes, *_twice_quantized(tensors), *reasons), model)
+    return ConversionPlan(
+        recipe, tensors, (*model.notes, *_twice_quantized(tensors), *_of_our_own(tensors), *reasons), model
+    )
 
 
 def _twice_quantized(tensors: Sequence[PlannedTensor]) -> Iterator[str]:
@@ -94,6 +96,14 @@ def _twice_quantized(tensors: Sequence[PlannedTensor]) -> Iterator[str]:
             f"{len(twice)} tensors are quantized in the source already ({kinds}), and once more here: their "
             f"errors add up"
         )
+
+
+def _of_our_own(tensors: Sequence[PlannedTensor]) -> Iterator[str]:
+    """Says where no other program can read the result."""
+    own = [tensor.layout.name for tensor in tensors if tensor.layout.is_own]
+    if own:
+        kinds = ", ".join(sorted(set(own)))
+        yield f"{len(own)} tensors are {kinds}, which only kimi-lite reads: llama.cpp refuses the file"
 
 
 def estimate_seconds(plan: ConversionPlan) -> float:

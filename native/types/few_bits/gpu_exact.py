@@ -43,17 +43,17 @@ def q2_0_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, HA
 
 
 @triton.jit
-def lite2_codes(block, part, lane, mask, table, BIAS: tl.constexpr):
+def lite2_128_codes(block, part, lane, mask, table, BIAS: tl.constexpr):
     """A byte has the four codes of a lane."""
     four = byte_at(block + _LITE2_QS + 8 * part + lane, mask)
     return (four | (four << 6) | (four << 12) | (four << 18)) & 0x03030303
 
 
 @triton.jit
-def lite2_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, HALF: tl.constexpr):
+def lite2_128_values(base, x, steps, sums, limit, lane, table, BIAS: tl.constexpr, HALF: tl.constexpr):
     return span_values(
-        base, x, steps, sums, limit, lane, table, BIAS, HALF, lite2_codes, d_first, 1, 128, _LITE2_BYTES
+        base, x, steps, sums, limit, lane, table, BIAS, HALF, lite2_128_codes, d_first, 1, 128, _LITE2_BYTES
     )  # fmt: skip
 
 
-VALUES = {"Q1_0": q1_0_values, "Q2_0": q2_0_values, "LITE2_128": lite2_values}
+VALUES = {"Q1_0": q1_0_values, "Q2_0": q2_0_values, "LITE2_128": lite2_128_values}

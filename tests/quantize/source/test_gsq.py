@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.app import Settings, run
 from kimi_lite.quantize.check.comparison import _exact_recipe
 from kimi_lite.quantize.convert import convert, open_model
@@ -39,8 +40,8 @@ def quantize(folder, out, **more):
 
 
 def decoded(path) -> dict[str, tuple[str, np.ndarray]]:
-    """Type and values of the routed experts, by decoders that are not ours: the `gguf` package's, and for Q2_0, which
-    that lacks, its definition."""
+    """Type and values of the routed experts, by decoders that are not ours: the `gguf` package's, and for Q2_0
+    and our own type, which that lacks, their definition."""
     views = [view for name, view in GGUFStore.open(path).tensors.items() if "_exps" in name]
     kinds = {view.name: view.layout.name for view in views}
     return {
@@ -49,11 +50,12 @@ def decoded(path) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def _decode(kind: str, data: np.ndarray) -> np.ndarray:
-    if kind != "Q2_0":
+    if kind not in ("Q2_0", "LITE2_128"):
         return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
-    blocks = data.reshape(-1, 18)
+    size = BY_NAME[kind].block_size
+    blocks = data.reshape(-1, 2 + size // 4)
     scales = blocks[:, :2].copy().view("<f2").astype(np.float32)  # (B, 1)
-    codes = np.stack([blocks[:, 2:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(len(blocks), 64)
+    codes = np.stack([blocks[:, 2:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(len(blocks), size)
     return (codes.astype(np.float32) - 1) * scales
 
 
@@ -87,6 +89,24 @@ def test_both_forms_are_kept_without_loss(tmp_path, floats, form, levels, bits, 
     lines = quantize(tmp_path / "gsq", tmp_path / "out.gguf")
     require_kept(tmp_path / "out.gguf", expected, kind)
     assert any(kind in line for line in lines) and not any("quantized in the source already" in line for line in lines)
+
+
+@pytest.mark.parametrize(("form", "bits"), [("packed", 4), ("humming", 2)])
+def test_our_own_type_keeps_them_in_fewer_bytes(tmp_path, floats, form, bits):
+    """2.125 bits: each scale is there once. Where it is not asked for, files are what others read."""
+    expected = write_gsq(tmp_path / "gsq", floats, form, "2-bit", bits)
+    lines = quantize(tmp_path / "gsq", tmp_path / "out.gguf", recipe="lite2_128")
+    require_kept(tmp_path / "out.gguf", expected, "LITE2_128")
+    assert any("which only kimi-lite reads" in line for line in lines)
+    assert not any("quantized in the source already" in line for line in lines)
+    experts = [view for name, view in GGUFStore.open(tmp_path / "out.gguf").tensors.items() if "_exps" in name]
+    assert 8 * sum(view.num_bytes for view in experts) == 2.125 * sum(np.prod(view.shape) for view in experts)
+
+
+def test_three_bits_are_not_kept_by_our_own_type(tmp_path, floats):
+    write_gsq(tmp_path / "gsq", floats, levels="3-bit")
+    lines = quantize(tmp_path / "gsq", tmp_path / "out.gguf", recipe="lite2_128")
+    assert any("quantized in the source already (int4)" in line for line in lines)
 
 
 def test_one_code_of_one_expert_decides(tmp_path, floats):
