@@ -21,7 +21,7 @@ _BLOCK_ROWS, _LANE_TILE = 64, 32
 # Types that spill registers with four warps on an RTX 4090: eight decode half as much each. `tools.kernels.compile
 # --choose` counts both.
 EIGHT_WARPS = frozenset((
-    *("Q1_0", "Q2_0", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("Q1_0", "Q2_0", "LITE2_128", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
     *("IQ2_K", "IQ2_KS", "IQ2_KL", "IQ3_K", "IQ3_KS", "IQ6_K", "IQ1_KT", "IQ2_KT", "IQ3_KT"),
 ))  # fmt: skip
 
