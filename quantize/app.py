@@ -122,7 +122,7 @@ def _run(
 
 def _measure_sensitivity(settings: Settings, on_progress: OnProgress) -> list[str]:
     """Writes a table and no model."""
-    from kimi_lite.quantize.calibrate.harm import measure_sensitivity
+    from kimi_lite.quantize.recipe.harm import measure_sensitivity
 
     named = {
         "--recipe": settings.recipe,

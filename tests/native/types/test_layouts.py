@@ -8,7 +8,6 @@ import gguf
 import numpy as np
 import pytest
 
-from kimi_lite.gguf.foreign_types import foreign_type
 from kimi_lite.native.layouts import BY_NAME, LAYOUTS
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import REGIMES, hostile_rows
@@ -113,7 +112,7 @@ def test_lite2_128_is_ours_and_by_hand():
     """Q2_0's bytes with one scale for two of its blocks, under a number that no program gives out."""
     layout = BY_NAME["LITE2_128"]
     assert (layout.block_size, layout.block_bytes, layout.bits_per_weight) == (128, 34, 2.125)
-    assert foreign_type(layout.ggml_id) is None and layout.is_own and not layout.is_ik
+    assert layout.is_own and not layout.is_ik
     rows = hostile_rows("LITE2_128", 3, 512, np.random.default_rng(0), "normal")
     blocks = rows.reshape(-1, 34)
     halves = np.stack([np.concatenate([blocks[:, :2], blocks[:, first : first + 16]], axis=1) for first in (2, 18)], 1)

@@ -9,10 +9,10 @@ import pytest
 from kimi_lite.engine.scoring import OurLogits, log_softmax
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.app import Settings, run
-from kimi_lite.quantize.calibrate import harm
-from kimi_lite.quantize.calibrate.harm import measure_sensitivity
 from kimi_lite.quantize.convert import convert, open_model
+from kimi_lite.quantize.recipe import harm
 from kimi_lite.quantize.recipe.choose import uniform_recipe, with_overrides
+from kimi_lite.quantize.recipe.harm import measure_sensitivity
 from kimi_lite.quantize.recipe.sensitivity import read_sensitivity
 from kimi_lite.quantize.write.writer import encode_pieces
 from tests.checkpoints import make_checkpoint
