@@ -12,7 +12,7 @@ AVX512_VNNI, AVX_VNNI, AVX2, PORTABLE = "avx512-vnni", "avx-vnni", "avx2", "port
 
 
 class SumOrder(NamedTuple):
-    """In which order this CPU adds up a row (`native.cpu.dot`); a GPU beside it does the same.
+    """In which order this CPU adds up a row (`native.cpu.dot`); a GPU that works with it does the same.
 
     `row_lanes`: float32 sums of a row of super-blocks: 16, or 8 where registers hold 32 bytes and are few. `bias`: what
     is added to signed codes of 8 bits and to those of tables, because the product wants them unsigned: 128 or 0.

@@ -1,7 +1,7 @@
 """Full attention in int8, for towers whose matrices are int8 too: what `full_attention` does in float32.
 
 Queries and keys are rounded row by row, values column by column of a block of keys. Weights of a block are rounded to
-unsigned bytes against the block's own largest score, so that what a block loses is small beside what it adds
+unsigned bytes against the block's own largest score, so that what a block loses is small against what it adds
 (SageAttention, arXiv 2410.02367, rounds queries and keys so); sums are float32.
 """
 

@@ -1,6 +1,6 @@
 """Expert deferral: a token's last-ranked experts are added one layer later than its router chose them.
 
-Chen et al., KTransformers (SOSP 2025): where experts are computed beside attention, those that are deferred need not be
+Chen et al., KTransformers (SOSP 2025): where experts are computed during attention, those that are deferred need not be
 waited for. Prompts are never deferred: what they leave in the cache of keys and values would be read for ever.
 """
 

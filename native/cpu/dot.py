@@ -9,7 +9,7 @@ that writes `num_rows` float32 dot products for each of `num_tokens` (`tokens`: 
 its own that is added up in the same order. Several tokens take a block of weights four at a time, so that it is read
 and decoded once for four.
 
-The order of sums, which a GPU that computes experts beside this CPU follows bit for bit (`native.gpu.exact`): lane l
+The order of sums, which a GPU that computes experts with this CPU follows bit for bit (`native.gpu.exact`): lane l
 of 16 has the columns 64 c + 4 l .. 64 c + 4 l + 3 of every 256, c = 0 .. 3 (Q2_0: every fourth of 16; floats: column
 16 i + l). Within a lane of 256 columns products are summed as integers, with the scales of super-blocks where those
 are integers; what is the same for a whole group (minima, offsets) is taken off in the lane of the group's number.
