@@ -130,15 +130,22 @@ def pause(typingctx):
     return types.void(), codegen
 
 
-@intrinsic
-def stack_1024(typingctx):
-    """The address of 1024 bytes that are valid until the function returns."""
+def _stack(num_bytes: int):
+    """The address of memory that is valid until the function returns, on a cache line."""
 
-    def codegen(context, builder, sig, args):
-        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), 1024))
-        return builder.ptrtoint(memory, ir.IntType(64))
+    @intrinsic
+    def reserve(typingctx):
+        def codegen(context, builder, sig, args):
+            memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), num_bytes))
+            memory.align = 64
+            return builder.ptrtoint(memory, ir.IntType(64))
 
-    return types.int64(), codegen
+        return types.int64(), codegen
+
+    return reserve
+
+
+stack_1024, stack_4096 = _stack(1024), _stack(4096)
 
 
 @intrinsic

@@ -46,6 +46,8 @@ _LANES = [[*range(16 * k, 16 * k + 16)] for k in range(8)]  # of two vectors of 
 third_parts = shuffler_of_two(i8x64, i8x64, _LANES[4] + _LANES[5] + _LANES[2] + _LANES[2])  # used by TQ1_0: see there
 fourth_parts = shuffler_of_two(i8x64, i8x64, _LANES[2] + _LANES[2] + _LANES[6] + [48, 49, 50, 51] * 4)
 low_i8x32 = shuffler(i8x32, i8x16, range(16))
+upper_i8x16 = shuffler(i8x16, i8x16, [8 + i % 8 for i in range(16)])  # the last 8 bytes, twice
+twice_each_byte = shuffler(i8x16, i8x16, [i // 2 for i in range(16)])  # 0 0 1 1 ... of the first 8
 twice_each_f32x8 = shuffler(f32x8, f32x16, [i // 2 for i in range(16)])
 
 

@@ -108,7 +108,7 @@ class RamSlots:
         num_readers: int = NUM_READERS,
         is_direct: bool = True,
     ) -> None:
-        """tables: of each layer with routed experts, int64 (at least experts, 3, 8); addresses are written into them.
+        """tables: of each layer with routed experts, int64 (at least experts, 3, 9); addresses are written into them.
 
         num_choices: experts that a token chooses in a layer. Raises KimiLiteError for a budget of less than a few
         tokens' worth.

@@ -1,4 +1,4 @@
-"""The three things a GGUF type must be able to do on the CPU, and who does them.
+"""The three things a GGUF type must be able to do on the CPU, one more that makes prompts faster, and who does them.
 
 `native/types/*/cpu.py` implement them, a short section a type; `dot.py` and `panel.py` build the kernels from them. The
 functions are chosen while a kernel compiles, by the literal type name it is compiled for.
@@ -10,6 +10,7 @@ Products, by the activations that are multiplied (`Layout.product`):
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from numba import types
 from numba.extending import overload
@@ -103,4 +104,42 @@ def unpack(name, block, codes, scales, minima):
 
     codes: address for the int8 codes in natural order, 0..127, or -128..127 for a signed type; scales, minima:
     addresses for one float32 a group.
+    """
+
+
+class Digits(NamedTuple):
+    """How `digits` writes a block256 type: weight = d * (low + (high << shift)) - dmin * minimum of its 16.
+
+    `shift`: 0 where `low` says all; then it is signed if `is_signed`. Else `low` is unsigned, and `high` signed if
+    `is_signed`. `minima`: "none", "nibbles" (at most 15) or "bytes".
+    """
+
+    shift: int
+    is_signed: bool
+    minima: str = "none"
+
+
+_DIGITS: dict[str, Digits] = {}
+
+
+def has_digits(*names: str, shift: int, is_signed: bool, minima: str = "none") -> Callable:
+    """Registers the decorated function as `digits` for the types `names`."""
+    for name in names:
+        _DIGITS[name] = Digits(shift, is_signed, minima)
+    return implements(digits, *names)
+
+
+def digits_of(name: str) -> Digits | None:
+    """Of a type; None if it has no such form."""
+    parts("cpu")
+    return _DIGITS.get(name)
+
+
+@chosen_by_name
+def digits(name, block, low, high, minima, factors):
+    """Writes one super-block as whole numbers and one factor, for matrix tiles.
+
+    low, high: addresses for 256 bytes each in natural order; factors: for d, and 64 bytes behind it dmin, both float32;
+    minima: for 64 bytes, the minima of 16 weights each and zeros, nibbles behind 16 times themselves. What the type's
+    `Digits` says it has not is left alone.
     """

@@ -22,14 +22,17 @@ from kimi_lite.native.cpu.linear import RESULT_BYTES, TASK_ROWS, TASK_TOKENS, th
 from kimi_lite.native.cpu.matrix import (
     MATRIX_BYTES,
     NUM_ROWS,
+    TILE_KIND,
     K,
     matrix_panel,
     matrix_rows,
     panel_product,
+    panel_scratch_bytes,
 )
-from kimi_lite.native.cpu.panel import PANEL_ROWS, panel_bytes
+from kimi_lite.native.cpu.packing import PACK_TOKENS, pack_bytes, pack_kinds, packs_bytes
+from kimi_lite.native.cpu.panel import PANEL_ROWS
 from kimi_lite.native.cpu.program import Op
-from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, RunTable
+from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, PACKS, RunTable
 from kimi_lite.native.cpu.threads import barrier, next_task
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
@@ -56,7 +59,7 @@ _DOWN_ROWS = 32  # of a task for few tokens
 
 def experts_scratch_bytes(hidden_size: int, feed_forward_size: int, max_tokens: int) -> int:
     """Scratch a thread needs: a panel and two blocks of results (T, 16), or two of generated tokens' results."""
-    panels = panel_bytes(max(hidden_size, feed_forward_size)) + 2 * 64 * (max_tokens + 1)
+    panels = panel_scratch_bytes(max(hidden_size, feed_forward_size)) + 2 * 64 * (max_tokens + 1)
     return max(panels, 2 * TASK_TOKENS * RESULT_BYTES) + 4096
 
 
@@ -145,8 +148,42 @@ def _first_of_many(args, expert, begin, end):
 
 
 @njit
-def _gate_up_task(args, hidden, expert, first, num_rows, scratch):
-    """Rows first.. of gate and up for all tokens of one expert, multiplied as SwiGLU into the rows of its pairs."""
+def _packs_of(args, activations, a, first):
+    """Where the packs of the a-th active expert are, whose first pair for them is `first`: no two experts' meet."""
+    return load_i64(load_i64(args + _RUN) + PACKS) + (first // PACK_TOKENS + a) * pack_bytes(activations)
+
+
+@njit
+def _pack_pairs(args, activations, is_hidden, team):
+    """Packs, for every active expert with matrix tiles, its tokens of prompts, or their hidden values."""
+    starts, active = load_i64(args + _STARTS), load_i64(args + _ACTIVE)
+    numbers = load_i64(load_i64(args + _RUN) + EVERY_TOKEN) if is_hidden else load_i64(args + _PAIR_TOKEN)
+    task, passed = next_task(team), 0
+    for a in range(load_i32(active)):
+        expert = load_i32(active + 4 * (1 + a))
+        begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
+        first, gate = _first_of_many(args, expert, begin, end), load_i64(args + _MATRICES) + expert * _EXPERT_BYTES
+        kind, other = load_i64(gate + TILE_KIND), load_i64(gate + MATRIX_BYTES + TILE_KIND)
+        if is_hidden:
+            kind = load_i64(gate + 2 * MATRIX_BYTES + TILE_KIND)
+            other = kind
+        if kind == 0 and other == 0:
+            continue
+        num_tasks = (end - first + PACK_TOKENS - 1) // PACK_TOKENS
+        while task < passed + num_tasks:
+            pair = first + (task - passed) * PACK_TOKENS
+            pack = _packs_of(args, activations, a, first) + (task - passed) * pack_bytes(activations)
+            pack_kinds(activations, kind, other, numbers + 4 * pair, min(PACK_TOKENS, end - pair), pack)
+            task = next_task(team)
+        passed += num_tasks
+    barrier(team)
+
+
+@njit
+def _gate_up_task(args, hidden, a, first, num_rows, scratch):
+    """Rows first.. of gate and up for all tokens of an expert, the a-th active one, multiplied as SwiGLU into the rows
+    of its pairs."""
+    expert = load_i32(load_i64(args + _ACTIVE) + 4 * (1 + a))
     x, starts, pair_token = load_i64(args + _X), load_i64(args + _STARTS), load_i64(args + _PAIR_TOKEN)
     begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
     gate = load_i64(args + _MATRICES) + expert * _EXPERT_BYTES
@@ -164,13 +201,13 @@ def _gate_up_task(args, hidden, expert, first, num_rows, scratch):
     if count == 0:
         return
     gates, panel = scratch, scratch + 2 * 64 * (count + 1)
-    ups, tokens = gates + 64 * (count + 1), pair_token + 4 * many
+    ups, tokens, packs = gates + 64 * (count + 1), pair_token + 4 * many, _packs_of(args, x, a, many)
     for row in range(0, num_rows, PANEL_ROWS):
         height = min(PANEL_ROWS, num_rows - row)
         matrix_panel(gate, first + row, height, panel)
-        panel_product(gate, panel, x, tokens, count, gates, 64, height)
+        panel_product(gate, panel, x, tokens, packs, count, gates, 64, height)
         matrix_panel(up, first + row, height, panel)
-        panel_product(up, panel, x, tokens, count, ups, 64, height)
+        panel_product(up, panel, x, tokens, packs, count, ups, 64, height)
         for i in range(count):
             _swiglu(gates + 64 * i, ups + 64 * i, target + 4 * row + 4 * width * (many + i), height)
 
@@ -225,11 +262,11 @@ def _down_task(args, hidden, first, num_rows, scratch):
         count = end - many
         if count == 0:
             continue
-        panel = scratch + 64 * (count + 1)
+        panel, packs = scratch + 64 * (count + 1), _packs_of(args, hidden, a, many)
         for row in range(0, num_rows, PANEL_ROWS):
             height = min(PANEL_ROWS, num_rows - row)
             matrix_panel(down, first + row, height, panel)
-            panel_product(down, panel, hidden, every + 4 * many, count, scratch, 64, height)
+            panel_product(down, panel, hidden, every + 4 * many, packs, count, scratch, 64, height)
             for i in range(count):
                 _deliver(args, many + i, scratch + 64 * i, first + row, height)
 
@@ -247,10 +284,13 @@ def _experts_kernel(args, thread, team):
     is_fine = has_prompt and load_i64(args + _HAS_FEW_EACH) == 0
     step = PANEL_ROWS if is_fine else TASK_ROWS
     blocks = -(-width // step)
+    has_packs = has_prompt and load_i64(run + PACKS) != 0
+    if has_packs:
+        _pack_pairs(args, load_i64(args + _X), False, team)
     task = next_task(team)
     while task < num_active * blocks:
-        expert, first = load_i32(active + 4 * (1 + task // blocks)), task % blocks * step
-        _gate_up_task(args, hidden, expert, first, min(step, width - first), scratch)
+        first = task % blocks * step
+        _gate_up_task(args, hidden, task // blocks, first, min(step, width - first), scratch)
         task = next_task(team)
     barrier(team)
     num_pairs = load_i32(starts + 4 * (load_i64(args + _NUM_ROUTED) + load_i64(args + _NUM_ALWAYS)))
@@ -259,6 +299,8 @@ def _experts_kernel(args, thread, team):
         quantize_token(hidden, pair)
         pair = next_task(team)
     barrier(team)
+    if has_packs:
+        _pack_pairs(args, hidden, True, team)
     num_rows = load_i64(gate + 2 * MATRIX_BYTES + NUM_ROWS)
     step = PANEL_ROWS if is_fine else _DOWN_ROWS
     task = next_task(team)
@@ -283,7 +325,7 @@ def experts_op(
 ) -> Op:
     """out[t] += sum over chosen experts of weight * down(silu(gate x) * up x). Choices with id -1 are left out.
 
-    matrices: int64 (experts, 3, 8), `Matrix.table` of gate, up, down, the `num_always` experts that every token takes
+    matrices: int64 (experts, 3, 9), `Matrix.table` of gate, up, down, the `num_always` experts that every token takes
     (weight 1) last; it changes when an expert is moved. weights_owner: keeps the bytes that it points to. ids int32,
     weights float32 (capacity, K). hidden: Activations for capacity * (K + num_always) pairs of the experts' width.
     has_few_each: `few_tokens_each` of the model. Buffers may be shared by layers.
@@ -292,12 +334,15 @@ def experts_op(
     product of choice i of token t goes, without its weight, to row t * (K + num_always) + i; those of the experts that
     every token takes come behind the chosen ones, and the rows of absent choices are not touched.
     """
-    assert matrices.shape[1:] == (3, 8) and matrices.flags.c_contiguous, matrices.shape
+    assert matrices.shape[1:] == (3, MATRIX_BYTES // 8) and matrices.flags.c_contiguous, matrices.shape
     assert (matrices[:, 2, K // 8] == hidden.k).all(), (matrices[:, 2], hidden.k)
     assert ids.shape == weights.shape and ids.dtype == np.int32 and weights.dtype == np.float32, (ids.shape, ids.dtype)
     target = out if per_choice is None else per_choice
     assert target.dtype == np.float32 and target.strides[1] == 4, (target.dtype, target.strides)
     num_experts, num_pairs, top_k = len(matrices), hidden.capacity, ids.shape[1]
+    if matrices[:, :, TILE_KIND // 8].any():
+        num_packs = num_pairs // PACK_TOKENS + 1 + min(num_experts, num_pairs)
+        run.reserve_packs(max(packs_bytes(x, num_packs), packs_bytes(hidden, num_packs)))
     starts, active = np.zeros(num_experts + 1, np.int32), np.zeros(num_experts + 1, np.int32)
     pair_token, pair_row = np.zeros(num_pairs, np.int32), np.zeros(num_pairs, np.int32)
     pair_weight = np.zeros(num_pairs, np.float32)

@@ -13,6 +13,7 @@ from kimi_lite.native.cpu.activations import NUM_VALUES, X_F32, Activations, qua
 from kimi_lite.native.cpu.compiler import kernel
 from kimi_lite.native.cpu.matrix import (
     NUM_ROWS,
+    TILE_KIND,
     K,
     Matrix,
     matrix_panel,
@@ -20,18 +21,20 @@ from kimi_lite.native.cpu.matrix import (
     matrix_values,
     panel_product,
 )
+from kimi_lite.native.cpu.packing import PACK_TOKENS, pack_bytes, pack_tokens, packs_bytes
 from kimi_lite.native.cpu.panel import ADD
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import (
     EVERY_TOKEN,
     NUM_GENERATED,
     NUM_TOKENS,
+    PACKS,
     SCRATCH,
     SCRATCH_STRIDE,
     TOKEN_IDS,
     RunTable,
 )
-from kimi_lite.native.cpu.threads import next_task, team_size
+from kimi_lite.native.cpu.threads import barrier, next_task, team_size
 from kimi_lite.native.simd import (
     fma_f32x16,
     load_f32,
@@ -130,17 +133,33 @@ def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch
         matrix_panel(matrix, first, num_rows, scratch)
         mode, tokens = num_rows + (ADD if is_added else 0), every + 4 * num_generated
         target += num_generated * stride
-        panel_product(matrix, scratch, x, tokens, num_tokens - num_generated, target, stride, mode)
+        packs = load_i64(run + PACKS)
+        panel_product(matrix, scratch, x, tokens, packs, num_tokens - num_generated, target, stride, mode)
+
+
+@njit
+def _pack_prompt(run, x, team):
+    """Packs every token of prompts for matrix tiles."""
+    num_generated, packs = load_i64(run + NUM_GENERATED), load_i64(run + PACKS)
+    num_tokens, stride = load_i64(run + NUM_TOKENS) - num_generated, pack_bytes(x)
+    first = next_task(team) * PACK_TOKENS
+    while first < num_tokens:
+        tokens = load_i64(run + EVERY_TOKEN) + 4 * (num_generated + first)
+        pack_tokens(x, tokens, min(PACK_TOKENS, num_tokens - first), packs + first // PACK_TOKENS * stride)
+        first = next_task(team) * PACK_TOKENS
+    barrier(team)
 
 
 @kernel
 def _linear_kernel(args, thread, team):
     run, x, num_outputs = load_i64(args), load_i64(args + 8), load_i64(args + 16)
-    scratch = thread_scratch(run, thread)
+    scratch, has_tiles = thread_scratch(run, thread), load_i64(args + 24) != 0
     has_prompt = load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED)
+    if has_prompt and has_tiles:
+        _pack_prompt(run, x, team)
     task, passed = next_task(team), 0
     for i in range(num_outputs):
-        output = args + 24 + 32 * i
+        output = args + 32 + 32 * i
         matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
         num_rows = load_i64(matrix + NUM_ROWS)
         step = 16 if has_prompt else _gemv_rows(num_rows, team_size(team))
@@ -163,7 +182,10 @@ class Product(NamedTuple):
 
 def linear_op(run: RunTable, x: Activations, *products: Product) -> Op:
     """Products of one input with one or several matrices."""
-    cells: list = [run, x, len(products)]
+    has_tiles = any(product.matrix.table[TILE_KIND // 8] for product in products)
+    if has_tiles:
+        run.reserve_packs(packs_bytes(x, -(-x.capacity // PACK_TOKENS)))
+    cells: list = [run, x, len(products), has_tiles]
     for matrix, out, is_added in products:
         assert matrix.k == x.k and out.dtype == np.float32 and out.strides[1] == 4, (matrix.k, x.k, out.strides)
         assert out.shape[1] >= matrix.num_rows, (out.shape, matrix.num_rows)

@@ -7,10 +7,12 @@ import numpy as np
 from numba import njit, types
 
 from kimi_lite.native.calls import call3, call5, call7, call8
+from kimi_lite.native.cpu.activations import KINDS
 from kimi_lite.native.cpu.blocks import activation_kind, load16, row_scale, unpack
 from kimi_lite.native.cpu.compiler import Kernel
 from kimi_lite.native.cpu.dot import rows_kernel
-from kimi_lite.native.cpu.panel import gemm_kernel, panel_kernel
+from kimi_lite.native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
+from kimi_lite.native.cpu.tile_panel import tile_gemm_kernel, tile_panel_bytes, tile_panel_kernel, uses_tiles
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.native.simd import (
     int_to_f32x16,
@@ -23,8 +25,8 @@ from kimi_lite.native.simd import (
     widen_signed_i8x16,
 )
 
-DATA, ROW_BYTES, NUM_ROWS, K, ROWS_FN, PANEL_FN, GEMM_FN, VALUES_FN = (8 * i for i in range(8))
-MATRIX_BYTES = 64
+DATA, ROW_BYTES, NUM_ROWS, K, ROWS_FN, PANEL_FN, GEMM_FN, VALUES_FN, TILE_KIND = (8 * i for i in range(9))
+MATRIX_BYTES = 72
 VALUES_SIGNATURE = types.void(types.int64, types.int64, types.int64)  # (weights, num_weights, out)
 
 
@@ -56,6 +58,18 @@ def _block_values(name: str, block_size: int, block_bytes: int, group: int, is_s
     return values
 
 
+def matrix_kernels(name: str) -> tuple[Kernel, ...]:
+    """What a matrix of this type needs, in the order of its table: rows, panel, gemm, values."""
+    tiles = uses_tiles(name)
+    panel, gemm = (tile_panel_kernel, tile_gemm_kernel) if tiles else (panel_kernel, gemm_kernel)
+    return rows_kernel(name), panel(name), gemm(name), values_kernel(name)
+
+
+def panel_scratch_bytes(k: int) -> int:
+    """Bytes of scratch that a panel of K columns takes, whatever its type and form."""
+    return max(panel_bytes(k), tile_panel_bytes(k))
+
+
 VALUES_PADDING = 384  # bytes that `values` may scribble on behind its result
 
 
@@ -71,9 +85,6 @@ def values_kernel(name: str):
     return Kernel(values, VALUES_SIGNATURE)
 
 
-KERNELS = (rows_kernel, panel_kernel, gemm_kernel, values_kernel)  # that multiply with a type, in its table's order
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
     """A weight matrix (rows, k) ready to be multiplied; keeps its bytes alive, or mapped."""
@@ -81,7 +92,7 @@ class Matrix:
     data: np.ndarray  # uint8 (rows, >= row_bytes), read only
     layout: Layout
     k: int
-    table: np.ndarray  # int64 (8,), for kernels
+    table: np.ndarray  # int64 (9,), for kernels
 
     @classmethod
     def of(cls, data: np.ndarray, layout_name: str, k: int) -> "Matrix":
@@ -97,8 +108,9 @@ class Matrix:
         )
         assert k % layout.block_size == 0 and k % 16 == 0, (k, layout_name)
         assert layout.row_bytes(k) <= data.shape[1], (k, data.shape)
-        addresses = [kernel(layout_name).address for kernel in KERNELS]
-        table = np.array([data.ctypes.data, data.strides[0], data.shape[0], k, *addresses], np.int64)
+        addresses = [kernel.address for kernel in matrix_kernels(layout_name)]
+        tile_kind = KINDS[activation_kind(layout_name)] if uses_tiles(layout_name) else 0
+        table = np.array([data.ctypes.data, data.strides[0], data.shape[0], k, *addresses, tile_kind], np.int64)
         return cls(data, layout, k, table)
 
     @property
@@ -149,9 +161,11 @@ def matrix_panel(matrix, first, num_rows, panel):
 
 
 @njit
-def panel_product(matrix, panel, activations, tokens, num_tokens, out, out_stride, mode):
-    """Multiplies a panel of `matrix` with many tokens; see `panel.py`."""
-    call7(load_i64(matrix + GEMM_FN), panel, activations, tokens, num_tokens, out, out_stride, mode)
+def panel_product(matrix, panel, activations, tokens, packs, num_tokens, out, out_stride, mode):
+    """Multiplies a panel of `matrix` with many tokens: their int32 numbers are at `tokens`, and where the matrix has a
+    TILE_KIND they are packed at `packs`; see `panel.py` and `tile_panel.py`."""
+    source = tokens if load_i64(matrix + TILE_KIND) == 0 else packs
+    call7(load_i64(matrix + GEMM_FN), panel, activations, source, num_tokens, out, out_stride, mode)
 
 
 @njit

@@ -150,7 +150,7 @@ def panel_kernel(name: str):
 
 
 @njit(fastmath=FASTMATH)
-def _finish(value, out, num_rows, is_added):
+def store_results(value, out, num_rows, is_added):
     """Stores the 16 (or fewer) results of one token."""
     if num_rows == 16:
         store_f32x16(out, value + load_f32x16(out) if is_added else value)
@@ -177,13 +177,13 @@ def _float_gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
             a1 = fma_f32x16(w, broadcast_f32(x1 + 4 * i), a1)
             a2 = fma_f32x16(w, broadcast_f32(x2 + 4 * i), a2)
             a3 = fma_f32x16(w, broadcast_f32(x3 + 4 * i), a3)
-        _finish(a0, out + first * out_stride, num_rows, is_added)
+        store_results(a0, out + first * out_stride, num_rows, is_added)
         if first + 1 <= last:
-            _finish(a1, out + (first + 1) * out_stride, num_rows, is_added)
+            store_results(a1, out + (first + 1) * out_stride, num_rows, is_added)
         if first + 2 <= last:
-            _finish(a2, out + (first + 2) * out_stride, num_rows, is_added)
+            store_results(a2, out + (first + 2) * out_stride, num_rows, is_added)
         if first + 3 <= last:
-            _finish(a3, out + (first + 3) * out_stride, num_rows, is_added)
+            store_results(a3, out + (first + 3) * out_stride, num_rows, is_added)
 
 
 @njit(fastmath=FASTMATH)
@@ -240,13 +240,13 @@ def _int8_gemm(kind: int, group: int, signedness: str):
                 a1 = _scaled(i1, scale, minimum, load_f32(d1 + b), load_f32(s1 + 4 * g), a1)
                 a2 = _scaled(i2, scale, minimum, load_f32(d2 + b), load_f32(s2 + 4 * g), a2)
                 a3 = _scaled(i3, scale, minimum, load_f32(d3 + b), load_f32(s3 + 4 * g), a3)
-            _finish(a0, out + first * out_stride, num_rows, is_added)
+            store_results(a0, out + first * out_stride, num_rows, is_added)
             if first + 1 <= last:
-                _finish(a1, out + (first + 1) * out_stride, num_rows, is_added)
+                store_results(a1, out + (first + 1) * out_stride, num_rows, is_added)
             if first + 2 <= last:
-                _finish(a2, out + (first + 2) * out_stride, num_rows, is_added)
+                store_results(a2, out + (first + 2) * out_stride, num_rows, is_added)
             if first + 3 <= last:
-                _finish(a3, out + (first + 3) * out_stride, num_rows, is_added)
+                store_results(a3, out + (first + 3) * out_stride, num_rows, is_added)
 
     return gemm
 

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kimi_lite.native.cpu.activations import aligned_zeros
+
 # int64 cells, by byte offset
 NUM_TOKENS, TOKEN_IDS, CACHE_ROWS, COS, SIN, EVERY_TOKEN, SCRATCH, SCRATCH_STRIDE = (8 * i for i in range(8))
-NUM_ABSORBED, ABSORBED, NUM_EXPANDED, EXPANDED, NUM_GENERATED = (8 * i for i in range(8, 13))
-_NUM_CELLS = 13
+NUM_ABSORBED, ABSORBED, NUM_EXPANDED, EXPANDED, NUM_GENERATED, PACKS = (8 * i for i in range(8, 14))
+_NUM_CELLS = 14
 
 # one record of 6 int64 for each absorbed token and each expanded sequence
 RECORD_BYTES = 48
@@ -34,6 +36,7 @@ class RunTable:
         self._scratch = np.zeros(num_threads * stride + 4096, np.uint8)
         self._table = np.zeros(_NUM_CELLS, np.int64)
         self._owners: dict[int, object] = {}  # of the addresses, by cell
+        self._packs: np.ndarray | None = None
         self._point(EVERY_TOKEN, np.arange(max(capacity, num_pairs), dtype=np.int32))
         self._set(SCRATCH, -(-self._scratch.ctypes.data // 4096) * 4096)
         self._set(SCRATCH_STRIDE, stride)
@@ -49,6 +52,12 @@ class RunTable:
         """The array's address; it and what it points to are kept until the cell is set again."""
         self._owners[cell] = (array, *behind)
         self._set(cell, array.ctypes.data)
+
+    def reserve_packs(self, num_bytes: int) -> None:
+        """Memory for the packs of an operation's tokens (`native.cpu.packing`), which operations use in turns."""
+        if self._packs is None or num_bytes > self._packs.nbytes:
+            self._packs = aligned_zeros((num_bytes,), np.uint8)
+            self._set(PACKS, self._packs.ctypes.data)
 
     def set_tokens(self, token_ids: np.ndarray, num_generated: int = 0) -> None:
         """token_ids: int32 (T,), T <= capacity. Enough for programs without attention.

@@ -9,18 +9,28 @@ chunks of 64 weights, so that a chunk's registers are free before the next one's
 
 from numba import njit
 
-from kimi_lite.native.cpu.blocks import chosen_by_name, dot256, implements, unpack
+from kimi_lite.native.cpu.blocks import chosen_by_name, dot256, has_digits, implements, unpack
 from kimi_lite.native.grid_lanes import bit_counts, bytes_of_i32x8, even_f32x16, spread_scales
 from kimi_lite.native.simd import (
+    f32_to_i32x16,
     int_to_f32x16,
     load_f32x16,
     load_i8x64,
+    narrow_i32x16,
+    store_f32,
     store_f32x8,
     store_f32x16,
     store_i8x64,
     widen_i8x16,
     zero_f32x16,
     zero_i32x16,
+)
+from kimi_lite.native.simd_digits import (
+    high_digits,
+    high_digits_unsigned,
+    low_digits,
+    low_digits_unsigned,
+    minima_bytes,
 )
 from kimi_lite.native.simd_dot import scaled_dot_u8x64
 
@@ -152,3 +162,44 @@ def _iq1_unpack(name, block, codes, scales_out, minima):
     store_i8x64(codes + 192, codes3)
     store_groups(name, scales_out, factors)
     store_groups(name, minima, too_much)
+
+
+# Whole numbers for matrix tiles: codes times scales need two bytes --------------------------------------------------
+
+
+@has_digits(*_SIGNED, shift=8, is_signed=True)
+def _signed_digits(name, block, low, high, minima, factors):
+    at, bits, spread = points(name, block), sign_bits(name, block), scales(name, block)
+    c0, w0 = signed(name, bits, 0, magnitudes(name, at, 0)), spread_scales(spread, 0)
+    store_i8x64(low, low_digits(c0, w0))
+    store_i8x64(high, high_digits(c0, w0))
+    c1, w1 = signed(name, bits, 1, magnitudes(name, at, 1)), spread_scales(spread, 1)
+    store_i8x64(low + 64, low_digits(c1, w1))
+    store_i8x64(high + 64, high_digits(c1, w1))
+    c2, w2 = signed(name, bits, 2, magnitudes(name, at, 2)), spread_scales(spread, 2)
+    store_i8x64(low + 128, low_digits(c2, w2))
+    store_i8x64(high + 128, high_digits(c2, w2))
+    c3, w3 = signed(name, bits, 3, magnitudes(name, at, 3)), spread_scales(spread, 3)
+    store_i8x64(low + 192, low_digits(c3, w3))
+    store_i8x64(high + 192, high_digits(c3, w3))
+    store_f32(factors, unit(name, block))
+
+
+@has_digits(*_IQ1, shift=8, is_signed=True, minima="bytes")
+def _iq1_digits(name, block, low, high, minima, factors):
+    at, spread = points(name, block), scales(name, block)
+    c0, w0 = magnitudes(name, at, 0), spread_scales(spread, 0)
+    store_i8x64(low, low_digits_unsigned(c0, w0))
+    store_i8x64(high, high_digits_unsigned(c0, w0))
+    c1, w1 = magnitudes(name, at, 1), spread_scales(spread, 1)
+    store_i8x64(low + 64, low_digits_unsigned(c1, w1))
+    store_i8x64(high + 64, high_digits_unsigned(c1, w1))
+    c2, w2 = magnitudes(name, at, 2), spread_scales(spread, 2)
+    store_i8x64(low + 128, low_digits_unsigned(c2, w2))
+    store_i8x64(high + 128, high_digits_unsigned(c2, w2))
+    c3, w3 = magnitudes(name, at, 3), spread_scales(spread, 3)
+    store_i8x64(low + 192, low_digits_unsigned(c3, w3))
+    store_i8x64(high + 192, high_digits_unsigned(c3, w3))
+    store_i8x64(minima, minima_bytes(narrow_i32x16(f32_to_i32x16(scaled_excess(name, block)))))
+    store_f32(factors, unit(name, block))
+    store_f32(factors + 64, unit(name, block))

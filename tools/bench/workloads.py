@@ -16,8 +16,8 @@ from kimi_lite.hardware.bandwidth import read_program
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.compiler import kernel
 from kimi_lite.native.cpu.linear import Product, linear_op, quantize_op, thread_scratch
-from kimi_lite.native.cpu.matrix import Matrix, matrix_panel
-from kimi_lite.native.cpu.panel import PANEL_ROWS, panel_bytes
+from kimi_lite.native.cpu.matrix import Matrix, matrix_panel, panel_scratch_bytes
+from kimi_lite.native.cpu.panel import PANEL_ROWS
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.run import RunTable
 from kimi_lite.native.cpu.threads import Team, next_task
@@ -91,7 +91,7 @@ class Bench:
 
     def __init__(self, team: Team, k: int, capacity: int = 1) -> None:
         self.k = k
-        self._run = RunTable(capacity, team.num_threads, panel_bytes(k))
+        self._run = RunTable(capacity, team.num_threads, panel_scratch_bytes(k))
         self.sums = np.zeros((team.num_threads, 16), np.int32)
         self.x = Activations(capacity, k, {32, 256})
         self.x.values[:] = np.random.default_rng(0).standard_normal((capacity, k), np.float32)

@@ -27,7 +27,7 @@ class LayerExperts:
     ) -> None:
         """routed: gate, up and down of `num_routed` experts; always: those of the others."""
         self.num_routed, self.num_always = num_routed, len(always)
-        self.table = np.empty((num_routed + len(always), 3, MATRIX_BYTES // 8), np.int64)  # (experts, 3, 8)
+        self.table = np.empty((num_routed + len(always), 3, MATRIX_BYTES // 8), np.int64)
         self._first = []  # gate, up and down of one expert of each kind; they keep the mapping alive
         if routed:
             self._first.append([matrix_view(each.data[0], each.layout_name, each.k) for each in routed.matrices])

@@ -22,7 +22,7 @@ from kimi_lite.native.cpu.run import RunTable
 class ExpertGroup(NamedTuple):
     """Experts that run in one step: all of them routed, or all (`num_always`) taken by every token."""
 
-    table: np.ndarray  # int64 (experts, 3, 8): of the layer, so that moved experts are found
+    table: np.ndarray  # int64 (experts, 3, 9): of the layer, so that moved experts are found
     width: int
     num_always: int
     owner: LayerExperts  # of the bytes

@@ -8,7 +8,7 @@ from kimi_lite.arch.mla import split_kv_b
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.cpu.blocks import is_implemented
-from kimi_lite.native.cpu.matrix import KERNELS, Matrix, dequantize
+from kimi_lite.native.cpu.matrix import Matrix, dequantize, matrix_kernels
 from kimi_lite.native.layouts import BY_NAME
 
 
@@ -49,7 +49,7 @@ def check_types(store: GGUFStore) -> None:
 def compile_kernels(store: GGUFStore, report: Callable[[int, int], None]) -> None:
     """Compiles what the file's types need, or loads it from the disk cache; report(kernels done, kernels in all)."""
     names = sorted({tensor.layout.name for tensor in store.tensors.values()})
-    kernels = [make(name) for name in names for make in KERNELS]
+    kernels = [kernel for name in names for kernel in matrix_kernels(name)]
     for done, kernel in enumerate(kernels):
         report(done, len(kernels))
         _ = kernel.address

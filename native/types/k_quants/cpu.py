@@ -4,9 +4,10 @@ Products are scaled as integers (`scaled_dot_u8x64`), so that a block needs one 
 bits.
 """
 
-from numba import njit, uint64
+from numba import njit, types, uint64
 
-from kimi_lite.native.cpu.blocks import dot256, implements, unpack
+from kimi_lite.native.cpu.blocks import dot256, has_digits, implements, unpack
+from kimi_lite.native.grid_lanes import narrow_i16x16
 from kimi_lite.native.simd import (
     extend_f32x8,
     extend_i32x8,
@@ -25,6 +26,7 @@ from kimi_lite.native.simd import (
     low_f32x16,
     pack_u64,
     splat_f32x16,
+    store_f32,
     store_f32x8,
     store_f32x16,
     store_i8x64,
@@ -33,7 +35,14 @@ from kimi_lite.native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from kimi_lite.native.simd_bytes import bit_fields, widen16_i8x16, widen16_signed_i8x16
+from kimi_lite.native.simd_bytes import bit_fields, twice_each_byte, upper_i8x16, widen16_i8x16, widen16_signed_i8x16
+from kimi_lite.native.simd_digits import (
+    high_digits,
+    low_digits,
+    minima_bytes,
+    minima_nibbles,
+    small_products,
+)
 from kimi_lite.native.simd_dot import pair_dot_i16x16, scaled_dot_u8x64
 from kimi_lite.native.simd_scales import (
     spreadable,
@@ -284,3 +293,82 @@ def _q3_k_unpack(name, block, codes, scales, minima):
     factors = int_to_f32x16(widen_signed_i8x16(_q3_k_scales(block))) * load_f16(block + _Q3_K_D)
     store_f32x16(scales, factors)
     store_f32x16(minima, factors * 4.0)
+
+
+# Whole numbers for matrix tiles
+
+
+@njit
+def _store_two_digits(low, high, codes, scales):
+    """4 x 64 unsigned codes times six-bit scales of each 32: in digits of 8, as the scales have two."""
+    (c0, c1, c2, c3), lower, upper = codes, spreadable(scales & 7), spreadable(scales >> 3)
+    store_i8x64(low, small_products(c0, words32_0(lower)))
+    store_i8x64(high, small_products(c0, words32_0(upper)))
+    store_i8x64(low + 64, small_products(c1, words32_1(lower)))
+    store_i8x64(high + 64, small_products(c1, words32_1(upper)))
+    store_i8x64(low + 128, small_products(c2, words32_2(lower)))
+    store_i8x64(high + 128, small_products(c2, words32_2(upper)))
+    store_i8x64(low + 192, small_products(c3, words32_3(lower)))
+    store_i8x64(high + 192, small_products(c3, words32_3(upper)))
+
+
+@njit
+def _store_six_bits_digits(block, codes, low, high, minima, factors):
+    scales = _six_bits(block + _SCALES)
+    _store_two_digits(low, high, codes, widen16_i8x16(scales))
+    store_i8x64(minima, minima_bytes(twice_each_byte(upper_i8x16(scales))))
+    store_f32(factors, load_f16(block + _D))
+    store_f32(factors + 64, load_f16(block + _DMIN))
+
+
+@has_digits("Q4_K", shift=3, is_signed=False, minima="bytes")
+def _q4_k_digits(name, block, low, high, minima, factors):
+    qs = block + _Q4_K_QS
+    c0, c1 = _nibbles(load_twice(qs)), _nibbles(load_twice(qs + 32))
+    c2, c3 = _nibbles(load_twice(qs + 64)), _nibbles(load_twice(qs + 96))
+    _store_six_bits_digits(block, (c0, c1, c2, c3), low, high, minima, factors)
+
+
+@has_digits("Q5_K", shift=3, is_signed=False, minima="bytes")
+def _q5_k_digits(name, block, low, high, minima, factors):
+    _store_six_bits_digits(block, _q5_k_codes(block), low, high, minima, factors)
+
+
+@has_digits("Q6_K", shift=8, is_signed=True)
+def _q6_k_digits(name, block, low, high, minima, factors):
+    words = spreadable(widen16_signed_i8x16(load_i8x16(block + _Q6_K_SCALES)))
+    c0, c1 = _q6_k_low(block, 0) - 32, _q6_k_high(block, 0) - 32
+    c2, c3 = _q6_k_low(block, 1) - 32, _q6_k_high(block, 1) - 32
+    store_i8x64(low, low_digits(c0, words16_0(words)))
+    store_i8x64(high, high_digits(c0, words16_0(words)))
+    store_i8x64(low + 64, low_digits(c1, words16_1(words)))
+    store_i8x64(high + 64, high_digits(c1, words16_1(words)))
+    store_i8x64(low + 128, low_digits(c2, words16_2(words)))
+    store_i8x64(high + 128, high_digits(c2, words16_2(words)))
+    store_i8x64(low + 192, low_digits(c3, words16_3(words)))
+    store_i8x64(high + 192, high_digits(c3, words16_3(words)))
+    store_f32(factors, load_f16(block + _Q6_K_D))
+
+
+@has_digits("Q2_K", shift=0, is_signed=False, minima="nibbles")
+def _q2_k_digits(name, block, low, high, minima, factors):
+    scales = load_i8x16(block + _Q2_K_SCALES)
+    (c0, c1, c2, c3), words = _two_bits(block + _Q2_K_QS), spreadable(widen16_i8x16(scales & 15))
+    store_i8x64(low, small_products(c0, words16_0(words)))
+    store_i8x64(low + 64, small_products(c1, words16_1(words)))
+    store_i8x64(low + 128, small_products(c2, words16_2(words)))
+    store_i8x64(low + 192, small_products(c3, words16_3(words)))
+    store_i8x64(minima, minima_nibbles(scales & 0xF0, narrow_i16x16(widen16_i8x16(scales) >> 4)))
+    store_f32(factors, load_f16(block + _Q2_K_D))
+    store_f32(factors + 64, load_f16(block + _Q2_K_DMIN))
+
+
+@has_digits("Q3_K", shift=0, is_signed=True)
+def _q3_k_digits(name, block, low, high, minima, factors):
+    """Times minus the scales: -4 * -32 would not fit."""
+    (c0, c1, c2, c3), words = _q3_k_codes(block), spreadable((widen16_signed_i8x16(_q3_k_scales(block)) ^ -1) + 1)
+    store_i8x64(low, low_digits(c0 - 4, words16_0(words)))
+    store_i8x64(low + 64, low_digits(c1 - 4, words16_1(words)))
+    store_i8x64(low + 128, low_digits(c2 - 4, words16_2(words)))
+    store_i8x64(low + 192, low_digits(c3 - 4, words16_3(words)))
+    store_f32(factors, load_f16(block + _Q3_K_D) * types.float32(-1))

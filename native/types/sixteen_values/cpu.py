@@ -6,7 +6,7 @@ types, everywhere), which costs one multiplication with the sums of x for 256 we
 
 from numba import njit, uint64
 
-from kimi_lite.native.cpu.blocks import dot8x32, dot256, implements, unpack
+from kimi_lite.native.cpu.blocks import dot8x32, dot256, has_digits, implements, unpack
 from kimi_lite.native.simd import (
     extend_f32x8,
     f32_from_bits,
@@ -36,9 +36,21 @@ from kimi_lite.native.simd import (
     widen_signed_i8x16,
     zero_i32x16,
 )
-from kimi_lite.native.simd_bytes import bit_fields, byte_table, twice_each_f32x8, twice_each_quad
+from kimi_lite.native.simd_bytes import bit_fields, byte_table, twice_each_f32x8, twice_each_quad, widen16_signed_i8x16
+from kimi_lite.native.simd_digits import high_digits, low_digits
 from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
-from kimi_lite.native.simd_scales import gather_u8, gather_u32, min_i32x16, small_floats_f32x16, zero_where
+from kimi_lite.native.simd_scales import (
+    gather_u8,
+    gather_u32,
+    min_i32x16,
+    small_floats_f32x16,
+    spreadable,
+    words32_0,
+    words32_1,
+    words32_2,
+    words32_3,
+    zero_where,
+)
 from kimi_lite.native.types.blocks_of_32.cpu import nibbles_of_two, scaled_chunks, store_block
 from kimi_lite.native.types.gathering import gather_bytes, gather_field
 from kimi_lite.native.types.sixteen_values.layout import FLOAT4_VALUES, IQ4_NL, IQ4_VALUES, IQ4_XS, MXFP4, NVFP4
@@ -92,12 +104,16 @@ def _iq4_nl_unpack(name, block, codes, scales, minima):
 
 
 @njit
+def _iq4_xs_factors(block):
+    """The 8 scales as signed bytes, in lanes 0..7."""
+    low, high = uint64(load_u32(block + _IQ4_XS_SCALES_L)), uint64(load_u16(block + _IQ4_XS_SCALES_H))
+    return pack_u64(_every_nibble(low) | (_every_pair(high) << uint64(4)), uint64(0)) - 32
+
+
+@njit
 def _iq4_xs_scales(block):
     """The 8 scales as float32, in lanes 0..7."""
-    low, high = uint64(load_u32(block + _IQ4_XS_SCALES_L)), uint64(load_u16(block + _IQ4_XS_SCALES_H))
-    nibbles = _every_nibble(low) | (_every_pair(high) << uint64(4))
-    scales = widen_signed_i8x16(pack_u64(nibbles, uint64(0)) - 32)
-    return int_to_f32x16(scales) * load_f16(block + _IQ4_XS_D)
+    return int_to_f32x16(widen_signed_i8x16(_iq4_xs_factors(block))) * load_f16(block + _IQ4_XS_D)
 
 
 @njit
@@ -132,6 +148,22 @@ def _iq4_xs_unpack(name, block, codes, scales, minima):
     factors = low_f32x16(_iq4_xs_scales(block))
     store_f32x8(scales, factors)
     store_f32x8(minima, factors * 0.0)
+
+
+@has_digits("IQ4_XS", shift=8, is_signed=True)
+def _iq4_xs_digits(name, block, low, high, minima, factors):
+    words, qs = spreadable(widen16_signed_i8x16(_iq4_xs_factors(block))), block + _IQ4_XS_QS
+    c0, c1 = _iq4_values(nibbles_of_two(qs, qs + 16)), _iq4_values(nibbles_of_two(qs + 32, qs + 48))
+    c2, c3 = _iq4_values(nibbles_of_two(qs + 64, qs + 80)), _iq4_values(nibbles_of_two(qs + 96, qs + 112))
+    store_i8x64(low, low_digits(c0, words32_0(words)))
+    store_i8x64(high, high_digits(c0, words32_0(words)))
+    store_i8x64(low + 64, low_digits(c1, words32_1(words)))
+    store_i8x64(high + 64, high_digits(c1, words32_1(words)))
+    store_i8x64(low + 128, low_digits(c2, words32_2(words)))
+    store_i8x64(high + 128, high_digits(c2, words32_2(words)))
+    store_i8x64(low + 192, low_digits(c3, words32_3(words)))
+    store_i8x64(high + 192, high_digits(c3, words32_3(words)))
+    store_f32(factors, load_f16(block + _IQ4_XS_D))
 
 
 # MXFP4

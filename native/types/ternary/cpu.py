@@ -2,7 +2,7 @@
 
 from numba import njit
 
-from kimi_lite.native.cpu.blocks import dot256, implements, unpack
+from kimi_lite.native.cpu.blocks import dot256, has_digits, implements, unpack
 from kimi_lite.native.simd import (
     int_to_f32x16,
     join_i8x16,
@@ -14,6 +14,7 @@ from kimi_lite.native.simd import (
     load_i8x64,
     low_i8x64,
     splat_f32x8,
+    store_f32,
     store_f32x8,
     store_i8x64,
     twice_i8x32,
@@ -136,3 +137,24 @@ def _tq1_0_dot(name, block, x, sums16, sums32, minus16):
 @implements(unpack, "TQ1_0")
 def _tq1_0_unpack(name, block, codes, scales, minima):
     _store_ternary(codes, _tq1_0_codes(block), load_f16(block + _TQ1_0_D), scales, minima)
+
+
+@njit
+def _store_digits(low, values):
+    c0, c1, c2, c3 = values
+    store_i8x64(low, c0 - 1)
+    store_i8x64(low + 64, c1 - 1)
+    store_i8x64(low + 128, c2 - 1)
+    store_i8x64(low + 192, c3 - 1)
+
+
+@has_digits("TQ1_0", shift=0, is_signed=True)
+def _tq1_0_digits(name, block, low, high, minima, factors):
+    _store_digits(low, _tq1_0_codes(block))
+    store_f32(factors, load_f16(block + _TQ1_0_D))
+
+
+@has_digits("TQ2_0", shift=0, is_signed=True)
+def _tq2_0_digits(name, block, low, high, minima, factors):
+    _store_digits(low, _tq2_0_codes(block))
+    store_f32(factors, load_f16(block + _TQ2_0_D))

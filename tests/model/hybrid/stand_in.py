@@ -241,7 +241,7 @@ def run_experts(x: np.ndarray, table: np.ndarray, ids: np.ndarray, form: RoutedL
 
 
 def _matrices(slots: np.ndarray, form: RoutedLayer) -> np.ndarray:
-    """int64 (slots, 3, 8): the kernel tables of the experts in the slots."""
+    """int64 (slots, 3, 9): the kernel tables of the experts in the slots."""
     return np.stack([np.stack([_table(slot, part) for part in form.matrices]) for slot in slots])
 
 

@@ -1,0 +1,320 @@
+"""Quantized weights times many tokens with matrix tiles (`native.amx`): what `panel` does, several times faster.
+
+A panel is 16 rows of whole numbers in one byte, or in two for types whose codes times small scales need them, so that
+256 columns are added up as integers before anything becomes float32. For every 256 columns it has a record:
+
+    block32    codes (16, 256); scales (16, 256 / group) float32; minima like scales
+    block256   low digits (16, 256); high digits (16, 256); minima (16, 64) bytes; d (16,), dmin (16,) float32
+
+Rows of weights are the first factor as they lie; the second are packs of 16 tokens (`packing`). A result tile has a row
+of weights in each row and a token in each lane. It is brought to float32 in this order: block32, for every group,
+sum += (scale of the tokens * products) * scale of the row, then -= (scale * sum of the tokens) * minimum; block256, for
+every 256, sum += (products * d - minima * dmin) * scale of the tokens; each with one rounding where `fma` says so. A
+product has the same bits whatever the other tokens are and however many.
+
+    panel(weights, row_bytes, num_rows <= 16, k, panel)
+    gemm(panel, activations, packs, num_tokens, out, out_stride_bytes, mode)
+
+`packs` are consecutive, `pack_bytes` each; the rest as in `panel`.
+"""
+
+from functools import cache
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from kimi_lite.native.amx import (
+    TILE_BYTES,
+    Shape,
+    emit_load,
+    emit_product,
+    emit_store,
+    emit_zero,
+    has_amx,
+    release_tiles,
+    shapes,
+)
+from kimi_lite.native.cpu.activations import NUM_VALUES
+from kimi_lite.native.cpu.blocks import Digits, digits, digits_of, unpack
+from kimi_lite.native.cpu.compiler import IN_ORDER, Kernel
+from kimi_lite.native.cpu.packing import (
+    DIGITS256,
+    PACK_TOKENS,
+    PRODUCTS32,
+    RECORD32_BYTES,
+    RECORD256_BYTES,
+    SCALES32,
+    SCALES256,
+    pack_bytes,
+    records256,
+)
+from kimi_lite.native.cpu.panel import ADD, GEMM_SIGNATURE, PANEL_ROWS, PANEL_SIGNATURE, store_results
+from kimi_lite.native.layouts import BY_NAME
+from kimi_lite.native.simd import (
+    broadcast_f32,
+    fma_f32x16,
+    int_to_f32x16,
+    load_f32x16,
+    load_i32x16,
+    load_i64,
+    store_f32x16,
+    transpose_16x16,
+    zero_f32x16,
+)
+
+_STAGE_BYTES = 16384  # 16 result tiles
+_BLOCK_PACKS = 16  # that are multiplied while a record of weights is in the nearest cache; their sums follow the stage
+_SUM_BYTES = 1024  # of a pack
+_RECORDS = _STAGE_BYTES + _BLOCK_PACKS * _SUM_BYTES
+_HIGH, _MINIMA, _FACTORS, _RECORD_BYTES = 4096, 8192, 8192 + 1024, 8192 + 1024 + 128
+
+
+def tile_panel_bytes(k: int) -> int:
+    """Bytes of scratch that a panel of K columns takes, whatever its type."""
+    return _RECORDS + -(-k // 256) * _RECORD_BYTES
+
+
+def uses_tiles(name: str) -> bool:
+    """Whether this process multiplies panels of type `name` with matrix tiles."""
+    layout = BY_NAME[name]
+    return has_amx() and (layout.product == "block32" or digits_of(name) is not None)
+
+
+# Unpacking ------------------------------------------------------------------------------------------------------------
+
+
+def _block_panel(name: str, block_size: int, block_bytes: int, group: int):
+    scale_bytes = 4 * (256 // group)  # of a row
+
+    def panel(weights, row_bytes, num_rows, k, panel):
+        record = panel + _RECORDS
+        for column in range(0, k, 256):
+            first = weights + column // block_size * block_bytes
+            for row in range(num_rows):
+                scales = record + _HIGH + scale_bytes * row
+                for b in range(min(256, k - column) // block_size):
+                    at = b * block_size
+                    to = 4 * (at // group)
+                    block = first + row * row_bytes + b * block_bytes
+                    unpack(name, block, record + 256 * row + at, scales + to, scales + 1024 + to)
+            record += _RECORD_BYTES
+
+    return panel
+
+
+def _digits_panel(name: str, block_bytes: int):
+    def panel(weights, row_bytes, num_rows, k, panel):
+        for row in range(num_rows):
+            block, record = weights + row * row_bytes, panel + _RECORDS
+            for _ in range(k // 256):
+                low, minima = record + 256 * row, record + _MINIMA + 64 * row
+                digits(name, block, low, low + _HIGH, minima, record + _FACTORS + 4 * row)
+                block += block_bytes
+                record += _RECORD_BYTES
+
+    return panel
+
+
+@cache
+def tile_panel_kernel(name: str) -> Kernel:
+    """The compiled `panel` function of type `name`."""
+    layout = BY_NAME[name]
+    if layout.product == "block32":
+        panel = _block_panel(name, layout.block_size, layout.block_bytes, layout.group)
+    else:
+        panel = _digits_panel(name, layout.block_bytes)
+    return Kernel(panel, PANEL_SIGNATURE)
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+_I64 = ir.IntType(64)
+_whole_shapes = shapes(*[Shape()] * 8)
+
+
+def _tiles(emit):
+    """Makes an intrinsic of LLVM code for (record of the panel, record of the pack, bytes to the next pack, stage)."""
+
+    @intrinsic
+    def tiles(typingctx, record, pack, pack_stride, stage):
+        def codegen(context, builder, sig, args):
+            emit(builder, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return tiles
+
+
+def _at(builder, address, offset: int):
+    return builder.add(address, ir.Constant(_I64, offset))
+
+
+def _group_tiles(group: int, is_signed: bool):
+    """The stage gets a result tile for each group of 256 columns."""
+    columns = TILE_BYTES // 4 * group
+
+    def emit(builder, record, pack, pack_stride, stage):
+        for g in range(256 // group):
+            total, first, second = g % 4, 4 + g % 2, 6 + g % 2
+            emit_zero(builder, total)
+            emit_load(builder, first, _at(builder, record, group * g), 256)
+            emit_load(builder, second, _at(builder, pack, columns * g), 64)
+            emit_product(builder, total, first, second, is_signed)
+            emit_store(builder, total, _at(builder, stage, 1024 * g), 64)
+
+    return _tiles(emit)
+
+
+def _digit_tiles(form: Digits, num_packs: int):
+    """The stage gets result tiles of `num_packs` packs: of low digits, of high ones, of minima with a, with b."""
+    signs = (False, form.is_signed) if form.shift else (form.is_signed,)
+    total_of = {place: i for i, place in enumerate((d, p) for d in range(len(signs)) for p in range(num_packs))}
+    assert len(total_of) <= 4, (form, num_packs)
+
+    def emit(builder, record, pack, pack_stride, stage):
+        packs = [builder.add(pack, builder.mul(pack_stride, ir.Constant(_I64, p))) for p in range(num_packs)]
+        for total in total_of.values():
+            emit_zero(builder, total)
+        for chunk in range(4):
+            for d in range(len(signs)):
+                emit_load(builder, 4 + d, _at(builder, record, _HIGH * d + 64 * chunk), 256)
+            for p, place in enumerate(packs):
+                emit_load(builder, 6 + p % 2, _at(builder, place, 1024 * chunk), 64)
+                for d, is_signed in enumerate(signs):
+                    emit_product(builder, total_of[d, p], 4 + d, 6 + p % 2, is_signed)
+        for total in total_of.values():
+            emit_store(builder, total, _at(builder, stage, 1024 * total), 64)
+        for i in range({"none": 0, "nibbles": 1, "bytes": 2}[form.minima]):
+            emit_load(builder, 4, _at(builder, record, _MINIMA), 64)
+            for p, place in enumerate(packs):
+                emit_zero(builder, p)
+                emit_load(builder, 6 + p % 2, _at(builder, place, DIGITS256 + 256 * i), 64)
+                emit_product(builder, p, 4, 6 + p % 2, is_signed=False)
+                emit_store(builder, p, _at(builder, stage, 1024 * (len(total_of) + num_packs * i + p)), 64)
+
+    return _tiles(emit)
+
+
+@njit
+def _clear(sums, num_packs):
+    for i in range(0, _SUM_BYTES * num_packs, 64):
+        store_f32x16(sums + i, zero_f32x16())
+
+
+@njit
+def _deliver(sums, stage, num_tokens, out, out_stride, mode):
+    """The sums of one pack, rows by tokens, to the rows of its tokens."""
+    transpose_16x16(sums, 64, stage)
+    num_rows, is_added = mode & 31, mode >= ADD
+    for i in range(num_tokens):
+        store_results(load_f32x16(stage + 64 * i), out + i * out_stride, num_rows, is_added)
+
+
+def _block_gemm(group: int, is_signed: bool):
+    tiles, groups = _group_tiles(group, is_signed), 256 // group
+    group_shapes = shapes(*[Shape()] * 4, *[Shape(row_bytes=group)] * 2, *[Shape(rows=group // 4)] * 2)
+
+    def gemm(panel, activations, packs, num_tokens, out, out_stride, mode):
+        k, stride = load_i64(activations + NUM_VALUES), pack_bytes(activations)
+        num_packs = (num_tokens + PACK_TOKENS - 1) // PACK_TOKENS
+        group_shapes()
+        for begin in range(0, num_packs, _BLOCK_PACKS):
+            block, sums = min(_BLOCK_PACKS, num_packs - begin), panel + _STAGE_BYTES
+            _clear(sums, block)
+            for span in range((k + 255) // 256):
+                record, num_groups = panel + _RECORDS + span * _RECORD_BYTES, min(groups, (k - 256 * span) // group)
+                for p in range(block):
+                    pack = packs + (begin + p) * stride + span * RECORD32_BYTES
+                    tiles(record, pack, stride, panel)
+                    for row in range(PANEL_ROWS):
+                        at = sums + _SUM_BYTES * p + 64 * row
+                        total, scales = load_f32x16(at), record + _HIGH + 4 * groups * row
+                        for g in range(num_groups):
+                            products = int_to_f32x16(load_i32x16(panel + 1024 * g + 64 * row))
+                            x_at = pack + 64 * (g * group // 32)
+                            products = products * load_f32x16(x_at + SCALES32)
+                            total = fma_f32x16(products, broadcast_f32(scales + 4 * g), total)
+                            if not is_signed:
+                                taken = broadcast_f32(scales + 1024 + 4 * g) * -1.0
+                                total = fma_f32x16(load_f32x16(x_at + PRODUCTS32), taken, total)
+                        store_f32x16(at, total)
+            for p in range(block):
+                first = PACK_TOKENS * (begin + p)
+                count = min(PACK_TOKENS, num_tokens - first)
+                _deliver(sums + _SUM_BYTES * p, panel, count, out + first * out_stride, out_stride, mode)
+        release_tiles()
+
+    return gemm
+
+
+def _make_scaling(form: Digits, num_packs: int):
+    """Makes `f(record, x_scales, stage, sums)`: adds the result tiles of one pack to its sums."""
+    shift, minima = form.shift, form.minima
+    high, nibbles = 1024 * num_packs, 1024 * num_packs * (2 if shift else 1)
+    lower = nibbles + 1024 * num_packs
+
+    @njit(fastmath=IN_ORDER)
+    def add_scaled(record, x_scales, stage, sums):
+        x_scale = load_f32x16(x_scales)
+        for row in range(PANEL_ROWS):
+            at = stage + 64 * row
+            total = load_i32x16(at)
+            if shift:
+                total = total + (load_i32x16(at + high) << shift)
+            value = int_to_f32x16(total) * broadcast_f32(record + _FACTORS + 4 * row)
+            if minima != "none":
+                taken = load_i32x16(at + nibbles)
+                if minima == "bytes":
+                    taken = (taken << 4) + load_i32x16(at + lower)
+                value = fma_f32x16(int_to_f32x16(taken), broadcast_f32(record + _FACTORS + 64 + 4 * row) * -1.0, value)
+            store_f32x16(sums + 64 * row, fma_f32x16(value, x_scale, load_f32x16(sums + 64 * row)))
+
+    return add_scaled
+
+
+def _digits_gemm(form: Digits):
+    most = 2 if form.shift else 4
+    tiles_of_most, tiles_of_one = _digit_tiles(form, most), _digit_tiles(form, 1)
+    add_of_most, add_of_one = _make_scaling(form, most), _make_scaling(form, 1)
+
+    def gemm(panel, activations, packs, num_tokens, out, out_stride, mode):
+        k, stride = load_i64(activations + NUM_VALUES), pack_bytes(activations)
+        num_packs = (num_tokens + PACK_TOKENS - 1) // PACK_TOKENS
+        offset = records256(activations, 0)
+        _whole_shapes()
+        for begin in range(0, num_packs, _BLOCK_PACKS):
+            block, sums = min(_BLOCK_PACKS, num_packs - begin), panel + _STAGE_BYTES
+            _clear(sums, block)
+            for span in range(k // 256):
+                record = panel + _RECORDS + span * _RECORD_BYTES
+                pack, p = packs + begin * stride + offset + span * RECORD256_BYTES, 0
+                while p + most <= block:
+                    tiles_of_most(record, pack, stride, panel)
+                    for i in range(most):
+                        add_of_most(record, pack + SCALES256, panel + 1024 * i, sums + _SUM_BYTES * p)
+                        pack, p = pack + stride, p + 1
+                while p < block:
+                    tiles_of_one(record, pack, stride, panel)
+                    add_of_one(record, pack + SCALES256, panel, sums + _SUM_BYTES * p)
+                    pack, p = pack + stride, p + 1
+            for p in range(block):
+                first = PACK_TOKENS * (begin + p)
+                count = min(PACK_TOKENS, num_tokens - first)
+                _deliver(sums + _SUM_BYTES * p, panel, count, out + first * out_stride, out_stride, mode)
+        release_tiles()
+
+    return gemm
+
+
+@cache
+def _shared_gemm(form: Digits | tuple[int, bool]) -> Kernel:
+    return Kernel(_digits_gemm(form) if isinstance(form, Digits) else _block_gemm(*form), GEMM_SIGNATURE, IN_ORDER)
+
+
+def tile_gemm_kernel(name: str) -> Kernel:
+    """The compiled `gemm` function for panels of type `name`."""
+    layout = BY_NAME[name]
+    form = digits_of(name)
+    return _shared_gemm((layout.group, layout.is_signed) if layout.product == "block32" else form)
