@@ -96,17 +96,20 @@ def read_clock(typingctx, function, clock, target):
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-def _prefetcher(locality: int):
-    """Asks for the cache line at an address; any address is harmless."""
+def emit_prefetch(builder, address, locality: int = 3) -> None:
+    """LLVM code that asks for the cache line at an address; any address is harmless."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    hints = [ir.Constant(_I32, number) for number in (0, locality, 1)]  # to read, data
+    builder.call(function, [builder.inttoptr(address, byte), *hints])
 
+
+def _prefetcher(locality: int):
     @intrinsic
     def prefetch(typingctx, address):
         def codegen(context, builder, sig, args):
-            byte = ir.IntType(8).as_pointer()
-            kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            hints = [ir.Constant(_I32, number) for number in (0, locality, 1)]  # to read, data
-            builder.call(function, [builder.inttoptr(args[0], byte), *hints])
+            emit_prefetch(builder, args[0], locality)
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen

@@ -34,6 +34,7 @@ from kimi_lite.native.cpu.panel import PANEL_ROWS
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, PACKS, RunTable
 from kimi_lite.native.cpu.threads import barrier, next_task
+from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
     fma_f32x16,
@@ -54,12 +55,12 @@ _RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _
 _STARTS, _PAIR_TOKEN, _PAIR_WEIGHT, _PAIR_ROW, _ACTIVE, _PER_CHOICE, _HAS_FEW_EACH = (8 * i for i in range(11, 18))
 _EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
 _FEW_TOKENS = 48  # measured: as many through rows take about as long as through a panel
-_DOWN_ROWS = 32  # of a task for few tokens
+_DOWN_ROWS = 32  # of a task for few tokens, or with matrix tiles
 
 
 def experts_scratch_bytes(hidden_size: int, feed_forward_size: int, max_tokens: int) -> int:
-    """Scratch a thread needs: a panel and two blocks of results (T, 16), or two of generated tokens' results."""
-    panels = panel_scratch_bytes(max(hidden_size, feed_forward_size)) + 2 * 64 * (max_tokens + 1)
+    """Scratch a thread needs: a panel and two blocks of results (T, 64), or two of generated tokens' results."""
+    panels = panel_scratch_bytes(max(hidden_size, feed_forward_size)) + 2 * 4 * TILE_PANEL_ROWS * max_tokens
     return max(panels, 2 * TASK_TOKENS * RESULT_BYTES) + 4096
 
 
@@ -154,6 +155,13 @@ def _packs_of(args, activations, a, first):
 
 
 @njit
+def _panel_rows(matrix, other):
+    """Rows of the panels of two matrices that are multiplied together."""
+    is_of_tiles = load_i64(matrix + TILE_KIND) != 0 and load_i64(other + TILE_KIND) != 0
+    return TILE_PANEL_ROWS if is_of_tiles else PANEL_ROWS
+
+
+@njit
 def _pack_pairs(args, activations, is_hidden, team):
     """Packs, for every active expert with matrix tiles, its tokens of prompts, or their hidden values."""
     starts, active = load_i64(args + _STARTS), load_i64(args + _ACTIVE)
@@ -200,16 +208,17 @@ def _gate_up_task(args, hidden, a, first, num_rows, scratch):
     count = end - many
     if count == 0:
         return
-    gates, panel = scratch, scratch + 2 * 64 * (count + 1)
-    ups, tokens, packs = gates + 64 * (count + 1), pair_token + 4 * many, _packs_of(args, x, a, many)
-    for row in range(0, num_rows, PANEL_ROWS):
-        height = min(PANEL_ROWS, num_rows - row)
+    step, stride = _panel_rows(gate, up), 4 * TILE_PANEL_ROWS
+    gates, ups, panel = scratch, scratch + stride * count, scratch + 2 * stride * count
+    tokens, packs = pair_token + 4 * many, _packs_of(args, x, a, many)
+    for row in range(0, num_rows, step):
+        height = min(step, num_rows - row)
         matrix_panel(gate, first + row, height, panel)
-        panel_product(gate, panel, x, tokens, packs, count, gates, 64, height)
+        panel_product(gate, panel, x, tokens, packs, count, gates, stride, height)
         matrix_panel(up, first + row, height, panel)
-        panel_product(up, panel, x, tokens, packs, count, ups, 64, height)
+        panel_product(up, panel, x, tokens, packs, count, ups, stride, height)
         for i in range(count):
-            _swiglu(gates + 64 * i, ups + 64 * i, target + 4 * row + 4 * width * (many + i), height)
+            _swiglu(gates + stride * i, ups + stride * i, target + 4 * row + 4 * width * (many + i), height)
 
 
 @njit(fastmath={"nsz", "contract"})
@@ -262,13 +271,14 @@ def _down_task(args, hidden, first, num_rows, scratch):
         count = end - many
         if count == 0:
             continue
-        panel, packs = scratch + 64 * (count + 1), _packs_of(args, hidden, a, many)
-        for row in range(0, num_rows, PANEL_ROWS):
-            height = min(PANEL_ROWS, num_rows - row)
+        step, stride = _panel_rows(down, down), 4 * TILE_PANEL_ROWS
+        panel, packs = scratch + stride * count, _packs_of(args, hidden, a, many)
+        for row in range(0, num_rows, step):
+            height = min(step, num_rows - row)
             matrix_panel(down, first + row, height, panel)
-            panel_product(down, panel, hidden, every + 4 * many, packs, count, scratch, 64, height)
+            panel_product(down, panel, hidden, every + 4 * many, packs, count, scratch, stride, height)
             for i in range(count):
-                _deliver(args, many + i, scratch + 64 * i, first + row, height)
+                _deliver(args, many + i, scratch + stride * i, first + row, height)
 
 
 @kernel
@@ -282,9 +292,9 @@ def _experts_kernel(args, thread, team):
     gate = load_i64(args + _MATRICES) + load_i32(active + 4) * _EXPERT_BYTES
     width, has_prompt = load_i64(gate + NUM_ROWS), load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED)
     is_fine = has_prompt and load_i64(args + _HAS_FEW_EACH) == 0
-    step = PANEL_ROWS if is_fine else TASK_ROWS
-    blocks = -(-width // step)
     has_packs = has_prompt and load_i64(run + PACKS) != 0
+    step = PANEL_ROWS if is_fine and not has_packs else TASK_ROWS
+    blocks = -(-width // step)
     if has_packs:
         _pack_pairs(args, load_i64(args + _X), False, team)
     task = next_task(team)
@@ -302,7 +312,7 @@ def _experts_kernel(args, thread, team):
     if has_packs:
         _pack_pairs(args, hidden, True, team)
     num_rows = load_i64(gate + 2 * MATRIX_BYTES + NUM_ROWS)
-    step = PANEL_ROWS if is_fine else _DOWN_ROWS
+    step = PANEL_ROWS if is_fine and not has_packs else _DOWN_ROWS
     task = next_task(team)
     while task < -(-num_rows // step):
         _down_task(args, hidden, task * step, min(step, num_rows - task * step), scratch)

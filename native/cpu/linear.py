@@ -22,7 +22,7 @@ from kimi_lite.native.cpu.matrix import (
     panel_product,
 )
 from kimi_lite.native.cpu.packing import PACK_TOKENS, pack_bytes, pack_tokens, packs_bytes
-from kimi_lite.native.cpu.panel import ADD
+from kimi_lite.native.cpu.panel import ADD, PANEL_ROWS
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import (
     EVERY_TOKEN,
@@ -35,6 +35,7 @@ from kimi_lite.native.cpu.run import (
     RunTable,
 )
 from kimi_lite.native.cpu.threads import barrier, next_task, team_size
+from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.simd import (
     fma_f32x16,
     load_f32,
@@ -117,6 +118,12 @@ def _add_rows(source, target, num_rows):
 
 
 @njit
+def _panel_rows(num_rows, num_threads):
+    """Rows of a task with matrix tiles: fewer where a small matrix must still be shared by all threads."""
+    return min(TILE_PANEL_ROWS, max(16, num_rows // (4 * num_threads) // 16 * 16))
+
+
+@njit
 def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch):
     """`num_rows` rows of one matrix for every token: the generated ones, then those of prompts."""
     num_tokens, num_generated = load_i64(run + NUM_TOKENS), load_i64(run + NUM_GENERATED)
@@ -162,7 +169,9 @@ def _linear_kernel(args, thread, team):
         output = args + 32 + 32 * i
         matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
         num_rows = load_i64(matrix + NUM_ROWS)
-        step = 16 if has_prompt else _gemv_rows(num_rows, team_size(team))
+        step = _gemv_rows(num_rows, team_size(team))
+        if has_prompt:
+            step = PANEL_ROWS if load_i64(matrix + TILE_KIND) == 0 else _panel_rows(num_rows, team_size(team))
         num_tasks = -(-num_rows // step)
         while task < passed + num_tasks:
             first = (task - passed) * step

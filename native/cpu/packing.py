@@ -11,7 +11,7 @@ Tokens past the last one repeat it. An operation packs what it multiplies before
 
 from numba import njit, types
 
-from kimi_lite.native.calls import copy_bytes, stack_4096
+from kimi_lite.native.calls import clear_bytes, copy_bytes, stack_4096
 from kimi_lite.native.cpu.activations import (
     KIND32,
     KIND256,
@@ -94,6 +94,8 @@ def _pack32(activations, tokens, count, pack):
     codes, scales, sums = load_i64(form + X_CODES), load_i64(form + X_SCALES), load_i64(form + X_SUMS32)
     for first in range(0, k, 256):
         num_columns = min(256, k - first)
+        if num_columns < 256:
+            clear_bytes(pack + SCALES32, RECORD32_BYTES - SCALES32)  # what is missing counts nothing
         _pack_codes(codes, k, tokens, count, first, num_columns, pack)
         for i in range(PACK_TOKENS):
             at = (k * _token(tokens, i, count) + first) // 32 * 4

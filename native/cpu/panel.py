@@ -12,8 +12,8 @@ the group size and the signedness, so all types share a few products.
     panel(weights, row_bytes, num_rows <= 16, k, panel)
     gemm(panel, activations, tokens, num_tokens, out, out_stride_bytes, mode)
 
-`tokens`: int32 numbers of the activation rows; output i goes to `out + i * out_stride`; mode = number of rows, plus ADD
-to add to what is there.
+`tokens`: int32 numbers of the activation rows; output i goes to `out + i * out_stride`; mode = number of rows, plus
+ADD to add to what is there.
 """
 
 from functools import cache
@@ -48,7 +48,7 @@ from kimi_lite.native.simd import (
 from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
 
 PANEL_SIGNATURE, GEMM_SIGNATURE = types.void(*[types.int64] * 5), types.void(*[types.int64] * 7)
-PANEL_ROWS, ADD = 16, 32
+PANEL_ROWS, ADD = 16, 256
 _STAGE_BYTES = 8192  # 16 rows x 256 codes, then 16 x 16 scales and minima; or 16 x 16 floats
 
 
@@ -163,7 +163,7 @@ def store_results(value, out, num_rows, is_added):
 def _float_gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
     k = load_i64(activations + NUM_VALUES)
     x, weights = load_i64(activations + X_F32), _codes_at(panel)
-    num_rows, is_added = mode & 31, mode >= ADD
+    num_rows, is_added = mode % ADD, mode >= ADD
     for first in range(0, num_tokens, 4):
         last = num_tokens - 1
         x0 = x + 4 * k * load_i32(tokens + 4 * first)
@@ -213,7 +213,7 @@ def _int8_gemm(kind: int, group: int, signedness: str):
         x = load_i64(activations + kind + X_CODES)
         x_scale, x_sum = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + x_sums)
         codes, scales, minima = _codes_at(panel), _scales_at(panel, k), _minima_at(panel, k, group)
-        num_rows, is_added = mode & 31, mode >= ADD
+        num_rows, is_added = mode % ADD, mode >= ADD
         for first in range(0, num_tokens, 4):
             last = num_tokens - 1
             t0, t1 = load_i32(tokens + 4 * first), load_i32(tokens + 4 * min(first + 1, last))

@@ -1,7 +1,8 @@
 """Quantized weights times many tokens with matrix tiles (`native.amx`): what `panel` does, several times faster.
 
-A panel is 16 rows of whole numbers in one byte, or in two for types whose codes times small scales need them, so that
-256 columns are added up as integers before anything becomes float32. For every 256 columns it has a record:
+A panel is up to 64 rows, 16 to a tile, of whole numbers in one byte, or in two for types whose codes times small scales
+need them, so that 256 columns are added up as integers before anything becomes float32. For every 256 columns each tile
+of rows has a record:
 
     block32    codes (16, 256); scales (16, 256 / group) float32; minima like scales
     block256   low digits (16, 256); high digits (16, 256); minima (16, 64) bytes; d (16,), dmin (16,) float32
@@ -12,7 +13,7 @@ sum += (scale of the tokens * products) * scale of the row, then -= (scale * sum
 every 256, sum += (products * d - minima * dmin) * scale of the tokens; each with one rounding where `fma` says so. A
 product has the same bits whatever the other tokens are and however many.
 
-    panel(weights, row_bytes, num_rows <= 16, k, panel)
+    panel(weights, row_bytes, num_rows <= TILE_PANEL_ROWS, k, panel)
     gemm(panel, activations, packs, num_tokens, out, out_stride_bytes, mode)
 
 `packs` are consecutive, `pack_bytes` each; the rest as in `panel`.
@@ -26,6 +27,7 @@ from numba.extending import intrinsic
 
 from kimi_lite.native.amx import (
     TILE_BYTES,
+    TILE_ROWS,
     Shape,
     emit_load,
     emit_product,
@@ -35,6 +37,7 @@ from kimi_lite.native.amx import (
     release_tiles,
     shapes,
 )
+from kimi_lite.native.calls import clear_bytes
 from kimi_lite.native.cpu.activations import NUM_VALUES
 from kimi_lite.native.cpu.blocks import Digits, digits, digits_of, unpack
 from kimi_lite.native.cpu.compiler import IN_ORDER, Kernel
@@ -49,7 +52,7 @@ from kimi_lite.native.cpu.packing import (
     pack_bytes,
     records256,
 )
-from kimi_lite.native.cpu.panel import ADD, GEMM_SIGNATURE, PANEL_ROWS, PANEL_SIGNATURE, store_results
+from kimi_lite.native.cpu.panel import ADD, GEMM_SIGNATURE, PANEL_SIGNATURE, store_results
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
     broadcast_f32,
@@ -62,17 +65,20 @@ from kimi_lite.native.simd import (
     transpose_16x16,
     zero_f32x16,
 )
+from kimi_lite.native.vectors import Vec, call_llvm, constant, f32x16, i32x16, pointer, splat
 
+TILE_PANEL_ROWS = 64  # more than a tile's, so that a pack is taken from a far cache once for all of them
+_TILES = TILE_PANEL_ROWS // TILE_ROWS
 _STAGE_BYTES = 16384  # 16 result tiles
-_BLOCK_PACKS = 16  # that are multiplied while a record of weights is in the nearest cache; their sums follow the stage
-_SUM_BYTES = 1024  # of a pack
-_RECORDS = _STAGE_BYTES + _BLOCK_PACKS * _SUM_BYTES
+_BLOCK_PACKS = 8  # that are multiplied while a record of weights is in the nearest cache; their sums follow the stage
+_SUM_BYTES = 1024  # of a pack and a tile of rows
+_RECORDS = _STAGE_BYTES + _BLOCK_PACKS * _TILES * _SUM_BYTES
 _HIGH, _MINIMA, _FACTORS, _RECORD_BYTES = 4096, 8192, 8192 + 1024, 8192 + 1024 + 128
 
 
 def tile_panel_bytes(k: int) -> int:
     """Bytes of scratch that a panel of K columns takes, whatever its type."""
-    return _RECORDS + -(-k // 256) * _RECORD_BYTES
+    return _RECORDS + -(-k // 256) * _TILES * _RECORD_BYTES
 
 
 def uses_tiles(name: str) -> bool:
@@ -88,17 +94,20 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int):
     scale_bytes = 4 * (256 // group)  # of a row
 
     def panel(weights, row_bytes, num_rows, k, panel):
-        record = panel + _RECORDS
-        for column in range(0, k, 256):
-            first = weights + column // block_size * block_bytes
-            for row in range(num_rows):
-                scales = record + _HIGH + scale_bytes * row
+        for row in range(num_rows):
+            block = weights + row * row_bytes
+            record, place = panel + _RECORDS + row // TILE_ROWS * _RECORD_BYTES, row % TILE_ROWS
+            for column in range(0, k, 256):
+                scales = record + _HIGH + scale_bytes * place
+                if k - column < 256:  # what is missing counts nothing
+                    clear_bytes(scales, scale_bytes)
+                    clear_bytes(scales + 1024, scale_bytes)
                 for b in range(min(256, k - column) // block_size):
                     at = b * block_size
                     to = 4 * (at // group)
-                    block = first + row * row_bytes + b * block_bytes
-                    unpack(name, block, record + 256 * row + at, scales + to, scales + 1024 + to)
-            record += _RECORD_BYTES
+                    unpack(name, block, record + 256 * place + at, scales + to, scales + 1024 + to)
+                    block += block_bytes
+                record += _TILES * _RECORD_BYTES
 
     return panel
 
@@ -106,12 +115,13 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int):
 def _digits_panel(name: str, block_bytes: int):
     def panel(weights, row_bytes, num_rows, k, panel):
         for row in range(num_rows):
-            block, record = weights + row * row_bytes, panel + _RECORDS
+            block = weights + row * row_bytes
+            record, place = panel + _RECORDS + row // TILE_ROWS * _RECORD_BYTES, row % TILE_ROWS
             for _ in range(k // 256):
-                low, minima = record + 256 * row, record + _MINIMA + 64 * row
-                digits(name, block, low, low + _HIGH, minima, record + _FACTORS + 4 * row)
+                low, minima = record + 256 * place, record + _MINIMA + 64 * place
+                digits(name, block, low, low + _HIGH, minima, record + _FACTORS + 4 * place)
                 block += block_bytes
-                record += _RECORD_BYTES
+                record += _TILES * _RECORD_BYTES
 
     return panel
 
@@ -130,14 +140,15 @@ def tile_panel_kernel(name: str) -> Kernel:
 # Products -------------------------------------------------------------------------------------------------------------
 
 _I64 = ir.IntType(64)
+_AHEAD = 2  # groups whose tiles are under way
 _whole_shapes = shapes(*[Shape()] * 8)
 
 
 def _tiles(emit):
-    """Makes an intrinsic of LLVM code for (record of the panel, record of the pack, bytes to the next pack, stage)."""
+    """Makes an intrinsic of LLVM code for four addresses or numbers."""
 
     @intrinsic
-    def tiles(typingctx, record, pack, pack_stride, stage):
+    def tiles(typingctx, a, b, c, d):
         def codegen(context, builder, sig, args):
             emit(builder, *args)
             return context.get_dummy_value()
@@ -151,24 +162,65 @@ def _at(builder, address, offset: int):
     return builder.add(address, ir.Constant(_I64, offset))
 
 
-def _group_tiles(group: int, is_signed: bool):
-    """The stage gets a result tile for each group of 256 columns."""
-    columns = TILE_BYTES // 4 * group
+def _load(builder, vec: Vec, address, offset: int):
+    value = builder.load(pointer(builder, _at(builder, address, offset), vec.llvm))
+    value.align = 4
+    return value
 
-    def emit(builder, record, pack, pack_stride, stage):
-        for g in range(256 // group):
-            total, first, second = g % 4, 4 + g % 2, 6 + g % 2
-            emit_zero(builder, total)
-            emit_load(builder, first, _at(builder, record, group * g), 256)
-            emit_load(builder, second, _at(builder, pack, columns * g), 64)
-            emit_product(builder, total, first, second, is_signed)
-            emit_store(builder, total, _at(builder, stage, 1024 * g), 64)
+
+def _broadcast(builder, address, offset: int):
+    scalar = builder.load(pointer(builder, _at(builder, address, offset), ir.FloatType()))
+    scalar.align = 4
+    return splat(builder, f32x16, scalar)
+
+
+def _fma(builder, a, b, c):
+    return call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, (a, b, c))
+
+
+def _group_step(group: int, is_signed: bool):
+    """Makes an intrinsic: 256 columns of a panel times a pack, added to its sums.
+
+    (record of the panel, record of the pack, stage, sums). The tiles of a group are multiplied while the group before
+    is brought to float32.
+    """
+    groups, columns = 256 // group, TILE_BYTES // 4 * group
+
+    def multiply(builder, record, pack, stage, g):
+        total, first, second = g % 4, 4 + g % 2, 6 + g % 2
+        emit_zero(builder, total)
+        emit_load(builder, first, _at(builder, record, group * g), 256)
+        emit_load(builder, second, _at(builder, pack, columns * g), 64)
+        emit_product(builder, total, first, second, is_signed)
+        emit_store(builder, total, _at(builder, stage, 1024 * g), 64)
+
+    def emit(builder, record, pack, stage, sums):
+        totals = [_load(builder, f32x16, sums, 64 * row) for row in range(TILE_ROWS)]
+        for g in range(_AHEAD):
+            multiply(builder, record, pack, stage, g)
+        for g in range(groups):
+            if g + _AHEAD < groups:
+                multiply(builder, record, pack, stage, g + _AHEAD)
+            place = 64 * (g * group // 32)
+            x_scale = _load(builder, f32x16, pack, SCALES32 + place)
+            taken = _load(builder, f32x16, pack, PRODUCTS32 + place)
+            for row in range(TILE_ROWS):
+                at = _HIGH + 4 * (groups * row + g)
+                products = builder.sitofp(_load(builder, i32x16, stage, 1024 * g + 64 * row), f32x16.llvm)
+                products = builder.fmul(products, x_scale)
+                totals[row] = _fma(builder, products, _broadcast(builder, record, at), totals[row])
+                if not is_signed:
+                    minimum = _broadcast(builder, record, at + 1024)
+                    totals[row] = _fma(builder, taken, builder.fsub(constant(f32x16, -0.0), minimum), totals[row])
+        for row, total in enumerate(totals):
+            builder.store(total, pointer(builder, _at(builder, sums, 64 * row), f32x16.llvm)).align = 64
 
     return _tiles(emit)
 
 
 def _digit_tiles(form: Digits, num_packs: int):
-    """The stage gets result tiles of `num_packs` packs: of low digits, of high ones, of minima with a, with b."""
+    """(record of the panel, record of the pack, bytes to the next one, stage): the stage gets
+    result tiles of `num_packs` packs: of low digits, of high ones, of minima with a, with b."""
     signs = (False, form.is_signed) if form.shift else (form.is_signed,)
     total_of = {place: i for i, place in enumerate((d, p) for d in range(len(signs)) for p in range(num_packs))}
     assert len(total_of) <= 4, (form, num_packs)
@@ -199,51 +251,42 @@ def _digit_tiles(form: Digits, num_packs: int):
 
 @njit
 def _clear(sums, num_packs):
-    for i in range(0, _SUM_BYTES * num_packs, 64):
+    for i in range(0, _SUM_BYTES * _TILES * num_packs, 64):
         store_f32x16(sums + i, zero_f32x16())
 
 
 @njit
-def _deliver(sums, stage, num_tokens, out, out_stride, mode):
-    """The sums of one pack, rows by tokens, to the rows of its tokens."""
-    transpose_16x16(sums, 64, stage)
-    num_rows, is_added = mode & 31, mode >= ADD
-    for i in range(num_tokens):
-        store_results(load_f32x16(stage + 64 * i), out + i * out_stride, num_rows, is_added)
+def _deliver(sums, stage, num_packs, num_tokens, out, out_stride, mode):
+    """The sums of packs, rows by tokens, to the rows of their tokens."""
+    for p in range(num_packs):
+        for tile in range((mode % ADD + TILE_ROWS - 1) // TILE_ROWS):
+            transpose_16x16(sums + _SUM_BYTES * (_TILES * p + tile), 64, stage)
+            num_rows = min(TILE_ROWS, mode % ADD - TILE_ROWS * tile)
+            for i in range(min(PACK_TOKENS, num_tokens - PACK_TOKENS * p)):
+                target = out + (PACK_TOKENS * p + i) * out_stride + 64 * tile
+                store_results(load_f32x16(stage + 64 * i), target, num_rows, mode >= ADD)
 
 
 def _block_gemm(group: int, is_signed: bool):
-    tiles, groups = _group_tiles(group, is_signed), 256 // group
+    step = _group_step(group, is_signed)
     group_shapes = shapes(*[Shape()] * 4, *[Shape(row_bytes=group)] * 2, *[Shape(rows=group // 4)] * 2)
 
     def gemm(panel, activations, packs, num_tokens, out, out_stride, mode):
         k, stride = load_i64(activations + NUM_VALUES), pack_bytes(activations)
-        num_packs = (num_tokens + PACK_TOKENS - 1) // PACK_TOKENS
+        num_packs, num_tiles = (num_tokens + PACK_TOKENS - 1) // PACK_TOKENS, (mode % ADD + TILE_ROWS - 1) // TILE_ROWS
         group_shapes()
         for begin in range(0, num_packs, _BLOCK_PACKS):
             block, sums = min(_BLOCK_PACKS, num_packs - begin), panel + _STAGE_BYTES
             _clear(sums, block)
             for span in range((k + 255) // 256):
-                record, num_groups = panel + _RECORDS + span * _RECORD_BYTES, min(groups, (k - 256 * span) // group)
+                first = panel + _RECORDS + span * _TILES * _RECORD_BYTES
+                pack = packs + begin * stride + span * RECORD32_BYTES
                 for p in range(block):
-                    pack = packs + (begin + p) * stride + span * RECORD32_BYTES
-                    tiles(record, pack, stride, panel)
-                    for row in range(PANEL_ROWS):
-                        at = sums + _SUM_BYTES * p + 64 * row
-                        total, scales = load_f32x16(at), record + _HIGH + 4 * groups * row
-                        for g in range(num_groups):
-                            products = int_to_f32x16(load_i32x16(panel + 1024 * g + 64 * row))
-                            x_at = pack + 64 * (g * group // 32)
-                            products = products * load_f32x16(x_at + SCALES32)
-                            total = fma_f32x16(products, broadcast_f32(scales + 4 * g), total)
-                            if not is_signed:
-                                taken = broadcast_f32(scales + 1024 + 4 * g) * -1.0
-                                total = fma_f32x16(load_f32x16(x_at + PRODUCTS32), taken, total)
-                        store_f32x16(at, total)
-            for p in range(block):
-                first = PACK_TOKENS * (begin + p)
-                count = min(PACK_TOKENS, num_tokens - first)
-                _deliver(sums + _SUM_BYTES * p, panel, count, out + first * out_stride, out_stride, mode)
+                    for tile in range(num_tiles):
+                        step(first + tile * _RECORD_BYTES, pack, panel, sums + _SUM_BYTES * (_TILES * p + tile))
+                    pack += stride
+            first = PACK_TOKENS * begin
+            _deliver(sums, panel, block, num_tokens - first, out + first * out_stride, out_stride, mode)
         release_tiles()
 
     return gemm
@@ -258,7 +301,7 @@ def _make_scaling(form: Digits, num_packs: int):
     @njit(fastmath=IN_ORDER)
     def add_scaled(record, x_scales, stage, sums):
         x_scale = load_f32x16(x_scales)
-        for row in range(PANEL_ROWS):
+        for row in range(TILE_ROWS):
             at = stage + 64 * row
             total = load_i32x16(at)
             if shift:
@@ -281,28 +324,31 @@ def _digits_gemm(form: Digits):
 
     def gemm(panel, activations, packs, num_tokens, out, out_stride, mode):
         k, stride = load_i64(activations + NUM_VALUES), pack_bytes(activations)
-        num_packs = (num_tokens + PACK_TOKENS - 1) // PACK_TOKENS
+        num_packs, num_tiles = (num_tokens + PACK_TOKENS - 1) // PACK_TOKENS, (mode % ADD + TILE_ROWS - 1) // TILE_ROWS
         offset = records256(activations, 0)
         _whole_shapes()
         for begin in range(0, num_packs, _BLOCK_PACKS):
             block, sums = min(_BLOCK_PACKS, num_packs - begin), panel + _STAGE_BYTES
             _clear(sums, block)
             for span in range(k // 256):
-                record = panel + _RECORDS + span * _RECORD_BYTES
+                first = panel + _RECORDS + span * _TILES * _RECORD_BYTES
                 pack, p = packs + begin * stride + offset + span * RECORD256_BYTES, 0
                 while p + most <= block:
-                    tiles_of_most(record, pack, stride, panel)
-                    for i in range(most):
-                        add_of_most(record, pack + SCALES256, panel + 1024 * i, sums + _SUM_BYTES * p)
-                        pack, p = pack + stride, p + 1
+                    for tile in range(num_tiles):
+                        record, at = first + tile * _RECORD_BYTES, sums + _SUM_BYTES * (_TILES * p + tile)
+                        tiles_of_most(record, pack, stride, panel)
+                        for i in range(most):
+                            x_scales = pack + i * stride + SCALES256
+                            add_of_most(record, x_scales, panel + 1024 * i, at + _SUM_BYTES * _TILES * i)
+                    pack, p = pack + most * stride, p + most
                 while p < block:
-                    tiles_of_one(record, pack, stride, panel)
-                    add_of_one(record, pack + SCALES256, panel, sums + _SUM_BYTES * p)
+                    for tile in range(num_tiles):
+                        record, at = first + tile * _RECORD_BYTES, sums + _SUM_BYTES * (_TILES * p + tile)
+                        tiles_of_one(record, pack, stride, panel)
+                        add_of_one(record, pack + SCALES256, panel, at)
                     pack, p = pack + stride, p + 1
-            for p in range(block):
-                first = PACK_TOKENS * (begin + p)
-                count = min(PACK_TOKENS, num_tokens - first)
-                _deliver(sums + _SUM_BYTES * p, panel, count, out + first * out_stride, out_stride, mode)
+            first = PACK_TOKENS * begin
+            _deliver(sums, panel, block, num_tokens - first, out + first * out_stride, out_stride, mode)
         release_tiles()
 
     return gemm
