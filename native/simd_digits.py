@@ -1,4 +1,4 @@
-"""Codes times small scales as whole numbers: in a byte where they fit, else in two. For matrix tiles (`native.cpu.blocks`).
+"""Codes times small scales as whole numbers, in a byte where they fit, else in two: for matrix tiles (`blocks`).
 
 A scale is an int16 for every two codes, as in `simd_dot.scaled_dot_u8x64`.
 """

@@ -39,7 +39,7 @@ from kimi_lite.native.amx import (
 )
 from kimi_lite.native.calls import clear_bytes
 from kimi_lite.native.cpu.activations import NUM_VALUES
-from kimi_lite.native.cpu.blocks import Digits, digits, digits_of, unpack
+from kimi_lite.native.cpu.blocks import Digits, digits, digits_of, row_scale, unpack
 from kimi_lite.native.cpu.compiler import IN_ORDER, Kernel
 from kimi_lite.native.cpu.packing import (
     DIGITS256,
@@ -58,9 +58,11 @@ from kimi_lite.native.simd import (
     broadcast_f32,
     fma_f32x16,
     int_to_f32x16,
+    load_f32,
     load_f32x16,
     load_i32x16,
     load_i64,
+    store_f32,
     store_f32x16,
     transpose_16x16,
     zero_f32x16,
@@ -112,14 +114,21 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int):
     return panel
 
 
-def _digits_panel(name: str, block_bytes: int):
+def _digits_panel(name: str, block_bytes: int, has_minima: bool):
+    header_bytes = BY_NAME[name].header_bytes
+
     def panel(weights, row_bytes, num_rows, k, panel):
         for row in range(num_rows):
-            block = weights + row * row_bytes
+            start = weights + row * row_bytes
+            block, of_row = start + header_bytes, row_scale(name, start)
             record, place = panel + _RECORDS + row // TILE_ROWS * _RECORD_BYTES, row % TILE_ROWS
             for _ in range(k // 256):
-                low, minima = record + 256 * place, record + _MINIMA + 64 * place
-                digits(name, block, low, low + _HIGH, minima, record + _FACTORS + 4 * place)
+                low, factors = record + 256 * place, record + _FACTORS + 4 * place
+                digits(name, block, low, low + _HIGH, record + _MINIMA + 64 * place, factors)
+                if header_bytes > 0:
+                    store_f32(factors, load_f32(factors) * of_row)
+                    if has_minima:
+                        store_f32(factors + 64, load_f32(factors + 64) * of_row)
                 block += block_bytes
                 record += _TILES * _RECORD_BYTES
 
@@ -133,7 +142,9 @@ def tile_panel_kernel(name: str) -> Kernel:
     if layout.product == "block32":
         panel = _block_panel(name, layout.block_size, layout.block_bytes, layout.group)
     else:
-        panel = _digits_panel(name, layout.block_bytes)
+        form = digits_of(name)
+        assert form is not None, name
+        panel = _digits_panel(name, layout.block_bytes, form.minima != "none")
     return Kernel(panel, PANEL_SIGNATURE)
 
 
@@ -144,18 +155,11 @@ _AHEAD = 2  # groups whose tiles are under way
 _whole_shapes = shapes(*[Shape()] * 8)
 
 
-def _tiles(emit):
-    """Makes an intrinsic of LLVM code for four addresses or numbers."""
-
-    @intrinsic
-    def tiles(typingctx, a, b, c, d):
-        def codegen(context, builder, sig, args):
-            emit(builder, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 4), codegen
-
-    return tiles
+def _numbers(*literals):
+    """The Python numbers of arguments that kernels give as constants; None while their types are not known to be."""
+    if not all(isinstance(each, (types.IntegerLiteral, types.BooleanLiteral)) for each in literals):
+        return None
+    return [int(each.literal_value) for each in literals]
 
 
 def _at(builder, address, offset: int):
@@ -178,30 +182,35 @@ def _fma(builder, a, b, c):
     return call_llvm(builder, "llvm.fma.v16f32", f32x16.llvm, (a, b, c))
 
 
-def _group_step(group: int, is_signed: bool):
-    """Makes an intrinsic: 256 columns of a panel times a pack, added to its sums.
+def _emit_group(builder, group: int, is_signed: bool, g: int, record, pack, stage) -> None:
+    """The stage gets the products of the g-th group."""
+    total, first, second = g % 4, 4 + g % 2, 6 + g % 2
+    emit_zero(builder, total)
+    emit_load(builder, first, _at(builder, record, group * g), 256)
+    emit_load(builder, second, _at(builder, pack, TILE_BYTES // 4 * group * g), 64)
+    emit_product(builder, total, first, second, is_signed)
+    emit_store(builder, total, _at(builder, stage, 1024 * g), 64)
 
-    (record of the panel, record of the pack, stage, sums). The tiles of a group are multiplied while the group before
-    is brought to float32.
-    """
-    groups, columns = 256 // group, TILE_BYTES // 4 * group
 
-    def multiply(builder, record, pack, stage, g):
-        total, first, second = g % 4, 4 + g % 2, 6 + g % 2
-        emit_zero(builder, total)
-        emit_load(builder, first, _at(builder, record, group * g), 256)
-        emit_load(builder, second, _at(builder, pack, columns * g), 64)
-        emit_product(builder, total, first, second, is_signed)
-        emit_store(builder, total, _at(builder, stage, 1024 * g), 64)
+@intrinsic(prefer_literal=True)
+def _add_groups(typingctx, group, is_signed, record, pack, stage, sums):
+    """256 columns of a tile of rows times a pack, added to its sums. The tiles of a group are multiplied while the one
+    before is brought to float32."""
+    numbers = _numbers(group, is_signed)
+    if numbers is None:
+        return None
+    columns, has_signs = numbers
+    groups = 256 // columns
 
-    def emit(builder, record, pack, stage, sums):
+    def codegen(context, builder, sig, args):
+        record, pack, stage, sums = args[2:]
         totals = [_load(builder, f32x16, sums, 64 * row) for row in range(TILE_ROWS)]
         for g in range(_AHEAD):
-            multiply(builder, record, pack, stage, g)
+            _emit_group(builder, columns, has_signs, g, record, pack, stage)
         for g in range(groups):
             if g + _AHEAD < groups:
-                multiply(builder, record, pack, stage, g + _AHEAD)
-            place = 64 * (g * group // 32)
+                _emit_group(builder, columns, has_signs, g + _AHEAD, record, pack, stage)
+            place = 64 * (g * columns // 32)
             x_scale = _load(builder, f32x16, pack, SCALES32 + place)
             taken = _load(builder, f32x16, pack, PRODUCTS32 + place)
             for row in range(TILE_ROWS):
@@ -209,24 +218,30 @@ def _group_step(group: int, is_signed: bool):
                 products = builder.sitofp(_load(builder, i32x16, stage, 1024 * g + 64 * row), f32x16.llvm)
                 products = builder.fmul(products, x_scale)
                 totals[row] = _fma(builder, products, _broadcast(builder, record, at), totals[row])
-                if not is_signed:
+                if not has_signs:
                     minimum = _broadcast(builder, record, at + 1024)
                     totals[row] = _fma(builder, taken, builder.fsub(constant(f32x16, -0.0), minimum), totals[row])
         for row, total in enumerate(totals):
             builder.store(total, pointer(builder, _at(builder, sums, 64 * row), f32x16.llvm)).align = 64
+        return context.get_dummy_value()
 
-    return _tiles(emit)
+    return types.void(group, is_signed, *[types.int64] * 4), codegen
 
 
-def _digit_tiles(form: Digits, num_packs: int):
-    """(record of the panel, record of the pack, bytes to the next one, stage): the stage gets
-    result tiles of `num_packs` packs: of low digits, of high ones, of minima with a, with b."""
-    signs = (False, form.is_signed) if form.shift else (form.is_signed,)
-    total_of = {place: i for i, place in enumerate((d, p) for d in range(len(signs)) for p in range(num_packs))}
-    assert len(total_of) <= 4, (form, num_packs)
+@intrinsic(prefer_literal=True)
+def _multiply_digits(typingctx, num_packs, shift, is_signed, num_minima, record, pack, pack_stride, stage):
+    """The stage gets result tiles of `num_packs` packs: of low digits, of high ones, of minima with a, with b."""
+    numbers = _numbers(num_packs, shift, is_signed, num_minima)
+    if numbers is None:
+        return None
+    count, has_high, has_signs, minima = numbers
+    signs = (False, has_signs) if has_high else (has_signs,)
+    total_of = {place: i for i, place in enumerate((d, p) for d in range(len(signs)) for p in range(count))}
+    assert len(total_of) <= 4, total_of
 
-    def emit(builder, record, pack, pack_stride, stage):
-        packs = [builder.add(pack, builder.mul(pack_stride, ir.Constant(_I64, p))) for p in range(num_packs)]
+    def codegen(context, builder, sig, args):
+        record, pack, pack_stride, stage = args[4:]
+        packs = [builder.add(pack, builder.mul(pack_stride, ir.Constant(_I64, p))) for p in range(count)]
         for total in total_of.values():
             emit_zero(builder, total)
         for chunk in range(4):
@@ -234,19 +249,20 @@ def _digit_tiles(form: Digits, num_packs: int):
                 emit_load(builder, 4 + d, _at(builder, record, _HIGH * d + 64 * chunk), 256)
             for p, place in enumerate(packs):
                 emit_load(builder, 6 + p % 2, _at(builder, place, 1024 * chunk), 64)
-                for d, is_signed in enumerate(signs):
-                    emit_product(builder, total_of[d, p], 4 + d, 6 + p % 2, is_signed)
+                for d, has_sign in enumerate(signs):
+                    emit_product(builder, total_of[d, p], 4 + d, 6 + p % 2, has_sign)
         for total in total_of.values():
             emit_store(builder, total, _at(builder, stage, 1024 * total), 64)
-        for i in range({"none": 0, "nibbles": 1, "bytes": 2}[form.minima]):
+        for i in range(minima):
             emit_load(builder, 4, _at(builder, record, _MINIMA), 64)
             for p, place in enumerate(packs):
                 emit_zero(builder, p)
                 emit_load(builder, 6 + p % 2, _at(builder, place, DIGITS256 + 256 * i), 64)
                 emit_product(builder, p, 4, 6 + p % 2, is_signed=False)
-                emit_store(builder, p, _at(builder, stage, 1024 * (len(total_of) + num_packs * i + p)), 64)
+                emit_store(builder, p, _at(builder, stage, 1024 * (len(total_of) + count * i + p)), 64)
+        return context.get_dummy_value()
 
-    return _tiles(emit)
+    return types.void(num_packs, shift, is_signed, num_minima, *[types.int64] * 4), codegen
 
 
 @njit
@@ -267,14 +283,19 @@ def _deliver(sums, stage, num_packs, num_tokens, out, out_stride, mode):
                 store_results(load_f32x16(stage + 64 * i), target, num_rows, mode >= ADD)
 
 
-def _block_gemm(group: int, is_signed: bool):
-    step = _group_step(group, is_signed)
-    group_shapes = shapes(*[Shape()] * 4, *[Shape(row_bytes=group)] * 2, *[Shape(rows=group // 4)] * 2)
+_shapes_of_16, _shapes_of_32 = (
+    shapes(*[Shape()] * 4, *[Shape(row_bytes=group)] * 2, *[Shape(rows=group // 4)] * 2) for group in (16, 32)
+)
 
+
+def _block_gemm(group: int, is_signed: bool):
     def gemm(panel, activations, packs, num_tokens, out, out_stride, mode):
         k, stride = load_i64(activations + NUM_VALUES), pack_bytes(activations)
         num_packs, num_tiles = (num_tokens + PACK_TOKENS - 1) // PACK_TOKENS, (mode % ADD + TILE_ROWS - 1) // TILE_ROWS
-        group_shapes()
+        if group == 16:
+            _shapes_of_16()
+        else:
+            _shapes_of_32()
         for begin in range(0, num_packs, _BLOCK_PACKS):
             block, sums = min(_BLOCK_PACKS, num_packs - begin), panel + _STAGE_BYTES
             _clear(sums, block)
@@ -283,7 +304,8 @@ def _block_gemm(group: int, is_signed: bool):
                 pack = packs + begin * stride + span * RECORD32_BYTES
                 for p in range(block):
                     for tile in range(num_tiles):
-                        step(first + tile * _RECORD_BYTES, pack, panel, sums + _SUM_BYTES * (_TILES * p + tile))
+                        record, at = first + tile * _RECORD_BYTES, sums + _SUM_BYTES * (_TILES * p + tile)
+                        _add_groups(group, is_signed, record, pack, panel, at)
                     pack += stride
             first = PACK_TOKENS * begin
             _deliver(sums, panel, block, num_tokens - first, out + first * out_stride, out_stride, mode)
@@ -292,35 +314,27 @@ def _block_gemm(group: int, is_signed: bool):
     return gemm
 
 
-def _make_scaling(form: Digits, num_packs: int):
-    """Makes `f(record, x_scales, stage, sums)`: adds the result tiles of one pack to its sums."""
-    shift, minima = form.shift, form.minima
-    high, nibbles = 1024 * num_packs, 1024 * num_packs * (2 if shift else 1)
-    lower = nibbles + 1024 * num_packs
-
-    @njit(fastmath=IN_ORDER)
-    def add_scaled(record, x_scales, stage, sums):
-        x_scale = load_f32x16(x_scales)
-        for row in range(TILE_ROWS):
-            at = stage + 64 * row
-            total = load_i32x16(at)
-            if shift:
-                total = total + (load_i32x16(at + high) << shift)
-            value = int_to_f32x16(total) * broadcast_f32(record + _FACTORS + 4 * row)
-            if minima != "none":
-                taken = load_i32x16(at + nibbles)
-                if minima == "bytes":
-                    taken = (taken << 4) + load_i32x16(at + lower)
-                value = fma_f32x16(int_to_f32x16(taken), broadcast_f32(record + _FACTORS + 64 + 4 * row) * -1.0, value)
-            store_f32x16(sums + 64 * row, fma_f32x16(value, x_scale, load_f32x16(sums + 64 * row)))
-
-    return add_scaled
+@njit(fastmath=IN_ORDER)
+def _add_digits(num_packs, shift, num_minima, record, x_scales, stage, sums):
+    """Adds the result tiles of one of `num_packs` packs to its sums."""
+    minima = 1024 * num_packs * (2 if shift else 1)
+    x_scale = load_f32x16(x_scales)
+    for row in range(TILE_ROWS):
+        at = stage + 64 * row
+        total = load_i32x16(at)
+        if shift:
+            total = total + (load_i32x16(at + 1024 * num_packs) << shift)
+        value = int_to_f32x16(total) * broadcast_f32(record + _FACTORS + 4 * row)
+        if num_minima:
+            taken = load_i32x16(at + minima)
+            if num_minima == 2:
+                taken = (taken << 4) + load_i32x16(at + minima + 1024 * num_packs)
+            value = fma_f32x16(int_to_f32x16(taken), broadcast_f32(record + _FACTORS + 64 + 4 * row) * -1.0, value)
+        store_f32x16(sums + 64 * row, fma_f32x16(value, x_scale, load_f32x16(sums + 64 * row)))
 
 
-def _digits_gemm(form: Digits):
-    most = 2 if form.shift else 4
-    tiles_of_most, tiles_of_one = _digit_tiles(form, most), _digit_tiles(form, 1)
-    add_of_most, add_of_one = _make_scaling(form, most), _make_scaling(form, 1)
+def _digits_gemm(shift: int, is_signed: bool, num_minima: int):
+    most = 2 if shift else 4  # packs at a time: their result tiles, of one digit or two, are four
 
     def gemm(panel, activations, packs, num_tokens, out, out_stride, mode):
         k, stride = load_i64(activations + NUM_VALUES), pack_bytes(activations)
@@ -336,16 +350,17 @@ def _digits_gemm(form: Digits):
                 while p + most <= block:
                     for tile in range(num_tiles):
                         record, at = first + tile * _RECORD_BYTES, sums + _SUM_BYTES * (_TILES * p + tile)
-                        tiles_of_most(record, pack, stride, panel)
+                        _multiply_digits(most, shift, is_signed, num_minima, record, pack, stride, panel)
                         for i in range(most):
                             x_scales = pack + i * stride + SCALES256
-                            add_of_most(record, x_scales, panel + 1024 * i, at + _SUM_BYTES * _TILES * i)
+                            to = at + _SUM_BYTES * _TILES * i
+                            _add_digits(most, shift, num_minima, record, x_scales, panel + 1024 * i, to)
                     pack, p = pack + most * stride, p + most
                 while p < block:
                     for tile in range(num_tiles):
                         record, at = first + tile * _RECORD_BYTES, sums + _SUM_BYTES * (_TILES * p + tile)
-                        tiles_of_one(record, pack, stride, panel)
-                        add_of_one(record, pack + SCALES256, panel, at)
+                        _multiply_digits(1, shift, is_signed, num_minima, record, pack, stride, panel)
+                        _add_digits(1, shift, num_minima, record, pack + SCALES256, panel, at)
                     pack, p = pack + stride, p + 1
             first = PACK_TOKENS * begin
             _deliver(sums, panel, block, num_tokens - first, out + first * out_stride, out_stride, mode)
@@ -356,11 +371,15 @@ def _digits_gemm(form: Digits):
 
 @cache
 def _shared_gemm(form: Digits | tuple[int, bool]) -> Kernel:
-    return Kernel(_digits_gemm(form) if isinstance(form, Digits) else _block_gemm(*form), GEMM_SIGNATURE, IN_ORDER)
+    if not isinstance(form, Digits):
+        return Kernel(_block_gemm(*form), GEMM_SIGNATURE, IN_ORDER)
+    num_minima = {"none": 0, "nibbles": 1, "bytes": 2}[form.minima]
+    return Kernel(_digits_gemm(form.shift, form.is_signed, num_minima), GEMM_SIGNATURE, IN_ORDER)
 
 
 def tile_gemm_kernel(name: str) -> Kernel:
     """The compiled `gemm` function for panels of type `name`."""
     layout = BY_NAME[name]
-    form = digits_of(name)
-    return _shared_gemm((layout.group, layout.is_signed) if layout.product == "block32" else form)
+    form = (layout.group, layout.is_signed) if layout.product == "block32" else digits_of(name)
+    assert form is not None, name
+    return _shared_gemm(form)

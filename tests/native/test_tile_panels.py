@@ -12,7 +12,8 @@ from kimi_lite.native.cpu.blocks import activation_kind, digits_of
 from kimi_lite.native.cpu.linear import Product, linear_op
 from kimi_lite.native.cpu.matrix import Matrix
 from kimi_lite.native.cpu.packing import BEHIND_PACKS, PACK_TOKENS, packs_bytes
-from kimi_lite.native.cpu.tile_panel import uses_tiles
+from kimi_lite.native.cpu.prebuilt import identity
+from kimi_lite.native.cpu.tile_panel import tile_gemm_kernel, tile_panel_kernel, uses_tiles
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
@@ -33,9 +34,18 @@ def product(name, data, x, num_threads=1, start=None):
     return out
 
 
-def test_every_type_has_a_form_for_tiles():
-    assert not [name for name in NAMES if BY_NAME[name].product == "block256" and digits_of(name) is None]
-    assert {name for name in NAMES if uses_tiles(name)} == (set(NAMES) if has_amx() else set())
+def test_every_type_of_llama_cpp_has_a_form_for_tiles():
+    own = {name for name, layout in BY_NAME.items() if layout.product != "float" and not layout.is_ik}
+    assert not [name for name in own if BY_NAME[name].product == "block256" and digits_of(name) is None]
+    assert {name for name in own if uses_tiles(name)} == (own if has_amx() else set())
+
+
+def test_kernels_can_be_kept():
+    """Nothing but plain values in their closures: else every start would compile them (`native.cpu.prebuilt`)."""
+    for name in NAMES:
+        if digits_of(name) or BY_NAME[name].product == "block32":
+            for kernel in (tile_panel_kernel(name), tile_gemm_kernel(name)):
+                assert identity(kernel.function, kernel.signature)
 
 
 @needs_tiles

@@ -114,7 +114,7 @@ def kernels_of(types: Sequence[str], caches: Sequence[str]) -> "Iterator[Kernel 
     from kimi_lite.native.cpu.attention_prefill import compiled_prefill
     from kimi_lite.native.cpu.compiler import Function, Kernel
     from kimi_lite.native.cpu.latent import compiled_write
-    from kimi_lite.native.cpu.matrix import KERNELS
+    from kimi_lite.native.cpu.matrix import matrix_kernels
 
     modules = [
         importlib.import_module(each.name) for each in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
@@ -122,7 +122,7 @@ def kernels_of(types: Sequence[str], caches: Sequence[str]) -> "Iterator[Kernel 
     for module in (*modules, bandwidth):
         yield from (each for each in vars(module).values() if isinstance(each, (Kernel, Function)))
     for name in types:
-        yield from (kernel(name) for kernel in KERNELS)
+        yield from matrix_kernels(name)
     for dtype in caches:
         yield compiled_write(dtype)
         yield compiled_prefill(dtype)

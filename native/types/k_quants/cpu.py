@@ -324,14 +324,14 @@ def _store_six_bits_digits(block, codes, low, high, minima, factors):
 @has_digits("Q4_K", shift=3, is_signed=False, minima="bytes")
 def _q4_k_digits(name, block, low, high, minima, factors):
     qs = block + _Q4_K_QS
-    c0, c1 = _nibbles(load_twice(qs)), _nibbles(load_twice(qs + 32))
-    c2, c3 = _nibbles(load_twice(qs + 64)), _nibbles(load_twice(qs + 96))
+    c0, c1 = nibbles(load_twice(qs)), nibbles(load_twice(qs + 32))
+    c2, c3 = nibbles(load_twice(qs + 64)), nibbles(load_twice(qs + 96))
     _store_six_bits_digits(block, (c0, c1, c2, c3), low, high, minima, factors)
 
 
 @has_digits("Q5_K", shift=3, is_signed=False, minima="bytes")
 def _q5_k_digits(name, block, low, high, minima, factors):
-    _store_six_bits_digits(block, _q5_k_codes(block), low, high, minima, factors)
+    _store_six_bits_digits(block, five_bits(block + _Q5_K_QS, block + _Q5_K_QH), low, high, minima, factors)
 
 
 @has_digits("Q6_K", shift=8, is_signed=True)
@@ -353,7 +353,7 @@ def _q6_k_digits(name, block, low, high, minima, factors):
 @has_digits("Q2_K", shift=0, is_signed=False, minima="nibbles")
 def _q2_k_digits(name, block, low, high, minima, factors):
     scales = load_i8x16(block + _Q2_K_SCALES)
-    (c0, c1, c2, c3), words = _two_bits(block + _Q2_K_QS), spreadable(widen16_i8x16(scales & 15))
+    (c0, c1, c2, c3), words = two_bits(block + _Q2_K_QS), spreadable(widen16_i8x16(scales & 15))
     store_i8x64(low, small_products(c0, words16_0(words)))
     store_i8x64(low + 64, small_products(c1, words16_1(words)))
     store_i8x64(low + 128, small_products(c2, words16_2(words)))
@@ -366,7 +366,10 @@ def _q2_k_digits(name, block, low, high, minima, factors):
 @has_digits("Q3_K", shift=0, is_signed=True)
 def _q3_k_digits(name, block, low, high, minima, factors):
     """Times minus the scales: -4 * -32 would not fit."""
-    (c0, c1, c2, c3), words = _q3_k_codes(block), spreadable((widen16_signed_i8x16(_q3_k_scales(block)) ^ -1) + 1)
+    (c0, c1, c2, c3), words = (
+        three_bits(block + _Q3_K_QS, block + _Q3_K_HMASK),
+        spreadable((widen16_signed_i8x16(_q3_k_scales(block)) ^ -1) + 1),
+    )
     store_i8x64(low, low_digits(c0 - 4, words16_0(words)))
     store_i8x64(low + 64, low_digits(c1 - 4, words16_1(words)))
     store_i8x64(low + 128, low_digits(c2 - 4, words16_2(words)))
