@@ -13,8 +13,10 @@ be of its version.
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +29,7 @@ from kimi_lite.tools.bench.ours import Run
 from kimi_lite.tools.bench.plan import BenchTest, Prompt
 
 NAME, _PACKAGE, _LIBRARY = "ik_llama.cpp", "ik-llama-cpp-python", "IK_LLAMA_CPP_LIB_PATH"
+_IS_ERROR = re.compile(r"error|assert|failed", re.IGNORECASE)
 _MLA = 3  # its own default for this architecture, which its programs give the model and the context
 _CODE = (("AVX512_VNNI", "AVX-512 VNNI"), ("AVX512", "AVX-512"), ("AVX_VNNI", "AVX-VNNI"), ("AVX2", "AVX2"))
 
@@ -42,12 +45,13 @@ class IkLlama:
         """library: libllama.so of a native build; None: the wheel's. Raises KimiLiteError."""
         self._library = library
         command = [sys.executable, "-m", "kimi_lite.tools.bench.ik_llama"]
-        environment = os.environ | ({_LIBRARY: str(library)} if library else {})
+        environment = os.environ | {"GGML_NO_BACKTRACE": "1"} | ({_LIBRARY: str(library)} if library else {})
+        self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._messages,
             env=environment,
             text=True,
         )
@@ -68,6 +72,7 @@ class IkLlama:
         """Ends the process, whatever it does."""
         self._process.kill()
         self._process.communicate()
+        self._messages.close()
 
     def _ask(self, *request: object) -> dict:
         """Raises KimiLiteError for what the process says, and where it ended."""
@@ -77,14 +82,23 @@ class IkLlama:
         except BrokenPipeError:
             line = ""
         if not line:
+            code = self._process.wait()
             raise KimiLiteError(
-                f"{NAME} ended while it was asked to {request[0]} (exit code {self._process.wait()}).",
-                f"A library must be of the version of {_PACKAGE}." if self._library else f"Leave out --compare {NAME}.",
+                f"{NAME} ended while it was asked to {request[0]} the model (exit code {code}): {self._last_words()}",
+                f"A library must be of the version of {_PACKAGE}."
+                if self._library
+                else "Leave ik_llama out of --compare.",
             )
         answer = json.loads(line)
         if "problem" in answer:
             raise KimiLiteError(answer["problem"], answer["remedy"])
         return answer
+
+    def _last_words(self) -> str:
+        """The last line of its messages that speaks of an error, or the last one."""
+        self._messages.seek(0)
+        lines = [line.strip() for line in self._messages if line.strip()] or ["it said nothing."]
+        return next((line for line in reversed(lines) if _IS_ERROR.search(line)), lines[-1])
 
 
 class _IkModel(Llama):

@@ -43,7 +43,10 @@ def test_what_is_run_is_what_is_named(scripted, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("refused.gguf", "ik_llama.cpp cannot load .*refused.gguf"), ("crash.gguf", r"ended while .* run .exit code 7")],
+    [
+        ("refused.gguf", "ik_llama.cpp cannot load .*refused.gguf"),
+        ("crash.gguf", r"ended while .* run the model .exit code 7.: ggml.c:12: GGML_ASSERT.false. failed"),
+    ],
 )
 def test_errors_are_sentences(scripted, tmp_path, name, message):
     with pytest.raises(KimiLiteError, match=message):

@@ -5,6 +5,7 @@ A model file whose name begins with "crash" ends the process at its first batch,
 
 import ctypes
 import os
+import sys
 from types import SimpleNamespace
 
 VOCAB = 32
@@ -54,6 +55,7 @@ def llama_batch_init(capacity: int, embd: int, n_seq_max: int):
 
 def llama_decode(context: int, batch) -> int:
     if _state.model.startswith("crash"):
+        print("ggml.c:12: GGML_ASSERT(false) failed", "[a trace]", sep="\n", file=sys.stderr, flush=True)
         os._exit(7)
     for i in range(batch.n_tokens):
         cells = _cells.setdefault(batch.seq_id[i][0], [])
