@@ -1,7 +1,7 @@
 """Codes are looked up in `table` (int8: the first table); the scale's group says how much higher the second is.
 
-A group is 16 weights, 0 .. 15 of a block; where 32 share a scale, two groups do. `SCALES` and `STEPS` of a type are
-functions (base, group, mask) -> int32; the exact products use them too.
+A group is 16 weights, 0 .. 15 of a block; where 32 share a scale, two groups do. Each type has a function for its scale
+and one for its step, (base, group, mask) -> int32; the exact products use them too.
 """
 
 import triton
