@@ -22,7 +22,7 @@ _BLOCK_ROWS, _LANE_TILE = 64, 32
 # --choose` counts both.
 EIGHT_WARPS = frozenset((
     *("Q1_0", "Q2_0", "LITE2_128", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
-    *("IQ2_K", "IQ2_KS", "IQ2_KL", "IQ3_K", "IQ3_KS", "IQ6_K", "IQ1_KT", "IQ2_KT", "IQ3_KT"),
+    *("IQ2_K", "IQ2_KS", "IQ2_KL", "IQ3_K", "IQ3_KS", "IQ6_K", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT"),
 ))  # fmt: skip
 
 

@@ -35,7 +35,12 @@ from kimi_lite.native.layouts import BY_NAME
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 SAMPLE_TYPES, SAMPLE_ARCHS, SAMPLE_TOKENS = ("TQ1_0",), (89, 90), (1, 16, 129, 8192)
 # Bytes that a thread may spill, by kernel and types; all others nothing. The product: Triton 3.5 and 3.6 alone
-SPILLS = {("grouped_kernel", "IQ2_XXS"): 16, ("gate_up_kernel", "NVFP4"): 8, ("q8_0_product_kernel", ""): 8}
+SPILLS = {
+    ("grouped_kernel", "IQ2_XXS"): 16,
+    ("gate_up_kernel", "NVFP4"): 8,
+    ("q8_0_product_kernel", ""): 8,
+    ("grouped_kernel", "IQ3_KT"): 24,
+}
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
