@@ -7,7 +7,8 @@ Everything that can be wrong is found before the first byte is written.
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,21 +17,23 @@ from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.codecs import EXACT_TYPES, find_layout
-from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES
+from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES, Coding
 from kimi_lite.quantize.memory import PeakMemory, pieces_ahead
 from kimi_lite.quantize.recipe.choose import uniform_recipe
 from kimi_lite.quantize.recipe.plan import ConversionPlan, PlannedTensor, plan_conversion
 from kimi_lite.quantize.source.files import check_outputs
 from kimi_lite.quantize.source.gguf_model import open_gguf_model
 from kimi_lite.quantize.source.hf_model import open_hf_model
-from kimi_lite.quantize.source.model import SourceModel
+from kimi_lite.quantize.source.model import RowReader, SourceModel
 from kimi_lite.quantize.source.names import file_order
+from kimi_lite.quantize.source.open import is_checkpoint
 from kimi_lite.quantize.write.job import Job, run_job
 from kimi_lite.quantize.write.sharding import plan_shards
 from kimi_lite.quantize.write.writer import OnProgress, Tensor
 
 if TYPE_CHECKING:  # they run the model, which most conversions do not
     from kimi_lite.quantize.calibrate.calibration import Calibration, CalibrationText
+    from kimi_lite.quantize.calibrate.layered import LayeredStore
 
 DEFAULT_SPLIT_BYTES = 45_000_000_000  # model hosts take files up to 50 GB
 
@@ -63,7 +66,7 @@ class ConvertReport:
 
 def open_model(src: Path) -> SourceModel:
     """A folder with config.json is a checkpoint; anything else must be GGUF. Raises KimiLiteError."""
-    is_gguf = src.is_file() or (src.is_dir() and not (src / "config.json").is_file() and any(src.glob("*.gguf")))
+    is_gguf = src.is_file() or (src.is_dir() and not is_checkpoint(src) and any(src.glob("*.gguf")))
     return open_gguf_model(src) if is_gguf else open_hf_model(src)
 
 
@@ -120,6 +123,9 @@ def make_job(
         raise KimiLiteError(f"{dst} is a folder, and the name of a GGUF file is needed.", f"For example: {example}")
     with_feedback = [t.source.role for t in plan.tensors if calibration and _takes_feedback(t)]
     statistics = calibration.start(with_feedback) if calibration and with_feedback else None
+    calibration_bytes = calibration.num_bytes(with_feedback) if statistics else 0
+    if statistics and not max_ram_bytes:
+        calibration.check_memory(with_feedback)
     tensors = [_make_tensor(planned, importance, statistics) for planned in plan.tensors]
     for planned, tensor in zip(plan.tensors, tensors, strict=True):
         if not planned.is_exact:
@@ -128,12 +134,27 @@ def make_job(
         tensors.sort(key=lambda tensor: file_order(tensor.name))
     origin = f"{model.origin} {calibration.label}" if calibration else model.origin
     metadata = dict(model.make_metadata(plan.main_layout))
-    max_ahead = pieces_ahead(tensors, importance, calibration, max_ram_bytes)
+    max_ahead = pieces_ahead(tensors, importance, calibration_bytes, max_ram_bytes)
     job = Job(dst, plan_shards(dst, tensors, split_bytes), metadata, origin, is_overwriting, model.files, max_ahead)
+    if statistics:
+        statistics.follow(partial(_written_layers, plan, job))
     inputs = [file.path for file in model.files]
     inputs += [importance.path] if importance else []
     check_outputs(job.outputs, [*inputs, *([calibration.text] if calibration else [])])
     return job
+
+
+def _written_layers(plan: ConversionPlan, job: Job) -> "LayeredStore":
+    """The file as far as it is written; what models read first comes from the source."""
+    from kimi_lite.quantize.calibrate.layered import LayeredStore, LayerTensor, open_source
+
+    layers = []
+    for each in plan.tensors:
+        tensor = LayerTensor(each.source.role, each.layout, each.source.shape, partial(job.open_written, each.source.name))
+        if tensor.is_always_there:
+            tensor = replace(tensor, open_rows=partial(open_source, each.source, each.layout))
+        layers.append(tensor)
+    return LayeredStore(job.path, job.metadata, layers)
 
 
 def importance_notes(plan: ConversionPlan, importance: Importance | None) -> list[str]:
@@ -154,7 +175,9 @@ def _takes_feedback(planned: PlannedTensor) -> bool:
 
 def _make_tensor(planned: PlannedTensor, importance: Importance | None, statistics: "Calibration | None") -> Tensor:
     source = planned.source
-    curvature = partial(statistics.curvature, source.role) if statistics and _takes_feedback(planned) else None
+    coding = None
+    if statistics and _takes_feedback(planned):
+        coding = partial(_coding, statistics, planned)
     encoded = source.open_encoded(planned.layout)
     if encoded:
         return Tensor(source.name, source.shape, planned.layout, lambda: encoded, is_encoded=True)
@@ -165,14 +188,18 @@ def _make_tensor(planned: PlannedTensor, importance: Importance | None, statisti
         layout=planned.layout,
         open_rows=source.open_rows,
         importance=vectors,
-        curvature=curvature,
+        coding=coding,
     )
+
+
+def _coding(statistics: "Calibration", planned: PlannedTensor, matrix: int, read_rows: RowReader) -> Coding:
+    return statistics.coding(planned.source.role, planned.layout, matrix, planned.source.shape, read_rows)
 
 
 def _check_encoder(tensor: Tensor, will_have_importance: bool) -> None:
     """Finds now, and not after hours, a tensor that the matrix lacks and whose type cannot be without."""
     try:
-        find_layout(tensor.layout.name, will_have_importance or tensor.importance is not None)
+        find_layout(tensor.layout.name, will_have_importance or bool(tensor.coding) or tensor.importance is not None)
     except KimiLiteError as error:
         raise KimiLiteError(
             f"{tensor.name}: {error.message}", "Give it another type with --tensor-type, or a matrix that has it."

@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import psutil
 
 from kimi_lite.errors import KimiLiteError
@@ -11,9 +9,6 @@ from kimi_lite.hardware.host import usable_cores
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.write.writer import OnProgress, Tensor, piece_weights
 from kimi_lite.units import MIB, gib_apart
-
-if TYPE_CHECKING:
-    from kimi_lite.quantize.calibrate.calibration import CalibrationText
 
 _PROGRAM_BYTES = 400_000_000  # Python, Numba and what they have compiled
 _PIECE_BYTES = 24  # a weight on its way: as it is stored, float32, codes, temporaries of decoding and encoding
@@ -51,7 +46,7 @@ class PeakMemory:
 def pieces_ahead(
     tensors: Sequence[Tensor],
     importance: Importance | None,
-    calibration: "CalibrationText | None",
+    calibration_bytes: int,
     max_ram_bytes: int | None,
 ) -> int | None:
     """How many pieces of weights may be in memory at a time; None: enough to keep all cores busy. Raises KimiLiteError
@@ -60,11 +55,10 @@ def pieces_ahead(
         return None
     piece = _PIECE_BYTES * max(max(piece_weights(tensor), tensor.shape[-1]) for tensor in tensors)
     fixed = _PROGRAM_BYTES + (sum(vector.nbytes for vector in importance.vectors.values()) if importance else 0)
-    if calibration:
-        fixed += calibration.num_bytes
+    fixed += calibration_bytes
     if fixed + 2 * piece > max_ram_bytes:
         need, have = gib_apart(fixed + 2 * piece, max_ram_bytes)
-        less = ", or fewer --chunks" if calibration else ""
+        less = ", or fewer --chunks" if calibration_bytes else ""
         raise KimiLiteError(
             f"--max-ram is {have}; this conversion needs {need}.",
             f"Try --max-ram {-(-(fixed + 2 * piece) // MIB)}M{less}.",

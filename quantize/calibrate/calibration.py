@@ -1,24 +1,31 @@
 """`--calibrate TEXT`: the inputs that each matrix has on a text, when its turn to be encoded comes.
 
 The source model runs over the text layer by layer (kimi_lite.model.cpu.walk), one layer ahead of the encoder, so that
-only one layer's statistics are in memory. Gate and up of all experts share X^T X of all tokens: with 384 experts few
-tokens reach each one, and on the demo model sharing loses nothing. Inputs of down differ by expert and are kept as
-rows; an expert's X^T X is made when it is asked for.
+only one layer's statistics are in memory. What a layer takes is what the layers before it give as they were encoded,
+with the kernels and the rounding of activations that the file will be run with: so each layer is fitted to the errors
+of those below it. Gate and up of all experts share X^T X of all tokens: with 384 experts few tokens reach each one, and
+on the demo model sharing loses nothing. Inputs of down differ by expert and are kept as rows; an expert's X^T X is made
+when it is asked for.
 """
 
 import hashlib
 import re
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.model.cpu.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
+from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.calibrate.imatrix import Importance
+from kimi_lite.quantize.calibrate.layered import LayeredStore
 from kimi_lite.quantize.calibrate.statistics import (
     ImportanceSums,
     OnLayer,
@@ -27,37 +34,25 @@ from kimi_lite.quantize.calibrate.statistics import (
     open_walk,
     read_text,
 )
-from kimi_lite.quantize.codecs.feedback import Curvature
+from kimi_lite.quantize.calibrate.strength import ALIKE, NUM_TRIED_ROWS, Seen, choose_strength, held_out_chunks
+from kimi_lite.quantize.codecs.feedback import Coding
+from kimi_lite.quantize.source.model import RowReader
 from kimi_lite.quantize.source.names import file_order
 from kimi_lite.units import gib
 
 DEFAULT_CHUNKS = 64  # 32,768 tokens: each of 384 experts is chosen about 680 times
 _MAX_SHARE = 0.8  # of free memory
+_GRAM_BYTES, _CODING_BYTES = 16, 8 + 24 + 6 * 8  # of a pair of columns: both sums; their sum, temporaries, six codings
 _SHARED = re.compile(r"\.ffn_(gate|up|gate_up)_exps\.")
-_GGUF_HINT = (
-    "Convert it losslessly first (--recipe q4_0-lossless, or --type bf16), then quantize that file with --calibrate."
-)
-
-
-@dataclass(slots=True)
-class _Gram:
-    """X^T X, float64 sums of float32 products, over `num_inputs` rows."""
-
-    products: np.ndarray  # (k, k)
-    num_inputs: int = 0
-
-    def add(self, values: np.ndarray) -> None:
-        self.products += values.T @ values
-        self.num_inputs += len(values)
 
 
 @dataclass(slots=True)
 class _LayerInputs:
-    """What the running layer's matrices saw. `grams`: of tensors whose matrices share their inputs; `pieces`: by chunk
-    the rows and starts of the others."""
+    """What the running layer's matrices saw. `shared`: of tensors whose matrices share their inputs; `pieces`: by chunk
+    the rows and starts of the others, and whether the chunk is kept out."""
 
-    grams: dict[str, _Gram] = field(default_factory=dict)
-    pieces: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    shared: dict[str, Seen] = field(default_factory=dict)
+    pieces: dict[str, list[tuple[np.ndarray, np.ndarray, bool]]] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)  # tensors that take the same inputs as another
 
 
@@ -65,57 +60,93 @@ class Calibration:
     """A text run through the source model. Tensors must be asked for in the order of layers."""
 
     def __init__(self, walk: LayerWalk, chunks: Sequence[np.ndarray], wanted: Collection[str]) -> None:
-        """`wanted`: names of the tensors whose curvature will be asked for."""
-        self._wanted = frozenset(wanted)
-        self._num_layers = walk.config.num_layers
-        self._current = _LayerInputs()
-        self._layers: Iterator[int] = walk.layers(chunks, self._observe)
-        self._layer = -1
-        self._lock = threading.Lock()
-        self._made: tuple[tuple[str, int], Curvature | None] | None = None
+        """`wanted`: names of the tensors that will be asked for."""
+        self._walk, self._chunks, self._wanted = walk, chunks, frozenset(wanted)
+        self._kept_out = held_out_chunks(len(chunks))
+        self._open_written: Callable[[], LayeredStore] | None = None
+        self._written: LayerWalk | None = None
+        self._hidden: list[np.ndarray] = []  # what layer `_done` takes
+        self._done = 0  # layers that `_hidden` went through
+        self._current, self._layer = _LayerInputs(), -1
+        self._lock = threading.RLock()
+        self._seen: tuple[tuple[str, int], Seen] | None = None
+        self._strengths: dict[tuple[str, int], float] = {}  # by tensor of the running layer, and first row
 
-    def curvature(self, name: str, matrix: int) -> Curvature | None:
-        """Of matrix (expert or head) `matrix` of a tensor; None where the text gave it no inputs. Runs the model on to
-        the tensor's layer. May be called by several threads."""
+    def follow(self, open_written: Callable[[], LayeredStore]) -> None:
+        """Layers are to take what those before them give as they were written. `open_written`: the file that is being
+        written; a layer's bytes are asked for when all its tensors are on disk."""
+        self._open_written = open_written
+
+    def coding(self, name: str, layout: Layout, matrix: int, shape: tuple[int, ...], read_rows: RowReader) -> Coding:
+        """How matrix (expert or head) `matrix` of a tensor of this shape is coded; `read_rows` reads the tensor's rows.
+        Runs the model on to the tensor's layer. May be called by several threads."""
         with self._lock:
-            layer = self._num_layers if name == "output.weight" else file_order(name)
-            assert layer >= self._layer, (name, self._layer)
-            while self._layer < layer:
-                self._current = _LayerInputs()
-                self._layer = next(self._layers)
+            self._run_to(self._walk.config.num_layers if name == "output.weight" else file_order(name))
             source = self._current.alias.get(name, name)
-            key = (source, 0 if source in self._current.grams else matrix)
-            if self._made is None or self._made[0] != key:
-                self._made = (key, self._make(*key))
-            return self._made[1]
+            seen = self._current.shared.get(source)
+            num_rows = prod(shape[:-1]) if seen else shape[-2]  # those that share the inputs
+            first = 0 if seen else matrix * num_rows
+            seen = seen or self._inputs_of_matrix(source, matrix)
+            if not seen.num_inputs:
+                return seen.coding(ALIKE)
+            try:
+                if (name, first) not in self._strengths:
+                    places = np.unique(np.linspace(0, num_rows - 1, min(NUM_TRIED_ROWS, num_rows)).astype(int))
+                    rows = np.concatenate([read_rows(first + int(place), first + int(place) + 1) for place in places])
+                    self._strengths[name, first] = choose_strength(layout, rows, seen)
+                return seen.coding(self._strengths[name, first])
+            except KimiLiteError as error:
+                raise KimiLiteError(f"{name}: {error.message}", error.hint) from error
 
-    def _make(self, name: str, matrix: int) -> Curvature | None:
-        gram = self._current.grams.get(name)
-        if gram is None:
-            rows = [
-                values[starts[matrix] : starts[matrix + 1]] for values, starts in self._current.pieces.get(name, [])
-            ]
-            if not sum(map(len, rows)):
-                return None
-            gram = _Gram(np.zeros((rows[0].shape[1], rows[0].shape[1])))
-            gram.add(np.concatenate(rows))
-        try:
-            return Curvature.of(gram.products, gram.num_inputs)
-        except KimiLiteError as error:
-            raise KimiLiteError(f"{name}: {error.message}", error.hint) from error
+    def _model(self) -> LayerWalk:
+        """What hidden states are made with."""
+        if self._written is None and self._open_written:
+            written = self._open_written()
+            self._written = LayerWalk(written.store, self._walk.config, residency=written, team=self._walk.team)
+        return self._written or self._walk
 
-    def _observe(self, inputs: Inputs) -> None:
+    def _run_to(self, layer: int) -> None:
+        """Shows the inputs of this layer's matrices; the number of layers stands for the output matrix."""
+        assert layer >= self._layer, (layer, self._layer)
+        if layer == self._layer:
+            return
+        self._current, self._layer = _LayerInputs(), layer
+        self._seen, self._strengths = None, {}
+        model = self._model()
+        if not self._hidden:
+            self._hidden = model.embed(self._chunks)
+        while self._done < layer:
+            for index, x in enumerate(model.run_layer(self._done, self._chunks, self._hidden)):
+                self._hidden[index] = x
+            self._done += 1
+        observers = [partial(self._observe, is_held_out=is_held_out) for is_held_out in self._kept_out]
+        if layer == self._walk.config.num_layers:
+            for x, observe in zip(self._hidden, observers, strict=True):
+                self._walk.show_output([x], observe)
+            return
+        for _ in self._walk.run_layer(layer, self._chunks, self._hidden, observers):
+            pass
+
+    def _inputs_of_matrix(self, name: str, matrix: int) -> Seen:
+        if self._seen is None or self._seen[0] != (name, matrix):
+            pieces = self._current.pieces.get(name, [])
+            seen = Seen(pieces[0][0].shape[1] if pieces else 0)
+            for values, starts, is_held_out in pieces:
+                seen.add(values[starts[matrix] : starts[matrix + 1]], is_held_out)
+            self._seen = ((name, matrix), seen)
+        return self._seen[1]
+
+    def _observe(self, inputs: Inputs, is_held_out: bool) -> None:
         names = [name for name in inputs.weights if name in self._wanted]
         if not names:
             return
         first, current = names[0], self._current
         current.alias |= dict.fromkeys(names[1:], first)
         if inputs.starts is None or _SHARED.search(first):
-            gram = current.grams.setdefault(first, _Gram(np.zeros((inputs.values.shape[1],) * 2)))
-            gram.add(inputs.values)
+            current.shared.setdefault(first, Seen(inputs.values.shape[1])).add(inputs.values, is_held_out)
         else:
             assert inputs.rows is None, first
-            current.pieces.setdefault(first, []).append((inputs.values.copy(), inputs.starts.copy()))
+            current.pieces.setdefault(first, []).append((inputs.values.copy(), inputs.starts.copy(), is_held_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +161,6 @@ class CalibrationText:
     @classmethod
     def open(cls, model: Path, text: Path, max_chunks: int, on_layer: OnLayer | None = None) -> "CalibrationText":
         """Raises KimiLiteError where the source cannot be run, or the text is missing or too short."""
-        if model.is_dir() and (model / "config.json").is_file():
-            raise KimiLiteError(f"--calibrate runs the model, and {model} is a checkpoint, not GGUF.", _GGUF_HINT)
         content = read_text(text)
         walk, tokenizer = open_walk(model, on_layer=on_layer)
         try:
@@ -139,7 +168,6 @@ class CalibrationText:
             check_memory(walk.config, chunks)
             digest = hashlib.sha256(np.concatenate(chunks).tobytes()).hexdigest()
             opened = cls(walk, tuple(chunks), f"calibrated on {digest}", text)
-            opened.check_memory()
         except KimiLiteError:
             walk.close()
             raise
@@ -158,23 +186,36 @@ class CalibrationText:
             report(f"importance, layer {layer}", layer + 1, self.walk.config.num_layers + 1)
         return Importance(path, sums.means())
 
-    def check_memory(self) -> None:
+    def check_memory(self, wanted: Collection[str]) -> None:
         """Raises KimiLiteError where the statistics of a layer would not fit."""
-        need, have = self.num_bytes, int(_MAX_SHARE * psutil.virtual_memory().available)
+        need, have = self.num_bytes(wanted), int(_MAX_SHARE * psutil.virtual_memory().available)
         if need > have:
             raise KimiLiteError(
-                f"The largest layer's statistics need {gib(need)} of memory, and {gib(have)} are free for them.",
+                f"The largest layer and its statistics need {gib(need)} of memory, and {gib(have)} are free for them.",
                 f"Take fewer than {len(self.chunks)} --chunks, or close other programs.",
             )
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the largest layer's statistics take: hidden states, the experts' inputs, X^T X and its
-        factors."""
+    def num_bytes(self, wanted: Collection[str]) -> int:
+        """Memory that calibrating these tensors takes at most: hidden states, the running layer of a checkpoint, and
+        of its tensors X^T X, what is made of it, and the inputs of experts and heads."""
         c, num_tokens = self.walk.config, sum(map(len, self.chunks))
-        inputs = max(c.hidden_size, c.num_heads * c.v_head_dim, c.feed_forward_size)
-        expert_inputs = num_tokens * c.num_experts_used * c.expert_feed_forward_size
-        return 4 * num_tokens * c.hidden_size + 4 * expert_inputs + (8 + 3 * 8 + 2 * 4) * inputs**2
+        shapes, by_layer = tensor_shapes(c), {}
+        for name in wanted:
+            by_layer.setdefault(file_order(name), []).append(name)
+        largest = max((self._statistics_bytes(names, shapes, num_tokens) for names in by_layer.values()), default=0)
+        return 2 * 4 * num_tokens * c.hidden_size + self.walk.resident_bytes + largest
+
+    def _statistics_bytes(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], num_tokens: int) -> int:
+        """Of one layer."""
+        c = self.walk.config
+        shared = {shapes[name][-1] for name in names if len(shapes[name]) < 3 or _SHARED.search(name)}
+        rows = sum(
+            num_tokens * (c.num_experts_used if "_exps." in name else c.num_heads) * shapes[name][-1]
+            for name in names
+            if len(shapes[name]) > 2 and not _SHARED.search(name)
+        )
+        widest = max(shapes[name][-1] for name in names)
+        return _GRAM_BYTES * sum(k**2 for k in shared) + _CODING_BYTES * widest**2 + 4 * rows
 
     def close(self) -> None:
         self.walk.close()

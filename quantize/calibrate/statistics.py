@@ -14,14 +14,17 @@ import psutil
 
 from kimi_lite import files
 from kimi_lite.arch.config import ModelConfig
-from kimi_lite.arch.tensors import file_name, open_model
+from kimi_lite.arch.tensors import checked_model, file_name, open_model
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, ValueType, text, u32
 from kimi_lite.gguf.shards import find_shards
 from kimi_lite.model.cpu.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.calibrate.imatrix import mean_squares
+from kimi_lite.quantize.calibrate.layered import checkpoint_layers
 from kimi_lite.quantize.source.files import check_outputs
+from kimi_lite.quantize.source.hf_model import open_hf_model
+from kimi_lite.quantize.source.open import is_checkpoint
 from kimi_lite.quantize.write.writer import Tensor, check_output, write_gguf
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.units import gib
@@ -76,10 +79,12 @@ class ImportanceSums:
 def open_walk(
     model: Path, num_threads: int | None = None, on_layer: OnLayer | None = None
 ) -> tuple[LayerWalk, Tokenizer]:
-    """Raises KimiLiteError where the file is damaged or no model that runs here."""
+    """A GGUF file, or the folder of a checkpoint, whose layers are read one after another. Raises KimiLiteError where
+    it is damaged or no model that runs here."""
     report = on_layer or (lambda name, done, total: None)
-    store, config = open_model(model)
-    walk = LayerWalk(store, config, num_threads, lambda done, total: report("preparing kernels", done, total))
+    layered = checkpoint_layers(open_hf_model(model), model) if is_checkpoint(model) else None
+    store, config = checked_model(layered.store) if layered else open_model(model)
+    walk = LayerWalk(store, config, num_threads, lambda done, total: report("preparing kernels", done, total), layered)
     return walk, Tokenizer.from_metadata(store.metadata)
 
 
@@ -126,7 +131,8 @@ def collect_importance(
     cannot end well."""
     report = on_layer or (lambda name, done, total: None)
     check_output(output, 0, is_overwriting)
-    check_outputs([output], [*find_shards(model), text_file])
+    sources = open_hf_model(model).files if is_checkpoint(model) else ()
+    check_outputs([output], [*([file.path for file in sources] or find_shards(model)), text_file])
     content = read_text(text_file)
     if not 1 < chunk_tokens <= MAX_CHUNK_TOKENS:
         raise KimiLiteError(

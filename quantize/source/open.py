@@ -69,6 +69,11 @@ class Checkpoint:
         return cls(folder, config, weights, files, tuple(notes))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint's folder, and not GGUF."""
+    return (path / "config.json").is_file()
+
+
 def _num_values(tensors: Iterable[RawTensor]) -> str:
     return f"{sum(prod(tensor.shape) for tensor in tensors) / 1e6:,.1f} M values"
 

@@ -10,14 +10,18 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from kimi_lite import __version__
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.quantize.source.files import FileState
+from kimi_lite.quantize.source.model import RowReader
 from kimi_lite.quantize.write.journal import Entry, Journal
 from kimi_lite.quantize.write.sharding import Shard, shard_metadata
 from kimi_lite.quantize.write.writer import (
@@ -29,6 +33,8 @@ from kimi_lite.quantize.write.writer import (
     check_replaceable,
     check_space,
     encode_pieces,
+    make_header,
+    padded_bytes,
     write_header,
 )
 
@@ -72,6 +78,23 @@ class Job:
     @property
     def tensors(self) -> Sequence[Tensor]:
         return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    def open_written(self, name: str) -> RowReader:
+        """The reader of a tensor's encoded rows, uint8 (rows, row_bytes), once they are written."""
+        number, shard = next((i, each) for i, each in enumerate(self.shards) if name in {t.name for t in each.tensors})
+        start = len(make_header(shard_metadata(self.metadata, self.shards, number), shard.tensors))
+        before = takewhile(lambda tensor: tensor.name != name, shard.tensors)
+        start += sum(padded_bytes(tensor) for tensor in before)
+        tensor = next(tensor for tensor in shard.tensors if tensor.name == name)
+        row_bytes = tensor.layout.row_bytes(tensor.shape[-1])
+        path = shard.partial if shard.partial.exists() else shard.path
+
+        def read_rows(first: int, last: int) -> np.ndarray:
+            rows = np.fromfile(path, np.uint8, (last - first) * row_bytes, offset=start + first * row_bytes)
+            assert rows.size == (last - first) * row_bytes, (path, name, rows.size)
+            return rows.reshape(-1, row_bytes)
+
+        return read_rows
 
     def fingerprint(self) -> str:
         """Changes with anything that changes a byte of the result."""
@@ -171,6 +194,7 @@ def _write_shard(job: Job, number: int, journal: Journal, pool: ThreadPoolExecut
                 done_bytes += piece.rows.nbytes
                 report(tensor.name, done_bytes, total_bytes)
             file.write(bytes(-file.tell() % ALIGNMENT))
+            file.flush()  # `open_written` reads it
             job.check_sources()
             error = (error_squares / weight_squares) ** 0.5 if weight_squares else 0.0
             is_last = tensor is shard.tensors[-1]

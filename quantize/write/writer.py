@@ -27,8 +27,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.metadata import Value, ValueType, pack_text, pack_value
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.native.layouts import Layout
-from kimi_lite.quantize.codecs import encode
-from kimi_lite.quantize.codecs.feedback import Curvature, encode_with_feedback
+from kimi_lite.quantize.codecs.feedback import Coding
 from kimi_lite.quantize.source.files import FileState
 from kimi_lite.quantize.source.model import RowReader
 from kimi_lite.units import gib
@@ -54,7 +53,7 @@ class Tensor:
     open_rows: Callable[[], RowReader]
     is_encoded: bool = False  # its reader gives the bytes to be written
     importance: np.ndarray | None = None  # float32 (matrices, row): weighs the squared errors of each matrix's columns
-    curvature: Callable[[int], Curvature | None] | None = None  # of a matrix's inputs, asked for when its turn comes
+    coding: Callable[[int, RowReader], Coding] | None = None  # of a matrix, asked for when its turn comes
 
     @property
     def num_weights(self) -> int:
@@ -170,22 +169,26 @@ def _partial_file(path: Path) -> Iterator[Path]:
 
 
 def write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> BinaryIO:
-    """Magic, metadata and tensor infos, padded; returns the file, open where the first tensor goes. Arrays without
-    items are left out: readers know no type for them."""
+    """Returns the file, open where the first tensor goes."""
+    file = open(partial, "wb")  # noqa: SIM115  the caller closes it
+    file.write(make_header(metadata, tensors))
+    return file
+
+
+def make_header(metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> bytes:
+    """Magic, metadata and tensor infos, padded. Arrays without items are left out: readers know no type for them."""
     first = {"general.architecture": metadata["general.architecture"]}
     values = {key: value for key, value in (first | dict(metadata)).items() if not _is_empty(value)}
-    file = open(partial, "wb")  # noqa: SIM115  the caller closes it
-    file.write(b"GGUF" + struct.pack("<IQQ", _VERSION, len(tensors), len(values)))
-    for key, value in values.items():
-        file.write(pack_text(key) + pack_value(value))
+    parts = [b"GGUF" + struct.pack("<IQQ", _VERSION, len(tensors), len(values))]
+    parts += [pack_text(key) + pack_value(value) for key, value in values.items()]
     offset = 0
     for tensor in tensors:
         dims = tensor.shape[::-1]
-        file.write(pack_text(tensor.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
-        file.write(struct.pack("<IQ", tensor.layout.ggml_id, offset))
+        parts.append(pack_text(tensor.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
+        parts.append(struct.pack("<IQ", tensor.layout.ggml_id, offset))
         offset += padded_bytes(tensor)
-    file.write(bytes(-file.tell() % ALIGNMENT))
-    return file
+    size = sum(map(len, parts))
+    return b"".join([*parts, bytes(-size % ALIGNMENT)])
 
 
 def padded_bytes(tensor: Tensor) -> int:
@@ -219,11 +222,9 @@ def encode_pieces(
         if tensor.is_encoded:
             assert rows.dtype == np.uint8, (tensor.name, rows.dtype)
             return EncodedPiece(rows)
-        curvature = tensor.curvature(matrix) if tensor.curvature else None
-        if curvature:
-            encoded = encode_with_feedback(tensor.layout, rows, curvature)
-        else:
-            encoded = encode(tensor.layout, rows, None if tensor.importance is None else tensor.importance[matrix])
+        known = Coding(importance=None if tensor.importance is None else tensor.importance[matrix])
+        coding = tensor.coding(matrix, read_rows) if tensor.coding else known
+        encoded = coding.encode(tensor.layout, rows)
         return (
             _measure(tensor, rows, encoded) if is_measured and index % _MEASURED_EVERY == 0 else EncodedPiece(encoded)
         )
@@ -245,7 +246,7 @@ def encode_pieces(
 
 def piece_weights(tensor: Tensor) -> int:
     """Weights that are read and encoded at once."""
-    return _FEEDBACK_WEIGHTS if tensor.curvature else _CHUNK_WEIGHTS
+    return _FEEDBACK_WEIGHTS if tensor.coding else _CHUNK_WEIGHTS
 
 
 def _measure(tensor: Tensor, rows: np.ndarray, encoded: np.ndarray) -> EncodedPiece:
@@ -259,7 +260,7 @@ def _list_chunks(tensor: Tensor) -> Iterator[tuple[int, int, int]]:
     """(matrix, first row, end row) of each piece of work; no piece has rows of two matrices that are encoded
     differently."""
     num_matrices = 1 if tensor.importance is None else len(tensor.importance)
-    if tensor.curvature:
+    if tensor.coding:
         num_matrices = prod(tensor.shape[:-2])
     num_rows, chunk_rows = tensor.num_weights // tensor.shape[-1], max(1, piece_weights(tensor) // tensor.shape[-1])
     assert num_rows % num_matrices == 0, (tensor.name, num_rows, num_matrices)

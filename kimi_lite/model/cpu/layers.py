@@ -44,10 +44,11 @@ class Layers:
         num_threads: int | None = None,
         on_compile: Callable[[int, int], None] | None = None,
         num_deferred: int = 0,
+        team: Team | None = None,
     ) -> None:
-        """num_threads: default, one for each usable core. on_compile(kernels done, kernels in all). num_deferred:
-        experts of a generated token that are added one layer later. Raises KimiLiteError for a missing tensor, a type
-        without a kernel or sizes the kernels cannot take."""
+        """num_threads: default, one for each usable core. team: another model's threads, while that one rests.
+        on_compile(kernels done, kernels in all). num_deferred: experts of a generated token that are added one layer
+        later. Raises KimiLiteError for a missing tensor, a type without a kernel or sizes the kernels cannot take."""
         check_types(store)
         check_sizes(config)
         check_deferral(config, num_deferred)
@@ -64,7 +65,7 @@ class Layers:
         self.buffers = Buffers(
             config, self.shape, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds, has_deferral=num_deferred > 0
         )
-        self.team = Team(num_threads or usable_cores().num_usable)
+        self.team = team or Team(num_threads or usable_cores().num_usable)
         pairs = num_pairs(config, MAX_BATCH_TOKENS)
         self.run = RunTable(MAX_BATCH_TOKENS, self.team.num_threads, self._scratch_bytes(), pairs)
 

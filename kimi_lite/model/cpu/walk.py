@@ -2,7 +2,6 @@
 
     walk = LayerWalk(store, config)
     for layer in walk.layers(chunks, observe): ...   # observe(Inputs) is called for each matrix and chunk
-    walk.run_layer(7, chunk, x)                      # or a layer at a time, over hidden states of one's own
 
 The loop over layers is the outer one, and the hidden states of all chunks wait in memory: each layer's weights are read
 once, so models larger than memory work. The operations are those of `transformer.Transformer`, run one at a time; they
@@ -10,6 +9,8 @@ say themselves which weights they read (`ops.Reads`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 
@@ -21,11 +22,23 @@ from kimi_lite.model.cpu.layers import MAX_ABSORBED_TOKENS, MAX_BATCH_TOKENS, La
 from kimi_lite.model.cpu.ops import Inputs, LayerOp, make_program
 from kimi_lite.model.cpu.weights import vector
 from kimi_lite.native.cpu.program import Program
+from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.latent_rows import PAGE_TOKENS
 
 MAX_CHUNK_TOKENS = MAX_BATCH_TOKENS
 
 Observe = Callable[[Inputs], None]
+
+
+class Residency(Protocol):
+    """Whose tensors have their bytes only while a layer runs; -1 is the embedding."""
+
+    @property
+    def largest_layer_bytes(self) -> int: ...
+
+    def load(self, layer: int) -> None: ...
+
+    def release(self, layer: int) -> None: ...
 
 
 class LayerWalk:
@@ -37,56 +50,97 @@ class LayerWalk:
         config: ModelConfig,
         num_threads: int | None = None,
         on_compile: Callable[[int, int], None] | None = None,
+        residency: Residency | None = None,
+        team: Team | None = None,
     ) -> None:
-        """Raises KimiLiteError as `layers.Layers` does."""
+        """`residency` is told which layer runs, where the store's tensors are not always there. `team`: the threads of
+        another walk, which rests meanwhile and closes them. Raises KimiLiteError as `layers.Layers` does."""
         num_pages = MAX_CHUNK_TOKENS // PAGE_TOKENS
         kv = KVCache(config.num_layers, config.kv_latent_size, num_pages)
-        self.config, self.store, self.metadata = config, store, store.metadata
-        self._layers = Layers(store, config, kv, num_threads, on_compile)
+        self.config, self.metadata = config, store.metadata
+        self._layers = Layers(store, config, kv, num_threads, on_compile, team=team)
         self._embedding = make_program(self._layers.embedding_ops())
         self._output_norm = vector(store, "output_norm.weight")
         self._pages = np.arange(num_pages, dtype=np.int32)
         self._names = frozenset(store.tensors)
-        self._steps: tuple[int, list[tuple[LayerOp, Program]]] | None = None  # of the layer that `run_layer` ran last
+        self._residency = residency
 
     def layers(self, chunks: Sequence[np.ndarray], observe: Observe) -> Iterator[int]:
         """Yields each layer's number when its inputs have been shown for all chunks, at last the number of layers for
         the output matrix. chunks: int32 token ids, each at most MAX_CHUNK_TOKENS, each a text of its own."""
-        assert all(0 < len(chunk) <= MAX_CHUNK_TOKENS for chunk in chunks), [len(chunk) for chunk in chunks]
-        hidden = [self.embed(chunk) for chunk in chunks]
+        hidden = self.embed(chunks)
         for layer in range(self.config.num_layers):
-            steps = [(op, make_program([op])) for op in self._layers.ops(layer)]
-            for chunk, x in zip(chunks, hidden, strict=True):
-                self._run_layer(steps, chunk, x, observe)
+            for index, x in enumerate(self.run_layer(layer, chunks, hidden, [observe] * len(chunks))):
+                hidden[index] = x
             yield layer
-        for x in hidden:
-            observe(Inputs(("output.weight",), self.normed_output(x), num_tokens=len(x)))
+        self.show_output(hidden, observe)
         yield self.config.num_layers
 
-    def run_layer(self, layer: int, chunk: np.ndarray, x: np.ndarray) -> None:
-        """x (T, D) float32: the chunk's hidden states, taken through one layer, in place."""
-        if self._steps is None or self._steps[0] != layer:
-            self._steps = (layer, [(op, make_program([op])) for op in self._layers.ops(layer)])
-        self._run_layer(self._steps[1], chunk, x, _ignore)
+    def embed(self, chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The hidden states that the first layer takes, float32 (T, D) for each chunk."""
+        assert all(0 < len(chunk) <= MAX_CHUNK_TOKENS for chunk in chunks), [len(chunk) for chunk in chunks]
+        with self._resident(-1):
+            return [self._embed(chunk) for chunk in chunks]
+
+    def run_layer(
+        self,
+        layer: int,
+        chunks: Sequence[np.ndarray],
+        hidden: Sequence[np.ndarray],
+        observers: Sequence[Observe] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields for each chunk what the layer makes of its hidden states (T, D), in an array of its own. `observers`:
+        one for each chunk."""
+        steps = [(op, make_program([op])) for op in self._layers.ops(layer)]
+        with self._resident(layer):
+            for chunk, x, observe in zip(chunks, hidden, observers or [None] * len(chunks), strict=True):
+                yield self._run_layer(steps, chunk, x, observe)
+
+    def show_output(self, hidden: Sequence[np.ndarray], observe: Observe) -> None:
+        """The inputs of the output matrix, from what the last layer left."""
+        for x in hidden:
+            observe(Inputs(("output.weight",), self._normed_output(x), num_tokens=len(x)))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the weights of a layer take while it runs, where they are not mapped from a file."""
+        return self._residency.largest_layer_bytes if self._residency else 0
+
+    @property
+    def team(self) -> Team:
+        return self._layers.team
 
     def close(self) -> None:
         """Ends the threads."""
         self._layers.close()
 
+    @contextmanager
+    def _resident(self, layer: int) -> Iterator[None]:
+        if self._residency is None:
+            yield
+            return
+        self._residency.load(layer)
+        try:
+            yield
+        finally:
+            self._residency.release(layer)
+
     def _run_layer(
-        self, steps: Sequence[tuple[LayerOp, Program]], chunk: np.ndarray, x: np.ndarray, observe: Observe
-    ) -> None:
-        """x (T, D): the chunk's hidden states, in place. The last rows attend in the absorbed form, which shows
-        attn_v_b's inputs."""
+        self, steps: Sequence[tuple[LayerOp, Program]], chunk: np.ndarray, x: np.ndarray, observe: Observe | None
+    ) -> np.ndarray:
+        """x (T, D): the chunk's hidden states; returns the next ones. The last rows attend in the absorbed form, which
+        shows attn_v_b's inputs."""
         buffers = self._layers.buffers
         batch = self._batch(chunk)
         self._layers.prepare(batch, expanded_until=max(0, len(chunk) - MAX_ABSORBED_TOKENS))
         buffers.x[: len(x)] = x
         for op, program in steps:
-            self._show(op, len(x), observe, is_after=False)
+            if observe:
+                self._show(op, len(x), observe, is_after=False)
             self._layers.team.run(program)
-            self._show(op, len(x), observe, is_after=True)
-        x[:] = buffers.x[: len(x)]
+            if observe:
+                self._show(op, len(x), observe, is_after=True)
+        return buffers.x[: len(x)].copy()
 
     def _show(self, op: LayerOp, num_tokens: int, observe: Observe, is_after: bool) -> None:
         for reads in op.reads:
@@ -100,18 +154,12 @@ class LayerWalk:
         whole = (SequenceSlice(0, num_tokens, self._pages),)
         return Batch(np.asarray(chunk, np.int32), positions, np.zeros(num_tokens, bool), whole)
 
-    def embed(self, chunk: np.ndarray) -> np.ndarray:
-        """float32 (T, D): the hidden states in front of the first layer."""
+    def _embed(self, chunk: np.ndarray) -> np.ndarray:
         self._layers.run.set_tokens(np.asarray(chunk, np.int32))
         self._layers.team.run(self._embedding)
         return self._layers.buffers.x[: len(chunk)].copy()
 
-    def normed_output(self, x: np.ndarray) -> np.ndarray:
-        """float32 (T, D): hidden states behind the last layer (T, D) as the head takes them."""
+    def _normed_output(self, x: np.ndarray) -> np.ndarray:
         wide = x.astype(np.float64)
         scale = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True) + self.config.rms_norm_eps)
         return (wide * scale * self._output_norm).astype(np.float32)
-
-
-def _ignore(inputs: Inputs) -> None:
-    """Of a run that only wants the hidden states."""

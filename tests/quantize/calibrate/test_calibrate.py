@@ -7,10 +7,13 @@ import resource
 import numpy as np
 import pytest
 
+from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
+from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.app import Settings, run
 from kimi_lite.quantize.calibrate.calibration import Calibration, CalibrationText
+from kimi_lite.quantize.codecs.feedback import Curvature
 from kimi_lite.quantize.convert import convert
 from kimi_lite.quantize.recipe.choose import find_recipe, uniform_recipe
 from kimi_lite.quantize.source.names import file_order
@@ -67,7 +70,14 @@ def test_curvatures_are_those_of_the_inputs(source):
     for _ in text.walk.layers(text.chunks, lambda inputs: seen.setdefault(inputs.weights[0], []).append(_copy(inputs))):
         pass
     statistics = text.start(names)
-    gate, up = (statistics.curvature(name, 3) for name in names[:2])
+    shapes = tensor_shapes(text.walk.config)
+
+    def curvature(name: str, matrix: int) -> Curvature:
+        shape = shapes[name]
+        rows = np.zeros((np.prod(shape[:-1]), shape[-1]), np.float32)
+        return statistics.coding(name, BY_NAME["TQ1_0"], matrix, shape, lambda start, stop: rows[start:stop]).curvature
+
+    gate, up = (curvature(name, 3) for name in names[:2])
     assert gate is up and gate.hessian.shape == (256, 256)
     rows = np.concatenate([values for values, _ in seen["blk.1.ffn_gate_exps.weight"]])
     assert _is_like(gate.hessian, rows)
@@ -75,10 +85,8 @@ def test_curvatures_are_those_of_the_inputs(source):
         rows = np.concatenate(
             [v[starts[expert] : starts[expert + 1]] for v, starts in seen["blk.1.ffn_down_exps.weight"]]
         )
-        assert _is_like(statistics.curvature(names[2], expert).hessian, rows)
-    assert _is_like(
-        statistics.curvature("output.weight", 0).hessian, np.concatenate([v for v, _ in seen["output.weight"]])
-    )
+        assert _is_like(curvature(names[2], expert).hessian, rows)
+    assert _is_like(curvature("output.weight", 0).hessian, np.concatenate([v for v, _ in seen["output.weight"]]))
     text.close()
 
 
@@ -149,11 +157,6 @@ def test_what_cannot_be_run_is_refused(source, tmp_path):
         run(settings(source, tmp_path / "a.gguf", calibrate=short), quiet, False, False)
     with pytest.raises(KimiLiteError, match="There is no file"):
         run(settings(source, tmp_path / "a.gguf", calibrate=tmp_path / "missing.txt"), quiet, False, False)
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "config.json").write_text("{}")
-    with pytest.raises(KimiLiteError, match="is a checkpoint, not GGUF") as caught:
-        run(settings((tmp_path / "checkpoint", source[1]), tmp_path / "a.gguf"), quiet, False, False)
-    assert "q4_0-lossless" in caught.value.hint
 
 
 def test_memory_is_limited_or_refused(source, tmp_path):
@@ -192,9 +195,10 @@ def test_verify_converts_a_small_checkpoint_to_compare(tmp_path, short_compariso
 
 def test_the_running_layer_is_all_that_is_kept(source):
     text = CalibrationText.open(*source, 1)
-    statistics: Calibration = text.start(["blk.0.ffn_down.weight", "blk.1.ffn_down_exps.weight"])
-    statistics.curvature("blk.0.ffn_down.weight", 0)
-    assert list(statistics._current.grams) == ["blk.0.ffn_down.weight"]
-    statistics.curvature("blk.1.ffn_down_exps.weight", 0)
-    assert not statistics._current.grams and list(statistics._current.pieces) == ["blk.1.ffn_down_exps.weight"]
+    names = ["blk.0.ffn_down.weight", "blk.1.ffn_down_exps.weight"]
+    statistics: Calibration = text.start(names)
+    zeros = np.zeros((256, 256), np.float32)
+    for name, shape in zip(names, ((256, 128), (4, 256, 256)), strict=True):
+        statistics.coding(name, BY_NAME["Q2_0"], 0, shape, lambda start, stop: zeros[start:stop, : shape[-1]])  # noqa: B023
+        assert [*statistics._current.shared, *statistics._current.pieces] == [name]
     text.close()
