@@ -112,20 +112,28 @@ class Calibration:
             return
         self._current, self._layer = _LayerInputs(), layer
         self._seen, self._strengths = None, {}
+        self._run_written(layer)
+        walk = self._walk
+        observers = [partial(self._observe, is_held_out=is_held_out) for is_held_out in self._kept_out]
+        if layer == walk.config.num_layers:
+            for x, observe in zip(self._hidden, observers, strict=True):
+                walk.show_output(x, observe)
+            return
+        with walk.resident(layer):
+            for chunk, x, observe in zip(self._chunks, self._hidden, observers, strict=True):
+                walk.run_layer(layer, chunk, x.copy(), observe)
+
+    def _run_written(self, layer: int) -> None:
+        """Takes the hidden states through the layers before this one."""
         model = self._model()
         if not self._hidden:
-            self._hidden = model.embed(self._chunks)
-        while self._done < layer:
-            for index, x in enumerate(model.run_layer(self._done, self._chunks, self._hidden)):
-                self._hidden[index] = x
-            self._done += 1
-        observers = [partial(self._observe, is_held_out=is_held_out) for is_held_out in self._kept_out]
-        if layer == self._walk.config.num_layers:
-            for x, observe in zip(self._hidden, observers, strict=True):
-                self._walk.show_output([x], observe)
-            return
-        for _ in self._walk.run_layer(layer, self._chunks, self._hidden, observers):
-            pass
+            with model.resident(-1):
+                self._hidden = [model.embed(chunk) for chunk in self._chunks]
+        for done in range(self._done, layer):
+            with model.resident(done):
+                for chunk, x in zip(self._chunks, self._hidden, strict=True):
+                    model.run_layer(done, chunk, x)
+        self._done = layer
 
     def _inputs_of_matrix(self, name: str, matrix: int) -> Seen:
         if self._seen is None or self._seen[0] != (name, matrix):

@@ -2,6 +2,7 @@
 
     walk = LayerWalk(store, config)
     for layer in walk.layers(chunks, observe): ...   # observe(Inputs) is called for each matrix and chunk
+    walk.run_layer(7, chunk, x)                      # or a layer at a time, over hidden states of one's own
 
 The loop over layers is the outer one, and the hidden states of all chunks wait in memory: each layer's weights are read
 once, so models larger than memory work. The operations are those of `transformer.Transformer`, run one at a time; they
@@ -57,49 +58,74 @@ class LayerWalk:
         another walk, which rests meanwhile and closes them. Raises KimiLiteError as `layers.Layers` does."""
         num_pages = MAX_CHUNK_TOKENS // PAGE_TOKENS
         kv = KVCache(config.num_layers, config.kv_latent_size, num_pages)
-        self.config, self.metadata = config, store.metadata
+        self.config, self.store, self.metadata = config, store, store.metadata
         self._layers = Layers(store, config, kv, num_threads, on_compile, team=team)
         self._embedding = make_program(self._layers.embedding_ops())
         self._output_norm = vector(store, "output_norm.weight")
         self._pages = np.arange(num_pages, dtype=np.int32)
         self._names = frozenset(store.tensors)
         self._residency = residency
+        self._steps: tuple[int, list[tuple[LayerOp, Program]]] | None = None  # of the layer that ran last
 
     def layers(self, chunks: Sequence[np.ndarray], observe: Observe) -> Iterator[int]:
         """Yields each layer's number when its inputs have been shown for all chunks, at last the number of layers for
         the output matrix. chunks: int32 token ids, each at most MAX_CHUNK_TOKENS, each a text of its own."""
-        hidden = self.embed(chunks)
+        with self.resident(-1):
+            hidden = [self.embed(chunk) for chunk in chunks]
         for layer in range(self.config.num_layers):
-            for index, x in enumerate(self.run_layer(layer, chunks, hidden, [observe] * len(chunks))):
-                hidden[index] = x
+            with self.resident(layer):
+                for chunk, x in zip(chunks, hidden, strict=True):
+                    self.run_layer(layer, chunk, x, observe)
             yield layer
-        self.show_output(hidden, observe)
+        for x in hidden:
+            self.show_output(x, observe)
         yield self.config.num_layers
 
-    def embed(self, chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The hidden states that the first layer takes, float32 (T, D) for each chunk."""
-        assert all(0 < len(chunk) <= MAX_CHUNK_TOKENS for chunk in chunks), [len(chunk) for chunk in chunks]
-        with self._resident(-1):
-            return [self._embed(chunk) for chunk in chunks]
+    @contextmanager
+    def resident(self, layer: int) -> Iterator[None]:
+        """Around what runs a layer: its weights are there. -1: the embedding."""
+        if self._residency is None:
+            yield
+            return
+        self._residency.load(layer)
+        try:
+            yield
+        finally:
+            self._residency.release(layer)
 
-    def run_layer(
-        self,
-        layer: int,
-        chunks: Sequence[np.ndarray],
-        hidden: Sequence[np.ndarray],
-        observers: Sequence[Observe] | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Yields for each chunk what the layer makes of its hidden states (T, D), in an array of its own. `observers`:
-        one for each chunk."""
-        steps = [(op, make_program([op])) for op in self._layers.ops(layer)]
-        with self._resident(layer):
-            for chunk, x, observe in zip(chunks, hidden, observers or [None] * len(chunks), strict=True):
-                yield self._run_layer(steps, chunk, x, observe)
+    def embed(self, chunk: np.ndarray) -> np.ndarray:
+        """float32 (T, D): the hidden states in front of the first layer."""
+        assert 0 < len(chunk) <= MAX_CHUNK_TOKENS, len(chunk)
+        self._layers.run.set_tokens(np.asarray(chunk, np.int32))
+        self._layers.team.run(self._embedding)
+        return self._layers.buffers.x[: len(chunk)].copy()
 
-    def show_output(self, hidden: Sequence[np.ndarray], observe: Observe) -> None:
-        """The inputs of the output matrix, from what the last layer left."""
-        for x in hidden:
-            observe(Inputs(("output.weight",), self._normed_output(x), num_tokens=len(x)))
+    def run_layer(self, layer: int, chunk: np.ndarray, x: np.ndarray, observe: Observe | None = None) -> None:
+        """x (T, D) float32: the chunk's hidden states, taken through one layer, in place. The last rows attend in the
+        absorbed form, which shows attn_v_b's inputs."""
+        if self._steps is None or self._steps[0] != layer:
+            self._steps = (layer, [(op, make_program([op])) for op in self._layers.ops(layer)])
+        buffers = self._layers.buffers
+        batch = self._batch(chunk)
+        self._layers.prepare(batch, expanded_until=max(0, len(chunk) - MAX_ABSORBED_TOKENS))
+        buffers.x[: len(x)] = x
+        for op, program in self._steps[1]:
+            if observe:
+                self._show(op, len(x), observe, is_after=False)
+            self._layers.team.run(program)
+            if observe:
+                self._show(op, len(x), observe, is_after=True)
+        x[:] = buffers.x[: len(x)]
+
+    def show_output(self, x: np.ndarray, observe: Observe) -> None:
+        """The inputs of the output matrix, from what the last layer left of a chunk."""
+        observe(Inputs(("output.weight",), self.normed_output(x), num_tokens=len(x)))
+
+    def normed_output(self, x: np.ndarray) -> np.ndarray:
+        """float32 (T, D): hidden states behind the last layer (T, D) as the head takes them."""
+        wide = x.astype(np.float64)
+        scale = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True) + self.config.rms_norm_eps)
+        return (wide * scale * self._output_norm).astype(np.float32)
 
     @property
     def resident_bytes(self) -> int:
@@ -114,34 +140,6 @@ class LayerWalk:
         """Ends the threads."""
         self._layers.close()
 
-    @contextmanager
-    def _resident(self, layer: int) -> Iterator[None]:
-        if self._residency is None:
-            yield
-            return
-        self._residency.load(layer)
-        try:
-            yield
-        finally:
-            self._residency.release(layer)
-
-    def _run_layer(
-        self, steps: Sequence[tuple[LayerOp, Program]], chunk: np.ndarray, x: np.ndarray, observe: Observe | None
-    ) -> np.ndarray:
-        """x (T, D): the chunk's hidden states; returns the next ones. The last rows attend in the absorbed form, which
-        shows attn_v_b's inputs."""
-        buffers = self._layers.buffers
-        batch = self._batch(chunk)
-        self._layers.prepare(batch, expanded_until=max(0, len(chunk) - MAX_ABSORBED_TOKENS))
-        buffers.x[: len(x)] = x
-        for op, program in steps:
-            if observe:
-                self._show(op, len(x), observe, is_after=False)
-            self._layers.team.run(program)
-            if observe:
-                self._show(op, len(x), observe, is_after=True)
-        return buffers.x[: len(x)].copy()
-
     def _show(self, op: LayerOp, num_tokens: int, observe: Observe, is_after: bool) -> None:
         for reads in op.reads:
             weights = tuple(name for name in reads.weights if name in self._names)
@@ -153,13 +151,3 @@ class LayerWalk:
         positions = np.arange(num_tokens, dtype=np.int32)
         whole = (SequenceSlice(0, num_tokens, self._pages),)
         return Batch(np.asarray(chunk, np.int32), positions, np.zeros(num_tokens, bool), whole)
-
-    def _embed(self, chunk: np.ndarray) -> np.ndarray:
-        self._layers.run.set_tokens(np.asarray(chunk, np.int32))
-        self._layers.team.run(self._embedding)
-        return self._layers.buffers.x[: len(chunk)].copy()
-
-    def _normed_output(self, x: np.ndarray) -> np.ndarray:
-        wide = x.astype(np.float64)
-        scale = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True) + self.config.rms_norm_eps)
-        return (wide * scale * self._output_norm).astype(np.float32)

@@ -9,7 +9,8 @@ from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.codecs import encode, feedback
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES, Curvature, encode_with_feedback
 
-TYPES = sorted(FEEDBACK_TYPES)
+TYPES = sorted(feedback._LARGEST_CODE)  # with scales and codes of our own
+BLOCK_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ4_NL", "Q2_K", "Q4_K", "Q5_0")
 K = 512
 
 
@@ -41,6 +42,20 @@ def test_products_on_other_inputs_lose_less_than_half(problem, type_name):
     assert with_feedback.shape == (40, layout.row_bytes(K))
     before = product_error(weights, encode(layout, weights, importance), type_name, others)
     assert product_error(weights, with_feedback, type_name, others) < 0.5 * before
+
+
+@pytest.mark.parametrize("type_name", BLOCK_TYPES)
+def test_types_of_ggml_lose_less_by_feedback_from_block_to_block(problem, type_name):
+    """On other inputs too; and each row's H-weighted error is that of its decoded codes."""
+    pytest.importorskip("llama_cpp", reason="needs the ggml extra", exc_type=ImportError)
+    weights, inputs, others = problem
+    layout = BY_NAME[type_name]
+    assert type_name in FEEDBACK_TYPES
+    importance = np.square(inputs).mean(axis=0)
+    with_feedback = encode_with_feedback(layout, weights, Curvature.of(inputs.T @ inputs, len(inputs)))
+    assert with_feedback.shape == (40, layout.row_bytes(K))
+    before = product_error(weights, encode(layout, weights, importance), type_name, others)
+    assert product_error(weights, with_feedback, type_name, others) < 0.9 * before
 
 
 def test_descent_goes_on_where_feedback_ends(problem, monkeypatch):
