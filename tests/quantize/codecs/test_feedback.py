@@ -10,7 +10,7 @@ from kimi_lite.quantize.codecs import encode, feedback
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES, Curvature, encode_with_feedback
 
 TYPES = sorted(feedback._LARGEST_CODE)  # with scales and codes of our own
-BLOCK_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ4_NL", "Q2_K", "Q4_K", "Q5_0")
+BLOCK_TYPES = ("IQ2_XXS", "IQ4_NL", "Q2_K", "Q4_K")
 K = 512
 
 
