@@ -7,7 +7,6 @@ Everything that can be wrong is found before the first byte is written.
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -150,7 +149,8 @@ def _written_layers(plan: ConversionPlan, job: Job) -> "LayeredStore":
 
     layers = []
     for each in plan.tensors:
-        tensor = LayerTensor(each.source.role, each.layout, each.source.shape, partial(job.open_written, each.source.name))
+        open_rows = partial(job.open_written, each.source.name)
+        tensor = LayerTensor(each.source.role, each.layout, each.source.shape, open_rows)
         if tensor.is_always_there:
             tensor = replace(tensor, open_rows=partial(open_source, each.source, each.layout))
         layers.append(tensor)

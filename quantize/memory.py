@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+
 import psutil
 
 from kimi_lite.errors import KimiLiteError
