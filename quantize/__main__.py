@@ -34,7 +34,9 @@ Overrides = Annotated[
 Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix of kimi-lite or llama.cpp.")]
 Calibrate = Annotated[
     Path | None,
-    typer.Option("--calibrate", help="Run the source (GGUF) on this text; TQ1_0, TQ2_0, Q2_0 lose far less by it."),
+    typer.Option(
+        "--calibrate", help="Run the source on this text and fit all types to it: best text of all kinds of use."
+    ),
 ]
 CalibrateChunks = Annotated[int, typer.Option("--chunks", help="Of 512 tokens of that text; 0: up to 64.", min=0)]
 MaxRam = Annotated[

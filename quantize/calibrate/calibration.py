@@ -11,7 +11,8 @@ when it is asked for.
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -20,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.hardware.host import usable_cores
 from kimi_lite.model.cpu.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
 from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.calibrate.imatrix import Importance
@@ -42,7 +43,10 @@ from kimi_lite.units import gib
 
 DEFAULT_CHUNKS = 64  # 32,768 tokens: each of 384 experts is chosen about 680 times
 _MAX_SHARE = 0.8  # of free memory
-_GRAM_BYTES, _CODING_BYTES = 16, 8 + 24 + 6 * 8  # of a pair of columns: both sums; their sum, temporaries, six codings
+_GRAM_BYTES, _CODING_BYTES = (
+    16,
+    8 + 24 + 7 * 8,
+)  # of a pair of columns: both sums; their sum, temporaries, seven codings
 _SHARED = re.compile(r"\.ffn_(gate|up|gate_up)_exps\.")
 
 
@@ -55,12 +59,34 @@ class _LayerInputs:
     pieces: dict[str, list[tuple[np.ndarray, np.ndarray, bool]]] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)  # tensors that take the same inputs as another
 
+    @property
+    def num_bytes(self) -> int:
+        shared = sum(seen.fitted.products.nbytes + seen.held_out.products.nbytes for seen in self.shared.values())
+        return shared + sum(values.nbytes for pieces in self.pieces.values() for values, _, _ in pieces)
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a matrix's coding is made, by the thread that asks first; others wait for it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    coding: Coding | None = None
+
+
+def _choose_coding(layout: Layout, seen: Seen, places: np.ndarray, read_rows: RowReader) -> Coding:
+    """Tried on the rows at `places`."""
+    if not seen.num_inputs:
+        return seen.coding(ALIKE)
+    rows = np.concatenate([read_rows(int(place), int(place) + 1) for place in places])
+    return seen.coding(choose_strength(layout, rows, seen))
+
 
 class Calibration:
     """A text run through the source model. Tensors must be asked for in the order of layers."""
 
-    def __init__(self, walk: LayerWalk, chunks: Sequence[np.ndarray], wanted: Collection[str]) -> None:
-        """`wanted`: names of the tensors that will be asked for."""
+    def __init__(self, walk: LayerWalk, chunks: Sequence[np.ndarray], wanted: Collection[str], most_bytes: int) -> None:
+        """`wanted`: names of the tensors that will be asked for. `most_bytes`: the memory that this may take."""
+        self._most_bytes = most_bytes
         self._walk, self._chunks, self._wanted = walk, chunks, frozenset(wanted)
         self._kept_out = held_out_chunks(len(chunks))
         self._open_written: Callable[[], LayeredStore] | None = None
@@ -68,9 +94,9 @@ class Calibration:
         self._hidden: list[np.ndarray] = []  # what layer `_done` takes
         self._done = 0  # layers that `_hidden` went through
         self._current, self._layer = _LayerInputs(), -1
-        self._lock = threading.RLock()
-        self._seen: tuple[tuple[str, int], Seen] | None = None
-        self._strengths: dict[tuple[str, int], float] = {}  # by tensor of the running layer, and first row
+        self._lock = threading.Lock()
+        self._places: dict[tuple[str, int], _Place] = {}  # by tensor of the running layer, and matrix
+        self._most_places = 2 * usable_cores().most_threads + 2  # matrices that are encoded at a time, at most
 
     def follow(self, open_written: Callable[[], LayeredStore]) -> None:
         """Layers are to take what those before them give as they were written. `open_written`: the file that is being
@@ -83,20 +109,21 @@ class Calibration:
         with self._lock:
             self._run_to(self._walk.config.num_layers if name == "output.weight" else file_order(name))
             source = self._current.alias.get(name, name)
-            seen = self._current.shared.get(source)
-            num_rows = prod(shape[:-1]) if seen else shape[-2]  # those that share the inputs
-            first = 0 if seen else matrix * num_rows
-            seen = seen or self._inputs_of_matrix(source, matrix)
-            if not seen.num_inputs:
-                return seen.coding(ALIKE)
-            try:
-                if (name, first) not in self._strengths:
-                    places = np.unique(np.linspace(0, num_rows - 1, min(NUM_TRIED_ROWS, num_rows)).astype(int))
-                    rows = np.concatenate([read_rows(first + int(place), first + int(place) + 1) for place in places])
-                    self._strengths[name, first] = choose_strength(layout, rows, seen)
-                return seen.coding(self._strengths[name, first])
-            except KimiLiteError as error:
-                raise KimiLiteError(f"{name}: {error.message}", error.hint) from error
+            shared = self._current.shared.get(source)
+            place = self._places.setdefault((name, 0 if shared else matrix), _Place())
+            while len(self._places) > self._most_places:
+                del self._places[next(iter(self._places))]
+        with place.lock:
+            if place.coding is None:
+                num_rows = prod(shape[:-1]) if shared else shape[-2]  # those that share the inputs
+                first = 0 if shared else matrix * num_rows
+                places = first + np.unique(np.linspace(0, num_rows - 1, min(NUM_TRIED_ROWS, num_rows)).astype(int))
+                try:
+                    seen = shared or self._inputs_of_matrix(source, matrix)
+                    place.coding = _choose_coding(layout, seen, places, read_rows)
+                except KimiLiteError as error:
+                    raise KimiLiteError(f"{name}: {error.message}", error.hint) from error
+            return place.coding
 
     def _model(self) -> LayerWalk:
         """What hidden states are made with."""
@@ -111,7 +138,7 @@ class Calibration:
         if layer == self._layer:
             return
         self._current, self._layer = _LayerInputs(), layer
-        self._seen, self._strengths = None, {}
+        self._places.clear()
         self._run_written(layer)
         walk = self._walk
         observers = [partial(self._observe, is_held_out=is_held_out) for is_held_out in self._kept_out]
@@ -122,6 +149,8 @@ class Calibration:
         with walk.resident(layer):
             for chunk, x, observe in zip(self._chunks, self._hidden, observers, strict=True):
                 walk.run_layer(layer, chunk, x.copy(), observe)
+        held = sum(x.nbytes for x in self._hidden) + self._current.num_bytes
+        assert held <= self._most_bytes, (layer, held, self._most_bytes)
 
     def _run_written(self, layer: int) -> None:
         """Takes the hidden states through the layers before this one."""
@@ -136,13 +165,11 @@ class Calibration:
         self._done = layer
 
     def _inputs_of_matrix(self, name: str, matrix: int) -> Seen:
-        if self._seen is None or self._seen[0] != (name, matrix):
-            pieces = self._current.pieces.get(name, [])
-            seen = Seen(pieces[0][0].shape[1] if pieces else 0)
-            for values, starts, is_held_out in pieces:
-                seen.add(values[starts[matrix] : starts[matrix + 1]], is_held_out)
-            self._seen = ((name, matrix), seen)
-        return self._seen[1]
+        pieces = self._current.pieces.get(name, [])
+        seen = Seen(pieces[0][0].shape[1] if pieces else 0)
+        for values, starts, is_held_out in pieces:
+            seen.add(values[starts[matrix] : starts[matrix + 1]], is_held_out)
+        return seen
 
     def _observe(self, inputs: Inputs, is_held_out: bool) -> None:
         names = [name for name in inputs.weights if name in self._wanted]
@@ -183,7 +210,7 @@ class CalibrationText:
 
     def start(self, wanted: Collection[str]) -> Calibration:
         """The text on its way through the layers, for the tensors of these names."""
-        return Calibration(self.walk, self.chunks, wanted)
+        return Calibration(self.walk, self.chunks, wanted, self.num_bytes(wanted))
 
     def importance(self, path: Path, on_layer: OnLayer | None = None) -> Importance:
         """The mean squares that `kimi-lite imatrix` would write, for the types that take no feedback."""
@@ -206,24 +233,22 @@ class CalibrationText:
     def num_bytes(self, wanted: Collection[str]) -> int:
         """Memory that calibrating these tensors takes at most: hidden states, the running layer of a checkpoint, and
         of its tensors X^T X, what is made of it, and the inputs of experts and heads."""
-        c, num_tokens = self.walk.config, sum(map(len, self.chunks))
-        shapes, by_layer = tensor_shapes(c), {}
+        num_tokens, by_layer = sum(map(len, self.chunks)), defaultdict(list)
         for name in wanted:
-            by_layer.setdefault(file_order(name), []).append(name)
-        largest = max((self._statistics_bytes(names, shapes, num_tokens) for names in by_layer.values()), default=0)
-        return 2 * 4 * num_tokens * c.hidden_size + self.walk.resident_bytes + largest
+            by_layer[file_order(name)].append(name)
+        largest = max((self._statistics_bytes(names, num_tokens) for names in by_layer.values()), default=0)
+        return 2 * 4 * num_tokens * self.walk.config.hidden_size + self.walk.resident_bytes + largest
 
-    def _statistics_bytes(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], num_tokens: int) -> int:
-        """Of one layer."""
+    def _statistics_bytes(self, names: Sequence[str], num_tokens: int) -> int:
+        """Of one layer. Where matrices have inputs of their own, each thread makes its own codings."""
         c = self.walk.config
-        shared = {shapes[name][-1] for name in names if len(shapes[name]) < 3 or _SHARED.search(name)}
-        rows = sum(
-            num_tokens * (c.num_experts_used if "_exps." in name else c.num_heads) * shapes[name][-1]
-            for name in names
-            if len(shapes[name]) > 2 and not _SHARED.search(name)
-        )
-        widest = max(shapes[name][-1] for name in names)
-        return _GRAM_BYTES * sum(k**2 for k in shared) + _CODING_BYTES * widest**2 + 4 * rows
+        shapes = {name: self.walk.store.tensors[name].shape for name in names}
+        own = {name: shape for name, shape in shapes.items() if len(shape) > 2 and not _SHARED.search(name)}
+        shared = [shape[-1] for name, shape in shapes.items() if name not in own and ".ffn_up_" not in name]
+        rows = sum((c.num_experts_used if "_exps." in name else c.num_heads) * own[name][-1] for name in own)
+        codings = [_CODING_BYTES * k**2 for k in shared]
+        codings += [usable_cores().most_threads * (_GRAM_BYTES + _CODING_BYTES) * own[name][-1] ** 2 for name in own]
+        return _GRAM_BYTES * sum(k**2 for k in shared) + max(codings, default=0) + 4 * num_tokens * rows
 
     def close(self) -> None:
         self.walk.close()
