@@ -34,7 +34,9 @@ def main(
     from kimi_lite.terminal import Console
 
     if options.model is None:
-        raise KimiLiteError("No model is named.", "Give -m FILE: a GGUF, best unquantized or Q8_0.")
+        raise KimiLiteError(
+            "No model is named.", "Give -m FILE: a GGUF, best unquantized or Q8_0, or a checkpoint's folder."
+        )
     if not is_hub_name(options.model):
         require_no_bare_name(options.model)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)

@@ -34,7 +34,8 @@ from kimi_lite.quantize.codecs.two_bits import pack_q2_0, pack_tq2_0
 _LARGEST_CODE = {"TQ1_0": 1, "TQ2_0": 2, "Q2_0": 2}  # codes run from -1
 _PACK = {"TQ1_0": pack_tq1_0, "TQ2_0": pack_tq2_0, "Q2_0": pack_q2_0}
 _BY_BLOCKS = frozenset(name for name, layout in BY_NAME.items() if layout.encoder == "ggml")
-FEEDBACK_TYPES = frozenset(_LARGEST_CODE) | _BY_BLOCKS
+CODE_TYPES = frozenset(_LARGEST_CODE)  # with scales and codes that are chosen here
+FEEDBACK_TYPES = CODE_TYPES | _BY_BLOCKS
 _LEAST_COLUMNS = 64  # coded at once by ggml, whose smallest blocks have 32
 _TRIED_SCALES = (1.0, 0.85, 0.92, 1.08, 1.16)  # times the best without feedback, which comes first
 _NUM_ROUNDS = 2

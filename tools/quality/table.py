@@ -4,10 +4,10 @@
     python -m tools.quality.table -m demo-bf16.gguf --calibrate texts/calibration.txt --types tq1_0,iq1_m,q2_k
 
 Routed experts get the type, the rest Q8_0. Each type is encoded by ggml's own code and by ours, without and with an
-importance matrix, and with `--calibrate`'s error feedback where our encoder has it; where ours is ggml's code (K and IQ
-types), one row stands for both. Measured on the first chunks of kimi_lite/engine/emma.txt and on held-out text of seven
-kinds, as by `tools.quality`; the calibration text must be another. One Markdown table, then JSON as the last line.
-Files are written to a temporary folder and deleted.
+importance matrix, and with `--calibrate`'s error feedback; where ours is ggml's code (K and IQ types), one row stands
+for both. Measured on the first chunks of kimi_lite/engine/emma.txt and on held-out text of seven kinds, as by
+`tools.quality`; the calibration text must be another. One Markdown table, then JSON as the last line. Files are written
+to a temporary folder and deleted.
 """
 
 import json
@@ -80,12 +80,12 @@ class Table:
         for label, importance in helps.items():
             try:
                 find_recipe(type_name, importance is not None)
+                is_same = layout_name not in OWN_TYPES or layout_name == "Q8_0"
                 if layout_name not in _NO_GGML:
-                    is_same = layout_name not in OWN_TYPES or layout_name == "Q8_0"
                     yield self._row(
                         type_name, "both" if is_same else "ggml", label, self._write_ggml(type_name, importance)
                     )
-                if layout_name in FEEDBACK_TYPES:
+                if not is_same:
                     yield self._row(type_name, "ours", label, self._write_ours(type_name, importance))
             except KimiLiteError as error:
                 print(f"{type_name}, {label}: {error}", file=sys.stderr)
@@ -95,7 +95,7 @@ class Table:
     def _write_ours(
         self, type_name: str, importance: Importance | None, calibration: CalibrationText | None = None
     ) -> Path:
-        recipe = find_recipe(type_name, importance is not None)
+        recipe = find_recipe(type_name, importance is not None or calibration is not None)
         options = {"importance": importance, "calibration": calibration, "is_overwriting": True}
         return convert(self._source, self._folder / "table.gguf", recipe, **options).path
 

@@ -124,7 +124,7 @@ def _convert(source, dst, recipe, on_progress=quiet):
         text.close()
 
 
-def test_types_without_feedback_get_importance(source, tmp_path):
+def test_types_that_need_a_matrix_need_none_with_a_text(source, tmp_path):
     pytest.importorskip("llama_cpp")
     assert run(settings(source, tmp_path / "a.gguf", recipe="iq2_xxs"), quiet, True, False)
     run(settings(source, tmp_path / "a.gguf", recipe="iq2_xxs", calibrate_chunks=1), quiet, False, False)

@@ -7,9 +7,9 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.quantize.codecs import encode, feedback
-from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES, Curvature, encode_with_feedback
+from kimi_lite.quantize.codecs.feedback import CODE_TYPES, FEEDBACK_TYPES, Curvature, encode_with_feedback
 
-TYPES = sorted(feedback._LARGEST_CODE)  # with scales and codes of our own
+TYPES = sorted(CODE_TYPES)
 BLOCK_TYPES = ("IQ2_XXS", "IQ4_NL", "Q2_K", "Q4_K")
 K = 512
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kimi_lite.native.layouts import BY_NAME
-from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES, Curvature, encode_with_feedback
+from kimi_lite.quantize.codecs.feedback import CODE_TYPES, Curvature, encode_with_feedback
 
 ROOT = Path(__file__).parents[3]
 NUM_THREADS, NUM_JOBS, K = 8, 24, 512
@@ -23,12 +23,12 @@ ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_PERTURB_": "165"}
 
 
 def encode(seed: int) -> str:
-    """The hash of a small matrix's bytes in every type that takes feedback."""
+    """The hash of a small matrix's bytes in every type whose codes feedback chooses."""
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((200, K)).astype(np.float32)
     rows = rng.standard_normal((32, K)).astype(np.float32)
     curvature = Curvature.of(inputs.T @ inputs, len(inputs))
-    encoded = [encode_with_feedback(BY_NAME[name], rows, curvature) for name in sorted(FEEDBACK_TYPES)]
+    encoded = [encode_with_feedback(BY_NAME[name], rows, curvature) for name in sorted(CODE_TYPES)]
     return hashlib.blake2b(b"".join(each.tobytes() for each in encoded), digest_size=8).hexdigest()
 
 
