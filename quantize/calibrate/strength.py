@@ -16,7 +16,7 @@ from kimi_lite.native.layouts import Layout
 from kimi_lite.quantize.codecs.feedback import Coding, Curvature
 from kimi_lite.quantize.codecs.importance import fill_unknown
 
-STRENGTHS = (1.0, 0.25, 4.0, 16.0, 64.0)  # of the damping, the usual one first: it is taken where nothing was kept out
+STRENGTHS = (1.0, 4.0, 16.0)  # of the damping, the usual one first: it is taken where nothing was kept out
 IMPORTANCE, ALIKE = float("inf"), -1.0  # no feedback: columns weighed by their inputs alone, or not even that
 _HELD_OUT = 0.2  # of the chunks
 _LEAST_HELD_OUT = 16  # inputs; fewer say nothing

@@ -19,7 +19,7 @@ from tests.checkpoints import make_checkpoint
 def checkpoint(tmp_path_factory):
     """(folder with INT4 experts, text of four chunks)"""
     folder = tmp_path_factory.mktemp("checkpoint")
-    make_checkpoint(folder / "model", "kimi_int4", num_layers=2)
+    make_checkpoint(folder / "model", "kimi_int4", num_layers=2, n_routed_experts=4, num_experts_per_tok=2)
     text = folder / "text.txt"
     text.write_text("".join(map(chr, np.random.default_rng(3).integers(33, 127, 2200))))
     return folder / "model", text
