@@ -147,10 +147,9 @@ def _written_layers(plan: ConversionPlan, job: Job) -> "LayeredStore":
     """The file as far as it is written; what models read first comes from the source."""
     from kimi_lite.quantize.calibrate.layered import LayeredStore, LayerTensor, open_source
 
-    layers = []
+    written, layers = job.written(), []
     for each in plan.tensors:
-        open_rows = partial(job.open_written, each.source.name)
-        tensor = LayerTensor(each.source.role, each.layout, each.source.shape, open_rows)
+        tensor = LayerTensor(each.source.role, each.layout, each.source.shape, written[each.source.name])
         if tensor.is_always_there:
             tensor = replace(tensor, open_rows=partial(open_source, each.source, each.layout))
         layers.append(tensor)

@@ -7,10 +7,10 @@ shape alone.
 import glob
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,22 +79,15 @@ class Job:
     def tensors(self) -> Sequence[Tensor]:
         return [tensor for shard in self.shards for tensor in shard.tensors]
 
-    def open_written(self, name: str) -> RowReader:
-        """The reader of a tensor's encoded rows, uint8 (rows, row_bytes), once they are written."""
-        number, shard = next((i, each) for i, each in enumerate(self.shards) if name in {t.name for t in each.tensors})
-        start = len(make_header(shard_metadata(self.metadata, self.shards, number), shard.tensors))
-        before = takewhile(lambda tensor: tensor.name != name, shard.tensors)
-        start += sum(padded_bytes(tensor) for tensor in before)
-        tensor = next(tensor for tensor in shard.tensors if tensor.name == name)
-        row_bytes = tensor.layout.row_bytes(tensor.shape[-1])
-        path = shard.partial if shard.partial.exists() else shard.path
-
-        def read_rows(first: int, last: int) -> np.ndarray:
-            rows = np.fromfile(path, np.uint8, (last - first) * row_bytes, offset=start + first * row_bytes)
-            assert rows.size == (last - first) * row_bytes, (path, name, rows.size)
-            return rows.reshape(-1, row_bytes)
-
-        return read_rows
+    def written(self) -> dict[str, Callable[[], RowReader]]:
+        """By tensor: opens the reader of its encoded rows, uint8 (rows, row_bytes), once they are written."""
+        readers = {}
+        for number, shard in enumerate(self.shards):
+            start = len(make_header(shard_metadata(self.metadata, self.shards, number), shard.tensors))
+            for tensor in shard.tensors:
+                readers[tensor.name] = partial(_open_written, shard, tensor, start)
+                start += padded_bytes(tensor)
+        return readers
 
     def fingerprint(self) -> str:
         """Changes with anything that changes a byte of the result."""
@@ -105,6 +98,19 @@ class Job:
                 digest.update(repr((tensor.name, tensor.shape, tensor.layout.name)).encode())
                 digest.update(b"" if tensor.importance is None else tensor.importance.tobytes())
         return digest.hexdigest()
+
+
+def _open_written(shard: Shard, tensor: Tensor, start: int) -> RowReader:
+    """`start`: of the tensor in the shard's file."""
+    path = shard.partial if shard.partial.exists() else shard.path
+    row_bytes = tensor.layout.row_bytes(tensor.shape[-1])
+
+    def read_rows(first: int, last: int) -> np.ndarray:
+        rows = np.fromfile(path, np.uint8, (last - first) * row_bytes, offset=start + first * row_bytes)
+        assert rows.size == (last - first) * row_bytes, (path, tensor.name, rows.size)
+        return rows.reshape(-1, row_bytes)
+
+    return read_rows
 
 
 def log_path(path: Path) -> Path:
@@ -148,8 +154,8 @@ def _remove_abandoned(job: Job) -> None:
         f"{stem}.gguf.partial",
         f"{stem}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].gguf.partial",
     ):
-        for partial in job.path.parent.glob(pattern):
-            partial.unlink()
+        for abandoned in job.path.parent.glob(pattern):
+            abandoned.unlink()
 
 
 def _check_outputs(job: Job, num_finished: int) -> None:
@@ -194,7 +200,7 @@ def _write_shard(job: Job, number: int, journal: Journal, pool: ThreadPoolExecut
                 done_bytes += piece.rows.nbytes
                 report(tensor.name, done_bytes, total_bytes)
             file.write(bytes(-file.tell() % ALIGNMENT))
-            file.flush()  # `open_written` reads it
+            file.flush()  # `Job.written` reads it
             job.check_sources()
             error = (error_squares / weight_squares) ** 0.5 if weight_squares else 0.0
             is_last = tensor is shard.tensors[-1]
