@@ -197,7 +197,7 @@ class CalibrationText:
     def open(cls, model: Path, text: Path, max_chunks: int, on_layer: OnLayer | None = None) -> "CalibrationText":
         """Raises KimiLiteError where the source cannot be run, or the text is missing or too short."""
         content = read_text(text)
-        walk, tokenizer = open_walk(model, on_layer=on_layer)
+        walk, tokenizer = open_walk(model, on_layer=on_layer, allows_checkpoint=True)
         try:
             chunks = cut_text(content, tokenizer, walk.metadata, text, MAX_CHUNK_TOKENS, max_chunks)
             check_memory(walk.config, chunks)

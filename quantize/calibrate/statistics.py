@@ -77,12 +77,13 @@ class ImportanceSums:
 
 
 def open_walk(
-    model: Path, num_threads: int | None = None, on_layer: OnLayer | None = None
+    model: Path, num_threads: int | None = None, on_layer: OnLayer | None = None, allows_checkpoint: bool = False
 ) -> tuple[LayerWalk, Tokenizer]:
-    """A GGUF file, or the folder of a checkpoint, whose layers are read one after another. Raises KimiLiteError where
-    it is damaged or no model that runs here."""
+    """A GGUF file; or, where the caller lets the walk say which layer runs, the folder of a checkpoint, whose layers are
+    read one after another. Raises KimiLiteError where it is damaged or no model that runs here."""
     report = on_layer or (lambda name, done, total: None)
-    layered = checkpoint_layers(open_hf_model(model), model) if is_checkpoint(model) else None
+    is_layered = allows_checkpoint and is_checkpoint(model)
+    layered = checkpoint_layers(open_hf_model(model), model) if is_layered else None
     store, config = checked_model(layered.store) if layered else open_model(model)
     walk = LayerWalk(store, config, num_threads, lambda done, total: report("preparing kernels", done, total), layered)
     return walk, Tokenizer.from_metadata(store.metadata)
@@ -138,7 +139,7 @@ def collect_importance(
         raise KimiLiteError(
             f"Chunks of {chunk_tokens} tokens are wanted.", f"From 2 to {MAX_CHUNK_TOKENS} are possible."
         )
-    walk, tokenizer = open_walk(model, num_threads, report)
+    walk, tokenizer = open_walk(model, num_threads, report, allows_checkpoint=True)
     try:
         chunks = cut_text(content, tokenizer, walk.metadata, text_file, chunk_tokens, max_chunks)
         check_memory(walk.config, chunks)

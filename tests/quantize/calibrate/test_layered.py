@@ -77,7 +77,7 @@ def test_one_layer_is_in_memory(checkpoint):
     """Outside its turn a layer's bytes are not there; the bound is that of the largest layer."""
     folder, _ = checkpoint
     layered = checkpoint_layers(open_model(folder), folder)
-    walk, _ = open_walk(folder)
+    walk, _ = open_walk(folder, allows_checkpoint=True)
     sizes = {}
     for layer in (-1, 0, 1):
         tensors = layered._members(layer)
