@@ -79,8 +79,8 @@ class ImportanceSums:
 def open_walk(
     model: Path, num_threads: int | None = None, on_layer: OnLayer | None = None, allows_checkpoint: bool = False
 ) -> tuple[LayerWalk, Tokenizer]:
-    """A GGUF file; or, where the caller lets the walk say which layer runs, the folder of a checkpoint, whose layers are
-    read one after another. Raises KimiLiteError where it is damaged or no model that runs here."""
+    """A GGUF file; or, for callers that let the walk say which layer runs, a checkpoint's folder, whose layers are read
+    one after another. Raises KimiLiteError where it is damaged or no model that runs here."""
     report = on_layer or (lambda name, done, total: None)
     is_layered = allows_checkpoint and is_checkpoint(model)
     layered = checkpoint_layers(open_hf_model(model), model) if is_layered else None
