@@ -1,16 +1,13 @@
-"""Calibration straight from a checkpoint: the same bytes as from a lossless GGUF of it, with a layer in memory at a
-time."""
+"""Calibration straight from a checkpoint: the same bytes as from a lossless GGUF of it, and after a kill."""
 
 import numpy as np
 import pytest
 
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.model.cpu.walk import LayerWalk
 from kimi_lite.quantize.app import Settings, run
 from kimi_lite.quantize.calibrate.calibration import CalibrationText
-from kimi_lite.quantize.calibrate.layered import checkpoint_layers
-from kimi_lite.quantize.calibrate.statistics import collect_importance, open_walk
-from kimi_lite.quantize.convert import convert, open_model
+from kimi_lite.quantize.calibrate.statistics import collect_importance
+from kimi_lite.quantize.convert import convert
 from kimi_lite.quantize.recipe.choose import find_recipe
 from tests.checkpoints import make_checkpoint
 
@@ -49,8 +46,8 @@ def test_a_checkpoint_gives_the_bytes_of_its_lossless_gguf(checkpoint, tmp_path)
     assert (tmp_path / "direct.imatrix").read_bytes() == (tmp_path / "again.imatrix").read_bytes()
 
 
-def test_a_killed_one_goes_on_within_a_layer(checkpoint, tmp_path):
-    """After two of a layer's three expert tensors; nothing that is finished is encoded again."""
+def test_a_killed_one_repeated_gives_the_same_bytes(checkpoint, tmp_path):
+    """Stopped after two of a layer's three expert tensors."""
     folder, text = checkpoint
 
     def stop_at_down(name: str, done: int, total: int) -> None:
@@ -68,25 +65,4 @@ def test_a_killed_one_goes_on_within_a_layer(checkpoint, tmp_path):
     (tmp_path / "out.gguf").unlink()
     with pytest.raises(KeyboardInterrupt):
         convert_from(stop_at_down)
-    encoded = []
-    assert convert_from(lambda name, done, total: encoded.append(name)).path.read_bytes() == whole
-    assert not any("blk.0." in name for name in encoded)
-
-
-def test_one_layer_is_in_memory(checkpoint):
-    """Outside its turn a layer's bytes are not there; the bound is that of the largest layer."""
-    folder, _ = checkpoint
-    layered = checkpoint_layers(open_model(folder), folder)
-    walk, _ = open_walk(folder, allows_checkpoint=True)
-    sizes = {}
-    for layer in (-1, 0, 1):
-        tensors = layered._members(layer)
-        assert not any(layered.store.tensor(tensor.name).data.any() for tensor in tensors)
-        layered.load(layer)
-        assert all(layered.store.tensor(tensor.name).data.any() for tensor in tensors)
-        layered.release(layer)
-        assert not any(layered.store.tensor(tensor.name).data.any() for tensor in tensors)
-        sizes[layer] = sum(tensor.num_bytes for tensor in tensors)
-    assert layered.largest_layer_bytes == max(sizes.values()) == walk.resident_bytes > 0
-    walk.close()
-    assert isinstance(walk, LayerWalk)
+    assert convert_from(quiet).path.read_bytes() == whole
