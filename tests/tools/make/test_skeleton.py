@@ -96,12 +96,12 @@ def test_plan_and_doctor_on_the_whole(whole):
 
 def test_types_that_are_not_read(tmp_path):
     tensors = listed(slice_of(K2_5, 1, 1, 8, 1024))
-    source = write_list(tmp_path / "list.tsv", tensors, {"IQ2_XXS": "iq2_kl"})
-    with pytest.raises(KimiLiteError, match=r"does not read the type iq2_kl .*") as caught:
+    source = write_list(tmp_path / "list.tsv", tensors, {"IQ2_XXS": "iq2_bn"})
+    with pytest.raises(KimiLiteError, match=r"does not read the type iq2_bn .*") as caught:
         read_tensor_list(source)
     assert "--nearest" in caught.value.hint
     found, replaced = read_tensor_list(source, takes_nearest=True)
-    assert list(replaced) == ["iq2_kl"]
+    assert list(replaced) == ["iq2_bn"]
     assert [(each.name, each.shape, each.num_bytes) for each in found] == [
         (each.name, each.shape, each.num_bytes) for each in tensors
     ]
