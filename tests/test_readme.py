@@ -53,7 +53,9 @@ def place(tmp_path, monkeypatch) -> Path:
     rng = np.random.default_rng(0)
     write_tiny_gguf(tmp_path / "tiny.gguf", rng)
     shutil.copy(tmp_path / "tiny.gguf", tmp_path / "kimi-k2.5-tq1_0.gguf")
-    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 200)
+    (tmp_path / "corpus").mkdir()
+    for text in ("text.txt", "corpus/calibration.txt"):
+        (tmp_path / text).write_text("It is a truth universally acknowledged. " * 200)
     monkeypatch.setenv("KIMI_LITE_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("KIMI_LITE_CONFIG", str(tmp_path / "none.toml"))
     monkeypatch.chdir(tmp_path)

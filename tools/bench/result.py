@@ -105,7 +105,7 @@ def num_comparable(baseline: Mapping, document: Mapping) -> int:
 
 def _paired_ratios(baseline: Mapping, document: Mapping) -> list[tuple[str, dict, dict]]:
     """(what, old, new): test name -> (mean, standard error)."""
-    others = dict.fromkeys(each["other"] for each in document["comparison"])
+    others = dict.fromkeys(map(_other, document["comparison"]))
     return [
         ("the share of the limit", _limit_shares(baseline), _limit_shares(document)),
         *((f"the ratio to {other}", _ratios(baseline, other), _ratios(document, other)) for other in others),
@@ -124,8 +124,13 @@ def _ratios(document: Mapping, other: str) -> dict[str, tuple[float, float]]:
     return {
         each["test"]: (each["ratio"]["mean"], each["ratio"]["mean"] * _relative_error(each["ratio"]))
         for each in document["comparison"]
-        if each["other"] == other
+        if _other(each) == other
     }
+
+
+def _other(comparison: Mapping) -> str:
+    """The program compared with; documents from before there were several do not name it."""
+    return comparison.get("other", "llama.cpp")
 
 
 def _relative_error(spread: Mapping) -> float:

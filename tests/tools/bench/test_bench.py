@@ -279,7 +279,10 @@ def document(share: float, ratio: float, sd: float) -> dict:
     spread = {"mean": 10.0, "sd": 10 * sd, "samples": [10.0] * 4}
     return {
         "results": [{"test": "tg8", "program": "kimi-lite", "limit_share": share, "tok_s": spread}],
-        "comparison": [{"test": "tg8", "ratio": {"mean": ratio, "sd": ratio * sd, "samples": [ratio] * 4}}],
+        "comparison": [
+            {"test": "tg8", "other": other, "ratio": {"mean": ratio, "sd": ratio * sd, "samples": [ratio] * 4}}
+            for other in ("llama.cpp", "ik_llama.cpp")
+        ],
     }
 
 
@@ -288,9 +291,12 @@ def test_regressions_are_what_falls_by_more_than_its_noise():
     assert find_regressions(before, document(0.79, 1.48, 0.02)) == []
     (share,) = find_regressions(before, document(0.76, 1.5, 0.02))
     assert "tg8: the share of the limit fell from 0.800 to 0.760" in share
-    assert len(find_regressions(before, document(0.7, 1.3, 0.02))) == 2
+    assert len(find_regressions(before, document(0.7, 1.3, 0.02))) == 3
     assert find_regressions(before, document(0.7, 1.3, 0.3)) == []
     assert find_regressions(before, {"results": [], "comparison": []}) == []
+    [old, _] = before["comparison"]
+    del old["other"]  # documents from before there were several programs: llama.cpp
+    assert len(find_regressions(before | {"comparison": [old]}, document(0.8, 1.3, 0.02))) == 1
 
 
 def test_baseline_is_an_exit_code(tiny, quick, tmp_path):
