@@ -116,13 +116,13 @@ def test_chat_and_run_as_shown(place):
 
 
 def test_quantize_imatrix_and_bench_as_shown(place):
-    matrix = kimi_lite(
+    matrix = in_this_process(
         "imatrix", "-m", "tiny.gguf", "-f", "text.txt", "-o", "importance.gguf", "-c", "64", "--chunks", "1"
     )
     assert matrix.returncode == 0 and Path("importance.gguf").is_file(), matrix.stderr
     for line in [line for line in SHOWN if line.startswith("kimi-lite quantize")]:
         _, _, source, target, *rest = shlex.split(line)
-        done = kimi_lite("quantize", "tiny.gguf", f"out-{abs(hash(line))}.gguf", *rest)
+        done = in_this_process("quantize", "tiny.gguf", f"out-{abs(hash(line))}.gguf", *rest)
         assert done.returncode == 0, (line, source, target, done.stderr)
     done = kimi_lite("bench", "-m", "tiny.gguf", "-p", "16", "-n", "4", "-r", "1", "-o", "json")
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -33,7 +33,7 @@ from kimi_lite.native.layouts import BY_NAME
 # What one program may have: A100, RTX 3090, RTX 4090, H100, RTX 5090 (CUDA's programming guide, technical
 # specifications per compute capability)
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
-SAMPLE_TYPES, SAMPLE_ARCHS, SAMPLE_TOKENS = ("TQ1_0",), (89, 90), (1, 16, 129, 8192)
+SAMPLE_TYPES, SAMPLE_ARCHS, SAMPLE_TOKENS = ("TQ1_0",), (89,), (1, 16, 129, 8192)
 # Bytes that a thread may spill, by kernel and types; all others nothing. The product: Triton 3.5 and 3.6 alone
 SPILLS = {
     ("grouped_kernel", "IQ2_XXS"): 16,

@@ -105,11 +105,11 @@ def decode_speed(schedule: Sequence[int], num_tables: int, num_rows: int = 128, 
     weights = rng.integers(0, 256, num_rows * (k // 256) * BLOCK_BYTES + 64, np.uint8)
     weights[:-64].reshape(-1, BLOCK_BYTES)[:, :2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
     x, out = rng.integers(-127, 128, k + 128, np.int8), np.zeros(num_rows, np.float32)
-    rows = rows_kernel(schedule, num_tables).compiled.ctypes
+    multiply = rows_kernel(schedule, num_tables).compiled.ctypes
     return (
         num_rows
         * k
-        / least_cpu_seconds(lambda: rows(weights.ctypes.data, num_rows, k, x.ctypes.data, out.ctypes.data))
+        / least_cpu_seconds(lambda: multiply(weights.ctypes.data, num_rows, k, x.ctypes.data, out.ctypes.data))
         / 1e9
     )
 
@@ -120,9 +120,9 @@ def stored_speed(name: str, num_rows: int = 128, k: int = 7168) -> float:
     weights = random_rows(BY_NAME[name], num_rows, k, k**-0.5, rng)
     x = Activations(1, k, {activation_kind(name)})  # zeros: what they are does not change the time
     out, token = np.zeros((1, num_rows), np.float32), np.zeros(1, np.int32)
-    rows = dot.rows_kernel(name).compiled.ctypes
+    multiply = dot.rows_kernel(name).compiled.ctypes
     arguments = (weights.ctypes.data, weights.shape[1], num_rows, x.address, token.ctypes.data, 1, out.ctypes.data, 0)
-    return num_rows * k / least_cpu_seconds(lambda: rows(*arguments)) / 1e9
+    return num_rows * k / least_cpu_seconds(lambda: multiply(*arguments)) / 1e9
 
 
 def least_cpu_seconds(work: Callable[[], None], rounds: int = 30) -> float:

@@ -1,5 +1,5 @@
-"""The kernels as real GPU code: what a pass launches at Kimi K2.5's sizes compiles to machine code for an RTX 4090 and
-an H100, without a GPU, spills nothing and asks for no more shared memory than there is.
+"""The kernels as real GPU code: what a pass launches at Kimi K2.5's sizes compiles to machine code for an RTX 4090,
+without a GPU, spills nothing and asks for no more shared memory than there is.
 
 The interpreter accepts what the compiler may not. CI compiles a sample; all of it is a command's work.
 """
