@@ -35,6 +35,7 @@ else:  # kernels are launched as the program launches them
 
 # Files that take longest, the longest first. A worker that gets one of them last keeps the other one waiting.
 LONGEST = (
+    "native/test_simd_paths.py",
     "model/hybrid/test_lazy.py",
     "tools/gpu_check/test_gpu_check.py",
     "model/hybrid/test_identical.py",
@@ -51,6 +52,11 @@ LONGEST = (
     "quantize/test_convert.py",
     "model/vision/test_tower.py",
     "apps/test_plan.py",
+    "native/gpu/test_compile.py",
+    "native/gpu/test_cuda_driver.py",
+    "native/gpu/test_turns.py",
+    "quantize/calibrate/test_calibrate.py",
+    "quantize/recipe/test_harm.py",
     "tools/kernels/test_kernel_bench.py",
     "model/hybrid/test_failures.py",
     "model/hybrid/test_rounded.py",

@@ -1,6 +1,6 @@
 """Every type's kernels against the oracle in guarded memory, on whatever path this process compiles for.
 
-    NUMBA_CPU_NAME=... NUMBA_CPU_FEATURES=... python -m tests.native.path_check <path>
+    NUMBA_CPU_NAME=... NUMBA_CPU_FEATURES=... python -m tests.native.path_check <path> [--all]
 
 Says each type before it begins with it, so that a crash has a name. Run by test_simd_paths.
 """
@@ -18,7 +18,7 @@ from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.matrix import VALUES_PADDING, values_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.native.isa import isa, sum_order
+from kimi_lite.native.isa import PORTABLE, isa, sum_order
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
@@ -109,13 +109,40 @@ def check_dense() -> None:
             check_attention(team, 97, 3, 72, way)
 
 
-# Made of the same codes, tables and scales as types that are checked; all are on the path of this machine (test_exact).
-_SHARED = frozenset(("IQ2_K", "IQ4_K", "IQ3_KS", "IQ4_KS", "IQ5_KS"))
+# Types of ik_llama.cpp are made of few codes, tables and scales: these have each of them.
+IK_SAMPLE = frozenset(("IQ2_KL", "IQ3_K", "IQ4_KSS", "IQ6_K", "IQ2_KT", "IQ3_KT"))
+# Without AVX2 vectors are what LLVM makes of them, and compiling takes longest: one type of each family.
+_PORTABLE = (
+    "F16",
+    "Q8_0",
+    "Q4_1",
+    "IQ4_XS",
+    "MXFP4",
+    "Q2_K",
+    "Q6_K",
+    "TQ1_0",
+    "TQ2_0",
+    "Q2_0",
+    "IQ1_M",
+    "IQ2_S",
+    "IQ3_S",
+    "IQ2_KL",
+    "IQ2_KT",
+)
 
 
-def main(path: str) -> None:
+def names_of(path: str, is_whole: bool) -> list[str]:
+    """The types that are checked: with `--all` all of them, a matter of minutes on a cold cache."""
+    if is_whole:
+        return list(BY_NAME)
+    if path == PORTABLE:
+        return [name for name in BY_NAME if name in _PORTABLE]
+    return [name for name, layout in BY_NAME.items() if not layout.is_ik or name in IK_SAMPLE]
+
+
+def main(path: str, is_whole: bool) -> None:
     assert isa().name == path, (isa(), path)
-    for name in (each for each in BY_NAME if each not in _SHARED):
+    for name in names_of(path, is_whole):
         print(name, BY_NAME[name].block_size, flush=True)
         check_products(name, np.random.default_rng(1))
         check_experts(name, np.random.default_rng(2))
@@ -124,4 +151,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "--all" in sys.argv)

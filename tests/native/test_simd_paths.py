@@ -1,7 +1,7 @@
 """Every type on the paths that this machine would not choose, each in a process of its own, in guarded memory.
 
-A first run compiles all kernels for each path (about 40 seconds of a core each, side by side); later ones find them in
-the cache.
+A first run compiles the kernels for each path (about 40 seconds of a core each, side by side); later ones find them in
+the cache. Which types stand for others, `path_check` says; its --all leaves none out.
 """
 
 import os
