@@ -16,6 +16,7 @@ import numpy as np
 
 _MOST_STATES = 1 << 17  # beyond it the nearest to the bound are kept; no question of a real model came near it
 _SLACK = 1e-9  # of the loss: sums in another order are the same
+_ROUNDING = 1e-14  # of what is added up: losses, and bytes times their price, which may be far larger
 
 
 class Option(NamedTuple):
@@ -42,7 +43,7 @@ def solve(units: Sequence[Sequence[Option]], available: int) -> list[int] | None
         return first.chosen  # everything has its best
     known = sum(options[place].loss for options, place in zip(units, first.chosen, strict=True))
     bound = _bound(units, available, first.price)
-    gap = known - bound + _SLACK * max(abs(known), 1e-300)
+    gap = known - bound + _SLACK * max(known, 1e-300) + _ROUNDING * len(units) * (known + first.price * available)
     return _best_state(units, available, first.price, gap)
 
 

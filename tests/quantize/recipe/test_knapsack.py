@@ -60,6 +60,19 @@ def test_nothing_loses_less_within_the_bytes(units, data):
     assert solve(units, available) == places
 
 
+def test_bytes_may_weigh_far_more_than_losses():
+    """A price of 9 a byte times 10^9 bytes: rounded, it is wrong by more than the losses differ."""
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        sizes, losses = 10**9 + rng.integers(0, 50, (3, 4)), rng.uniform(0, 9, (3, 4))
+        kinds = [list(map(Option, *each)) for each in zip(sizes.tolist(), losses.tolist(), strict=True)]
+        units = [kinds[index] for index in rng.integers(0, 3, rng.integers(1, 5))]
+        combos = [sum(option.num_bytes for option in combo) for combo in itertools.product(*units)]
+        available = int(rng.choice(combos))
+        places, best = solve(units, available), best_of_all(units, available)
+        assert sum(option.loss for option in taken(units, places)) == pytest.approx(best, rel=1e-8, abs=1e-12)
+
+
 def real_units(rng: np.random.Generator, num_units: int, num_sizes: int) -> list[list[Option]]:
     """Tensors with sensitivities of their own, in types that lose 4^-bits."""
     weights = rng.integers(1, 400, num_sizes) * 256 * 100
