@@ -110,25 +110,9 @@ def check_dense() -> None:
 
 
 # Types of ik_llama.cpp are made of few codes, tables and scales: these have each of them.
-IK_SAMPLE = frozenset(("IQ2_KL", "IQ3_K", "IQ4_KSS", "IQ6_K", "IQ2_KT", "IQ3_KT"))
+IK_SAMPLE = frozenset(("IQ2_KL", "IQ4_KSS", "IQ6_K", "IQ2_KT", "IQ3_KT"))
 # Without AVX2 vectors are what LLVM makes of them, and compiling takes longest: one type of each family.
-_PORTABLE = (
-    "F16",
-    "Q8_0",
-    "Q4_1",
-    "IQ4_XS",
-    "MXFP4",
-    "Q2_K",
-    "Q6_K",
-    "TQ1_0",
-    "TQ2_0",
-    "Q2_0",
-    "IQ1_M",
-    "IQ2_S",
-    "IQ3_S",
-    "IQ2_KL",
-    "IQ2_KT",
-)
+_PORTABLE = ("F16", "Q8_0", "Q4_1", "IQ4_XS", "Q2_K", "Q6_K", "TQ1_0", "Q2_0", "IQ1_M", "IQ3_S", "IQ2_KL", "IQ2_KT")
 
 
 def names_of(path: str, is_whole: bool) -> list[str]:
