@@ -20,6 +20,7 @@ PROMPT_CHUNKS = (8192, 4096, 2048, 1024, 512)  # of one pass on a GPU, tried in 
 DECODE_SHAPES = 6  # of steps (rows, pages) whose graphs and inputs are kept
 STREAM_EXPERTS = 8  # experts of one transfer; two transfers are under way
 _ABSORBED_TOKENS, _LOGITS_ROWS, _ATTENTION_TASKS = 64, 64, 64
+_PACK_BYTES = 5120  # 16 tokens, 256 columns
 _PROGRAM_BYTES = 155 * MIB  # Python, Numba and LLVM with kernels from the cache; compiling takes 75 MiB more (measured)
 _KERNEL_BYTES = MIB  # compiled code of a type of weights
 _VOCABULARY_ENTRY_BYTES, _EXPERT_RECORD_BYTES = 730, 900  # a token; an expert's line in the tables, its views in RAM
@@ -63,7 +64,20 @@ def cpu_work_bytes(config: ModelConfig, num_threads: int) -> int:
         slots = tokens * (c.num_experts_used + max(1, c.num_shared_experts))
         hidden += _activations(slots, c.expert_feed_forward_size)
     head = _activations(_LOGITS_ROWS, c.hidden_size) + 4 * _LOGITS_ROWS * (c.hidden_size + c.vocab_size)
-    return int(layer + attention + hidden + head + num_threads * _thread_scratch_bytes(c))
+    threads = num_threads * (_thread_scratch_bytes(c) + _panel_bytes(c.hidden_size, _LOGITS_ROWS))
+    return int(layer + attention + hidden + head + threads + tile_pack_bytes(c))
+
+
+def tile_pack_bytes(c: ModelConfig) -> int:
+    """The tokens of an operation once more, by 16, for matrix tiles, on CPUs that have them (native.cpu.packing): every
+    expert begins a pack of its own."""
+    widest = max(c.hidden_size, c.feed_forward_size, c.num_heads * c.v_head_dim)
+    num_bytes = -(-STEP_TOKENS // 16) * -(-widest // 256) * _PACK_BYTES
+    if c.num_experts:
+        pairs = STEP_TOKENS * (c.num_experts_used + max(1, c.num_shared_experts))
+        packs = pairs // 16 + 1 + min(pairs, c.num_experts + max(1, c.num_shared_experts))
+        num_bytes = max(num_bytes, packs * -(-max(c.hidden_size, c.expert_feed_forward_size) // 256) * _PACK_BYTES)
+    return num_bytes + 1024
 
 
 def _activations(rows: int, width: int, num_kinds: int = 1) -> float:
@@ -72,13 +86,17 @@ def _activations(rows: int, width: int, num_kinds: int = 1) -> float:
 
 
 def _thread_scratch_bytes(c: ModelConfig) -> int:
-    """Of expanded attention, or of a panel of weights with its results; and a panel for the head."""
+    """Of expanded attention, or of a panel of weights with its results."""
     widest = max(c.hidden_size, c.feed_forward_size, c.num_heads * c.v_head_dim)
     nope, value, latent = c.qk_nope_head_dim, c.v_head_dim, c.kv_latent_size
     page = 64 * (2 * latent + nope + value)
     prefill = 4 * (c.kv_lora_rank * 2 * (nope + value) + page + (STEP_TOKENS + 4) * (value + 2))
-    panel = 72 * widest + 128 * (STEP_TOKENS + 1)
-    return max(prefill, panel) + 72 * c.hidden_size + 64 * 1024
+    return int(max(prefill, _panel_bytes(widest, STEP_TOKENS))) + 64 * 1024
+
+
+def _panel_bytes(width: int, num_tokens: int) -> int:
+    """64 rows of weights as matrix tiles take them (native.cpu.tile_panel), and their results."""
+    return 48 * 1024 + -(-width // 256) * 4 * 9344 + 512 * num_tokens
 
 
 def gpu_work_bytes(sizes: ModelSizes, chunk_tokens: int, context_length: int) -> int:

@@ -16,10 +16,18 @@ from kimi_lite.model.hybrid.attention import heads_at_a_time
 from kimi_lite.model.vision.cpu import CpuTower, _Item
 from kimi_lite.model.vision.patches import Grid, Patches
 from kimi_lite.model.vision.weights import VisionWeights
+from kimi_lite.native.amx import has_amx
 from kimi_lite.native.gpu.pieces import DECODED_WEIGHTS
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.options import Options
-from kimi_lite.plan.workspace import PROMPT_CHUNKS, STREAM_EXPERTS, cpu_work_bytes, gpu_work_bytes, vision_work_bytes
+from kimi_lite.plan.workspace import (
+    PROMPT_CHUNKS,
+    STREAM_EXPERTS,
+    cpu_work_bytes,
+    gpu_work_bytes,
+    tile_pack_bytes,
+    vision_work_bytes,
+)
 from kimi_lite.tools.make.vision import write_tower
 from tests.tiny import write_tiny_gguf
 
@@ -70,7 +78,9 @@ def test_buffers_are_what_was_planned(tmp_path, shape, num_threads):
     finally:
         model.close()
         store.close()
-    assert made <= planned <= 1.3 * made
+    if not has_amx():
+        planned -= tile_pack_bytes(config)
+    assert made <= planned <= 1.35 * made
 
 
 @pytest.mark.parametrize("type_name", ["f32", "q8_0"])

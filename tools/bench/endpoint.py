@@ -229,7 +229,7 @@ class Client:
         seconds, counted = _timed(test, asked, self.characters_per_token, prompts)
         gaps_s = tuple(gap for answer in asked for gap in answer.gaps_s)
         first_s = max((answer.first_s for answer in asked), default=0.0)
-        return Round(seconds or time.perf_counter() - began_s, counted, first_s, gaps_s, {}, asked, errors)
+        return Round(seconds or time.perf_counter() - began_s, counted, first_s, gaps_s, {}, asked=asked, errors=errors)
 
     async def _models(self, is_needed: bool) -> Any:
         try:
