@@ -40,5 +40,5 @@ def test_memory_is_what_was_planned_and_no_limit_is_exceeded(tmp_path):
     for found in runs:
         # Above: buffers of attention over long contexts are allocated and here never touched, 20 MB of 320.
         assert -0.2 <= found["memory_error"] <= 0.1, found
-        assert found["decode_tok_s"] <= 1.2 * found["decode_limit_tok_s"], found  # as measured on a busy machine
+        assert found["decode_tok_s"] <= 1.5 * found["decode_limit_tok_s"], found  # as measured on a busy machine
         assert found["prompt_tok_s"] <= found["prompt_limit_tok_s"], found

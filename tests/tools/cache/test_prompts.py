@@ -30,8 +30,8 @@ machines = st.builds(
 )
 @settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
 def test_the_share_is_nearly_the_best_constant_one(machine, num_tokens, cold, seed):
-    """And never much slower than all on one side, whether the file was cold at first or not. Within 5 % on most machines;
-    one was seen with 9.7 %."""
+    """And never much slower than all on one side, whether the file was cold at first or not. Within 5 % on most
+    machines; one was seen with 9.7 %."""
     made = PromptMachine(machine, 1.6875, cold, num_cold=60)
     layers, counted = list(layer_counts(num_tokens, 400, seed)), slice(200, None)
     own_s = own_prompt(made, layers, seed=seed)[0][counted].mean()
