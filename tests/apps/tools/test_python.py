@@ -490,4 +490,4 @@ def test_a_run_costs_little() -> None:
         run("print(1)")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(took) < 0.15, took
+    assert min(took) < 0.3, took
