@@ -3,7 +3,7 @@
 One instruction multiplies 16 x 64 bytes with 64 x 16: 16,384 products in 16 cycles, eight times what the vectors of
 the same core do. The first factor is rows of bytes as they lie in memory; of the second, a row holds four bytes of each
 of 16 columns (`native.cpu.packing`). A process asks the system for the registers once (`has_amx`). A kernel sets their
-shapes before it uses them, and lets go of them at its end: whoever takes the core next need not save 8 KiB then.
+shapes before it uses them, and lets go of them at its end: the next thread on the core then saves 8 KiB less.
 """
 
 import ctypes
@@ -93,7 +93,7 @@ def _numbers(tiles: Sequence[int]) -> list[ir.Constant]:
 
 
 def emit_zero(builder, tile: int) -> None:
-    """By a load: a product that adds to what `tilezero` made waits 50 cycles for its turn (Sapphire Rapids)."""
+    """By a load: in a loop of nothing else a product behind `tilezero` was slower at times (tools/LOG.md)."""
     kind = ir.ArrayType(_I8, TILE_ROWS * TILE_BYTES)
     name = ".tile_of_zeros"
     if name not in builder.module.globals:

@@ -43,10 +43,8 @@ from kimi_lite.units import gib
 
 DEFAULT_CHUNKS = 64  # 32,768 tokens: each of 384 experts is chosen about 680 times
 _MAX_SHARE = 0.8  # of free memory
-_GRAM_BYTES, _CODING_BYTES = (
-    16,
-    8 + 24 + 7 * 8,
-)  # of a pair of columns: both sums; their sum, temporaries, seven codings
+_GRAM_BYTES = 16  # of a pair of columns: the sums that are fitted to, and those kept out
+_CODING_BYTES = 8 + 24 + 7 * 8  # of a pair of columns while a coding is chosen: their sum, temporaries, seven codings
 _SHARED = re.compile(r"\.ffn_(gate|up|gate_up)_exps\.")
 
 
