@@ -93,11 +93,16 @@ def run(
     tau: Annotated[float, typer.Option(help="QK-Clip's bound of attention logits.", min=0)] = 100.0,
     bf16: Annotated[bool, typer.Option("--bf16/--f32", help="Products in bfloat16.")] = True,
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
-    trained: Annotated[str, typer.Option(help="all or experts: which weights move.")] = "all",
+    trained: Annotated[
+        str, typer.Option(help="all, experts, or rest, which is all but these: which weights move.")
+    ] = "all",
     low_bit: Annotated[str, typer.Option(help="A GGUF type that the routed experts are rounded to.")] = "",
     calibrated: Annotated[
         Path | None,
-        typer.Option(help="A file of that type, by quantize --calibrate: start at its experts.", exists=True),
+        typer.Option(
+            help="A file of that type, by quantize --calibrate: start at its experts; with --trained rest keep them.",
+            exists=True,
+        ),
     ] = None,
     teacher: Annotated[Path | None, typer.Option(help="Learn this model's distribution.", exists=True)] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
@@ -111,7 +116,7 @@ def run(
 
     with _errors_shown():
         _check_choice(optimizer, _OPTIMIZERS, "--optimizer")
-        _check_choice(trained, ("all", "experts"), "--trained")
+        _check_choice(trained, ("all", "experts", "rest"), "--trained")
         if threads:
             torch.set_num_threads(threads)
         settings = Settings(

@@ -38,7 +38,7 @@ class _StraightThrough(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowBit:
-    """A model whose routed experts are of a type. `fixed`: what else of it products take and nothing trains, as
+    """A model whose routed experts are of a type. `fixed`: what products take and nothing trains, experts rounded, as
     `dtype`, which spares each forward pass the conversion."""
 
     model: Model
@@ -56,9 +56,9 @@ class LowBit:
                 problem = f"{name} has rows of {weight.shape[-1]}, and {layout.name} has blocks of {layout.block_size}"
                 raise KimiLiteError(f"{problem}.", "Choose a type with smaller blocks, such as Q2_0 or Q4_0.")
         fixed = {
-            name: weight.to(dtype)
+            name: (round_to(layout, weight) if is_expert(name) else weight).to(dtype)
             for name, weight in model.named_parameters()
-            if is_factor(name) and not is_expert(name) and not weight.requires_grad
+            if is_factor(name) and not weight.requires_grad
         }
         return cls(model, layout, dtype, fixed)
 
@@ -73,15 +73,15 @@ class LowBit:
 
     @torch.no_grad()
     def rounded(self) -> dict[str, Tensor]:
-        """What a file would hold of the experts as they are now."""
+        """What a file would hold of the experts as they are now; nothing where they are not trained."""
         return {
             name: round_to(self.layout, weight).to(self.dtype)
             for name, weight in self.model.named_parameters()
-            if is_expert(name)
+            if is_expert(name) and weight.requires_grad
         }
 
     def forward(self, ids: Tensor, rounded: dict[str, Tensor]) -> Output:
-        """The model with `rounded` in place of its experts, which get the gradient."""
+        """The model with `rounded` in place of its experts, which get the gradient where they are trained."""
         parameters = dict(self.model.named_parameters())
         used = {name: _StraightThrough.apply(parameters[name], value) for name, value in rounded.items()}
         return functional_call(self.model, self.fixed | used, (ids,))
@@ -90,6 +90,14 @@ class LowBit:
 def is_expert(name: str) -> bool:
     row = find_row(f"{name}.weight")
     return row is not None and row.part == "routed"
+
+
+@torch.no_grad()
+def take_experts(model: Model, source: Model) -> None:
+    others = dict(source.named_parameters())
+    for name, weight in model.named_parameters():
+        if is_expert(name):
+            weight.copy_(others[name])
 
 
 def round_to(layout: Layout, weight: Tensor) -> Tensor:

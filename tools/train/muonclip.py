@@ -77,8 +77,10 @@ class MuonClip:
     is_balancing: bool
 
     @classmethod
-    def of(cls, model: Model, name: OptimizerName, weight_decay: float, tau: float = TAU) -> "MuonClip":
-        """Over the parameters that want a gradient."""
+    def of(
+        cls, model: Model, name: OptimizerName, weight_decay: float, tau: float = TAU, is_balancing: bool = True
+    ) -> "MuonClip":
+        """Over the parameters that want a gradient. `is_balancing`: not where a teacher's choice is learnt."""
         wanted = [(each, weight) for each, weight in model.named_parameters() if weight.requires_grad]
         hidden = [weight for each, weight in wanted if name != "adamw" and is_hidden(each)]
         rest = [weight for each, weight in wanted if name == "adamw" or not is_hidden(each)]
@@ -89,8 +91,8 @@ class MuonClip:
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=_ADAMW_BETAS, eps=_ADAMW_EPS, fused=True) if rest else None
         muon = Muon(hidden, 0.0, weight_decay) if hidden else None
         parts = {find_row(f"{each}.weight").part for each, _ in wanted}
-        is_clipping = name == "muonclip" and "attention" in parts
-        return cls(model, tuple(filter(None, (muon, adamw))), tau if is_clipping else None, "router" in parts)
+        is_clipping, is_balancing = name == "muonclip" and "attention" in parts, is_balancing and "router" in parts
+        return cls(model, tuple(filter(None, (muon, adamw))), tau if is_clipping else None, is_balancing)
 
     def step(self, lr: float, max_logits: Tensor, loads: Tensor) -> int:
         """One update by the gradients that are there, then QK-Clip and balancing by what the forward passes saw

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kimi_lite.arch.architecture import find_row
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import whole_file
 from kimi_lite.gguf.metadata import Value
@@ -30,7 +29,7 @@ from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.quantize.convert import open_model
 from kimi_lite.text.tokenizer import Tokenizer
 from kimi_lite.tools.train.data import Corpus
-from kimi_lite.tools.train.lowbit import LowBit, divergence
+from kimi_lite.tools.train.lowbit import LowBit, divergence, is_expert, take_experts
 from kimi_lite.tools.train.model import Model, Output, is_factor, load_model, save_checkpoint, save_gguf
 from kimi_lite.tools.train.muonclip import TAU, MuonClip, OptimizerName
 
@@ -59,7 +58,7 @@ class Settings:
     tau: float = TAU
     is_bf16: bool = True
     seed: int = 0
-    trained: str = "all"  # or "experts"
+    trained: str = "all"  # or "experts", or "rest": all but the experts
     low_bit: str = ""  # a GGUF type that the routed experts are rounded to in every forward pass
     calibrated: str = ""  # a file of that type, whose experts are where training begins
     teacher: str = ""  # a model whose distribution is learnt instead of the text
@@ -135,17 +134,19 @@ class Run:
         _keep_settings(folder, settings)
         model = load_model(Path(settings.model))
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(settings.trained == "all" or find_row(f"{name}.weight").part == "routed")
+            parameter.requires_grad_(settings.trained in ("all", "experts" if is_expert(name) else "rest"))
+        if settings.calibrated and settings.trained == "rest":
+            take_experts(model, load_model(Path(settings.calibrated)))
         run = cls(
             folder,
             settings,
             model,
             _open_corpus(folder / "tokens.npz", settings),
-            MuonClip.of(model, settings.optimizer, settings.weight_decay, settings.tau),
+            MuonClip.of(model, settings.optimizer, settings.weight_decay, settings.tau, not settings.teacher),
             LowBit.of(model, settings.low_bit, settings.factor_dtype) if settings.low_bit else None,
             _load_teacher(Path(settings.teacher), settings.factor_dtype) if settings.teacher else None,
         )
-        if settings.calibrated and not (folder / _CHECKPOINT).is_file():
+        if settings.calibrated and settings.trained != "rest" and not (folder / _CHECKPOINT).is_file():
             run.low_bit.start_within(load_model(Path(settings.calibrated)))
         run._restore()
         return run

@@ -65,22 +65,30 @@ def test_quantize_writes_what_was_trained_with(source, tmp_path, kind):
         assert torch.equal(torch.from_numpy(stored).view_as(rounded), rounded), name
 
 
-def test_distillation_lowers_the_divergence_from_the_teacher(source, tmp_path):
-    """Experts alone are trained; everything else stays as it was."""
+@pytest.mark.parametrize("trained", ["experts", "rest"])
+def test_distillation_lowers_the_divergence_from_the_teacher(source, tmp_path, trained):
+    """What is not trained stays as it was, experts as the file has them that they come from; the balance always."""
+    convert(source, tmp_path / "encoded.gguf", "q2_0")
     wanted = Settings(
         model=str(source), texts=(str(TEXT),), num_steps=40, batch_size=4, length=32, lr=2e-3, warmup_steps=3,
-        weight_decay=0.0, trained="experts", low_bit="q2_0", teacher=str(source), held_out_batches=2,
-        is_bf16=False,
+        weight_decay=0.0, trained=trained, low_bit="q2_0", teacher=str(source), held_out_batches=2, is_bf16=False,
+        calibrated=str(tmp_path / "encoded.gguf") if trained == "rest" else "",
     )  # fmt: skip
     run = Run.open(tmp_path / "run", wanted)
     before = run.held_out_loss()
+    run.train(until=20)
+    run = Run.open(tmp_path / "run", wanted)
     run.train()
     steps = list(read_metrics(tmp_path / "run"))
     assert steps[-1].held_out == pytest.approx(run.held_out_loss(), rel=1e-5)
     assert run.held_out_loss() < 0.9 * before
-    trained, start = load_model(tmp_path / "run/model"), load_model(source)
-    for (name, weight), old in zip(trained.named_parameters(), start.parameters(), strict=True):
-        assert torch.equal(weight, old) != is_expert(name), name
+    after, start = load_model(tmp_path / "run/model"), load_model(source)
+    encoded = dict(load_model(tmp_path / "encoded.gguf").named_parameters())
+    for (name, weight), old in zip(after.named_parameters(), start.parameters(), strict=True):
+        given = encoded[name] if trained == "rest" and is_expert(name) else old
+        assert torch.equal(weight, given) == (is_expert(name) == (trained == "rest")), name
+    for (name, bias), old in zip(after.named_buffers(), start.buffers(), strict=True):
+        assert torch.equal(bias, old), name
 
 
 @given(tokens=st.integers(1, 20), words=st.integers(2, 40), seed=st.integers(0, 2**16), size=st.floats(0.1, 30))
