@@ -91,6 +91,9 @@ def run(
     weight_decay: Annotated[float, typer.Option(help="Of matrices.", min=0)] = 0.1,
     optimizer: Annotated[str, typer.Option(help="muonclip, muon (without QK-Clip) or adamw.")] = "muonclip",
     tau: Annotated[float, typer.Option(help="QK-Clip's bound of attention logits.", min=0)] = 100.0,
+    token_clip: Annotated[
+        float, typer.Option(help="Of a token's gradient after each layer, in medians of all tokens; 0: none.", min=0)
+    ] = 0.0,
     bf16: Annotated[bool, typer.Option("--bf16/--f32", help="Products in bfloat16.")] = True,
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
     trained: Annotated[
@@ -122,8 +125,8 @@ def run(
         settings = Settings(
             model=str(model), texts=tuple(map(str, text)), num_steps=steps, batch_size=batch, accumulate=accumulate,
             length=length, lr=lr, warmup_steps=warmup, decay_share=decay, weight_decay=weight_decay,
-            optimizer=optimizer, tau=tau, is_bf16=bf16, seed=seed, trained=trained, low_bit=low_bit,
-            calibrated=str(calibrated or ""), teacher=str(teacher or ""), checkpoint_steps=save_every,
+            optimizer=optimizer, tau=tau, token_clip=token_clip, is_bf16=bf16, seed=seed, trained=trained,
+            low_bit=low_bit, calibrated=str(calibrated or ""), teacher=str(teacher or ""), checkpoint_steps=save_every,
             held_out_steps=measure_every,
         )  # fmt: skip
         begun = Run.open(folder, settings)

@@ -56,6 +56,7 @@ class Settings:
     weight_decay: float = 0.1
     optimizer: OptimizerName = "muonclip"
     tau: float = TAU
+    token_clip: float = 0.0  # times the median token's gradient, after each layer; 0: none
     is_bf16: bool = True
     seed: int = 0
     trained: str = "all"  # or "experts", or "rest": all but the experts
@@ -133,6 +134,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         _keep_settings(folder, settings)
         model = load_model(Path(settings.model))
+        model.token_clip = settings.token_clip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(settings.trained in ("all", "experts" if is_expert(name) else "rest"))
         if settings.calibrated and settings.trained == "rest":
