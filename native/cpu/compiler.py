@@ -68,6 +68,10 @@ class Function:
         result = None if normalize_signature(self.signature)[1] == types.void else ctypes.c_int64
         return ctypes.CFUNCTYPE(result, *[ctypes.c_int64] * self.num_integers)(address)
 
+    def prepare(self) -> None:
+        """Compiles it now, or finds it compiled."""
+        _ = self._callable
+
     def __call__(self, *arguments):
         return self._callable(*arguments)
 

@@ -6,6 +6,7 @@ threads run anywhere.
 """
 
 import os
+import warnings
 from pathlib import Path
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -30,4 +31,7 @@ def keep_to_cores(num_threads: int) -> None:
     allowed = os.sched_getaffinity(0)
     chosen = one_thread_per_core(allowed)
     if num_threads <= len(chosen) < len(allowed):
-        os.sched_setaffinity(0, chosen)
+        try:
+            os.sched_setaffinity(0, chosen)
+        except OSError as error:  # a container's set has just changed, or a sandbox forbids the call
+            warnings.warn(f"Threads may share cores, which costs speed: {error.strerror}.", stacklevel=2)

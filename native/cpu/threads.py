@@ -10,12 +10,17 @@ are shared, with other threads of the team or with other programs: then waiting 
 Linux), so that those they wait for can run; elsewhere they yield, which with a busy neighbour costs a whole turn of the
 scheduler. How long spinning is worth it is learned: each failure halves it, each success makes it grow again.
 
+Kernels raise nothing. A worker can end of an exception only between programs, in Python: before a program's first
+operation all threads join, and who joins sees that one has ended. `run` then raises what ended it, once and for all:
+the team is broken. A process made by fork has the team but none of its threads, and is told so.
+
 Kernels are C functions (`compiler.kernel`): their addresses are plain numbers, so operations and tensor types combine
 at run time and each is compiled (and cached on disk) once.
 """
 
 import atexit
 import ctypes
+import os
 import platform
 import sys
 import threading
@@ -32,12 +37,13 @@ from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.simd import load_i64, store_i64
 
 # The team's shared memory: int64 cells, each on a cache line of its own. _PATIENCE: spins before a waiting thread gives
-# its core away. _TAKEN: the epoch whose program the caller has run to its end.
+# its core away. _TAKEN: the epoch whose program the caller has run to its end. _BROKEN: a worker has ended.
 _LINE = 64
-_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE, _TAKEN = (
-    _LINE * i for i in range(13)
+_EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE = (
+    _LINE * i for i in range(12)
 )
-_NUM_LINES = 13
+_TAKEN, _BROKEN = 12 * _LINE, 13 * _LINE
+_NUM_LINES = 14
 
 _MAX_PATIENCE, _MIN_PATIENCE = 2048, 16  # spins of 25 to 50 ns
 _IDLE_PATIENCE = 2  # times as long after a program: the next one often comes at once
@@ -93,16 +99,36 @@ def give_way(team):
 @njit
 def barrier(team):
     """Waits until every thread is here; what each wrote before is then visible to all."""
+    _arrive(team, atomic_load(team + _GENERATION))
+
+
+@njit
+def _join(team):
+    """A barrier that a worker's end opens, too: whether every thread is here."""
     generation = atomic_load(team + _GENERATION)
+    if atomic_load(team + _BROKEN) == 0:  # whoever ends later changes the generation
+        _arrive(team, generation)
+    return atomic_load(team + _BROKEN) == 0
+
+
+@njit
+def _arrive(team, generation):
+    """The last of the threads begins a new generation; the others wait for it."""
     if atomic_add(team + _ARRIVED, 1) == team_size(team) - 1:
         store_i64(team + _ARRIVED, 0)
         store_i64(team + _TASK, 0)
         atomic_add(team + _GENERATION, 1)
-        if atomic_add(team + _SLEEPING, 0) != 0:
-            futex = team + _FUTEX
-            _call_futex(load_i64(futex), load_i64(futex + 8), team + _GENERATION, _FUTEX_WAKE, 0x7FFFFFFF)
-        return
-    _wait(team, generation)
+        _wake_sleepers(team)
+    else:
+        _wait(team, generation)
+
+
+@njit
+def _wake_sleepers(team):
+    """Those that `_sleep`."""
+    if atomic_add(team + _SLEEPING, 0) != 0:
+        futex = team + _FUTEX
+        _call_futex(load_i64(futex), load_i64(futex + 8), team + _GENERATION, _FUTEX_WAKE, 0x7FFFFFFF)
 
 
 @njit
@@ -123,7 +149,7 @@ def _wait(team, generation):
 
 @njit
 def _sleep(team, generation):
-    """Until `barrier` wakes all; where the system has no futex, a turn of the scheduler."""
+    """Until `_wake_sleepers` wakes all; where the system has no futex, a turn of the scheduler."""
     futex = team + _FUTEX
     if load_i64(futex) == 0:
         _call_yield(load_i64(team + _YIELD))
@@ -136,12 +162,14 @@ def _sleep(team, generation):
 
 @njit
 def _run_ops(team, thread):
-    """Runs the published program."""
+    """Runs the published program; False, and nothing of it has run, where a worker has ended."""
     program, num_ops = load_i64(team + _PROGRAM), load_i64(team + _NUM_OPS)
+    if not _join(team):
+        return False
     for op in range(num_ops):
-        barrier(team)
         call3(load_i64(program + 16 * op), load_i64(program + 16 * op + 8), thread, team)
-    barrier(team)
+        barrier(team)
+    return True
 
 
 @function("int64(int64, int64, int64)")
@@ -169,11 +197,19 @@ def _publish(team, program, num_ops):
 
 
 @function("void(int64)")
+def _break(team):
+    """A worker will not come any more: lets the others out of the join, now and later. No thread is at another barrier,
+    or this one could not have ended."""
+    atomic_add(team + _BROKEN, 1)
+    atomic_add(team + _GENERATION, 1)
+    _wake_sleepers(team)
+
+
+@function("void(int64)")
 def _take_part(team):
     """The caller's share of what is published, unless it has run: a signal's exception may have come between."""
     epoch = atomic_load(team + _EPOCH)
-    if load_i64(team + _TAKEN) != epoch:
-        _run_ops(team, 0)
+    if load_i64(team + _TAKEN) != epoch and _run_ops(team, 0):
         store_i64(team + _TAKEN, epoch)
 
 
@@ -192,10 +228,15 @@ def _futex_call() -> tuple[int, int]:
 
 
 class Team:
-    """`num_threads` threads, the caller being one of them. One program runs at a time."""
+    """`num_threads` threads, the caller being one of them. One program runs at a time.
+
+    RuntimeError where the system gives no more threads, and from `run` when one of them has ended.
+    """
 
     def __init__(self, num_threads: int) -> None:
         assert num_threads >= 1, num_threads
+        for each in (_work, _publish, _break, _take_part):
+            each.prepare()  # here, where what goes wrong reaches the caller
         self.num_threads = num_threads
         self._memory = np.zeros(_NUM_LINES * _LINE // 8 + 8, dtype=np.int64)
         self._address = -(-self._memory.ctypes.data // _LINE) * _LINE
@@ -207,14 +248,20 @@ class Team:
         self._set(_FUTEX + 8, number)
         self._condition = threading.Condition()
         self._num_sleeping = 0
+        self._process = os.getpid()
+        self._ended_by: BaseException | None = None
         self._program: Program | None = None
         self._workers = [
             threading.Thread(target=self._serve, args=(thread,), daemon=True, name=f"kimi-lite-{thread}")
             for thread in range(1, num_threads)
         ]
-        for worker in self._workers:
-            worker.start()
         atexit.register(self.close)
+        try:
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            self.close()
+            raise
 
     def _cell(self, offset: int) -> int:
         return (self._address + offset - self._memory.ctypes.data) // 8
@@ -225,10 +272,21 @@ class Team:
     def _epoch(self) -> int:
         return int(self._memory[self._cell(_EPOCH)])
 
+    def _is_unfinished(self) -> bool:
+        return int(self._memory[self._cell(_TAKEN)]) != self._epoch()
+
     def _is_closed(self) -> bool:
         return bool(self._memory[self._cell(_QUIT)])
 
     def _serve(self, thread: int) -> None:
+        """A worker, until the team is closed."""
+        try:
+            self._run_programs(thread)
+        except BaseException as error:  # whatever it is, the others would wait for this thread
+            self._ended_by = error
+            _break(self._address)
+
+    def _run_programs(self, thread: int) -> None:
         keep_to_cores(self.num_threads)
         seen = 0
         while not self._is_closed():
@@ -244,30 +302,41 @@ class Team:
                 self._condition.notify_all()
 
     def run(self, program: Program) -> None:
-        """Runs `program` to its end on all threads."""
+        """Runs `program` to its end on all threads. Raises RuntimeError, and will again, if one has ended: nothing of
+        the program has run then."""
         assert not self._is_closed()
+        self._check_workers()
         self._finish()
         self._program = program  # alive until the next one, also where an exception leaves it unfinished
         _publish(self._address, program.address, len(program.ops))
         if self._num_sleeping:
             self._wake()
         _take_part(self._address)
+        if self._is_unfinished():
+            self._check_workers()
+
+    def _check_workers(self) -> None:
+        if self._ended_by is not None:
+            raise RuntimeError("A thread of the kernels' team has ended.") from self._ended_by
+        if os.getpid() != self._process:
+            raise RuntimeError("The threads of the kernels' team stayed in the process that made this one by fork.")
 
     def _finish(self) -> None:
         """Runs a program that was published and then left by an exception (a signal's handler raised): the other
         threads wait for the caller in it."""
-        if int(self._memory[self._cell(_TAKEN)]) != self._epoch():
+        if self._is_unfinished():
             self._wake()
             _take_part(self._address)
 
     def close(self) -> None:
         """Ends the threads; the team is of no use afterwards."""
-        if self._is_closed():
+        if self._is_closed() or os.getpid() != self._process:
             return
         self._finish()
         self._set(_QUIT, 1)
         _publish(self._address, 0, 0)
         self._wake()
         for worker in self._workers:
-            worker.join()
+            if worker.ident is not None:  # one that could not be started cannot be joined
+                worker.join()
         atexit.unregister(self.close)

@@ -34,3 +34,14 @@ def test_only_while_there_are_cores_enough(
     monkeypatch.setattr(placement, "one_thread_per_core", lambda allowed: {0, 2})
     keep_to_cores(num_threads)
     assert set_to == ([] if expected is None else [expected])
+
+
+def test_a_system_that_forbids_it_costs_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, cpus: set[int]) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    monkeypatch.setattr(placement, "one_thread_per_core", lambda allowed: {0})
+    with pytest.warns(UserWarning, match="not permitted"):
+        keep_to_cores(1)

@@ -1,6 +1,8 @@
 """The thread team: programs of hundreds of operations, stopping, sleeping, two teams at once, more threads than
 cores."""
 
+import ctypes
+import os
 import signal
 import threading
 import time
@@ -220,6 +222,131 @@ def test_a_program_that_was_published_and_left_is_run_first():
     threads._publish(team._address, first.address, len(first.ops))
     team.close()
     assert not any(worker.is_alive() for worker in team._workers)
+
+
+def _run_without_end(team, program):
+    while True:
+        team.run(program)
+
+
+def _what_ends(team, program):
+    """Runs the program until a thread ends; every further run says so too, and closing ends all."""
+    try:
+        with pytest.raises(RuntimeError, match="has ended") as told:
+            _run_without_end(team, program)
+        with pytest.raises(RuntimeError, match="has ended"):
+            team.run(program)
+    finally:
+        team.close()
+    assert not any(worker.is_alive() for worker in team._workers)
+    return told.value.__cause__
+
+
+@pytest.mark.parametrize("error", [OSError("x"), MemoryError(), SystemExit(1), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("where", ["at birth", "before a program", "after a program", "going to sleep"])
+@pytest.mark.parametrize(("num_threads", "which"), [(2, 1), (3, 2)])
+def test_a_worker_that_ends_is_told_to_the_caller(monkeypatch, num_threads, which, where, error):
+    """Whatever it raises, wherever it is: it was waited for without end."""
+    name, work, count = f"kimi-lite-{which}", threads._work, [0]
+
+    def fail():
+        raise error
+
+    def ill_work(address, thread, seen):
+        before = count[0]
+        count[0] += thread == which
+        if thread == which and before == 2 and where == "before a program":
+            fail()
+        seen = work(address, thread, seen)
+        if thread == which and seen and where == "after a program":
+            fail()
+        return seen
+
+    class Condition(threading.Condition):
+        def wait_for(self, predicate, timeout=None):
+            return fail() if threading.current_thread().name == name else super().wait_for(predicate, timeout)
+
+    monkeypatch.setattr(threads, "_work", ill_work)
+    ill_work.prepare = work.prepare
+    if where == "at birth":
+        monkeypatch.setattr(threads, "keep_to_cores", lambda _: threading.current_thread().name == name and fail())
+    if where == "going to sleep":
+        monkeypatch.setattr(threads.threading, "Condition", Condition)
+    values = np.zeros(NUM_TASKS, np.int64)
+    assert _what_ends(Team(num_threads), fold_program(3, values)) is error
+    assert len(set(values.tolist())) == 1  # whole programs only
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_a_worker_that_ends_while_the_others_sleep_for_it(monkeypatch, num_threads):
+    """They have joined the program, and wait in the kernel."""
+    work = threads._work
+
+    def ill_work(address, thread, seen):
+        if thread != 1:
+            return work(address, thread, seen)
+        cells = np.ctypeslib.as_array((ctypes.c_int64 * (threads._NUM_LINES * 8)).from_address(address))
+        deadline = time.monotonic() + 60
+        while cells[threads._SLEEPING // 8] < num_threads - 1:
+            assert time.monotonic() < deadline, "the others sleep"
+            time.sleep(0.001)
+        raise MemoryError
+
+    ill_work.prepare = work.prepare
+    monkeypatch.setattr(threads, "_work", ill_work)
+    values = np.ones(NUM_TASKS, np.int64)
+    if threads._futex_call() == (0, 0):
+        pytest.skip("waiting threads yield here")
+    assert type(_what_ends(Team(num_threads), fold_program(3, values))) is MemoryError
+    assert (values == 1).all()
+
+
+def test_an_exception_from_outside_ends_a_worker():
+    """As `PyThreadState_SetAsyncExc` raises it, at any moment."""
+    team, values = Team(3), np.zeros(NUM_TASKS, np.int64)
+    program = fold_program(3, values)
+    team.run(program)
+    ident = ctypes.c_ulong(team._workers[1].ident)
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Stop)) == 1
+    assert type(_what_ends(team, program)) is _Stop
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_a_thread_that_cannot_be_started(monkeypatch, which):
+    """Those that were started before end."""
+    before, start = threading.active_count(), threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == f"kimi-lite-{which}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Team(4)
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_process_is_told_that_it_has_no_threads():
+    team, values = Team(2), np.zeros(NUM_TASKS, np.int64)
+    program = fold_program(1, values)
+    team.run(program)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            team.run(program)
+        except RuntimeError:
+            team.close()
+            code = 7
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+    team.run(program)
+    team.close()
 
 
 def test_close_right_after_birth():
