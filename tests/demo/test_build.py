@@ -161,7 +161,6 @@ def test_neither_the_demo_nor_quantize_imports_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
-@pytest.mark.slow
 def test_the_real_demo_model_answers_in_llama_cpp():
     """Another program loads it and chats; without the download or the ggml extra this cannot be asked."""
     if importlib.util.find_spec("llama_cpp") is None:

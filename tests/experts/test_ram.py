@@ -347,7 +347,7 @@ class Tiers(RuleBasedStateMachine):
 
 def test_anything_in_any_order(path):
     Tiers.shared_path = path
-    run_state_machine_as_test(Tiers, settings=settings(max_examples=50, stateful_step_count=120, deadline=None))
+    run_state_machine_as_test(Tiers, settings=settings(max_examples=25, stateful_step_count=120, deadline=None))
 
 
 def test_another_thread_reads_whole_experts_while_slots_change(case):

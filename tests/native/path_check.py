@@ -18,7 +18,7 @@ from kimi_lite.native.cpu.linear import quantize_op
 from kimi_lite.native.cpu.matrix import VALUES_PADDING, values_kernel
 from kimi_lite.native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.native.isa import PORTABLE, isa, sum_order
+from kimi_lite.native.isa import AVX2, PORTABLE, isa, sum_order
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
@@ -111,16 +111,20 @@ def check_dense() -> None:
 
 # Types of ik_llama.cpp are made of few codes, tables and scales: these have each of them.
 IK_SAMPLE = frozenset(("IQ2_KL", "IQ4_KSS", "IQ6_K", "IQ2_KT", "IQ3_KT"))
-# Without AVX2 vectors are what LLVM makes of them, and compiling takes longest: one type of each family.
-_PORTABLE = ("F16", "Q8_0", "Q4_1", "IQ4_XS", "Q2_K", "Q6_K", "TQ1_0", "Q2_0", "IQ1_M", "IQ3_S", "IQ2_KL", "IQ2_KT")
+# What other machines choose: types that share unpacking, scales and tables stand for each other.
+_AVX2 = (
+    "F16", "BF16", "Q8_0", "Q4_1", "Q5_0", "MXFP4", "IQ4_XS", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "TQ1_0", "Q2_0", "IQ1_M",
+    "IQ2_XS", "IQ3_S", "IQ2_KL", "IQ2_KT",
+)  # fmt: skip
+_PORTABLE = ("F16", "Q4_1", "IQ4_XS", "Q2_K", "TQ1_0", "IQ1_M", "IQ3_S", "IQ2_KT")  # compiling takes longest there
 
 
 def names_of(path: str, is_whole: bool) -> list[str]:
     """The types that are checked: with `--all` all of them, a matter of minutes on a cold cache."""
     if is_whole:
         return list(BY_NAME)
-    if path == PORTABLE:
-        return [name for name in BY_NAME if name in _PORTABLE]
+    if path in (AVX2, PORTABLE):
+        return list(_AVX2 if path == AVX2 else _PORTABLE)
     return [name for name, layout in BY_NAME.items() if not layout.is_ik or name in IK_SAMPLE]
 
 

@@ -42,7 +42,8 @@ DRIVES = {  # the lazy device works only when it is asked, and this is what asks
 }
 IN_A_HANG = {"transformer.HybridTransformer._to_host"}  # where it is needed: asked first, as that is quick
 ON_FILLING = {"vram.VramSlots._wait_for_first"}
-ORDERS = [(policy, 0) for policy in POLICIES if policy != "random"] + [("random", seed) for seed in range(3)]
+ORDERS = [(policy, 0) for policy in POLICIES]
+MORE = [pytest.param("random", seed, marks=pytest.mark.slow) for seed in range(1, 9)]
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,7 @@ def differs(have: list[np.ndarray], want: list[np.ndarray]) -> bool:
     return not all(np.array_equal(*pair) for pair in zip(have, want, strict=True))
 
 
-@pytest.mark.parametrize(("policy", "seed"), ORDERS)
+@pytest.mark.parametrize(("policy", "seed"), ORDERS + MORE)
 def test_the_same_whatever_the_order(policy, seed, model, ids, wanted):
     with LazyRunner(model, policy, seed, num_gpu_experts=5, group_size=2) as runner:
         shares = list(SHARES)[seed % 3 :][: 3 if policy != "random" else 1]
