@@ -22,7 +22,6 @@ from tests.model.hybrid.runner import DEVICE, HybridRunner, LazyRunner
 from tests.model.hybrid.synchronizations import find_sites, without
 from tests.model.hybrid.test_hybrid import (  # noqa: F401  these run here again, on the lazy device
     _one_thread,
-    test_a_disk_that_fails_leaves_nothing_behind,
     test_batch_equals_one_by_one,
     test_cancel_between_layers,
     test_experts_from_the_disk,
@@ -75,6 +74,11 @@ def lazily(policy: str, seed: int, path: Path, **options: object) -> HybridRunne
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("lazy") / "tiny.gguf"
     return write_tiny_gguf(path, np.random.default_rng(4), expert_feed_forward_size=256)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails(path, ids, tmp_path, monkeypatch):
+    test_hybrid.test_a_disk_that_fails_leaves_nothing_behind(path, ids, tmp_path, monkeypatch)
 
 
 def silent(runner: HybridRunner, ids: np.ndarray, start: int, should_stop: Callable[[], bool] | None = None) -> None:
