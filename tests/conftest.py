@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.testing
 from hypothesis import HealthCheck, settings
 
 # The same examples in every run, whatever else the machine has to do; --hypothesis-profile default tries others.
@@ -23,6 +24,8 @@ sys.dont_write_bytecode = False
 
 for name in ("COLUMNS", "LINES"):  # a worker of pytest-xdist has them; they hide what a terminal's size is
     os.environ.pop(name, None)
+
+typer.testing._get_command = cache(typer.testing._get_command)  # a command line is made once, not for every call
 
 if os.environ.get("KIMI_LITE_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"

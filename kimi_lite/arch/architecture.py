@@ -140,20 +140,31 @@ _REGISTRY: dict[str, Architecture] = {}
 def register(architecture: Architecture) -> Architecture:
     """Makes it known; a later one of the same name replaces it."""
     _REGISTRY[architecture.name] = architecture
-    _rows.cache_clear()
+    forget_tables()
     return architecture
+
+
+def forget_tables() -> None:
+    """What is derived from the registry is derived anew."""
+    _by_name.cache_clear()
+    _rows.cache_clear()
 
 
 def architectures() -> tuple[Architecture, ...]:
     """All that are known: ours, and what was registered."""
-    from kimi_lite.arch.deepseek2 import DEEPSEEK2  # it imports this module
-
-    return tuple(({DEEPSEEK2.name: DEEPSEEK2} | _REGISTRY).values())
+    return tuple(_by_name().values())
 
 
 def find_architecture(name: object) -> Architecture | None:
     """The one that GGUF files call `name`."""
-    return next((known for known in architectures() if known.name == name), None)
+    return _by_name().get(name) if isinstance(name, str) else None
+
+
+@cache
+def _by_name() -> Mapping[str, Architecture]:
+    from kimi_lite.arch.deepseek2 import DEEPSEEK2  # it imports this module
+
+    return {DEEPSEEK2.name: DEEPSEEK2} | _REGISTRY
 
 
 def find_row(name: str) -> Row | None:

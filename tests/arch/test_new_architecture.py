@@ -69,7 +69,7 @@ def registered(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     register(LORIS)
     yield
-    registry._rows.cache_clear()
+    registry.forget_tables()
 
 
 def write_checkpoint(folder: Path, config: ModelConfig) -> Path:
