@@ -14,7 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from numba import types
+from numba.extending import intrinsic
 
+from kimi_lite.native.amx import (
+    TILE_BYTES,
+    TILE_ROWS,
+    Shape,
+    emit_product,
+    emit_store,
+    emit_zero,
+    has_amx,
+    release_tiles,
+    shapes,
+)
 from kimi_lite.native.cpu.compiler import kernel
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.threads import Team, next_task
@@ -66,15 +79,69 @@ def _multiply_kernel(args, thread, team):
     store_i32(out + _LINE_BYTES * thread, sum_i32x16(a + b + c))
 
 
-def measure_macs(num_cores: int, seconds: float = 0.1) -> float:
-    """Int8 multiply-accumulates/s of so many cores at the instruction's peak: the best tenth of one core's runs, times
-    the cores; where other programs run, all cores are seldom undisturbed at once."""
+_whole_tiles = shapes(*[Shape()] * 8)
+
+
+@intrinsic
+def _clear_sums(typingctx):
+    def codegen(context, builder, sig, args):
+        for tile in range(8):
+            emit_zero(builder, tile)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _multiply_tiles(typingctx):
+    """Four sums, each of two tiles' products, one after the other."""
+
+    def codegen(context, builder, sig, args):
+        for total in range(4):
+            emit_product(builder, total, 4 + total // 2, 6 + total % 2, is_signed=False)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _store_sum(typingctx, out):
+    def codegen(context, builder, sig, args):
+        emit_store(builder, 0, args[0], TILE_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(out), codegen
+
+
+@kernel
+def _tiles_kernel(args, thread, team):
+    """Sums of products of matrix tiles that wait for nothing but themselves: their peak."""
+    num_rounds, out = load_i64(args), load_i64(args + 8)
+    _whole_tiles()
+    _clear_sums()
+    for _ in range(num_rounds):
+        _multiply_tiles()
+    _store_sum(out)
+    release_tiles()
+
+
+def _peak_program(with_tiles: bool) -> tuple[Program, float]:
+    """What multiplies fastest here, and how many int8 products it makes."""
+    if with_tiles and has_amx():
+        out = np.zeros(TILE_ROWS * TILE_BYTES, np.uint8)
+        return Program([Op.of(_tiles_kernel, _ROUNDS, out)]), _ROUNDS * 4.0 * TILE_ROWS * TILE_BYTES * TILE_ROWS
+    codes, inputs, sums = np.ones(256, np.uint8), np.ones(8 * 192, np.int8), np.zeros(_LINE_BYTES, np.uint8)
+    return Program([Op.of(_multiply_kernel, codes, inputs, _ROUNDS, sums)]), _ROUNDS * _MACS_A_ROUND
+
+
+def measure_macs(num_cores: int, seconds: float = 0.1, with_tiles: bool = True) -> float:
+    """Int8 multiply-accumulates/s of so many cores at the peak of matrix tiles, where there are any and `with_tiles`
+    says so, else of the dot product: the best tenth of one core's runs, times the cores; where other programs run, all
+    cores are seldom undisturbed at once."""
     team = Team(1)
     try:
-        codes, inputs = np.ones(256, np.uint8), np.ones(8 * 192, np.int8)
-        sums = np.zeros(_LINE_BYTES, np.uint8)
-        program = Program([Op.of(_multiply_kernel, codes, inputs, _ROUNDS, sums)])
-        rates = _rates(lambda: team.run(program), _ROUNDS * _MACS_A_ROUND, seconds)
+        program, num_products = _peak_program(with_tiles)
+        rates = _rates(lambda: team.run(program), num_products, seconds)
         return num_cores * float(np.percentile(rates, 90))
     finally:
         team.close()

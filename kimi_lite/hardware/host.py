@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from kimi_lite.hardware.machine import Cores, Disk
+from kimi_lite.hardware.machine import TILES, Cores, Disk
 
 _NO_LIMIT_BYTES = 1 << 60  # cgroups say "none" with numbers near 2^63
 _USUAL_PERIOD_US = 100_000
@@ -151,10 +151,11 @@ def clock_hz() -> float | None:
 
 
 def isa_name() -> str:
-    """The kernels' path on this CPU, as `native.isa` calls it."""
+    """The kernels' path on this CPU, as `native.isa` calls it, or TILES where prompts are multiplied by them."""
+    from kimi_lite.native.amx import has_amx
     from kimi_lite.native.isa import isa
 
-    return isa().name
+    return TILES if has_amx() else isa().name
 
 
 def is_wsl() -> bool:

@@ -25,8 +25,10 @@ TYPICAL_CORES, TYPICAL_CLOCK_HZ = 16, 4.5e9
 CUDA_BYTES = 512 << 20  # of VRAM: CUDA's context and libraries, which a process takes and torch does not count
 
 # int8 multiply-accumulates (MACs) a cycle of one core, where none was measured. AVX-512: one 64-byte vpdpbusd (Zen 4,
-# Intel's client cores), two on the CPUs below. AVX-VNNI: two of 32 bytes. AVX2: vpmaddubsw, vpmaddwd on two ports.
-_MACS_A_CYCLE = {"avx512-vnni": 64, "avx-vnni": 64, "avx2": 32, "portable": 16}
+# Intel's client cores), two on the CPUs below. AVX-VNNI: two of 32 bytes. AVX2: vpmaddubsw, vpmaddwd on two ports. AMX:
+# 16 x 64 x 16 in 16 cycles.
+TILES = "amx-int8"
+_MACS_A_CYCLE = {TILES: 1024, "avx512-vnni": 64, "avx-vnni": 64, "avx2": 32, "portable": 16}
 _TYPICAL_MACS_A_CYCLE = 64
 _TWO_UNITS = re.compile(r"Xeon|EPYC 9\d\d5|Ryzen \w+ 9\d{3}")  # two 64-byte vpdpbusd a cycle: server cores, Zen 5
 
@@ -90,7 +92,7 @@ class Hardware:
 
     cpu_name: str
     num_cores: int  # that this process may use, without their second hardware threads
-    isa: str  # of native.isa; empty where not known
+    isa: str  # of native.isa, or TILES; empty where not known
     ram_total_bytes: int
     ram_free_bytes: int
     ram_bytes_s: float | None = None

@@ -11,12 +11,13 @@ typical one, and both numbers are as good as that assumption.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from kimi_lite.arch.costs import decode_cost, expected_expert_share
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.hardware.machine import (
+    TILES,
     TYPICAL_CLOCK_HZ,
     TYPICAL_DISK_BYTES_S,
     TYPICAL_GPU_FLOPS_S,
@@ -35,6 +36,7 @@ HITS_HIGH = ((0, 0), (0.046, 0.408), (0.125, 0.67), (0.25, 0.81), (0.37, 0.93), 
 # Of the limit, measured on two Zen 4 cores at 2.6 GHz (README): a slice of K2.5 with TQ1_0 decodes 22.2 tokens/s where
 # its bytes allow 26.4, the demo 72.8 where they allow 162; prompts of 512 tokens reach 221 of 333 GMAC/s.
 _DECODE_SHARE, _PROMPT_SHARE = 0.85, 0.65
+_TILE_REACH = 0.1  # of matrix tiles' peak, by products with Q8_0, TQ1_0 27 %: the rest is scaling and unpacking (LOG)
 _LAYER_CYCLES = 0.5e6  # of a layer's decode that are not memory: router, norms, barriers, the ends of its products
 
 
@@ -53,7 +55,8 @@ class Rates:
     vram: Rate
     pcie: Rate
     gpu_flops: Rate
-    cpu_macs: Rate  # int8 multiply-accumulates/s
+    cpu_macs: Rate  # int8 multiply-accumulates/s, at their peak
+    cpu_reach: float  # share of that peak which a prompt's products reach
     clock_hz: float
 
 
@@ -118,6 +121,7 @@ def rates_of(hardware: Hardware, num_threads: int | None = None, gpu_shares: Seq
         pcie=rate("pcie", pcie_bytes_s, TYPICAL_PCIE_BYTES_S),
         gpu_flops=Rate(flops, "computed") if flops else Rate(TYPICAL_GPU_FLOPS_S, "assumed"),
         cpu_macs=rate("cpu", share * (hardware.cpu_macs_s or 0), share * hardware.assume_macs_s()),
+        cpu_reach=_TILE_REACH if hardware.isa == TILES else 1.0,
         clock_hz=hardware.clock_hz or TYPICAL_CLOCK_HZ,
     )
 
@@ -163,8 +167,10 @@ def forecast_decode(sizes: ModelSizes, split: Split, rates: Rates) -> Forecast:
 
 def forecast_prompt(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: int) -> Forecast:
     """Of a long prompt in chunks."""
-    speed = prompt_speed(sizes, split, rates, chunk_tokens)
-    return Forecast(_PROMPT_SHARE * speed.tok_s, speed.tok_s, speed.limited_by)
+    limit = prompt_speed(sizes, split, rates, chunk_tokens)
+    reached = replace(rates.cpu_macs, per_s=rates.cpu_reach * rates.cpu_macs.per_s)
+    usual = prompt_speed(sizes, split, replace(rates, cpu_macs=reached), chunk_tokens)
+    return Forecast(_PROMPT_SHARE * usual.tok_s, limit.tok_s, usual.limited_by)
 
 
 def prompt_speed(sizes: ModelSizes, split: Split, rates: Rates, chunk_tokens: int) -> Speed:

@@ -7,7 +7,7 @@ threads do, so results do not depend on timing. A dense feed-forward layer is th
 takes; shared experts are experts of that kind.
 
 Where even a long prompt leaves each routed expert with few tokens (`has_few_each`), those of prompts take the kernels
-for few tokens there, too: unpacking a panel pays from about 40 tokens on.
+for few tokens there, too: unpacking a panel pays from about 8 tokens on.
 
 Where experts lie in several places, a choice whose id is -1 is left out, and with `per_choice` the product of each
 choice goes to a row of its own: `native.cpu.join` adds such rows exactly as this kernel would have done.
@@ -54,7 +54,9 @@ _RUN, _X, _OUT, _OUT_STRIDE, _IDS, _WEIGHTS, _TOP_K, _NUM_ROUTED, _NUM_ALWAYS, _
 )
 _STARTS, _PAIR_TOKEN, _PAIR_WEIGHT, _PAIR_ROW, _ACTIVE, _PER_CHOICE, _HAS_FEW_EACH = (8 * i for i in range(11, 18))
 _EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
-_FEW_TOKENS = 48  # measured: as many through rows take about as long as through a panel
+# As many through rows take about as long as through a panel: with AVX-512 and matrix tiles 2 to 10, depending on the
+# type, with AVX2 2 to 20 (`python -m tools.kernels --few-tokens`, tools/LOG.md).
+_FEW_TOKENS = 8
 _DOWN_ROWS = 32  # of a task for few tokens, or with matrix tiles
 
 

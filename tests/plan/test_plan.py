@@ -14,7 +14,7 @@ from kimi_lite.arch.sizes import ModelSizes, sizes_of
 from kimi_lite.arch.tensors import tensor_shapes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.memory import RING_BYTES
-from kimi_lite.hardware.machine import CUDA_BYTES, Cores, Disk, Gpu, Hardware, described, free_of
+from kimi_lite.hardware.machine import CUDA_BYTES, TILES, Cores, Disk, Gpu, Hardware, described, free_of
 from kimi_lite.kv.host import host_bytes
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.options import DENSE_TYPES, OPTIONS, Options
@@ -100,6 +100,17 @@ def test_processor_alone_reads_everything_from_memory():
     assert slow.rates.cpu_macs.per_s == 2 * 32 * 5e9 and slow.prompt.limit_tok_s < plan.prompt.limit_tok_s
     few = make_plan(MOONLIGHT, machine(64, gpu=None, ram_bytes_s=5e9))
     assert few.prompt.bottleneck == "RAM bandwidth"
+
+
+def test_matrix_tiles_are_the_bound_of_prompts_and_their_reach_is_what_is_expected():
+    plain, tiles = (
+        make_plan(MOONLIGHT, replace(machine(64, gpu=None, ram_bytes_s=500e9), isa=isa))
+        for isa in ("avx512-vnni", TILES)
+    )
+    assert tiles.rates.cpu_macs.per_s == 16 * plain.rates.cpu_macs.per_s == 16 * 1024 * 5e9
+    assert tiles.prompt.limit_tok_s > 4 * plain.prompt.limit_tok_s
+    assert plain.prompt.expected_tok_s < tiles.prompt.expected_tok_s < 0.2 * tiles.prompt.limit_tok_s
+    assert tiles.decode == plain.decode
 
 
 def test_a_measured_peak_is_of_the_threads_that_run():

@@ -117,7 +117,9 @@ def time_image(tower: VisionTower, grid: Grid, num_threads: int, repeats: int) -
 def find_bound_s(tower: VisionTower, grid: Grid, num_threads: int) -> float:
     """Matrices at the peak of their instruction, attention at that of float32."""
     fmas = measure_fmas(num_threads)
-    return Work.of(tower.sizes, grid).bound_s(measure_macs(num_threads) if tower.is_int8 else fmas, fmas)
+    return Work.of(tower.sizes, grid).bound_s(
+        measure_macs(num_threads, with_tiles=False) if tower.is_int8 else fmas, fmas
+    )
 
 
 def measure(path: Path, grid: Grid, num_threads: int, repeats: int, has_llama_cpp: bool) -> Measured:
@@ -174,7 +176,7 @@ def main(
     try:
         with closing(VisionTower.open(path)) as tower:
             work, bound_s = Work.of(tower.sizes, grid), find_bound_s(tower, grid, num_threads)
-        fmas, macs = measure_fmas(num_threads), measure_macs(num_threads)
+        fmas, macs = measure_fmas(num_threads), measure_macs(num_threads, with_tiles=False)
         print(
             f"{path.name}: {grid.w} x {grid.h} patches, {sum(work) / 1e12:.2f} T multiply-adds, {num_threads} threads"
         )

@@ -98,9 +98,11 @@ class Bench:
         self.set_tokens(capacity)
         team.run(Program([quantize_op(self._run, self.x)]))
 
-    def set_tokens(self, num_tokens: int) -> None:
-        """How many tokens the programs multiply with from now on: one as in decoding, more as those of a prompt."""
-        self._run.set_tokens(np.zeros(num_tokens, np.int32), num_generated=int(num_tokens == 1))
+    def set_tokens(self, num_tokens: int, num_generated: int | None = None) -> None:
+        """How many tokens the programs multiply with from now on: one as in decoding, more as those of a prompt, or so
+        many of them as if they were generated."""
+        num_generated = int(num_tokens == 1) if num_generated is None else num_generated
+        self._run.set_tokens(np.zeros(num_tokens, np.int32), num_generated)
 
     def read(self, data: np.ndarray) -> Program:
         """data: contiguous; whole tasks of it are read."""

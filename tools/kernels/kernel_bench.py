@@ -2,6 +2,7 @@
 
     python -m tools.kernels --types tq1_0,q4_k --threads 2
     python -m tools.kernels --target avx2 --prefill
+    python -m tools.kernels --types tq1_0,q2_k --few-tokens
 
 The read bandwidth comes first: it bounds everything else. Then each type multiplies a matrix larger than the caches
 with one vector, as the runtime does, in turns with a plain read of the same bytes and with llama.cpp's `vec_dot` over
@@ -30,13 +31,24 @@ from kimi_lite.native.types.random_blocks import random_rows
 from kimi_lite.tools.bench.measure import is_lost_time_known, measure, read_stolen_s
 from kimi_lite.tools.bench.workloads import CLOCK_CYCLES, Bench, clock_program
 from kimi_lite.tools.kernels.ggml_cpu import describe_ggml, find_vec_dot
-from kimi_lite.tools.kernels.kernel_report import PrefillResult, TypeResult, print_machine, print_prefill, print_types
+from kimi_lite.tools.kernels.kernel_report import (
+    PrefillResult,
+    TypeResult,
+    print_few_tokens,
+    print_machine,
+    print_prefill,
+    print_types,
+)
 
 ROW_WEIGHTS = 7168  # Kimi K2.5's hidden size
 _PART_BYTES = 4 << 20  # for each thread: what a timed run reads, in about a millisecond
 _MIN_BYTES = 256 << 20
 _CACHED_BYTES, _CACHED_RUNS = 192 << 10, 64
 _PREFILL_ROWS, _PREFILL_TOKENS = 64, (128, 512)  # rows for each thread
+_FEW_ROWS, _FEW_TOKENS = (
+    512,
+    (2, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+)  # rows: of an expert, a part that a core's cache holds
 _AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
     "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.1,+sse4.2,+ssse3,+popcnt,+lzcnt",
@@ -55,15 +67,22 @@ def main(
         str, typer.Option(help="native, or avx2: our kernels as an older CPU would run them.")
     ] = "native",
     prefill: Annotated[bool, typer.Option("--prefill", help="Many tokens at a time as well.")] = False,
+    few_tokens: Annotated[
+        bool, typer.Option("--few-tokens", help="Only this: from how many tokens on unpacking pays.")
+    ] = False,
 ) -> None:
     """Time the kernels: read bandwidth, then each type and llama.cpp's, and in cache."""
     if target == "avx2":  # Numba reads its target once, at import
         rest = ["--types", types, "--threads", str(threads), "--repeats", str(repeats), *["--prefill"] * prefill]
+        rest += ["--few-tokens"] * few_tokens
         sys.exit(subprocess.call([sys.executable, "-m", "tools.kernels", *rest], env=os.environ | _AVX2))
     if target != "native":
         raise typer.BadParameter(f"{target!r} is neither native nor avx2", param_hint="--target")
     try:
-        _bench(_known_types(types), threads, repeats, prefill)
+        if few_tokens:
+            _bench_few_tokens(_known_types(types), repeats)
+        else:
+            _bench(_known_types(types), threads, repeats, prefill)
     except KimiLiteError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -95,6 +114,33 @@ def _bench(names: list[str], threads: int, repeats: int, has_prefill: bool) -> N
     report["stolen_s"] = round(read_stolen_s() - stolen_s, 2)
     team.close()
     print(json.dumps(report))
+
+
+def _bench_few_tokens(names: list[str], repeats: int) -> None:
+    core, report = Team(1), {}
+    with print_few_tokens(_FEW_TOKENS) as add_row:
+        for name in names:
+            report[name] = _measure_few_tokens(core, name, repeats)
+            add_row(name, report[name])
+    core.close()
+    print(json.dumps({"tool": "kernel_bench", "cpu": _cpu_name(), "isa": isa()._asdict(), "few_tokens": report}))
+
+
+def _measure_few_tokens(core: Team, name: str, repeats: int) -> dict[int, tuple[float, float]]:
+    """By number of tokens: how many times the products of rows take the time of unpacking and multiplying a panel, and
+    how many times that of one token's rows."""
+    layout, bench = BY_NAME[name], Bench(core, ROW_WEIGHTS, max(_FEW_TOKENS))
+    data, out = _random_matrix(layout, _FEW_ROWS), np.zeros((max(_FEW_TOKENS), _FEW_ROWS), np.float32)
+    program, found = bench.ours(layout, data, out), {}
+    bench.set_tokens(1)
+    one_s = measure(core, {"rows": [program]}, repeats).median_s("rows")
+    for num_tokens in _FEW_TOKENS:
+        seconds = {}
+        for kind, num_generated in (("rows", num_tokens), ("panel", 0)):
+            bench.set_tokens(num_tokens, num_generated)
+            seconds[kind] = measure(core, {kind: [program]}, repeats).median_s(kind)
+        found[num_tokens] = (seconds["rows"] / seconds["panel"], seconds["rows"] / one_s)
+    return found
 
 
 def _part_sizes(num_threads: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What `tools.kernels` finds, and how it is printed: the machine, a line for each type as it is measured, many
 tokens."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -114,3 +114,17 @@ def print_prefill(results: Mapping[str, PrefillResult]) -> None:
     console = _console()
     console.print()
     console.print(table)
+
+
+@contextmanager
+def print_few_tokens(tokens: Sequence[int]) -> Iterator[Callable[[str, Mapping[int, tuple[float, float]]], None]]:
+    """Yields `add_row(name, {tokens: (rows / panel, rows / one token's)})`."""
+    console = _console()
+    console.print("one core: time of rows / time of a panel, and of one token's rows, by tokens")
+    console.print(" " * 8 + "".join(f"{count:>12}" for count in tokens), soft_wrap=True)
+
+    def add_row(name: str, found: Mapping[int, tuple[float, float]]) -> None:
+        cells = (f"{ratio:.2f} ({times:.1f})" for ratio, times in found.values())
+        console.print(f"{name:<8}" + "".join(f"{cell:>12}" for cell in cells), soft_wrap=True)
+
+    yield add_row

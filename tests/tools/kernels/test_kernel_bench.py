@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kimi_lite.native.cpu.threads import Team
-from kimi_lite.native.layouts import LAYOUTS
+from kimi_lite.native.layouts import BY_NAME, LAYOUTS
 from kimi_lite.native.types.random_blocks import random_rows
 from kimi_lite.tools.bench.measure import measure
 from kimi_lite.tools.bench.workloads import CLOCK_CYCLES, Bench, clock_program
@@ -113,3 +113,24 @@ def test_whole_run():
         core_weights_a_cycle = result["core_gweights_s"] / report["clock_ghz"]
         assert result["cycles_per_weight"] * core_weights_a_cycle == pytest.approx(1, rel=0.9)
     assert set(report["prefill"]["Q8_0"]["gmac_s"]) == {"128", "512"}
+
+
+def test_few_tokens_go_through_rows_and_through_a_panel(monkeypatch):
+    """Both kernels run for every number of tokens: on Q8_0 64 tokens' rows take longer than a panel, and than 4's."""
+    monkeypatch.setattr(kernel_bench, "_FEW_TOKENS", (4, 64))
+    result = CliRunner().invoke(kernel_bench.app, ["--types", "q8_0", "--few-tokens", "--repeats", "3"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    (_, four), (ratio, many) = (report["few_tokens"]["Q8_0"][count] for count in ("4", "64"))
+    assert ratio > 1 and many > 2 * four > 0
+
+
+def test_a_bench_says_how_many_tokens_were_generated(team):
+    """As many results, whichever kernels make them."""
+    bench, layout = Bench(team, K, 5), BY_NAME["Q8_0"]
+    data = random_rows(layout, 32, K, 1.0, np.random.default_rng(0))
+    rows, panel = np.zeros((5, 32), np.float32), np.zeros((5, 32), np.float32)
+    for out, num_generated in ((rows, 5), (panel, 0)):
+        bench.set_tokens(5, num_generated)
+        team.run(bench.ours(layout, data, out))
+    assert np.allclose(rows, panel, rtol=1e-4, atol=1e-4) and rows.all()
