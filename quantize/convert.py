@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from kimi_lite.arch.recipe import Recipe
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.quantize.calibrate import blas
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.codecs import EXACT_TYPES, find_layout
 from kimi_lite.quantize.codecs.feedback import FEEDBACK_TYPES, Coding
@@ -26,7 +27,7 @@ from kimi_lite.quantize.source.hf_model import open_hf_model
 from kimi_lite.quantize.source.model import RowReader, SourceModel
 from kimi_lite.quantize.source.names import file_order
 from kimi_lite.quantize.source.open import is_checkpoint
-from kimi_lite.quantize.write.job import Job, run_job
+from kimi_lite.quantize.write.job import SYNC_BYTES, Job, run_job
 from kimi_lite.quantize.write.sharding import plan_shards
 from kimi_lite.quantize.write.writer import OnProgress, Tensor
 
@@ -79,18 +80,21 @@ def convert(
     importance: Importance | None = None,
     calibration: "CalibrationText | None" = None,
     max_ram_bytes: int | None = None,
+    sync_bytes: int = SYNC_BYTES,
 ) -> ConvertReport:
     """Writes the model `src`, opened or its place, as the GGUF file `dst`, or as shards of up to `split_bytes` named
-    after it. A recipe given as text is one type for every matrix. `calibration` is of the same model.
+    after it. A recipe given as text is one type for every matrix. `calibration` is of the same model. A killed run
+    loses up to `sync_bytes` of what is written.
     `on_progress(tensor, bytes done, bytes in all)`. Raises KimiLiteError."""
     start_s = time.perf_counter()
     dst = Path(dst).expanduser()
     recipe = uniform_recipe(recipe, importance is not None) if isinstance(recipe, str) else recipe
     model = src if isinstance(src, SourceModel) else open_model(Path(src).expanduser())
     plan = plan_conversion(model, recipe)
-    job = make_job(model, plan, dst, is_overwriting, split_bytes, importance, calibration, max_ram_bytes)
+    job = make_job(model, plan, dst, is_overwriting, split_bytes, importance, calibration, max_ram_bytes, sync_bytes)
     peak = PeakMemory()
-    entries = run_job(job, peak.watching(on_progress))
+    with blas.one_thread():  # pieces are encoded by a thread a core
+        entries = run_job(job, peak.watching(on_progress))
     return ConvertReport(
         paths=tuple(shard.path for shard in job.shards),
         num_bytes=sum(shard.path.stat().st_size for shard in job.shards),
@@ -114,6 +118,7 @@ def make_job(
     importance: Importance | None,
     calibration: "CalibrationText | None" = None,
     max_ram_bytes: int | None = None,
+    sync_bytes: int = SYNC_BYTES,
     will_have_importance: bool = False,
 ) -> Job:
     """The plan as work to be done: tensors with their readers, in shards. `will_have_importance`: for a dry run."""
@@ -134,7 +139,8 @@ def make_job(
     origin = f"{model.origin} {calibration.label}" if calibration else model.origin
     metadata = dict(model.make_metadata(plan.main_layout))
     max_ahead = pieces_ahead(tensors, importance, calibration_bytes, max_ram_bytes)
-    job = Job(dst, plan_shards(dst, tensors, split_bytes), metadata, origin, is_overwriting, model.files, max_ahead)
+    shards = plan_shards(dst, tensors, split_bytes)
+    job = Job(dst, shards, metadata, origin, is_overwriting, model.files, max_ahead, sync_bytes)
     if statistics:
         statistics.follow(partial(_written_layers, plan, job))
     inputs = [file.path for file in model.files]

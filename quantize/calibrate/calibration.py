@@ -13,6 +13,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -25,6 +26,7 @@ from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.model.cpu.walk import MAX_CHUNK_TOKENS, Inputs, LayerWalk
 from kimi_lite.native.layouts import Layout
+from kimi_lite.quantize.calibrate import blas
 from kimi_lite.quantize.calibrate.imatrix import Importance
 from kimi_lite.quantize.calibrate.layered import LayeredStore
 from kimi_lite.quantize.calibrate.statistics import (
@@ -105,7 +107,10 @@ class Calibration:
         """How matrix (expert or head) `matrix` of a tensor of this shape is coded; `read_rows` reads the tensor's rows.
         Runs the model on to the tensor's layer. May be called by several threads."""
         with self._lock:
-            self._run_to(self._walk.config.num_layers if name == "output.weight" else file_order(name))
+            layer = self._walk.config.num_layers if name == "output.weight" else file_order(name)
+            if layer != self._layer:
+                with blas.all_threads():
+                    self._run_to(layer)
             source = self._current.alias.get(name, name)
             shared = self._current.shared.get(source)
             place = self._places.setdefault((name, 0 if shared else matrix), _Place())
@@ -118,7 +123,8 @@ class Calibration:
                 places = first + np.unique(np.linspace(0, num_rows - 1, min(NUM_TRIED_ROWS, num_rows)).astype(int))
                 try:
                     seen = shared or self._inputs_of_matrix(source, matrix)
-                    place.coding = _choose_coding(layout, seen, places, read_rows)
+                    with blas.all_threads() if shared else nullcontext():  # the others wait for it
+                        place.coding = _choose_coding(layout, seen, places, read_rows)
                 except KimiLiteError as error:
                     raise KimiLiteError(f"{name}: {error.message}", error.hint) from error
             return place.coding
@@ -132,9 +138,7 @@ class Calibration:
 
     def _run_to(self, layer: int) -> None:
         """Shows the inputs of this layer's matrices; the number of layers stands for the output matrix."""
-        assert layer >= self._layer, (layer, self._layer)
-        if layer == self._layer:
-            return
+        assert layer > self._layer, (layer, self._layer)
         self._current, self._layer = _LayerInputs(), layer
         self._places.clear()
         self._run_written(layer)
