@@ -19,7 +19,7 @@ import numpy as np
 
 from kimi_lite.arch.recipe import KEPT, group_of
 from kimi_lite.arch.tensors import HEAD
-from kimi_lite.gguf.metadata import Value
+from kimi_lite.gguf.metadata import Value, ValueType
 from kimi_lite.gguf.store import GGUFStore, TensorView
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.native.layouts import BY_NAME, Layout
@@ -75,7 +75,7 @@ class LayeredStore:
             shape = (*tensor.shape[:-1], tensor.layout.row_bytes(tensor.shape[-1]))
             data = whole[start : start + tensor.num_bytes].reshape(shape)
             views[tensor.name] = TensorView(tensor.name, tensor.layout, tensor.shape, data, path, start)
-        self.store = GGUFStore((path,), values, views)
+        self.store = GGUFStore((path,), {key: _as_read(value) for key, value in values.items()}, views)
         self._fill(tensor for tensor in tensors if tensor.is_always_there)
 
     @property
@@ -123,8 +123,7 @@ def checkpoint_layers(model: SourceModel, path: Path) -> LayeredStore:
     """The source's own weights: codes as they are stored, other matrices in BF16 or F16, which hold them exactly but
     for block FP8, rounded to 8 bits of mantissa."""
     tensors = [_source_layer(tensor) for tensor in model.tensors]
-    values = {key: _as_read(value) for key, value in model.make_metadata(BY_NAME["BF16"]).items()}
-    return LayeredStore(path, values, tensors)
+    return LayeredStore(path, model.make_metadata(BY_NAME["BF16"]), tensors)
 
 
 def _source_layer(tensor: SourceTensor) -> LayerTensor:
@@ -147,8 +146,11 @@ def open_source(tensor: SourceTensor, layout: Layout) -> RowReader:
 
 
 def _as_read(value: Value) -> Value:
-    """Numbers in an array, as readers of files have them."""
+    """As readers of files have it: rounded to the type that a file gives it, numbers of a list in an array."""
     items = value.value
+    if value.value_type == ValueType.FLOAT32:
+        return value._replace(value=float(np.float32(items)))
     if isinstance(items, list) and items and not isinstance(items[0], str):
-        return value._replace(value=np.asarray(items))
+        kind = np.float32 if value.element_type == ValueType.FLOAT32 else None
+        return value._replace(value=np.asarray(items, kind))
     return value

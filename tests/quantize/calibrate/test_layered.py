@@ -1,4 +1,4 @@
-"""Calibration straight from a checkpoint: the same bytes as from a lossless GGUF of it, and after a kill."""
+"""Calibration straight from a checkpoint, INT4, FP8 or bf16: the bytes of a lossless GGUF, also after a kill."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from kimi_lite.quantize.calibrate.calibration import CalibrationText
 from kimi_lite.quantize.calibrate.statistics import collect_importance
 from kimi_lite.quantize.convert import convert
 from kimi_lite.quantize.recipe.choose import find_recipe
+from tests import checkpoint_formats
 from tests.checkpoints import make_checkpoint
 
 
@@ -46,9 +47,48 @@ def test_a_checkpoint_gives_the_bytes_of_its_lossless_gguf(checkpoint, tmp_path)
     assert (tmp_path / "direct.imatrix").read_bytes() == (tmp_path / "again.imatrix").read_bytes()
 
 
-def test_a_killed_one_repeated_gives_the_same_bytes(checkpoint, tmp_path):
-    """Stopped after two of a layer's three expert tensors."""
+@pytest.mark.parametrize("kind", ["kimi", "deepseek_v3_fp8"])
+def test_bf16_and_fp8_give_the_bytes_of_their_lossless_gguf(kind, tmp_path, monkeypatch):
+    """FP8's factors are powers of two here, so that its weights are numbers of BF16."""
+    if kind == "deepseek_v3_fp8":
+        monkeypatch.setattr(checkpoint_formats, "_to_fp8", to_fp8_by_powers_of_two)
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    make_checkpoint(
+        folder, kind, num_layers=2, first_k_dense_replace=1, moe_intermediate_size=256, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2,
+    )  # fmt: skip
+    text.write_text("".join(map(chr, np.random.default_rng(3).integers(33, 127, 2200))))
+    lossless = convert(folder, tmp_path / "lossless.gguf", "bf16").path
+    run(settings(folder, tmp_path / "direct.gguf", text), quiet, False, False)
+    run(settings(lossless, tmp_path / "again.gguf", text), quiet, False, False)
+    run(settings(lossless, tmp_path / "plain.gguf", None), quiet, False, False)
+    direct, again, plain = (GGUFStore.open(tmp_path / f"{name}.gguf") for name in ("direct", "again", "plain"))
+    for name, view in direct.tensors.items():
+        assert np.array_equal(view.data, again.tensors[name].data), name
+    experts = "blk.1.ffn_gate_exps.weight"
+    assert direct.tensors[experts].layout.name == "TQ1_0"
+    assert not np.array_equal(direct.tensors[experts].data, plain.tensors[experts].data)
+
+
+def to_fp8_by_powers_of_two(weight):
+    """Rounds `weight` (N, M) in place; FP8 e4m3 codes and a float32 factor for each block of 128 x 128."""
+    import torch
+
+    rows, columns = weight.shape
+    factors = torch.empty(-(-rows // 128), -(-columns // 128))
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for row, column in np.ndindex(*factors.shape):
+        block = (slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128))
+        factors[row, column] = 2.0 ** torch.ceil(torch.log2(weight[block].abs().max() / 448))
+        codes[block] = (weight[block] / factors[row, column]).to(torch.float8_e4m3fn)
+        weight[block] = codes[block].float() * factors[row, column]
+    return codes, factors
+
+
+def test_a_killed_one_goes_on_behind_what_is_safe(checkpoint, tmp_path):
+    """Stopped after two of a layer's three expert tensors, of which every one is safe at once."""
     folder, text = checkpoint
+    named: list[str] = []
 
     def stop_at_down(name: str, done: int, total: int) -> None:
         if "blk.1.ffn_down_exps" in name:
@@ -56,8 +96,9 @@ def test_a_killed_one_repeated_gives_the_same_bytes(checkpoint, tmp_path):
 
     def convert_from(on_progress):
         calibration = CalibrationText.open(folder, text, 4)
+        dst, recipe = tmp_path / "out.gguf", find_recipe("tq1_0")
         try:
-            return convert(folder, tmp_path / "out.gguf", find_recipe("tq1_0"), on_progress, calibration=calibration)
+            return convert(folder, dst, recipe, on_progress, calibration=calibration, sync_bytes=0)
         finally:
             calibration.close()
 
@@ -65,4 +106,7 @@ def test_a_killed_one_repeated_gives_the_same_bytes(checkpoint, tmp_path):
     (tmp_path / "out.gguf").unlink()
     with pytest.raises(KeyboardInterrupt):
         convert_from(stop_at_down)
-    assert convert_from(quiet).path.read_bytes() == whole
+    journal = (tmp_path / "out.quantize.jsonl.partial").read_text()
+    assert "blk.1.ffn_up_exps" in journal and "blk.1.ffn_down_exps" not in journal
+    assert convert_from(lambda name, done, total: named.append(name)).path.read_bytes() == whole
+    assert named[0] == "blk.1.ffn_down_exps.weight"
