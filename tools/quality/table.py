@@ -17,13 +17,22 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
 
 from kimi_lite.arch.recipe import OWN_TYPES
-from kimi_lite.engine.scoring import TEXT, OurLogits, chunks_of, log_softmax, score_text
+from kimi_lite.engine.scoring import (
+    FIRST_SCORED,
+    TEXT,
+    Divergence,
+    Losses,
+    OurLogits,
+    chunks_of,
+    log_softmax,
+    score_text,
+)
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.quantize.calibrate.calibration import CalibrationText
 from kimi_lite.quantize.calibrate.imatrix import Importance
@@ -58,20 +67,45 @@ class Row:
     top1: float
 
 
-class Table:
-    """Encodes and measures; the source's logits are computed once."""
+class Scores(NamedTuple):
+    """Of a file: its losses and their divergence on the novel, and the mean divergence over kinds of text."""
 
-    def __init__(self, source: Path, folder: Path, calibration: CalibrationText, num_chunks: int) -> None:
-        self._source, self._folder, self._calibration = source, folder, calibration
-        self.importance = calibration.importance(source)
+    losses: Losses
+    divergence: Divergence
+    held_out_kl_nats: float
+
+
+class Examiner:
+    """Scores files of one model; the source's own logits are computed once and kept in `stored` (.safetensors)."""
+
+    def __init__(self, source: Path, stored: Path, num_chunks: int) -> None:
+        self._stored = stored
         with closing(OurLogits(source)) as logits:
             ids = logits.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
             self._chunks = list(chunks_of(ids, logits.bos_id, num_chunks))
             self._num_chunks, by_kind = len(self._chunks), chunks_of_kinds(logits)
             self._kinds = place_kinds(by_kind, self._num_chunks)
             self._chunks += [chunk for each in by_kind.values() for chunk in each]
-            rows = [log_softmax(logits.logits(chunk[:-1], 256)).astype(np.float16) for chunk in self._chunks]
-            save_rows(folder / "source.safetensors", rows, logits.name, hash_ids(self._chunks))
+            if not stored.is_file():
+                scored = (logits.logits(chunk[:-1], FIRST_SCORED) for chunk in self._chunks)
+                rows = [log_softmax(each).astype(np.float16) for each in scored]
+                save_rows(stored, rows, logits.name, hash_ids(self._chunks))
+
+    def score(self, path: Path) -> Scores:
+        with closing(OurLogits(path)) as logits:
+            reference = StoredLogits(self._stored, len(self._chunks), hash_ids(self._chunks))
+            own, ((losses, divergence),) = score_text(logits, [reference], self._chunks, lambda rows: None)
+        held_out = mean_divergence(score_kinds(self._kinds, own, [(losses, divergence)]))
+        return Scores(own.of_chunks(0, self._num_chunks), divergence.of_chunks(0, self._num_chunks), held_out)
+
+
+class Table:
+    """Encodes and measures."""
+
+    def __init__(self, source: Path, folder: Path, calibration: CalibrationText, num_chunks: int) -> None:
+        self._source, self._folder, self._calibration = source, folder, calibration
+        self.importance = calibration.importance(source)
+        self._examiner = Examiner(source, folder / "source.safetensors", num_chunks)
 
     def rows(self, type_name: str) -> Iterator[Row]:
         """All ways of encoding one type."""
@@ -109,11 +143,8 @@ class Table:
         return path
 
     def _row(self, type_name: str, encoder: str, label: str, path: Path) -> Row:
-        with closing(OurLogits(path)) as logits:
-            reference = StoredLogits(self._folder / "source.safetensors", len(self._chunks), hash_ids(self._chunks))
-            own, ((losses, divergence),) = score_text(logits, [reference], self._chunks, lambda rows: None)
-        held_out = mean_divergence(score_kinds(self._kinds, own, [(losses, divergence)]))
-        own, found = own.of_chunks(0, self._num_chunks), divergence.of_chunks(0, self._num_chunks).to_json()
+        own, divergence, held_out = self._examiner.score(path)
+        found = divergence.to_json()
         bits = find_recipe(type_name, True).experts.bits_per_weight
         kl, same = found["kl_nats"], found["top1_agreement"]["mean"]
         ratio, size = found["perplexity_ratio"]["mean"], path.stat().st_size
