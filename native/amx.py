@@ -31,15 +31,17 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: 
 def has_amx() -> bool:
     """Whether kernels may use the tiles: the CPU that is compiled for has them, and the system lets this process.
 
-    Threads and processes that are started later inherit the permission. `KIMI_LITE_AMX=0` leaves the tiles alone.
+    Threads and processes that are started later inherit the permission. `KIMI_LITE_AMX=0` leaves the tiles alone;
+    `compile` asks no system: this process compiles for others and runs none of it (`tools.make.kernels`).
     """
-    if os.environ.get("KIMI_LITE_AMX") == "0":
+    asked = os.environ.get("KIMI_LITE_AMX")
+    if asked == "0":
         return False
     if isa().name != AVX512_VNNI or not {"amx-tile", "amx-int8"} <= target_features():
         return False
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    return asked == "compile" or ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
 class Shape(NamedTuple):

@@ -1,7 +1,8 @@
 """Kernels that were compiled elsewhere: a wheel carries them for common kinds of CPUs, and a first start compiles none.
 
-`python -m tools.make.kernels` makes an archive for each path of `isa`, prebuilt/avx2.zip next to this file: an object
-file (ELF) for each kernel, with the one function `kernel`, and an index. Its code is Numba's for a CPU that has the
+`python -m tools.make.kernels` makes an archive for each path of `isa`, prebuilt/avx2.zip next to this file, and one for
+what CPUs with matrix tiles take instead, amx.zip: an object file (ELF) for each kernel, with the one function `kernel`,
+and an index. Its code is Numba's for a CPU that has the
 archive's features and no others, and needs neither Numba nor Python to run, so it does not depend on their versions. It
 is taken where the kernels' sources are those it was made of, this CPU has all of those features and its path is the
 same; what is not in it, and everything elsewhere, Numba compiles.
@@ -16,11 +17,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+from kimi_lite.native.amx import has_amx
 from kimi_lite.native.cache import state_of_sources
 from kimi_lite.native.isa import isa, target_features
 
 FOLDER = Path(__file__).parent / "prebuilt"
 INDEX, SYMBOL = "index.json", "kernel"
+AMX = "amx"  # the archive that has nothing but kernels with matrix tiles
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -37,18 +40,17 @@ class Index(NamedTuple):
 def find(function: Callable, signature: object) -> int | None:
     """The address of a kernel's code, where an archive for this CPU has it: a C function, arguments and result as the
     signature says."""
-    archive = _archive(FOLDER)
-    if archive is None:
-        return None
-    file, index = archive
-    name = index.kernels.get(identity(function, signature) or "")
-    return None if name is None else load(file.read(name))
+    archives = _archives()
+    wanted = identity(function, signature) if archives else None
+    for file, index in archives:
+        if wanted in index.kernels:
+            return load(file.read(index.kernels[wanted]))
+    return None
 
 
 def num_kernels() -> int:
     """How many this process may take from an archive."""
-    archive = _archive(FOLDER)
-    return len(archive[1].kernels) if archive else 0
+    return sum(len(index.kernels) for _, index in _archives())
 
 
 def identity(function: Callable, signature: object) -> str | None:
@@ -64,10 +66,15 @@ def identity(function: Callable, signature: object) -> str | None:
     return " ".join(parts)
 
 
+def _archives() -> list[tuple[zipfile.ZipFile, Index]]:
+    """Those for this process."""
+    names = (AMX, isa().name) if has_amx() else (isa().name,)
+    return list(filter(None, (_archive(FOLDER / f"{name}.zip") for name in names)))
+
+
 @cache
-def _archive(folder: Path) -> tuple[zipfile.ZipFile, Index] | None:
-    """The archive for this process's path, if it is for these sources and this CPU."""
-    path = folder / f"{isa().name}.zip"
+def _archive(path: Path) -> tuple[zipfile.ZipFile, Index] | None:
+    """One that is there, for these sources and this CPU."""
     if not path.is_file():
         return None
     from llvmlite import binding as llvm

@@ -2,12 +2,14 @@
 
 import ctypes
 import json
+import platform
 import zipfile
 
 import numpy as np
 import pytest
 from numba import types
 
+from kimi_lite.native import amx
 from kimi_lite.native.cpu import prebuilt
 from kimi_lite.native.cpu.compiler import Function, Kernel
 from kimi_lite.native.cpu.matrix import values_kernel
@@ -54,7 +56,7 @@ def kernels() -> list:
 
 @pytest.fixture(scope="module")
 def archive(kernels, tmp_path_factory):
-    return write_archive(tmp_path_factory.mktemp("prebuilt"), sorted(target_features()), kernels)
+    return write_archive(tmp_path_factory.mktemp("prebuilt") / f"{isa().name}.zip", sorted(target_features()), kernels)
 
 
 @pytest.fixture
@@ -82,6 +84,19 @@ def test_the_same_bits_and_nothing_compiled(kernels, carried):
     call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(fresh(kernels[3]).address)
     call(data.ctypes.data, 128, out[1].ctypes.data)
     assert np.array_equal(out[0].view(np.int32), out[1].view(np.int32))
+
+
+def test_kernels_with_tiles_come_from_their_own_archive(kernels, archive, tmp_path, monkeypatch):
+    """Where the process has them, and the others still from their path's; elsewhere it is not looked at."""
+    write_archive(tmp_path / archive.name, sorted(target_features()), kernels[1:])
+    tiles = write_archive(tmp_path / f"{prebuilt.AMX}.zip", sorted(target_features()), kernels[:1])
+    monkeypatch.setattr(prebuilt, "FOLDER", tmp_path)
+    for has_tiles in (True, False):
+        monkeypatch.setattr(prebuilt, "has_amx", lambda has_tiles=has_tiles: has_tiles)
+        found = [prebuilt.find(kernel.function, kernel.signature) is not None for kernel in kernels[:3]]
+        assert found == [has_tiles, True, True]
+        assert prebuilt.num_kernels() == len(kernels) - 2 + has_tiles
+    tiles.unlink()
 
 
 def test_what_python_calls(kernels, carried):
@@ -145,12 +160,16 @@ def test_all_that_a_model_needs_is_named(monkeypatch):
 def test_targets_are_what_isa_takes_them_for(monkeypatch):
     from numba.core import config
 
-    for name in TARGETS:
+    for name, target in TARGETS.items():
         environment = environment_of(name)
         monkeypatch.setattr(config, "CPU_FEATURES", environment["NUMBA_CPU_FEATURES"])
         monkeypatch.setattr(config, "CPU_NAME", environment["NUMBA_CPU_NAME"])
+        monkeypatch.setenv("KIMI_LITE_AMX", environment["KIMI_LITE_AMX"])
         target_features.cache_clear()
-        assert isa.__wrapped__().name == name
+        assert isa.__wrapped__().name == target.isa
+        with monkeypatch.context() as patch:
+            patch.setattr(amx, "isa", isa.__wrapped__)
+            assert amx.has_amx.__wrapped__() == (name == prebuilt.AMX and platform.machine() == "x86_64")
     target_features.cache_clear()
 
 

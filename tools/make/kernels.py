@@ -1,11 +1,12 @@
 """Compiles kernels for common kinds of CPUs, on whatever CPU this is, for a wheel to carry (`native.cpu.prebuilt`).
 
-    python -m tools.make.kernels                                  # all types, three targets, as many processes as cores
+    python -m tools.make.kernels                                  # all types, four targets, as many processes as cores
     python -m tools.make.kernels --targets native --types q8_0,f16,f32 --caches f16    # what the demo needs here
 
 Each target is compiled by processes that Numba was told so (NUMBA_CPU_NAME). With a wheel made afterwards a first start
 compiles nothing on x86-64 CPUs with Linux's C library: AVX2 of Haswell and Zen 1 on, AVX-VNNI of Alder Lake, AVX-512
-with VNNI, VBMI and GFNI of Ice Lake and Zen 4 on. Others compile, as a checkout does where this was not run.
+with VNNI, VBMI and GFNI of Ice Lake and Zen 4 on, with matrix tiles (AMX) or without. Others compile, as a checkout
+does where this was not run.
 """
 
 import importlib
@@ -23,6 +24,8 @@ import typer
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import whole_file
+from kimi_lite.native.amx import has_amx
+from kimi_lite.native.cpu.prebuilt import AMX
 from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, isa
 
 if TYPE_CHECKING:
@@ -30,8 +33,9 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """A kind of CPU, in LLVM's names. Code uses no feature but these."""
+    """A kind of CPU, in LLVM's names. Code uses no feature but these. `isa`: its path."""
 
+    isa: str
     cpu: str
     features: tuple[str, ...]
 
@@ -45,9 +49,10 @@ _ICE_LAKE = (
     *("avx512bitalg", "gfni"),
 )
 TARGETS = {
-    AVX2: Target("haswell", _HASWELL),
-    AVX_VNNI: Target("haswell", (*_HASWELL, "avxvnni")),
-    AVX512_VNNI: Target("x86-64-v4", (*_HASWELL, *_ICE_LAKE)),
+    AVX2: Target(AVX2, "haswell", _HASWELL),
+    AVX_VNNI: Target(AVX_VNNI, "haswell", (*_HASWELL, "avxvnni")),
+    AVX512_VNNI: Target(AVX512_VNNI, "x86-64-v4", (*_HASWELL, *_ICE_LAKE)),
+    AMX: Target(AVX512_VNNI, "x86-64-v4", (*_HASWELL, *_ICE_LAKE, "amx-tile", "amx-int8")),
 }
 HEADS = (9, 64)  # of the demo, of Kimi K2: attention is compiled for the number of heads that share a reading
 
@@ -67,14 +72,17 @@ def main(
     from kimi_lite.native.latent_rows import ROW_FORMS
 
     folder, forms = out or prebuilt.FOLDER, caches.split(",") if caches else [*ROW_FORMS]
-    wanted = [isa().name if name == "native" else name for name in targets.split(",")]
+    native = [isa().name, *[AMX] * has_amx()]
+    wanted = [known for name in targets.split(",") for known in (native if name == "native" else [name])]
     if set(forms) - ROW_FORMS.keys():
         raise KimiLiteError(f"There is no KV cache in {', '.join(forms)}.", f"Known are {', '.join(ROW_FORMS)}.")
     unknown = set(wanted) - TARGETS.keys()
     if unknown:
         raise KimiLiteError(f"There is no target {sorted(unknown)[0]}.", f"Known are {', '.join(TARGETS)}.")
     if is_worker:
-        path = write_archive(folder, TARGETS[wanted[0]].features, kernels_of(type_names(types), forms))
+        [name], known = wanted, type_names(types)
+        kernels = tile_kernels(known) if name == AMX else kernels_of(known, forms)
+        path = write_archive(folder / f"{name}.zip", TARGETS[name].features, kernels)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
         return
     command = [sys.executable, "-m", "kimi_lite.tools.make.kernels", "--worker", "--out", str(folder), "--types", types]
@@ -86,10 +94,11 @@ def main(
 
 
 def environment_of(name: str) -> dict[str, str]:
-    """Of a process that compiles for the target."""
+    """Of a process that compiles for the target, and runs nothing of it."""
     target = TARGETS[name]
     features = ",".join(f"+{feature}" for feature in target.features)
-    return os.environ | {"NUMBA_CPU_NAME": target.cpu, "NUMBA_CPU_FEATURES": features, "NUMBA_DISABLE_INTEL_SVML": "1"}
+    numba = {"NUMBA_CPU_NAME": target.cpu, "NUMBA_CPU_FEATURES": features, "NUMBA_DISABLE_INTEL_SVML": "1"}
+    return os.environ | numba | {"KIMI_LITE_AMX": "compile" if name == AMX else "0"}
 
 
 def type_names(types: str) -> list[str]:
@@ -129,7 +138,15 @@ def kernels_of(types: Sequence[str], caches: Sequence[str]) -> "Iterator[Kernel 
         yield from (compiled_attention(group, dtype) for group in sorted({heads_per_group(heads) for heads in HEADS}))
 
 
-def write_archive(folder: Path, features: Sequence[str], kernels: "Iterable[Kernel | Function]") -> Path:
+def tile_kernels(types: Sequence[str]) -> "Iterator[Kernel]":
+    """What a model of these types takes instead of other kernels where there are matrix tiles."""
+    from kimi_lite.native.cpu.tile_panel import tile_gemm_kernel, tile_panel_kernel, uses_tiles
+
+    for name in filter(uses_tiles, types):
+        yield from (tile_panel_kernel(name), tile_gemm_kernel(name))
+
+
+def write_archive(path: Path, features: Sequence[str], kernels: "Iterable[Kernel | Function]") -> Path:
     """The archive of the target that this process compiles for, which has these features and no others."""
     import llvmlite
     import numba
@@ -149,8 +166,7 @@ def write_archive(folder: Path, features: Sequence[str], kernels: "Iterable[Kern
     names = {identity: f"{number}.o" for number, identity in enumerate(objects)}
     made_by = f"numba {numba.__version__}, llvmlite {llvmlite.__version__}"
     index = prebuilt.Index(state_of_sources(), llvm.get_process_triple(), tuple(features), made_by, names)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{isa().name}.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(prebuilt.INDEX, json.dumps(index._asdict(), indent=1))
         for identity, code in objects.items():
