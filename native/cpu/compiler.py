@@ -34,6 +34,15 @@ class Kernel:
     def address(self) -> int:
         return prebuilt.find(self.function, self.signature) or self.compiled.address
 
+    def __call__(self, *arguments: int) -> None:
+        """Calls it from Python, whose lock others have meanwhile; for kernels of integers."""
+        self._called_from_python(*arguments)
+
+    @cached_property
+    def _called_from_python(self) -> Callable:
+        assert {*self.signature.args} == {types.int64}, self.signature
+        return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(self.signature.args))(self.address)
+
 
 def kernel(function: Callable) -> Kernel:
     """Makes an operation of a program: `kernel(args, thread, team)`."""

@@ -135,7 +135,7 @@ def dequantize(data: np.ndarray, layout_name: str) -> np.ndarray:
     rows = np.ascontiguousarray(data)
     if len(data) * k % 16:  # a vector of floats: the kernel loads 16 at a time, and a file may end here
         rows = np.concatenate([rows.reshape(-1), np.zeros(64, np.uint8)])
-    decode = values_kernel(layout_name).compiled.ctypes
+    decode = values_kernel(layout_name)
     if layout.row_scale:
         for row in range(len(rows)):
             decode(rows[row].ctypes.data, k, out[row * k :].ctypes.data)
