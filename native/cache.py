@@ -70,6 +70,16 @@ def use_kernel_cache() -> None:
         _delete_old_states(folder.parent)
 
 
+def is_kept(function: Callable, signature: object) -> bool:
+    """Whether a function of this signature is there, compiled for this CPU."""
+    use_kernel_cache()
+    from numba.core import caching
+    from numba.core.registry import cpu_target
+
+    kept = caching.FunctionCache(function)
+    return kept._cache_file.has(kept._index_key(signature, cpu_target.target_context.codegen()))
+
+
 @cache
 def _keep_files_by_key() -> None:
     """A file for each function compiled for one CPU, named after all that decides its code. Numba numbers files in an
@@ -109,6 +119,9 @@ def _keep_files_by_key() -> None:
                 return pickle.loads(data) if digest == _digest(name, data) else None
             except Exception:  # no file, or a pickle that raises anything
                 return None
+
+        def has(self, key: tuple) -> bool:
+            return self._path(self._name(key)).exists()
 
         def _name(self, key: tuple) -> str:
             """Of the signature, the CPU and its features, the function's code and closure, and who compiles."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from numba import cfunc, njit, types
 from numba.core.sigutils import normalize_signature
 
-from kimi_lite.native.cache import use_kernel_cache
+from kimi_lite.native.cache import is_kept, use_kernel_cache
 from kimi_lite.native.cpu import prebuilt
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (args address, thread number, team address)
@@ -33,6 +33,12 @@ class Kernel:
     @cached_property
     def address(self) -> int:
         return prebuilt.find(self.function, self.signature) or self.compiled.address
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether nothing needs to be compiled for its address."""
+        known = vars(self).keys() & {"address", "compiled"}
+        return bool(known) or prebuilt.has(self.function, self.signature) or is_kept(self.function, self.signature)
 
     def __call__(self, *arguments: int) -> None:
         """Calls it from Python, whose lock others have meanwhile; for kernels of integers."""

@@ -48,6 +48,13 @@ def find(function: Callable, signature: object) -> int | None:
     return None
 
 
+def has(function: Callable, signature: object) -> bool:
+    """Whether `find` would find it."""
+    archives = _archives()
+    wanted = identity(function, signature) if archives else None
+    return any(wanted in index.kernels for _, index in archives)
+
+
 def num_kernels() -> int:
     """How many this process may take from an archive."""
     return sum(len(index.kernels) for _, index in _archives())

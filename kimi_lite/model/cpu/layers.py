@@ -16,9 +16,10 @@ from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Features
 from kimi_lite.model.cpu.attention import Attention, mla_shape
 from kimi_lite.model.cpu.buffers import Buffers, num_pairs
+from kimi_lite.model.cpu.kernels import Needs, compile_kernels
 from kimi_lite.model.cpu.moe import FeedForward
 from kimi_lite.model.cpu.ops import LayerOp
-from kimi_lite.model.cpu.weights import check_types, compile_kernels, matrix
+from kimi_lite.model.cpu.weights import check_types, matrix
 from kimi_lite.native.cpu.attention_prefill import prefill_scratch_bytes
 from kimi_lite.native.cpu.experts import experts_scratch_bytes
 from kimi_lite.native.cpu.linear import embed_op
@@ -52,7 +53,7 @@ class Layers:
         check_types(store)
         check_sizes(config)
         check_deferral(config, num_deferred)
-        compile_kernels(store, on_compile or (lambda done, total: None))
+        compile_kernels(Needs.of(store, config, kv.dtype), on_compile or (lambda done, total: None))
         self.config, self.kv, self.shape = config, kv, mla_shape(config)
         self.token_embd = matrix(store, "token_embd.weight")
         self.attention = [Attention(store, config, layer) for layer in range(config.num_layers)]

@@ -1,14 +1,12 @@
 """GGUF tensors as the kernels' matrices: views into the mapped file, described by their kernel tables."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from kimi_lite.arch.mla import split_kv_b
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.native.cpu.blocks import is_implemented
-from kimi_lite.native.cpu.matrix import Matrix, dequantize, matrix_kernels
+from kimi_lite.native.cpu.matrix import Matrix, dequantize
 from kimi_lite.native.layouts import BY_NAME
 
 
@@ -44,16 +42,6 @@ def check_types(store: GGUFStore) -> None:
                 f"{store.path.name}: rows of {tensor.name} have {tensor.shape[-1]} weights; a multiple of "
                 f"{size} is needed."
             )
-
-
-def compile_kernels(store: GGUFStore, report: Callable[[int, int], None]) -> None:
-    """Compiles what the file's types need, or loads it from the disk cache; report(kernels done, kernels in all)."""
-    names = sorted({tensor.layout.name for tensor in store.tensors.values()})
-    kernels = [kernel for name in names for kernel in matrix_kernels(name)]
-    for done, kernel in enumerate(kernels):
-        report(done, len(kernels))
-        _ = kernel.address
-    report(len(kernels), len(kernels))
 
 
 def key_value_matrices(store: GGUFStore, layer: int, num_heads: int, nope: int) -> tuple[Matrix, Matrix]:

@@ -24,8 +24,9 @@ from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.kv.pages import KVCache
 from kimi_lite.model.batch import Batch, Cancelled, SequenceSlice
 from kimi_lite.model.cpu.attention import mla_shape
+from kimi_lite.model.cpu.kernels import Needs, compile_kernels
 from kimi_lite.model.cpu.layers import check_deferral, check_sizes
-from kimi_lite.model.cpu.weights import check_types, compile_kernels
+from kimi_lite.model.cpu.weights import check_types
 from kimi_lite.model.hybrid.adaptive import Adaptive
 from kimi_lite.model.hybrid.decode import DecodeStep, pages_for, rows_for
 from kimi_lite.model.hybrid.experts import open_experts, thread_counts
@@ -73,7 +74,9 @@ class HybridTransformer:
         check_types(store)
         check_sizes(config)
         check_deferral(config, plan.limits.num_deferred_experts)
-        compile_kernels(store, lambda done, total: report("preparing kernels", done, total))
+        compile_kernels(
+            Needs.of(store, config, cache=None), lambda done, total: report("preparing kernels", done, total)
+        )
         streams.enter_thread()
         self.config, self.kv = config, kv
         self._streams, self._kernels = streams, kernels
