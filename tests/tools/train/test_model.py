@@ -56,6 +56,31 @@ def test_the_runtime_has_the_same_logits(tmp_path):
         assert relative_error(runner.prefill(IDS[0]), our_logits(model)[: len(IDS[0])]) < 1e-5
 
 
+def test_a_tokens_gradient_is_bounded_and_no_other_changes(tmp_path):
+    """The loss of one token counts a million times as much as the others'; logits stay the same."""
+    make_checkpoint(tmp_path / "source", "kimi", num_layers=1, **SMALL)
+    model = load_model(tmp_path / "source")
+    weight = torch.ones((*IDS.shape, 1))
+    weight[1, 7] = 1e6
+    lengths, logits, seen = {}, {}, []
+
+    def keep(x: torch.Tensor) -> None:
+        x.retain_grad()
+        seen.append(x)
+
+    for bound in (0.0, 3.0):
+        model.token_clip = bound
+        handle = model.blk[0].register_forward_hook(lambda module, inputs, output: keep(output[0]))
+        output = model(torch.tensor(IDS)).logits
+        (output.square() * weight).sum().backward()
+        handle.remove()
+        logits[bound], lengths[bound] = output.detach(), seen[-1].grad.norm(dim=-1)
+    assert torch.equal(*logits.values())
+    limit = 3 * lengths[0.0].median()
+    assert lengths[0.0].max() > 1e4 * limit
+    assert torch.allclose(lengths[3.0], lengths[0.0].clamp(max=limit), rtol=1e-4)
+
+
 def test_files_keep_every_bit(tmp_path):
     make_checkpoint(tmp_path / "source", "kimi", num_layers=2, **SMALL)
     model = load_model(tmp_path / "source")
