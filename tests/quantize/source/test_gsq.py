@@ -20,9 +20,11 @@ from kimi_lite.quantize.convert import convert, open_model
 from kimi_lite.quantize.recipe.choose import find_recipe, kept_recipe
 from kimi_lite.quantize.source.repack import kept_type, repack_rows
 from kimi_lite.quantize.source.stored import CodedWeight, unpack
+from kimi_lite.tools.bench.llama import Llama
 from tests.checkpoints import make_checkpoint
 from tests.quantize.source.gsq_folder import GROUP, LEVELS, Stored, pack_words, write_gsq
 from tests.quantize.source.raw import raw_tensor
+from tests.tiny import write_tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,22 @@ def test_our_own_type_keeps_them_in_fewer_bytes(tmp_path, floats, form, bits):
     assert not any("quantized in the source already" in line for line in lines)
     experts = [view for name, view in GGUFStore.open(tmp_path / "out.gguf").tensors.items() if "_exps" in name]
     assert 8 * sum(view.num_bytes for view in experts) == 2.125 * sum(np.prod(view.shape) for view in experts)
+
+
+def test_our_own_type_is_refused_by_llama_cpp_by_its_number(tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    sizes = {"num_layers": 2, "hidden_size": 256, "expert_feed_forward_size": 256, "num_experts": 2}
+    path = write_tiny_gguf(tmp_path / "own.gguf", np.random.default_rng(0), types={"_exps": "LITE2_128"}, **sizes)
+    said: list[str] = []
+    keep = llama_cpp.llama_log_callback(lambda level, text, data: said.append(text.decode()))
+    llama_cpp.llama_log_set(keep, None)
+    try:
+        assert not llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+    assert "invalid ggml type 20128" in "".join(said)
+    with pytest.raises(KimiLiteError, match=r"llama\.cpp cannot load"):
+        Llama(path, 1, 64)
 
 
 def test_three_bits_are_not_kept_by_our_own_type(tmp_path, floats):
