@@ -36,7 +36,7 @@ HITS_HIGH = ((0, 0), (0.046, 0.408), (0.125, 0.67), (0.25, 0.81), (0.37, 0.93), 
 # Of the limit, measured on two Zen 4 cores at 2.6 GHz (README): a slice of K2.5 with TQ1_0 decodes 22.2 tokens/s where
 # its bytes allow 26.4, the demo 72.8 where they allow 162; prompts of 512 tokens reach 221 of 333 GMAC/s.
 _DECODE_SHARE, _PROMPT_SHARE = 0.85, 0.65
-_TILE_REACH = 0.1  # of matrix tiles' peak, by products with Q8_0, TQ1_0 27 %: the rest is scaling and unpacking (LOG)
+_TILE_REACH = 0.08  # of matrix tiles' peak: 512 tokens on K2.5-shaped slices, 191 to 241 tokens/s (tools/LOG.md)
 _LAYER_CYCLES = 0.5e6  # of a layer's decode that are not memory: router, norms, barriers, the ends of its products
 
 
