@@ -24,6 +24,11 @@ def one_thread_per_core(allowed: set[int], topology: Path = _TOPOLOGY) -> set[in
     return set(first_of.values())
 
 
+def num_allowed_cpus() -> int:
+    """Logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_to_cores(num_threads: int) -> None:
     """Keeps the calling thread to one hardware thread per core, if `num_threads` of them need no second ones."""
     if not hasattr(os, "sched_setaffinity"):

@@ -8,7 +8,9 @@ after a program, then sleep in Python until the next one, so an idle team costs 
 Who waits at a barrier spins first, which costs least where every thread has a core of its own. Where that fails, cores
 are shared, with other threads of the team or with other programs: then waiting threads sleep in the kernel (futex,
 Linux), so that those they wait for can run; elsewhere they yield, which with a busy neighbour costs a whole turn of the
-scheduler. How long spinning is worth it is learned: each failure halves it, each success makes it grow again.
+scheduler. How long spinning is worth it is learned: each failure halves it, each success makes it grow again. Where
+there is a core for each thread it never falls below the wait for a norm, and grows past the longest tail of a product:
+once it is short, every tail is a failure, and each barrier costs a sleep of 60 to 90 us (tools/LOG.md).
 
 Kernels raise nothing. A worker can end of an exception only between programs, in Python: before a program's first
 operation all threads join, and who joins sees that one has ended. `run` then raises what ended it, once and for all:
@@ -32,7 +34,7 @@ from numba.extending import intrinsic
 
 from kimi_lite.native.calls import atomic_add, atomic_load, call3, pause
 from kimi_lite.native.cpu.compiler import function
-from kimi_lite.native.cpu.placement import keep_to_cores
+from kimi_lite.native.cpu.placement import keep_to_cores, num_allowed_cpus
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.simd import load_i64, store_i64
 
@@ -45,7 +47,8 @@ _EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, 
 _TAKEN, _BROKEN = 12 * _LINE, 13 * _LINE
 _NUM_LINES = 14
 
-_MAX_PATIENCE, _MIN_PATIENCE = 2048, 16  # spins of 25 to 50 ns
+_LEAST, _MOST, _SLOWNESS = (_PATIENCE + 8 * i for i in (1, 2, 3))  # patience stays between; a success adds 1 / slowness
+_OWN_CORES, _CROWDED = (256, 8192, 2), (16, 2048, 8)  # of these; spins of 25 to 50 ns
 _IDLE_PATIENCE = 2  # times as long after a program: the next one often comes at once
 _FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98}  # Linux: the system call's number
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # private to the process
@@ -142,9 +145,10 @@ def _wait(team, generation):
             _sleep(team, generation)
         spins += 1
     if spins > patience:
-        store_i64(team + _PATIENCE, max(_MIN_PATIENCE, patience // 2))
-    elif patience < _MAX_PATIENCE:
-        store_i64(team + _PATIENCE, min(_MAX_PATIENCE, patience + patience // 8))
+        store_i64(team + _PATIENCE, max(load_i64(team + _LEAST), patience // 2))
+    elif patience < load_i64(team + _MOST):
+        grown = patience + patience // load_i64(team + _SLOWNESS)
+        store_i64(team + _PATIENCE, min(load_i64(team + _MOST), grown))
 
 
 @njit
@@ -242,7 +246,7 @@ class Team:
         self._address = -(-self._memory.ctypes.data // _LINE) * _LINE
         self._set(_SIZE, num_threads)
         self._set(_YIELD, _yield_address())
-        self._set(_PATIENCE, _MAX_PATIENCE)
+        self._set_patience(*(_OWN_CORES if num_threads <= num_allowed_cpus() else _CROWDED))
         call, number = _futex_call()
         self._set(_FUTEX, call)
         self._set(_FUTEX + 8, number)
@@ -262,6 +266,10 @@ class Team:
         except BaseException:
             self.close()
             raise
+
+    def _set_patience(self, least: int, most: int, slowness: int) -> None:
+        for offset, value in ((_PATIENCE, most), (_LEAST, least), (_MOST, most), (_SLOWNESS, slowness)):
+            self._set(offset, value)
 
     def _cell(self, offset: int) -> int:
         return (self._address + offset - self._memory.ctypes.data) // 8

@@ -377,3 +377,17 @@ def test_real_work_on_more_threads_than_cores():
 
 def test_kernels_are_c_functions_of_three_integers():
     assert types.void(types.int64, types.int64, types.int64) == KERNEL
+
+
+@pytest.mark.parametrize(("num_cpus", "limits"), [(2, (256, 8192)), (1, (16, 2048))])
+def test_patience_stays_long_where_each_thread_has_a_core(monkeypatch, num_cpus, limits):
+    """However often waiting failed: else one long tail after the other ends in a sleep at every barrier."""
+    monkeypatch.setattr(threads, "num_allowed_cpus", lambda: num_cpus)
+    team, values = Team(2), np.zeros(NUM_TASKS, np.int64)
+    seen = [int(team._memory[team._cell(threads._PATIENCE)])]
+    for start in (1, limits[0]):  # below the least, and at it
+        team._set(threads._PATIENCE, start)
+        team.run(fold_program(300, values))
+        seen.append(int(team._memory[team._cell(threads._PATIENCE)]))
+    team.close()
+    assert seen[0] == limits[1] and limits[0] <= seen[2] <= limits[1], seen
