@@ -136,7 +136,7 @@ def serve() -> None:
     """A process that helps: reads what is needed, then says that it is ready for the first kernel and after each."""
     needs = json.loads(sys.stdin.readline())
     kernels = Needs(**needs).kernels()
-    print("ready", flush=True)
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         _ = kernels[int(line)].address
-        print("done", flush=True)
+        print(json.dumps("done"), flush=True)

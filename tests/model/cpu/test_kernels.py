@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from kimi_lite.model.cpu.kernels import Needs, compile_kernels
 from kimi_lite.native.cpu.compiler import Kernel
 from tests.model.runner import Runner
 from tests.tiny import write_tiny_gguf
+
+ROOT = Path(__file__).parents[3]
 
 
 class FakeKernel:
@@ -88,20 +92,29 @@ def test_a_failure_here_ends_the_others(monkeypatch, tmp_path):
     assert all(child.poll() is not None for child in started)
 
 
-def test_what_is_named_is_what_a_model_takes(monkeypatch, tmp_path):
-    """No more, no less: what is not named would be compiled by one process alone, what is too many for nothing."""
+def test_what_is_named_is_what_a_model_takes(tmp_path):
+    """No more, no less: what is not named would be compiled by one process alone, what is too many for nothing. In a
+    process of its own, which has no addresses yet."""
+    write_tiny_gguf(
+        tmp_path / "tiny.gguf", np.random.default_rng(0), types={".weight": "Q8_0"}, expert_feed_forward_size=64
+    )
+    code = f"from tests.model.cpu.test_kernels import compare; compare({str(tmp_path / 'tiny.gguf')!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def compare(path: str) -> None:
+    """What is named with what a model asks for at its loading."""
     asked, find_address = set(), Kernel.address.func
 
     def address(kernel: Kernel) -> int:
         asked.add(kernel)
         return find_address(kernel)
 
-    write_tiny_gguf(
-        tmp_path / "tiny.gguf", np.random.default_rng(0), types={".weight": "Q8_0"}, expert_feed_forward_size=64
-    )
-    monkeypatch.setattr(Kernel, "address", property(address))
-    monkeypatch.setattr(layers_module, "compile_kernels", lambda needs, report: None)
-    with Runner(tmp_path / "tiny.gguf", kv_dtype="f16") as runner:
+    with (
+        patch.object(Kernel, "address", property(address)),
+        patch.object(layers_module, "compile_kernels", lambda needs, report: None),
+        Runner(Path(path), kv_dtype="f16") as runner,
+    ):
         named = Needs.of(runner.store, runner.config, "f16").kernels()
     assert len(set(named)) == len(named) and asked == set(named)
     assert all(kernel.is_at_hand for kernel in named)
