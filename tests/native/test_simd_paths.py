@@ -76,5 +76,13 @@ def test_portable(checks):
     expect_equal(checks[PORTABLE])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_type(name):
+    if name == AVX2 and "avx2" not in target_features():
+        pytest.skip("this CPU has no AVX2")
+    expect_equal(start(["-m", "tests.native.path_check", name, "--all"], TARGETS[name]))
+
+
 def test_the_path_of_this_machine():
     expect_equal(start(["-m", "tests.native.path_check", isa().name], {}))
