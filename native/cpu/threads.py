@@ -109,7 +109,7 @@ def barrier(team):
 def _join(team):
     """A barrier that a worker's end opens, too: whether every thread is here."""
     generation = atomic_load(team + _GENERATION)
-    if atomic_load(team + _BROKEN) == 0:  # whoever ends later changes the generation
+    if atomic_load(team + _BROKEN) == 0:  # a worker that ends later changes the generation
         _arrive(team, generation)
     return atomic_load(team + _BROKEN) == 0
 

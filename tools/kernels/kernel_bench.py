@@ -45,10 +45,8 @@ _PART_BYTES = 4 << 20  # for each thread: what a timed run reads, in about a mil
 _MIN_BYTES = 256 << 20
 _CACHED_BYTES, _CACHED_RUNS = 192 << 10, 64
 _PREFILL_ROWS, _PREFILL_TOKENS = 64, (128, 512)  # rows for each thread
-_FEW_ROWS, _FEW_TOKENS = (
-    512,
-    (2, 4, 6, 8, 12, 16, 24, 32, 48, 64),
-)  # rows: of an expert, a part that a core's cache holds
+_FEW_ROWS = 512  # of an expert, a part that a core's cache holds
+_FEW_TOKENS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
     "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.1,+sse4.2,+ssse3,+popcnt,+lzcnt",

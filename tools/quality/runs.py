@@ -49,7 +49,7 @@ class StoredLogits:
             raise KimiLiteError(f"{path} does not hold log-probabilities.", _HINT)
         if metadata["ids"] != ids_hash:
             raise KimiLiteError(f"{path} is of other tokens: another text, tokenizer, or number of chunks.", _HINT)
-        self.name = f"{metadata['name']} ({path.name})"
+        self.source, self.name = metadata["name"], f"{metadata['name']} ({path.name})"
         assert int(metadata["num_chunks"]) == num_chunks, metadata
 
     def close(self) -> None:

@@ -86,7 +86,11 @@ class Examiner:
             self._num_chunks, by_kind = len(self._chunks), chunks_of_kinds(logits)
             self._kinds = place_kinds(by_kind, self._num_chunks)
             self._chunks += [chunk for each in by_kind.values() for chunk in each]
-            if not stored.is_file():
+            if stored.is_file():
+                have = StoredLogits(stored, len(self._chunks), hash_ids(self._chunks)).source
+                if have != logits.name:
+                    raise KimiLiteError(f"{stored} is of {have} and not of {logits.name}.", "Name other results.")
+            else:
                 scored = (logits.logits(chunk[:-1], FIRST_SCORED) for chunk in self._chunks)
                 rows = [log_softmax(each).astype(np.float16) for each in scored]
                 save_rows(stored, rows, logits.name, hash_ids(self._chunks))

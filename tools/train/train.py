@@ -282,14 +282,15 @@ def _keep_settings(folder: Path, settings: Settings) -> None:
     path = folder / "settings.json"
     stated = json.loads(json.dumps(asdict(settings)))
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in stated if before.get(name) != stated[name] and name not in _OF_REPORTS]
+        unsaid = asdict(Settings(model="", texts=()))  # what earlier versions did not ask for
+        before = unsaid | json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in stated if before[name] != stated[name] and name not in _OF_REPORTS]
         if changed == ["num_steps"]:
             earlier, done = replace(settings, num_steps=before["num_steps"]), sum(1 for _ in read_metrics(folder))
             if all(earlier.learning_rate(step) == settings.learning_rate(step) for step in range(done)):
                 changed = []
         if changed:
-            what = ", ".join(f"{name} {before.get(name)!r} and not {stated[name]!r}" for name in changed)
+            what = ", ".join(f"{name} {before[name]!r} and not {stated[name]!r}" for name in changed)
             raise KimiLiteError(f"{folder} was begun with {what}.", "Say the same, or name another folder.")
     with whole_file(path) as file:
         json.dump(stated, file, indent=1)

@@ -25,6 +25,10 @@ def test_files_are_measured_once(tmp_path, capsys, monkeypatch):
     assert lines[2].endswith(f"| {point.held_out:.3f} / {point.novel:.3f} |")
     monkeypatch.setattr(curve, "measure", None)
     assert measure() == lines
+    other = model.rename(tmp_path / "other.gguf")
+    with pytest.raises(SystemExit):
+        curve.main(other, text, results, "tq2_0:calibrate", "2", chunks=1)
+    assert "is of m.gguf and not of other.gguf" in capsys.readouterr().err
 
 
 def test_a_file_that_is_none_is_refused(tmp_path, capsys):

@@ -83,6 +83,9 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(source, text, tmp_path)
 def test_a_run_goes_on_only_as_it_began(source, text, tmp_path):
     wanted = explosive(source, text, num_steps=1)
     Run.open(tmp_path / "run", wanted)
+    said = tmp_path / "run/settings.json"
+    said.write_text(json.dumps({k: v for k, v in json.loads(said.read_text()).items() if k != "token_clip"}))
+    Run.open(tmp_path / "run", wanted)  # of a version without that setting
     with pytest.raises(KimiLiteError, match=r"lr 0\.2 and not 0\.1"):
         Run.open(tmp_path / "run", replace(wanted, lr=0.1))
     short = tmp_path / "short.txt"
