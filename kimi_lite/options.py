@@ -155,6 +155,7 @@ class Situation:
     is_from_disk: bool = False  # some experts do not fit into memory
     is_split: bool = False  # some experts, and not all, are where they are computed fastest
     is_ram_limited: bool = False  # --ram is less than what is free
+    has_nodes: bool = False  # threads run on several memory nodes, or would
     is_warmed: bool = False  # the whole model fits into free memory and may be read there
     can_think: bool = True
     is_terminal: bool = True  # answers or remarks go to one
@@ -220,6 +221,10 @@ def _deferral(options: "Options", situation: Situation) -> str:
     if situation.is_from_disk:
         return "experts come from the disk when they are chosen"
     return "" if situation.is_split or situation.has_ram_experts else "all experts are in VRAM"
+
+
+def _numa(options: "Options", situation: Situation) -> str:
+    return _local(options, situation) or ("" if situation.has_nodes else "threads run on one memory node anyway")
 
 
 def _parallel(options: "Options", situation: Situation) -> str:
@@ -446,6 +451,17 @@ class Options:
         commands=LOADING,
         default="map",
         shown_default="map",
+    )
+    numa: str = _option(  # of machines whose sockets, or parts of them, have memory of their own
+        "--numa",
+        help="Several memory nodes: auto divides threads, and the rows of every matrix, over them; off: as on one.",
+        kind="choice",
+        choices=("auto", "off"),
+        unused=_numa,
+        panel=MACHINE,
+        commands=PLANNED,
+        default="auto",
+        shown_default="auto",
     )
     ram_expert_bytes: int | None = None  # most RAM for routed experts; None: what is left
     num_readers: int = 8  # threads that read experts: a disk needs several reads under way

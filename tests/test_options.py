@@ -186,7 +186,7 @@ def test_an_endpoint_takes_nothing_that_is_local(situation):
         "device": "cpu",
     }
     local |= {"context_length": 512, "num_gpu_experts": 1, "dense_type": "bf16", "cache_bias": 0.1, "is_warm": True}
-    local |= {"prefix_bytes": GIB, "prefix_folder": Path("x"), "routing_trace": Path("y")}
+    local |= {"numa": "off", "prefix_bytes": GIB, "prefix_folder": Path("x"), "routing_trace": Path("y")}
     assert len(unused_options(given_flags(**local), situation)) == len(local)
     assert unused_options(given_flags(api_key="x", top_k=3, max_tokens=3), situation) == []
 
@@ -263,6 +263,18 @@ def test_every_option_has_an_effect_or_a_line(name, value, has_gpu, is_from_disk
         return  # asks for what is so
     assert changes or lines, (name, situation)
     assert not (changes and lines), (lines, situation)
+
+
+@pytest.mark.parametrize("num_sockets", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, None])
+def test_numa_has_an_effect_where_threads_run_on_several_nodes(num_sockets, num_threads, tmp_path_factory):
+    sizes, here = model(tmp_path_factory.getbasetemp())
+    hardware = described(here, 64 * GIB, 0, num_sockets=num_sockets)
+    off = replace(given_flags(numa="off"), num_threads=num_threads)
+    plans = [make_plan(sizes, hardware, replace(off, numa=numa)) for numa in ("auto", "off")]
+    lines = unused_options(off, situation_of(plans[1], off))
+    assert (plans[0].rates != plans[1].rates) == (not lines) == (num_sockets == 2 and num_threads is None)
+    assert all("memory node" in line for line in lines)
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

@@ -35,8 +35,13 @@ Rest = Annotated[
 NumCores = Annotated[
     int | None, _option("--cores", help="A hypothetical desktop CPU with this many cores.", panel=MACHINE, min=1)
 ]
+NumSockets = Annotated[
+    int | None,
+    _option("--sockets", help="A hypothetical server with memory on so many sockets.", panel=MACHINE, min=1, max=64),
+]
 RamSpeed = Annotated[
-    float | None, _option("--ram-speed", help="GB/s that RAM really delivers.", panel=MACHINE, min=0.1)
+    float | None,
+    _option("--ram-speed", help="GB/s that RAM really delivers, all sockets together.", panel=MACHINE, min=0.1),
 ]
 DiskSpeed = Annotated[
     float | None, _option("--disk-speed", help="GB/s that the disk really delivers.", panel=MACHINE, min=0.01)
@@ -54,6 +59,7 @@ def main(
     recipe: Recipe = None,
     rest: Rest = None,
     cores: NumCores = None,
+    sockets: NumSockets = None,
     ram_speed: RamSpeed = None,
     disk_speed: DiskSpeed = None,
     pcie_speed: PcieSpeed = None,
@@ -79,7 +85,7 @@ def main(
         subject = find_subject(options.model, can_see, options.mmproj)
     check_recipe(subject, recipe or rest)
     here = probe(subject.path, measure, numbers)
-    hardware = described(here, options.ram_bytes, options.vram_bytes, cores)
+    hardware = described(here, options.ram_bytes, options.vram_bytes, cores, sockets)
     speeds = {"ram": ram_speed, "disk": disk_speed, "pcie": pcie_speed}
     hardware = hardware.with_speeds("given", **{place: 1e9 * gb_s for place, gb_s in speeds.items() if gb_s})
     decided = _decide(subject, hardware, options, recipe, rest)
@@ -134,6 +140,7 @@ def _print(decided: Decided, subject: "Subject", is_named: bool, rest: str | Non
     is_runnable = any(not refusal or refusal.has_flags for refusal in refusals)
     if plan.refusal and not (subject.sizes or is_runnable) and (instead := smaller_model(plan.hardware, plan.limits)):
         cores = f" --cores {plan.hardware.num_cores}" if plan.hardware.has_assumed_cpu else ""
+        cores += f" --sockets {len(plan.hardware.nodes)}" if cores and plan.hardware.nodes else ""
         command = f"kimi-lite plan {instead}{limit_flags(plan)}{cores}"
         lines += ["", *command_lines("Instead", command, columns)]
     echo("\n".join(lines) + "\n" * bool(plan.refusal))

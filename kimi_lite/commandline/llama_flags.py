@@ -275,7 +275,10 @@ FLAGS = (
     Flag(("-oe", "--output-err"), nothing("tables go to stderr where stdout is for programs"), "one"),
 )
 BY_NAME: Mapping[str, Flag] = {name: flag for flag in FLAGS for name in flag.names}
-_DEFAULTS = tuple([name, "-1"] for name in ("-t", "--threads", "--seed"))  # llama.cpp's ways to ask for the default
+_DEFAULTS = (  # llama.cpp's ways to ask for what is so unless something else is said
+    *((name, "-1") for name in ("-t", "--threads", "--seed")),
+    *(("--numa", value) for value in ("distribute", "numactl")),  # numactl's CPUs are kept to in any case
+)
 _TURNS = {  # what the two ways of talking are, by command
     ("chat", "--single-turn"): "kimi-lite run answers one prompt and ends.",
     ("run", "--conversation"): "kimi-lite chat is the conversation.",
@@ -305,8 +308,10 @@ def translate(command: str, accepted: Accepted, arguments: Sequence[str], say: C
         elif name in accepted.with_value:
             given = [word] if equals else [word, *left[:1]]
             left = left if equals else left[1:]
-            _check_seed(command, name, value if equals else given[-1])
-            found += () if given in _DEFAULTS else given
+            value = value if equals else given[-1]
+            _check_seed(command, name, value)
+            _check_numa(name, value)
+            found += () if (name, value) in _DEFAULTS else given
         elif name in accepted.switches:
             found.append(word)
         elif flag := BY_NAME.get(name):
@@ -345,6 +350,14 @@ def _fitted(command: str, accepted: Accepted, name: str, meaning: Meaning, say: 
         return meaning.arguments
     say(f"llama.cpp's {name} has no effect in kimi-lite {command}")
     return ()
+
+
+def _check_numa(name: str, value: str) -> None:
+    if (name, value) == ("--numa", "isolate"):
+        raise KimiLiteError(
+            "llama.cpp's --numa isolate is not an option here.",
+            "One node's cores and memory alone: numactl -N 0 -m 0 kimi-lite ...",
+        )
 
 
 def _check_seed(command: str, name: str, value: str) -> None:

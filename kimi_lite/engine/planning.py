@@ -37,5 +37,6 @@ def situation_of(plan: Plan, options: Options) -> Situation:
         is_from_disk=has_disk,
         is_split=0 < plan.num_vram_slots < num_experts if plan.is_on_gpu else has_disk,
         is_ram_limited=any(budget.source == "--ram" for budget in plan.budgets),
+        has_nodes=plan.hardware.has_nodes and plan.num_threads > 1,
         is_warmed=options.ram_bytes is None and plan.sizes.total_bytes <= WARM_SHARE * plan.hardware.ram_free_bytes,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from kimi_lite.hardware.machine import TILES, Cores, Disk
+from kimi_lite.native.cpu.nodes import Node, read_nodes
 
 _NO_LIMIT_BYTES = 1 << 60  # cgroups say "none" with numbers near 2^63
 _USUAL_PERIOD_US = 100_000
@@ -120,6 +121,11 @@ def usable_cores(root: Path = Path("/")) -> Cores:
     return Cores(max(1, physical), max(1, allowed), machine, tuple(reasons))
 
 
+def memory_nodes(root: Path = Path("/")) -> tuple[Node, ...]:
+    """The memory nodes that this process may use; () where the system does not tell."""
+    return read_nodes(root=root)
+
+
 def load_average() -> float | None:
     """Threads of all programs that ran or wanted to, over the last minute; None where the system does not tell."""
     try:
@@ -172,6 +178,11 @@ def huge_pages() -> str | None:
     """Transparent huge pages: `always`, `madvise` or `never`; None where the system has none."""
     text = _read_text(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
     return text.partition("[")[2].partition("]")[0] or None
+
+
+def balances_nodes(root: Path = Path("/")) -> bool:
+    """Whether the kernel moves pages between memory nodes by itself, which costs page faults all the time."""
+    return bool(_read_number(root / "proc/sys/kernel/numa_balancing"))
 
 
 def lockable_bytes() -> int | None:

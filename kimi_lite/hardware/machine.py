@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from kimi_lite.hardware.nodes import described_nodes, with_memory
+from kimi_lite.native.cpu.nodes import Node
 from kimi_lite.units import GIB
 
 Origin = Literal["measured", "given", "computed", "assumed"]
@@ -21,6 +23,8 @@ TYPICAL_RAM_BYTES_S, TYPICAL_VRAM_BYTES_S = 80e9, 920e9
 TYPICAL_PCIE_BYTES_S, TYPICAL_DISK_BYTES_S = 23e9, 6e9
 TYPICAL_GPU_FLOPS_S = 165e12  # bfloat16 products summed in float32
 TYPICAL_CORES, TYPICAL_CLOCK_HZ = 16, 4.5e9
+# A socket of a server: eight channels of DDR5-4800, two thirds of their 307 GB/s; cores and the clock that they keep.
+SOCKET_RAM_BYTES_S, SOCKET_CORES, SOCKET_CLOCK_HZ = 200e9, 32, 2.8e9
 
 CUDA_BYTES = 512 << 20  # of VRAM: CUDA's context and libraries, which a process takes and torch does not count
 
@@ -107,6 +111,12 @@ class Hardware:
         default_factory=lambda: MappingProxyType({})
     )  # of the speeds: ram, disk, vram, pcie, cpu
     more_gpus: tuple[Gpu, ...] = ()  # that share the model's layers with `gpu`
+    nodes: tuple[Node, ...] = ()  # of memory, where the system tells them; `ram_bytes_s` is of all together
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether several memory nodes have cores that this process may use, and memory."""
+        return sum(bool(node.cpus) and bool(node.total_bytes) for node in self.nodes) > 1
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
@@ -142,9 +152,10 @@ def described(
     ram_bytes: int | None = None,
     vram_bytes: int | tuple[int, ...] | None = None,
     num_cores: int | None = None,
+    num_sockets: int | None = None,
 ) -> Hardware:
     """`hardware`, or another machine where more is named than it has. Limits below what is there describe no other
-    machine. 0 bytes of VRAM: no GPU; several sizes: so many GPUs.
+    machine. 0 bytes of VRAM: no GPU; several sizes: so many GPUs. num_sockets: of a server, with `num_cores` in all.
 
     More RAM alone is this machine with more modules: its CPU and its speeds stay. A GPU that is not here, or a number
     of cores, is a machine with an assumed CPU, whatever its memory: the CPU never changes with the RAM.
@@ -156,7 +167,9 @@ def described(
     has_other_gpu = any(gpu is not here for gpu, here in zip_longest(gpus, hardware.gpus[: len(sizes)]))
     if has_other_gpu or len(gpus) < len(hardware.gpus):
         hardware = replace(hardware, gpu=gpus[0], more_gpus=tuple(gpus[1:]))
-    if has_other_gpu or num_cores:
+    if num_sockets:
+        hardware = _with_assumed_server(hardware, num_cores or num_sockets * SOCKET_CORES, num_sockets)
+    elif has_other_gpu or num_cores:
         hardware = _with_assumed_cpu(hardware, num_cores or TYPICAL_CORES)
     if ram_bytes is not None and (ram_bytes > hardware.ram_total_bytes or hardware.has_assumed_cpu):
         added_bytes = ram_bytes - hardware.ram_total_bytes
@@ -164,6 +177,8 @@ def described(
         if not hardware.has_assumed_cpu:
             free_bytes = max(free_bytes, hardware.ram_free_bytes + added_bytes)
         hardware = replace(hardware, ram_total_bytes=ram_bytes, ram_free_bytes=free_bytes, is_described=True)
+        if hardware.nodes:
+            hardware = replace(hardware, nodes=with_memory(hardware.nodes, ram_bytes, free_bytes))
     return hardware
 
 
@@ -187,11 +202,26 @@ def _with_assumed_cpu(hardware: Hardware, num_cores: int) -> Hardware:
         cpu_macs_s=None,
         cores=None,
         disk=None,
+        nodes=(),
         is_described=True,
         has_assumed_cpu=True,
         origins=MappingProxyType(
             {place: hardware.origins[place] for place in ("vram", "pcie") if place in hardware.origins}
         ),
+    )
+
+
+def _with_assumed_server(hardware: Hardware, num_cores: int, num_sockets: int) -> Hardware:
+    """One whose sockets have memory of their own; speeds are those of such sockets."""
+    server = _with_assumed_cpu(hardware, num_cores)
+    sockets = f"{num_sockets} sockets" if num_sockets > 1 else "one socket"
+    return replace(
+        server,
+        cpu_name=f"server of {sockets}, {num_cores} cores (assumed)",
+        clock_hz=SOCKET_CLOCK_HZ,
+        ram_bytes_s=num_sockets * SOCKET_RAM_BYTES_S,
+        origins=MappingProxyType({**server.origins, "ram": "assumed"}),
+        nodes=described_nodes(num_sockets, num_cores, server.ram_total_bytes, server.ram_free_bytes),
     )
 
 

@@ -32,6 +32,7 @@ def probe(path: str | Path | None = None, is_measuring: bool = False, gpu_indice
         disk=disk,
         clock_hz=host.clock_hz(),
         cores=cores,
+        nodes=host.memory_nodes(),
         origins=MappingProxyType({"vram": "computed", "pcie": "computed"}),
     )
     if is_measuring:

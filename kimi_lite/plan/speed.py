@@ -28,6 +28,7 @@ from kimi_lite.hardware.machine import (
     Hardware,
     Origin,
 )
+from kimi_lite.hardware.nodes import MemoryUse, reach_of
 from kimi_lite.plan.workspace import STEP_TOKENS
 
 # Share of the experts that is resident -> share of choices found there; lowest and highest of the published runs.
@@ -94,9 +95,15 @@ class Forecast:
     best_hit_share: float = 0.0
 
 
-def rates_of(hardware: Hardware, num_threads: int | None = None, gpu_shares: Sequence[float] = (1.0,)) -> Rates:
+def rates_of(
+    hardware: Hardware,
+    num_threads: int | None = None,
+    gpu_shares: Sequence[float] = (1.0,),
+    memory_use: MemoryUse = "by rows",
+) -> Rates:
     """The machine's speeds, and typical ones where none was measured. Arithmetic is of as many cores as threads run.
-    gpu_shares: of the layers, on each GPU; one works after the other, so their times add up."""
+    gpu_shares: of the layers, on each GPU; one works after the other, so their times add up. memory_use: where there
+    are several memory nodes."""
     share = min(1.0, num_threads / hardware.num_cores) if num_threads else 1.0
     disk, origins = hardware.disk, hardware.origins
 
@@ -114,8 +121,9 @@ def rates_of(hardware: Hardware, num_threads: int | None = None, gpu_shares: Seq
     flops = of_gpus(lambda gpu: gpu.flops_s, TYPICAL_GPU_FLOPS_S)
     vram_bytes_s = of_gpus(lambda gpu: gpu.vram_bytes_s, TYPICAL_VRAM_BYTES_S)
     pcie_bytes_s = of_gpus(lambda gpu: gpu.pcie_bytes_s, TYPICAL_PCIE_BYTES_S)
+    ram = rate("ram", hardware.ram_bytes_s, TYPICAL_RAM_BYTES_S)
     return Rates(
-        ram=rate("ram", hardware.ram_bytes_s, TYPICAL_RAM_BYTES_S),
+        ram=replace(ram, per_s=ram.per_s * reach_of(hardware.nodes, memory_use)),
         disk=rate("disk", disk.read_bytes_s if disk else None, TYPICAL_DISK_BYTES_S),
         vram=rate("vram", vram_bytes_s, TYPICAL_VRAM_BYTES_S),
         pcie=rate("pcie", pcie_bytes_s, TYPICAL_PCIE_BYTES_S),

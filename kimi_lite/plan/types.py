@@ -8,6 +8,7 @@ from typing import Literal
 from kimi_lite.arch.sizes import ModelSizes
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.hardware.machine import Hardware
+from kimi_lite.hardware.nodes import MemoryUse
 from kimi_lite.options import Options
 from kimi_lite.plan.speed import Forecast, Rates, Split, forecast_decode
 
@@ -133,6 +134,7 @@ class Plan:
     prompt: Forecast
     bottleneck: str
     verdict: Verdict
+    memory_use: MemoryUse = "by rows"  # of several memory nodes
     gpu_parts: tuple[GpuPart, ...] = ()  # of the GPUs, the first layers' first; none without a GPU
     warnings: tuple[str, ...] = ()
     refusal: Refusal | None = None
@@ -244,6 +246,7 @@ class Plan:
                 {"first_layer": part.layers.start, "num_layers": len(part.layers), "num_slots": part.num_slots}
                 for part in self.gpu_parts
             ],
+            "memory_use": self.memory_use if self.hardware.has_nodes else None,
             "warnings": list(self.warnings),
             "refusal": asdict(self.refusal) if self.refusal else None,
         }
@@ -260,6 +263,10 @@ def hardware_json(hardware: Hardware) -> dict:
         **{name: getattr(hardware, name) for name in plain},
         "cores": asdict(hardware.cores) if hardware.cores else None,
         "gpu": asdict(gpu) if gpu else None,
+        "nodes": [
+            {"number": n.number, "num_cpus": len(n.cpus), "total_bytes": n.total_bytes, "free_bytes": n.free_bytes}
+            for n in hardware.nodes
+        ],
         "more_gpus": [asdict(other) for other in hardware.more_gpus],
         "disk": asdict(disk) | {"path": str(disk.path)} if disk else None,
         "origins": dict(hardware.origins),

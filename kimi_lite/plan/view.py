@@ -12,6 +12,7 @@ from rich.cells import cell_len
 
 from kimi_lite import __version__
 from kimi_lite.arch.costs import decode_cost
+from kimi_lite.plan.nodes import describe_nodes, explain_use
 from kimi_lite.plan.quality import REST_NATS, describe
 from kimi_lite.plan.speed import Forecast, Rate
 from kimi_lite.plan.subject import RecipePlan, explain_choice
@@ -150,6 +151,7 @@ def limit_flags(plan: Plan) -> str:
         flags.append("" if limit is None else f"--{name} {text}")
     flags.append(f"--device {limits.device}" if limits.device else "")
     flags.append(f"--dense {limits.dense_type}" if limits.dense_type != "auto" else "")
+    flags.append(f"--numa {limits.numa}" if limits.numa != "auto" else "")
     return "".join(f" {flag}" for flag in flags if flag)
 
 
@@ -184,6 +186,8 @@ def _machine_lines(plan: Plan, width: int) -> Iterator[str]:
     yield from labelled("Machine", cpu, width)
     ram = f"RAM {_total_and_free(hardware.ram_total_bytes, hardware.ram_free_bytes)}{_flag(plan, 'RAM')}"
     yield from labelled("", ram, width)
+    if hardware.has_nodes:
+        yield from labelled("", describe_nodes(hardware), width)
     for number, gpu in enumerate(hardware.gpus):
         remark = _flag(plan, "VRAM", number) if plan.is_on_gpu else ", not used"
         text = f"{gpu.name}: {_total_and_free(gpu.vram_total_bytes, gpu.vram_free_bytes)}{remark}"
@@ -259,6 +263,8 @@ def _ending_lines(plan: Plan, width: int) -> Iterator[str]:
         yield from labelled("", f"{text} (published runs of others)", width)
     yield from labelled("Prompt", f"{_forecast(plan.prompt, 'tokens/s')} (bottleneck: {plan.prompt.bottleneck})", width)
     yield from labelled("Speeds", _rates_text(plan), width)
+    if plan.hardware.has_nodes:
+        yield from labelled("Nodes", explain_use(plan.hardware, plan.memory_use), width)
     spare = gib(plan.have_bytes("RAM") - plan.place_bytes("RAM"))
     texts = {
         "fits": f"fits; {spare} of RAM are left after the safety margin",
@@ -292,7 +298,8 @@ def _rates_text(plan: Plan) -> str:
     if macs.origin != "assumed" and all(rate.origin != "assumed" for rate in rates.values()):
         return text
     better = "; --ram-speed 60 sets another" if rates["ram"].origin == "assumed" else ""
-    return f"{text} (* assumed: typical desktop{better})"
+    kind = "server" if plan.hardware.has_assumed_cpu and plan.hardware.nodes else "desktop"
+    return f"{text} (* assumed: typical {kind}{better})"
 
 
 def _parts(plan: Plan, place: Place, gpu: int = 0) -> str:

@@ -131,6 +131,9 @@ def test_letters_after_one_dash_are_no_cluster_of_values(command, word):
         ("--simple-io", "is_plain", True),
         ("-fa on --top-k 7", "top_k", 7),
         ("-fa --top-k 7", "top_k", 7),
+        ("--numa distribute", "numa", "auto"),
+        ("--numa=numactl", "numa", "auto"),
+        ("--numa off", "numa", "off"),
     ],
 )
 @pytest.mark.parametrize("command", ["chat", "run"])
@@ -155,6 +158,7 @@ def test_a_system_prompt_in_a_file(tmp_path):
         ("run", "-s 42", "--seed 42"),
         ("run", "-ts 1,1", "--device cuda:0,cuda:1"),
         ("run", "-ctx 4096", "--ctx"),
+        ("run", "--numa isolate", "numactl -N 0 -m 0"),
         ("quantize", "--pure", "--type"),
     ],
 )

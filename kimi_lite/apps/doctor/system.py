@@ -17,6 +17,7 @@ import psutil
 from kimi_lite.hardware import host
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.hardware.probe import probe
+from kimi_lite.plan.nodes import describe_nodes
 from kimi_lite.plan.view import short_folder
 from kimi_lite.units import GIB, gib
 
@@ -37,6 +38,7 @@ _PACKAGES = (
 _GPU_PACKAGES = ("torch", "triton", "nvidia-ml-py")
 _OLDEST_PYTHON = (3, 11)
 _BUSY_SHARE = 0.5  # of the cores: with more, other programs slow a token down
+_LEAST_FREE_SHARE = 0.5  # of the memory that is free on the node with most
 _SLOW_RAM_BYTES_S, _SLOW_DISK_BYTES_S = 25e9, 1e9
 _ISA_FEATURES = ("avx2", "avxvnni", "avx512f", "avx512vnni", "amx-int8", "neon", "dotprod", "i8mm")
 
@@ -64,6 +66,7 @@ class Facts:
     swap_total_bytes: int
     huge_pages: str | None
     lockable_bytes: int | None
+    balances_nodes: bool
     is_wsl: bool
     cores: host.Cores
     load_average: float | None
@@ -90,6 +93,7 @@ def gather(path: Path | None, is_measuring: bool) -> Facts:
         swap_total_bytes=swap.total,
         huge_pages=host.huge_pages(),
         lockable_bytes=host.lockable_bytes(),
+        balances_nodes=host.balances_nodes(),
         is_wsl=host.is_wsl(),
         cores=host.usable_cores(),
         load_average=host.load_average(),
@@ -164,6 +168,25 @@ def check_memory(facts: Facts) -> Check:
             "decoding is as fast as this: a module in each channel, and XMP or EXPO in the BIOS",
         )
     return Check("memory", "ok", found)
+
+
+def check_nodes(facts: Facts) -> Check:
+    """Memory of several sockets, or parts of them: what each has, and what disturbs the placement of threads and
+    rows."""
+    hardware = facts.hardware
+    if not hardware.has_nodes:
+        return Check("nodes", "ok", "one, as far as this process can tell")
+    found = describe_nodes(hardware)
+    free = [node.free_bytes for node in hardware.nodes if node.cpus]
+    if min(free) < _LEAST_FREE_SHARE * max(free):
+        fix = "rows of a full node lie elsewhere: numastat -m shows what fills it"
+        return Check("nodes", "warn", found, fix)
+    if facts.balances_nodes:
+        fix = (
+            "pages are placed anyway, and watching them costs faults: echo 0 | sudo tee /proc/sys/kernel/numa_balancing"
+        )
+        return Check("nodes", "warn", f"{found}; the kernel balances them", fix)
+    return Check("nodes", "ok", f"{found}; threads and rows are divided over them")
 
 
 def check_cgroup(facts: Facts) -> Check:
@@ -258,6 +281,7 @@ SYSTEM_CHECKS = (
         check_load,
         check_isa,
         check_memory,
+        check_nodes,
         check_cgroup,
         check_swap,
         check_huge_pages,

@@ -19,6 +19,8 @@ from kimi_lite.cli import app
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware.host import CgroupLimit, Cores
 from kimi_lite.hardware.machine import Disk, Gpu, GpuProcess, Hardware
+from kimi_lite.hardware.nodes import described_nodes
+from kimi_lite.native.cpu.nodes import Node
 from kimi_lite.native.gpu.support import Unusable, compiler_remedy
 from kimi_lite.native.isa import isa
 from kimi_lite.units import GIB
@@ -46,6 +48,7 @@ HEALTHY = Facts(
     swap_total_bytes=8 * GIB,
     huge_pages="madvise",
     lockable_bytes=None,
+    balances_nodes=False,
     is_wsl=False,
     cores=Cores(16, 32, 16),
     load_average=0.3,
@@ -53,6 +56,11 @@ HEALTHY = Facts(
     cpu_features=("avx2", "avx512vnni"),
     packages=ALL_PACKAGES,
     python=(3, 12, 1),
+)
+
+UNEVEN_NODES = (
+    Node(0, frozenset(range(8)), 64 * GIB, 2 * GIB, ((0, 10), (1, 21))),
+    Node(1, frozenset(range(8, 16)), 64 * GIB, 60 * GIB, ((0, 21), (1, 10))),
 )
 
 
@@ -86,6 +94,15 @@ SICK = [
     (checks.check_load, replace(HEALTHY, load_average=None), "ok", ""),
     (checks.check_memory, with_hardware(ram_bytes_s=12e9), "warn", "channel"),
     (checks.check_memory, with_hardware(ram_bytes_s=None), "ok", ""),
+    (checks.check_nodes, with_hardware(nodes=described_nodes(2, 32, 256 * GIB, 240 * GIB)), "ok", ""),
+    (checks.check_nodes, with_hardware(nodes=UNEVEN_NODES), "warn", "numastat"),
+    (
+        checks.check_nodes,
+        replace(with_hardware(nodes=described_nodes(2, 32, 256 * GIB, 240 * GIB)), balances_nodes=True),
+        "warn",
+        "numa_balancing",
+    ),
+    (checks.check_nodes, replace(HEALTHY, balances_nodes=True), "ok", ""),
     (checks.check_cgroup, replace(HEALTHY, cgroup=CgroupLimit(32 * GIB, 0, Path("/sys/x"))), "warn", "container"),
     (checks.check_cgroup, replace(HEALTHY, cgroup=CgroupLimit(512 * GIB, 0, Path("/sys/x"))), "ok", ""),
     (checks.check_swap, replace(HEALTHY, swap_used_bytes=2 * GIB), "warn", "swapoff"),
