@@ -1,13 +1,17 @@
-"""Where the threads of a team may run: on one hardware thread of every core, as long as there are cores enough.
+"""Where the threads of a team may run: on one hardware thread of every core, as long as there are cores enough; where
+memory is on several nodes, each on the cores of one node.
 
 Two workers that share a core share its vector units, and a team is as fast as its slowest thread. Each worker may use
-the whole set, so the system can still move it away from a core that another process has taken. Linux only; elsewhere
-threads run anywhere.
+the whole set, or its node's whole set, so the system can still move it away from a core that another process has taken.
+Linux only; elsewhere threads run anywhere.
 """
 
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
+
+from kimi_lite.native.cpu.nodes import ThreadGroup, divide_threads, read_nodes
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -36,7 +40,21 @@ def keep_to_cores(num_threads: int) -> None:
     allowed = os.sched_getaffinity(0)
     chosen = one_thread_per_core(allowed)
     if num_threads <= len(chosen) < len(allowed):
-        try:
-            os.sched_setaffinity(0, chosen)
-        except OSError as error:  # a container's set has just changed, or a sandbox forbids the call
-            warnings.warn(f"Threads may share cores, which costs speed: {error.strerror}.", stacklevel=2)
+        keep_to(chosen)
+
+
+def keep_to(cpus: Collection[int]) -> None:
+    """Keeps the calling thread to these logical CPUs; a warning where the system forbids it."""
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:  # a container's set has just changed, or a sandbox forbids the call
+        warnings.warn(f"Threads may share cores, which costs speed: {error.strerror}.", stacklevel=3)
+
+
+def place_threads(num_threads: int, root: Path = Path("/")) -> tuple[ThreadGroup, ...]:
+    """A team's threads over the memory nodes that the calling thread may use; () where there is nothing to divide."""
+    if not hasattr(os, "sched_setaffinity"):
+        return ()
+    allowed = os.sched_getaffinity(0)
+    cores = one_thread_per_core(allowed, root / "sys/devices/system/cpu")
+    return divide_threads(read_nodes(allowed, root), num_threads, cores)

@@ -12,6 +12,9 @@ scheduler. How long spinning is worth it is learned: each failure halves it, eac
 there is a core for each thread it never falls below the wait for a norm, and grows past the longest tail of a product:
 once it is short, every tail is a failure, and each barrier costs a sleep of 60 to 90 us (tools/LOG.md).
 
+Where memory is on several nodes each thread is kept to the cores of one (`groups`): workers for good, the caller while
+a program runs, as what it does in between, and the threads that it starts, are not the team's.
+
 Kernels raise nothing. A worker can end of an exception only between programs, in Python: before a program's first
 operation all threads join, and who joins sees that one has ended. `run` then raises what ended it, once and for all:
 the team is broken. A process made by fork has the team but none of its threads, and is told so.
@@ -26,6 +29,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from llvmlite import ir
@@ -34,7 +38,8 @@ from numba.extending import intrinsic
 
 from kimi_lite.native.calls import atomic_add, atomic_load, call3, pause
 from kimi_lite.native.cpu.compiler import function
-from kimi_lite.native.cpu.placement import keep_to_cores, num_allowed_cpus
+from kimi_lite.native.cpu.nodes import ThreadGroup
+from kimi_lite.native.cpu.placement import keep_to, keep_to_cores, num_allowed_cpus
 from kimi_lite.native.cpu.program import Program
 from kimi_lite.native.simd import load_i64, store_i64
 
@@ -237,11 +242,15 @@ class Team:
     RuntimeError where the system gives no more threads, and from `run` when one of them has ended.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, groups: Sequence[ThreadGroup] = ()) -> None:
+        """groups: where the threads run, as `placement.place_threads` divides so many; () where nothing is divided."""
         assert num_threads >= 1, num_threads
+        assert not groups or groups[-1].stop == num_threads, (groups, num_threads)
         for each in (_work, _publish, _break, _take_part):
             each.prepare()  # here, where what goes wrong reaches the caller
         self.num_threads = num_threads
+        self.groups = tuple(groups)
+        self._callers_cpus = os.sched_getaffinity(0) if groups else set()
         self._memory = np.zeros(_NUM_LINES * _LINE // 8 + 8, dtype=np.int64)
         self._address = -(-self._memory.ctypes.data // _LINE) * _LINE
         self._set(_SIZE, num_threads)
@@ -294,8 +303,16 @@ class Team:
             self._ended_by = error
             _break(self._address)
 
+    def _stay(self, thread: int) -> None:
+        """Keeps the calling thread, which is this one of the team, to its cores."""
+        group = next((group for group in self.groups if group.first <= thread < group.stop), None)
+        if group:
+            keep_to(group.cpus)
+        else:
+            keep_to_cores(self.num_threads)
+
     def _run_programs(self, thread: int) -> None:
-        keep_to_cores(self.num_threads)
+        self._stay(thread)
         seen = 0
         while not self._is_closed():
             seen = _work(self._address, thread, seen)
@@ -314,6 +331,16 @@ class Team:
         the program has run then."""
         assert not self._is_closed()
         self._check_workers()
+        if not self.groups:
+            self._run(program)
+            return
+        self._stay(0)
+        try:
+            self._run(program)
+        finally:
+            keep_to(self._callers_cpus)
+
+    def _run(self, program: Program) -> None:
         self._finish()
         self._program = program  # alive until the next one, also where an exception leaves it unfinished
         _publish(self._address, program.address, len(program.ops))

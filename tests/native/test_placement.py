@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kimi_lite.native.cpu import placement
-from kimi_lite.native.cpu.placement import keep_to_cores, one_thread_per_core
+from kimi_lite.native.cpu.placement import keep_to_cores, one_thread_per_core, place_threads
+from tests.native.test_nodes import make_tree
 
 
 def make_topology(folder: Path, siblings: dict[int, str]) -> Path:
@@ -45,3 +46,17 @@ def test_a_system_that_forbids_it_costs_speed_only(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(placement, "one_thread_per_core", lambda allowed: {0})
     with pytest.warns(UserWarning, match="not permitted"):
         keep_to_cores(1)
+
+
+def test_threads_over_nodes_take_one_hardware_thread_of_each_core(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two sockets of two cores with two hardware threads each; more threads than cores take the second ones, too."""
+    make_topology(tmp_path / "sys/devices/system/cpu", {cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)})
+    make_tree(tmp_path, {0: (0, 1, 4, 5), 1: (2, 3, 6, 7)}, {0: 8, 1: 8}, {0: (10, 21), 1: (21, 10)})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert [group.cpus for group in place_threads(4, tmp_path)] == [{0, 1}, {2, 3}]
+    assert [group.cpus for group in place_threads(5, tmp_path)] == [{0, 1, 4, 5}, {2, 3}]
+    assert [group.num_threads for group in place_threads(5, tmp_path)] == [3, 2]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 4, 5}, raising=False)
+    assert place_threads(4, tmp_path) == ()

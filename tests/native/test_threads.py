@@ -16,6 +16,7 @@ from kimi_lite.native.cpu import threads
 from kimi_lite.native.cpu.compiler import KERNEL, kernel
 from kimi_lite.native.cpu.linear import Product, linear_op
 from kimi_lite.native.cpu.matrix import Matrix
+from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.threads import Team, barrier, next_task, team_size
 from kimi_lite.native.simd import load_i64, store_i64
@@ -391,3 +392,40 @@ def test_patience_stays_long_where_each_thread_has_a_core(monkeypatch, num_cpus,
         seen.append(int(team._memory[team._cell(threads._PATIENCE)]))
     team.close()
     assert seen[0] == limits[1] and limits[0] <= seen[2] <= limits[1], seen
+
+
+ON_NODES = (
+    ThreadGroup(node=0, memory=0, cpus=frozenset({0, 1}), first=0, stop=2),
+    ThreadGroup(node=1, memory=1, cpus=frozenset({2, 3}), first=2, stop=3),
+)
+
+
+def test_threads_are_kept_to_their_nodes_and_the_caller_while_a_program_runs(monkeypatch):
+    """A program that fails lets the caller go, too."""
+    kept = []
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(threads, "keep_to", lambda cpus: kept.append((threading.current_thread().name, set(cpus))))
+    caller, everywhere = threading.current_thread().name, {0, 1, 2, 3}
+    team, values = Team(3, ON_NODES), np.ones(NUM_TASKS, np.int64)
+    team.run(fold_program(2, values))
+    assert sorted(kept)[-2:] == [("kimi-lite-1", {0, 1}), ("kimi-lite-2", {2, 3})]
+    assert [cpus for name, cpus in kept if name == caller] == [{0, 1}, everywhere]
+    kept.clear()
+    monkeypatch.setattr(threads, "_take_part", lambda address: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        team.run(fold_program(2, values))
+    assert kept == [(caller, {0, 1}), (caller, everywhere)]
+    monkeypatch.undo()
+    team.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_the_system_keeps_them(monkeypatch):
+    before = os.sched_getaffinity(0)
+    first, second = sorted(before)[:2]
+    groups = (ThreadGroup(0, 0, frozenset({first}), 0, 1), ThreadGroup(1, 1, frozenset({second}), 1, 2))
+    team = Team(2, groups)
+    team.run(fold_program(2, np.ones(NUM_TASKS, np.int64)))
+    assert os.sched_getaffinity(team._workers[0].native_id) == {second}
+    assert os.sched_getaffinity(0) == before
+    team.close()

@@ -23,6 +23,7 @@ from kimi_lite.model.cpu.weights import check_types, matrix
 from kimi_lite.native.cpu.attention_prefill import prefill_scratch_bytes
 from kimi_lite.native.cpu.experts import experts_scratch_bytes
 from kimi_lite.native.cpu.linear import embed_op
+from kimi_lite.native.cpu.placement import place_threads
 from kimi_lite.native.cpu.run import Attending, RunTable
 from kimi_lite.native.cpu.threads import Team
 
@@ -46,8 +47,10 @@ class Layers:
         on_compile: Callable[[int, int], None] | None = None,
         num_deferred: int = 0,
         team: Team | None = None,
+        is_divided: bool = False,
     ) -> None:
         """num_threads: default, one for each usable core. team: another model's threads, while that one rests.
+        is_divided: threads are kept to memory nodes, where there are several.
         on_compile(kernels done, kernels in all). num_deferred: experts of a generated token that are added one layer
         later. Raises KimiLiteError for a missing tensor, a type without a kernel or sizes the kernels cannot take."""
         check_types(store)
@@ -66,7 +69,8 @@ class Layers:
         self.buffers = Buffers(
             config, self.shape, MAX_BATCH_TOKENS, MAX_ABSORBED_TOKENS, kinds, has_deferral=num_deferred > 0
         )
-        self.team = team or Team(num_threads or usable_cores().num_usable)
+        num_threads = num_threads or usable_cores().num_usable
+        self.team = team or Team(num_threads, place_threads(num_threads) if is_divided else ())
         pairs = num_pairs(config, MAX_BATCH_TOKENS)
         self.run = RunTable(MAX_BATCH_TOKENS, self.team.num_threads, self._scratch_bytes(), pairs)
 

@@ -77,7 +77,8 @@ class Transformer:
         self.max_batch_tokens = MAX_BATCH_TOKENS
         num_deferred = options.num_deferred_experts if options.defers_on_cpu and ram_expert_bytes is None else 0
         on_compile = partial(report, "preparing kernels")
-        self._layers = Layers(store, config, kv, options.num_threads, on_compile, num_deferred)
+        is_divided = options.numa != "off"
+        self._layers = Layers(store, config, kv, options.num_threads, on_compile, num_deferred, is_divided=is_divided)
         self.team, self._buffers = self._layers.team, self._layers.buffers
         self._recorder, self._heat_file, self._is_closed = recorder, heat_file, False
         self._ram: RamSlots | None = None

@@ -16,6 +16,7 @@ from kimi_lite.model.cpu.experts import LayerExperts
 from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes, few_tokens_each
 from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.placement import place_threads
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.run import RunTable
 from kimi_lite.native.cpu.threads import Team
@@ -76,8 +77,10 @@ class CpuExperts:
         capacity: int,
         thread_counts: list[int],
         ram: RamSlots | None = None,
+        is_divided: bool = False,
     ) -> None:
         """layers: the routed experts of each layer that has any. thread_counts: ascending, those that may be asked for.
+        is_divided: threads are kept to memory nodes, where there are several.
 
         ram: brings experts from the disk where not all of them fit into RAM; it changes the layers' tables.
         """
@@ -89,7 +92,7 @@ class CpuExperts:
             set().union(*(layer.input_kinds for layer in layers.values())),
             set().union(*(layer.hidden_kinds for layer in layers.values())),
         )
-        self._teams = {count: Team(count) for count in thread_counts}
+        self._teams = {count: Team(count, place_threads(count) if is_divided else ()) for count in thread_counts}
         self._buffers = self.buffers(capacity)
         self._sums = np.zeros((capacity, c.hidden_size), np.float32)
         self._row_programs = {layer: self._program(layer, is_summed=False) for layer in layers}

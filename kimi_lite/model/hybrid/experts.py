@@ -70,7 +70,8 @@ def open_experts(
             ram = open_ram(index, tables, config.num_experts_used, options, plan.ram_budget_bytes, heat, on_load)
         experts, costs = ExpertStore(index, ram), ExpertCosts()
         opened.callback(experts.close)
-        cpu = CpuExperts(layers, config, streams, min(ROW_TOKENS, plan.prompt_chunk_tokens), counts, ram)
+        num_rows, is_divided = min(ROW_TOKENS, plan.prompt_chunk_tokens), options.numa != "off"
+        cpu = CpuExperts(layers, config, streams, num_rows, counts, ram, is_divided)
         opened.callback(cpu.close)
         slots = VramSlots(streams, experts, num_slots, slot_table, num_stream_slots=2 * group_size)
         opened.callback(slots.close)
