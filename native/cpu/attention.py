@@ -35,7 +35,7 @@ from kimi_lite.native.cpu.run import (
     RunTable,
 )
 from kimi_lite.native.cpu.specialize import for_literals
-from kimi_lite.native.cpu.threads import barrier, next_task
+from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks
 from kimi_lite.native.cpu.tiles import MAX_HEADS, SCORE_STRIDE, score_tile, value_tile
 from kimi_lite.native.cpu.vector_math import exp_f32x16, rotate_pairs
 from kimi_lite.native.latent_rows import GROUP_VALUES, PAGE_TOKENS, ROW_FORMS, MlaShape
@@ -58,6 +58,7 @@ from kimi_lite.native.simd import (
 _MINUS_INFINITY = types.float32(-np.inf)
 SPLIT_POSITIONS, _TASKS = 512, 64  # a span is at least this long; tasks that keep 16 cores busy to the end
 _TOKENS = 8  # that share a reading of W_UK and W_UV
+_BAND_HEADS = 8  # at most, that a thread takes at once
 
 # int64 cells of the arguments
 _RUN, _Q, _Q_STRIDE, _K_B, _V_B, _SCALE, _NUM_HEADS, _NOPE, _ROPE, _KV_LORA, _VALUE = (8 * i for i in range(11))
@@ -85,31 +86,40 @@ def _rows_of_head(head, num_heads, first, count, rows):
 
 @njit
 def _absorb(args, records, num_tokens, thread, team):
+    """Each thread has a band of heads, whose rows of W_UK are one run of memory."""
+    num_tasks = -(-num_tokens // _TOKENS) * load_i64(args + _NUM_HEADS)
+    first, count = next_tasks(team, thread, num_tasks, _BAND_HEADS)
+    while count > 0:
+        for task in range(first, first + count):
+            _absorb_task(args, records, num_tokens, task, thread)
+        first, count = next_tasks(team, thread, num_tasks, _BAND_HEADS)
+
+
+@njit
+def _absorb_task(args, records, num_tokens, task, thread):
+    """One head of up to _TOKENS tokens: its query in the latent space, scaled, its turned part behind it."""
     run, heads = load_i64(args + _RUN), load_i64(args + _NUM_HEADS)
     nope, rope, kv_lora = load_i64(args + _NOPE), load_i64(args + _ROPE), load_i64(args + _KV_LORA)
     act, scale, rows = load_i64(args + _QUERY_ACT), splat_f32x16(load_f32(args + _SCALE)), thread_scratch(run, thread)
     stride = 4 * (kv_lora + rope)
-    task = next_task(team)
-    while task < -(-num_tokens // _TOKENS) * heads:
-        first, head = task // heads * _TOKENS, task % heads
-        count = min(_TOKENS, num_tokens - first)
-        _rows_of_head(head, heads, first, count, rows)
-        for i in range(first, first + count):
-            token, row = load_i64(records + RECORD_BYTES * i + RECORD_TOKEN), i * heads + head
-            q = load_i64(args + _Q) + token * load_i64(args + _Q_STRIDE) + 4 * head * (nope + rope)
-            x = load_i64(act + X_F32) + 4 * load_i64(act + NUM_VALUES) * row
-            for j in range(0, 4 * nope, 64):
-                store_f32x16(x + j, load_f32x16(q + j))
-            quantize_token(act, row)
-            turned, angles = load_i64(args + _LATENT_Q) + stride * row + 4 * kv_lora, 2 * rope * token
-            rotate_pairs(q + 4 * nope, turned, load_i64(run + COS) + angles, load_i64(run + SIN) + angles, rope // 2)
-        out = load_i64(args + _LATENT_Q) + stride * (first * heads + head)
-        matrix_rows(load_i64(args + _K_B), head * kv_lora, kv_lora, act, rows, count, out, stride * heads)
-        for i in range(count):
-            for j in range(0, stride, 64):
-                at = out + stride * heads * i + j
-                store_f32x16(at, load_f32x16(at) * scale)
-        task = next_task(team)
+    first, head = task // heads * _TOKENS, task % heads
+    count = min(_TOKENS, num_tokens - first)
+    _rows_of_head(head, heads, first, count, rows)
+    for i in range(first, first + count):
+        token, row = load_i64(records + RECORD_BYTES * i + RECORD_TOKEN), i * heads + head
+        q = load_i64(args + _Q) + token * load_i64(args + _Q_STRIDE) + 4 * head * (nope + rope)
+        x = load_i64(act + X_F32) + 4 * load_i64(act + NUM_VALUES) * row
+        for j in range(0, 4 * nope, 64):
+            store_f32x16(x + j, load_f32x16(q + j))
+        quantize_token(act, row)
+        turned, angles = load_i64(args + _LATENT_Q) + stride * row + 4 * kv_lora, 2 * rope * token
+        rotate_pairs(q + 4 * nope, turned, load_i64(run + COS) + angles, load_i64(run + SIN) + angles, rope // 2)
+    out = load_i64(args + _LATENT_Q) + stride * (first * heads + head)
+    matrix_rows(load_i64(args + _K_B), head * kv_lora, kv_lora, act, rows, count, out, stride * heads)
+    for i in range(count):
+        for j in range(0, stride, 64):
+            at = out + stride * heads * i + j
+            store_f32x16(at, load_f32x16(at) * scale)
 
 
 @njit(fastmath={"nsz", "contract"}, error_model="numpy")
@@ -230,30 +240,39 @@ def _merge_spans(partial, step, splits, kv_lora, x):
 
 @njit
 def _combine(group, args, records, num_tokens, thread, team):
+    """Each thread has a band of heads, whose rows of W_UV are one run of memory."""
+    num_tasks = -(-num_tokens // _TOKENS) * load_i64(args + _NUM_HEADS)
+    first, count = next_tasks(team, thread, num_tasks, _BAND_HEADS)
+    while count > 0:
+        for task in range(first, first + count):
+            _combine_task(group, args, records, num_tokens, task, thread)
+        first, count = next_tasks(team, thread, num_tasks, _BAND_HEADS)
+
+
+@njit
+def _combine_task(group, args, records, num_tokens, task, thread):
+    """One head of up to _TOKENS tokens: its spans' contexts merged, brought out of the latent space into `out`."""
     run, heads, kv_lora = load_i64(args + _RUN), load_i64(args + _NUM_HEADS), load_i64(args + _KV_LORA)
     max_splits, size, value = load_i64(args + _MAX_SPLITS), _partial_bytes(args), load_i64(args + _VALUE)
     act, out, groups = load_i64(args + _CONTEXT_ACT), load_i64(args + _OUT), -(-heads // group)
     rows = thread_scratch(run, thread)
     values = rows + 64
-    task = next_task(team)
-    while task < -(-num_tokens // _TOKENS) * heads:
-        first, head = task // heads * _TOKENS, task % heads
-        count, g = min(_TOKENS, num_tokens - first), head // group
-        place = head - min(g * group, heads - group)  # of this head in its group
-        _rows_of_head(head, heads, first, count, rows)
-        for i in range(first, first + count):
-            length = load_i64(records + RECORD_BYTES * i + RECORD_POSITION) + 1
-            partial = load_i64(args + _PARTIAL) + size * ((i * groups + g) * max_splits * group + place)
-            x = load_i64(act + X_F32) + 4 * kv_lora * (i * heads + head)
-            _merge_spans(partial, size * group, _num_splits(length, max_splits), kv_lora, x)
-            quantize_token(act, i * heads + head)
-        matrix_rows(load_i64(args + _V_B), head * value, value, act, rows, count, values, 4 * value)
-        for i in range(count):
-            token = load_i64(records + RECORD_BYTES * (first + i) + RECORD_TOKEN)
-            target = load_i64(out + X_F32) + 4 * (load_i64(out + NUM_VALUES) * token + head * value)
-            for j in range(0, 4 * value, 64):
-                store_f32x16(target + j, load_f32x16(values + 4 * value * i + j))
-        task = next_task(team)
+    first, head = task // heads * _TOKENS, task % heads
+    count, g = min(_TOKENS, num_tokens - first), head // group
+    place = head - min(g * group, heads - group)  # of this head in its group
+    _rows_of_head(head, heads, first, count, rows)
+    for i in range(first, first + count):
+        length = load_i64(records + RECORD_BYTES * i + RECORD_POSITION) + 1
+        partial = load_i64(args + _PARTIAL) + size * ((i * groups + g) * max_splits * group + place)
+        x = load_i64(act + X_F32) + 4 * kv_lora * (i * heads + head)
+        _merge_spans(partial, size * group, _num_splits(length, max_splits), kv_lora, x)
+        quantize_token(act, i * heads + head)
+    matrix_rows(load_i64(args + _V_B), head * value, value, act, rows, count, values, 4 * value)
+    for i in range(count):
+        token = load_i64(records + RECORD_BYTES * (first + i) + RECORD_TOKEN)
+        target = load_i64(out + X_F32) + 4 * (load_i64(out + NUM_VALUES) * token + head * value)
+        for j in range(0, 4 * value, 64):
+            store_f32x16(target + j, load_f32x16(values + 4 * value * i + j))
 
 
 def _attention_kernel(group: int, dtype: str, value_bytes: int, scale_bytes: int):
@@ -263,11 +282,11 @@ def _attention_kernel(group: int, dtype: str, value_bytes: int, scale_bytes: int
         for first in range(0, num_tokens, wave):
             records, count = load_i64(run + ABSORBED) + RECORD_BYTES * first, min(wave, num_tokens - first)
             if first > 0:
-                barrier(team)  # the wave before is combined
+                barrier(team, thread)  # the wave before is combined
             _absorb(args, records, count, thread, team)
-            barrier(team)
+            barrier(team, thread)
             _attend(group, dtype, value_bytes, scale_bytes, args, records, count, thread, team)
-            barrier(team)
+            barrier(team, thread)
             _combine(group, args, records, count, thread, team)
 
     return attention

@@ -18,7 +18,7 @@ from numba import njit, types
 
 from kimi_lite.native.cpu.activations import X_F32, Activations, quantize_token
 from kimi_lite.native.cpu.compiler import kernel
-from kimi_lite.native.cpu.linear import RESULT_BYTES, TASK_ROWS, TASK_TOKENS, thread_scratch
+from kimi_lite.native.cpu.linear import BAND_STEP, RESULT_BYTES, TASK_ROWS, TASK_TOKENS, thread_scratch
 from kimi_lite.native.cpu.matrix import (
     MATRIX_BYTES,
     NUM_ROWS,
@@ -33,7 +33,7 @@ from kimi_lite.native.cpu.packing import PACK_TOKENS, pack_bytes, pack_kinds, pa
 from kimi_lite.native.cpu.panel import PANEL_ROWS
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, PACKS, RunTable
-from kimi_lite.native.cpu.threads import barrier, next_task
+from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks
 from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
@@ -57,7 +57,7 @@ _EXPERT_BYTES = 3 * MATRIX_BYTES  # gate, up, down
 # As many through rows take about as long as through a panel: with AVX-512 and matrix tiles 2 to 10, depending on the
 # type, with AVX2 2 to 20 (`python -m tools.kernels --few-tokens`, tools/LOG.md).
 _FEW_TOKENS = 8
-_DOWN_ROWS = 32  # of a task for few tokens, or with matrix tiles
+_DOWN_ROWS = 32  # of a task for few tokens of prompts, or with matrix tiles
 
 
 def experts_scratch_bytes(hidden_size: int, feed_forward_size: int, max_tokens: int) -> int:
@@ -164,7 +164,7 @@ def _panel_rows(matrix, other):
 
 
 @njit
-def _pack_pairs(args, activations, is_hidden, team):
+def _pack_pairs(args, activations, is_hidden, thread, team):
     """Packs, for every active expert with matrix tiles, its tokens of prompts, or their hidden values."""
     starts, active = load_i64(args + _STARTS), load_i64(args + _ACTIVE)
     numbers = load_i64(load_i64(args + _RUN) + EVERY_TOKEN) if is_hidden else load_i64(args + _PAIR_TOKEN)
@@ -186,7 +186,7 @@ def _pack_pairs(args, activations, is_hidden, team):
             pack_kinds(activations, kind, other, numbers + 4 * pair, min(PACK_TOKENS, end - pair), pack)
             task = next_task(team)
         passed += num_tasks
-    barrier(team)
+    barrier(team, thread)
 
 
 @njit
@@ -283,42 +283,85 @@ def _down_task(args, hidden, first, num_rows, scratch):
                 _deliver(args, many + i, scratch + stride * i, first + row, height)
 
 
+@njit
+def _gate_up_bands(args, hidden, num_active, width, scratch, thread, team):
+    """Generated tokens alone: the rows of all active experts one behind the other, of which each thread has a band."""
+    steps = -(-width // BAND_STEP)
+    first, count = next_tasks(team, thread, num_active * steps, TASK_ROWS // BAND_STEP)
+    while count > 0:
+        while count > 0:  # parts of one expert
+            a, begin = first // steps, first % steps
+            part = min(count, steps - begin)
+            row = begin * BAND_STEP
+            _gate_up_task(args, hidden, a, row, min(part * BAND_STEP, width - row), scratch)
+            first, count = first + part, count - part
+        first, count = next_tasks(team, thread, num_active * steps, TASK_ROWS // BAND_STEP)
+
+
+@njit
+def _down_bands(args, hidden, num_rows, scratch, thread, team):
+    """Generated tokens alone: each thread has a band of rows, in every expert the same."""
+    steps = -(-num_rows // BAND_STEP)
+    first, count = next_tasks(team, thread, steps, TASK_ROWS // BAND_STEP)
+    while count > 0:
+        row = first * BAND_STEP
+        _down_task(args, hidden, row, min(count * BAND_STEP, num_rows - row), scratch)
+        first, count = next_tasks(team, thread, steps, TASK_ROWS // BAND_STEP)
+
+
+@njit
+def _gate_up_tasks(args, hidden, num_active, width, step, scratch, team):
+    """With tokens of prompts: blocks of `step` rows, each to the next thread that is free."""
+    blocks = -(-width // step)
+    task = next_task(team)
+    while task < num_active * blocks:
+        first = task % blocks * step
+        _gate_up_task(args, hidden, task // blocks, first, min(step, width - first), scratch)
+        task = next_task(team)
+
+
+@njit
+def _down_tasks(args, hidden, num_rows, step, scratch, team):
+    """With tokens of prompts, likewise."""
+    task = next_task(team)
+    while task < -(-num_rows // step):
+        _down_task(args, hidden, task * step, min(step, num_rows - task * step), scratch)
+        task = next_task(team)
+
+
 @kernel
 def _experts_kernel(args, thread, team):
     run, hidden = load_i64(args + _RUN), load_i64(args + _HIDDEN)
     scratch, active, starts = thread_scratch(run, thread), load_i64(args + _ACTIVE), load_i64(args + _STARTS)
     if thread == 0:
         _group_by_expert(args)
-    barrier(team)
+    barrier(team, thread)
     num_active = load_i32(active)
     gate = load_i64(args + _MATRICES) + load_i32(active + 4) * _EXPERT_BYTES
-    width, has_prompt = load_i64(gate + NUM_ROWS), load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED)
-    is_fine = has_prompt and load_i64(args + _HAS_FEW_EACH) == 0
+    width, num_rows = load_i64(gate + NUM_ROWS), load_i64(gate + 2 * MATRIX_BYTES + NUM_ROWS)
+    has_prompt = load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED)
     has_packs = has_prompt and load_i64(run + PACKS) != 0
-    step = PANEL_ROWS if is_fine and not has_packs else TASK_ROWS
-    blocks = -(-width // step)
+    is_fine = has_prompt and not has_packs and load_i64(args + _HAS_FEW_EACH) == 0
     if has_packs:
-        _pack_pairs(args, load_i64(args + _X), False, team)
-    task = next_task(team)
-    while task < num_active * blocks:
-        first = task % blocks * step
-        _gate_up_task(args, hidden, task // blocks, first, min(step, width - first), scratch)
-        task = next_task(team)
-    barrier(team)
+        _pack_pairs(args, load_i64(args + _X), False, thread, team)
+    if has_prompt:
+        step = PANEL_ROWS if is_fine else TASK_ROWS
+        _gate_up_tasks(args, hidden, num_active, width, step, scratch, team)
+    else:
+        _gate_up_bands(args, hidden, num_active, width, scratch, thread, team)
+    barrier(team, thread)
     num_pairs = load_i32(starts + 4 * (load_i64(args + _NUM_ROUTED) + load_i64(args + _NUM_ALWAYS)))
     pair = next_task(team)
     while pair < num_pairs:
         quantize_token(hidden, pair)
         pair = next_task(team)
-    barrier(team)
+    barrier(team, thread)
     if has_packs:
-        _pack_pairs(args, hidden, True, team)
-    num_rows = load_i64(gate + 2 * MATRIX_BYTES + NUM_ROWS)
-    step = PANEL_ROWS if is_fine and not has_packs else _DOWN_ROWS
-    task = next_task(team)
-    while task < -(-num_rows // step):
-        _down_task(args, hidden, task * step, min(step, num_rows - task * step), scratch)
-        task = next_task(team)
+        _pack_pairs(args, hidden, True, thread, team)
+    if has_prompt:
+        _down_tasks(args, hidden, num_rows, PANEL_ROWS if is_fine else _DOWN_ROWS, scratch, team)
+    else:
+        _down_bands(args, hidden, num_rows, scratch, thread, team)
 
 
 def experts_op(

@@ -34,7 +34,7 @@ from kimi_lite.native.cpu.run import (
     TOKEN_IDS,
     RunTable,
 )
-from kimi_lite.native.cpu.threads import barrier, next_task, team_size
+from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks, team_size
 from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.simd import (
     fma_f32x16,
@@ -49,7 +49,8 @@ from kimi_lite.native.simd import (
     zero_f32x16,
 )
 
-TASK_ROWS = 64  # of a task for few tokens: long runs of memory, for short ones break up the hardware's prefetching
+TASK_ROWS = 64  # at most, that a thread takes at once for few tokens
+BAND_STEP = 8  # rows that are taken together there: the size of the last pieces, for which other threads may wait
 TASK_TOKENS = 16  # generated tokens whose results lie in a thread's scratch at once
 RESULT_BYTES = 4 * TASK_ROWS  # from token to token there
 
@@ -101,12 +102,6 @@ def rms_norm_op(run: RunTable, x: np.ndarray, weight: np.ndarray, out: Activatio
 
 
 @njit
-def _gemv_rows(num_rows, num_threads):
-    """Rows of one matrix-vector task: fewer where a small matrix must still be shared by all threads."""
-    return min(TASK_ROWS, max(8, num_rows // (4 * num_threads) // 8 * 8))
-
-
-@njit
 def _add_rows(source, target, num_rows):
     row = 0
     while row + 16 <= num_rows:
@@ -145,7 +140,7 @@ def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch
 
 
 @njit
-def _pack_prompt(run, x, team):
+def _pack_prompt(run, x, thread, team):
     """Packs every token of prompts for matrix tiles."""
     num_generated, packs = load_i64(run + NUM_GENERATED), load_i64(run + PACKS)
     num_tokens, stride = load_i64(run + NUM_TOKENS) - num_generated, pack_bytes(x)
@@ -154,24 +149,49 @@ def _pack_prompt(run, x, team):
         tokens = load_i64(run + EVERY_TOKEN) + 4 * (num_generated + first)
         pack_tokens(x, tokens, min(PACK_TOKENS, num_tokens - first), packs + first // PACK_TOKENS * stride)
         first = next_task(team) * PACK_TOKENS
-    barrier(team)
+    barrier(team, thread)
 
 
-@kernel
-def _linear_kernel(args, thread, team):
+@njit
+def _share_rows(args, thread, team):
+    """Generated tokens alone: the rows of all matrices one behind the other, of which each thread has a band."""
+    run, x, num_outputs, scratch = (
+        load_i64(args),
+        load_i64(args + 8),
+        load_i64(args + 16),
+        thread_scratch(load_i64(args), thread),
+    )
+    num_steps = 0
+    for i in range(num_outputs):
+        num_steps += -(-load_i64(load_i64(args + 32 + 32 * i) + NUM_ROWS) // BAND_STEP)
+    first, count = next_tasks(team, thread, num_steps, TASK_ROWS // BAND_STEP)
+    while count > 0:
+        passed = 0
+        for i in range(num_outputs):
+            output = args + 32 + 32 * i
+            matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
+            num_rows = load_i64(matrix + NUM_ROWS)
+            begin = max(0, first - passed) * BAND_STEP
+            end = min(num_rows, (first + count - passed) * BAND_STEP)
+            if begin < end:
+                _linear_task(run, x, matrix, begin, end - begin, out, stride, load_i64(output + 24) != 0, scratch)
+            passed += -(-num_rows // BAND_STEP)
+        first, count = next_tasks(team, thread, num_steps, TASK_ROWS // BAND_STEP)
+
+
+@njit
+def _share_panels(args, thread, team):
+    """With tokens of prompts: panels of rows, each to the next thread that is free."""
     run, x, num_outputs = load_i64(args), load_i64(args + 8), load_i64(args + 16)
-    scratch, has_tiles = thread_scratch(run, thread), load_i64(args + 24) != 0
-    has_prompt = load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED)
-    if has_prompt and has_tiles:
-        _pack_prompt(run, x, team)
+    scratch = thread_scratch(run, thread)
+    if load_i64(args + 24) != 0:
+        _pack_prompt(run, x, thread, team)
     task, passed = next_task(team), 0
     for i in range(num_outputs):
         output = args + 32 + 32 * i
         matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
         num_rows = load_i64(matrix + NUM_ROWS)
-        step = _gemv_rows(num_rows, team_size(team))
-        if has_prompt:
-            step = PANEL_ROWS if load_i64(matrix + TILE_KIND) == 0 else _panel_rows(num_rows, team_size(team))
+        step = PANEL_ROWS if load_i64(matrix + TILE_KIND) == 0 else _panel_rows(num_rows, team_size(team))
         num_tasks = -(-num_rows // step)
         while task < passed + num_tasks:
             first = (task - passed) * step
@@ -179,6 +199,15 @@ def _linear_kernel(args, thread, team):
             _linear_task(run, x, matrix, first, count, out, stride, load_i64(output + 24) != 0, scratch)
             task = next_task(team)
         passed += num_tasks
+
+
+@kernel
+def _linear_kernel(args, thread, team):
+    run = load_i64(args)
+    if load_i64(run + NUM_TOKENS) > load_i64(run + NUM_GENERATED):
+        _share_panels(args, thread, team)
+    else:
+        _share_rows(args, thread, team)
 
 
 class Product(NamedTuple):

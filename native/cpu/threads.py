@@ -1,7 +1,8 @@
 """A team of threads that runs programs of kernels, the way a GPU runs a graph.
 
 Every thread of the team walks through a `program.Program` and calls each kernel as `kernel(args, thread, team)`; a
-kernel shares its work out with `next_task` and separates its phases with `barrier`. One call from Python thus runs a
+kernel shares its work out with `next_task`, or, where it reads long runs of memory, with `next_tasks` (`bands`), and
+separates its phases with `barrier`. One call from Python thus runs a
 whole transformer: no per-operation dispatch, a barrier costs well under a microsecond. Threads wait for a short while
 after a program, then sleep in Python until the next one, so an idle team costs nothing.
 
@@ -37,6 +38,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kimi_lite.native.calls import atomic_add, atomic_load, call3, pause
+from kimi_lite.native.cpu.bands import Bands, enter_phase, take_tasks
 from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.placement import keep_to, keep_to_cores, num_allowed_cpus
@@ -49,8 +51,8 @@ _LINE = 64
 _EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE = (
     _LINE * i for i in range(12)
 )
-_TAKEN, _BROKEN = 12 * _LINE, 13 * _LINE
-_NUM_LINES = 14
+_TAKEN, _BROKEN, _BANDS = 12 * _LINE, 13 * _LINE, 14 * _LINE
+_NUM_LINES = 15
 
 _LEAST, _MOST, _SLOWNESS = (_PATIENCE + 8 * i for i in (1, 2, 3))  # patience stays between; a success adds 1 / slowness
 _OWN_CORES, _CROWDED = (256, 8192, 2), (16, 2048, 8)  # of these; spins of 25 to 50 ns
@@ -99,29 +101,37 @@ def next_task(team):
 
 
 @njit
+def next_tasks(team, thread, num_tasks, most):
+    """(first, count) of this thread's next tasks of a phase of `num_tasks`, at most `most` neighbours, from the band
+    that is its own as long as that lasts; count 0: all are taken. Every thread gives the same `num_tasks`."""
+    return take_tasks(load_i64(team + _BANDS), thread, num_tasks, most)
+
+
+@njit
 def give_way(team):
     """Lets another thread have the core for a turn of the scheduler; returns at once where none wants it."""
     _call_yield(load_i64(team + _YIELD))
 
 
 @njit
-def barrier(team):
+def barrier(team, thread):
     """Waits until every thread is here; what each wrote before is then visible to all."""
-    _arrive(team, atomic_load(team + _GENERATION))
+    _arrive(team, thread, atomic_load(team + _GENERATION))
 
 
 @njit
-def _join(team):
+def _join(team, thread):
     """A barrier that a worker's end opens, too: whether every thread is here."""
     generation = atomic_load(team + _GENERATION)
     if atomic_load(team + _BROKEN) == 0:  # a worker that ends later changes the generation
-        _arrive(team, generation)
+        _arrive(team, thread, generation)
     return atomic_load(team + _BROKEN) == 0
 
 
 @njit
-def _arrive(team, generation):
+def _arrive(team, thread, generation):
     """The last of the threads begins a new generation; the others wait for it."""
+    enter_phase(load_i64(team + _BANDS), thread)
     if atomic_add(team + _ARRIVED, 1) == team_size(team) - 1:
         store_i64(team + _ARRIVED, 0)
         store_i64(team + _TASK, 0)
@@ -173,11 +183,11 @@ def _sleep(team, generation):
 def _run_ops(team, thread):
     """Runs the published program; False, and nothing of it has run, where a worker has ended."""
     program, num_ops = load_i64(team + _PROGRAM), load_i64(team + _NUM_OPS)
-    if not _join(team):
+    if not _join(team, thread):
         return False
     for op in range(num_ops):
         call3(load_i64(program + 16 * op), load_i64(program + 16 * op + 8), thread, team)
-        barrier(team)
+        barrier(team, thread)
     return True
 
 
@@ -237,7 +247,7 @@ def _futex_call() -> tuple[int, int]:
 
 
 class Team:
-    """`num_threads` threads, the caller being one of them. One program runs at a time.
+    """`num_threads` threads, the caller being number 0. One program runs at a time.
 
     RuntimeError where the system gives no more threads, and from `run` when one of them has ended.
     """
@@ -253,6 +263,9 @@ class Team:
         self._callers_cpus = os.sched_getaffinity(0) if groups else set()
         self._memory = np.zeros(_NUM_LINES * _LINE // 8 + 8, dtype=np.int64)
         self._address = -(-self._memory.ctypes.data // _LINE) * _LINE
+        nodes = [group.node for group in groups for _ in range(group.num_threads)]
+        self._bands = Bands(nodes or [0] * num_threads)  # tasks of the own node's threads are taken first
+        self._set(_BANDS, self._bands.address)
         self._set(_SIZE, num_threads)
         self._set(_YIELD, _yield_address())
         self._set_patience(*(_OWN_CORES if num_threads <= num_allowed_cpus() else _CROWDED))

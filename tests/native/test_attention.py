@@ -91,7 +91,7 @@ def test_a_score_far_above_the_others():
 def test_the_number_of_threads_does_not_matter():
     sequences = Sequences([(1100, 1), (62, 4), (10, 40)], np.random.default_rng(8), types=("Q8_0", "Q8_0"), dtype="f16")
     one = sequences.run(expanded=[2])
-    for num_threads in (2, 3):
+    for num_threads in (2, 3, 11):
         assert np.array_equal(sequences.run(expanded=[2], num_threads=num_threads), one)
 
 

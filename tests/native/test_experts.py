@@ -167,15 +167,16 @@ def test_zeros_in_zeros_out():
 
 
 @pytest.mark.parametrize("names", [("F32", "F32"), ("Q8_0", "Q8_0"), ("TQ1_0", "TQ1_0")])
-@pytest.mark.parametrize("num_tokens", [2, 9])
-def test_the_number_of_threads_does_not_matter(names, num_tokens):
+@pytest.mark.parametrize(("num_tokens", "num_generated"), [(2, 0), (9, 0), (1, 1), (4, 4), (9, 5)])
+def test_the_number_of_threads_does_not_matter(names, num_tokens, num_generated):
     rng = np.random.default_rng(8)
     layer = Layer(names, rng, num_experts=8)
     ids, x = distinct_ids(num_tokens, 7, TOP_K, rng), tokens_of(layer, num_tokens, rng)
     weights = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
-    one = layer.run(x, ids, weights, num_always=1)
-    for num_threads in (2, 3):
-        assert np.array_equal(layer.run(x, ids, weights, num_always=1, num_threads=num_threads), one)
+    one = layer.run(x, ids, weights, num_always=1, num_generated=num_generated)
+    for num_threads in (2, 3, 11):
+        many = layer.run(x, ids, weights, num_always=1, num_threads=num_threads, num_generated=num_generated)
+        assert np.array_equal(many, one)
 
 
 @pytest.mark.parametrize("names", [("F32", "F32"), ("Q8_0", "Q8_0"), ("Q4_K", "TQ1_0")])

@@ -70,7 +70,7 @@ def test_neither_threads_nor_other_tokens_matter(num_tokens, num_generated):
     tensors = [(name, hostile_rows(name, 301, K, rng)) for name in ("Q8_0", "TQ1_0", "BF16")]
     starts = [rng.standard_normal((num_tokens, 301)).astype(np.float32), None, None]
     one = run_linear(x, tensors, starts, 1, num_generated)
-    for num_threads in (2, 3):
+    for num_threads in (2, 3, 11):
         for a, b in zip(one, run_linear(x, tensors, starts, num_threads, num_generated), strict=True):
             assert np.array_equal(a, b)
     for i in range(num_tokens):

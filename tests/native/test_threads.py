@@ -47,7 +47,7 @@ def _mirror(args, thread, team):
     while task < NUM_TASKS:
         store_i64(doubled + 8 * task, 2 * load_i64(values + 8 * task))
         task = next_task(team)
-    barrier(team)
+    barrier(team, thread)
     task = next_task(team)
     while task < NUM_TASKS:
         store_i64(values + 8 * task, load_i64(doubled + 8 * (NUM_TASKS - 1 - task)))
