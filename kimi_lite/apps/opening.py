@@ -131,15 +131,17 @@ def _open_local(options: Options, answer: AnswerSettings, status: Console) -> Se
 
 def _warm(engine: Engine, options: Options, progress: LoadProgress) -> None:
     """Read the model into memory where it fits; Ctrl-C leaves the rest for later."""
-    from kimi_lite.gguf.shards import find_shards
-    from kimi_lite.gguf.warm import warm
+    from kimi_lite.engine.warming import warm_model
 
     path = engine.info.path
     if not path.is_file() or not situation_of(engine.plan, options).is_warmed:
         return
     with on_interrupt(lambda: None) as interrupt:
-        warm(
-            find_shards(path), lambda done, total: progress("reading weights", done, total), lambda: interrupt.has_come
+        warm_model(
+            path,
+            engine.plan,
+            lambda done, total: progress("reading weights", done, total),
+            lambda: interrupt.has_come,
         )
 
 

@@ -18,15 +18,16 @@ NUM_STAGINGS = 4  # pinned buffers of an expert each, for those on their way to 
 _HUGE_BYTES = 1 << 22  # from here on huge pages are worth asking for
 
 
-def aligned_memory(num_bytes: int) -> np.ndarray:
+def aligned_memory(num_bytes: int, has_small_pages: bool = False) -> np.ndarray:
     """uint8 zeros on a page's border, in huge pages where the system grants them; they take memory once written.
+    has_small_pages: never in huge ones.
 
     The process's own: shared mappings, which are Python's default, get no huge pages as Linux is usually set."""
     size = max(num_bytes, BLOCK_BYTES)
     own = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     memory = mmap.mmap(-1, size, **own)
     if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= _HUGE_BYTES:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(mmap.MADV_NOHUGEPAGE if has_small_pages else mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 
 

@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.experts.index import ExpertIndex
+from kimi_lite.experts.index import ExpertIndex, RoutedLayer
 from kimi_lite.experts.memory import aligned_memory, lock_memory
+from kimi_lite.experts.nodes import place_slots, wants_small_pages
 from kimi_lite.experts.policy import HALF_LIVES, HeatPolicy
 from kimi_lite.experts.reader import ExpertReader, ReadJob, read_failure
 from kimi_lite.native.cpu.matrix import DATA
+from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.options import Options
 from kimi_lite.units import gib_apart
 
@@ -68,9 +70,11 @@ class Pool:
         return self.memory[number * self.slot_bytes : (number + 1) * self.slot_bytes]
 
 
-def make_pools(index: ExpertIndex, budget_bytes: int | None, num_choices: int) -> dict[int, Pool]:
-    """The budget, shared out by the bytes of each size's layers. Raises KimiLiteError for less than `num_choices` of a
-    layer need."""
+def make_pools(
+    index: ExpertIndex, budget_bytes: int | None, num_choices: int, groups: Sequence[ThreadGroup] = ()
+) -> dict[int, Pool]:
+    """The budget, shared out by the bytes of each size's layers. groups: of the threads that will read the slots, where
+    memory is on several nodes. Raises KimiLiteError for less than `num_choices` of a layer need."""
     num_layers, whole_bytes = index.num_layers, sum(size * len(layers) for size, layers in index.ram_pools.items())
     budget_bytes = index.ram_bytes if budget_bytes is None else budget_bytes
     counts = {
@@ -89,10 +93,19 @@ def make_pools(index: ExpertIndex, budget_bytes: int | None, num_choices: int) -
         size: Pool(
             HeatPolicy(num_layers, index.num_experts, count, num_sharing=len(index.ram_pools[size])),
             size,
-            aligned_memory(count * size),
+            _slot_memory(count * size, index.layers[index.ram_pools[size][0]], groups),
         )
         for size, count in counts.items()
     }
+
+
+def _slot_memory(num_bytes: int, layer: RoutedLayer, groups: Sequence[ThreadGroup]) -> np.ndarray:
+    """uint8: of slots like this layer's, on the nodes of the threads that will read them."""
+    if not groups:
+        return aligned_memory(num_bytes)
+    memory = aligned_memory(num_bytes, wants_small_pages(layer, groups))
+    place_slots(memory, layer, groups)
+    return memory
 
 
 class RamSlots:
@@ -107,17 +120,18 @@ class RamSlots:
         num_choices: int,
         num_readers: int = NUM_READERS,
         is_direct: bool = True,
+        groups: Sequence[ThreadGroup] = (),
     ) -> None:
         """tables: of each layer with routed experts, int64 (at least experts, 3, 9); addresses are written into them.
 
-        num_choices: experts that a token chooses in a layer. Raises KimiLiteError for a budget of less than a few
-        tokens' worth.
+        num_choices: experts that a token chooses in a layer. groups: of the team that reads the slots, where it is on
+        several memory nodes. Raises KimiLiteError for a budget of less than a few tokens' worth.
         """
         self.index, self.counts = index, Counts()
         self._is_limited = budget_bytes is not None
         self._tables = {layer: table[: index.num_experts, :, DATA // 8] for layer, table in tables.items()}
         self._mapped = {layer: addresses.copy() for layer, addresses in self._tables.items()}
-        self._pools = make_pools(index, budget_bytes, num_choices)
+        self._pools = make_pools(index, budget_bytes, num_choices, groups)
         self._pool_of = {layer: self._pools[each.ram_slot_bytes] for layer, each in index.layers.items()}
         self._guesses: dict[int, list[int]] = {}  # by layer: slots that the last guess is being read into
         self._resident: dict[tuple[int, int], list[np.ndarray]] = {}  # gate, up and down of each expert that is there
@@ -413,6 +427,7 @@ def open_ram(
     budget_bytes: int | None,
     heat: np.ndarray | None,
     on_load: Callable[[int, int], None],
+    groups: Sequence[ThreadGroup] = (),
 ) -> RamSlots | None:
     """The slots that options and plan ask for, filled with what comes first; None where the mapped file is read.
 
@@ -422,7 +437,7 @@ def open_ram(
     loads_all = budget_bytes is None
     if options.maps_beyond_ram or (loads_all and options.loading == "map"):
         return None
-    slots = RamSlots(index, tables, budget_bytes, num_choices, options.num_readers, options.is_reading_direct)
+    slots = RamSlots(index, tables, budget_bytes, num_choices, options.num_readers, options.is_reading_direct, groups)
     try:
         slots.fill(heat, on_load if loads_all else None, is_locked=options.loading == "lock")
     except BaseException:

@@ -1,20 +1,36 @@
 """Reads a model's files once, so that the first answer finds them in memory and waits for no disk. Called when a chat
 starts.
 
+Pages of a file lie on the memory node of the thread that reads them first. Where a machine has several, `runs` say
+whose bytes are whose, and threads kept to those cores read them.
+
 The map path would fault the same bytes in page by page, in the order of the first prompt, at a fraction of the disk's
 speed. What the system holds already is not read again: a few pages of every chunk are asked for without waiting.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from kimi_lite.native.cpu.placement import keep_to
 
 CHUNK_BYTES = 8 << 20
-NUM_READERS = 4
+NUM_READERS = 4  # with several memory nodes, of each
 _PROBES = 4  # of a chunk
 _PAGE_BYTES = 4096
+
+
+class Run(NamedTuple):
+    """Bytes start .. stop of a file, which threads on these CPUs will read."""
+
+    path: Path
+    start: int
+    stop: int
+    cpus: Collection[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +38,7 @@ class _Chunk:
     descriptor: int
     offset: int
     num_bytes: int
+    cpus: frozenset[int]  # of the threads that read it; empty: any
 
 
 def warm(
@@ -29,35 +46,56 @@ def warm(
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
     num_readers: int = NUM_READERS,
+    runs: Sequence[Run] = (),
 ) -> int:
-    """Bytes that had to be read. `on_progress(bytes done, bytes in all)`; `should_stop` is asked before every chunk."""
-    descriptors = [os.open(path, os.O_RDONLY) for path in paths]
-    try:
-        chunks = [chunk for descriptor in descriptors for chunk in _chunks(descriptor)]
+    """Bytes that had to be read. `on_progress(bytes done, bytes in all)`; `should_stop` is asked before every chunk.
+    runs: of each file in order, without overlap; what is in none of them is read by any thread."""
+    with ExitStack() as opened:
+        descriptors = {path: os.open(path, os.O_RDONLY) for path in paths}
+        for descriptor in descriptors.values():
+            opened.callback(os.close, descriptor)
+            if runs and hasattr(os, "posix_fadvise"):  # what is read ahead would be the next run's, on this one's node
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        chunks = [chunk for path, descriptor in descriptors.items() for chunk in _chunks(descriptor, path, runs)]
+        pools = {
+            cpus: opened.enter_context(_reading_pool(cpus, num_readers))
+            for cpus in dict.fromkeys(chunk.cpus for chunk in chunks)
+        }
+        reads = [(chunk, pools[chunk.cpus].submit(_read, chunk, should_stop)) for chunk in chunks]
         total = sum(chunk.num_bytes for chunk in chunks)
         done = num_read = 0
-        with ThreadPoolExecutor(num_readers) as pool:
-            for chunk, chunk_read in zip(chunks, pool.map(lambda one: _read(one, should_stop), chunks), strict=True):
-                done, num_read = done + chunk.num_bytes, num_read + chunk_read
-                on_progress(done, total)
+        for chunk, read in reads:
+            done, num_read = done + chunk.num_bytes, num_read + read.result()
+            on_progress(done, total)
         return num_read
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
-def _chunks(descriptor: int) -> list[_Chunk]:
-    size = os.fstat(descriptor).st_size
-    return [_Chunk(descriptor, start, min(CHUNK_BYTES, size - start)) for start in range(0, size, CHUNK_BYTES)]
+def _reading_pool(cpus: frozenset[int], num_readers: int) -> ThreadPoolExecutor:
+    """Threads kept to these CPUs; to none where there are none."""
+    return ThreadPoolExecutor(num_readers, initializer=keep_to if cpus else None, initargs=(cpus,) if cpus else ())
+
+
+def _chunks(descriptor: int, path: Path, runs: Sequence[Run]) -> list[_Chunk]:
+    """All of a file in order: its runs, and what lies between them."""
+    size, at, chunks = os.fstat(descriptor).st_size, 0, []
+    for run in [*(run for run in runs if run.path == path), Run(path, size, size, ())]:
+        for start, stop, cpus in ((at, run.start, frozenset()), (run.start, run.stop, frozenset(run.cpus))):
+            chunks += [
+                _Chunk(descriptor, first, min(CHUNK_BYTES, stop - first), cpus)
+                for first in range(start, stop, CHUNK_BYTES)
+            ]
+        at = run.stop
+    return chunks
 
 
 def _read(chunk: _Chunk, should_stop: Callable[[], bool]) -> int:
     """Bytes read: none of a chunk in memory, none after a stop."""
     if should_stop() or _is_in_memory(chunk):
         return 0
-    buffer = bytearray(1 << 20)
-    for offset in range(chunk.offset, chunk.offset + chunk.num_bytes, len(buffer)):
-        os.preadv(chunk.descriptor, [buffer], offset)
+    buffer = memoryview(bytearray(min(1 << 20, chunk.num_bytes)))
+    stop = chunk.offset + chunk.num_bytes
+    for offset in range(chunk.offset, stop, len(buffer)):
+        os.preadv(chunk.descriptor, [buffer[: stop - offset]], offset)
     return chunk.num_bytes
 
 

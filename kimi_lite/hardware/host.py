@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from kimi_lite.hardware.machine import TILES, Cores, Disk
+from kimi_lite.hardware.nodes import MemoryPolicy
 from kimi_lite.native.cpu.nodes import Node, read_nodes
 
 _NO_LIMIT_BYTES = 1 << 60  # cgroups say "none" with numbers near 2^63
@@ -178,6 +179,19 @@ def huge_pages() -> str | None:
     """Transparent huge pages: `always`, `madvise` or `never`; None where the system has none."""
     text = _read_text(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
     return text.partition("[")[2].partition("]")[0] or None
+
+
+def memory_policy() -> MemoryPolicy:
+    """Where pages lie that this process touches first: on the touching thread's node, unless numactl said otherwise."""
+    from kimi_lite.native.cpu.pages import INTERLEAVING_POLICIES, LOCAL_POLICIES, inherited_policy
+
+    try:
+        policy = inherited_policy()
+    except OSError:  # a container without the right to ask, or no Linux
+        return "local"
+    if policy in LOCAL_POLICIES:
+        return "local"
+    return "interleaved" if policy in INTERLEAVING_POLICIES else "bound"
 
 
 def balances_nodes(root: Path = Path("/")) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from kimi_lite.hardware.nodes import described_nodes, with_memory
+from kimi_lite.hardware.nodes import MemoryPolicy, described_nodes, with_memory
 from kimi_lite.native.cpu.nodes import Node
 from kimi_lite.units import GIB
 
@@ -112,6 +112,7 @@ class Hardware:
     )  # of the speeds: ram, disk, vram, pcie, cpu
     more_gpus: tuple[Gpu, ...] = ()  # that share the model's layers with `gpu`
     nodes: tuple[Node, ...] = ()  # of memory, where the system tells them; `ram_bytes_s` is of all together
+    memory_policy: MemoryPolicy = "local"  # of pages that this process touches first
 
     @property
     def has_nodes(self) -> bool:
@@ -203,6 +204,7 @@ def _with_assumed_cpu(hardware: Hardware, num_cores: int) -> Hardware:
         cores=None,
         disk=None,
         nodes=(),
+        memory_policy="local",
         is_described=True,
         has_assumed_cpu=True,
         origins=MappingProxyType(

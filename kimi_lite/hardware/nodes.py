@@ -18,6 +18,7 @@ from typing import Literal
 from kimi_lite.native.cpu.nodes import Node, compute_nodes, num_sockets
 
 MemoryUse = Literal["by rows", "interleaved", "one node"]
+MemoryPolicy = Literal["local", "interleaved", "bound"]  # as numactl sets it for a process that it starts
 LINK_SHARE = 0.4  # of a socket's own bandwidth that comes through its link from the others; 0.3 to 0.5
 LOCAL_DISTANCE, REMOTE_DISTANCE = 10, 21  # as firmware tells them of two sockets
 

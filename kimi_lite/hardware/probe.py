@@ -33,6 +33,7 @@ def probe(path: str | Path | None = None, is_measuring: bool = False, gpu_indice
         clock_hz=host.clock_hz(),
         cores=cores,
         nodes=host.memory_nodes(),
+        memory_policy=host.memory_policy(),
         origins=MappingProxyType({"vram": "computed", "pcie": "computed"}),
     )
     if is_measuring:

@@ -28,11 +28,17 @@ def thread_groups(hardware: Hardware, limits: Options, num_threads: int) -> tupl
 
 
 def memory_use(hardware: Hardware, limits: Options, num_threads: int) -> MemoryUse:
-    return "by rows" if thread_groups(hardware, limits, num_threads) else "one node"
+    """numactl's policy goes before ours."""
+    if hardware.memory_policy == "interleaved":
+        return "interleaved"
+    is_divided = hardware.memory_policy == "local" and thread_groups(hardware, limits, num_threads)
+    return "by rows" if is_divided else "one node"
 
 
 def warn_of_full_node(hardware: Hardware, limits: Options, num_threads: int, rows: Sequence[MemoryRow]) -> str:
     """What lacks on the node that lacks most; empty where each has the memory for its threads' rows."""
+    if memory_use(hardware, limits, num_threads) != "by rows":
+        return ""
     groups = thread_groups(hardware, limits, num_threads)
     whole = sum(row.num_bytes for row in rows if row.place == "RAM" and row.part in _DIVIDED)
     free_bytes = {node.number: node.free_bytes for node in hardware.nodes}
@@ -56,6 +62,9 @@ def explain_use(hardware: Hardware, use: MemoryUse) -> str:
             "threads are divided over the nodes, and so are the rows of every matrix: the RAM speed is that of all "
             "nodes together. On paper: no machine with several was tried"
         )
+    if use == "interleaved":
+        share = f"{reach_of(hardware.nodes, use):.0%} of all nodes' RAM speed (estimated)"
+        return f"numactl spreads the pages over the nodes, which is left so: planned with {share}; without it by rows"
     others = f"{reach_of(hardware.nodes, 'interleaved'):.0%} where numactl --interleave=all spreads the pages"
     return (
         f"not divided: planned with one node's RAM speed, {reach_of(hardware.nodes, use):.0%} of all (estimated; "

@@ -263,6 +263,7 @@ def hardware_json(hardware: Hardware) -> dict:
         **{name: getattr(hardware, name) for name in plain},
         "cores": asdict(hardware.cores) if hardware.cores else None,
         "gpu": asdict(gpu) if gpu else None,
+        "memory_policy": hardware.memory_policy,
         "nodes": [
             {"number": n.number, "num_cpus": len(n.cpus), "total_bytes": n.total_bytes, "free_bytes": n.free_bytes}
             for n in hardware.nodes

@@ -14,6 +14,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.arch.tensors import head_name
 from kimi_lite.experts.heat import load_heat, save_heat
 from kimi_lite.experts.index import ExpertIndex
+from kimi_lite.experts.nodes import placed_groups
 from kimi_lite.experts.ram import RamSlots, heat_shape, open_ram
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.gguf.store import GGUFStore
@@ -89,7 +90,16 @@ class Transformer:
                 tables = {layer: self._layers.feed_forward[layer].experts[0].table for layer in index.layers}
                 on_load = partial(report, "reading experts")
                 num_choices = config.num_experts_used
-                self._ram = open_ram(index, tables, num_choices, options, ram_expert_bytes, heat, on_load)
+                self._ram = open_ram(
+                    index,
+                    tables,
+                    num_choices,
+                    options,
+                    ram_expert_bytes,
+                    heat,
+                    on_load,
+                    placed_groups(self.team.groups),
+                )
             self._lay_out(store, options.cache_bias)
         except BaseException:
             self._end_threads()

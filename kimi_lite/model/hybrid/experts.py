@@ -13,6 +13,7 @@ from kimi_lite.experts.costs import ExpertCosts
 from kimi_lite.experts.gpu_streams import GpuStreams
 from kimi_lite.experts.heat import load_heat
 from kimi_lite.experts.index import ExpertIndex
+from kimi_lite.experts.nodes import placed_groups
 from kimi_lite.experts.ram import heat_shape, open_ram
 from kimi_lite.experts.recorder import RoutingRecorder
 from kimi_lite.experts.store import ExpertStore
@@ -25,6 +26,7 @@ from kimi_lite.model.hybrid.cpu_experts import CpuExperts
 from kimi_lite.model.hybrid.kernels import Kernels
 from kimi_lite.model.hybrid.routed import RoutedExperts
 from kimi_lite.model.hybrid.streamed import StreamedExperts
+from kimi_lite.native.cpu.placement import place_threads
 from kimi_lite.plan.types import Plan
 from kimi_lite.plan.workspace import ROW_TOKENS, STREAM_EXPERTS, gpu_work_bytes
 from kimi_lite.units import gib_apart
@@ -67,7 +69,10 @@ def open_experts(
         ram = None
         if plan.ram_expert_bytes or plan.disk_expert_bytes:  # else VRAM has a slot for each
             on_load = partial(report, "reading experts")
-            ram = open_ram(index, tables, config.num_experts_used, options, plan.ram_budget_bytes, heat, on_load)
+            groups = placed_groups(place_threads(counts[-1]) if options.numa != "off" else ())
+            ram = open_ram(
+                index, tables, config.num_experts_used, options, plan.ram_budget_bytes, heat, on_load, groups
+            )
         experts, costs = ExpertStore(index, ram), ExpertCosts()
         opened.callback(experts.close)
         num_rows, is_divided = min(ROW_TOKENS, plan.prompt_chunk_tokens), options.numa != "off"
