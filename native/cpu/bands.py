@@ -16,6 +16,7 @@ Who takes from whom is a table, which `steal_order` makes: threads of the same N
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -25,7 +26,7 @@ from kimi_lite.native.cpu.activations import aligned_zeros
 from kimi_lite.native.simd import load_i64, store_i64
 
 # int64 cells: a line for all, then one for each thread. _EMPTY: the last phase in which a thread found no task left.
-_SIZE, _ORDER, _EMPTY = 0, 8, 64
+_SIZE, _ORDER, _BORDERS, _EMPTY = 0, 8, 16, 64
 _LINE, _FIRST_BAND = 64, 128
 _PHASE, _TAKEN = 0, 8  # in a thread's line: barriers passed; two counts of tasks taken
 _HALF = 1 << 32
@@ -110,6 +111,26 @@ def take_tasks(bands, thread, num_tasks, most):
     return first, count
 
 
+@njit
+def find_part(bands, num_matrices, num_steps, task, count):
+    """Where tasks are the steps of several matrices' rows, `num_steps` of each: (matrix, its step, how many of the
+    `count` tasks from `task` on follow there). Tasks count through the steps of one memory node's threads in all
+    matrices before those of the next node's, so that a thread's rows lie on its node whatever the matrices are."""
+    borders, num_threads = load_i64(bands + _BORDERS), load_i64(bands + _SIZE)
+    start, end = 0, num_steps * load_i64(borders) // num_threads
+    while task >= num_matrices * end:
+        borders += 8
+        start, end = end, num_steps * load_i64(borders) // num_threads
+    at, size = task - num_matrices * start, end - start
+    return at // size, start + at % size, min(count, size - at % size)
+
+
+def node_borders(nodes: Sequence[int]) -> np.ndarray:
+    """int64: of each run of threads on the same node the thread behind its last one; the last is their number."""
+    ends = [thread + 1 for thread, (node, other) in enumerate(pairwise(nodes)) if node != other]
+    return np.array([*ends, len(nodes)], np.int64)
+
+
 def steal_order(nodes: Sequence[int]) -> np.ndarray:
     """int64 (T, T): for each thread how many others are near, on the same of `nodes`, then those, then the rest, each
     part beginning behind the thread itself, so that not all look at the same one first."""
@@ -126,10 +147,10 @@ class Bands:
 
     def __init__(self, nodes: Sequence[int]) -> None:
         """nodes: of each thread, the NUMA node on which it runs."""
-        self.order = steal_order(nodes)
+        self.order, self.borders = steal_order(nodes), node_borders(nodes)
         self._memory = aligned_zeros(((_FIRST_BAND + _LINE * len(nodes)) // 8,), np.int64)
         self._memory[_SIZE // 8], self._memory[_ORDER // 8] = len(nodes), self.order.ctypes.data
-        self._memory[_EMPTY // 8] = -1
+        self._memory[_BORDERS // 8], self._memory[_EMPTY // 8] = self.borders.ctypes.data, -1
 
     @property
     def address(self) -> int:

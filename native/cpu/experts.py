@@ -33,7 +33,7 @@ from kimi_lite.native.cpu.packing import PACK_TOKENS, pack_bytes, pack_kinds, pa
 from kimi_lite.native.cpu.panel import PANEL_ROWS
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, PACKS, RunTable
-from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks
+from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks, part_of_tasks
 from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
@@ -285,13 +285,13 @@ def _down_task(args, hidden, first, num_rows, scratch):
 
 @njit
 def _gate_up_bands(args, hidden, num_active, width, scratch, thread, team):
-    """Generated tokens alone: the rows of all active experts one behind the other, of which each thread has a band."""
+    """Generated tokens alone: the rows of all active experts one behind the other, of which each thread has a band.
+    Where memory is on several nodes, first one node's rows of all experts, then the next's."""
     steps = -(-width // BAND_STEP)
     first, count = next_tasks(team, thread, num_active * steps, TASK_ROWS // BAND_STEP)
     while count > 0:
         while count > 0:  # parts of one expert
-            a, begin = first // steps, first % steps
-            part = min(count, steps - begin)
+            a, begin, part = part_of_tasks(team, num_active, steps, first, count)
             row = begin * BAND_STEP
             _gate_up_task(args, hidden, a, row, min(part * BAND_STEP, width - row), scratch)
             first, count = first + part, count - part

@@ -38,7 +38,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kimi_lite.native.calls import atomic_add, atomic_load, call3, pause
-from kimi_lite.native.cpu.bands import Bands, enter_phase, take_tasks
+from kimi_lite.native.cpu.bands import Bands, enter_phase, find_part, take_tasks
 from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.placement import keep_to, keep_to_cores, num_allowed_cpus
@@ -105,6 +105,12 @@ def next_tasks(team, thread, num_tasks, most):
     """(first, count) of this thread's next tasks of a phase of `num_tasks`, at most `most` neighbours, from the band
     that is its own as long as that lasts; count 0: all are taken. Every thread gives the same `num_tasks`."""
     return take_tasks(load_i64(team + _BANDS), thread, num_tasks, most)
+
+
+@njit
+def part_of_tasks(team, num_matrices, num_steps, task, count):
+    """(matrix, step, count): where the next of these tasks are, as `bands.find_part` counts them."""
+    return find_part(load_i64(team + _BANDS), num_matrices, num_steps, task, count)
 
 
 @njit

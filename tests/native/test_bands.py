@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_lite.native.calls import atomic_add, pause
-from kimi_lite.native.cpu.bands import Bands, enter_phase, steal_order, take_tasks
+from kimi_lite.native.cpu.bands import Bands, enter_phase, find_part, steal_order, take_tasks
 from kimi_lite.native.cpu.compiler import function, kernel
 from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.program import Op, Program
@@ -193,3 +194,38 @@ def test_tasks_of_a_thread_that_never_comes_are_done_by_the_others():
     for runner in runners:
         runner.join(60)
     assert Counter(counts.tolist()) == {1: num_tasks}
+
+
+@function("int64(int64, int64, int64, int64, int64)")
+def part(bands, num_matrices, num_steps, task, count):
+    """The three numbers of `find_part` in one."""
+    matrix, step, count = find_part(bands, num_matrices, num_steps, task, count)
+    return ((matrix << 20) + step << 20) + count
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    num_matrices=st.integers(1, 9),
+    num_steps=st.integers(1, 50),
+    most=st.integers(1, 20),
+)
+def test_a_nodes_steps_of_all_matrices_come_before_the_next_nodes(sizes, num_matrices, num_steps, most):
+    """So a thread's band has its own node's steps, but for one of each matrix where bands and nodes round apart."""
+    nodes = [node for node, size in enumerate(sizes) for _ in range(size)]
+    bands, num_tasks, num_threads = Bands(nodes), num_matrices * num_steps, len(nodes)
+    ends = [0, *(num_steps * end // num_threads for end in np.cumsum(sizes).tolist())]
+    wanted = [
+        (matrix, step, node)
+        for node, (start, end) in enumerate(pairwise(ends))
+        for matrix in range(num_matrices)
+        for step in range(start, end)
+    ]
+    for task in range(num_tasks):
+        found = part(bands.address, num_matrices, num_steps, task, min(most, num_tasks - task))
+        matrix, step, count = found >> 40, found >> 20 & 0xFFFFF, found & 0xFFFFF
+        assert 0 < count <= most
+        assert [each[:2] for each in wanted[task : task + count]] == [(matrix, step + i) for i in range(count)]
+    for thread, node in enumerate(nodes):
+        band = wanted[num_tasks * thread // num_threads : num_tasks * (thread + 1) // num_threads]
+        assert sum(each[2] != node for each in band) < num_matrices
+    assert {each[2] for each in wanted} <= set(nodes)
