@@ -12,11 +12,13 @@ was there before says what was still to be had; past the end it may grow, as not
 numbers for phases in turn: while threads are in one phase each has cleared, on its way into it, its number for that
 phase, which has been out of use since the phase before the last.
 
-Who takes from whom is a table, which `steal_order` makes: threads of the same NUMA node first, whose memory is near.
+Who takes from whom is a table, which `steal_order` makes: threads of the same NUMA node first, whose memory is near,
+then those of nearer nodes before those of farther ones.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+import operator
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 
 import numpy as np
 from numba import njit
@@ -70,15 +72,15 @@ def _find_fullest(bands, order, count, num_tasks, at):
 def _steal(bands, thread, num_tasks, at, most):
     """Tasks from the end of another's band: (first, count), or (0, 0) where no thread has any left."""
     num_threads = load_i64(bands + _SIZE)
-    order = load_i64(bands + _ORDER) + 8 * num_threads * thread
-    num_near = load_i64(order)
-    order += 8
+    order = load_i64(bands + _ORDER) + 16 * num_threads * thread
     while True:
-        other = _find_fullest(bands, order, num_near, num_tasks, at)
-        if other < 0:
-            other = _find_fullest(bands, order + 8 * num_near, num_threads - 1 - num_near, num_tasks, at)
-        if other < 0:
+        count = load_i64(order)  # of threads that are equally far
+        if count == 0:
             return 0, 0
+        other = _find_fullest(bands, order + 8, count, num_tasks, at)
+        if other < 0:
+            order += 8 * (1 + count)
+            continue
         begin, end = _band_begin(num_tasks, other, num_threads), _band_begin(num_tasks, other + 1, num_threads)
         counts = bands + _FIRST_BAND + _LINE * other + at
         wanted = max(1, min(most, _num_left(atomic_load(counts), begin, end) // _SHARE))
@@ -131,23 +133,28 @@ def node_borders(nodes: Sequence[int]) -> np.ndarray:
     return np.array([*ends, len(nodes)], np.int64)
 
 
-def steal_order(nodes: Sequence[int]) -> np.ndarray:
-    """int64 (T, T): for each thread how many others are near, on the same of `nodes`, then those, then the rest, each
-    part beginning behind the thread itself, so that not all look at the same one first."""
-    order = np.zeros((len(nodes), len(nodes)), np.int64)
+def steal_order(nodes: Sequence[int], distance: Callable[[int, int], int] = operator.ne) -> np.ndarray:
+    """int64 (T, 2 T): for each thread how many others are nearest, by the `distance` of their `nodes` from its own, and
+    which; then how many are next; and so on to a zero. Each part begins behind the thread itself, so that not all look
+    at the same one first."""
+    order = np.zeros((len(nodes), 2 * len(nodes)), np.int64)
     for thread, node in enumerate(nodes):
         others = [(thread + i) % len(nodes) for i in range(1, len(nodes))]
-        near = [other for other in others if nodes[other] == node]
-        order[thread] = [len(near), *near, *(other for other in others if nodes[other] != node)]
+        others.sort(key=lambda other, node=node: distance(node, nodes[other]))
+        row: list[int] = []
+        for _, equal in groupby(others, lambda other, node=node: distance(node, nodes[other])):
+            near = list(equal)
+            row += [len(near), *near]
+        order[thread, : len(row)] = row
     return order
 
 
 class Bands:
     """The shared memory of a team's bands."""
 
-    def __init__(self, nodes: Sequence[int]) -> None:
-        """nodes: of each thread, the NUMA node on which it runs."""
-        self.order, self.borders = steal_order(nodes), node_borders(nodes)
+    def __init__(self, nodes: Sequence[int], distance: Callable[[int, int], int] = operator.ne) -> None:
+        """nodes: of each thread, the NUMA node on which it runs; distance: from one node to another."""
+        self.order, self.borders = steal_order(nodes, distance), node_borders(nodes)
         self._memory = aligned_zeros(((_FIRST_BAND + _LINE * len(nodes)) // 8,), np.int64)
         self._memory[_SIZE // 8], self._memory[_ORDER // 8] = len(nodes), self.order.ctypes.data
         self._memory[_BORDERS // 8], self._memory[_EMPTY // 8] = self.borders.ctypes.data, -1

@@ -33,7 +33,7 @@ class Node:
 
     def distance(self, other: int) -> int:
         """To the node of this number."""
-        return dict(self.distances).get(other, _LOCAL if other == self.number else _FAR)
+        return _look_up(self.distances, self.number, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,19 @@ class ThreadGroup:
     cpus: frozenset[int]
     first: int
     stop: int
+    distances: tuple[tuple[int, int], ...] = ()  # the node's
 
     @property
     def num_threads(self) -> int:
         return self.stop - self.first
+
+    def distance(self, other: int) -> int:
+        """To the node of this number."""
+        return _look_up(self.distances, self.node, other)
+
+
+def _look_up(distances: tuple[tuple[int, int], ...], node: int, other: int) -> int:
+    return dict(distances).get(other, _LOCAL if other == node else _FAR)
 
 
 def parse_list(text: str) -> list[int]:
@@ -139,7 +148,7 @@ def divide_threads(nodes: Sequence[Node], num_threads: int, cores: Collection[in
             near = min(with_memory, key=lambda other: (node.distance(other.number), other.number))
             own = node.cpus & frozenset(cores)
             cpus = own if count <= len(own) else node.cpus
-            groups.append(ThreadGroup(node.number, near.number, cpus, first, first + count))
+            groups.append(ThreadGroup(node.number, near.number, cpus, first, first + count, node.distances))
         first += count
     return tuple(groups) if len({group.memory for group in groups}) > 1 else ()
 
@@ -152,22 +161,6 @@ def _shares(total: int, weights: Sequence[int]) -> list[int]:
     for i in order[: total - sum(counts)]:
         counts[i] += 1
     return counts
-
-
-def steal_order(groups: Sequence[ThreadGroup], nodes: Sequence[Node], num_threads: int) -> list[list[int]]:
-    """(threads, threads - 1): the others in the order in which each thread looks to them for work: those of its own
-    node, then of nearer nodes before farther ones; among equals the next thread's first, so that not all begin with
-    the same one."""
-    by_number = {node.number: node for node in nodes}
-    home = {thread: group.node for group in groups for thread in range(group.first, group.stop)}
-
-    def rank(thread: int, other: int) -> tuple[int, int]:
-        ahead = (other - thread) % num_threads
-        mine, its = home.get(thread), home.get(other)
-        return (_LOCAL if mine == its else by_number[mine].distance(its)), ahead
-
-    threads = range(num_threads)
-    return [sorted((t for t in threads if t != thread), key=lambda t: rank(thread, t)) for thread in threads]
 
 
 def split_rows(groups: Sequence[ThreadGroup], num_rows: int, step: int = 1) -> list[range]:

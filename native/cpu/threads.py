@@ -270,7 +270,10 @@ class Team:
         self._memory = np.zeros(_NUM_LINES * _LINE // 8 + 8, dtype=np.int64)
         self._address = -(-self._memory.ctypes.data // _LINE) * _LINE
         nodes = [group.node for group in groups for _ in range(group.num_threads)]
-        self._bands = Bands(nodes or [0] * num_threads)  # tasks of the own node's threads are taken first
+        by_node = {group.node: group for group in groups}
+        self._bands = (  # who is done takes from its own node's threads first
+            Bands(nodes, lambda node, other: by_node[node].distance(other)) if nodes else Bands([0] * num_threads)
+        )
         self._set(_BANDS, self._bands.address)
         self._set(_SIZE, num_threads)
         self._set(_YIELD, _yield_address())

@@ -102,10 +102,18 @@ def test_pieces_are_small_at_the_end():
 
 @given(nodes=st.lists(st.integers(0, 3), min_size=1, max_size=12))
 def test_near_threads_come_first(nodes):
-    order = steal_order(nodes)
-    for thread, (num_near, *others) in enumerate(order.tolist()):
-        assert sorted([thread, *others]) == list(range(len(nodes)))
-        assert [nodes[other] == nodes[thread] for other in others] == [i < num_near for i in range(len(others))]
+    """Of nodes in a row, whose distance is that of their numbers."""
+    for thread, row in enumerate(steal_order(nodes, lambda node, other: abs(node - other)).tolist()):
+        others, distances, at = [], [], 0
+        while row[at]:
+            equal = row[at + 1 : at + 1 + row[at]]
+            assert len({abs(nodes[other] - nodes[thread]) for other in equal}) == 1
+            assert equal == sorted(equal, key=lambda other: (other - thread) % len(nodes))
+            others += equal
+            distances.append(abs(nodes[equal[0]] - nodes[thread]))
+            at += 1 + row[at]
+        assert sorted([thread, *others]) == list(range(len(nodes))) and not any(row[at:])
+        assert distances == sorted(set(distances))
 
 
 def test_far_tasks_are_taken_only_where_no_near_one_is_left():
@@ -132,7 +140,11 @@ def test_a_divided_team_takes_from_near_threads_first():
     cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
     team = Team(3, (ThreadGroup(0, 0, cpus, 0, 1), ThreadGroup(1, 1, cpus, 1, 3)))
     try:
-        assert team._bands.order.tolist() == steal_order([0, 1, 1]).tolist()
+        assert (
+            team._bands.order.tolist()
+            == steal_order([0, 1, 1]).tolist()
+            == [[2, 1, 2, 0, 0, 0], [1, 2, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
+        )
     finally:
         team.close()
 

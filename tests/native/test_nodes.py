@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_lite.native.cpu.bands import steal_order
 from kimi_lite.native.cpu.nodes import (
     Node,
     ThreadGroup,
@@ -17,7 +18,6 @@ from kimi_lite.native.cpu.nodes import (
     parse_list,
     read_nodes,
     split_rows,
-    steal_order,
 )
 
 KIB, GIB = 1 << 10, 1 << 30
@@ -77,8 +77,8 @@ def test_two_sockets(tmp_path: Path) -> None:
     assert (nodes[1].distance(0), nodes[1].distance(1), num_sockets(nodes)) == (21, 10, 2)
     groups = divide_threads(nodes, 8, range(8))
     assert groups == (
-        ThreadGroup(0, 0, frozenset(range(4)), 0, 4),
-        ThreadGroup(1, 1, frozenset(range(4, 8)), 4, 8),
+        ThreadGroup(0, 0, frozenset(range(4)), 0, 4, ((0, 10), (1, 21))),
+        ThreadGroup(1, 1, frozenset(range(4, 8)), 4, 8, ((0, 21), (1, 10))),
     )
 
 
@@ -92,7 +92,10 @@ def test_eight_nodes_of_two_sockets_stand_in_holes_of_the_numbering(tmp_path: Pa
     assert nodes[5].distance(8) == 12 and nodes[5].distance(3) == 32
     groups = divide_threads(nodes, 16, range(16))
     assert [group.num_threads for group in groups] == [2] * 8
-    assert steal_order(groups, nodes, 16)[9][:8] == [8, 10, 11, 12, 13, 14, 15, 0]
+    team_nodes = [group.node for group in groups for _ in range(group.num_threads)]
+    by_node = {group.node: group for group in groups}
+    order = steal_order(team_nodes, lambda node, other: by_node[node].distance(other))
+    assert order[9].tolist()[:17] == [1, 8, 6, 10, 11, 12, 13, 14, 15, 8, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_node_of_memory_alone_computes_nothing(tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def machines(draw: st.DrawFn) -> tuple[dict[int, list[int]], dict[int, int], set
 @given(machines(), st.integers(1, 40), st.data())
 def test_generated_machines(machine: tuple, num_threads: int, data: st.DataObject) -> None:
     """Every thread is on one node, near its memory; no node gets more threads than its cores while another has free
-    ones; rows are split without gap by threads; every thread looks to every other, its own node first."""
+    ones; rows are split without gap by threads."""
     cpus, sizes, allowed = machine
     with TemporaryDirectory() as folder:
         nodes = read_nodes(allowed, make_tree(Path(folder), cpus, sizes))
@@ -195,8 +198,3 @@ def test_generated_machines(machine: tuple, num_threads: int, data: st.DataObjec
     assert all(part.start % step == 0 for part in parts if part)
     for part, group in zip(parts, groups, strict=True):
         assert abs(len(part) - num_rows * group.num_threads / num_threads) <= step
-    home = {thread: group.node for group in groups for thread in range(group.first, group.stop)}
-    for thread, order in enumerate(steal_order(groups, nodes, num_threads)):
-        assert sorted([thread, *order]) == list(range(num_threads))
-        is_near = [home[other] == home[thread] for other in order]
-        assert is_near == sorted(is_near, reverse=True)
