@@ -9,6 +9,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kimi_lite.native.half import narrow_to_half, widen_half, widen_half_bits
+from kimi_lite.native.isa import AVX512_VNNI, isa
 from kimi_lite.native.vectors import (
     Vec,
     binary,
@@ -174,30 +175,72 @@ spread16_0, spread16_1, spread16_2, spread16_3 = _spreaders(4)  # groups of 16 w
 spread32_0, spread32_1, spread32_2, spread32_3 = _spreaders(8)  # groups of 32
 
 
-def _transposer(num_out: int, bias: int):
-    """Makes `f(source, stride, target)`: 16 rows of 16 words, `stride` bytes apart, become columns: `num_out` x 64
-    bytes.
-
-    `bias` is xored into every byte first (128 turns signed codes into unsigned ones). Four rounds of perfect shuffles.
-    """
+def _shuffled_columns(builder, source, stride, adapt) -> list:
+    """Four rounds of perfect shuffles of 16 rows, each in one register."""
     low = [i // 2 + 16 * (i % 2) for i in range(16)]
     masks = [ir.Constant(ir.VectorType(_I32, 16), m) for m in (low, [i + 8 for i in low])]
+    rows = []
+    for row in range(16):
+        address = builder.add(source, builder.mul(stride, ir.Constant(stride.type, row)))
+        value = builder.load(pointer(builder, address, i32x16.llvm))
+        value.align = 1
+        rows.append(adapt(value, i32x16))
+    for _ in range(4):
+        rows = [builder.shuffle_vector(rows[i], rows[i + 8], mask) for i in range(8) for mask in masks]
+    return rows
+
+
+def _columns_of_eighths(builder, source, stride, adapt) -> list:
+    """By parts of 8 rows and 4 words, for registers of 32 bytes: loading puts row i and row i + 4 into the halves of
+    one, so that two rounds of shuffles within halves are enough."""
+    quarter = ir.VectorType(_I32, 4)
+
+    def shuffled(first, second, mask):
+        return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, 8), mask))
+
+    def load(row: int, word: int):
+        address = builder.add(source, builder.mul(stride, ir.Constant(stride.type, row)))
+        value = builder.load(pointer(builder, builder.add(address, ir.Constant(stride.type, 4 * word)), quarter))
+        value.align = 1
+        return value
+
+    columns = []
+    for word in range(0, 16, 4):
+        halves = []
+        for top in (0, 8):
+            a, b, c, d = (
+                adapt(shuffled(load(top + i, word), load(top + i + 4, word), list(range(8))), i32x8) for i in range(4)
+            )
+            low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+            pairs = [(shuffled(a, b, each), shuffled(c, d, each)) for each in (low, high)]
+            first, second = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+            halves.append([shuffled(*pair, each) for pair in pairs for each in (first, second)])
+        joined = ir.Constant(ir.VectorType(_I32, 16), list(range(16)))
+        columns += [builder.shuffle_vector(upper, lower, joined) for upper, lower in zip(*halves, strict=True)]
+    return columns
+
+
+def _emit_transposed(builder, source, stride, target, num_out: int, bias: int) -> None:
+    def adapt(value, vec):
+        if not bias:
+            return value
+        codes = Vec("i8", 4 * vec.lanes)
+        return builder.bitcast(builder.add(builder.bitcast(value, codes.llvm), constant(codes, bias)), vec.llvm)
+
+    columns = _shuffled_columns if isa().name == AVX512_VNNI else _columns_of_eighths
+    for i, column in enumerate(columns(builder, source, stride, adapt)[:num_out]):
+        address = builder.add(target, ir.Constant(target.type, 64 * i))
+        builder.store(column, pointer(builder, address, i32x16.llvm)).align = 1
+
+
+def _transposer(num_out: int):
+    """Makes `f(source, stride, target)`: 16 rows of 16 words, `stride` bytes apart, become columns: `num_out` x 64
+    bytes."""
 
     @intrinsic
     def transpose(typingctx, source, stride, target):
         def codegen(context, builder, sig, args):
-            source, stride, target = args
-            rows = []
-            for row in range(16):
-                offset = builder.mul(stride, ir.Constant(stride.type, row))
-                value = builder.load(pointer(builder, builder.add(source, offset), i32x16.llvm))
-                value.align = 1
-                rows.append(builder.xor(value, constant(i32x16, bias * 0x01010101)) if bias else value)
-            for _ in range(4):
-                rows = [builder.shuffle_vector(rows[i], rows[i + 8], mask) for i in range(8) for mask in masks]
-            for row in range(num_out):
-                address = builder.add(target, ir.Constant(target.type, 64 * row))
-                builder.store(rows[row], pointer(builder, address, i32x16.llvm)).align = 1
+            _emit_transposed(builder, *args, num_out, 0)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
@@ -205,7 +248,21 @@ def _transposer(num_out: int, bias: int):
     return transpose
 
 
-transpose_16x16, transpose_16x8 = _transposer(16, 0), _transposer(8, 0)
-transpose_signed = _transposer(16, 128)
+transpose_16x16, transpose_16x8 = _transposer(16), _transposer(8)
+
+
+@intrinsic(prefer_literal=True)
+def transpose_biased(typingctx, source, stride, target, bias):
+    """transpose_16x16 of bytes, to each of which the constant `bias` is added."""
+    if not isinstance(bias, types.IntegerLiteral):
+        return None
+
+    def codegen(context, builder, sig, args):
+        _emit_transposed(builder, *args[:3], 16, bias.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, bias), codegen
+
+
 broadcast_i8x4 = loader(i8x64, _I32, lambda b, v: b.bitcast(splat(b, i32x16, v), i8x64.llvm))
 broadcast_f32 = loader(f32x16, ir.FloatType(), lambda b, v: splat(b, f32x16, v))

@@ -45,11 +45,20 @@ def _vpdpbusd_256(builder, acc, unsigned, signed):
     return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.256", acc.type, [acc, unsigned, signed])
 
 
-def _maddubs_256(builder, acc, unsigned, signed):
-    """vpmaddubsw saturates at int16, which no code up to 128 can reach: 2 * 128 * 127 < 32768."""
-    pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", i16x16.llvm, [unsigned, signed])
+def byte_pairs(builder, unsigned, signed):
+    """AVX2: sums of two products as int16. vpmaddubsw saturates, which no code up to 128 can reach: 2 * 128 * 127 <
+    32768."""
+    return call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", i16x16.llvm, [unsigned, signed])
+
+
+def add_pairs(builder, acc, pairs):
+    """AVX2: acc (None: zeros) + neighbours of int16, in int32."""
     quads = call_llvm(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, [pairs, constant(i16x16, 1)])
-    return builder.add(acc, quads)
+    return quads if acc is None else builder.add(acc, quads)
+
+
+def _maddubs_256(builder, acc, unsigned, signed):
+    return add_pairs(builder, acc, byte_pairs(builder, unsigned, signed))
 
 
 def _generic(builder, acc, a, b, is_unsigned: bool):
@@ -74,10 +83,14 @@ def _dot_unsigned(builder, acc, unsigned, signed):
     return _generic(builder, acc, unsigned, signed, is_unsigned=True)
 
 
-def _sign_256(builder, acc, a, b):
-    """|a| times (b with the sign of a), so that the first factor is unsigned (at most 128)."""
+def with_sign_of(builder, a, b):
+    """AVX2: |a| (at most 128) and b with the sign of a, whose products are those of a and b."""
     magnitude = call_llvm(builder, "llvm.abs.v32i8", i8x32.llvm, [a, ir.Constant(ir.IntType(1), 0)])
-    return _maddubs_256(builder, acc, magnitude, call_llvm(builder, "llvm.x86.avx2.psign.b", i8x32.llvm, [b, a]))
+    return magnitude, call_llvm(builder, "llvm.x86.avx2.psign.b", i8x32.llvm, [b, a])
+
+
+def _sign_256(builder, acc, a, b):
+    return _maddubs_256(builder, acc, *with_sign_of(builder, a, b))
 
 
 def _dot_signed(builder, acc, a, b):

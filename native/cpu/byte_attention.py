@@ -41,7 +41,7 @@ from kimi_lite.native.simd import (
     store_i32x16,
     sum_f32x16,
     transpose_16x16,
-    transpose_signed,
+    transpose_biased,
     zero_f32x16,
     zero_i32x16,
 )
@@ -122,7 +122,7 @@ def _pack_keys(stage, panel, starts, num_words):
     """16 quantized keys, 128 bytes each, as a panel; starts: int32, what makes up for the queries' bias."""
     for i in range(0, num_words, 16):
         if HAS_FULL_UNSIGNED_DOT:
-            transpose_signed(stage + 4 * i, GROUP, panel + 64 * i)
+            transpose_biased(stage + 4 * i, GROUP, panel + 64 * i, 128)
         else:
             transpose_16x16(stage + 4 * i, GROUP, panel + 64 * i)
     total = zero_i32x16()

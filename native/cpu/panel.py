@@ -19,33 +19,30 @@ ADD to add to what is there.
 from functools import cache
 
 from numba import njit, types
-from numba.extending import overload
 
+from kimi_lite.native.calls import stack_1024
 from kimi_lite.native.cpu.activations import KINDS, NUM_VALUES, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
 from kimi_lite.native.cpu.blocks import activation_kind, load16, row_scale, unpack
 from kimi_lite.native.cpu.compiler import FASTMATH, Kernel
+from kimi_lite.native.cpu.panel_tile import PanelForm, panel_tile
+from kimi_lite.native.isa import PORTABLE, isa
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
     broadcast_f32,
-    broadcast_i8x4,
     fma_f32x16,
-    int_to_f32x16,
     lane_f32x16,
     load_f32,
     load_f32x16,
-    load_i8x64,
     load_i32,
     load_i64,
-    splat_f32x16,
     store_f32,
     store_f32x16,
     transpose_16x8,
     transpose_16x16,
-    transpose_signed,
+    transpose_biased,
     zero_f32x16,
-    zero_i32x16,
 )
-from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT, dot_i8x64, dot_u8x64
+from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT
 
 PANEL_SIGNATURE, GEMM_SIGNATURE = types.void(*[types.int64] * 5), types.void(*[types.int64] * 7)
 PANEL_ROWS, ADD = 16, 256
@@ -88,7 +85,7 @@ def _float_panel(name: str, weight_bytes: int):
     return panel
 
 
-def _block_panel(name: str, block_size: int, block_bytes: int, group: int, is_biased: bool):
+def _block_panel(name: str, block_size: int, block_bytes: int, group: int, bias: int):
     groups, header_bytes = 256 // group, BY_NAME[name].header_bytes
 
     def panel(weights, row_bytes, num_rows, k, panel):
@@ -108,17 +105,12 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int, is_bi
                     for g in range(groups):
                         of_row = load_f32(stage_scales + 64 * row + 4 * g) * row_scale(name, start)
                         store_f32(stage_scales + 64 * row + 4 * g, of_row)
-                if is_biased:
+                if bias != 0:
                     for g in range(groups):
-                        store_f32(
-                            stage_minima + 64 * row + 4 * g,
-                            load_f32(stage_scales + 64 * row + 4 * g) * types.float32(128),
-                        )
+                        minimum = load_f32(stage_scales + 64 * row + 4 * g) * types.float32(bias)
+                        store_f32(stage_minima + 64 * row + 4 * g, minimum)
             for chunk in range(4):
-                if is_biased:
-                    transpose_signed(panel + 64 * chunk, 256, codes + 16 * column + 1024 * chunk)
-                else:
-                    transpose_16x16(panel + 64 * chunk, 256, codes + 16 * column + 1024 * chunk)
+                transpose_biased(panel + 64 * chunk, 256, codes + 16 * column + 1024 * chunk, bias)
             at = 64 * (column // group)
             if groups == 8:
                 transpose_16x8(stage_scales, 64, scales + at)
@@ -130,9 +122,14 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int, is_bi
     return panel
 
 
-def _is_biased(name: str) -> bool:
-    """Signed codes become unsigned ones (+ 128) where the dot product wants that."""
-    return BY_NAME[name].is_signed and HAS_FULL_UNSIGNED_DOT
+def _bias(name: str) -> int:
+    """What is added to signed codes where the product then is cheaper: 0 if nothing."""
+    layout = BY_NAME[name]
+    if not layout.is_signed or isa().name == PORTABLE:
+        return 0
+    if HAS_FULL_UNSIGNED_DOT:
+        return 128
+    return layout.max_code if 2 * layout.max_code <= 128 else 0
 
 
 @cache
@@ -142,7 +139,7 @@ def panel_kernel(name: str):
     if layout.product == "float":
         panel = _float_panel(name, layout.block_bytes)
     else:
-        panel = _block_panel(name, layout.block_size, layout.block_bytes, layout.group, _is_biased(name))
+        panel = _block_panel(name, layout.block_size, layout.block_bytes, layout.group, _bias(name))
     return Kernel(panel, PANEL_SIGNATURE)
 
 
@@ -186,81 +183,47 @@ def _float_gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
             store_results(a3, out + (first + 3) * out_stride, num_rows, is_added)
 
 
-@njit(fastmath=FASTMATH)
-def _scaled(total, scale, minimum, x_scale, x_sum, acc):
-    """acc + x_scale * (total * scale - minimum * x_sum)"""
-    value = fma_f32x16(int_to_f32x16(total), scale, minimum * (types.float32(-1) * x_sum))
-    return fma_f32x16(value, splat_f32x16(x_scale), acc)
-
-
-def _product(signedness, acc, weights, x):
-    """acc + weights * x, 4 bytes a lane."""
-
-
-@overload(_product, prefer_literal=True)
-def _choose_product(signedness, acc, weights, x):
-    if getattr(signedness, "literal_value", None) == "signed":
-        return lambda signedness, acc, weights, x: dot_i8x64(acc, weights, x)
-    return lambda signedness, acc, weights, x: dot_u8x64(acc, weights, x)
-
-
-def _int8_gemm(kind: int, group: int, signedness: str):
-    """The product of int8 panels: `group` columns in int32, then scaled into float32."""
-    words, x_sums = group // 4, X_SUMS16 if group == 16 else X_SUMS32
+def _int8_gemm(form: PanelForm):
+    """The product of int8 panels, four tokens at a time."""
+    kind, x_sums = KINDS[form.span], X_SUMS16 if form.group == 16 else X_SUMS32
+    span, group, is_signed, has_minima, max_code = form
 
     def gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
         k = load_i64(activations + NUM_VALUES)
         x = load_i64(activations + kind + X_CODES)
         x_scale, x_sum = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + x_sums)
         codes, scales, minima = _codes_at(panel), _scales_at(panel, k), _minima_at(panel, k, group)
-        num_rows, is_added = mode % ADD, mode >= ADD
+        num_rows, is_added, stage = mode % ADD, mode >= ADD, stack_1024()
         for first in range(0, num_tokens, 4):
-            last = num_tokens - 1
-            t0, t1 = load_i32(tokens + 4 * first), load_i32(tokens + 4 * min(first + 1, last))
-            t2, t3 = load_i32(tokens + 4 * min(first + 2, last)), load_i32(tokens + 4 * min(first + 3, last))
-            x0, x1, x2, x3 = x + k * t0, x + k * t1, x + k * t2, x + k * t3
-            d0, d1, d2, d3 = x_scale + k // 8 * t0, x_scale + k // 8 * t1, x_scale + k // 8 * t2, x_scale + k // 8 * t3
-            step = k // group * 4
-            s0, s1, s2, s3 = x_sum + step * t0, x_sum + step * t1, x_sum + step * t2, x_sum + step * t3
-            a0, a1, a2, a3 = zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16()
-            w = codes
-            for g in range(k // group):
-                i0, i1, i2, i3 = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
-                at = g * group
-                for j in range(words):
-                    weights = load_i8x64(w + 64 * j)
-                    i0 = _product(signedness, i0, weights, broadcast_i8x4(x0 + at + 4 * j))
-                    i1 = _product(signedness, i1, weights, broadcast_i8x4(x1 + at + 4 * j))
-                    i2 = _product(signedness, i2, weights, broadcast_i8x4(x2 + at + 4 * j))
-                    i3 = _product(signedness, i3, weights, broadcast_i8x4(x3 + at + 4 * j))
-                w += 64 * words
-                scale, minimum = load_f32x16(scales + 64 * g), load_f32x16(minima + 64 * g)
-                b = at // 32 * 4
-                a0 = _scaled(i0, scale, minimum, load_f32(d0 + b), load_f32(s0 + 4 * g), a0)
-                a1 = _scaled(i1, scale, minimum, load_f32(d1 + b), load_f32(s1 + 4 * g), a1)
-                a2 = _scaled(i2, scale, minimum, load_f32(d2 + b), load_f32(s2 + 4 * g), a2)
-                a3 = _scaled(i3, scale, minimum, load_f32(d3 + b), load_f32(s3 + 4 * g), a3)
-            store_results(a0, out + first * out_stride, num_rows, is_added)
-            if first + 1 <= last:
-                store_results(a1, out + (first + 1) * out_stride, num_rows, is_added)
-            if first + 2 <= last:
-                store_results(a2, out + (first + 2) * out_stride, num_rows, is_added)
-            if first + 3 <= last:
-                store_results(a3, out + (first + 3) * out_stride, num_rows, is_added)
+            last = num_tokens - 1 - first
+            if last > 1:
+                panel_tile(
+                    4, span, group, is_signed, has_minima, max_code,
+                    codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage,
+                )  # fmt: skip
+            else:
+                panel_tile(
+                    2, span, group, is_signed, has_minima, max_code,
+                    codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage,
+                )  # fmt: skip
+            for i in range(min(4, last + 1)):
+                store_results(load_f32x16(stage + 64 * i), out + (first + i) * out_stride, num_rows, is_added)
 
     return gemm
 
 
 @cache
-def _shared_gemm(kind: int, group: int, signedness: str):
-    gemm = _float_gemm if kind == 0 else _int8_gemm(kind, group, signedness)
-    return Kernel(gemm, GEMM_SIGNATURE)
+def _shared_gemm(form: PanelForm | None):
+    return Kernel(_int8_gemm(form) if form else _float_gemm, GEMM_SIGNATURE)
 
 
 def gemm_kernel(name: str):
     """The compiled `gemm` function for panels of type `name`."""
     layout = BY_NAME[name]
     if layout.product == "float":
-        return _shared_gemm(0, 1, "")
-    is_signed = layout.is_signed and not _is_biased(name)
-    return _shared_gemm(KINDS[activation_kind(name)], layout.group, "signed" if is_signed else "unsigned")
+        return _shared_gemm(None)
+    bias = _bias(name)
+    is_signed = layout.is_signed and bias == 0
+    return _shared_gemm(
+        PanelForm(activation_kind(name), layout.group, is_signed, not is_signed, layout.max_code + bias)
+    )

@@ -29,6 +29,7 @@ class Layout:
     encoder: str
     is_signed: bool = False  # codes, in the CPU kernels' common form
     row_scale: str = ""
+    max_code: int = 128  # the largest, without its sign, in that form
 
     @property
     def dtype(self) -> np.dtype:

@@ -4,9 +4,18 @@
 
 from kimi_lite.native.types.layout import F16, QK_K, U8, Layout
 
-IQ1_S = Layout("IQ1_S", 19, QK_K, (("d", F16), ("qs", U8, 32), ("qh", "<u2", 8)), "block256", 32, encoder="ggml")
+IQ1_S = Layout(
+    "IQ1_S", 19, QK_K, (("d", F16), ("qs", U8, 32), ("qh", "<u2", 8)), "block256", 32, encoder="ggml", max_code=16
+)
 IQ1_M = Layout(
-    "IQ1_M", 29, QK_K, (("qs", U8, 32), ("qh", U8, 16), ("scales", "<u2", 4)), "block256", 16, encoder="ggml"
+    "IQ1_M",
+    29,
+    QK_K,
+    (("qs", U8, 32), ("qh", U8, 16), ("scales", "<u2", 4)),
+    "block256",
+    16,
+    encoder="ggml",
+    max_code=18,
 )
 
 LAYOUTS = (

@@ -9,12 +9,14 @@ IQ3_XXS = Layout(
     *("block256", 32),
     encoder="ggml",
     is_signed=True,
+    max_code=62,
 )
 IQ3_S = Layout(
     *("IQ3_S", 21, QK_K, (("d", F16), ("qs", U8, 64), ("qh", U8, 8), ("signs", U8, 32), ("scales", U8, 4))),
     *("block256", 32),
     encoder="ggml",
     is_signed=True,
+    max_code=15,
 )
 
 LAYOUTS = (

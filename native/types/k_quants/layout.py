@@ -9,27 +9,35 @@ to code l of group k. Q6_K: low nibbles in `ql`, two bits in `qh`, counted from 
 from kimi_lite.native.types.layout import F16, I8, QK_K, U8, Layout
 
 Q2_K = Layout(
-    *("Q2_K", 10, QK_K, (("scales", U8, 16), ("qs", U8, 64), ("d", F16), ("dmin", F16))), "block256", 16, encoder="ggml"
+    *("Q2_K", 10, QK_K, (("scales", U8, 16), ("qs", U8, 64), ("d", F16), ("dmin", F16))),
+    "block256",
+    16,
+    encoder="ggml",
+    max_code=3,
 )
 Q3_K = Layout(
     *("Q3_K", 11, QK_K, (("hmask", U8, 32), ("qs", U8, 64), ("scales", U8, 12), ("d", F16))),
     *("block256", 16),
     encoder="ggml",
+    max_code=7,
 )
 Q4_K = Layout(
     *("Q4_K", 12, QK_K, (("d", F16), ("dmin", F16), ("scales", U8, 12), ("qs", U8, 128))),
     *("block256", 32),
     encoder="ggml",
+    max_code=15,
 )
 Q5_K = Layout(
     *("Q5_K", 13, QK_K, (("d", F16), ("dmin", F16), ("scales", U8, 12), ("qh", U8, 32), ("qs", U8, 128))),
     *("block256", 32),
     encoder="ggml",
+    max_code=31,
 )
 Q6_K = Layout(
     *("Q6_K", 14, QK_K, (("ql", U8, 128), ("qh", U8, 64), ("scales", I8, 16), ("d", F16))),
     *("block256", 16),
     encoder="ggml",
+    max_code=63,
 )
 
 LAYOUTS = (

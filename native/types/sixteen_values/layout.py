@@ -9,8 +9,12 @@ IQ4_XS = Layout(  # 8 six-bit scales minus 32, 8 x 16 bytes of codes
     encoder="ggml",
     is_signed=True,
 )
-MXFP4 = Layout("MXFP4", 39, 32, (("e", U8), ("qs", U8, 16)), "block32", 32, encoder="ggml", is_signed=True)  # e: E8M0
-NVFP4 = Layout("NVFP4", 40, 64, (("d", U8, 4), ("qs", U8, 32)), "block32", 16, encoder="ggml", is_signed=True)  # UE4M3
+MXFP4 = Layout(
+    "MXFP4", 39, 32, (("e", U8), ("qs", U8, 16)), "block32", 32, encoder="ggml", is_signed=True, max_code=12
+)  # e: E8M0
+NVFP4 = Layout(
+    "NVFP4", 40, 64, (("d", U8, 4), ("qs", U8, 32)), "block32", 16, encoder="ggml", is_signed=True, max_code=12
+)  # UE4M3
 
 LAYOUTS = (
     IQ4_NL,

@@ -5,8 +5,10 @@ holds its digits as those of the fraction b / 256, most significant first: digit
 
 from kimi_lite.native.types.layout import F16, QK_K, U8, Layout
 
-TQ1_0 = Layout("TQ1_0", 34, QK_K, (("qs", U8, 48), ("qh", U8, 4), ("d", F16)), "block256", 32, encoder="ternary")
-TQ2_0 = Layout("TQ2_0", 35, QK_K, (("qs", U8, 64), ("d", F16)), "block256", 32, encoder="two_bits")
+TQ1_0 = Layout(
+    "TQ1_0", 34, QK_K, (("qs", U8, 48), ("qh", U8, 4), ("d", F16)), "block256", 32, encoder="ternary", max_code=2
+)
+TQ2_0 = Layout("TQ2_0", 35, QK_K, (("qs", U8, 64), ("d", F16)), "block256", 32, encoder="two_bits", max_code=3)
 
 LAYOUTS = (
     TQ1_0,

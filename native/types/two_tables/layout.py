@@ -14,26 +14,27 @@ from kimi_lite.native.types.sixteen_values.layout import IQ4_VALUES
 _U16 = "<u2"
 
 
-def _by_16(name: str, ggml_id: int, *fields: tuple) -> Layout:
+def _by_16(name: str, ggml_id: int, max_code: int, *fields: tuple) -> Layout:
     fields = (("d", F16), ("extra", _U16), *fields)
-    return Layout(name, ggml_id, QK_K, fields, "block256", 16, encoder="none", is_signed=True)
+    return Layout(name, ggml_id, QK_K, fields, "block256", 16, encoder="none", is_signed=True, max_code=max_code)
 
 
-def _by_32(name: str, ggml_id: int, row_scale: str, *fields: tuple) -> Layout:
-    return Layout(name, ggml_id, QK_K, fields, "block256", 32, encoder="none", is_signed=True, row_scale=row_scale)
+def _by_32(name: str, ggml_id: int, max_code: int, row_scale: str, *fields: tuple) -> Layout:
+    form = {"encoder": "none", "is_signed": True, "row_scale": row_scale, "max_code": max_code}
+    return Layout(name, ggml_id, QK_K, fields, "block256", 32, **form)
 
 
-IQ2_K = _by_16("IQ2_K", 137, ("scales", U8, 8), ("qs", U8, 64))
-IQ3_K = _by_16("IQ3_K", 138, ("scales_h", _U16), ("scales_l", U8, 8), ("qs", U8, 64), ("qh", U8, 32))
-IQ4_K = _by_16("IQ4_K", 139, ("scales_h", U8, 4), ("scales_l", U8, 8), ("qs", U8, 128))
-IQ5_K = _by_16("IQ5_K", 140, ("scales_h", U8, 4), ("scales_l", U8, 8), ("qs", U8, 128), ("qh", U8, 32))
-IQ6_K = _by_16("IQ6_K", 141, ("scales", I8, 16), ("qs", U8, 128), ("qh", U8, 64))
-IQ2_KS = _by_32("IQ2_KS", 145, F16, ("extra", _U16), ("scales", U8, 4), ("qs", U8, 64))
-IQ2_KL = _by_32("IQ2_KL", 157, F16, ("scales_h", _U16), ("scales_l", U8, 4), ("qs", U8, 64), ("qh", U8, 16))
-IQ3_KS = _by_32("IQ3_KS", 156, F16, ("extra", _U16), ("scales", U8, 4), ("qs", U8, 64), ("qh", U8, 32))
-IQ4_KS = _by_32("IQ4_KS", 144, F32, ("scales", U8, 8), ("qs", U8, 128))
-IQ4_KSS = _by_32("IQ4_KSS", 146, F32, ("qs", U8, 128))
-IQ5_KS = _by_32("IQ5_KS", 152, F32, ("scales", U8, 8), ("qs", U8, 128), ("qh", U8, 32))
+IQ2_K = _by_16("IQ2_K", 137, 31, ("scales", U8, 8), ("qs", U8, 64))
+IQ3_K = _by_16("IQ3_K", 138, 63, ("scales_h", _U16), ("scales_l", U8, 8), ("qs", U8, 64), ("qh", U8, 32))
+IQ4_K = _by_16("IQ4_K", 139, 127, ("scales_h", U8, 4), ("scales_l", U8, 8), ("qs", U8, 128))
+IQ5_K = _by_16("IQ5_K", 140, 126, ("scales_h", U8, 4), ("scales_l", U8, 8), ("qs", U8, 128), ("qh", U8, 32))
+IQ6_K = _by_16("IQ6_K", 141, 127, ("scales", I8, 16), ("qs", U8, 128), ("qh", U8, 64))
+IQ2_KS = _by_32("IQ2_KS", 145, 31, F16, ("extra", _U16), ("scales", U8, 4), ("qs", U8, 64))
+IQ2_KL = _by_32("IQ2_KL", 157, 63, F16, ("scales_h", _U16), ("scales_l", U8, 4), ("qs", U8, 64), ("qh", U8, 16))
+IQ3_KS = _by_32("IQ3_KS", 156, 63, F16, ("extra", _U16), ("scales", U8, 4), ("qs", U8, 64), ("qh", U8, 32))
+IQ4_KS = _by_32("IQ4_KS", 144, 127, F32, ("scales", U8, 8), ("qs", U8, 128))
+IQ4_KSS = _by_32("IQ4_KSS", 146, 127, F32, ("qs", U8, 128))
+IQ5_KS = _by_32("IQ5_KS", 152, 126, F32, ("scales", U8, 8), ("qs", U8, 128), ("qh", U8, 32))
 
 LAYOUTS = (
     IQ2_K,
