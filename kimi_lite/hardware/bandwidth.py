@@ -7,7 +7,7 @@ first two, a few reading threads for the file.
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
@@ -29,12 +29,15 @@ from kimi_lite.native.amx import (
     shapes,
 )
 from kimi_lite.native.cpu.compiler import kernel
+from kimi_lite.native.cpu.nodes import ThreadGroup
+from kimi_lite.native.cpu.pages import Spans, touch
+from kimi_lite.native.cpu.placement import place_threads
 from kimi_lite.native.cpu.program import Op, Program
-from kimi_lite.native.cpu.threads import Team, next_task
+from kimi_lite.native.cpu.threads import Team, next_task, next_tasks
 from kimi_lite.native.simd import load_i8x64, load_i32x16, load_i64, store_i32, sum_i32x16, zero_i32x16
 from kimi_lite.native.simd_dot import dot_u8x64
 
-_TASK_BYTES = 1 << 16
+_TASK_BYTES, _BAND_TASKS = 1 << 16, 8  # a thread takes at most so many at once
 _BUFFER_BYTES, _PART_BYTES = 512 << 20, 4 << 20  # larger than a desktop's caches; each thread's share of a run
 _FREE_SHARE = 0.25  # of the free memory: the most that the buffer takes
 _ROUNDS, _MACS_A_ROUND = 20_000, 12 * 64  # of the loop that only multiplies: 0.1 to 1 ms
@@ -54,6 +57,37 @@ def _read_kernel(args, thread, team):
             c, d = c + load_i32x16(at + 128), d + load_i32x16(at + 192)
         task = next_task(team)
     store_i32(out + _LINE_BYTES * thread, sum_i32x16((a + b) + (c + d)))
+
+
+@kernel
+def _read_bands_kernel(args, thread, team):
+    """Each thread reads its own part of the tasks, which lies on its memory node, before it helps others."""
+    address, num_tasks, out = load_i64(args), load_i64(args + 8), load_i64(args + 16)
+    a, b, c, d = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
+    first, count = next_tasks(team, thread, num_tasks, _BAND_TASKS)
+    while count > 0:
+        start = address + first * _TASK_BYTES
+        for at in range(start, start + count * _TASK_BYTES, 256):
+            a, b = a + load_i32x16(at), b + load_i32x16(at + 64)
+            c, d = c + load_i32x16(at + 128), d + load_i32x16(at + 192)
+        first, count = next_tasks(team, thread, num_tasks, _BAND_TASKS)
+    store_i32(out + _LINE_BYTES * thread, sum_i32x16((a + b) + (c + d)))
+
+
+def _read_bands_program(data: np.ndarray, sums: np.ndarray) -> Program:
+    """As `read_program`, of data whose parts lie on the nodes of their threads."""
+    return Program([Op.of(_read_bands_kernel, data, data.nbytes // _TASK_BYTES, sums)])
+
+
+def _spread_parts(num_parts: int, part_bytes: int, groups: Sequence[ThreadGroup]) -> np.ndarray:
+    """int32 zeros (num_parts, part_bytes / 4): of each part every thread's share on its node."""
+    parts, num_threads = np.empty((num_parts, part_bytes // 4), np.int32), groups[-1].stop
+    shares = [
+        (part_bytes * group.first // num_threads, part_bytes * group.stop // num_threads, number)
+        for number, group in enumerate(groups)
+    ]
+    touch(Spans.repeated(parts.ctypes.data, part_bytes, num_parts, shares), groups)
+    return parts
 
 
 def read_program(data: np.ndarray, sums: np.ndarray) -> Program:
@@ -160,14 +194,18 @@ def _rates(run: Callable[[], None], amount: float, seconds: float) -> list[float
 
 def measure_ram(num_threads: int, seconds: float = 1.0, buffer_bytes: int = _BUFFER_BYTES) -> float:
     """Bytes/s of plain reading by all threads: the best tenth of the runs, as other programs only make it look
-    slower."""
-    team = Team(num_threads)
+    slower. Where memory is on several nodes each thread reads what lies on its own."""
+    groups = place_threads(num_threads)
+    team = Team(num_threads, groups)
     try:
         part_bytes = _PART_BYTES * num_threads
         buffer_bytes = min(buffer_bytes, int(_FREE_SHARE * psutil.virtual_memory().available))
-        parts = np.ones((max(2, buffer_bytes // part_bytes), part_bytes // 4), np.int32)
-        sums = np.zeros(num_threads * _LINE_BYTES, np.uint8)
-        programs = cycle([read_program(part, sums) for part in parts])
+        num_parts, sums = max(2, buffer_bytes // part_bytes), np.zeros(num_threads * _LINE_BYTES, np.uint8)
+        if groups:
+            parts, program = _spread_parts(num_parts, part_bytes, groups), _read_bands_program
+        else:
+            parts, program = np.ones((num_parts, part_bytes // 4), np.int32), read_program
+        programs = cycle([program(part, sums) for part in parts])
         return float(np.percentile(_rates(lambda: team.run(next(programs)), part_bytes, seconds), 90))
     finally:
         team.close()

@@ -120,7 +120,8 @@ def _cpu_key(hardware: Hardware) -> str:
 
 
 def _machine_key(hardware: Hardware) -> str:
-    return f"ram of {hardware.cpu_name}, {hardware.num_cores} cores"
+    nodes = f", {len(hardware.nodes)} nodes, {hardware.memory_policy}" if hardware.has_nodes else ""
+    return f"ram of {hardware.cpu_name}, {hardware.num_cores} cores{nodes}"
 
 
 def _disk_key(hardware: Hardware) -> str:

@@ -122,8 +122,9 @@ def rates_of(
     vram_bytes_s = of_gpus(lambda gpu: gpu.vram_bytes_s, TYPICAL_VRAM_BYTES_S)
     pcie_bytes_s = of_gpus(lambda gpu: gpu.pcie_bytes_s, TYPICAL_PCIE_BYTES_S)
     ram = rate("ram", hardware.ram_bytes_s, TYPICAL_RAM_BYTES_S)
+    is_as_used = ram.origin == "measured" and hardware.memory_policy != "local"  # numactl set both
     return Rates(
-        ram=replace(ram, per_s=ram.per_s * reach_of(hardware.nodes, memory_use)),
+        ram=ram if is_as_used else replace(ram, per_s=ram.per_s * reach_of(hardware.nodes, memory_use)),
         disk=rate("disk", disk.read_bytes_s if disk else None, TYPICAL_DISK_BYTES_S),
         vram=rate("vram", vram_bytes_s, TYPICAL_VRAM_BYTES_S),
         pcie=rate("pcie", pcie_bytes_s, TYPICAL_PCIE_BYTES_S),

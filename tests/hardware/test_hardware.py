@@ -2,21 +2,25 @@
 modules."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 
+from kimi_lite.hardware import bandwidth, host
 from kimi_lite.hardware import gpu as hardware_gpu
-from kimi_lite.hardware import host
 from kimi_lite.hardware import speed as hardware_speed
 from kimi_lite.hardware.bandwidth import measure_disk, measure_macs, measure_ram
 from kimi_lite.hardware.machine import Hardware, described, free_of
+from kimi_lite.hardware.nodes import described_nodes
 from kimi_lite.hardware.probe import probe
 from kimi_lite.native.amx import has_amx
+from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.units import GIB, MIB
 
 
@@ -280,3 +284,25 @@ def test_measuring(tmp_path, monkeypatch):
     assert measure_disk(tmp_path / "small.gguf") is None
     assert hardware_speed.largest_file(tmp_path) == model == hardware_speed.largest_file(model)
     assert hardware_speed.largest_file(tmp_path / "nothing") is None
+
+
+def test_memory_on_several_nodes_is_measured_there(monkeypatch):
+    """Each thread's share of what is read is touched by threads of its node; the nodes are pretended."""
+    cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    groups = (ThreadGroup(0, 0, cpus, 0, 1), ThreadGroup(1, 1, cpus, 1, 3))
+    spans, touch = [], bandwidth.touch
+    monkeypatch.setattr(bandwidth, "place_threads", lambda num_threads: groups)
+    monkeypatch.setattr(bandwidth, "touch", lambda each, own: spans.append(each) or touch(each, own))
+    assert bandwidth.measure_ram(3, seconds=0.01, buffer_bytes=64 << 20) > 1e8
+    (each,) = spans
+    sizes = np.diff([*each.starts.tolist(), each.stop])
+    assert each.owners.tolist() == [0, 1] * (len(sizes) // 2) and sizes[1] == 2 * sizes[0]
+
+
+def test_speeds_belong_to_the_nodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_LITE_CACHE", str(tmp_path))
+    one = Hardware("a CPU", 16, "avx2", 64 * GIB, 60 * GIB)
+    two = replace(one, nodes=described_nodes(2, 16, 64 * GIB, 60 * GIB))
+    hardware_speed.remember(two, ram=400e9)
+    assert hardware_speed.recall(two).ram_bytes_s == 400e9 and hardware_speed.recall(one).ram_bytes_s is None
+    assert hardware_speed.recall(replace(two, memory_policy="interleaved")).ram_bytes_s is None

@@ -77,6 +77,26 @@ def test_a_node_that_is_full_is_named():
     assert not make_plan(K25, full, Options(numa="off")).warnings
 
 
+def test_prompts_read_across_the_link():
+    """They are bound by arithmetic unless the CPU is fast."""
+    hardware = described(HERE, 512 * GIB, 0, num_sockets=2)
+    fast = replace(hardware, cpu_macs_s=1e18)
+    alone = replace(fast, nodes=())
+    share = make_plan(K25, fast, Options()).prompt.limit_tok_s / make_plan(K25, alone, Options()).prompt.limit_tok_s
+    assert share == pytest.approx(reach(2, 2, "interleaved")) and share == pytest.approx(0.8)
+
+
+def test_numactl_goes_before_us():
+    hardware = replace(described(HERE, 512 * GIB, None, num_sockets=2), memory_policy="interleaved")
+    plan = make_plan(K25, hardware, Options())
+    assert plan.memory_use == "interleaved" and plan.rates.ram.per_s == pytest.approx(0.8 * 2 * SOCKET_RAM_BYTES_S)
+    assert "numactl spreads the pages" in text_of(plan)
+    measured = hardware.with_speeds("measured", ram=300e9)  # with the pages spread
+    assert make_plan(K25, measured, Options()).rates.ram.per_s == 300e9
+    bound = replace(measured, memory_policy="bound")
+    assert make_plan(K25, bound, Options()).memory_use == "one node"
+
+
 def test_one_thread_has_one_node():
     assert plan_of(2, num_threads=1).memory_use == "one node"
 
