@@ -13,6 +13,10 @@ multiplies each token with 21.14 G weights of routed experts and 10.5 G others; 
 (`--gpu-ms`), or on the CPU as Q8_0. What the model leaves out: attention over the context, barriers, the router,
 experts already on the GPU, and what keeps a kernel from both limits at once (`kernel_bench` shows it: its out-of-cache
 columns).
+
+`--sockets 2` simulates a token thread by thread (`token_on_paper`), with what more it assumes; so does `--sockets 1`:
+
+    python -m tools.bench.predict /tmp/bench.txt --cores 64 --sockets 2 --bandwidth 400 --clock-ghz 2.8
 """
 
 import json
@@ -28,6 +32,7 @@ from rich.table import Table
 
 from kimi_lite.arch.known import K2_5
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.tools.bench.token_on_paper import USES, Server, Weights, busier, simulate_token
 
 _REST_TYPE = "Q8_0"  # of everything but routed experts
 
@@ -120,6 +125,43 @@ def _table(kernels: Mapping[str, Kernel], machine: Machine, gpu_s: float) -> Tab
     return table
 
 
+def _paper_table(kernels: Mapping[str, Kernel], server: Server) -> Table:
+    """A type's routed experts in a row for each way in which memory may be used, the rest in `_REST_TYPE`."""
+    table = Table("type", box=None)
+    for column in ("memory", "tokens/s", "of what bytes allow", "in barriers", "one core at half speed"):
+        table.add_column(column, justify="right")
+    rest = _weights(kernels[_REST_TYPE])
+    for name, kernel in kernels.items():
+        for use in USES if server.sockets > 1 else USES[:1]:
+            token, busy = (simulate_token(each, use, _weights(kernel), rest) for each in (server, busier(server)))
+            table.add_row(
+                name,
+                use if server.sockets > 1 else "",
+                f"{token.tok_s:.1f}",
+                f"{token.share_of(server.bandwidth_gb_s):.0%}",
+                f"{token.barriers_s * token.tok_s:.0%}",
+                f"{busy.tok_s:.1f}",
+            )
+    return table
+
+
+def _weights(kernel: Kernel) -> Weights:
+    return Weights(kernel.bytes_per_weight, kernel.cycles_per_weight)
+
+
+def _assumptions(server: Server) -> str:
+    far = (
+        f", {server.far_share:.0%} of that from another socket's, whose link brings {server.link_share:.0%} of a "
+        f"socket's bandwidth; a barrier takes {server.arrival_ns:g} ns a thread, {server.far_arrival_ns:g} after one "
+        f"of another socket"
+    )
+    near = f"; a barrier takes {server.arrival_ns:g} ns a thread"
+    return (
+        f"on paper, the whole model on the CPU: a core reads {server.core_gb_s:g} GB/s of its own socket's RAM at most"
+        f"{far if server.sockets > 1 else near}; no attention over the context. Nothing of it was measured"
+    )
+
+
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 
@@ -128,6 +170,9 @@ def main(
     report: Annotated[Path, typer.Argument(help="What kernel_bench printed.")],
     cores: Annotated[int, typer.Option(min=1)] = 16,
     bandwidth: Annotated[str, typer.Option(help="GB/s that memory really delivers, comma-separated.")] = "60,80",
+    sockets: Annotated[
+        int | None, typer.Option(help="Simulate a token, cores and memory spread over so many.", min=1, max=16)
+    ] = None,
     clock_ghz: Annotated[float, typer.Option(help="Of all cores at work. 0: as measured.", min=0)] = 0,
     gpu_ms: Annotated[
         float, typer.Option(help="Everything but routed experts, on a GPU: 11.2 GB at 0.92 TB/s.", min=0)
@@ -138,6 +183,7 @@ def main(
         measured = read_report(report)
         clock = clock_ghz or measured["clock_ghz"]
         machines = [Machine(cores, clock, _parse_bandwidth(part)) for part in bandwidth.split(",")]
+        _check_sockets(sockets, cores, measured)
     except KimiLiteError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -147,8 +193,22 @@ def main(
     for machine in machines:
         console.print()
         console.print(_table(kernels, machine, gpu_ms / 1000))
+        if sockets:
+            server = Server(cores, sockets, machine.clock_ghz, machine.bandwidth_gb_s)
+            console.print(f"\n{_assumptions(server)}")
+            console.print(_paper_table(kernels, server))
     console.print(f"\nwith GPU: the experts on the CPU in this type, then the rest on a GPU in {gpu_ms:g} ms")
     console.print(f"CPU alone: the rest on the CPU too, as {_REST_TYPE}")
+
+
+def _check_sockets(sockets: int | None, cores: int, report: Mapping) -> None:
+    if sockets and sockets > cores:
+        raise KimiLiteError(f"--sockets {sockets} with --cores {cores}.", "Give each socket a core at least.")
+    if sockets and _REST_TYPE not in report["types"]:
+        raise KimiLiteError(
+            f"The report has no {_REST_TYPE}, the type of everything but routed experts.",
+            f"python -m tools.kernels --types tq1_0,{_REST_TYPE.lower()} measures it.",
+        )
 
 
 def _parse_bandwidth(text: str) -> float:
