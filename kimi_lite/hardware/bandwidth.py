@@ -33,7 +33,7 @@ from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.pages import Spans, touch
 from kimi_lite.native.cpu.placement import place_threads
 from kimi_lite.native.cpu.program import Op, Program
-from kimi_lite.native.cpu.threads import Team, next_task, next_tasks
+from kimi_lite.native.cpu.threads import Team, next_tasks
 from kimi_lite.native.simd import load_i8x64, load_i32x16, load_i64, store_i32, sum_i32x16, zero_i32x16
 from kimi_lite.native.simd_dot import dot_u8x64
 
@@ -47,21 +47,7 @@ _FILE_READ_BYTES, _NUM_READERS = 8 << 20, 8  # an NVMe disk needs a queue to be 
 
 @kernel
 def _read_kernel(args, thread, team):
-    address, num_tasks, out = load_i64(args), load_i64(args + 8), load_i64(args + 16)
-    a, b, c, d = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
-    task = next_task(team)
-    while task < num_tasks:
-        start = address + task * _TASK_BYTES
-        for at in range(start, start + _TASK_BYTES, 256):
-            a, b = a + load_i32x16(at), b + load_i32x16(at + 64)
-            c, d = c + load_i32x16(at + 128), d + load_i32x16(at + 192)
-        task = next_task(team)
-    store_i32(out + _LINE_BYTES * thread, sum_i32x16((a + b) + (c + d)))
-
-
-@kernel
-def _read_bands_kernel(args, thread, team):
-    """Each thread reads its own part of the tasks, which lies on its memory node, before it helps others."""
+    """Each thread reads its own part of the tasks in order, as decoding reads matrices, before it helps others."""
     address, num_tasks, out = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     a, b, c, d = zero_i32x16(), zero_i32x16(), zero_i32x16(), zero_i32x16()
     first, count = next_tasks(team, thread, num_tasks, _BAND_TASKS)
@@ -72,11 +58,6 @@ def _read_bands_kernel(args, thread, team):
             c, d = c + load_i32x16(at + 128), d + load_i32x16(at + 192)
         first, count = next_tasks(team, thread, num_tasks, _BAND_TASKS)
     store_i32(out + _LINE_BYTES * thread, sum_i32x16((a + b) + (c + d)))
-
-
-def _read_bands_program(data: np.ndarray, sums: np.ndarray) -> Program:
-    """As `read_program`, of data whose parts lie on the nodes of their threads."""
-    return Program([Op.of(_read_bands_kernel, data, data.nbytes // _TASK_BYTES, sums)])
 
 
 def _spread_parts(num_parts: int, part_bytes: int, groups: Sequence[ThreadGroup]) -> np.ndarray:
@@ -202,10 +183,10 @@ def measure_ram(num_threads: int, seconds: float = 1.0, buffer_bytes: int = _BUF
         buffer_bytes = min(buffer_bytes, int(_FREE_SHARE * psutil.virtual_memory().available))
         num_parts, sums = max(2, buffer_bytes // part_bytes), np.zeros(num_threads * _LINE_BYTES, np.uint8)
         if groups:
-            parts, program = _spread_parts(num_parts, part_bytes, groups), _read_bands_program
+            parts = _spread_parts(num_parts, part_bytes, groups)
         else:
-            parts, program = np.ones((num_parts, part_bytes // 4), np.int32), read_program
-        programs = cycle([program(part, sums) for part in parts])
+            parts = np.ones((num_parts, part_bytes // 4), np.int32)
+        programs = cycle([read_program(part, sums) for part in parts])
         return float(np.percentile(_rates(lambda: team.run(next(programs)), part_bytes, seconds), 90))
     finally:
         team.close()
