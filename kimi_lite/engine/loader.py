@@ -16,6 +16,7 @@ from kimi_lite.engine.engine import Engine, Model, OnProgress
 from kimi_lite.engine.planning import plan_load
 from kimi_lite.engine.types import ModelInfo
 from kimi_lite.engine.vision import NO_TOWER_HINT, Vision
+from kimi_lite.engine.warming import check_warmed
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.experts.heat import heat_path
 from kimi_lite.experts.recorder import RoutingRecorder
@@ -57,6 +58,8 @@ def load(path: str | Path, options: Options | None = None, on_progress: OnProgre
     prefixes = open_prefixes(store, config, plan)
     vision = open_vision(store, config, plan, device.partition(",")[0])
     model, kv = _open_model(store, config, options, device, plan, prefixes, report)
+    if not options.is_warm:  # else once it is
+        check_warmed(store, config, plan)
     report("ready", 4, 4)
     holdings = [*([prefixes] if prefixes else []), store]
     return Engine(

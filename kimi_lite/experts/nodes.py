@@ -8,16 +8,19 @@ cache, so `gguf.warm` reads `file_runs`, and without it the kernels' own threads
 """
 
 import ctypes
+import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.index import ExpertIndex, RoutedLayer
 from kimi_lite.gguf.store import GGUFStore
-from kimi_lite.gguf.warm import Run
+from kimi_lite.gguf.warm import Run, is_cached
 from kimi_lite.native.cpu.nodes import ThreadGroup, split_rows
 from kimi_lite.native.cpu.pages import (
     HUGE_PAGE_BYTES,
@@ -33,7 +36,21 @@ from kimi_lite.native.cpu.pages import (
 _STEP = 8  # rows that threads take together
 _STRANGE = 0.1  # of the bytes: with more on other nodes huge pages are too large, or a warning is due
 _SLOTS_LOOKED_AT, _PAGES_LOOKED_AT = 64, 1024
+_LEAST_CACHED = 0.2  # of the pages looked at: with fewer in memory the rest will lie right
 _RIGHT = "docker run --cap-add SYS_NICE gives a container the right"
+
+
+class FilePart(NamedTuple):
+    """Bytes start .. stop of a file, which threads of this group read."""
+
+    shard: Path
+    start: int
+    stop: int
+    group: int
+
+    @property
+    def middle(self) -> int:
+        return (self.start + self.stop) // 2
 
 
 def placed_groups(groups: Sequence[ThreadGroup]) -> tuple[ThreadGroup, ...]:
@@ -81,45 +98,73 @@ def place_slots(memory: np.ndarray, layer: RoutedLayer, groups: Sequence[ThreadG
 
 def file_runs(store: GGUFStore, config: ModelConfig, groups: Sequence[ThreadGroup]) -> list[Run]:
     """The bytes of a model's files by the CPUs of those that read them, each file's in order."""
-    parts = sorted(_file_parts(store, config, groups), key=lambda part: part[:2])
+    parts = [*_expert_parts(ExpertIndex.find(store, config), groups), *_other_parts(store, config, groups)]
+    parts.sort(key=lambda part: part[:2])
     return [Run(shard, start, stop, groups[number].cpus) for shard, start, stop, number in parts]
 
 
-def _file_parts(
-    store: GGUFStore, config: ModelConfig, groups: Sequence[ThreadGroup]
-) -> Iterator[tuple[Path, int, int, int]]:
-    """(shard, start, stop, group) of every matrix, each expert's for itself."""
-    index, routed = ExpertIndex.find(store, config), set()
+def _expert_parts(index: ExpertIndex, groups: Sequence[ThreadGroup]) -> Iterator[FilePart]:
+    """Of every routed expert, each for itself."""
     for layer in index.layers.values():
         for matrix in layer.matrices:
-            routed.add(matrix.tensor)
+            split = split_rows(groups, matrix.num_rows, _STEP)
             for expert in range(index.num_experts):
                 first = matrix.start + expert * matrix.stride
-                for number, rows in enumerate(split_rows(groups, matrix.num_rows, _STEP)):
+                for number, rows in enumerate(split):
                     if rows:
-                        begin, end = first + rows.start * matrix.row_bytes, first + rows.stop * matrix.row_bytes
-                        yield matrix.shard, begin, end, number
+                        start, stop = first + rows.start * matrix.row_bytes, first + rows.stop * matrix.row_bytes
+                        yield FilePart(matrix.shard, start, stop, number)
+
+
+def _other_parts(store: GGUFStore, config: ModelConfig, groups: Sequence[ThreadGroup]) -> Iterator[FilePart]:
+    """Of every other matrix."""
+    layers = ExpertIndex.find(store, config).layers.values()
+    routed = {matrix.tensor for layer in layers for matrix in layer.matrices}
     for tensor in store.tensors.values():
         if tensor.name in routed or tensor.data.ndim < 2:
             continue
         row_bytes = tensor.data.shape[-1]
         for number, rows in enumerate(split_rows(groups, tensor.data.nbytes // row_bytes, _STEP)):
             if rows:
-                begin, end = tensor.start + rows.start * row_bytes, tensor.start + rows.stop * row_bytes
-                yield tensor.shard, begin, end, number
+                start, stop = tensor.start + rows.start * row_bytes, tensor.start + rows.stop * row_bytes
+                yield FilePart(tensor.shard, start, stop, number)
 
 
-def check_files(store: GGUFStore, config: ModelConfig, groups: Sequence[ThreadGroup]) -> None:
-    """A warning where much of what the page cache holds of the model lies on other nodes than its threads'."""
+def check_files(
+    store: GGUFStore,
+    config: ModelConfig,
+    groups: Sequence[ThreadGroup],
+    has_experts: bool = True,
+    has_others: bool = True,
+) -> None:
+    """A warning where much of what the page cache holds of the model lies on other nodes than its threads'. What it
+    does not hold is not looked at. has_experts, has_others: what of the files the CPU reads in place."""
+    parts = [
+        *(_expert_parts(ExpertIndex.find(store, config), groups) if has_experts else ()),
+        *(_other_parts(store, config, groups) if has_others else ()),
+    ]
+    if not parts:
+        return
+    looked_at = [parts[at] for at in np.unique(np.linspace(0, len(parts) - 1, _PAGES_LOOKED_AT).astype(int))]
+    cached = [part for part, is_there in zip(looked_at, are_cached(looked_at), strict=True) if is_there]
+    if len(cached) < _LEAST_CACHED * len(looked_at):
+        return
     bases = {tensor.shard: tensor.data.ctypes.data - tensor.start for tensor in store.tensors.values()}
-    parts = list(_file_parts(store, config, groups))
-    chosen = [parts[at] for at in np.unique(np.linspace(0, len(parts) - 1, _PAGES_LOOKED_AT).astype(int))]
-    addresses = np.array([bases[shard] + (start + stop) // 2 for shard, start, stop, _ in chosen], np.int64)
-    for address in addresses.tolist():  # a page has a node once this process has it in its tables
-        ctypes.string_at(address, 1)
-    owners = np.array([number for _, _, _, number in chosen])
+    addresses = np.array([bases[part.shard] + part.middle for part in cached], np.int64)
+    for address in addresses.tolist():
+        ctypes.string_at(address, 1)  # a page has a node for this process once it is in its tables
+    owners = np.array([part.group for part in cached])
     remedy = "to read them anew: echo 1 | sudo tee /proc/sys/vm/drop_caches before a start; or --load read"
     check_pages(addresses, owners, groups, remedy)
+
+
+def are_cached(parts: Sequence[FilePart]) -> list[bool]:
+    """Whether the page cache holds the middle of each; False where the system does not tell."""
+    with ExitStack() as opened:
+        descriptors = {shard: os.open(shard, os.O_RDONLY) for shard in {part.shard for part in parts}}
+        for descriptor in descriptors.values():
+            opened.callback(os.close, descriptor)
+        return [is_cached(descriptors[part.shard], part.middle) for part in parts]
 
 
 def check_pages(addresses: np.ndarray, owners: np.ndarray, groups: Sequence[ThreadGroup], remedy: str) -> None:

@@ -21,7 +21,6 @@ from kimi_lite.native.cpu.placement import keep_to
 CHUNK_BYTES = 8 << 20
 NUM_READERS = 4  # with several memory nodes, of each
 _PROBES = 4  # of a chunk
-_PAGE_BYTES = 4096
 
 
 class Run(NamedTuple):
@@ -101,13 +100,15 @@ def _read(chunk: _Chunk, should_stop: Callable[[], bool]) -> int:
 
 def _is_in_memory(chunk: _Chunk) -> bool:
     """Judged by a few of its pages; False where the system cannot say."""
+    step = max(chunk.num_bytes // _PROBES, 1)
+    return all(is_cached(chunk.descriptor, chunk.offset + i * step) for i in range(_PROBES))
+
+
+def is_cached(descriptor: int, offset: int) -> bool:
+    """Whether the page cache holds this byte of the file; False where the system cannot say."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
-    page = bytearray(_PAGE_BYTES)
-    step = max(chunk.num_bytes // _PROBES, 1)
     try:
-        return all(
-            os.preadv(chunk.descriptor, [page], chunk.offset + i * step, os.RWF_NOWAIT) > 0 for i in range(_PROBES)
-        )
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
     except OSError:  # BlockingIOError: not there; others: a file system without the flag
         return False

@@ -60,8 +60,11 @@ def _read_kernel(args, thread, team):
     store_i32(out + _LINE_BYTES * thread, sum_i32x16((a + b) + (c + d)))
 
 
-def _spread_parts(num_parts: int, part_bytes: int, groups: Sequence[ThreadGroup]) -> np.ndarray:
-    """int32 zeros (num_parts, part_bytes / 4): of each part every thread's share on its node."""
+def parts_to_read(num_parts: int, part_bytes: int, groups: Sequence[ThreadGroup] = ()) -> np.ndarray:
+    """int32 (num_parts, part_bytes / 4), with memory behind every page: where it is on several nodes, each thread's
+    share of each part on its own."""
+    if not groups:
+        return np.ones((num_parts, part_bytes // 4), np.int32)
     parts, num_threads = np.empty((num_parts, part_bytes // 4), np.int32), groups[-1].stop
     shares = [
         (part_bytes * group.first // num_threads, part_bytes * group.stop // num_threads, number)
@@ -182,11 +185,7 @@ def measure_ram(num_threads: int, seconds: float = 1.0, buffer_bytes: int = _BUF
         part_bytes = _PART_BYTES * num_threads
         buffer_bytes = min(buffer_bytes, int(_FREE_SHARE * psutil.virtual_memory().available))
         num_parts, sums = max(2, buffer_bytes // part_bytes), np.zeros(num_threads * _LINE_BYTES, np.uint8)
-        if groups:
-            parts = _spread_parts(num_parts, part_bytes, groups)
-        else:
-            parts = np.ones((num_parts, part_bytes // 4), np.int32)
-        programs = cycle([read_program(part, sums) for part in parts])
+        programs = cycle([read_program(part, sums) for part in parts_to_read(num_parts, part_bytes, groups)])
         return float(np.percentile(_rates(lambda: team.run(next(programs)), part_bytes, seconds), 90))
     finally:
         team.close()

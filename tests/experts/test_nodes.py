@@ -1,6 +1,7 @@
 """A model's rows on memory nodes: in slots, in files, and what is said where they lie elsewhere."""
 
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_slots_hold_each_nodes_rows(model: tuple) -> None:
 def test_files_hold_each_nodes_rows(model: tuple) -> None:
     """Every matrix whole and without overlap, every expert's by its own rows."""
     store, config, index = model
-    parts = sorted(nodes._file_parts(store, config, GROUPS), key=lambda part: part[1])
+    parts = sorted([*nodes._expert_parts(index, GROUPS), *nodes._other_parts(store, config, GROUPS)])
     assert all(before[2] <= after[1] for before, after in pairwise(parts))
     matrices = [tensor for tensor in store.tensors.values() if tensor.data.ndim > 1]
     assert sum(stop - start for _, start, stop, _ in parts) == sum(tensor.num_bytes for tensor in matrices)
@@ -147,25 +148,56 @@ def test_files_are_warmed_by_rows_where_threads_are_divided(
     store, config, _ = model
     given, checked = [], []
     monkeypatch.setattr(warming, "warm", lambda paths, *_, runs=(): given.append((list(paths), list(runs))) or 5)
-    monkeypatch.setattr(warming, "check_files", lambda *_: checked.append(True))
+    monkeypatch.setattr(warming, "check_files", lambda *_, **kinds: checked.append(kinds))
     monkeypatch.setattr(warming, "_reading_groups", lambda plan: GROUPS if is_divided else ())
     plan = plan_load(store, config, Options(context_length=64))
     assert warming.warm_model(store.path, plan, lambda done, total: None, lambda: False) == 5
     (paths, runs), wanted = given[0], nodes.file_runs(store, config, GROUPS) if is_divided else []
-    assert paths == [Path(store.path)] and runs == wanted and bool(checked) == is_divided
+    assert paths == [Path(store.path)] and runs == wanted
+    assert checked == ([{"has_experts": True, "has_others": True}] if is_divided else [])
+    checked.clear()
+    warming.check_warmed(
+        store, config, replace(plan, situation=replace(plan.situation, limits=Options(loading="read")))
+    )
+    assert checked == ([{"has_experts": False, "has_others": True}] if is_divided else [])
+
+
+def looked_at(model: tuple, monkeypatch: pytest.MonkeyPatch, cached_share: float, **kinds: bool) -> list[tuple]:
+    """Arguments for `check_pages` where so much of the files is in the page cache."""
+    store, config, _ = model
+    asked = []
+    monkeypatch.setattr(nodes, "check_pages", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(nodes, "are_cached", lambda parts: [i < cached_share * len(parts) for i in range(len(parts))])
+    nodes.check_files(store, config, GROUPS, **kinds)
+    return asked
 
 
 def test_pages_of_a_mapped_file_are_looked_at(model: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses within the mapping, with the group whose rows they are."""
-    store, config, _ = model
-    asked = []
-    monkeypatch.setattr(nodes, "check_pages", lambda *arguments: asked.append(arguments))
-    nodes.check_files(store, config, GROUPS)
-    addresses, owners, groups, _ = asked[0]
+    store, config, index = model
+    ((addresses, owners, groups, _),) = looked_at(model, monkeypatch, 1.0)
     tensor = next(iter(store.tensors.values()))
-    base = tensor.data.ctypes.data - tensor.start
-    offsets = addresses - base
-    parts = list(nodes._file_parts(store, config, GROUPS))
+    offsets = addresses - (tensor.data.ctypes.data - tensor.start)
+    parts = [*nodes._expert_parts(index, GROUPS), *nodes._other_parts(store, config, GROUPS)]
     for offset, owner in zip(offsets.tolist(), owners.tolist(), strict=True):
-        assert owner == next(number for _, start, stop, number in parts if start <= offset < stop)
+        assert owner == next(part.group for part in parts if part.start <= offset < part.stop)
     assert groups == GROUPS and 100 < len(addresses) <= nodes._PAGES_LOOKED_AT
+    ((experts, _, _, _),) = looked_at(model, monkeypatch, 1.0, has_others=False)
+    ((others, _, _, _),) = looked_at(model, monkeypatch, 1.0, has_experts=False)
+    assert sorted([*experts, *others]) == sorted(addresses)
+
+
+def test_what_is_not_in_memory_is_not_looked_at(model: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert looked_at(model, monkeypatch, 0.1) == []
+    assert looked_at(model, monkeypatch, 1.0, has_experts=False, has_others=False) == []  # slots, and a GPU
+    ((addresses, _, _, _),) = looked_at(model, monkeypatch, 0.5)
+    assert len(addresses) < len(looked_at(model, monkeypatch, 1.0)[0][0])
+
+
+def test_the_page_cache_is_asked(model: tuple) -> None:
+    store, _, index = model
+    parts = list(nodes._expert_parts(index, GROUPS))[:20]
+    for shard in store.shards:
+        shard.read_bytes()
+    found = nodes.are_cached(parts)
+    assert len(found) == 20 and (all(found) or not any(found))  # a file system may not tell

@@ -25,6 +25,7 @@ from kimi_lite.engine.planning import situation_of
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.hardware import speed as hardware_speed
+from kimi_lite.native.cpu.placement import place_threads
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.options import Options, unused_options
 from kimi_lite.plan.plan import make_plan
@@ -109,7 +110,8 @@ def bench(job: Job, report: Report) -> Measured:
         num_threads = ours.num_threads
         environment, model = describe_environment(num_threads), describe_model(ours.store, ours.config)
         report.print_machine(environment, model)
-        with closing(Team(num_threads)) as team:
+        groups = place_threads(num_threads) if job.options.numa != "off" else ()
+        with closing(Team(num_threads, groups)) as team:
             bandwidth = measure_bandwidth(team)
         hardware = hardware_speed.measured(ours.plan.hardware, ram=1e9 * bandwidth.gb_s)
         plan = make_plan(ours.plan.sizes, hardware, ours.plan.limits)

@@ -7,9 +7,8 @@ the plan's.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kimi_lite.arch.costs import decode_cost
+from kimi_lite.hardware.bandwidth import parts_to_read
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.plan.types import Plan
 from kimi_lite.tools.bench.measure import measure
@@ -48,9 +47,9 @@ class Limit:
 
 
 def measure_bandwidth(team: Team) -> Bandwidth:
-    """Reads memory the way kernels read weights: the same team, tasks from the same counter."""
+    """Reads memory the way kernels read weights: the same team, tasks handed out alike, on its threads' nodes."""
     part_bytes = _PART_BYTES * team.num_threads
-    parts = np.ones((max(2, _BUFFER_BYTES // part_bytes), part_bytes // 4), np.int32)
+    parts = parts_to_read(max(2, _BUFFER_BYTES // part_bytes), part_bytes, team.groups)
     bench = Bench(team, 256)
     rounds = measure(team, {"read": [bench.read(part) for part in parts]}, _ROUNDS)
     return Bandwidth(part_bytes / rounds.median_s("read") / 1e9, rounds.is_noisy, rounds.stolen_share)
