@@ -24,6 +24,7 @@ from kimi_lite.native.cpu.matrix import (
     NUM_ROWS,
     TILE_KIND,
     K,
+    fetch_meanwhile,
     matrix_panel,
     matrix_rows,
     panel_product,
@@ -33,7 +34,7 @@ from kimi_lite.native.cpu.packing import PACK_TOKENS, pack_bytes, pack_kinds, pa
 from kimi_lite.native.cpu.panel import PANEL_ROWS
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, PACKS, RunTable
-from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks, part_of_tasks
+from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks, part_of_tasks, team_size
 from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
@@ -190,9 +191,9 @@ def _pack_pairs(args, activations, is_hidden, thread, team):
 
 
 @njit
-def _gate_up_task(args, hidden, a, first, num_rows, scratch):
+def _gate_up_task(args, hidden, a, first, num_rows, next_row, scratch):
     """Rows first.. of gate and up for all tokens of an expert, the a-th active one, multiplied as SwiGLU into the rows
-    of its pairs."""
+    of its pairs. From `next_row` on this thread goes on, probably."""
     expert = load_i32(load_i64(args + _ACTIVE) + 4 * (1 + a))
     x, starts, pair_token = load_i64(args + _X), load_i64(args + _STARTS), load_i64(args + _PAIR_TOKEN)
     begin, end = load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)
@@ -216,8 +217,10 @@ def _gate_up_task(args, hidden, a, first, num_rows, scratch):
     for row in range(0, num_rows, step):
         height = min(step, num_rows - row)
         matrix_panel(gate, first + row, height, panel)
+        fetch_meanwhile(panel, up, first + row, height)
         panel_product(gate, panel, x, tokens, packs, count, gates, stride, height)
         matrix_panel(up, first + row, height, panel)
+        fetch_meanwhile(panel, gate, first + row + step if row + step < num_rows else next_row, step)
         panel_product(up, panel, x, tokens, packs, count, ups, stride, height)
         for i in range(count):
             _swiglu(gates + stride * i, ups + stride * i, target + 4 * row + 4 * width * (many + i), height)
@@ -278,6 +281,11 @@ def _down_task(args, hidden, first, num_rows, scratch):
         for row in range(0, num_rows, step):
             height = min(step, num_rows - row)
             matrix_panel(down, first + row, height, panel)
+            if row + step < num_rows:
+                fetch_meanwhile(panel, down, first + row + step, step)
+            elif a + 1 < load_i32(active):
+                following = load_i64(args + _MATRICES) + load_i32(active + 4 * (2 + a)) * _EXPERT_BYTES
+                fetch_meanwhile(panel, following + 2 * MATRIX_BYTES, first, step)
             panel_product(down, panel, hidden, every + 4 * many, packs, count, scratch, stride, height)
             for i in range(count):
                 _deliver(args, many + i, scratch + stride * i, first + row, height)
@@ -293,7 +301,7 @@ def _gate_up_bands(args, hidden, num_active, width, scratch, thread, team):
         while count > 0:  # parts of one expert
             a, begin, part = part_of_tasks(team, num_active, steps, first, count)
             row = begin * BAND_STEP
-            _gate_up_task(args, hidden, a, row, min(part * BAND_STEP, width - row), scratch)
+            _gate_up_task(args, hidden, a, row, min(part * BAND_STEP, width - row), row + part * BAND_STEP, scratch)
             first, count = first + part, count - part
         first, count = next_tasks(team, thread, num_active * steps, TASK_ROWS // BAND_STEP)
 
@@ -316,7 +324,8 @@ def _gate_up_tasks(args, hidden, num_active, width, step, scratch, team):
     task = next_task(team)
     while task < num_active * blocks:
         first = task % blocks * step
-        _gate_up_task(args, hidden, task // blocks, first, min(step, width - first), scratch)
+        following = first + team_size(team) * step
+        _gate_up_task(args, hidden, task // blocks, first, min(step, width - first), following, scratch)
         task = next_task(team)
 
 

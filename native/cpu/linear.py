@@ -16,6 +16,7 @@ from kimi_lite.native.cpu.matrix import (
     TILE_KIND,
     K,
     Matrix,
+    fetch_meanwhile,
     matrix_panel,
     matrix_rows,
     matrix_values,
@@ -119,8 +120,9 @@ def _panel_rows(num_rows, num_threads):
 
 
 @njit
-def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch):
-    """`num_rows` rows of one matrix for every token: the generated ones, then those of prompts."""
+def _linear_task(run, x, matrix, first, num_rows, next_row, out, stride, is_added, scratch):
+    """`num_rows` rows of one matrix for every token: the generated ones, then those of prompts. From `next_row` on this
+    thread goes on, probably."""
     num_tokens, num_generated = load_i64(run + NUM_TOKENS), load_i64(run + NUM_GENERATED)
     every, target = load_i64(run + EVERY_TOKEN), out + 4 * first
     if not is_added and num_generated > 0:
@@ -133,6 +135,7 @@ def _linear_task(run, x, matrix, first, num_rows, out, stride, is_added, scratch
                 _add_rows(scratch + RESULT_BYTES * i, target + (begin + i) * stride, num_rows)
     if num_tokens > num_generated:
         matrix_panel(matrix, first, num_rows, scratch)
+        fetch_meanwhile(scratch, matrix, next_row, num_rows)
         mode, tokens = num_rows + (ADD if is_added else 0), every + 4 * num_generated
         target += num_generated * stride
         packs = load_i64(run + PACKS)
@@ -174,7 +177,7 @@ def _share_rows(args, thread, team):
             begin = max(0, first - passed) * BAND_STEP
             end = min(num_rows, (first + count - passed) * BAND_STEP)
             if begin < end:
-                _linear_task(run, x, matrix, begin, end - begin, out, stride, load_i64(output + 24) != 0, scratch)
+                _linear_task(run, x, matrix, begin, end - begin, end, out, stride, load_i64(output + 24) != 0, scratch)
             passed += -(-num_rows // BAND_STEP)
         first, count = next_tasks(team, thread, num_steps, TASK_ROWS // BAND_STEP)
 
@@ -196,7 +199,8 @@ def _share_panels(args, thread, team):
         while task < passed + num_tasks:
             first = (task - passed) * step
             count = min(step, num_rows - first)
-            _linear_task(run, x, matrix, first, count, out, stride, load_i64(output + 24) != 0, scratch)
+            following = first + team_size(team) * step
+            _linear_task(run, x, matrix, first, count, following, out, stride, load_i64(output + 24) != 0, scratch)
             task = next_task(team)
         passed += num_tasks
 

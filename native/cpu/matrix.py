@@ -11,7 +11,7 @@ from kimi_lite.native.cpu.activations import KINDS
 from kimi_lite.native.cpu.blocks import activation_kind, load16, row_scale, unpack
 from kimi_lite.native.cpu.compiler import Kernel
 from kimi_lite.native.cpu.dot import rows_kernel
-from kimi_lite.native.cpu.panel import gemm_kernel, panel_bytes, panel_kernel
+from kimi_lite.native.cpu.panel import AHEAD, AHEAD_LINES, gemm_kernel, panel_bytes, panel_kernel
 from kimi_lite.native.cpu.tile_panel import tile_gemm_kernel, tile_panel_bytes, tile_panel_kernel, uses_tiles
 from kimi_lite.native.layouts import BY_NAME, Layout
 from kimi_lite.native.simd import (
@@ -21,6 +21,7 @@ from kimi_lite.native.simd import (
     load_i64,
     splat_f32x16,
     store_f32x16,
+    store_i64,
     widen_i8x16,
     widen_signed_i8x16,
 )
@@ -158,6 +159,16 @@ def matrix_panel(matrix, first, num_rows, panel):
     row_bytes = load_i64(matrix + ROW_BYTES)
     weights = load_i64(matrix + DATA) + first * row_bytes
     call5(load_i64(matrix + PANEL_FN), weights, row_bytes, num_rows, load_i64(matrix + K), panel)
+
+
+@njit
+def fetch_meanwhile(panel, matrix, first, num_rows):
+    """Between `matrix_panel` and `panel_product`: rows to bring into the cache during the product, which leaves memory
+    idle. Rows that the matrix has not are not."""
+    row_bytes = load_i64(matrix + ROW_BYTES)
+    count = min(num_rows, load_i64(matrix + NUM_ROWS) - first)
+    store_i64(panel + AHEAD, load_i64(matrix + DATA) + first * row_bytes)
+    store_i64(panel + AHEAD_LINES, max(0, count * row_bytes // 64))
 
 
 @njit

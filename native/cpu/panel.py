@@ -37,6 +37,7 @@ from kimi_lite.native.simd import (
     load_i64,
     store_f32,
     store_f32x16,
+    store_i64,
     transpose_16x8,
     transpose_16x16,
     transpose_biased,
@@ -46,6 +47,7 @@ from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT
 
 PANEL_SIGNATURE, GEMM_SIGNATURE = types.void(*[types.int64] * 5), types.void(*[types.int64] * 7)
 PANEL_ROWS, ADD = 16, 256
+AHEAD, AHEAD_LINES = 0, 8  # int64 cells in a panel's staging area: from where on `gemm` asks for how many cache lines
 _STAGE_BYTES = 8192  # 16 rows x 256 codes, then 16 x 16 scales and minima; or 16 x 16 floats
 
 
@@ -118,6 +120,7 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int, bias:
             else:
                 transpose_16x16(stage_scales, 64, scales + at)
                 transpose_16x16(stage_minima, 64, minima + at)
+        store_i64(panel + AHEAD_LINES, 0)
 
     return panel
 
@@ -194,18 +197,24 @@ def _int8_gemm(form: PanelForm):
         x_scale, x_sum = load_i64(activations + kind + X_SCALES), load_i64(activations + kind + x_sums)
         codes, scales, minima = _codes_at(panel), _scales_at(panel, k), _minima_at(panel, k, group)
         num_rows, is_added, stage = mode % ADD, mode >= ADD, stack_1024()
+        ahead, num_lines = load_i64(panel + AHEAD), load_i64(panel + AHEAD_LINES)
+        spans, tiles = k // max(span, group), (num_tokens + 3) // 4
+        lines = -(-num_lines // (spans * tiles))  # for each span of columns
         for first in range(0, num_tokens, 4):
             last = num_tokens - 1 - first
             if last > 1:
                 panel_tile(
                     4, span, group, is_signed, has_minima, max_code,
-                    codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage,
+                    codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage, ahead, lines,
                 )  # fmt: skip
             else:
                 panel_tile(
                     2, span, group, is_signed, has_minima, max_code,
-                    codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage,
+                    codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage, ahead, lines,
                 )  # fmt: skip
+            ahead, num_lines = ahead + 64 * lines * spans, num_lines - lines * spans
+            if num_lines <= 0:
+                lines = 0
             for i in range(min(4, last + 1)):
                 store_results(load_f32x16(stage + 64 * i), out + (first + i) * out_stride, num_rows, is_added)
 

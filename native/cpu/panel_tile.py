@@ -17,6 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kimi_lite.native.calls import emit_prefetch
 from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, isa
 from kimi_lite.native.simd_dot import add_pairs, byte_pairs, dot_of, unsigned_dot_of, with_sign_of
 from kimi_lite.native.vectors import Vec, call_llvm, splat
@@ -100,7 +101,7 @@ def _in_register(builder, value):
 def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
     halves = range(16 // _LANES)
     places = [(t, h) for t in range(num_tokens) for h in halves]
-    codes, scales, minima, x, x_scales, x_sums, tokens, last, k, out = addresses
+    codes, scales, minima, x, x_scales, x_sums, tokens, last, k, out, ahead, num_lines = addresses
 
     def start_of(base, index, values_per_entry):
         return _at(builder, base, builder.mul(index, builder.udiv(k, ir.Constant(_I64, values_per_entry))))
@@ -125,6 +126,9 @@ def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
         return [_load(builder, _at(builder, base, (group, 64), 4 * _LANES * h), _FLOATS.llvm) for h in halves]
 
     with cgutils.for_range(builder, builder.udiv(k, ir.Constant(_I64, span_columns)), intp=_I64) as spans:
+        with cgutils.for_range(builder, num_lines, intp=_I64) as loop:
+            line = _at(builder, loop.index, builder.mul(spans.index, num_lines))
+            emit_prefetch(builder, _at(builder, ahead, (line, 64)), locality=2)
         inner = {place: cgutils.alloca_once_value(builder, zero) for place in places}
         for place in places:
             builder.store(zero, inner[place])
@@ -165,13 +169,14 @@ def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
 def panel_tile(
     typingctx,
     num_tokens, span, group, is_signed, has_minima, max_code,
-    codes, scales, minima, x, x_scales, x_sums, tokens, last, k, out,
+    codes, scales, minima, x, x_scales, x_sums, tokens, last, k, out, ahead, lines,
 ):  # fmt: skip
     """out (T, 16) float32 = the products of a panel with tokens 0 .. T - 1, where `tokens` has their int32 numbers;
     behind number `last` that one again.
 
     num_tokens (T) and what follows it, a `PanelForm`, are constants. codes, scales, minima: the panel
     (`native.cpu.panel`); x, x_scales, x_sums: of all tokens, as `native.cpu.activations` lays them, sums of `group`.
+    For every span `lines` more cache lines from `ahead` on are asked for.
     """
     constants = num_tokens, span, group, is_signed, has_minima, max_code
     if not all(isinstance(each, (types.IntegerLiteral, types.BooleanLiteral)) for each in constants):
@@ -182,4 +187,4 @@ def panel_tile(
         _emit(builder, count, PanelForm(*form), args[6:])
         return context.get_dummy_value()
 
-    return types.void(*constants, *[types.int64] * 10), codegen
+    return types.void(*constants, *[types.int64] * 12), codegen
