@@ -48,30 +48,30 @@ from kimi_lite.native.simd_dot import HAS_FULL_UNSIGNED_DOT
 PANEL_SIGNATURE, GEMM_SIGNATURE = types.void(*[types.int64] * 5), types.void(*[types.int64] * 7)
 PANEL_ROWS, ADD = 16, 256
 AHEAD, AHEAD_LINES = 0, 8  # int64 cells in a panel's staging area: from where on `gemm` asks for how many cache lines
-_STAGE_BYTES = 8192  # 16 rows x 256 codes, then 16 x 16 scales and minima; or 16 x 16 floats
+CODES = 8192  # where they begin, behind 16 rows x 256 codes, then 16 x 16 scales and minima; or 16 x 16 floats
 
 
 def panel_bytes(k: int) -> int:
     """Bytes of scratch that a panel of K columns takes, whatever its type: staging area, codes or floats, scales,
     minima."""
     columns = -(-k // 256) * 256
-    return _STAGE_BYTES + 64 * columns + 2 * 64 * (columns // 16)
+    return CODES + 64 * columns + 2 * 64 * (columns // 16)
 
 
 @njit
 def _codes_at(panel):
-    return panel + _STAGE_BYTES
+    return panel + CODES
 
 
 @njit
 def _scales_at(panel, k):
-    return panel + _STAGE_BYTES + 16 * (-(-k // 256) * 256)
+    return panel + CODES + 16 * (-(-k // 256) * 256)
 
 
 @njit
 def _minima_at(panel, k, group):
     columns = -(-k // 256) * 256
-    return panel + _STAGE_BYTES + 16 * columns + 64 * (columns // group)
+    return panel + CODES + 16 * columns + 64 * (columns // group)
 
 
 # Unpacking ------------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _block_panel(name: str, block_size: int, block_bytes: int, group: int, bias:
     return panel
 
 
-def _bias(name: str) -> int:
+def code_bias(name: str) -> int:
     """What is added to signed codes where the product then is cheaper: 0 if nothing."""
     layout = BY_NAME[name]
     if not layout.is_signed or isa().name == PORTABLE:
@@ -142,7 +142,7 @@ def panel_kernel(name: str):
     if layout.product == "float":
         panel = _float_panel(name, layout.block_bytes)
     else:
-        panel = _block_panel(name, layout.block_size, layout.block_bytes, layout.group, _bias(name))
+        panel = _block_panel(name, layout.block_size, layout.block_bytes, layout.group, code_bias(name))
     return Kernel(panel, PANEL_SIGNATURE)
 
 
@@ -231,7 +231,7 @@ def gemm_kernel(name: str):
     layout = BY_NAME[name]
     if layout.product == "float":
         return _shared_gemm(None)
-    bias = _bias(name)
+    bias = code_bias(name)
     is_signed = layout.is_signed and bias == 0
     return _shared_gemm(
         PanelForm(activation_kind(name), layout.group, is_signed, not is_signed, layout.max_code + bias)

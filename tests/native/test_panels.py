@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kimi_lite.native.cpu.blocks import activation_kind
+from kimi_lite.native.cpu.panel import CODES, code_bias, panel_bytes, panel_kernel
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
@@ -68,6 +69,20 @@ def test_a_result_does_not_depend_on_the_other_tokens(name):
     together = panel_product(name, data, x, np.arange(6, dtype=np.int32))
     alone = [panel_product(name, data, x, np.array([token], np.int32))[0] for token in range(6)]
     assert np.array_equal(together, alone)
+
+
+@pytest.mark.parametrize("name", [name for name, layout in BY_NAME.items() if layout.product != "float"])
+def test_no_code_is_larger_than_its_layout_says(name):
+    """Sums of products in 16 bits rest on it; random bytes reach the bound where it is not that of all bytes."""
+    layout, k = BY_NAME[name], 2048
+    data = np.random.default_rng(7).integers(0, 256, (16, layout.row_bytes(k)), np.uint8)
+    panel = np.zeros(panel_bytes(k), np.uint8)
+    panel_kernel(name)(data.ctypes.data, data.shape[1], 16, k, panel.ctypes.data)
+    codes, bias = panel[CODES : CODES + 16 * k].astype(np.int16), code_bias(name)
+    if layout.is_signed and bias == 0:
+        codes = codes.astype(np.int8).astype(np.int16)
+    largest = np.abs(codes - bias).max()
+    assert largest == layout.max_code or (layout.max_code == 128 and largest > 100), largest
 
 
 @pytest.mark.parametrize("name", BY_NAME)
