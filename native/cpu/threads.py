@@ -16,6 +16,9 @@ once it is short, every tail is a failure, and each barrier costs a sleep of 60 
 Where memory is on several nodes each thread is kept to the cores of one (`groups`): workers for good, the caller while
 a program runs, as what it does in between, and the threads that it starts, are not the team's.
 
+Threads arrive at gates of a few threads each, and a gate's last one for all of it: at one counter a hundred threads
+would queue for its line, and on several sockets each for a line of another's.
+
 Kernels raise nothing. A worker can end of an exception only between programs, in Python: before a program's first
 operation all threads join, and who joins sees that one has ended. `run` then raises what ended it, once and for all:
 the team is broken. A process made by fork has the team but none of its threads, and is told so.
@@ -38,6 +41,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kimi_lite.native.calls import atomic_add, atomic_load, call3, pause
+from kimi_lite.native.cpu.activations import aligned_zeros
 from kimi_lite.native.cpu.bands import Bands, enter_phase, find_part, take_tasks
 from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.cpu.nodes import ThreadGroup
@@ -51,8 +55,11 @@ _LINE = 64
 _EPOCH, _PROGRAM, _NUM_OPS, _ARRIVED, _GENERATION, _TASK, _QUIT, _SIZE, _YIELD, _FUTEX, _SLEEPING, _PATIENCE = (
     _LINE * i for i in range(12)
 )
-_TAKEN, _BROKEN, _BANDS = 12 * _LINE, 13 * _LINE, 14 * _LINE
-_NUM_LINES = 15
+_TAKEN, _BROKEN, _BANDS, _GATES = 12 * _LINE, 13 * _LINE, 14 * _LINE, 15 * _LINE
+_NUM_LINES = 16
+_NUM_GATES = _ARRIVED + 8  # whose threads must all be there; with `_ARRIVED`, of which so many are
+_GATE_SIZE = 8  # bytes behind the beginning of a gate: its threads
+_GATE_THREADS = 8  # at most: each waits for the line of the one before, and lines of several gates move at once
 
 _LEAST, _MOST, _SLOWNESS = (_PATIENCE + 8 * i for i in (1, 2, 3))  # patience stays between; a success adds 1 / slowness
 _OWN_CORES, _CROWDED = (256, 8192, 2), (16, 2048, 8)  # of these; spins of 25 to 50 ns
@@ -136,15 +143,20 @@ def _join(team, thread):
 
 @njit
 def _arrive(team, thread, generation):
-    """The last of the threads begins a new generation; the others wait for it."""
+    """The last thread at its gate arrives for all of them; the last of those begins a new generation, for which the
+    others wait."""
     enter_phase(load_i64(team + _BANDS), thread)
-    if atomic_add(team + _ARRIVED, 1) == team_size(team) - 1:
-        store_i64(team + _ARRIVED, 0)
-        store_i64(team + _TASK, 0)
-        atomic_add(team + _GENERATION, 1)
-        _wake_sleepers(team)
-    else:
-        _wait(team, generation)
+    gate = load_i64(load_i64(team + _GATES) + 8 * thread)
+    if atomic_add(gate, 1) == load_i64(gate + _GATE_SIZE) - 1:
+        store_i64(gate, 0)
+        num_gates = load_i64(team + _NUM_GATES)
+        if num_gates == 1 or atomic_add(team + _ARRIVED, 1) == num_gates - 1:
+            store_i64(team + _ARRIVED, 0)
+            store_i64(team + _TASK, 0)
+            atomic_add(team + _GENERATION, 1)
+            _wake_sleepers(team)
+            return
+    _wait(team, generation)
 
 
 @njit
@@ -238,6 +250,29 @@ def _take_part(team):
         store_i64(team + _TAKEN, epoch)
 
 
+def divide_gates(node_sizes: Sequence[int]) -> list[int]:
+    """How many threads arrive at each gate, in their order: gates of one node each, as even as can be."""
+    sizes = []
+    for size in node_sizes:
+        count = -(-size // _GATE_THREADS)
+        sizes += [size * (i + 1) // count - size * i // count for i in range(count)]
+    return sizes
+
+
+class _Gates:
+    """The memory of a team's gates: a line for each, and of each thread the address of its own."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.num_gates = len(sizes)
+        self._lines = aligned_zeros((len(sizes), _LINE // 8), np.int64)
+        self._lines[:, _GATE_SIZE // 8] = sizes
+        self._of_thread = self._lines.ctypes.data + _LINE * np.repeat(np.arange(len(sizes)), sizes)
+
+    @property
+    def address(self) -> int:
+        return self._of_thread.ctypes.data
+
+
 def _yield_address() -> int:
     library = ctypes.windll.kernel32 if sys.platform == "win32" else ctypes.CDLL(None)
     function = library.SwitchToThread if sys.platform == "win32" else library.sched_yield
@@ -275,6 +310,9 @@ class Team:
             Bands(nodes, lambda node, other: by_node[node].distance(other)) if nodes else Bands([0] * num_threads)
         )
         self._set(_BANDS, self._bands.address)
+        self._gates = _Gates(divide_gates([group.num_threads for group in groups] or [num_threads]))
+        self._set(_GATES, self._gates.address)
+        self._set(_NUM_GATES, self._gates.num_gates)
         self._set(_SIZE, num_threads)
         self._set(_YIELD, _yield_address())
         self._set_patience(*(_OWN_CORES if num_threads <= num_allowed_cpus() else _CROWDED))

@@ -9,6 +9,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numba import types
 
 from kimi_lite.native.calls import pause
@@ -18,7 +20,7 @@ from kimi_lite.native.cpu.linear import Product, linear_op
 from kimi_lite.native.cpu.matrix import Matrix
 from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.program import Op, Program
-from kimi_lite.native.cpu.threads import Team, barrier, next_task, team_size
+from kimi_lite.native.cpu.threads import Team, barrier, divide_gates, next_task, team_size
 from kimi_lite.native.simd import load_i64, store_i64
 from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.harness import activations, run_table
@@ -429,3 +431,33 @@ def test_the_system_keeps_them(monkeypatch):
     assert os.sched_getaffinity(team._workers[0].native_id) == {second}
     assert os.sched_getaffinity(0) == before
     team.close()
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=8))
+def test_gates_are_of_one_node_and_even(node_sizes):
+    sizes, first = divide_gates(node_sizes), 0
+    for node_size in node_sizes:
+        count = -(-node_size // threads._GATE_THREADS)
+        own = sizes[first : first + count]
+        assert sum(own) == node_size and max(own) <= threads._GATE_THREADS and max(own) - min(own) <= 1
+        first += count
+    assert first == len(sizes)
+
+
+@pytest.mark.parametrize("node_sizes", [(9,), (8, 9), (1, 1, 1), (2, 7, 3)])
+def test_threads_at_several_gates_wait_for_all(node_sizes):
+    """Results of a phase that another thread reads in the next show whether any went on too early."""
+    ends = np.cumsum(node_sizes).tolist()
+    cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    groups = [
+        ThreadGroup(n, n, cpus, end - size, end) for n, (size, end) in enumerate(zip(node_sizes, ends, strict=True))
+    ]
+    team = Team(ends[-1], groups if len(groups) > 1 else ())
+    values, doubled = np.arange(NUM_TASKS), np.zeros(NUM_TASKS, np.int64)
+    team.run(Program([Op.of(_mirror, values, doubled)] * 61))
+    notes = np.zeros(1 + team.num_threads, np.int64)
+    team.run(Program([Op(_note_thread.address, notes, ())] * 20))
+    team.close()
+    with np.errstate(over="ignore"):
+        assert np.array_equal(values, np.arange(NUM_TASKS)[::-1] * 2**61)
+    assert notes.tolist() == [team.num_threads] + [20] * team.num_threads

@@ -150,12 +150,12 @@ def _weights(kernel: Kernel) -> Weights:
 
 
 def _assumptions(server: Server) -> str:
+    counter = f"arriving at a barrier's counter takes {server.arrival_ns:g} ns"
     far = (
         f", {server.far_share:.0%} of that from another socket's, whose link brings {server.link_share:.0%} of a "
-        f"socket's bandwidth; a barrier takes {server.arrival_ns:g} ns a thread, {server.far_arrival_ns:g} after one "
-        f"of another socket"
+        f"socket's bandwidth; {counter}, {server.far_arrival_ns:g} after a thread of another socket"
     )
-    near = f"; a barrier takes {server.arrival_ns:g} ns a thread"
+    near = f"; {counter}"
     return (
         f"on paper, the whole model on the CPU: a core reads {server.core_gb_s:g} GB/s of its own socket's RAM at most"
         f"{far if server.sockets > 1 else near}; no attention over the context. Nothing of it was measured"

@@ -12,8 +12,9 @@ allows, all that read at the time having equal parts:
     a socket's link  what comes in from other sockets' RAM
 
 where a task's bytes lie `by rows` on the socket of the threads whose band they are, `interleaved` over all sockets, or
-on `one node`. A barrier costs each thread's arrival at one shared counter in turn, more where the line comes from
-another socket. Left out: attention over the context, what is computed between products (norms, router, choice), and
+on `one node`. A barrier costs arrivals at counters in turn, of a gate's threads and then of the gates
+(`native.cpu.threads`), more where a counter's line comes from another socket. Left out: attention over the context,
+what is computed between products (norms, router, choice), how long waiting threads take to see that all are there, and
 other programs. Nothing of it has been measured on a machine with two sockets.
 """
 
@@ -27,6 +28,7 @@ from kimi_lite.hardware.nodes import LINK_SHARE, MemoryUse
 from kimi_lite.native.cpu.bands import Bands, enter_phase, take_tasks
 from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.cpu.linear import BAND_STEP, TASK_ROWS
+from kimi_lite.native.cpu.threads import divide_gates
 
 USES: tuple[MemoryUse, ...] = ("by rows", "interleaved", "one node")
 _BARRIERS = 12  # of a layer, those between the products included
@@ -44,15 +46,19 @@ class Server:
     link_share: float = LINK_SHARE  # of a socket's own bandwidth that can come in from the others
     core_gb_s: float = 12.0  # that one core can read of its own socket's RAM
     far_share: float = 0.6  # of that, from another socket's: the latency is 1.7 times as long
-    arrival_ns: float = 40.0  # of a thread at a barrier, after one of the same socket
+    arrival_ns: float = 40.0  # at a barrier's counter, after a thread of the same socket
     far_arrival_ns: float = 120.0  # after one of another
     slow_cores: int = 0  # that are at half speed, as another program has them
 
     @property
     def barrier_s(self) -> float:
-        """Arrivals come from the sockets in any order."""
+        """The fullest gate's threads one after the other, then the gates, from the sockets in any order."""
+        threads = [self.socket_of(thread) for thread in range(self.cores)]
+        gates = divide_gates([threads.count(socket) for socket in range(self.sockets)])
         far = (self.sockets - 1) / self.sockets
-        return 1e-9 * self.cores * (far * self.far_arrival_ns + (1 - far) * self.arrival_ns) if self.cores > 1 else 0.0
+        mixed_ns = far * self.far_arrival_ns + (1 - far) * self.arrival_ns
+        num_arrivals = len(gates) if len(gates) > 1 else 0
+        return 1e-9 * (max(gates) * self.arrival_ns + num_arrivals * mixed_ns) if self.cores > 1 else 0.0
 
     def socket_of(self, thread: int) -> int:
         return thread * self.sockets // self.cores

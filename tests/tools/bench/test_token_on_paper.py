@@ -90,9 +90,10 @@ def test_a_tokens_bytes_are_the_models():
 
 
 def test_barriers_cost_more_across_sockets():
+    """Eight gates of eight threads."""
     one, two = (Server(64, sockets, 3.0, 400.0).barrier_s for sockets in (1, 2))
-    assert one == pytest.approx(64 * 40e-9) and two == pytest.approx(64 * 80e-9)
-    assert Server(1, 1, 3.0, 50.0).barrier_s == 0
+    assert one == pytest.approx(8 * 40e-9 + 8 * 40e-9) and two == pytest.approx(8 * 40e-9 + 8 * 80e-9)
+    assert Server(4, 1, 3.0, 50.0).barrier_s == pytest.approx(4 * 40e-9) and Server(1, 1, 3.0, 50.0).barrier_s == 0
 
 
 def test_command_line(tmp_path):
