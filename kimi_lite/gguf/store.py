@@ -18,6 +18,7 @@ import numpy as np
 
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.gguf.header import GGUFHeader, TensorInfo, read_header
+from kimi_lite.gguf.mapping import map_file
 from kimi_lite.gguf.metadata import DAMAGED_HINT, Value, quoted
 from kimi_lite.gguf.shards import find_shards, shard_name
 from kimi_lite.native.layouts import Layout
@@ -120,7 +121,7 @@ def _map_file(path: Path) -> np.ndarray:
             raise KimiLiteError(
                 f"{path}: the file is empty, and a model needs at least a header.", "Fetch the file again."
             )
-        return np.memmap(path, np.uint8, mode="r")
+        return map_file(path)
     except OSError as error:
         raise KimiLiteError(
             f"{path} cannot be read: {error.strerror}.", "Check its permissions and the disk."
@@ -129,10 +130,7 @@ def _map_file(path: Path) -> np.ndarray:
 
 def _view(info: TensorInfo, shard: Path, file: np.ndarray) -> TensorView:
     row_bytes = info.layout.row_bytes(info.shape[-1])
-    flat = file[info.start : info.start + info.num_bytes].view(
-        np.ndarray
-    )  # slices of a plain array are cheaper than a memmap's
-    data = flat.reshape(*info.shape[:-1], row_bytes)
+    data = file[info.start : info.start + info.num_bytes].reshape(*info.shape[:-1], row_bytes)
     return TensorView(info.name, info.layout, info.shape, data, shard, info.start, info.interleaved)
 
 

@@ -5,7 +5,8 @@ Pages of a file lie on the memory node of the thread that reads them first. Wher
 whose bytes are whose, and threads kept to those cores read them.
 
 The map path would fault the same bytes in page by page, in the order of the first prompt, at a fraction of the disk's
-speed. What the system holds already is not read again: a few pages of every chunk are asked for without waiting.
+speed. They come in through a mapping all the same, whole chunks at once, for so they lie in huge pages (`mapping`).
+What the system holds already is not read again: a few pages of every chunk are asked for without waiting.
 """
 
 import os
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from kimi_lite.gguf.mapping import map_file, populate
 from kimi_lite.native.cpu.placement import keep_to
 
 CHUNK_BYTES = 8 << 20
@@ -38,6 +42,7 @@ class _Chunk:
     offset: int
     num_bytes: int
     cpus: frozenset[int]  # of the threads that read it; empty: any
+    mapped: np.ndarray | None  # the whole file, uint8, where reading is not divided
 
 
 def warm(
@@ -77,10 +82,11 @@ def _reading_pool(cpus: frozenset[int], num_readers: int) -> ThreadPoolExecutor:
 def _chunks(descriptor: int, path: Path, runs: Sequence[Run]) -> list[_Chunk]:
     """All of a file in order: its runs, and what lies between them."""
     size, at, chunks = os.fstat(descriptor).st_size, 0, []
+    mapped = map_file(path) if size and not runs else None
     for run in [*(run for run in runs if run.path == path), Run(path, size, size, ())]:
         for start, stop, cpus in ((at, run.start, frozenset()), (run.start, run.stop, frozenset(run.cpus))):
             chunks += [
-                _Chunk(descriptor, first, min(CHUNK_BYTES, stop - first), cpus)
+                _Chunk(descriptor, first, min(CHUNK_BYTES, stop - first), cpus, mapped)
                 for first in range(start, stop, CHUNK_BYTES)
             ]
         at = run.stop
@@ -91,6 +97,8 @@ def _read(chunk: _Chunk, should_stop: Callable[[], bool]) -> int:
     """Bytes read: none of a chunk in memory, none after a stop."""
     if should_stop() or _is_in_memory(chunk):
         return 0
+    if chunk.mapped is not None and populate(chunk.mapped, chunk.offset, chunk.num_bytes):
+        return chunk.num_bytes
     buffer = memoryview(bytearray(min(1 << 20, chunk.num_bytes)))
     stop = chunk.offset + chunk.num_bytes
     for offset in range(chunk.offset, stop, len(buffer)):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.gguf import store
 from kimi_lite.gguf.store import GGUFStore
 from tests.gguf.gguf_bytes import GGUFBytes, key, tensor, text
 from tests.tiny import write_tiny_gguf
@@ -204,5 +205,5 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     def forbid(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(np, "memmap", forbid)  # as root, the test's own file could not be forbidden
+    monkeypatch.setattr(store, "map_file", forbid)  # as root, the test's own file could not be forbidden
     assert f"{path} cannot be read: Permission denied" in refusal(path).message

@@ -53,6 +53,13 @@ def test_without_that_question_everything_is_read(paths: list[Path], monkeypatch
     assert warm(paths, lambda done, total: None, lambda: False) == 6_234_567
 
 
+def test_where_a_mapping_cannot_be_populated_files_are_read(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(module, "populate", lambda mapped, start, num_bytes: asked.append(num_bytes))
+    monkeypatch.setattr(module, "_is_in_memory", lambda chunk: False)
+    assert warm(paths, lambda done, total: None, lambda: False) == 6_234_567 == sum(asked)
+
+
 def test_a_stop_reads_no_further(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_is_in_memory", lambda chunk: False)
     assert warm(paths, lambda done, total: None, lambda: True) == 0
