@@ -24,7 +24,7 @@ from kimi_lite.native.calls import stack_1024
 from kimi_lite.native.cpu.activations import KINDS, NUM_VALUES, X_CODES, X_F32, X_SCALES, X_SUMS16, X_SUMS32
 from kimi_lite.native.cpu.blocks import activation_kind, load16, row_scale, unpack
 from kimi_lite.native.cpu.compiler import FASTMATH, Kernel
-from kimi_lite.native.cpu.panel_tile import PanelForm, panel_tile
+from kimi_lite.native.cpu.panel_tile import TILE_TOKENS, PanelForm, panel_tile
 from kimi_lite.native.isa import PORTABLE, isa
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
@@ -187,9 +187,10 @@ def _float_gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
 
 
 def _int8_gemm(form: PanelForm):
-    """The product of int8 panels, four tokens at a time."""
+    """The product of int8 panels."""
     kind, x_sums = KINDS[form.span], X_SUMS16 if form.group == 16 else X_SUMS32
     span, group, is_signed, has_minima, max_code = form
+    most, half = TILE_TOKENS, TILE_TOKENS // 2
 
     def gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
         k = load_i64(activations + NUM_VALUES)
@@ -198,24 +199,24 @@ def _int8_gemm(form: PanelForm):
         codes, scales, minima = _codes_at(panel), _scales_at(panel, k), _minima_at(panel, k, group)
         num_rows, is_added, stage = mode % ADD, mode >= ADD, stack_1024()
         ahead, num_lines = load_i64(panel + AHEAD), load_i64(panel + AHEAD_LINES)
-        spans, tiles = k // max(span, group), (num_tokens + 3) // 4
+        spans, tiles = k // max(span, group), (num_tokens + most - 1) // most
         lines = -(-num_lines // (spans * tiles))  # for each span of columns
-        for first in range(0, num_tokens, 4):
+        for first in range(0, num_tokens, most):
             last = num_tokens - 1 - first
-            if last > 1:
+            if last >= half:
                 panel_tile(
-                    4, span, group, is_signed, has_minima, max_code,
+                    most, span, group, is_signed, has_minima, max_code,
                     codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage, ahead, lines,
                 )  # fmt: skip
             else:
                 panel_tile(
-                    2, span, group, is_signed, has_minima, max_code,
+                    half, span, group, is_signed, has_minima, max_code,
                     codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage, ahead, lines,
                 )  # fmt: skip
             ahead, num_lines = ahead + 64 * lines * spans, num_lines - lines * spans
             if num_lines <= 0:
                 lines = 0
-            for i in range(min(4, last + 1)):
+            for i in range(min(most, last + 1)):
                 store_results(load_f32x16(stage + 64 * i), out + (first + i) * out_stride, num_rows, is_added)
 
     return gemm

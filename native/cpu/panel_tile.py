@@ -18,11 +18,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kimi_lite.native.calls import emit_prefetch
-from kimi_lite.native.isa import AVX2, AVX512_VNNI, AVX_VNNI, isa
+from kimi_lite.native.isa import AVX2, AVX512_VNNI, PORTABLE, isa
 from kimi_lite.native.simd_dot import add_pairs, byte_pairs, dot_of, unsigned_dot_of, with_sign_of
 from kimi_lite.native.vectors import Vec, call_llvm, splat
 
 _LANES = 16 if isa().name == AVX512_VNNI else 8
+TILE_TOKENS = 8 if isa().name == AVX512_VNNI else 4  # whose sums fit the registers; 8 of 32, 8 of 16
 _BYTES, _WORDS, _FLOATS = Vec("i8", 4 * _LANES), Vec("i32", _LANES), Vec("f32", _LANES)
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -93,9 +94,9 @@ def _group_products(builder, form: PanelForm, codes, inputs) -> dict:
 def _in_register(builder, value):
     """The value, which LLVM must have in a register here: it would take token after token otherwise, and write the
     group's weights, which do not fit the registers, to the stack."""
-    if isa().name not in (AVX2, AVX_VNNI):
+    if isa().name == PORTABLE:
         return value
-    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=x,0", [value], side_effect=True)
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=True)
 
 
 def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
