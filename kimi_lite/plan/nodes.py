@@ -8,13 +8,11 @@ at worst, which is what is planned with.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.hardware.nodes import MemoryUse, reach_of
 from kimi_lite.native.cpu.nodes import ThreadGroup, divide_threads
 from kimi_lite.options import Options
-from kimi_lite.plan.speed import Rates
 from kimi_lite.plan.types import DENSE, EXPERTS, MemoryRow
 from kimi_lite.units import GIB, gib
 
@@ -35,14 +33,6 @@ def memory_use(hardware: Hardware, limits: Options, num_threads: int) -> MemoryU
         return "interleaved"
     is_divided = hardware.memory_policy == "local" and thread_groups(hardware, limits, num_threads)
     return "by rows" if is_divided else "one node"
-
-
-def prompt_rates(rates: Rates, hardware: Hardware, use: MemoryUse) -> Rates:
-    """Prompts hand each panel of rows to whichever thread is free, on any node: rows that are divided are read as if
-    they were interleaved."""
-    if use != "by rows":
-        return rates
-    return replace(rates, ram=replace(rates.ram, per_s=rates.ram.per_s * reach_of(hardware.nodes, "interleaved")))
 
 
 def warn_of_full_node(hardware: Hardware, limits: Options, num_threads: int, rows: Sequence[MemoryRow]) -> str:

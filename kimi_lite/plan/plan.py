@@ -19,7 +19,7 @@ from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import FITTING, Options
 from kimi_lite.plan.cliff import warn_of_cliff
 from kimi_lite.plan.gpus import lay_out_gpus
-from kimi_lite.plan.nodes import memory_use, prompt_rates, warn_of_full_node
+from kimi_lite.plan.nodes import memory_use, warn_of_full_node
 from kimi_lite.plan.refusal import find_problem, find_remedies
 from kimi_lite.plan.speed import Split, forecast_decode, forecast_prompt, rates_of
 from kimi_lite.plan.types import (
@@ -159,7 +159,7 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         rates=rates,
         decode=decode,
         decode_full=forecast_decode(sizes, replace(split, depth=context_length), rates),
-        prompt=forecast_prompt(sizes, split, prompt_rates(rates, hardware, use), chunk),
+        prompt=forecast_prompt(sizes, split, rates, chunk),
         bottleneck=_bottleneck(decode.bottleneck, ram_bytes, disk_bytes),
         verdict=_judge(disk_bytes, left_bytes - ram_bytes, have_bytes),
         warnings=tuple(each for each in (warning, warn_of_full_node(hardware, limits, num_threads, rows)) if each),

@@ -114,6 +114,12 @@ def take_tasks(bands, thread, num_tasks, most):
 
 
 @njit
+def is_divided(bands):
+    """Whether threads are on several memory nodes."""
+    return load_i64(load_i64(bands + _BORDERS)) < load_i64(bands + _SIZE)
+
+
+@njit
 def find_part(bands, num_matrices, num_steps, task, count):
     """Where tasks are the steps of several matrices' rows, `num_steps` of each: (matrix, its step, how many of the
     `count` tasks from `task` on follow there). Tasks count through the steps of one memory node's threads in all

@@ -34,7 +34,7 @@ from kimi_lite.native.cpu.packing import PACK_TOKENS, pack_bytes, pack_kinds, pa
 from kimi_lite.native.cpu.panel import PANEL_ROWS
 from kimi_lite.native.cpu.program import Op
 from kimi_lite.native.cpu.run import EVERY_TOKEN, NUM_GENERATED, NUM_TOKENS, PACKS, RunTable
-from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks, part_of_tasks, team_size
+from kimi_lite.native.cpu.threads import barrier, next_panel, next_task, next_tasks, panels_ahead, part_of_tasks
 from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.cpu.vector_math import silu_f32x16
 from kimi_lite.native.simd import (
@@ -318,24 +318,27 @@ def _down_bands(args, hidden, num_rows, scratch, thread, team):
 
 
 @njit
-def _gate_up_tasks(args, hidden, num_active, width, step, scratch, team):
-    """With tokens of prompts: blocks of `step` rows, each to the next thread that is free."""
+def _gate_up_tasks(args, hidden, num_active, width, step, scratch, thread, team):
+    """With tokens of prompts: blocks of `step` rows, each to the next thread that is free; where memory is on several
+    nodes, on the block's node if any is."""
     blocks = -(-width // step)
-    task = next_task(team)
+    task = next_panel(team, thread, num_active * blocks)
     while task < num_active * blocks:
-        first = task % blocks * step
-        following = first + team_size(team) * step
-        _gate_up_task(args, hidden, task // blocks, first, min(step, width - first), following, scratch)
-        task = next_task(team)
+        a, block, _ = part_of_tasks(team, num_active, blocks, task, 1)
+        first = block * step
+        following = first + panels_ahead(team) * step
+        _gate_up_task(args, hidden, a, first, min(step, width - first), following, scratch)
+        task = next_panel(team, thread, num_active * blocks)
 
 
 @njit
-def _down_tasks(args, hidden, num_rows, step, scratch, team):
+def _down_tasks(args, hidden, num_rows, step, scratch, thread, team):
     """With tokens of prompts, likewise."""
-    task = next_task(team)
-    while task < -(-num_rows // step):
+    blocks = -(-num_rows // step)
+    task = next_panel(team, thread, blocks)
+    while task < blocks:
         _down_task(args, hidden, task * step, min(step, num_rows - task * step), scratch)
-        task = next_task(team)
+        task = next_panel(team, thread, blocks)
 
 
 @kernel
@@ -355,7 +358,7 @@ def _experts_kernel(args, thread, team):
         _pack_pairs(args, load_i64(args + _X), False, thread, team)
     if has_prompt:
         step = PANEL_ROWS if is_fine else TASK_ROWS
-        _gate_up_tasks(args, hidden, num_active, width, step, scratch, team)
+        _gate_up_tasks(args, hidden, num_active, width, step, scratch, thread, team)
     else:
         _gate_up_bands(args, hidden, num_active, width, scratch, thread, team)
     barrier(team, thread)
@@ -368,7 +371,7 @@ def _experts_kernel(args, thread, team):
     if has_packs:
         _pack_pairs(args, hidden, True, thread, team)
     if has_prompt:
-        _down_tasks(args, hidden, num_rows, PANEL_ROWS if is_fine else _DOWN_ROWS, scratch, team)
+        _down_tasks(args, hidden, num_rows, PANEL_ROWS if is_fine else _DOWN_ROWS, scratch, thread, team)
     else:
         _down_bands(args, hidden, num_rows, scratch, thread, team)
 

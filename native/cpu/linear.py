@@ -35,7 +35,7 @@ from kimi_lite.native.cpu.run import (
     TOKEN_IDS,
     RunTable,
 )
-from kimi_lite.native.cpu.threads import barrier, next_task, next_tasks, team_size
+from kimi_lite.native.cpu.threads import barrier, next_panel, next_task, next_tasks, panels_ahead, team_size
 from kimi_lite.native.cpu.tile_panel import TILE_PANEL_ROWS
 from kimi_lite.native.simd import (
     fma_f32x16,
@@ -184,25 +184,40 @@ def _share_rows(args, thread, team):
 
 @njit
 def _share_panels(args, thread, team):
-    """With tokens of prompts: panels of rows, each to the next thread that is free."""
+    """With tokens of prompts: panels of rows, each to the next thread that is free; where memory is on several nodes,
+    on the panel's node if any is."""
     run, x, num_outputs = load_i64(args), load_i64(args + 8), load_i64(args + 16)
     scratch = thread_scratch(run, thread)
     if load_i64(args + 24) != 0:
         _pack_prompt(run, x, thread, team)
-    task, passed = next_task(team), 0
+    num_tasks = 0
     for i in range(num_outputs):
-        output = args + 32 + 32 * i
+        num_tasks += _num_panels(load_i64(args + 32 + 32 * i), team)
+    task = next_panel(team, thread, num_tasks)
+    while task < num_tasks:
+        output, panel = args + 32, task
+        while panel >= _num_panels(load_i64(output), team):
+            panel -= _num_panels(load_i64(output), team)
+            output += 32
         matrix, out, stride = load_i64(output), load_i64(output + 8), load_i64(output + 16)
-        num_rows = load_i64(matrix + NUM_ROWS)
-        step = PANEL_ROWS if load_i64(matrix + TILE_KIND) == 0 else _panel_rows(num_rows, team_size(team))
-        num_tasks = -(-num_rows // step)
-        while task < passed + num_tasks:
-            first = (task - passed) * step
-            count = min(step, num_rows - first)
-            following = first + team_size(team) * step
-            _linear_task(run, x, matrix, first, count, following, out, stride, load_i64(output + 24) != 0, scratch)
-            task = next_task(team)
-        passed += num_tasks
+        num_rows, step = load_i64(matrix + NUM_ROWS), _panel_step(matrix, team)
+        first = panel * step
+        count, following = min(step, num_rows - first), first + panels_ahead(team) * step
+        _linear_task(run, x, matrix, first, count, following, out, stride, load_i64(output + 24) != 0, scratch)
+        task = next_panel(team, thread, num_tasks)
+
+
+@njit
+def _panel_step(matrix, team):
+    """Rows of a task for prompts."""
+    if load_i64(matrix + TILE_KIND) == 0:
+        return PANEL_ROWS
+    return _panel_rows(load_i64(matrix + NUM_ROWS), team_size(team))
+
+
+@njit
+def _num_panels(matrix, team):
+    return -(-load_i64(matrix + NUM_ROWS) // _panel_step(matrix, team))
 
 
 @kernel

@@ -42,7 +42,7 @@ from numba.extending import intrinsic
 
 from kimi_lite.native.calls import atomic_add, atomic_load, call3, pause
 from kimi_lite.native.cpu.activations import aligned_zeros
-from kimi_lite.native.cpu.bands import Bands, enter_phase, find_part, take_tasks
+from kimi_lite.native.cpu.bands import Bands, enter_phase, find_part, is_divided, take_tasks
 from kimi_lite.native.cpu.compiler import function
 from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.placement import keep_to, keep_to_cores, num_allowed_cpus
@@ -112,6 +112,22 @@ def next_tasks(team, thread, num_tasks, most):
     """(first, count) of this thread's next tasks of a phase of `num_tasks`, at most `most` neighbours, from the band
     that is its own as long as that lasts; count 0: all are taken. Every thread gives the same `num_tasks`."""
     return take_tasks(load_i64(team + _BANDS), thread, num_tasks, most)
+
+
+@njit
+def next_panel(team, thread, num_tasks):
+    """As `next_task`, of a phase of so many tasks; where memory is on several nodes the next of the thread's own band,
+    whose rows are on its node, and then of others'. `num_tasks` or more: all are taken."""
+    if not is_divided(load_i64(team + _BANDS)):
+        return next_task(team)
+    first, count = next_tasks(team, thread, num_tasks, 1)
+    return first if count > 0 else num_tasks
+
+
+@njit
+def panels_ahead(team):
+    """How many tasks further a thread goes on, probably, after one of `next_panel`."""
+    return 1 if is_divided(load_i64(team + _BANDS)) else team_size(team)
 
 
 @njit

@@ -1,7 +1,9 @@
 """Calls native kernels from tests: operations on a team, and the products of one matrix, with canaries around
 results."""
 
+import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -9,6 +11,7 @@ from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.dot import rows_kernel
 from kimi_lite.native.cpu.linear import quantize_op
+from kimi_lite.native.cpu.nodes import ThreadGroup
 from kimi_lite.native.cpu.panel import ADD, PANEL_ROWS, gemm_kernel, panel_bytes, panel_kernel
 from kimi_lite.native.cpu.program import Op, Program
 from kimi_lite.native.cpu.run import RunTable
@@ -17,9 +20,16 @@ from kimi_lite.native.cpu.threads import Team
 CANARY = np.float32(-12345.5)
 
 
-def run_ops(ops: Sequence[Op], num_threads: int = 1) -> None:
+def groups_of(ends: Sequence[int]) -> tuple[ThreadGroup, ...]:
+    """Threads on pretended memory nodes, up to each of `ends`; on one, none. All have this process's CPUs."""
+    cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    parts = enumerate(pairwise((0, *ends)))
+    return tuple(ThreadGroup(node, node, cpus, *part) for node, part in parts) if len(ends) > 1 else ()
+
+
+def run_ops(ops: Sequence[Op], num_threads: int = 1, groups: Sequence[ThreadGroup] = ()) -> None:
     """Runs operations as one program on a team of their own."""
-    team = Team(num_threads)
+    team = Team(num_threads, groups)
     try:
         team.run(Program(ops))
     finally:

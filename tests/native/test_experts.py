@@ -1,9 +1,6 @@
 """The fused experts step against the numpy oracle: who chose whom, how many tokens, every type, any number of
 threads."""
 
-import os
-from itertools import pairwise
-
 import numpy as np
 import pytest
 
@@ -11,15 +8,12 @@ from kimi_lite.native.cpu.activations import Activations
 from kimi_lite.native.cpu.blocks import activation_kind
 from kimi_lite.native.cpu.experts import experts_op, experts_scratch_bytes
 from kimi_lite.native.cpu.matrix import Matrix
-from kimi_lite.native.cpu.nodes import ThreadGroup
-from kimi_lite.native.cpu.program import Program
-from kimi_lite.native.cpu.threads import Team
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.reference import Expert, experts
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.closeness import assert_close, sizes
-from tests.native.harness import activations, run_ops, run_table
+from tests.native.harness import activations, groups_of, run_ops, run_table
 
 NUM_ROUTED, TOP_K = 6, 3
 
@@ -199,21 +193,20 @@ def test_what_is_not_finite_stays_with_its_token(names, hostile, num_tokens):
 
 
 @pytest.mark.parametrize("ends", [(1, 3), (2, 3), (1, 2, 3), (3, 4)])
-def test_memory_nodes_change_no_bit(ends):
+@pytest.mark.parametrize(("num_tokens", "num_generated"), [(2, 2), (2, 0), (40, 3)])
+def test_memory_nodes_change_no_bit(ends, num_tokens, num_generated):
     """Threads on several nodes go through the experts' rows in another order."""
     rng = np.random.default_rng(7)
     layer = Layer(("Q4_K", "Q8_0"), rng)
-    ids = distinct_ids(2, NUM_ROUTED - 1, TOP_K, rng)
-    weights, x = rng.uniform(0.1, 1, ids.shape).astype(np.float32), tokens_of(layer, 2, rng)
-    num_threads, num_pairs, results = ends[-1], 2 * (TOP_K + 1), []
-    everywhere = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
-    groups = [ThreadGroup(n, n, everywhere, start, end) for n, (start, end) in enumerate(pairwise((0, *ends)))]
-    for own_groups in ((), groups):
-        out, hidden = np.zeros((2, layer.num_out), np.float32), Activations(num_pairs, layer.width, {layer.kinds[1]})
-        scratch_bytes = experts_scratch_bytes(layer.k, layer.width, 2)
-        run = run_table(2, num_threads, scratch_bytes, num_pairs, num_generated=2)
-        team = Team(num_threads, own_groups)
-        team.run(Program([layer.op(run, activations(x, layer.kinds[0]), out, hidden, ids, weights, 1)]))
-        team.close()
+    ids = distinct_ids(num_tokens, NUM_ROUTED - 1, TOP_K, rng)
+    weights, x = rng.uniform(0.1, 1, ids.shape).astype(np.float32), tokens_of(layer, num_tokens, rng)
+    num_threads, num_pairs, results = ends[-1], num_tokens * (TOP_K + 1), []
+    for groups in ((), groups_of(ends)):
+        out = np.zeros((num_tokens, layer.num_out), np.float32)
+        hidden = Activations(num_pairs, layer.width, {layer.kinds[1]})
+        scratch_bytes = experts_scratch_bytes(layer.k, layer.width, num_tokens)
+        run = run_table(num_tokens, num_threads, scratch_bytes, num_pairs, num_generated)
+        op = layer.op(run, activations(x, layer.kinds[0]), out, hidden, ids, weights, 1)
+        run_ops([op], num_threads, groups)
         results.append(out)
     assert np.array_equal(*results) and np.abs(results[0]).max() > 0

@@ -11,13 +11,13 @@ from kimi_lite.native.reference import linear, seen_activations
 from kimi_lite.native.reference_types import dequantize
 from kimi_lite.native.types.random_blocks import hostile_rows
 from tests.native.closeness import assert_close, product_size
-from tests.native.harness import activations, run_ops, run_table
+from tests.native.harness import activations, groups_of, run_ops, run_table
 
 K = 256
 TOKENS = ((1, 0), (1, 1), (4, 4), (9, 0), (37, 20))  # (how many, generated ones among them)
 
 
-def run_linear(x, tensors, starts, num_threads=1, num_generated=0):
+def run_linear(x, tensors, starts, num_threads=1, num_generated=0, groups=()):
     """tensors: (name, data); one operation for all, added to `starts` where there is one. Returns the outputs (T,
     N)."""
     kinds = [activation_kind(name) for name, _ in tensors]
@@ -28,7 +28,7 @@ def run_linear(x, tensors, starts, num_threads=1, num_generated=0):
         if start is not None:
             out[:, :-2] = start
     products = [Product(m, out, start is not None) for m, out, start in zip(matrices, outs, starts, strict=True)]
-    run_ops([linear_op(run, prepared, *products)], num_threads)
+    run_ops([linear_op(run, prepared, *products)], num_threads, groups)
     assert all((out[:, -2:] == 7).all() for out in outs), "wrote beside its rows"
     return [out[:, :-2] for out in outs]
 
@@ -73,6 +73,9 @@ def test_neither_threads_nor_other_tokens_matter(num_tokens, num_generated):
     for num_threads in (2, 3, 11):
         for a, b in zip(one, run_linear(x, tensors, starts, num_threads, num_generated), strict=True):
             assert np.array_equal(a, b)
+    for ends in ((1, 3), (2, 3, 6)):  # on memory nodes
+        divided = run_linear(x, tensors, starts, ends[-1], num_generated, groups_of(ends))
+        assert all(np.array_equal(a, b) for a, b in zip(one, divided, strict=True))
     for i in range(num_tokens):
         alone = run_linear(x[i : i + 1], tensors, [starts[0][i : i + 1], None, None], 1, int(i < num_generated))
         assert all(np.array_equal(a[i : i + 1], b) for a, b in zip(one, alone, strict=True))

@@ -77,15 +77,6 @@ def test_a_node_that_is_full_is_named():
     assert not make_plan(K25, full, Options(numa="off")).warnings
 
 
-def test_prompts_read_across_the_link():
-    """They are bound by arithmetic unless the CPU is fast."""
-    hardware = described(HERE, 512 * GIB, 0, num_sockets=2)
-    fast = replace(hardware, cpu_macs_s=1e18)
-    alone = replace(fast, nodes=())
-    share = make_plan(K25, fast, Options()).prompt.limit_tok_s / make_plan(K25, alone, Options()).prompt.limit_tok_s
-    assert share == pytest.approx(reach(2, 2, "interleaved")) and share == pytest.approx(0.8)
-
-
 def test_numactl_goes_before_us():
     hardware = replace(described(HERE, 512 * GIB, None, num_sockets=2), memory_policy="interleaved")
     plan = make_plan(K25, hardware, Options())
