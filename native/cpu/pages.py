@@ -32,7 +32,7 @@ LOCAL_POLICIES, INTERLEAVING_POLICIES = (0, 4), (3, 6)  # MPOL_DEFAULT, MPOL_LOC
 _GET_POLICY = {"x86_64": 239, "aarch64": 236, "riscv64": 236}  # Linux: numbers of system calls
 _MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239}
 _PAGES_AT_ONCE = 1 << 16
-_TOUCHING_THREADS = 4  # of each node: clearing pages takes more than one core to be as fast as memory
+_TOUCHING_THREADS = 16  # of each node, at most: one core clears 0.5 GB/s of small pages (tools/LOG.md)
 
 SystemCall = Callable[..., int]
 
@@ -100,7 +100,8 @@ def touch(
     with ExitStack() as opened:
         done = []
         for number, group in enumerate(groups):
-            pool = ThreadPoolExecutor(_TOUCHING_THREADS, initializer=keep, initargs=(group.cpus,))
+            num_threads = min(_TOUCHING_THREADS, group.num_threads)
+            pool = ThreadPoolExecutor(num_threads, initializer=keep, initargs=(group.cpus,))
             opened.enter_context(pool)
             done += [pool.submit(clear, start, stop - start) for start, stop, owner in runs if owner == number]
         for each in done:
