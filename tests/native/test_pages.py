@@ -2,7 +2,9 @@
 
 import ctypes
 import errno
+import platform
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_lite.hardware import host
 from kimi_lite.native.cpu import pages
 from kimi_lite.native.cpu.nodes import ThreadGroup, read_nodes
 from kimi_lite.native.cpu.pages import (
@@ -142,3 +145,23 @@ def test_memory_of_this_machine_is_cleared_on_its_node() -> None:
         pytest.skip(f"the system does not tell: {error}")
     if len(read_nodes()) == 1:
         assert set(found.tolist()) == {node.number}
+
+
+@pytest.mark.parametrize(("mode", "meaning"), [(3, "interleaved"), (2, "bound"), (0, "local")])
+def test_a_policy_as_numactl_sets_it_is_seen(mode: int, meaning: str) -> None:
+    """Really set, on one of this machine's nodes; a thread of its own, as policies are threads'."""
+    number = {"x86_64": 238, "aarch64": 237, "riscv64": 237}.get(platform.machine())
+    node = next((node.number for node in read_nodes() if node.total_bytes), None)
+    if number is None or node is None:
+        pytest.skip("this system has no such call, or does not tell its nodes")
+
+    def policy() -> str:
+        mask = ctypes.c_uint64(1 << node if mode else 0)
+        pages.system_call(number, mode, ctypes.addressof(mask) if mode else 0, 65 if mode else 0)
+        return host.memory_policy()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            assert pool.submit(policy).result() == meaning
+        except PermissionError as error:
+            pytest.skip(f"the system forbids it: {error}")
