@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_lite.native.cpu.nodes import read_nodes
+from kimi_lite.native.cpu.nodes import compute_nodes, read_nodes
 
 HUGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_READ = 22  # from Linux 5.14 on
@@ -29,7 +29,7 @@ def map_file(path: Path) -> np.ndarray:
     pages, each lie on the node of their threads."""
     with path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_HUGEPAGE") and len(read_nodes()) < 2:
+    if hasattr(mmap, "MADV_HUGEPAGE") and len(compute_nodes(read_nodes())) < 2:
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, np.uint8)

@@ -7,7 +7,7 @@ in by rows. With `--numa off` nothing is divided: what the reading threads' node
 at worst, which is what is planned with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kimi_lite.hardware.machine import Hardware
 from kimi_lite.hardware.nodes import MemoryUse, reach_of
@@ -35,32 +35,42 @@ def memory_use(hardware: Hardware, limits: Options, num_threads: int) -> MemoryU
     return "by rows" if is_divided else "one node"
 
 
-def warn_of_full_node(hardware: Hardware, limits: Options, num_threads: int, rows: Sequence[MemoryRow]) -> str:
-    """What lacks on the node that lacks most; empty where each has the memory for its threads' rows."""
+def node_bytes(
+    hardware: Hardware, limits: Options, num_threads: int, rows: Sequence[MemoryRow]
+) -> dict[int, tuple[int, int]]:
+    """By node: bytes of weights that its threads read, and what is free there; empty where nothing is divided."""
     if memory_use(hardware, limits, num_threads) != "by rows":
-        return ""
-    groups = thread_groups(hardware, limits, num_threads)
+        return {}
     whole = sum(row.num_bytes for row in rows if row.place == "RAM" and row.part in _DIVIDED)
     free_bytes = {node.number: node.free_bytes for node in hardware.nodes}
     needs: dict[int, int] = {}
-    for group in groups:
+    for group in thread_groups(hardware, limits, num_threads):
         needs[group.memory] = needs.get(group.memory, 0) + whole * group.num_threads // num_threads
-    lacking = {number: need - free_bytes[number] for number, need in needs.items() if need > free_bytes[number]}
+    return {number: (need, free_bytes[number]) for number, need in needs.items()}
+
+
+def warn_of_full_node(needs: Mapping[int, tuple[int, int]]) -> str:
+    """What lacks on the node that lacks most, of `node_bytes`; empty where each has the memory for its threads'
+    rows."""
+    lacking = {number: need - free for number, (need, free) in needs.items() if need > free}
     if not lacking:
         return ""
     number = max(lacking, key=lacking.__getitem__)
+    need_bytes, free_bytes = needs[number]
     return (
-        f"Node {number} has {gib(free_bytes[number])} of memory free, and its threads read {gib(needs[number])}: "
+        f"Node {number} has {gib(free_bytes)} of memory free, and its threads read {gib(need_bytes)}: "
         f"{gib(lacking[number])} will lie on other nodes, and come through a slower link."
     )
 
 
-def explain_use(hardware: Hardware, use: MemoryUse) -> str:
-    """What of the nodes' bandwidth the plan counts with, and why."""
+def explain_use(hardware: Hardware, use: MemoryUse, needs: Mapping[int, tuple[int, int]]) -> str:
+    """What of the nodes' bandwidth the plan counts with, and why. needs: as `node_bytes` has them."""
     if use == "by rows":
+        weights = " + ".join(f"{need / GIB:.1f}" for need, _ in needs.values())
+        free = " + ".join(f"{free / GIB:.1f}" for _, free in needs.values())
         return (
-            "threads are divided over the nodes, and so are the rows of every matrix: the RAM speed is that of all "
-            "nodes together. On paper: no machine with several was tried"
+            f"threads are divided over them, and so are the rows of every matrix: {weights} GiB of weights in {free} "
+            f"free. The RAM speed is that of all together; on paper, as no such machine was tried"
         )
     if use == "interleaved":
         share = f"{reach_of(hardware.nodes, use):.0%} of all nodes' RAM speed (estimated)"

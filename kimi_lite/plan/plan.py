@@ -19,7 +19,7 @@ from kimi_lite.native.latent_rows import PAGE_TOKENS
 from kimi_lite.options import FITTING, Options
 from kimi_lite.plan.cliff import warn_of_cliff
 from kimi_lite.plan.gpus import lay_out_gpus
-from kimi_lite.plan.nodes import memory_use, warn_of_full_node
+from kimi_lite.plan.nodes import memory_use, node_bytes, warn_of_full_node
 from kimi_lite.plan.refusal import find_problem, find_remedies
 from kimi_lite.plan.speed import Split, forecast_decode, forecast_prompt, rates_of
 from kimi_lite.plan.types import (
@@ -135,7 +135,7 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         value_bytes=value_bytes(sizes.config, limits.kv_dtype),
     )
     shares = [len(part.layers) / sizes.config.num_layers for part in parts]
-    use = memory_use(hardware, limits, num_threads)
+    use, needs = memory_use(hardware, limits, num_threads), node_bytes(hardware, limits, num_threads, rows)
     rates = rates_of(hardware, num_threads, shares, use)
     decode = forecast_decode(sizes, split, rates)
     return Plan(
@@ -162,7 +162,8 @@ def _lay_out(situation: PlanInputs, dense_type: str) -> Plan:
         prompt=forecast_prompt(sizes, split, rates, chunk),
         bottleneck=_bottleneck(decode.bottleneck, ram_bytes, disk_bytes),
         verdict=_judge(disk_bytes, left_bytes - ram_bytes, have_bytes),
-        warnings=tuple(each for each in (warning, warn_of_full_node(hardware, limits, num_threads, rows)) if each),
+        node_bytes=needs,
+        warnings=tuple(each for each in (warning, warn_of_full_node(needs)) if each),
     )
 
 

@@ -2,6 +2,7 @@
 a verdict. Made by `plan.plan`, shown by `plan.view`, followed by `engine`.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -135,6 +136,7 @@ class Plan:
     bottleneck: str
     verdict: Verdict
     memory_use: MemoryUse = "by rows"  # of several memory nodes
+    node_bytes: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # by node: weights, and what is free
     gpu_parts: tuple[GpuPart, ...] = ()  # of the GPUs, the first layers' first; none without a GPU
     warnings: tuple[str, ...] = ()
     refusal: Refusal | None = None
@@ -247,6 +249,7 @@ class Plan:
                 for part in self.gpu_parts
             ],
             "memory_use": self.memory_use if self.hardware.has_nodes else None,
+            "node_weights_bytes": {number: need for number, (need, _) in self.node_bytes.items()},
             "warnings": list(self.warnings),
             "refusal": asdict(self.refusal) if self.refusal else None,
         }

@@ -264,7 +264,7 @@ def _ending_lines(plan: Plan, width: int) -> Iterator[str]:
     yield from labelled("Prompt", f"{_forecast(plan.prompt, 'tokens/s')} (bottleneck: {plan.prompt.bottleneck})", width)
     yield from labelled("Speeds", _rates_text(plan), width)
     if plan.hardware.has_nodes:
-        yield from labelled("Nodes", explain_use(plan.hardware, plan.memory_use), width)
+        yield from labelled("Nodes", explain_use(plan.hardware, plan.memory_use, plan.node_bytes), width)
     spare = gib(plan.have_bytes("RAM") - plan.place_bytes("RAM"))
     texts = {
         "fits": f"fits; {spare} of RAM are left after the safety margin",

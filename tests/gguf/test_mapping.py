@@ -9,6 +9,7 @@ import pytest
 
 from kimi_lite.gguf import mapping
 from kimi_lite.gguf.mapping import HUGE_PAGE_BYTES, map_file, populate
+from kimi_lite.native.cpu.nodes import Node
 
 SIZE = 4 * HUGE_PAGE_BYTES + 12_345
 
@@ -61,7 +62,8 @@ def test_populated_bytes_are_in_memory(path: Path) -> None:
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
 @pytest.mark.parametrize(("num_nodes", "is_asked"), [(0, True), (1, True), (2, False)])
 def test_huge_pages_are_asked_for_where_memory_is_one(path: Path, monkeypatch, num_nodes: int, is_asked: bool) -> None:
-    monkeypatch.setattr(mapping, "read_nodes", lambda: (None,) * num_nodes)
+    nodes = [Node(number, frozenset({number}), 1 << 30) for number in range(num_nodes)]
+    monkeypatch.setattr(mapping, "read_nodes", lambda: (*nodes, Node(8, frozenset(), 1 << 30)))  # and memory on a card
     mapped = map_file(path)
     assert ("hg" in flags_of(path)) == is_asked and len(mapped) == SIZE
 

@@ -15,7 +15,7 @@ from kimi_lite.hardware.machine import SOCKET_RAM_BYTES_S, Hardware, described
 from kimi_lite.hardware.nodes import described_nodes, reach, reach_of
 from kimi_lite.options import Options
 from kimi_lite.plan.plan import make_plan
-from kimi_lite.plan.types import Plan
+from kimi_lite.plan.types import EXPERTS, Plan
 from kimi_lite.plan.view import limit_flags, plan_lines
 from kimi_lite.units import GIB
 
@@ -55,7 +55,13 @@ def test_what_is_shown():
     assert "planned with one node's RAM speed, 50% of all (estimated; 80%" in text_of(off)
     assert "memory nodes" not in text_of(plan_of(1)) and "typical server" in text_of(plan_of(1))
     assert "--numa off" in limit_flags(off)
+    weights = sum(row.num_bytes for row in plan_of(2).rows if row.part in ("dense weights", EXPERTS))
+    assert f"{weights / 2 / GIB:.1f} + {weights / 2 / GIB:.1f} GiB of weights in 244.8 + 244.8 free" in text_of(
+        plan_of(2)
+    )
     found = json.loads(json.dumps(plan_of(2).to_json()))
+    assert sum(found["node_weights_bytes"].values()) == pytest.approx(weights, abs=2)
+    assert plan_of(1).to_json()["node_weights_bytes"] == {} == off.to_json()["node_weights_bytes"]
     assert found["memory_use"] == "by rows" and [node["num_cpus"] for node in found["hardware"]["nodes"]] == [32, 32]
     assert plan_of(1).to_json()["memory_use"] is None
 
