@@ -8,11 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from platformdirs import user_cache_path
 
 from kimi_lite.errors import KimiLiteError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_TEXT_BYTES = 64_000_000  # of one text: more than any context, and a limit to /dev/zero
 MAX_CORPUS_BYTES = 2_000_000_000  # of a text to measure or calibrate with
@@ -26,6 +29,7 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that o
 _MOST_ZEROS = 0.6  # of every other byte: then it is UTF-16 of mostly Western text
 _NO_TEXT = "Name a text file; images go with --image, in a chat with /image."
 PARTIAL = ".partial"  # how the names of unfinished files end
+HUGE_PAGE_BYTES = 2 << 20
 
 
 def cache_folder() -> Path:
@@ -61,6 +65,18 @@ def whole_file(path: Path, mode: str = "w", permissions: int = 0o666) -> Iterato
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_huge(file: BinaryIO, data: "bytes | memoryview | np.ndarray") -> None:
+    """Writes to a file that was opened with a buffer of HUGE_PAGE_BYTES, so that the system gets whole huge pages: in
+    such it then keeps them in memory, where the file system can, and reads of them are faster (`gguf.mapping`)."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        num_bytes = HUGE_PAGE_BYTES - file.tell() % HUGE_PAGE_BYTES
+        file.write(rest[:num_bytes])
+        if len(rest) >= num_bytes:
+            file.flush()
+        rest = rest[num_bytes:]
 
 
 def rescue(text: str, suffix: str = ".txt") -> str:

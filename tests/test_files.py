@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import io
 import os
 import stat
 from contextlib import nullcontext, suppress
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_lite import files
 from kimi_lite.arch.checkpoint import read_json_object
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.files import MAX_TEXT_BYTES, decode_text, read_text, require_writable, whole_file
@@ -131,3 +133,46 @@ def test_a_git_lfs_pointer_is_named_by_every_reader_of_large_files(tmp_path, rea
     with pytest.raises(KimiLiteError, match="Git LFS pointer") as caught:
         read(file)
     assert "git lfs pull" in caught.value.hint
+
+
+class Raw(io.RawIOBase):
+    """A file that remembers what it was given at once."""
+
+    def __init__(self, at):
+        self.at, self.writes, self.content = at, [], b""
+
+    def writable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.at
+
+    def seek(self, offset, whence=0):
+        return self.at
+
+    def write(self, data):
+        self.writes.append((self.at, len(data)))
+        self.content += bytes(data)
+        self.at += len(data)
+        return len(data)
+
+
+@given(start=st.integers(0, 40), sizes=st.lists(st.integers(0, 40), max_size=20))
+def test_huge_pages_are_written_whole(start, sizes):
+    """However the pieces come, and wherever they begin; pages of 16 bytes here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "HUGE_PAGE_BYTES", 16)
+        raw = Raw(start)
+        with io.BufferedWriter(raw, 16) as file:
+            data = [os.urandom(size) for size in sizes]
+            for piece in data:
+                files.write_huge(file, piece)
+            file.flush()
+            assert raw.content == b"".join(data)
+        end = start + sum(sizes)
+        for at, size in raw.writes:
+            assert at == start or at % 16 == 0
+            assert (at + size) % 16 == 0 or at + size == end

@@ -2,9 +2,9 @@
 
 A page of 2 MB takes one entry of the core's address tables where 512 of 4 KB do not fit, and the hardware prefetches
 across it without a stop: dense weights are read 1.2 to 1.9 x as fast (tools/LOG.md). Linux keeps a file in pages of the
-size in which it first came into memory. Huge ones come where a mapping that asks for them is read (ext4 from Linux 6.16
-on, XFS before that), or where 2 MB are written at once; what `read` brought in stays small until it is evicted, as on
-other file systems, which do not mind being asked.
+size in which it first came into memory. Huge ones come where a mapping that asks for them is read (measured on ext4
+under Linux 6.18), or where 2 MB are written at once (`files.write_huge`); what `read` brought in stays small until it
+is evicted, as on file systems without large pages, which do not mind being asked.
 """
 
 import ctypes
@@ -18,7 +18,6 @@ import numpy as np
 
 from kimi_lite.native.cpu.nodes import compute_nodes, read_nodes
 
-HUGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_READ = 22  # from Linux 5.14 on
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import HUGE_PAGE_BYTES, write_huge
 from kimi_lite.hub.cache import CachedRepository, hub_cache
 from kimi_lite.hub.client import Hub, Patience, Repository, Unavailable
 from kimi_lite.hub.quants import RemoteFile
@@ -139,7 +140,7 @@ class _Transfer:
     def _fetch(self, path: Path) -> str:
         """Fetches what is missing, however often the connection breaks; returns the checksum of the whole."""
         patience = Patience(self._pause)
-        with path.open("ab+") as out:
+        with path.open("ab+", HUGE_PAGE_BYTES) as out:
             if out.tell() > self._file.num_bytes:  # of nothing that this file begins with
                 out.truncate(0)
             digest = self._digest_of(out)
@@ -181,7 +182,7 @@ class _Transfer:
             for piece in answer.iter_bytes():  # as they come: pieces of a size would be lost in part
                 self._go_on()
                 piece = piece[: self._file.num_bytes - out.tell()]  # more than there should be is not kept
-                out.write(piece)
+                write_huge(out, piece)
                 digest.update(piece)
                 self._progress.add(len(piece))
         if out.tell() < self._file.num_bytes:

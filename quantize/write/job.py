@@ -18,6 +18,7 @@ import numpy as np
 
 from kimi_lite import __version__
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import HUGE_PAGE_BYTES, write_huge
 from kimi_lite.gguf.metadata import Value
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.quantize.source.files import FileState
@@ -193,7 +194,7 @@ def _write_shard(job: Job, number: int, journal: Journal, pool: ThreadPoolExecut
         for tensor in shard.tensors[len(done) :]:
             digest, error_squares, weight_squares = hashlib.sha256(), 0.0, 0.0
             for piece in encode_pieces(tensor, pool, is_measured=True, max_ahead=job.max_ahead):
-                file.write(piece.rows)
+                write_huge(file, piece.rows)
                 digest.update(piece.rows)
                 error_squares += piece.error_squares
                 weight_squares += piece.weight_squares
@@ -233,7 +234,7 @@ def _open_shard(job: Job, number: int, done: Sequence[Entry]) -> BinaryIO:
             f"{shard.partial} should hold {end:,} finished bytes, and does not.",
             "Repeat the command: it starts again.",
         )
-    file = open(shard.partial, "r+b")  # noqa: SIM115  the caller closes it
+    file = open(shard.partial, "r+b", HUGE_PAGE_BYTES)  # noqa: SIM115  the caller closes it
     file.truncate(end)
     file.seek(end)
     return file

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.files import HUGE_PAGE_BYTES, write_huge
 from kimi_lite.gguf.metadata import Value, ValueType, pack_text, pack_value
 from kimi_lite.hardware.host import usable_cores
 from kimi_lite.native.layouts import Layout
@@ -82,7 +83,7 @@ def write_gguf(
         with file, ThreadPoolExecutor(usable_cores().most_threads) as pool:
             for tensor in tensors:
                 for piece in encode_pieces(tensor, pool):
-                    file.write(piece.rows)
+                    write_huge(file, piece.rows)
                     done_bytes += piece.rows.nbytes
                     report(tensor.name, done_bytes, total_bytes)
                 file.write(bytes(-file.tell() % ALIGNMENT))
@@ -170,7 +171,7 @@ def _partial_file(path: Path) -> Iterator[Path]:
 
 def write_header(partial: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> BinaryIO:
     """Returns the file, open where the first tensor goes."""
-    file = open(partial, "wb")  # noqa: SIM115  the caller closes it
+    file = open(partial, "wb", HUGE_PAGE_BYTES)  # noqa: SIM115  the caller closes it
     file.write(make_header(metadata, tensors))
     return file
 

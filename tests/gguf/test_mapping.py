@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kimi_lite.files import HUGE_PAGE_BYTES
 from kimi_lite.gguf import mapping
-from kimi_lite.gguf.mapping import HUGE_PAGE_BYTES, map_file, populate
+from kimi_lite.gguf.mapping import map_file, populate
 from kimi_lite.native.cpu.nodes import Node
 
 SIZE = 4 * HUGE_PAGE_BYTES + 12_345
