@@ -38,7 +38,8 @@ from kimi_lite.native.simd import load_i8x64, load_i32x16, load_i64, store_i32, 
 from kimi_lite.native.simd_dot import dot_u8x64
 
 _TASK_BYTES, _BAND_TASKS = 1 << 16, 8  # a thread takes at most so many at once
-_BUFFER_BYTES, _PART_BYTES = 512 << 20, 4 << 20  # larger than a desktop's caches; each thread's share of a run
+BUFFER_BYTES = 512 << 20  # larger than a desktop's caches
+_LEAST_SHARE, _MOST_SHARE = 4 << 20, 16 << 20  # each thread's of a run: 4 MB read 0.75 to 0.9 x as fast (tools/LOG.md)
 _FREE_SHARE = 0.25  # of the free memory: the most that the buffer takes
 _ROUNDS, _MACS_A_ROUND = 20_000, 12 * 64  # of the loop that only multiplies: 0.1 to 1 ms
 _LINE_BYTES = 64
@@ -58,6 +59,12 @@ def _read_kernel(args, thread, team):
             c, d = c + load_i32x16(at + 128), d + load_i32x16(at + 192)
         first, count = next_tasks(team, thread, num_tasks, _BAND_TASKS)
     store_i32(out + _LINE_BYTES * thread, sum_i32x16((a + b) + (c + d)))
+
+
+def run_bytes(num_threads: int, buffer_bytes: int = BUFFER_BYTES) -> int:
+    """Of a run of reading: so many that its beginning and end count little, so few that some run is undisturbed."""
+    share = max(_LEAST_SHARE, min(_MOST_SHARE, buffer_bytes // (4 * num_threads)))
+    return num_threads * (share // _TASK_BYTES * _TASK_BYTES)
 
 
 def parts_to_read(num_parts: int, part_bytes: int, groups: Sequence[ThreadGroup] = ()) -> np.ndarray:
@@ -176,14 +183,14 @@ def _rates(run: Callable[[], None], amount: float, seconds: float) -> list[float
     return rates
 
 
-def measure_ram(num_threads: int, seconds: float = 1.0, buffer_bytes: int = _BUFFER_BYTES) -> float:
+def measure_ram(num_threads: int, seconds: float = 1.0, buffer_bytes: int = BUFFER_BYTES) -> float:
     """Bytes/s of plain reading by all threads: the best tenth of the runs, as other programs only make it look
     slower. Where memory is on several nodes each thread reads what lies on its own."""
     groups = place_threads(num_threads)
     team = Team(num_threads, groups)
     try:
-        part_bytes = _PART_BYTES * num_threads
         buffer_bytes = min(buffer_bytes, int(_FREE_SHARE * psutil.virtual_memory().available))
+        part_bytes = run_bytes(num_threads, buffer_bytes)
         num_parts, sums = max(2, buffer_bytes // part_bytes), np.zeros(num_threads * _LINE_BYTES, np.uint8)
         programs = cycle([read_program(part, sums) for part in parts_to_read(num_parts, part_bytes, groups)])
         return float(np.percentile(_rates(lambda: team.run(next(programs)), part_bytes, seconds), 90))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kimi_lite.arch.costs import decode_cost
-from kimi_lite.hardware.bandwidth import parts_to_read
+from kimi_lite.hardware.bandwidth import BUFFER_BYTES, parts_to_read, run_bytes
 from kimi_lite.native.cpu.threads import Team
 from kimi_lite.plan.types import Plan
 from kimi_lite.tools.bench.measure import measure
@@ -16,7 +16,6 @@ from kimi_lite.tools.bench.plan import BenchTest
 from kimi_lite.tools.bench.workloads import Bench
 
 RAM = "RAM"
-_PART_BYTES, _BUFFER_BYTES = 4 << 20, 512 << 20  # each thread's share of a run; larger than the caches of a desktop CPU
 _ROUNDS = 15
 
 
@@ -48,8 +47,8 @@ class Limit:
 
 def measure_bandwidth(team: Team) -> Bandwidth:
     """Reads memory the way kernels read weights: the same team, tasks handed out alike, on its threads' nodes."""
-    part_bytes = _PART_BYTES * team.num_threads
-    parts = parts_to_read(max(2, _BUFFER_BYTES // part_bytes), part_bytes, team.groups)
+    part_bytes = run_bytes(team.num_threads)
+    parts = parts_to_read(max(2, BUFFER_BYTES // part_bytes), part_bytes, team.groups)
     bench = Bench(team, 256)
     rounds = measure(team, {"read": [bench.read(part) for part in parts]}, _ROUNDS)
     return Bandwidth(part_bytes / rounds.median_s("read") / 1e9, rounds.is_noisy, rounds.stolen_share)
