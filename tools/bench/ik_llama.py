@@ -116,7 +116,8 @@ class _IkModel(Llama):
         params.n_ctx = num_sequences * -(-context_length // 256) * 256
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_threads = params.n_threads_batch = num_threads
-        params.n_seq_max, params.mla_attn, params.flash_attn = num_sequences, _MLA, True
+        params.n_seq_max, params.mla_attn = num_sequences, _MLA
+        params.flash_attn = num_sequences == 1  # with several, 0.1.5 stops at GGML_ASSERT(S > 0)
         self._context = api.llama_init_from_model(self._model, params)
         if not self._context:
             raise KimiLiteError(f"{NAME} cannot make a context of {params.n_ctx:,} tokens.", "Use a smaller -d.")
