@@ -264,5 +264,4 @@ def transpose_biased(typingctx, source, stride, target, bias):
     return types.void(types.int64, types.int64, types.int64, bias), codegen
 
 
-broadcast_i8x4 = loader(i8x64, _I32, lambda b, v: b.bitcast(splat(b, i32x16, v), i8x64.llvm))
 broadcast_f32 = loader(f32x16, ir.FloatType(), lambda b, v: splat(b, f32x16, v))

@@ -25,7 +25,7 @@ from kimi_lite.native.cpu.activations import KINDS, NUM_VALUES, X_CODES, X_F32, 
 from kimi_lite.native.cpu.blocks import activation_kind, load16, row_scale, unpack
 from kimi_lite.native.cpu.compiler import FASTMATH, Kernel
 from kimi_lite.native.cpu.panel_tile import TILE_TOKENS, PanelForm, panel_tile
-from kimi_lite.native.isa import PORTABLE, isa
+from kimi_lite.native.isa import AVX2, PORTABLE, isa
 from kimi_lite.native.layouts import BY_NAME
 from kimi_lite.native.simd import (
     broadcast_f32,
@@ -189,7 +189,7 @@ def _float_gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
 def _int8_gemm(form: PanelForm):
     """The product of int8 panels."""
     kind, x_sums = KINDS[form.span], X_SUMS16 if form.group == 16 else X_SUMS32
-    span, group, is_signed, has_minima, max_code = form
+    span, group, is_signed, has_minima, num_pairs = form
     most, half = TILE_TOKENS, TILE_TOKENS // 2
 
     def gemm(panel, activations, tokens, num_tokens, out, out_stride, mode):
@@ -205,12 +205,12 @@ def _int8_gemm(form: PanelForm):
             last = num_tokens - 1 - first
             if last >= half:
                 panel_tile(
-                    most, span, group, is_signed, has_minima, max_code,
+                    most, span, group, is_signed, has_minima, num_pairs,
                     codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage, ahead, lines,
                 )  # fmt: skip
             else:
                 panel_tile(
-                    half, span, group, is_signed, has_minima, max_code,
+                    half, span, group, is_signed, has_minima, num_pairs,
                     codes, scales, minima, x, x_scale, x_sum, tokens + 4 * first, last, k, stage, ahead, lines,
                 )  # fmt: skip
             ahead, num_lines = ahead + 64 * lines * spans, num_lines - lines * spans
@@ -234,6 +234,6 @@ def gemm_kernel(name: str):
         return _shared_gemm(None)
     bias = code_bias(name)
     is_signed = layout.is_signed and bias == 0
-    return _shared_gemm(
-        PanelForm(activation_kind(name), layout.group, is_signed, not is_signed, layout.max_code + bias)
-    )
+    # So many sums of two products stay within 16 bits whatever they are: activations are at most 127.
+    num_pairs = max(1, (2**15 - 1) // (2 * 127 * (layout.max_code + bias))) if isa().name == AVX2 else 0
+    return _shared_gemm(PanelForm(activation_kind(name), layout.group, is_signed, not is_signed, num_pairs))

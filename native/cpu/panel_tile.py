@@ -18,7 +18,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kimi_lite.native.calls import emit_prefetch
-from kimi_lite.native.isa import AVX2, AVX512_VNNI, PORTABLE, isa
+from kimi_lite.native.cpu.tiles import shifted
+from kimi_lite.native.isa import AVX512_VNNI, PORTABLE, isa
 from kimi_lite.native.simd_dot import add_pairs, byte_pairs, dot_of, unsigned_dot_of, with_sign_of
 from kimi_lite.native.vectors import Vec, call_llvm, splat
 
@@ -30,13 +31,13 @@ _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 class PanelForm(NamedTuple):
     """What decides the product of a panel: `span` columns share a scale of the activations (32 or 256), `group` one of
-    the weights; `max_code` is the largest of the codes without sign."""
+    the weights; `num_pairs` sums of two products are added in 16 bits, 0 where a dot product adds up 32."""
 
     span: int
     group: int
     is_signed: bool
     has_minima: bool
-    max_code: int
+    num_pairs: int
 
 
 def _load(builder, address, kind, align: int = 4):
@@ -45,22 +46,8 @@ def _load(builder, address, kind, align: int = 4):
     return value
 
 
-def _at(builder, base, *terms):
-    """base + the sum of terms: constants, values, or (value, constant factor)."""
-    for term in terms:
-        if isinstance(term, tuple):
-            term = builder.mul(term[0], ir.Constant(_I64, term[1]))
-        base = builder.add(base, ir.Constant(_I64, term) if isinstance(term, int) else term)
-    return base
-
-
 def _fma(builder, a, b, c):
     return call_llvm(builder, f"llvm.fma.v{_LANES}f32", _FLOATS.llvm, (a, b, c))
-
-
-def _pairs_in_16_bits(form: PanelForm) -> int:
-    """How many sums of two products an int16 holds whatever they are; activations are at most 127."""
-    return max(1, (2**15 - 1) // (2 * 127 * form.max_code))
 
 
 def _group_products(builder, form: PanelForm, codes, inputs) -> dict:
@@ -68,12 +55,11 @@ def _group_products(builder, form: PanelForm, codes, inputs) -> dict:
     token's `group` bytes."""
     halves = range(16 // _LANES)
     sums, pairs = {}, {}
-    longest = _pairs_in_16_bits(form) if isa().name == AVX2 else 0
-    words = form.group // 4
+    longest, words = form.num_pairs, form.group // 4
     for j in range(words):
-        weights = [_load(builder, _at(builder, codes, 64 * j + 4 * _LANES * h), _BYTES.llvm) for h in halves]
+        weights = [_load(builder, shifted(builder, codes, 64 * j + 4 * _LANES * h), _BYTES.llvm) for h in halves]
         for t, line in enumerate(inputs):
-            word = splat(builder, _WORDS, _load(builder, _at(builder, line, 4 * j), _I32))
+            word = splat(builder, _WORDS, _load(builder, shifted(builder, line, 4 * j), _I32))
             x = builder.bitcast(word, _BYTES.llvm)
             for h in halves:
                 place, zero = (t, h), ir.Constant(_WORDS.llvm, [0] * _LANES)
@@ -100,18 +86,19 @@ def _in_register(builder, value):
 
 
 def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
+    """LLVM code of `panel_tile`."""
     halves = range(16 // _LANES)
     places = [(t, h) for t in range(num_tokens) for h in halves]
     codes, scales, minima, x, x_scales, x_sums, tokens, last, k, out, ahead, num_lines = addresses
 
     def start_of(base, index, values_per_entry):
-        return _at(builder, base, builder.mul(index, builder.udiv(k, ir.Constant(_I64, values_per_entry))))
+        return shifted(builder, base, builder.mul(index, builder.udiv(k, ir.Constant(_I64, values_per_entry))))
 
     lines, scale_lines, sum_lines = [], [], []
     for t in range(num_tokens):
         number = ir.Constant(_I64, t)
         number = builder.select(builder.icmp_signed("<", number, last), number, last)
-        token = builder.sext(_load(builder, _at(builder, tokens, (number, 4)), _I32), _I64)
+        token = builder.sext(_load(builder, shifted(builder, tokens, (number, 4)), _I32), _I64)
         lines.append(start_of(x, token, 1))
         scale_lines.append(start_of(x_scales, token, 8))
         sum_lines.append(start_of(x_sums, token, form.group // 4))
@@ -124,22 +111,22 @@ def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
         return splat(builder, _FLOATS, _load(builder, address, _F32))
 
     def per_half(base, group):
-        return [_load(builder, _at(builder, base, (group, 64), 4 * _LANES * h), _FLOATS.llvm) for h in halves]
+        return [_load(builder, shifted(builder, base, (group, 64), 4 * _LANES * h), _FLOATS.llvm) for h in halves]
 
     with cgutils.for_range(builder, builder.udiv(k, ir.Constant(_I64, span_columns)), intp=_I64) as spans:
         with cgutils.for_range(builder, num_lines, intp=_I64) as loop:
-            line = _at(builder, loop.index, builder.mul(spans.index, num_lines))
-            emit_prefetch(builder, _at(builder, ahead, (line, 64)), locality=2)
+            line = shifted(builder, loop.index, builder.mul(spans.index, num_lines))
+            emit_prefetch(builder, shifted(builder, ahead, (line, 64)), locality=2)
         inner = {place: cgutils.alloca_once_value(builder, zero) for place in places}
         for place in places:
             builder.store(zero, inner[place])
         with cgutils.for_range(builder, ir.Constant(_I64, groups), intp=_I64) as loop:
-            group = _at(builder, loop.index, (spans.index, groups))
+            group = shifted(builder, loop.index, (spans.index, groups))
             products = _group_products(
                 builder,
                 form,
-                _at(builder, codes, (group, 16 * form.group)),
-                [_at(builder, line, (group, form.group)) for line in lines],
+                shifted(builder, codes, (group, 16 * form.group)),
+                [shifted(builder, line, (group, form.group)) for line in lines],
             )
             scale = per_half(scales, group)
             minimum = per_half(minima, group) if form.has_minima else None
@@ -147,7 +134,7 @@ def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
                 if form.has_minima:
                     x_sum = builder.fsub(
                         ir.Constant(_FLOATS.llvm, [-0.0] * _LANES),
-                        broadcast(_at(builder, sum_lines[t], (group, 4))),
+                        broadcast(shifted(builder, sum_lines[t], (group, 4))),
                     )
                 for h in halves:
                     total = builder.load(inner[t, h])
@@ -157,19 +144,19 @@ def _emit(builder, num_tokens: int, form: PanelForm, addresses) -> None:
                         total = _fma(builder, minimum[h], x_sum, total)
                     builder.store(total, inner[t, h])
         for t in range(num_tokens):
-            x_scale = broadcast(_at(builder, scale_lines[t], (spans.index, span_columns // 8)))
+            x_scale = broadcast(shifted(builder, scale_lines[t], (spans.index, span_columns // 8)))
             for h in halves:
                 total = builder.load(totals[t, h])
                 builder.store(_fma(builder, builder.load(inner[t, h]), x_scale, total), totals[t, h])
     for t, h in places:
-        target = _at(builder, out, 64 * t + 4 * _LANES * h)
+        target = shifted(builder, out, 64 * t + 4 * _LANES * h)
         builder.store(builder.load(totals[t, h]), builder.inttoptr(target, _FLOATS.llvm.as_pointer())).align = 4
 
 
 @intrinsic(prefer_literal=True)
 def panel_tile(
     typingctx,
-    num_tokens, span, group, is_signed, has_minima, max_code,
+    num_tokens, span, group, is_signed, has_minima, num_pairs,
     codes, scales, minima, x, x_scales, x_sums, tokens, last, k, out, ahead, lines,
 ):  # fmt: skip
     """out (T, 16) float32 = the products of a panel with tokens 0 .. T - 1, where `tokens` has their int32 numbers;
@@ -179,7 +166,7 @@ def panel_tile(
     (`native.cpu.panel`); x, x_scales, x_sums: of all tokens, as `native.cpu.activations` lays them, sums of `group`.
     For every span `lines` more cache lines from `ahead` on are asked for.
     """
-    constants = num_tokens, span, group, is_signed, has_minima, max_code
+    constants = num_tokens, span, group, is_signed, has_minima, num_pairs
     if not all(isinstance(each, (types.IntegerLiteral, types.BooleanLiteral)) for each in constants):
         return None
     count, *form = (each.literal_value for each in constants)
