@@ -21,6 +21,7 @@ from kimi_lite.arch.config import ModelConfig
 from kimi_lite.experts.index import ExpertIndex, RoutedLayer
 from kimi_lite.gguf.store import GGUFStore
 from kimi_lite.gguf.warm import Run, is_cached
+from kimi_lite.native.cpu.linear import BAND_STEP
 from kimi_lite.native.cpu.nodes import ThreadGroup, split_rows
 from kimi_lite.native.cpu.pages import (
     HUGE_PAGE_BYTES,
@@ -33,7 +34,6 @@ from kimi_lite.native.cpu.pages import (
     touch,
 )
 
-_STEP = 8  # rows that threads take together
 _STRANGE = 0.1  # of the bytes: with more on other nodes huge pages are too large, or a warning is due
 _SLOTS_LOOKED_AT, _PAGES_LOOKED_AT = 64, 1024
 _LEAST_CACHED = 0.2  # of the pages looked at: with fewer in memory the rest will lie right
@@ -68,7 +68,7 @@ def slot_parts(layer: RoutedLayer, groups: Sequence[ThreadGroup]) -> list[tuple[
     parts, at = [], 0
     for matrix in layer.matrices:
         run = matrix.run(0)
-        ends = [at + rows.stop * matrix.row_bytes for rows in split_rows(groups, matrix.num_rows, _STEP)]
+        ends = [at + rows.stop * matrix.row_bytes for rows in split_rows(groups, matrix.num_rows, BAND_STEP)]
         ends[-1] = at + run.target_bytes
         for number, (start, stop) in enumerate(zip([at, *ends[:-1]], ends, strict=True)):
             if start < stop:
@@ -107,7 +107,7 @@ def _expert_parts(index: ExpertIndex, groups: Sequence[ThreadGroup]) -> Iterator
     """Of every routed expert, each for itself."""
     for layer in index.layers.values():
         for matrix in layer.matrices:
-            split = split_rows(groups, matrix.num_rows, _STEP)
+            split = split_rows(groups, matrix.num_rows, BAND_STEP)
             for expert in range(index.num_experts):
                 first = matrix.start + expert * matrix.stride
                 for number, rows in enumerate(split):
@@ -124,7 +124,7 @@ def _other_parts(store: GGUFStore, config: ModelConfig, groups: Sequence[ThreadG
         if tensor.name in routed or tensor.data.ndim < 2:
             continue
         row_bytes = tensor.data.shape[-1]
-        for number, rows in enumerate(split_rows(groups, tensor.data.nbytes // row_bytes, _STEP)):
+        for number, rows in enumerate(split_rows(groups, tensor.data.nbytes // row_bytes, BAND_STEP)):
             if rows:
                 start, stop = tensor.start + rows.start * row_bytes, tensor.start + rows.stop * row_bytes
                 yield FilePart(tensor.shard, start, stop, number)

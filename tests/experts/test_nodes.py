@@ -23,7 +23,7 @@ from tests.tiny import write_tiny_gguf
 
 EVERY = frozenset({0, 1})
 GROUPS = (ThreadGroup(0, 0, EVERY, 0, 1), ThreadGroup(2, 2, EVERY, 1, 3))  # a third of the rows, and two thirds
-STEP = nodes._STEP
+STEP = nodes.BAND_STEP
 
 
 @pytest.fixture(scope="module")
