@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import mmap
 import platform
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -120,7 +121,7 @@ def test_what_the_kernel_is_asked() -> None:
 
 def test_this_machine_tells() -> None:
     """Touched memory is on one of the nodes, untouched memory on none."""
-    memory = np.empty(64 << 20, np.uint8)
+    memory = np.frombuffer(mmap.mmap(-1, 64 << 20), np.uint8)  # malloc may be told to fill what it gives
     memory[:PAGE_BYTES] = 1
     try:
         found, policy = locate(memory.ctypes.data + np.array([0, 48 << 20])), inherited_policy()
