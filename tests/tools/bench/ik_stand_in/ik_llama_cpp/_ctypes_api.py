@@ -34,7 +34,8 @@ def llama_context_default_params():
 
 def llama_init_from_model(model: int, params) -> int:
     _state.num_sequences, _state.num_cells = params.n_seq_max, params.n_ctx
-    assert params.n_threads == params.n_threads_batch and params.flash_attn and params.mla_attn == 3
+    assert params.n_threads == params.n_threads_batch and params.mla_attn == 3
+    assert params.flash_attn == (params.n_seq_max == 1)  # the wheel ends in an assertion of its own otherwise
     return 2
 
 
