@@ -90,8 +90,11 @@ def test_a_library_is_for_a_comparison(tiny, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ik_llama_cpp") is None, reason="ik-llama-cpp-python is not installed")
-def test_the_wheel_itself(tiny):
-    other = IkLlama(tiny, 1, 64, 2)
+def test_the_wheel_itself(tmp_path):
+    heads = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    sizes = {"hidden_size": 512, "expert_feed_forward_size": 256, "num_layers": 4}  # it refuses smaller heads
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", np.random.default_rng(0), **heads, **sizes)
+    other = IkLlama(path, 1, 64, 2)
     test = BenchTest("tg", 3, 5, 2)
     assert len(other.run(test, Passages(np.arange(9)).prompts(test)).gaps_s) == 3
     other.close()
