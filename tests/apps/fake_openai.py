@@ -55,6 +55,7 @@ class FakeOpenAI:
             if isinstance(models, Answer)
             else Answer([json.dumps({"data": list(models)}).encode()], 200, "application/json")
         )
+        self.unknown_field = ""  # a body with it is refused, and takes no answer
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.is_dropped = threading.Event()  # the client closed a connection before the answer's end
@@ -89,6 +90,11 @@ class FakeOpenAI:
                     self._send(Answer([b'{"error": {"message": "no such path"}}'], 404, "application/json"))
                     return
                 fake.bodies.append(body)
+                if fake.unknown_field in body:
+                    self._send(
+                        Answer([f'{{"error": {{"message": "Unknown field {fake.unknown_field}"}}}}'.encode()], 400)
+                    )
+                    return
                 self._send(fake.answers.pop(0))
                 if not fake.is_dropped.is_set():
                     fake.is_written.set()
