@@ -34,8 +34,8 @@ from kimi_lite.plan.workspace import STEP_TOKENS
 # Share of the experts that is resident -> share of choices found there; lowest and highest of the published runs.
 HITS_LOW = ((0, 0), (0.046, 0.25), (0.18, 0.435), (0.36, 0.62), (0.54, 0.72), (0.73, 0.79), (1, 1))
 HITS_HIGH = ((0, 0), (0.046, 0.408), (0.125, 0.67), (0.25, 0.81), (0.37, 0.93), (1, 1))
-# Of the limit, measured on two Zen 4 cores at 2.6 GHz (README): a slice of K2.5 with TQ1_0 decodes 22.2 tokens/s where
-# its bytes allow 26.4, the demo 72.8 where they allow 162; prompts of 512 tokens reach 221 of 333 GMAC/s.
+# Of the limit, measured on two Zen 4 cores at 2.6 GHz (native/README.md): a slice of K2.5 with TQ1_0 decodes 22.2
+# tokens/s where its bytes allow 26.4, the demo 72.8 where they allow 162; prompts of 512 reach 221 of 333 GMAC/s.
 _DECODE_SHARE, _PROMPT_SHARE = 0.85, 0.65
 _TILE_REACH = 0.08  # of matrix tiles' peak: 512 tokens on K2.5-shaped slices, 191 to 241 tokens/s (tools/LOG.md)
 _LAYER_CYCLES = 0.5e6  # of a layer's decode that are not memory: router, norms, barriers, the ends of its products
